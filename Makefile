@@ -1,0 +1,42 @@
+# make demo    install what the comparison needs and run it at demo size
+# make test    install everything and check it: ruff, mypy, pytest
+# make lint, make format, make clean
+
+PYTHON ?= python3
+DEMO ?= --depths 2 --seeds 2 --epochs 8
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint format clean
+
+demo: .venv/demo.stamp
+	$(BIN)/spectralmoe compare --data mnist5k --out runs/demo $(DEMO)
+
+test: lint
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/test.stamp
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/pyvenv.cfg:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: pyproject.toml constraints.txt | .venv/pyvenv.cfg
+	$(INSTALL) -e ".[data]"
+	touch $@
+
+.venv/test.stamp: pyproject.toml constraints.txt | .venv/pyvenv.cfg
+	$(INSTALL) -e ".[data,vision,dev]"
+	touch $@

@@ -1,0 +1,57 @@
+"""Mixture-of-Experts whose routing is shaped by geometry: eigenbases, prototypes, spectra."""
+
+from spectralmoe.dispatch import Dense, Dispatch, Grouped, Loop
+from spectralmoe.errors import UserError
+from spectralmoe.experts import Adapter, Experts, FeedForward, ModuleExperts
+from spectralmoe.moe import MoE, Recordable
+from spectralmoe.router import Router, shard_routers
+from spectralmoe.routing import Routing
+from spectralmoe.saving import load, save
+from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrototypeScorer, Scorer
+from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, TopK, TopP
+from spectralmoe.steps import after_step, attach, before_step, param_groups
+from spectralmoe.tape import Record, Tape, Term, feed, penalty, record
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "Balanced",
+    "Capacity",
+    "CosineScorer",
+    "Dense",
+    "Dispatch",
+    "EigenbasisScorer",
+    "ExpertChoice",
+    "Experts",
+    "FeedForward",
+    "Grouped",
+    "LinearScorer",
+    "Loop",
+    "MoE",
+    "ModuleExperts",
+    "NoisyTopK",
+    "PrototypeScorer",
+    "Record",
+    "Recordable",
+    "Router",
+    "Routing",
+    "Scorer",
+    "Selector",
+    "Tape",
+    "Term",
+    "TopK",
+    "TopP",
+    "UserError",
+    "__version__",
+    "after_step",
+    "attach",
+    "before_step",
+    "feed",
+    "load",
+    "param_groups",
+    "penalty",
+    "record",
+    "save",
+    "shard_routers",
+]

@@ -1,0 +1,5 @@
+"""Diagnostics: what a router does, as pure functions of tapes, routers and loads."""
+
+from spectralmoe.diagnostics.load import DEAD_SHARE, dead_experts, gini, max_vio, min_share
+
+__all__ = ["DEAD_SHARE", "dead_experts", "gini", "max_vio", "min_share"]

@@ -1,0 +1,29 @@
+"""The oracle: two plain loops over tokens and slots."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectralmoe.experts import Experts
+from spectralmoe.routing import Routing
+
+__all__ = ["Loop"]
+
+
+class Loop:
+    r"""The definition, :math:`y_t = \sum_j w_{tj} E_{i_{tj}}(x_t)`, one token and one slot at a time.
+
+    Any dtype, any bank, no speed: every other dispatch is tested against it. Reads the indices on the host.
+    """
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        outputs = [x[:0]]
+        for token, chosen in enumerate(routing.indices.tolist()):
+            row = x[token : token + 1]
+            y = torch.zeros_like(row)
+            for slot, e in enumerate(chosen):
+                if 0 <= e < experts.num_experts:
+                    y = y + routing.weights[token, slot].to(x.dtype) * experts.expert(row, e)
+            outputs.append(y)
+        return torch.cat(outputs)

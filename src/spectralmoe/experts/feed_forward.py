@@ -1,0 +1,105 @@
+"""Feed-forward experts with stacked weights: D -> H -> D."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.experts.base import Experts
+from spectralmoe.experts.grouped_gemm import grouped_linear, row_experts
+
+__all__ = ["FeedForward"]
+
+Activation = Literal["gelu", "relu", "swiglu"]
+
+
+class FeedForward(Experts):
+    r"""E networks :math:`W_2\,a(W_1 x + b_1) + b_2`, weights stacked as E linear layers.
+
+    ``swiglu`` has :math:`W_2(\mathrm{silu}(G x) \odot U x)` with ``up`` = [G; U] of 2H rows (Shazeer, arXiv
+    2002.05202). Weights start as in ``nn.Linear``.
+
+    Attributes:
+        up: (E, H, D), or (E, 2H, D) for swiglu.  down: (E, D, H).
+        up_bias, down_bias: (E, H or 2H), (E, D); None without ``bias``.
+
+    Raises:
+        UserError: a size below 1, or an unknown activation.
+
+    >>> bank = FeedForward(2, dim=8, hidden=16)
+    >>> x = torch.randn(5, 8)
+    >>> y = bank(x, counts=torch.tensor([3, 2]))
+    >>> torch.allclose(y[3:], bank.expert(x[3:], 1), atol=1e-6)
+    True
+    """
+
+    def __init__(
+        self, num_experts: int, dim: int, hidden: int, *, activation: Activation = "gelu", bias: bool = False
+    ) -> None:
+        super().__init__(num_experts)
+        if activation not in ("gelu", "relu", "swiglu"):
+            raise one_of("activation", activation, ["gelu", "relu", "swiglu"])
+        if dim < 1 or hidden < 1:
+            raise UserError(f"{type(self).__name__}: widths D and H must be at least 1, got {dim} and {hidden}")
+        self.dim, self.width, self.activation = dim, hidden, activation
+        rows = 2 * hidden if activation == "swiglu" else hidden
+        self.up, self.down = _uniform(num_experts, rows, dim), _uniform(num_experts, dim, hidden)
+        self.up_bias = _uniform(num_experts, rows, fan_in=dim) if bias else None
+        self.down_bias = _uniform(num_experts, dim, fan_in=hidden) if bias else None
+
+    def spec_arguments(self) -> dict[str, object]:
+        """Constructor arguments that are not attributes of the same name."""
+        return {"hidden": self.width, "bias": self.up_bias is not None}
+
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        up_bias = None if self.up_bias is None else self.up_bias[e].to(x.dtype)
+        down_bias = None if self.down_bias is None else self.down_bias[e].to(x.dtype)
+        h = self._activate(F.linear(x, self.up[e].to(x.dtype), up_bias))
+        return F.linear(h, self.down[e].to(x.dtype), down_bias)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        return self.project(self.hidden(x, counts), counts)
+
+    def hidden(self, x: Tensor, counts: Tensor) -> Tensor:
+        return self._activate(_add_bias(grouped_linear(x, self.up, counts), self.up_bias, counts))
+
+    def project(self, hidden: Tensor, counts: Tensor) -> Tensor:
+        return _add_bias(grouped_linear(hidden, self.down, counts), self.down_bias, counts)
+
+    def mix(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Two GEMMs over all experts at once; the weights enter between them."""
+        h = F.linear(x, self.up.flatten(0, 1).to(x.dtype), self._flat(self.up_bias, x.dtype))
+        h = self._activate(h.unflatten(-1, (self.num_experts, -1))) * weights.unsqueeze(-1)
+        y = h.flatten(1) @ self.down.to(x.dtype).transpose(1, 2).flatten(0, 1)
+        return y if self.down_bias is None else y + weights @ self.down_bias.to(x.dtype)
+
+    def expert_parameters(self, e: int) -> dict[str, Tensor]:
+        return {name: parameter[e] for name, parameter in self.named_parameters(recurse=False)}
+
+    def _activate(self, h: Tensor) -> Tensor:
+        if self.activation == "swiglu":
+            gate, value = h.chunk(2, dim=-1)
+            return F.silu(gate) * value
+        return F.gelu(h) if self.activation == "gelu" else F.relu(h)
+
+    @staticmethod
+    def _flat(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return None if bias is None else bias.flatten().to(dtype)
+
+
+def _uniform(*shape: int, fan_in: int | None = None) -> nn.Parameter:
+    """Uniform in +-1/sqrt(fan in), as ``nn.Linear`` starts."""
+    bound = (fan_in or shape[-1]) ** -0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+def _add_bias(y: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """Add each row its expert's bias; rows behind the last block get zero and give no gradient."""
+    if bias is None:
+        return y
+    padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])]).to(y.dtype)
+    return y + padded[row_experts(counts, y.shape[0])]

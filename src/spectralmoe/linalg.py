@@ -1,0 +1,104 @@
+"""The home of the spectra: largest singular value, stable rank, retraction onto orthonormal columns.
+
+Everything accepts sharded parameters (DTensor): they are gathered first, differentiably where a gradient flows.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+__all__ = [
+    "EXACT_LIMIT",
+    "assign_",
+    "full",
+    "power_iteration",
+    "qr_retraction",
+    "sigma_max",
+    "stable_rank",
+    "top_right",
+]
+
+EXACT_LIMIT = 128
+"""Matrices whose smaller side is at most this get their spectrum exactly (an eigendecomposition of the Gram matrix)."""
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole tensor behind ``x``: gathered (with gradient) when it is sharded, else ``x`` itself."""
+    return cast(Tensor, x.full_tensor()) if isinstance(x, DTensor) else x
+
+
+def assign_(target: Tensor, value: Tensor) -> None:
+    """Write the whole tensor ``value`` into ``target`` in place, sharding it as ``target`` is sharded."""
+    with torch.no_grad():
+        if isinstance(target, DTensor):
+            value = distribute_tensor(value, target.device_mesh, target.placements)
+        target.copy_(value)
+
+
+def top_right(matrix: Tensor) -> Tensor:
+    """Exact leading right singular vector v (D,) of ``matrix`` (E, D), without gradient.
+
+    From the eigendecomposition of the smaller Gram matrix, in at least fp32.
+    """
+    m = matrix.detach()
+    if m.shape[0] <= m.shape[1]:
+        u = torch.linalg.eigh(m @ m.T).eigenvectors[:, -1]
+        return _unit(m.T @ u)
+    return torch.linalg.eigh(m.T @ m).eigenvectors[:, -1]
+
+
+def power_iteration(matrix: Tensor, start: Tensor, steps: int = 1) -> Tensor:
+    """``steps`` rounds of v <- M'M v / |M'M v| from ``start`` (D,), without gradient; returns v (D,)."""
+    m, v = matrix.detach(), start.detach().to(matrix.dtype)
+    for _ in range(steps):
+        v = _unit(m.T @ (m @ v))
+    return v
+
+
+def sigma_max(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
+    r"""Largest singular value :math:`\sigma_1 = \|M v\|` of ``matrix`` (E, D), with the gradient :math:`u v^\top`.
+
+    ``direction`` is the leading right singular vector if it is known (from ``power_iteration``); left out, it is
+    found exactly. A zero matrix has value 0 and gradient 0.
+
+    >>> round(float(sigma_max(torch.diag(torch.tensor([3.0, 1.0])))), 5)
+    3.0
+    """
+    matrix = full(matrix)
+    v = top_right(matrix) if direction is None else direction.to(matrix.dtype)
+    u = _unit((matrix.detach()) @ v)
+    return u @ (matrix @ v)
+
+
+def stable_rank(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
+    r"""Stable rank :math:`\|M\|_F^2 / \sigma_1^2`, between 1 and the rank; 0 (with gradient 0) for a zero matrix.
+
+    >>> round(float(stable_rank(torch.eye(4))), 5)
+    4.0
+    """
+    matrix = full(matrix)
+    sigma = sigma_max(matrix, direction)
+    empty = sigma == 0
+    value = matrix.square().sum() / torch.where(empty, torch.ones_like(sigma), sigma).square()
+    return torch.where(empty, torch.zeros_like(value), value)
+
+
+def qr_retraction(basis: Tensor) -> Tensor:
+    """The nearest-by-QR matrix with orthonormal columns, signs of the columns kept (D, R) -> (D, R).
+
+    Plain QR may flip columns; multiplying Q by sign(diag R) makes the map continuous, so that an optimizer's
+    momentum keeps its meaning from step to step.
+    """
+    q, r = torch.linalg.qr(full(basis.detach()))
+    sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return q * sign
+
+
+def _unit(x: Tensor) -> Tensor:
+    """``x`` over its norm; zero stays zero."""
+    norm = torch.linalg.vector_norm(x)
+    return x / torch.where(norm == 0, torch.ones_like(norm), norm)

@@ -1,0 +1,9 @@
+"""Whole networks of the papers."""
+
+from torch import nn
+
+from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, sr_moe
+
+__all__ = ["MODELS", "ConvStem", "SRMoE", "Stage", "sr_moe"]
+
+MODELS: dict[str, type[nn.Module]] = {"sr_moe": SRMoE, "sr_moe_stage": Stage, "conv_stem": ConvStem}

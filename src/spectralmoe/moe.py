@@ -1,0 +1,173 @@
+"""MoE = router x dispatch x experts (+ shared expert), and what a layer must have to be recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.dispatch import DISPATCHES, Dispatch, pick_dispatch
+from spectralmoe.dispatch.base import SortedSlots, combine, gather_tokens, sort_slots
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.experts import Experts
+from spectralmoe.router import Router
+from spectralmoe.routing import Routing
+
+__all__ = ["Feed", "Kept", "MoE", "Recordable", "Sink"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Tensors of one forward, sorted by expert, with the flat (token * K + slot) of each row."""
+
+    slots: SortedSlots
+    tensors: dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class Sink:
+    """Where a layer leaves its routings for one tape. Plain lists, so that ``torch.compile`` traces the append."""
+
+    keep: tuple[str, ...] = ()
+    training_only: bool = False
+    entries: list[tuple[Routing, Kept | None]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Feed:
+    """Side information that ``feed`` leaves at a layer inside a model of others."""
+
+    mask: Tensor | None = None
+    context: dict[str, Any] | None = None
+    replay: list[Routing] | None = None
+    replayed: int = 0
+    closed: bool = False
+
+    def next_replay(self) -> Routing | None:
+        """The recorded routing of this call of the layer; None without a replay."""
+        if self.replay is None:
+            return None
+        if recomputing():
+            if len(self.replay) > 1:
+                raise UserError("feed(replay=...): a layer that is called several times cannot be recomputed")
+            return self.replay[0]
+        if self.replayed == len(self.replay):
+            raise UserError(
+                f"feed(replay=...): a layer is called more often than the {len(self.replay)} times recorded"
+            )
+        self.replayed += 1
+        return self.replay[self.replayed - 1]
+
+
+class Recordable(nn.Module):
+    """A layer that tapes can record and ``feed`` can reach. Forward reads ``sinks`` and ``fed``; tape.py sets them."""
+
+    router: Router | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = None
+        self.sinks: tuple[Sink, ...] = ()
+        self.fed: Feed | None = None
+
+    def leave(self, routing: Routing, kept: Kept | None = None) -> None:
+        """Leave one routing in every sink; a recomputation during backward leaves nothing."""
+        if not self.sinks or recomputing():
+            return
+        for sink in self.sinks:
+            if self.training or not sink.training_only:
+                sink.entries.append((routing, kept if sink.keep else None))
+
+    def take_feed(self) -> Feed | None:
+        """What ``feed`` left here, if its block is still open."""
+        if self.fed is None or not self.fed.closed:
+            return self.fed
+        if recomputing():
+            raise UserError(
+                "a forward inside feed() is being recomputed after its block closed (activation checkpointing); "
+                "call backward inside the 'with feed(...)' block"
+            )
+        self.fed = None
+        return None
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running, so that this forward is an activation checkpoint's second."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class MoE(Recordable):
+    r"""Mixture-of-Experts layer: :math:`y_t = \sum_j w_{tj} E_{i_{tj}}(x_t) + S(x_t)`.
+
+    Args:
+        router: scorer and selector. It may count more experts than the bank has: those are zero experts.
+        experts: the bank.
+        dispatch: "auto" (dense for soft routing, else grouped), "loop", "dense", "grouped", or a callable.
+        shared: module applied to every token, added to the sum.
+
+    Raises:
+        UserError: unknown dispatch; fewer experts in the router than in the bank.
+
+    >>> from spectralmoe import FeedForward, LinearScorer, TopK
+    >>> layer = MoE(Router(LinearScorer(16, 4), TopK(2)), FeedForward(4, dim=16, hidden=32))
+    >>> layer(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    router: Router
+
+    def __init__(
+        self, router: Router, experts: Experts, *, dispatch: str | Dispatch = "auto", shared: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        if isinstance(dispatch, str) and dispatch not in ("auto", *DISPATCHES):
+            raise one_of("dispatch", dispatch, ["auto", *DISPATCHES])
+        if router.num_experts < experts.num_experts:
+            raise UserError(
+                f"MoE: the router knows E={router.num_experts} experts, but the bank holds {experts.num_experts}"
+            )
+        self.router, self.experts, self.dispatch, self.shared = router, experts, dispatch, shared
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
+        """x (..., D) -> (..., D). ``mask`` (...), True for real tokens: the others get no routed expert."""
+        fed, replay = self.take_feed(), None
+        if fed is not None:
+            mask = fed.mask if mask is None else mask
+            context = fed.context if context is None else context
+            replay = fed.next_replay()
+        routing = self.router(x, mask=mask, context=context, replay=replay)
+        tokens = x.reshape(-1, x.shape[-1])
+        if torch.is_autocast_enabled(x.device.type):
+            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
+        y, kept = self._run(tokens, routing)
+        self.leave(routing, kept)
+        y = y.view(x.shape)
+        return y if self.shared is None else y + self.shared(x)
+
+    def _run(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Kept | None]:
+        keep = {name for sink in self.sinks for name in sink.keep}
+        if keep:
+            return self._run_keeping(tokens, routing, keep)
+        if isinstance(self.dispatch, str):
+            dispatch = pick_dispatch(routing, self.experts) if self.dispatch == "auto" else DISPATCHES[self.dispatch]()
+        else:
+            dispatch = self.dispatch
+        return dispatch(tokens, routing, self.experts), None
+
+    def _run_keeping(self, tokens: Tensor, routing: Routing, keep: set[str]) -> tuple[Tensor, Kept]:
+        """The grouped dispatch, step by step, with its sorted tensors kept."""
+        slots = sort_slots(routing, self.experts.num_experts)
+        tensors = {"input": gather_tokens(tokens, slots)}
+        hidden = self.experts.hidden(tensors["input"], slots.counts)
+        if hidden is not None:
+            tensors["hidden"] = hidden
+            tensors["output"] = self.experts.project(hidden, slots.counts)
+        else:
+            result = self.experts(tensors["input"], slots.counts)
+            tensors["output"] = result[0] * result[1][:, None] if isinstance(result, tuple) else result
+        if missing := keep - tensors.keys():
+            raise UserError(f"record(keep=...): {type(self.experts).__name__} has no {sorted(missing)[0]!r} to keep")
+        y = combine(tensors["output"], routing.weights.to(tokens.dtype), slots)
+        return y, Kept(slots, {name: tensors[name] for name in keep})

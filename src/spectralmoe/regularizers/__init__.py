@@ -1,0 +1,29 @@
+"""Regularizers: record -> scalar, unweighted, fp32, mean over real tokens. Weigh them with ``Term``."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from spectralmoe.regularizers.balance import importance_cv2, load_balance, router_z
+from spectralmoe.regularizers.orthonormality import orthonormality
+from spectralmoe.regularizers.spectral import spectral_norm, stable_rank
+
+__all__ = [
+    "REGULARIZERS",
+    "importance_cv2",
+    "load_balance",
+    "orthonormality",
+    "router_z",
+    "spectral_norm",
+    "stable_rank",
+]
+
+REGULARIZERS: dict[str, Callable[[Any], Tensor]] = {
+    "spectral_norm": spectral_norm,
+    "stable_rank": stable_rank,
+    "orthonormality": orthonormality,
+    "load_balance": load_balance,
+    "router_z": router_z,
+    "importance_cv2": importance_cv2,
+}

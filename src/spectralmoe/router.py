@@ -1,0 +1,107 @@
+"""Router = scorer x selector, in full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.errors import UserError
+from spectralmoe.routing import EMPTY, Routing
+from spectralmoe.scorers import Scorer
+from spectralmoe.selectors import Selector
+
+__all__ = ["Router", "shard_routers"]
+
+
+class Router(nn.Module):
+    """Maps tokens to a ``Routing``: the scorer gives logits, the selector chooses and weighs.
+
+    Scores are computed in fp32 (float64 for float64 tokens) with autocast off. Parameters and buffers stay fp32 when
+    the model is cast down (``.to(torch.bfloat16)``, ``.half()``), so the router goes into a group of its own under
+    FSDP2 (``shard_routers``).
+
+    >>> from spectralmoe import LinearScorer, TopK
+    >>> router = Router(LinearScorer(16, 8), TopK(2))
+    >>> routing = router(torch.randn(5, 16))
+    >>> routing.indices.shape, int(routing.counts().sum())
+    (torch.Size([5, 2]), 10)
+    """
+
+    def __init__(self, scorer: Scorer, selector: Selector) -> None:
+        super().__init__()
+        self.scorer, self.selector = scorer, selector
+        selector.bind(scorer.num_experts)
+
+    @property
+    def num_experts(self) -> int:
+        """E, zero experts included."""
+        return self.scorer.num_experts
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        context: dict[str, Any] | None = None,
+        replay: Routing | None = None,
+    ) -> Routing:
+        """Route x (..., D).
+
+        Args:
+            mask: (...) bool, True for a real token. Other tokens get no expert and are not counted.
+            context: side information for the scorer and the selector.
+            replay: reuse this routing's indices; the weights are recomputed from live logits.
+
+        Raises:
+            UserError: x is not D wide; the mask or the replayed routing is of another size.
+        """
+        shape, dim = x.shape[:-1], self.scorer.dim
+        if x.shape[-1] != dim:
+            raise UserError(f"Router: tokens are {x.shape[-1]} wide, but the scorer was made for D={dim}")
+        if mask is not None and mask.shape != shape:
+            raise UserError(f"Router: mask has shape {tuple(mask.shape)}, but the tokens have {tuple(shape)}")
+        tokens = x.reshape(-1, dim).to(torch.promote_types(x.dtype, torch.float32))
+        flat_mask = None if mask is None else mask.reshape(-1).bool()
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            logits = self.scorer(tokens, context=context)
+            if replay is None:
+                indices = self.selector.choose(logits.detach(), mask=flat_mask, context=context)
+            else:
+                indices = _replayed(replay.indices, tokens.shape[0], flat_mask)
+            scores, weights = self.selector.scores(logits), self.selector.weigh(logits, indices)
+        soft = self.selector.is_soft(self.num_experts)
+        return Routing(logits, weights, indices, scores, flat_mask, tuple(shape), soft)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(device=moved.device, dtype=torch.float32)
+            return moved
+
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def shard_routers(model: nn.Module, **options: Any) -> None:
+    """Give every router of ``model`` its own FSDP2 group in fp32; call it before ``fully_shard(model)``.
+
+    Args:
+        options: passed on to ``torch.distributed.fsdp.fully_shard`` (``mesh``, ``reshard_after_forward``, ...), but
+            for ``mp_policy``, which is fp32 without input casts.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in model.modules():
+        if isinstance(module, Router):
+            fully_shard(module, mp_policy=policy, **options)
+
+
+def _replayed(indices: Tensor, tokens: int, mask: Tensor | None) -> Tensor:
+    if indices.shape[0] != tokens:
+        raise UserError(f"Router: the replayed routing has N={indices.shape[0]} tokens, but this forward has {tokens}")
+    return indices if mask is None else indices.masked_fill(~mask[:, None], EMPTY)

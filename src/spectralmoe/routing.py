@@ -1,0 +1,102 @@
+"""Routing: the value that every part of the library speaks.
+
+Shape letters, the same in code, docstrings, docs and errors:
+N tokens, D width, E experts, K slots a token, M filled slots, H expert hidden width, R rank of a basis, B batch,
+S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import register_dataclass
+
+__all__ = ["EMPTY", "Routing", "count_slots"]
+
+EMPTY = -1
+"""The index of a slot that holds no expert."""
+
+
+def count_slots(indices: Tensor, num_experts: int) -> Tensor:
+    """How many slots hold each expert: (E,) int64, exact; empty slots are not counted."""
+    flat = indices.reshape(-1)
+    slots = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=indices.device)
+    return counts.scatter_add(0, slots, torch.ones_like(slots))[:num_experts]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What a router decided for N tokens.
+
+    Attributes:
+        logits: (N, E) raw scores with gradient, fp32 (float64 when the input is).
+        weights: (N, K) combine weights with gradient, same precision, 0 in an empty slot.
+        indices: (N, K) int64; -1 is an empty slot; an index >= ``experts.num_experts`` is a zero expert: counted, but
+            it contributes nothing to the output.
+        scores: (N, E) what the selector chose from (softmax, sigmoid, ...).
+        mask: (N,) bool, True for a real token; None when all are.
+        shape: the leading dimensions that N was flattened from.
+        soft: every token uses every expert.
+
+    Iterates as ``logits, weights, indices``.
+
+    >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
+    >>> r = Routing(logits, torch.ones(2, 1), torch.tensor([[0], [1]]), logits.softmax(-1))
+    >>> r.counts().tolist(), r.load().tolist()
+    ([1, 1, 0], [0.5, 0.5, 0.0])
+    """
+
+    logits: Tensor
+    weights: Tensor
+    indices: Tensor
+    scores: Tensor
+    mask: Tensor | None = None
+    shape: tuple[int, ...] | None = None
+    soft: bool = False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.logits, self.weights, self.indices))
+
+    @property
+    def num_experts(self) -> int:
+        """E, as the router counts them (zero experts included)."""
+        return self.logits.shape[-1]
+
+    @property
+    def probs(self) -> Tensor:
+        """The scores normalised to sum 1 over the experts (N, E)."""
+        return self.scores / self.scores.sum(-1, keepdim=True).clamp_min(torch.finfo(self.scores.dtype).tiny)
+
+    def real(self, values: Tensor) -> Tensor:
+        """``values`` (N, ...) averaged over the real tokens; 0 when there are none."""
+        if self.mask is None:
+            return values.sum(0) / max(values.shape[0], 1)
+        mask = self.mask.reshape(-1, *[1] * (values.dim() - 1))
+        return torch.where(mask, values, 0).sum(0) / self.mask.sum().clamp_min(1)
+
+    def counts(self) -> Tensor:
+        """Filled slots of real tokens for each expert: (E,) int64, exact."""
+        return count_slots(self.indices, self.num_experts)
+
+    def load(self) -> Tensor:
+        """Share of the load that each expert carries: (E,), fp32, sums to 1 (all zero without a real token).
+
+        The share of filled slots; for soft routing, where every expert fills a slot of every token, the share of
+        tokens whose largest weight is this expert.
+        """
+        counts = count_slots(self.top_expert(), self.num_experts) if self.soft else self.counts()
+        return counts.float() / counts.sum().clamp_min(1)
+
+    def top_expert(self) -> Tensor:
+        """The expert with the largest weight of each token: (N,) int64, -1 for a token without experts."""
+        if self.indices.shape[-1] == 0:
+            return self.indices.new_full(self.indices.shape[:1], EMPTY)
+        ranked = self.weights.masked_fill(self.indices < 0, -torch.inf)
+        return self.indices.gather(1, ranked.argmax(-1, keepdim=True)).squeeze(1)
+
+
+register_dataclass(Routing)  # so that FSDP and torch.export see the tensors inside

@@ -1,0 +1,202 @@
+"""Save a model to a folder and load it back: safetensors and JSON, nothing that runs code.
+
+``config.json`` is renamed into place last and holds the SHA-256 of ``model.safetensors``: a folder whose writing was
+interrupted is never taken for a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spectralmoe.errors import UserError
+from spectralmoe.files import make_folder, read_json, write_json, write_whole
+from spectralmoe.linalg import full
+from spectralmoe.models import MODELS
+from spectralmoe.spec import PARTS, build, describe
+from spectralmoe.tape import moe_layers
+
+__all__ = ["FORMAT", "load", "read_config", "save"]
+
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+TABLES: dict[str, type] = {**PARTS, **MODELS}
+_LISTED = 5
+
+
+def save(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = None) -> None:
+    """Write ``model`` to ``folder``: ``model.safetensors`` and ``config.json``.
+
+    Tied tensors are written once. A network that cannot be described by a spec (a class of others) is saved all the
+    same; ``load`` then needs ``into=``.
+
+    Args:
+        meta: JSON values kept beside the model (class names, training settings, ...), see ``read_config``.
+
+    Raises:
+        UserError: the model holds no MoE layer; the folder cannot be written, or holds a ``config.json`` of another
+            program.
+    """
+    folder = Path(folder)
+    layers = {name: _describe_or_none(layer) for name, layer in moe_layers(model).items()}
+    make_folder(folder)
+    if (folder / CONFIG).exists() and "spectralmoe" not in read_json(folder / CONFIG):
+        raise UserError(f"{folder / CONFIG} belongs to another program; choose another folder")
+    tensors, tied = _untied(model)
+    write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    config = {
+        "spectralmoe": FORMAT,
+        "versions": {"torch": torch.__version__},
+        "sha256": _sha256(folder / WEIGHTS),
+        "model": _describe_or_none(model),
+        "layers": layers,
+        "tied": tied,
+        "meta": meta or {},
+    }
+    write_json(folder / CONFIG, config)
+
+
+def load(folder: str | Path, *, into: nn.Module | None = None, allow: Sequence[str] = ()) -> nn.Module:
+    """The model that ``save`` wrote to ``folder``, in evaluation mode.
+
+    Args:
+        into: an already built model to fill; needed where the folder does not describe the whole network.
+        allow: classes outside spectralmoe's tables that the folder may name, as "pkg:Class".
+
+    Raises:
+        UserError: not a model folder, an interrupted or altered one, a class that was not allowed, other layers than
+            ``into`` has, or tensors that are missing, extra or of another shape (with the list).
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    shapes = _header(folder / WEIGHTS)
+    if _sha256(folder / WEIGHTS) != config.get("sha256"):
+        raise UserError(
+            f"{folder / WEIGHTS} is not the file that {CONFIG} describes: its writing was interrupted or it was changed"
+        )
+    try:
+        tied = dict(config.get("tied") or {})
+        shapes |= {alias: shapes[name] for alias, name in tied.items() if name in shapes}
+        model = into if into is not None else _build(folder, config, shapes, allow)
+        _check_layers(folder, model, config["layers"])
+        _check_shapes(folder, model, shapes)
+    except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{folder / CONFIG} does not describe a model ({str(error).splitlines()[0]})") from error
+    tensors = load_file(folder / WEIGHTS)
+    tensors |= {alias: tensors[name] for alias, name in tied.items()}
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of a model folder; ``["meta"]`` is what ``save`` was given.
+
+    Raises:
+        UserError: the folder holds no model that this version can read.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} is not a model folder: it has no {CONFIG} and {WEIGHTS}")
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or "spectralmoe" not in config:
+        raise UserError(f"{folder} is not a model folder of spectralmoe: its {CONFIG} was written by another program")
+    if config["spectralmoe"] != FORMAT:
+        raise UserError(f"{folder} has format {config['spectralmoe']!r}; this version reads format {FORMAT}")
+    if not isinstance(config.get("layers"), dict) or not isinstance(config.get("meta"), dict):
+        raise UserError(f"{folder / CONFIG} does not describe a model (no layers)")
+    return config
+
+
+def _build(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], allow: Sequence[str]) -> nn.Module:
+    """Build the described network, first without memory: a config cannot ask for more than its file holds."""
+    spec = config.get("model")
+    if spec is None:
+        raise UserError(
+            f"{folder} does not describe the whole network; build it yourself and pass load(..., into=model)"
+        )
+    _bound(spec, max(sum(map(math.prod, shapes.values())), 2**12), folder)
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            _check_shapes(folder, _network(folder, spec, allow), shapes)
+        return _network(folder, spec, allow)
+
+
+def _network(folder: Path, spec: Any, allow: Sequence[str]) -> nn.Module:
+    model = build(spec, allow=allow, tables=TABLES)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{folder / CONFIG} describes a {type(model).__name__}, not a network")
+    return model
+
+
+def _bound(spec: Any, limit: int, folder: Path) -> None:
+    """Refuse sizes that no file of ``limit`` numbers can have, before anything is built."""
+    if isinstance(spec, dict | list):
+        for item in spec.values() if isinstance(spec, dict) else spec:
+            _bound(item, limit, folder)
+    elif isinstance(spec, int) and abs(spec) > limit:
+        raise UserError(f"{folder / CONFIG} names a size of {spec}, more than its weights hold")
+
+
+def _check_layers(folder: Path, model: nn.Module, expected: dict[str, Any]) -> None:
+    found = {name: _describe_or_none(layer) for name, layer in moe_layers(model).items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise UserError(f"{folder} holds other MoE layers than the model: layer {name!r} differs")
+
+
+def _check_shapes(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"missing {name}" for name in wanted.keys() - shapes.keys()]
+    problems += [f"extra {name}" for name in shapes.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {list(shapes[name])}, the model wants {list(shape)}"
+        for name, shape in wanted.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise UserError(f"{folder} does not fit the model: {'; '.join(sorted(problems)[:_LISTED])}{more}")
+
+
+def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with each tensor once, and alias -> name for the rest."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict().items():
+        tensor = full(value.detach())
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in seen:
+            tied[name] = seen[key]
+        else:
+            seen[key] = name
+            tensors[name] = tensor.cpu().contiguous().clone()
+    return tensors, tied
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({str(error).splitlines()[0]})") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _describe_or_none(part: nn.Module) -> Any:
+    try:
+        return describe(part, tables=TABLES)
+    except UserError:
+        return None

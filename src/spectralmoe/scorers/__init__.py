@@ -1,0 +1,16 @@
+"""Scorers: tokens (N, D) -> logits (N, E). One file a method."""
+
+from spectralmoe.scorers.base import Scorer
+from spectralmoe.scorers.cosine import CosineScorer
+from spectralmoe.scorers.eigenbasis import EigenbasisScorer
+from spectralmoe.scorers.linear import LinearScorer
+from spectralmoe.scorers.prototype import PrototypeScorer
+
+__all__ = ["SCORERS", "CosineScorer", "EigenbasisScorer", "LinearScorer", "PrototypeScorer", "Scorer"]
+
+SCORERS: dict[str, type[Scorer]] = {
+    "linear": LinearScorer,
+    "cosine": CosineScorer,
+    "prototype": PrototypeScorer,
+    "eigenbasis": EigenbasisScorer,
+}

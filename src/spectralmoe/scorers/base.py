@@ -1,0 +1,89 @@
+"""Scorer: tokens -> logits. The part of a router that holds its geometry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.errors import UserError
+from spectralmoe.linalg import EXACT_LIMIT, full, power_iteration
+
+if TYPE_CHECKING:
+    from spectralmoe.tape import Record
+
+__all__ = ["Scorer"]
+
+_REFRESH_STEPS = 2
+_START_STEPS = 50
+
+
+class Scorer(nn.Module):
+    """Base of all scorers: ``forward(x (N, D), *, context=None) -> logits (N, E)``.
+
+    A subclass keeps every constructor argument as an attribute of the same name (saving reads the spec back from
+    the signature) and casts its parameters to ``x.dtype``, so that float64 tokens give float64 logits.
+
+    Raises:
+        UserError: ``dim`` or ``num_experts`` is not a positive integer.
+    """
+
+    manifold: tuple[str, ...] = ()
+    """Names of the parameters that live on a manifold: no weight decay, retracted after the step."""
+
+    top_direction: Tensor | None
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("num_experts", num_experts)):
+            if value < 1:
+                raise UserError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
+        self.dim, self.num_experts = dim, num_experts
+        self.register_buffer("top_direction", None, persistent=False)
+
+    def __call__(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+        logits: Tensor = super().__call__(x, context=context)
+        return logits
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """What the spectral terms look at, one row an expert; None where there is no such matrix."""
+        return None
+
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """(A (E, D), b (E,)) with logits = x A' + b up to a shift common to all experts; None if not affine."""
+        return None
+
+    def lipschitz(self) -> float | None:
+        """A global Lipschitz constant of the logits in x, up to a shift common to all experts; None if unknown."""
+        return None
+
+    def before_step(self, records: Sequence[Record]) -> None:
+        """Called once before each optimizer step, with what this step's forwards recorded."""
+
+    def after_step(self, records: Sequence[Record]) -> None:
+        """Called once after each optimizer step, without gradient. A subclass that overrides it calls super."""
+        self.refresh_spectrum()
+
+    def spectral_direction(self) -> Tensor | None:
+        """Warm start of the leading right singular vector of ``matrix``; None where the spectrum is exact."""
+        matrix = self.matrix
+        if matrix is None or min(matrix.shape) <= EXACT_LIMIT:
+            return None
+        if self.top_direction is None:
+            self.refresh_spectrum()
+        return self.top_direction
+
+    @torch.no_grad()
+    def refresh_spectrum(self) -> None:
+        """Move the kept direction of a large ``matrix`` by a few power iterations; small ones need none."""
+        matrix = self.matrix
+        if matrix is None or min(matrix.shape) <= EXACT_LIMIT:
+            return
+        whole = full(matrix)
+        if self.top_direction is None:
+            self.top_direction = power_iteration(whole, whole.abs().sum(0), _START_STEPS)
+        else:
+            self.top_direction = power_iteration(whole, self.top_direction, _REFRESH_STEPS)

@@ -1,0 +1,55 @@
+"""Cosine gate: direction only, in an optional low-dimensional space.
+
+Chi et al., "On the Representation Collapse of Sparse Mixture of Experts" (X-MoE), arXiv 2204.09179, section 3.2;
+authors' code: github.com/microsoft/torchscale (MIT). Differs: the temperature is fixed, not learned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectralmoe.errors import UserError
+from spectralmoe.scorers.base import Scorer
+
+__all__ = ["CosineScorer"]
+
+
+class CosineScorer(Scorer):
+    r"""Logits :math:`s_i = \cos(P x, k_i) / \tau` with keys k (E, P) and projection P (P, D), identity by default.
+
+    Scale of x and of the keys does not matter. There is no global Lipschitz constant: near x = 0 the cosine jumps.
+
+    Args:
+        proj_dim: width P of the space in which cosines are taken; None: no projection.
+        temperature: tau > 0.
+
+    >>> scorer = CosineScorer(16, 4, proj_dim=8)
+    >>> x = torch.randn(5, 16)
+    >>> torch.allclose(scorer(x), scorer(3 * x), atol=1e-5)
+    True
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, proj_dim: int | None = None, temperature: float = 0.07) -> None:
+        super().__init__(dim, num_experts)
+        if temperature <= 0:
+            raise UserError(f"CosineScorer: temperature must be positive, got {temperature}")
+        if proj_dim is not None and proj_dim < 1:
+            raise UserError(f"CosineScorer: proj_dim must be at least 1, got {proj_dim}")
+        self.proj_dim, self.temperature = proj_dim, temperature
+        width = proj_dim or dim
+        self.keys = nn.Parameter(torch.randn(num_experts, width) * width**-0.5)
+        self.projection = None if proj_dim is None else nn.Parameter(torch.randn(proj_dim, dim) * dim**-0.5)
+
+    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+        query = x if self.projection is None else F.linear(x, self.projection.to(x.dtype))
+        keys = F.normalize(self.keys.to(x.dtype), dim=-1)
+        return F.linear(F.normalize(query, dim=-1), keys) / self.temperature
+
+    @property
+    def matrix(self) -> Tensor:
+        """The keys as the cosine sees them: rows of norm 1."""
+        return F.normalize(self.keys, dim=-1)

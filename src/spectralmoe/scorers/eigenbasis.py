@@ -1,0 +1,81 @@
+"""Eigenbasis gate: energy shares of a token along shared orthonormal directions.
+
+Cheng et al., "Eigenbasis-Guided Routing for Mixture-of-Experts" (EMoE), arXiv 2601.12137, section on routing.
+Authors' code: github.com/Belis0811/EMoE (no licence; this file is written from the equations). Differs: the basis is
+put back on the manifold after the optimizer step, never inside forward, and with the signs of its columns kept, so
+that momentum stays valid; so there is no orthonormality penalty, which would be zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.errors import UserError
+from spectralmoe.linalg import assign_, qr_retraction
+from spectralmoe.scorers.base import Scorer
+
+if TYPE_CHECKING:
+    from spectralmoe.tape import Record
+
+__all__ = ["EigenbasisScorer"]
+
+
+class EigenbasisScorer(Scorer):
+    r"""Logits from the energy of x along R orthonormal directions.
+
+    .. math::
+        z = U^\top x,\quad e_j = \frac{z_j^2}{\sum_m z_m^2 + \epsilon},\quad
+        s_k = \frac1\tau \Big(\sum_j \gamma_j \pi_{jk} e_j + b_k\Big)
+
+    U (D, R) has orthonormal columns; the masks pi (R, E) are a softmax over the experts for each direction; gain
+    gamma (R,) starts at 1 and bias b (E,) at 0. Routing does not change for x -> c x or x -> -x.
+
+    Args:
+        rank: R <= D.
+        temperature: tau > 0. Logits before the division lie near 1/E, so 1.0 starts close to uniform.
+        eps: epsilon.
+
+    Raises:
+        UserError: rank > dim, or a temperature that is not positive.
+
+    >>> scorer = EigenbasisScorer(16, 4, rank=8)
+    >>> x = torch.randn(5, 16)
+    >>> torch.allclose(scorer(x), scorer(-2 * x), atol=1e-5)
+    True
+    """
+
+    manifold = ("basis",)
+
+    def __init__(self, dim: int, num_experts: int, *, rank: int, temperature: float = 1.0, eps: float = 1e-6) -> None:
+        super().__init__(dim, num_experts)
+        if not 1 <= rank <= dim:
+            raise UserError(f"EigenbasisScorer: rank R must be between 1 and D={dim}, got {rank}")
+        if temperature <= 0:
+            raise UserError(f"EigenbasisScorer: temperature must be positive, got {temperature}")
+        self.rank, self.temperature, self.eps = rank, temperature, eps
+        self.basis = nn.Parameter(qr_retraction(torch.randn(dim, rank)))
+        self.mask_logits = nn.Parameter(torch.randn(rank, num_experts))
+        self.gain = nn.Parameter(torch.ones(rank))
+        self.bias = nn.Parameter(torch.zeros(num_experts))
+
+    def energies(self, x: Tensor) -> Tensor:
+        """Energy shares e (N, R) of the tokens x (N, D); each row sums to 1 (up to eps)."""
+        energy = (x @ self.basis.to(x.dtype)).square()
+        return energy / (energy.sum(-1, keepdim=True) + self.eps)
+
+    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+        weights = self.matrix.to(x.dtype)
+        return torch.addmm(self.bias.to(x.dtype), self.energies(x), weights.T) / self.temperature
+
+    @property
+    def matrix(self) -> Tensor:
+        """The map from energies to logits, before the temperature: (E, R), entries gamma_j pi_jk."""
+        return (self.gain[:, None] * self.mask_logits.softmax(-1)).T
+
+    def after_step(self, records: Sequence[Record]) -> None:
+        assign_(self.basis, qr_retraction(self.basis))
+        super().after_step(records)

@@ -1,0 +1,61 @@
+"""Prototype gate: squared distance to one learned point an expert.
+
+Delibasoglu, "Spectral Manifold Regularization for Stable and Modular Routing in Deep MoE Architectures" (SR-MoE),
+arXiv 2601.03889, section on routing. No public code. The routing formula is the paper's; initial scale and
+temperature are not given there: prototypes start at norm about 1, the scale at which tokens that leave a LayerNorm
+spread over the experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.errors import UserError
+from spectralmoe.linalg import full, sigma_max
+from spectralmoe.scorers.base import Scorer
+
+__all__ = ["PrototypeScorer"]
+
+
+class PrototypeScorer(Scorer):
+    r"""Logits :math:`s_i = -\|x - \mu_i\|^2 / \tau` with prototypes mu (E, D).
+
+    Up to a shift common to all experts this is a linear gate with weight :math:`2\mu_i/\tau` and the tied bias
+    :math:`-\|\mu_i\|^2/\tau` (``affine()``), so the softmax is :math:`\sigma_1(\mu)/\tau`-Lipschitz. Sigmoid scores
+    see the shift and underflow for wide tokens: prefer softmax scores with this scorer.
+
+    Args:
+        temperature: tau > 0, fixed. (Learning it would undo a penalty on the prototypes' norm.)
+
+    >>> scorer = PrototypeScorer(16, 4)
+    >>> x = torch.randn(5, 16)
+    >>> torch.allclose(scorer(x), -torch.cdist(x, scorer.prototypes) ** 2, atol=1e-4)
+    True
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, temperature: float = 1.0) -> None:
+        super().__init__(dim, num_experts)
+        if temperature <= 0:
+            raise UserError(f"PrototypeScorer: temperature must be positive, got {temperature}")
+        self.temperature = temperature
+        self.prototypes = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5)
+
+    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+        mu = self.prototypes.to(x.dtype)
+        tied = mu.square().sum(-1)
+        return (2 * (x @ mu.T) - tied - x.square().sum(-1, keepdim=True)) / self.temperature
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.prototypes
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        mu = full(self.prototypes)
+        return 2 * mu / self.temperature, -mu.square().sum(-1) / self.temperature
+
+    def lipschitz(self) -> float:
+        mu = full(self.prototypes)
+        return float(2 * sigma_max(mu - mu.mean(0)) / self.temperature)

@@ -1,0 +1,66 @@
+"""Top-k balanced without a loss: a bias for each expert, used for the choice only.
+
+Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralmoe.errors import UserError
+from spectralmoe.linalg import assign_
+from spectralmoe.selectors.base import Score, Selector, check_fits, check_k, largest
+
+__all__ = ["Balanced"]
+
+
+class Balanced(Selector):
+    r"""Top-k of ``scores + bias``; the combine weights never see the bias.
+
+    After each optimizer step :math:`b_i \leftarrow b_i + u\,\mathrm{sign}(\bar c - c_i)` from the int64 counts c of
+    the step (all micro-batches and ranks): ``after_step`` or ``attach`` does it.
+
+    Args:
+        k: experts a token. None (soft) is refused: there is no choice to balance.
+        score: "sigmoid" or "softmax". Logits that are squared distances underflow under sigmoid: use softmax.
+        normalize: weights of a token sum to 1.
+        rate: u.
+
+    Raises:
+        UserError: k None, k < 1, k > E, rate < 0, or k = 1 with ``normalize``.
+
+    >>> selector = Balanced(2)
+    >>> selector.bind(3)
+    >>> selector.update(torch.tensor([4, 1, 1]))
+    >>> [round(b, 4) for b in selector.bias.tolist()]
+    [-0.001, 0.001, 0.001]
+    """
+
+    bias: Tensor
+
+    def __init__(self, k: int, *, score: Score = "sigmoid", normalize: bool = True, rate: float = 1e-3) -> None:
+        super().__init__()
+        if k is None:
+            raise UserError("Balanced: k=None (soft routing) has no choice to balance; give a k below E")
+        check_k("Balanced", k, normalize, score)
+        if rate < 0:
+            raise UserError(f"Balanced: rate must not be negative, got {rate}")
+        self.k, self.score, self.normalize, self.rate = k, score, normalize, rate
+
+    def bind(self, num_experts: int) -> None:
+        check_fits("Balanced", self.k, num_experts)
+        if self.k == num_experts:
+            raise UserError(f"Balanced: k={self.k} of E={num_experts} experts is soft routing; give a k below E")
+        if "bias" in self._buffers:
+            raise UserError("Balanced: this selector belongs to another router already; give each router its own")
+        self.register_buffer("bias", torch.zeros(num_experts))
+
+    def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
+        return largest(self.scores(logits) + self.bias, self.k, mask)
+
+    def update(self, counts: Tensor) -> None:
+        behind = counts.sum() - counts * counts.numel()
+        assign_(self.bias, self.bias + self.rate * behind.sign())

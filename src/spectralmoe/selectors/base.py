@@ -1,0 +1,97 @@
+"""Selector: logits -> which experts, with which weights."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.routing import EMPTY
+
+__all__ = ["Score", "Selector", "check_fits", "check_k", "largest", "log_scores", "share_of", "take"]
+
+Score = Literal["softmax", "sigmoid"]
+
+
+class Selector(nn.Module):
+    """Base of all selectors. ``choose`` decides without gradient, ``weigh`` is the only differentiable path.
+
+    A subclass implements ``choose`` and, where they differ from a plain gather of the scores, ``scores`` and
+    ``weigh``; it keeps every constructor argument as an attribute of the same name.
+    """
+
+    score: Score = "softmax"
+    normalize: bool = False
+
+    def bind(self, num_experts: int) -> None:
+        """Called once by the router with E: check the arguments against it, allocate state."""
+
+    def is_soft(self, num_experts: int) -> bool:
+        """Whether every token uses every expert."""
+        return False
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """What the choice is made from (N, E): softmax or sigmoid of the logits."""
+        return logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
+
+    def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
+        """Indices (N, K) int64 from detached logits (N, E); -1 in an empty slot and in every slot of a masked row."""
+        raise NotImplementedError
+
+    def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """Combine weights (N, K) of the chosen experts, with gradient; 0 in an empty slot."""
+        if not self.normalize:
+            return take(self.scores(logits), indices)
+        chosen = take(log_scores(logits, self.score), indices).masked_fill(indices < 0, -torch.inf)
+        empty = (indices < 0).all(-1, keepdim=True)
+        return chosen.masked_fill(empty, 0).softmax(-1).masked_fill(indices < 0, 0)
+
+    def update(self, counts: Tensor) -> None:
+        """Called once after each optimizer step with the slots counted for each expert: (E,) int64."""
+
+    def dropped(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Share of the slots asked for that a capacity emptied: a scalar; 0 where nothing is ever dropped."""
+        return logits.new_zeros(())
+
+
+def take(values: Tensor, indices: Tensor) -> Tensor:
+    """``values`` (N, E) at ``indices`` (N, K); 0 in an empty slot."""
+    return values.gather(1, indices.clamp_min(0)).masked_fill(indices < 0, 0)
+
+
+def log_scores(logits: Tensor, score: Score) -> Tensor:
+    """Logarithm of the scores: renormalising there cannot underflow."""
+    return logits.log_softmax(-1) if score == "softmax" else F.logsigmoid(logits)
+
+
+def largest(values: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    """Indices (N, k) of the k largest values a row, largest first; -1 in masked rows."""
+    indices = values.topk(k, dim=-1).indices
+    return indices if mask is None else indices.masked_fill(~mask[:, None], EMPTY)
+
+
+def check_k(owner: str, k: int, normalize: bool, score: str) -> None:
+    """Refuse a k below 1, an unknown score, and k = 1 with weights that are renormalised over one slot."""
+    if score not in ("softmax", "sigmoid"):
+        raise one_of("score", score, ["sigmoid", "softmax"])
+    if k < 1:
+        raise UserError(f"{owner}: k must be at least 1, got {k}")
+    if k == 1 and normalize:
+        raise UserError(
+            f"{owner}: k=1 with normalize=True makes every weight the constant 1, so the router gets no gradient; "
+            "use normalize=False or k >= 2"
+        )
+
+
+def check_fits(owner: str, k: int, num_experts: int) -> None:
+    """Refuse a k larger than the number of experts."""
+    if k > num_experts:
+        raise UserError(f"{owner}: k={k} experts a token were asked for, but the router has E={num_experts}")
+
+
+def share_of(total: Tensor, factor: float, num_experts: int) -> Tensor:
+    """ceil(total * factor / E) as int64, safe from rounding up an exact quotient."""
+    return torch.ceil(total.double() * factor / num_experts - 1e-9).long()

@@ -1,0 +1,59 @@
+"""Top-p: as many experts as it takes to gather a probability of p.
+
+Huang et al., "Harder Tasks Need More Experts: Dynamic Routing in MoE Models", arXiv 2403.07652, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from spectralmoe.errors import UserError
+from spectralmoe.routing import EMPTY
+from spectralmoe.selectors.base import Score, Selector, check_fits, check_k
+
+__all__ = ["TopP"]
+
+
+class TopP(Selector):
+    r"""The smallest set of experts, best first, whose normalised scores sum to at least p.
+
+    K = ``max_k`` slots (E by default), -1 behind the last one used.
+
+    Args:
+        p: 0 < p <= 1.
+        max_k: at most this many experts a token; None: E.
+        normalize, score: as in ``TopK``. With ``normalize`` a token that uses one expert alone gives the router no
+            gradient.
+
+    Raises:
+        UserError: p outside (0, 1], or ``max_k`` as k in ``TopK``.
+
+    >>> import torch
+    >>> TopP(0.7).choose(torch.tensor([[0.6, 0.3, 0.1]]).log())
+    tensor([[ 0,  1, -1]])
+    """
+
+    def __init__(
+        self, p: float, *, max_k: int | None = None, normalize: bool = False, score: Score = "softmax"
+    ) -> None:
+        super().__init__()
+        if not 0 < p <= 1:
+            raise UserError(f"TopP: p must lie in (0, 1], got {p}")
+        check_k("TopP", 2 if max_k is None else max_k, normalize, score)
+        self.p, self.max_k, self.normalize, self.score = p, max_k, normalize, score
+
+    def bind(self, num_experts: int) -> None:
+        if self.max_k is not None:
+            check_fits("TopP", self.max_k, num_experts)
+
+    def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
+        scores = self.scores(logits)
+        mass, indices = scores.topk(self.max_k or logits.shape[-1], dim=-1)
+        before = (mass.cumsum(-1) - mass) / scores.sum(-1, keepdim=True)
+        unused = before >= self.p
+        unused[:, 0] = False
+        if mask is not None:
+            unused = unused | ~mask[:, None]
+        return indices.masked_fill(unused, EMPTY)

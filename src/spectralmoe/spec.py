@@ -1,0 +1,122 @@
+"""Specs: a model's structure as plain JSON values, and back.
+
+A spec is ``{"type": table name or "pkg:Class", argument: value, ...}``. It is read from the constructor's signature:
+every argument is an attribute of the same name, or is given by the object's ``spec_arguments()``. Only names from the
+tables below are built; any other class must be allowed by the caller.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from spectralmoe.dispatch import DISPATCHES
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.experts import EXPERTS
+from spectralmoe.moe import MoE
+from spectralmoe.router import Router
+from spectralmoe.scorers import SCORERS
+from spectralmoe.selectors import SELECTORS
+
+__all__ = ["build", "describe", "find_class"]
+
+PARTS: dict[str, type] = {**SCORERS, **SELECTORS, **EXPERTS, **DISPATCHES, "router": Router, "moe": MoE}
+
+
+def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
+    """The spec of ``part``: a table entry, a user's class, or a plain value.
+
+    Raises:
+        UserError: an argument of its constructor is not kept.
+
+    >>> from spectralmoe import TopK
+    >>> describe(TopK(2))
+    {'type': 'topk', 'k': 2, 'normalize': False, 'score': 'softmax'}
+    """
+    if part is None or isinstance(part, bool | int | float | str):
+        return part
+    if isinstance(part, list | tuple | nn.ModuleList):
+        return [describe(item, tables=tables) for item in part]
+    if isinstance(part, dict):
+        return {str(name): describe(value, tables=tables) for name, value in part.items()}
+    names = {cls: name for name, cls in (tables or PARTS).items()}
+    kind = names.get(type(part), f"{type(part).__module__}:{type(part).__qualname__}")
+    own = part.spec_arguments() if hasattr(part, "spec_arguments") else {}
+    arguments = {}
+    for name in inspect.signature(type(part).__init__).parameters:
+        if name == "self":
+            continue
+        if name not in own and not hasattr(part, name):
+            raise UserError(f"{type(part).__name__} cannot be described: it does not keep its argument {name!r}")
+        arguments[name] = describe(own.get(name, getattr(part, name, None)), tables=tables)
+    return {"type": kind, **arguments}
+
+
+def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | None = None) -> Any:
+    """The object that ``spec`` describes.
+
+    Args:
+        allow: classes outside the tables that may be built, as "pkg:Class".
+        tables: name -> class; the parts of an MoE layer by default.
+
+    Raises:
+        UserError: a type that is neither in a table nor allowed; arguments that its constructor does not take.
+
+    >>> build({"type": "topk", "k": 2}).k
+    2
+    """
+    if isinstance(spec, list):
+        return [build(item, allow=allow, tables=tables) for item in spec]
+    if not isinstance(spec, Mapping):
+        return spec
+    if "type" not in spec:
+        return {name: build(value, allow=allow, tables=tables) for name, value in spec.items()}
+    kind = spec["type"]
+    cls: Any = (tables or PARTS).get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        if kind not in allow:
+            raise UserError(
+                f"type {kind!r} is not one of spectralmoe's own and was not allowed; "
+                f"if you trust it, pass allow=[{kind!r}]"
+            )
+        cls = find_class(kind)
+    arguments = {name: build(value, allow=allow, tables=tables) for name, value in spec.items() if name != "type"}
+    return call(cls, kind, arguments)
+
+
+def call(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:
+    """``cls(**arguments)`` with an error that names the unknown or missing argument."""
+    parameters = inspect.signature(cls).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [name for name in arguments if name not in parameters]
+    if unknown and not takes_any:
+        raise one_of(f"argument of {kind!r}", unknown[0], list(parameters))
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments and p.kind not in (2, 4)]
+    if missing:
+        raise UserError(f"{kind!r} needs the argument {missing[0]!r}")
+    return cls(**arguments)
+
+
+def find_class(path: str) -> Any:
+    """Import the class that "pkg.module:Class" names.
+
+    Raises:
+        UserError: not of that form, no such module, or no such class in it.
+    """
+    module_name, _, class_name = path.partition(":")
+    if not module_name or not class_name:
+        raise UserError(f"{path!r} is not of the form pkg.module:Class")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{path!r}: cannot import {module_name!r} ({error})") from error
+    found: Any = module
+    for part in class_name.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        raise UserError(f"{path!r}: module {module_name!r} has no {class_name!r}")
+    return found

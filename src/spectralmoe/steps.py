@@ -1,0 +1,133 @@
+"""The work around an optimizer step: retractions, streaming statistics, selection bias, parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spectralmoe.moe import Recordable
+from spectralmoe.router import Router
+from spectralmoe.tape import Record, Tape, moe_layers
+
+__all__ = ["Attachment", "after_step", "attach", "before_step", "param_groups"]
+
+
+def before_step(model: nn.Module, *tapes: Tape) -> None:
+    """Call after backward, before ``optimizer.step()``: lets scorers act on their gradients.
+
+    Args:
+        tapes: the tape of this step, or one for each micro-batch under gradient accumulation.
+    """
+    _before(moe_layers(model), [item for tape in tapes for item in tape.records])
+
+
+def after_step(model: nn.Module, *tapes: Tape, group: Any = None) -> None:
+    """Call after ``optimizer.step()``: retracts bases, refreshes statistics, moves selection biases.
+
+    Args:
+        tapes: the tape of this step, or one for each micro-batch under gradient accumulation.
+        group: process group over which the int64 counts are summed; None: the default group, where
+            ``torch.distributed`` is initialised. Every rank must call.
+    """
+    _after(moe_layers(model), [item for tape in tapes for item in tape.records], group)
+
+
+class Attachment:
+    """What ``attach`` returns; ``remove()`` undoes it."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, group: Any) -> None:
+        self._layers = moe_layers(model)
+        self._tape = Tape(model, training_only=True)
+        self._group = group
+        self._records: tuple[Record, ...] = ()
+        self._tape.open()
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def remove(self) -> None:
+        """Stop recording and take the hooks off the optimizer."""
+        self._tape.seal()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_step(self, *_: Any) -> None:
+        self._records = self._tape.drain()
+        _before(self._layers, self._records)
+
+    def _after_step(self, *_: Any) -> None:
+        _after(self._layers, self._records, self._group)
+        self._records = ()
+
+
+def attach(optimizer: Optimizer, model: nn.Module, *, group: Any = None) -> Attachment:
+    """Do ``before_step`` and ``after_step`` by the optimizer's own hooks, so that nobody forgets.
+
+    Every forward in training mode between two steps counts, so gradient accumulation works by itself.
+
+    >>> from spectralmoe import Balanced, FeedForward, LinearScorer, MoE
+    >>> layer = MoE(Router(LinearScorer(8, 4), Balanced(2)), FeedForward(4, 8, 16))
+    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> attachment = attach(optimizer, layer)
+    >>> layer(torch.randn(10, 8)).square().mean().backward()
+    >>> optimizer.step()
+    >>> bool(layer.router.selector.bias.any())
+    True
+    """
+    return Attachment(optimizer, model, group)
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two optimizer groups: decayed, and not decayed (bases on a manifold; vectors and scalars).
+
+    Decay would shrink a basis that the retraction restores each step, which changes nothing but the momentum.
+    """
+    bases = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Router)
+        for name, parameter in module.scorer.named_parameters()
+        if name in module.scorer.manifold
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = [p for p in trained if id(p) not in bases and p.dim() > 1]
+    exempt = [p for p in trained if id(p) in bases or p.dim() <= 1]
+    return [{"params": kept, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+
+def _before(layers: dict[str, Recordable], records: Sequence[Record]) -> None:
+    for layer in layers.values():
+        if layer.router is not None:
+            layer.router.scorer.before_step([item for item in records if item.layer is layer])
+
+
+@torch.no_grad()
+def _after(layers: dict[str, Recordable], records: Sequence[Record], group: Any) -> None:
+    routed = [(layer, layer.router) for layer in layers.values() if layer.router is not None]
+    totals = []
+    for layer, router in routed:
+        own = [item for item in records if item.layer is layer]
+        router.scorer.after_step(own)
+        counts = torch.zeros(router.num_experts, dtype=torch.int64, device=_device(router))
+        totals.append(counts + sum((item.routing.counts() for item in own), start=counts))
+    for (_, router), counts in zip(routed, _summed(totals, group), strict=True):
+        router.selector.update(counts)
+
+
+def _summed(totals: list[Tensor], group: Any) -> list[Tensor]:
+    """The counts of all layers, summed over the ranks in one call."""
+    if not totals or not (dist.is_available() and dist.is_initialized()):
+        return totals
+    flat = torch.cat(totals)
+    dist.all_reduce(flat, group=group)
+    return list(flat.split([total.numel() for total in totals]))
+
+
+def _device(router: Router) -> torch.device:
+    return next(router.parameters()).device

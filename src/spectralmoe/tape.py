@@ -1,0 +1,285 @@
+"""Tapes: what the MoE layers of a model did, for losses, diagnostics and the work around an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from spectralmoe.errors import UserError
+from spectralmoe.moe import Feed, Kept, Recordable, Sink
+from spectralmoe.router import Router
+from spectralmoe.routing import Routing
+from spectralmoe.scorers import Scorer
+
+__all__ = ["Record", "Tape", "Term", "feed", "moe_layers", "penalty", "record"]
+
+KEEPABLE = ("input", "hidden", "output")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One forward of one layer.
+
+    Attributes:
+        name: the layer's name in the model, free of wrapper prefixes (DDP, torch.compile, checkpointing).
+        layer: the module.
+        routing: what its router decided.
+        kept: tensors asked for with ``record(keep=...)``.
+    """
+
+    name: str
+    layer: Recordable
+    routing: Routing
+    kept: Kept | None = None
+
+    @property
+    def router(self) -> Router | None:
+        """The layer's router."""
+        return self.layer.router
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """The routing matrix, as the scorer has it now; None where there is none."""
+        return None if self.router is None else self.router.scorer.matrix
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """The layer's scorer."""
+        return None if self.router is None else self.router.scorer
+
+    def tensor(self, name: Literal["input", "hidden", "output"]) -> Tensor:
+        """A kept tensor (M, ...), rows sorted by expert; ``order`` says which slot each row is.
+
+        Raises:
+            UserError: it was not kept.
+        """
+        if self.kept is None or name not in self.kept.tensors:
+            raise UserError(
+                f"layer {self.name!r} did not keep {name!r}; open the tape with record(model, keep=({name!r},))"
+            )
+        return self.kept.tensors[name]
+
+    @property
+    def order(self) -> Tensor:
+        """The flat slot (token * K + slot) of each kept row: (M,) int64."""
+        if self.kept is None:
+            raise UserError(f"layer {self.name!r} kept no tensors; open the tape with record(model, keep=...)")
+        return self.kept.slots.order
+
+
+class Tape:
+    """The records of the forwards that ran inside ``record``, ordered by layer, then by call.
+
+    A tape is sealed when it is first read and when its block ends; what runs later is not recorded, nor is a
+    recomputation during backward.
+
+    Raises:
+        UserError: on reading, when no forward was recorded.
+    """
+
+    def __init__(self, model: nn.Module, keep: Sequence[str] = (), *, training_only: bool = False) -> None:
+        unknown = [name for name in keep if name not in KEEPABLE]
+        if unknown:
+            raise UserError(f"record(keep=...): unknown tensor {unknown[0]!r}; known: {', '.join(KEEPABLE)}")
+        self._layers = moe_layers(model)
+        self._sinks = {name: Sink(tuple(keep), training_only) for name in self._layers}
+        self._records: tuple[Record, ...] | None = None
+
+    def open(self) -> None:
+        """Start recording."""
+        for name, layer in self._layers.items():
+            layer.sinks = (*layer.sinks, self._sinks[name])
+
+    def seal(self) -> None:
+        """Stop recording."""
+        for name, layer in self._layers.items():
+            layer.sinks = tuple(sink for sink in layer.sinks if sink is not self._sinks[name])
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """All records. Seals the tape."""
+        if self._records is None:
+            self.seal()
+            self._records = tuple(
+                Record(name, self._layers[name], routing, kept)
+                for name, sink in self._sinks.items()
+                for routing, kept in sink.entries
+            )
+        if not self._records:
+            raise UserError("the tape is empty: run the model's forward inside the 'with record(model)' block")
+        return self._records
+
+    def drain(self) -> tuple[Record, ...]:
+        """What was recorded since the last drain, possibly nothing; the tape goes on recording."""
+        found = []
+        for name, sink in self._sinks.items():
+            found += [Record(name, self._layers[name], routing, kept) for routing, kept in sink.entries]
+            sink.entries = []
+        return tuple(found)
+
+    def layer(self, name: str) -> list[Record]:
+        """The records of one layer, one a call."""
+        found = [item for item in self.records if item.name == name]
+        if not found:
+            names = ", ".join(dict.fromkeys(item.name for item in self.records))
+            raise UserError(f"the tape holds no layer {name!r}; it holds: {names}")
+        return found
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[index]
+
+
+@contextmanager
+def record(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[Tape]:
+    """Record what the MoE layers of ``model`` do inside the block.
+
+    Args:
+        model: any module that holds MoE layers; wrapped, compiled or sharded as you like.
+        keep: also keep "input" (M, D), "hidden" (M, H), "output" (M, D) of the experts, sorted by expert. Such a
+            forward uses the grouped dispatch.
+
+    Raises:
+        UserError: the model holds no MoE layer; an unknown name in ``keep``.
+
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, TopK
+    >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
+    >>> with record(layer) as tape:
+    ...     y = layer(torch.randn(10, 8))
+    >>> int(tape[0].routing.counts().sum())
+    20
+    """
+    tape = Tape(model, keep)
+    tape.open()
+    try:
+        yield tape
+    finally:
+        tape.seal()
+
+
+@contextmanager
+def feed(
+    model: nn.Module,
+    *,
+    mask: Tensor | None = None,
+    context: dict[str, Any] | None = None,
+    replay: Tape | None = None,
+) -> Iterator[None]:
+    """Hand side information to the MoE layers inside a model whose forward does not pass it on.
+
+    Args:
+        mask: (...) bool, True for a real token, for every layer.
+        context: side information for scorers and selectors.
+        replay: reuse the choices of this tape, call by call; weights are recomputed from live logits.
+
+    Call backward inside the block if the model uses activation checkpointing.
+
+    Raises:
+        UserError: no MoE layer; a layer that the replayed tape does not hold, or that is called more often.
+    """
+    layers = moe_layers(model)
+    feeds = {}
+    for name in layers:
+        routings = None if replay is None else [item.routing for item in replay.layer(name)]
+        feeds[name] = Feed(mask, context, routings)
+    before = {name: layer.fed for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.fed = feeds[name]
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            feeds[name].closed = True
+            layer.fed = feeds[name] if before[name] is None else before[name]
+
+
+def moe_layers(model: nn.Module) -> dict[str, Recordable]:
+    """The MoE layers of ``model`` by name, free of wrapper prefixes.
+
+    Raises:
+        UserError: there is none.
+    """
+    inside = model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
+    layers = {}
+    for path, module in inside.named_modules():
+        if isinstance(module, Recordable):
+            layers[".".join(part for part in path.split(".") if part not in _WRAPPERS)] = module
+    if not layers:
+        raise UserError(f"{type(inside).__name__} holds no MoE layer; put one in, or pass the model that holds it")
+    return layers
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One regularizer of a training loss.
+
+    Attributes:
+        fn: record -> scalar, unweighted; with ``scope="model"`` it gets the list of records.
+        weight: factor, or a function of the step.
+        layers: pattern on layer names (``*`` and ``?``).
+        reduce: "mean" or "sum" over the records.
+        scope: "layer" or "model".
+    """
+
+    fn: Callable[[Any], Tensor]
+    weight: float | Callable[[int], float]
+    layers: str = "*"
+    reduce: Literal["mean", "sum"] = "mean"
+    scope: Literal["layer", "model"] = "layer"
+
+    def value(self, records: Sequence[Record]) -> Tensor:
+        """The unweighted value over the records that ``layers`` names."""
+        chosen = [item for item in records if fnmatch(item.name, self.layers)]
+        if not chosen:
+            names = ", ".join(dict.fromkeys(item.name for item in records))
+            raise UserError(f"Term(layers={self.layers!r}) matches no MoE layer; the tape holds: {names}")
+        if self.scope == "model":
+            return self.fn(chosen)
+        values = [self.fn(item) for item in chosen]
+        stacked = torch.stack([value.to(values[0].device) for value in values])
+        return stacked.sum() if self.reduce == "sum" else stacked.mean()
+
+
+def penalty(tape: Tape, terms: Mapping[str, Term], *, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of all terms (a scalar), and each term's unweighted, detached value by name.
+
+    Args:
+        step: handed to weights that are functions of the step.
+
+    Raises:
+        UserError: an empty tape; a pattern without a match; a term that can have no gradient although a router is
+            being trained.
+    """
+    records = tape.records
+    total = records[0].routing.logits.new_zeros(())
+    parts = {}
+    for name, term in terms.items():
+        value = term.value(records)
+        weight = term.weight(step) if callable(term.weight) else term.weight
+        if weight and not value.requires_grad and _expects_gradient(records):
+            raise UserError(
+                f"term {name!r} has no gradient: the forward was recorded without one (torch.no_grad, or re-entrant "
+                "activation checkpointing: use use_reentrant=False)"
+            )
+        total = total + weight * value.to(total)
+        parts[name] = value.detach()
+    return total, parts
+
+
+def _expects_gradient(records: Sequence[Record]) -> bool:
+    return torch.is_grad_enabled() and any(
+        item.layer.training and any(p.requires_grad for p in item.layer.parameters()) for item in records
+    )

