@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +26,28 @@ class Kept:
     tensors: dict[str, Tensor]
 
 
+Entry = tuple[Routing, Kept | None]
+
+
 @dataclass(slots=True)
 class Sink:
-    """Where a layer leaves its routings for one tape. Plain lists, so that ``torch.compile`` traces the append."""
+    """Where a layer leaves its routings for one tape.
+
+    A chain of pairs (entry, earlier entries): ``torch.compile`` traces the assignment without a look at what is there
+    already (a list would give a new graph for each length; so would the earlier entries in front).
+    """
 
     keep: tuple[str, ...] = ()
     training_only: bool = False
-    entries: list[tuple[Routing, Kept | None]] = field(default_factory=list)
+    chain: tuple[Entry, Any] | None = None
+
+    def entries(self) -> list[Entry]:
+        """What was left here, in the order of the calls."""
+        found, rest = [], self.chain
+        while rest is not None:
+            entry, rest = rest
+            found.append(entry)
+        return found[::-1]
 
 
 @dataclass(slots=True)
@@ -78,7 +93,7 @@ class Recordable(nn.Module):
             return
         for sink in self.sinks:
             if self.training or not sink.training_only:
-                sink.entries.append((routing, kept if sink.keep else None))
+                sink.chain = ((routing, kept if sink.keep else None), sink.chain)
 
     def take_feed(self) -> Feed | None:
         """What ``feed`` left here, if its block is still open."""

@@ -88,8 +88,12 @@ class Routing:
         The share of filled slots; for soft routing, where every expert fills a slot of every token, the share of
         tokens whose largest weight is this expert.
         """
-        counts = count_slots(self.top_expert(), self.num_experts) if self.soft else self.counts()
+        counts = self.load_counts()
         return counts.float() / counts.sum().clamp_min(1)
+
+    def load_counts(self) -> Tensor:
+        """The int64 counts (E,) behind ``load``; those of several batches may be added up."""
+        return count_slots(self.top_expert(), self.num_experts) if self.soft else self.counts()
 
     def top_expert(self) -> Tensor:
         """The expert with the largest weight of each token: (N,) int64, -1 for a token without experts."""

@@ -111,7 +111,7 @@ class Tape:
             self._records = tuple(
                 Record(name, self._layers[name], routing, kept)
                 for name, sink in self._sinks.items()
-                for routing, kept in sink.entries
+                for routing, kept in sink.entries()
             )
         if not self._records:
             raise UserError("the tape is empty: run the model's forward inside the 'with record(model)' block")
@@ -121,8 +121,8 @@ class Tape:
         """What was recorded since the last drain, possibly nothing; the tape goes on recording."""
         found = []
         for name, sink in self._sinks.items():
-            found += [Record(name, self._layers[name], routing, kept) for routing, kept in sink.entries]
-            sink.entries = []
+            found += [Record(name, self._layers[name], routing, kept) for routing, kept in sink.entries()]
+            sink.chain = None
         return tuple(found)
 
     def layer(self, name: str) -> list[Record]:

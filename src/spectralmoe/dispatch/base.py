@@ -11,7 +11,7 @@ from torch import Tensor
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing, count_slots
 
-__all__ = ["Dispatch", "SortedSlots", "combine", "expert_weights", "gather_tokens", "sort_slots"]
+__all__ = ["Dispatch", "SortedSlots", "combine", "expert_rows", "expert_weights", "gather_tokens", "sort_slots"]
 
 
 class Dispatch(Protocol):
@@ -68,6 +68,14 @@ def gather_tokens(x: Tensor, slots: SortedSlots) -> Tensor:
     """Rows (M, D) in expert order from tokens x (N, D); rows behind the last block are zero."""
     rows: Tensor = _Gather.apply(x, slots)
     return _blank_tail(rows, slots.counts)
+
+
+def expert_rows(result: Tensor | tuple[Tensor, Tensor], slots: SortedSlots) -> Tensor:
+    """Rows (M, D) of what a bank returned, its gain multiplied in; what undefined rows hold reaches no gradient."""
+    if not isinstance(result, tuple):
+        return result
+    rows, gain = result
+    return _blank_tail(rows, slots.counts) * gain[:, None].to(rows.dtype)
 
 
 def combine(rows: Tensor, weights: Tensor, slots: SortedSlots) -> Tensor:

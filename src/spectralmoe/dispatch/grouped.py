@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from spectralmoe.dispatch.base import combine, gather_tokens, sort_slots
+from spectralmoe.dispatch.base import combine, expert_rows, gather_tokens, sort_slots
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing
 
@@ -16,9 +16,5 @@ class Grouped:
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         slots = sort_slots(routing, experts.num_experts)
-        result = experts(gather_tokens(x, slots), slots.counts)
-        weights = routing.weights.to(x.dtype)
-        if isinstance(result, tuple):
-            rows, gain = result
-            return combine(rows * gain[:, None].to(rows.dtype), weights, slots)
-        return combine(result, weights, slots)
+        rows = expert_rows(experts(gather_tokens(x, slots), slots.counts), slots)
+        return combine(rows, routing.weights.to(x.dtype), slots)

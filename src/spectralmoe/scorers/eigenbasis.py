@@ -68,8 +68,9 @@ class EigenbasisScorer(Scorer):
         return energy / (energy.sum(-1, keepdim=True) + self.eps)
 
     def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
-        weights = self.matrix.to(x.dtype)
-        return torch.addmm(self.bias.to(x.dtype), self.energies(x), weights.T) / self.temperature
+        masks = self.mask_logits.to(x.dtype).softmax(-1)
+        energies = self.energies(x) * self.gain.to(x.dtype)
+        return torch.addmm(self.bias.to(x.dtype), energies, masks) / self.temperature
 
     @property
     def matrix(self) -> Tensor:

@@ -1,0 +1,85 @@
+"""``spectralmoe compare``: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from spectralmoe.cli.console import print_json, print_table, watching
+from spectralmoe.cli.options import Data, DataDir, DeviceName, Download, Json, Out, see_own_modules, split_names
+from spectralmoe.compare import CompareSettings, run
+from spectralmoe.compare.columns import COLUMNS, show, summarise, summary_json
+from spectralmoe.errors import UserError
+from spectralmoe.training.data import load_data
+from spectralmoe.training.routers import DEFAULT_ROUTERS
+from spectralmoe.training.settings import Device, parse, pick_device
+
+__all__ = ["compare"]
+
+
+def compare(
+    out: Out,
+    data: Data = "mnist5k",
+    routers: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Presets (see 'spectralmoe list') or PKG:CLASS of your own.")
+    ] = ",".join(DEFAULT_ROUTERS),
+    depths: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of MoE stages.")] = "2,4",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the interval is over them.")] = 5,
+    k: Annotated[str, typer.Option(metavar="K|soft", help="Experts a token, or soft mixing of all.")] = "2",
+    experts: Annotated[int, typer.Option(min=1, help="Experts a layer.")] = 8,
+    train_size: Annotated[int | None, typer.Option(min=1, help="Training images; all by default.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training for each network.")] = 8,
+    trials: Annotated[int, typer.Option(min=1, help="One-shot corrections for each network.")] = 50,
+    tune: Annotated[int, typer.Option(min=0, help="Settings tried for each row on validation data; 0: none.")] = 0,
+    data_dir: DataDir = None,
+    download: Download = False,
+    device: DeviceName = "auto",
+    json: Json = False,
+) -> None:
+    """Train several routers under one budget, adapt each to single samples, show side by side what happened.
+
+    Example: spectralmoe compare --data mnist5k --routers linear,sr-moe --depths 2 --seeds 3 --out runs/first
+
+    A run that was stopped goes on when it is started again with the same settings and --out.
+    """
+    names = split_names(routers)
+    see_own_modules(names)
+    values: dict[str, Any] = {
+        "data": data,
+        "routers": names,
+        "depths": _numbers(depths),
+        "seeds": seeds,
+        "trials": trials,
+    }
+    values |= {"train_size": train_size, "tune": tune, "optimization": {"epochs": epochs}}
+    values["network"] = {"k": int(k) if k.isdecimal() else k, "num_experts": experts}
+    settings = parse(CompareSettings, values, "compare")
+    settings.check()
+    where = pick_device(cast(Device, device))
+    images = load_data(data, data_dir=data_dir, download=download)
+    with watching(quiet=json) as watch:
+        rows = summarise(run(settings, images, out, where, watch))
+    if json:
+        print_json(summary_json(rows))
+        return
+    title = f"{data}, {settings.seeds} seeds, k = {k}: mean ± 95% interval"
+    headings = ["router", "depth", *(column.title for column in COLUMNS)]
+    print_table(
+        title, headings, [[row.router, str(row.depth), *(show(c, row.values[c.key]) for c in COLUMNS)] for row in rows]
+    )
+    _tell_files(out)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in split_names(text))
+    except ValueError as error:
+        raise UserError(f"--depths {text!r} is not a list of numbers such as 2,4") from error
+
+
+def _tell_files(out: Path) -> None:
+    typer.echo(f"table: {out / 'results.json'}, {out / 'results.csv'}")
+    typer.echo(f"picture: {out / 'comparison.svg'}")
+    typer.echo(f"models: {out / 'models'}")

@@ -1,0 +1,87 @@
+"""What a person sees: progress with time left, tables; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from spectralmoe.compare.run import Watcher
+
+__all__ = ["print_json", "print_table", "watching"]
+
+_PLAIN_SECONDS = 10.0
+
+
+class _Clock:
+    """Time left, from the share of work done since this process started."""
+
+    def __init__(self) -> None:
+        self.started, self.first = time.monotonic(), 0.0
+        self.seen = False
+
+    def left(self, done: float) -> str:
+        if not self.seen:
+            self.first, self.seen = done, True
+        elapsed, share = time.monotonic() - self.started, done - self.first
+        if share <= 0 or elapsed < 1:
+            return ""
+        seconds = round(elapsed / share * (1 - done))
+        return f"{seconds // 60}:{seconds % 60:02d} left"
+
+
+@contextmanager
+def watching(quiet: bool = False) -> Iterator[Watcher]:
+    """A watcher for a long run: a progress bar on a terminal, else a line now and then; both on stderr."""
+    console, clock = Console(stderr=True), _Clock()
+    if quiet:
+        yield lambda text, done: None
+    elif console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("starting", total=1.0, left="")
+            yield lambda text, done: bar.update(task, description=text, completed=done, left=clock.left(done))
+    else:
+        yield _plain(console, clock)
+
+
+def _plain(console: Console, clock: _Clock) -> Watcher:
+    last: dict[str, Any] = {"text": None, "at": 0.0}
+
+    def watch(text: str, done: float) -> None:
+        left, now = clock.left(done), time.monotonic()
+        if text != last["text"] or now - last["at"] > _PLAIN_SECONDS:
+            last.update(text=text, at=now)
+            console.print(f"{done:4.0%}  {text}  {left}".rstrip(), highlight=False, soft_wrap=True)
+
+    return watch
+
+
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; wide ones are not cut where there is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(200, console.width))
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout."""
+    print(json.dumps(value, indent=1))

@@ -1,0 +1,86 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from spectralmoe.errors import UserError
+from spectralmoe.models import SRMoE
+from spectralmoe.saving import load, read_config
+from spectralmoe.training.data import ImageData, load_data
+
+__all__ = [
+    "Allow",
+    "Data",
+    "DataDir",
+    "DeviceName",
+    "Download",
+    "Json",
+    "Model",
+    "Out",
+    "Seed",
+    "load_network",
+    "open_data",
+    "see_own_modules",
+    "split_names",
+]
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that holds a saved model.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for everything that is written.")]
+Data = Annotated[
+    str, typer.Option("--data", metavar="NAME|folder:PATH", help="Data set (see 'spectralmoe list') or image folder.")
+]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Where to look for data sets first.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch a missing data set.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed.")]
+DeviceName = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+Allow = Annotated[
+    list[str] | None, typer.Option("--allow", metavar="PKG:CLASS", help="A class of your own that the model may use.")
+]
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """``"a, b"`` -> ``("a", "b")``."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def see_own_modules(names: Sequence[str]) -> None:
+    """Let ``pkg:Class`` find modules in the current folder, as ``python -m`` does."""
+    if any(":" in name for name in names) and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def load_network(folder: Path, device: torch.device, allow: Sequence[str] | None) -> tuple[SRMoE, dict[str, Any]]:
+    """An image network and its meta values.
+
+    Raises:
+        UserError: not a model folder; a model that is not an image network of spectralmoe's.
+    """
+    see_own_modules(allow or ())
+    model, meta = load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
+    if not isinstance(model, SRMoE) or not {"classes", "channels", "image_size", "data"} <= meta.keys():
+        raise UserError(f"{folder} holds a {type(model).__name__} that does not say how to read images")
+    return model.to(device), meta
+
+
+def open_data(name: str | None, meta: dict[str, Any], data_dir: Path | None, download: bool) -> ImageData:
+    """The data set called ``name``, or the one that the model was trained on.
+
+    Raises:
+        UserError: it cannot be had, or does not fit the model.
+    """
+    data = load_data(name or meta["data"], data_dir=data_dir, download=download)
+    if data.channels != meta["channels"] or data.num_classes != len(meta["classes"]):
+        raise UserError(
+            f"{data.name!r} has {data.channels} channels and {data.num_classes} classes, "
+            f"but the model was made for {meta['channels']} and {len(meta['classes'])}"
+        )
+    return data

@@ -1,0 +1,76 @@
+"""``spectralmoe train``: one network from a TOML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from spectralmoe.cli.console import print_json, watching
+from spectralmoe.cli.options import DataDir, DeviceName, Download, Json, Out, see_own_modules
+from spectralmoe.errors import UserError
+from spectralmoe.files import make_folder, read_json, write_json
+from spectralmoe.saving import save
+from spectralmoe.training.data import load_data
+from spectralmoe.training.evaluation import evaluate
+from spectralmoe.training.loop import train as run_training
+from spectralmoe.training.network import CHECKPOINT, build_network, model_meta
+from spectralmoe.training.routers import find_preset
+from spectralmoe.training.settings import Device, TrainSettings, parse, pick_device, read_toml
+
+__all__ = ["train"]
+
+
+def train(
+    config: Annotated[Path, typer.Option(metavar="F.toml", help="Settings of the run.")],
+    out: Out,
+    seed: Annotated[int | None, typer.Option(min=0, help="Random seed; the file's by default.")] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    device: DeviceName = "auto",
+    json: Json = False,
+) -> None:
+    """Train one network and save it to --out.
+
+    Example: spectralmoe train --config examples/train.toml --out runs/sr-moe
+
+    A run that was stopped goes on when it is started again with the same file and --out.
+    """
+    values: dict[str, Any] = read_toml(config)
+    if seed is not None:
+        values["optimization"] = {**values.get("optimization", {}), "seed": seed}
+    settings = parse(TrainSettings, values, str(config))
+    see_own_modules([settings.router])
+    preset, where = find_preset(settings.router), pick_device(cast(Device, device))
+    data = load_data(settings.data, data_dir=data_dir, download=download)
+    if settings.train_size is not None:
+        data = data.subset(settings.train_size)
+    make_folder(out)
+    _claim(settings, out)
+    network = build_network(data, settings.network, settings.router, settings.depth, settings.optimization.seed)
+    network.to(where)
+    with watching(quiet=json) as watch:
+        history = run_training(
+            network,
+            data,
+            settings.optimization,
+            terms=preset.terms,
+            checkpoint=out / CHECKPOINT,
+            progress=lambda share: watch(f"training {settings.router}", share),
+        )
+    save(network, out, meta=model_meta(data, settings.router))
+    accuracy = evaluate(network, data.test).accuracy
+    write_json(out / "history.json", {"epochs": history.epochs, "test_accuracy": accuracy})
+    if json:
+        print_json({"model": str(out), "validation_accuracy": history.validation_accuracy, "test_accuracy": accuracy})
+    else:
+        typer.echo(f"validation {history.validation_accuracy:.2f}%, test {accuracy:.2f}%; model saved to {out}")
+
+
+def _claim(settings: TrainSettings, out: Path) -> None:
+    """Write the settings of a new folder; refuse one that was made with others."""
+    path, wanted = out / "settings.json", settings.model_dump(mode="json")
+    if path.exists() and read_json(path) != wanted:
+        raise UserError(f"{out} holds a run with other settings; go on with the same file or choose another --out")
+    write_json(path, wanted)

@@ -1,0 +1,84 @@
+"""Settings of a comparison, and the grid of cells that they span."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+
+from spectralmoe.errors import UserError
+from spectralmoe.training.routers import DEFAULT_ROUTERS, find_preset
+from spectralmoe.training.settings import Network, Optimization, Positive, Settings
+
+__all__ = ["Cell", "CompareSettings"]
+
+
+class Cell(NamedTuple):
+    """One network of a comparison: trained once, measured, then adapted."""
+
+    router: str
+    depth: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """A folder name."""
+        return f"{re.sub(r'[^A-Za-z0-9+_.-]', '_', self.router)}-depth{self.depth}-seed{self.seed}"
+
+
+class CompareSettings(Settings):
+    """What is compared, on which data, under which budget. Every row gets the same.
+
+    Attributes:
+        data: name of a data set, or ``folder:PATH``.
+        routers: preset names, or ``pkg:Class`` of your own.
+        depths: numbers of MoE stages.
+        seeds: how many seeds, 0 to seeds - 1.
+        train_size: training images; None: all.
+        trials: one-shot adaptation trials a cell (all misclassified test samples where there are fewer).
+        tune: settings tried for each row and depth, on the validation part; 0: the presets as they are.
+    """
+
+    data: str = "mnist5k"
+    routers: tuple[str, ...] = DEFAULT_ROUTERS
+    depths: tuple[Positive, ...] = (2, 4)
+    seeds: Positive = 5
+    train_size: Positive | None = None
+    trials: Positive = 50
+    tune: Annotated[int, Field(ge=0)] = 0
+    network: Network = Network()
+    optimization: Optimization = Optimization()
+
+    def check(self) -> None:
+        """Refuse what would fail after hours, before anything runs.
+
+        Raises:
+            UserError: an unknown or repeated router; more experts a token than there are; soft routing with a
+                selection bias.
+        """
+        _no_repeats("--routers", self.routers)
+        _no_repeats("--depths", self.depths)
+        k, experts = self.network.top_k, self.network.num_experts
+        if k is not None and k > experts:
+            raise UserError(f"--k {k} experts a token were asked for, but there are only {experts}")
+        for name in self.routers:
+            if find_preset(name).balanced and (k is None or k == experts):
+                raise UserError(
+                    f"router {name!r} needs a choice to balance; give --k below {experts}, not {self.network.k}"
+                )
+
+    def cells(self) -> list[Cell]:
+        """All cells; the rows take turns, so that a stopped run holds every row alike."""
+        return [
+            Cell(router, depth, seed) for seed in range(self.seeds) for depth in self.depths for router in self.routers
+        ]
+
+
+def _no_repeats(option: str, values: Sequence[object]) -> None:
+    if not values:
+        raise UserError(f"{option} names nothing to compare")
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(f"{option} names {value} twice")

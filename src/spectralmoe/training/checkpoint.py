@@ -1,0 +1,70 @@
+"""Checkpoints of a running training: one file, whole or absent, from which the run goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spectralmoe.errors import UserError
+from spectralmoe.files import write_whole
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+_FORMAT = 1
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Write weights, buffers, optimizer state, random state and ``state`` (JSON values) to one file.
+
+    Raises:
+        UserError: the file cannot be written; an older one stays as it was.
+    """
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
+    tensors["random"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    metadata = {"state": json.dumps({"format": _FORMAT, **state})}
+    whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    write_whole(path, lambda temporary: save_file(whole, temporary, metadata))
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
+    """Put the run back to where ``path`` left it; returns its ``state``, or None when there is no such file.
+
+    Raises:
+        UserError: the file is not a checkpoint of this run.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            state: dict[str, Any] = json.loads(file.metadata()["state"])
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model.load_state_dict(_under("model.", tensors))
+        saved = optimizer.state_dict()
+        saved["state"] = {}
+        for name, value in _under("optimizer.", tensors).items():
+            index, key = name.split(".", 1)
+            saved["state"].setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict(saved)
+        torch.set_rng_state(tensors["random"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is not a checkpoint of this run ({str(error).splitlines()[0]}); remove it to start over"
+        ) from error
+    return state
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

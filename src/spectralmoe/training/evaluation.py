@@ -1,0 +1,59 @@
+"""Accuracy, predictions and expert load of a model on one part of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.tape import record
+from spectralmoe.training.data import Split
+
+__all__ = ["Evaluation", "evaluate", "evaluation_mode"]
+
+_BATCH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one pass over a split showed.
+
+    Attributes:
+        accuracy: percent.
+        predictions: (N,) int64, on the CPU.
+        loads: layer name -> share of the load of each expert (E,).
+    """
+
+    accuracy: float
+    predictions: Tensor
+    loads: dict[str, Tensor]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> Evaluation:
+    """Run ``model`` over ``split`` in evaluation mode; the model's mode is put back."""
+    device = next(model.parameters()).device
+    predictions, counts = [], dict[str, Tensor]()
+    with evaluation_mode(model):
+        for images in split.images.split(_BATCH):
+            with record(model) as tape:
+                predictions.append(model(images.to(device)).argmax(-1).cpu())
+            for item in tape:
+                counts[item.name] = counts.get(item.name, 0) + item.routing.load_counts().cpu()
+    found = torch.cat(predictions)
+    loads = {name: total / total.sum().clamp_min(1) for name, total in counts.items()}
+    return Evaluation(100 * float((found == split.labels).float().mean()), found, loads)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` inside the block, what it was after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,171 @@
+"""The training loop: AdamW, cosine schedule, penalty terms, checkpoints that go on to the same bits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectralmoe.errors import UserError
+from spectralmoe.steps import after_step, before_step, param_groups
+from spectralmoe.tape import Term, penalty, record
+from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
+from spectralmoe.training.data import ImageData, Split
+from spectralmoe.training.evaluation import evaluate
+from spectralmoe.training.settings import Optimization
+
+__all__ = ["Diverged", "History", "train"]
+
+_CHECKPOINT_SECONDS = 10.0
+
+
+class Diverged(UserError):
+    """The loss or a weight stopped being a finite number."""
+
+
+@dataclass(slots=True)
+class History:
+    """What training left behind.
+
+    Attributes:
+        epochs: one dict an epoch: loss, validation accuracy (percent), seconds.
+    """
+
+    epochs: list[dict[str, float]]
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Mean training seconds an epoch."""
+        return sum(epoch["seconds"] for epoch in self.epochs) / len(self.epochs)
+
+    @property
+    def validation_accuracy(self) -> float:
+        """Percent on the validation part after the last epoch."""
+        return self.epochs[-1]["validation_accuracy"]
+
+
+def train(
+    model: nn.Module,
+    data: ImageData,
+    settings: Optimization,
+    *,
+    terms: Mapping[str, Term] | None = None,
+    checkpoint: Path | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> History:
+    """Train ``model`` on the training part of ``data``; the test part is never touched.
+
+    The order of the images depends on the seed and the epoch alone, so a run that starts again from ``checkpoint``
+    ends with the same bits as one that was never stopped (on the same machine, on the CPU).
+
+    Args:
+        terms: penalty terms.
+        checkpoint: file to go on from and to write to, after each epoch and every few seconds.
+        progress: called with the share done, 0 to 1.
+
+    Raises:
+        Diverged: the loss is not finite; names the step. The last checkpoint holds finite weights.
+        UserError: the checkpoint is of another run, or cannot be written.
+    """
+    run = _Run(model, data, settings, dict(terms or {}), checkpoint)
+    while run.epoch < settings.epochs:
+        run.one_epoch(progress or (lambda share: None))
+    return History(run.epochs)
+
+
+class _Run:
+    """The state of one training run between two steps."""
+
+    def __init__(
+        self, model: nn.Module, data: ImageData, settings: Optimization, terms: dict[str, Term], checkpoint: Path | None
+    ) -> None:
+        self.model, self.data, self.settings, self.terms, self.checkpoint = model, data, settings, terms, checkpoint
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(param_groups(model, settings.weight_decay), lr=settings.lr)
+        self.batches = math.ceil(len(data.train) / settings.batch_size)
+        self.epoch, self.batch, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
+        self.epochs: list[dict[str, float]] = []
+        self.saved_at = time.monotonic()
+        state = load_checkpoint(checkpoint, model, self.optimizer) if checkpoint else None
+        if state is not None:
+            self.epoch, self.batch = state["epoch"], state["batch"]
+            self.loss_sum, self.seconds, self.epochs = state["loss_sum"], state["seconds"], state["epochs"]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.epoch * self.batches + self.batch
+
+    def one_epoch(self, progress: Callable[[float], None]) -> None:
+        order = _order(len(self.data.train), self.settings.seed, self.epoch)
+        self.model.train()
+        started = time.monotonic()
+        for chosen in order.split(self.settings.batch_size)[self.batch :]:
+            self.loss_sum += self.one_step(self.data.train, chosen)
+            self.batch += 1
+            progress(self.step / (self.batches * self.settings.epochs))
+            if time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS:
+                self.seconds += time.monotonic() - started
+                self.save()
+                started = time.monotonic()
+        self.seconds += time.monotonic() - started
+        accuracy = evaluate(self.model, self.data.validation).accuracy
+        self.epochs.append(
+            {"loss": self.loss_sum / self.batches, "validation_accuracy": accuracy, "seconds": self.seconds}
+        )
+        self.epoch, self.batch, self.loss_sum, self.seconds = self.epoch + 1, 0, 0.0, 0.0
+        self.save()
+
+    def one_step(self, split: Split, chosen: Tensor) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        images, labels = split.images[chosen].to(self.device), split.labels[chosen].to(self.device)
+        with record(self.model) as tape:
+            logits = self.model(images)
+        extra, _ = penalty(tape, self.terms, step=self.step)
+        loss = F.cross_entropy(logits.float(), labels) + extra
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            self.stop(f"the loss is {value}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        before_step(self.model, tape)
+        self.optimizer.step()
+        after_step(self.model, tape)
+        return value
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then half a cosine down to zero."""
+        total = self.batches * self.settings.epochs
+        warm = self.settings.warmup * total
+        if self.step < warm:
+            return self.settings.lr * (self.step + 1) / (warm + 1)
+        return self.settings.lr * 0.5 * (1 + math.cos(math.pi * (self.step - warm) / (total - warm)))
+
+    def save(self) -> None:
+        self.saved_at = time.monotonic()
+        if self.checkpoint is None:
+            return
+        broken = [name for name, value in self.model.state_dict().items() if not bool(torch.isfinite(value).all())]
+        if broken:
+            self.stop(f"{broken[0]} is not finite")
+        state: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "epochs": self.epochs}
+        state |= {"loss_sum": self.loss_sum, "seconds": self.seconds}
+        save_checkpoint(self.checkpoint, self.model, self.optimizer, state)
+
+    def stop(self, reason: str) -> None:
+        kept = ""
+        if self.checkpoint is not None and self.checkpoint.exists():
+            kept = f"; the last good checkpoint is kept in {self.checkpoint}"
+        raise Diverged(f"training diverged at step {self.step} (epoch {self.epoch + 1}): {reason}{kept}")
+
+
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))

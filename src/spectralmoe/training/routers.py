@@ -1,0 +1,98 @@
+"""Routers by preset name, from one table: a scorer, the terms trained with it, and how its load is balanced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.models.sr_moe import RouterFactory
+from spectralmoe.regularizers import load_balance, spectral_norm, stable_rank
+from spectralmoe.router import Router
+from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrototypeScorer, Scorer
+from spectralmoe.selectors import Balanced, Selector, TopK
+from spectralmoe.spec import find_class
+from spectralmoe.tape import Term
+
+__all__ = ["DEFAULT_ROUTERS", "ROUTERS", "Preset", "find_preset", "router_factory"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """One row of a comparison.
+
+    Attributes:
+        summary: one line for ``spectralmoe list``.
+        scorer: (D, E) -> scorer.
+        terms: regularizers by name, with their weights.
+        balanced: choose with the loss-free selection bias.
+    """
+
+    summary: str
+    scorer: Callable[[int, int], Scorer]
+    terms: Mapping[str, Term] = field(default_factory=dict)
+    balanced: bool = False
+
+
+def _prototypes(dim: int, num_experts: int) -> Scorer:
+    return PrototypeScorer(dim, num_experts, temperature=1.0)
+
+
+def _eigenbasis(dim: int, num_experts: int) -> Scorer:
+    return EigenbasisScorer(dim, num_experts, rank=min(dim, 4 * num_experts), temperature=0.1)
+
+
+_SPECTRAL = {
+    "spectral_norm": Term(spectral_norm, 0.1),
+    "stable_rank": Term(stable_rank, 0.1),
+}
+
+ROUTERS: dict[str, Preset] = {
+    "linear": Preset("dot-product gate", LinearScorer),
+    "linear+load_balance": Preset(
+        "dot-product gate with the Switch loss", LinearScorer, {"load_balance": Term(load_balance, 1e-2)}
+    ),
+    "linear+balanced": Preset("dot-product gate with the loss-free selection bias", LinearScorer, balanced=True),
+    "cosine": Preset("cosine gate", CosineScorer),
+    "prototype": Preset("distance to learned prototypes", _prototypes),
+    "sr-moe": Preset("prototypes with both spectral terms (SR-MoE)", _prototypes, _SPECTRAL),
+    "eigenbasis": Preset("energy shares in an orthonormal basis (EMoE)", _eigenbasis),
+}
+
+DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "eigenbasis")
+
+_BIAS_RATE = 1e-2
+
+
+def find_preset(name: str) -> Preset:
+    """The preset called ``name``, or one made of a user's scorer class, ``pkg:Class``.
+
+    Raises:
+        UserError: no such preset, class or module; the class is not a ``Scorer``.
+    """
+    if name in ROUTERS:
+        return ROUTERS[name]
+    if ":" not in name:
+        raise one_of("router", name, [*ROUTERS, "pkg:Class"])
+    cls = find_class(name)
+    if not (isinstance(cls, type) and issubclass(cls, Scorer)):
+        raise UserError(f"router {name!r} is not a subclass of spectralmoe.Scorer")
+    return Preset(f"a class of your own, {name}", cls)
+
+
+def router_factory(preset: Preset, k: int | None) -> RouterFactory:
+    """(D, E) -> router, with top-k of the softmax scores for every preset (k=None: soft).
+
+    Raises:
+        UserError: a loss-free balanced preset with soft routing.
+    """
+    if preset.balanced and k is None:
+        raise UserError("a '+balanced' router needs a choice to balance; give --k below the number of experts")
+
+    def make(dim: int, num_experts: int) -> Router:
+        selector: Selector = TopK(k)
+        if preset.balanced and k is not None:
+            selector = Balanced(k, score="softmax", normalize=False, rate=_BIAS_RATE)
+        return Router(preset.scorer(dim, num_experts), selector)
+
+    return make

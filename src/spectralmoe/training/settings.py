@@ -1,0 +1,107 @@
+"""Settings of a training run, as the command line and TOML files give them."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spectralmoe.errors import UserError, one_of
+
+__all__ = ["Network", "Optimization", "TrainSettings", "parse", "pick_device", "read_toml"]
+
+Positive = Annotated[int, Field(ge=1)]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Network(Settings):
+    """What all routers of a comparison share: sizes of stem, stages and experts, and experts a token."""
+
+    width: Positive = 64
+    num_experts: Positive = 8
+    hidden: Positive = 32
+    k: Positive | Literal["soft"] = 2
+
+    @property
+    def top_k(self) -> int | None:
+        """k for the selector: None is soft."""
+        return None if self.k == "soft" else self.k
+
+
+class Optimization(Settings):
+    """How a network is trained: AdamW with a cosine schedule after a linear warm-up."""
+
+    epochs: Positive = 8
+    batch_size: Positive = 128
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class TrainSettings(Settings):
+    """One training run, ``spectralmoe train --config F.toml``."""
+
+    data: str
+    router: str = "sr-moe"
+    depth: Positive = 2
+    train_size: Positive | None = None
+    network: Network = Network()
+    optimization: Optimization = Optimization()
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def parse(kind: type[S], values: dict[str, Any], source: str) -> S:
+    """``kind`` from plain values.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of range; one line that names it and ``source``.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if str(part) not in ("int", "literal['soft']"))
+        if first["type"] == "extra_forbidden":
+            *parents, key = where.split(".")
+            model: Any = kind
+            for parent in parents:
+                model = model.model_fields[parent].annotation
+            raise UserError(f"{source}: {one_of('key', key, list(model.model_fields))}") from error
+        raise UserError(f"{source}: {where}: {first['msg'].lower()}, got {first['input']!r}") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values in a TOML file.
+
+    Raises:
+        UserError: missing, unreadable, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not a readable TOML file ({error})") from error
+
+
+def pick_device(name: Device) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" stands for.
+
+    Raises:
+        UserError: "cuda" where there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' was asked for, but torch finds no CUDA device here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

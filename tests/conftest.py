@@ -1,0 +1,144 @@
+"""What the tests share: seeds, tolerances, small routers made from the tables, the check of a user's error."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from spectralmoe import Router, TopK, UserError
+from spectralmoe.scorers import SCORERS
+from spectralmoe.selectors import SELECTORS
+
+settings.register_profile("spectralmoe", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("spectralmoe")
+torch.set_num_threads(1)
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}
+"""The only tolerances, relative and absolute: of the arithmetic that produced a result."""
+
+# What a table entry needs besides the sizes (scorers) or at all (selectors). An entry that is not named needs nothing.
+SCORER_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "linear": {"bias": True},
+    "cosine": {"proj_dim": 5, "temperature": 0.3},
+    "eigenbasis": {"rank": 5, "temperature": 0.1},
+}
+SELECTOR_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "topk": lambda: {"k": 2},
+    "noisy_topk": lambda: {"k": 2},
+    "expert_choice": lambda: {"capacity": 2.0},
+    "top_p": lambda: {"p": 0.5},
+    "balanced": lambda: {"k": 2},
+    "capacity": lambda: {"selector": TopK(2), "factor": 1.0},
+    "soft": lambda: {"k": None},
+}
+SELECTOR_CASES = {**SELECTORS, "soft": TopK}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests that ask for ``scorer_name`` or ``selector_name`` over the tables ("soft" is TopK without k)."""
+    for name, table in (("scorer_name", SCORERS), ("selector_name", SELECTOR_CASES)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, list(table))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_scorer() -> Callable[..., Any]:
+    """``make_scorer(name, dim=12, num_experts=6)``: a small scorer from the table."""
+
+    def make(name: str, dim: int = 12, num_experts: int = 6) -> Any:
+        return SCORERS[name](dim, num_experts, **SCORER_ARGUMENTS.get(name, {}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_selector() -> Callable[..., Any]:
+    """``make_selector(name)``: a selector from the table."""
+
+    def make(name: str) -> Any:
+        return SELECTOR_CASES[name](**SELECTOR_ARGUMENTS.get(name, dict)())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_router(make_scorer: Any, make_selector: Any) -> Callable[..., Router]:
+    """``make_router(scorer_name, selector_name, dim=12, num_experts=6)``."""
+
+    def make(scorer_name: str, selector_name: str, dim: int = 12, num_experts: int = 6) -> Router:
+        return Router(make_scorer(scorer_name, dim, num_experts), make_selector(selector_name))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def close() -> Callable[..., None]:
+    """``close(actual, expected, dtype=actual's)``: equal up to the tolerance of the arithmetic in ``dtype``."""
+
+    def check(actual: Tensor, expected: Any, dtype: torch.dtype | None = None) -> None:
+        tolerance = TOLERANCE[dtype or actual.dtype]
+        expected = torch.as_tensor(expected).to(actual.dtype)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def gradients() -> Callable[..., list[Tensor]]:
+    """``gradients(loss, tensors)``: the gradient of a scalar in each tensor, zeros where it takes no part."""
+
+    def of(loss: Tensor, tensors: Any) -> list[Tensor]:
+        tensors = list(tensors)
+        if not loss.requires_grad:
+            return [torch.zeros_like(t) for t in tensors]
+        found = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def user_error() -> Callable[..., Any]:
+    """``with user_error("word", ...)``: the block raises a UserError of one line that holds all words."""
+
+    @contextmanager
+    def expect(*words: str) -> Iterator[None]:
+        with pytest.raises(UserError) as caught:
+            yield
+        line = str(caught.value)
+        assert line
+        assert len(line.splitlines()) == 1, line
+        for word in words:
+            assert word in line, line
+
+    return expect
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone, for sharded parameters."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

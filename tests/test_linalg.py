@@ -1,0 +1,147 @@
+"""Spectra against the singular value decomposition; the algebra of core.md 9.3, items 2 and 3; retraction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from torch.distributed import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from spectralmoe import linalg
+from spectralmoe.linalg import power_iteration, qr_retraction, sigma_max, stable_rank
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (5, 9), (9, 5), (8, 8)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def double(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def orthonormal_rows(rows: int, width: int) -> torch.Tensor:
+    return torch.linalg.qr(double(width, rows)).Q.T.contiguous()
+
+
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sigma_max_is_the_largest_singular_value(shape, dtype, close):
+    matrix = torch.randn(*shape, dtype=dtype)
+    close(sigma_max(matrix), torch.linalg.svdvals(matrix.double())[0])
+
+
+@shapes
+def test_gradient_of_sigma_max_is_the_outer_product_of_the_singular_vectors(shape, close, gradients):
+    matrix = double(*shape).requires_grad_()
+    u, _, vh = torch.linalg.svd(matrix.detach())
+    close(gradients(sigma_max(matrix), [matrix])[0], torch.outer(u[:, 0], vh[0]))
+
+
+@shapes
+def test_stable_rank_is_its_definition(shape, close, gradients):
+    matrix = double(*shape).requires_grad_()
+    u, s, vh = torch.linalg.svd(matrix.detach())
+    squares = s.square().sum()
+    close(stable_rank(matrix), squares / s[0] ** 2)
+    slope = 2 * matrix / s[0] ** 2 - 2 * squares / s[0] ** 3 * torch.outer(u[:, 0], vh[0])
+    close(gradients(stable_rank(matrix), [matrix])[0], slope)
+
+
+@pytest.mark.parametrize("function", [sigma_max, stable_rank])
+def test_gradcheck(function):
+    assert gradcheck(function, (double(4, 6).requires_grad_(),))
+
+
+def test_by_hand():
+    matrix = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+    assert float(sigma_max(matrix)) == pytest.approx(4)
+    assert float(stable_rank(matrix)) == pytest.approx(25 / 16)
+
+
+def test_stable_rank_counts_orthonormal_rows_and_sees_through_equal_ones(close):
+    close(stable_rank(orthonormal_rows(5, 9)), 5.0)
+    close(stable_rank(double(1, 9).expand(5, 9)), 1.0)
+
+
+@shapes
+def test_the_gradient_of_the_stable_rank_is_orthogonal_to_the_matrix(shape, close, gradients):
+    matrix = double(*shape).requires_grad_()
+    (grad,) = gradients(stable_rank(matrix), [matrix])
+    close((grad * matrix).sum(), 0.0)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 1e-18, 1e-6, 1e6, 1e15], ids=str)
+def test_stable_rank_ignores_scale(scale, close):
+    matrix = torch.randn(5, 9)
+    close(stable_rank(scale * matrix), stable_rank(matrix))
+    close(sigma_max(scale * matrix) / abs(scale), sigma_max(matrix))
+
+
+@pytest.mark.parametrize("function", [sigma_max, stable_rank])
+def test_a_zero_matrix_has_value_and_gradient_zero(function, gradients):
+    matrix = torch.zeros(3, 5, requires_grad=True)
+    value = function(matrix)
+    assert float(value) == 0
+    assert torch.equal(gradients(value, [matrix])[0], torch.zeros(3, 5))
+
+
+def test_power_iteration_finds_the_leading_direction(close, gradients):
+    matrix = double(20, 30).requires_grad_()
+    u, s, vh = torch.linalg.svd(matrix.detach())
+    v = power_iteration(matrix, torch.ones(30), 500)
+    assert not v.requires_grad
+    close(v.abs(), vh[0].abs())
+    close(sigma_max(matrix, v), s[0])
+    close(stable_rank(matrix, v), s.square().sum() / s[0] ** 2)
+    close(gradients(sigma_max(matrix, v), [matrix])[0], torch.outer(u[:, 0], vh[0]))
+
+
+def test_power_iteration_never_overestimates():
+    matrix, v = double(20, 30), double(30)
+    largest = float(torch.linalg.svdvals(matrix)[0])
+    values = [float(sigma_max(matrix, power_iteration(matrix, v, steps))) for steps in range(1, 30)]
+    assert values == sorted(values)
+    assert values[-1] <= largest * (1 + 1e-12)
+
+
+def test_power_iteration_keeps_its_direction_on_a_zero_matrix():
+    v = torch.tensor([0.6, 0.8])
+    assert torch.equal(power_iteration(torch.zeros(3, 2), v, 5), v)
+
+
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 12)).map(lambda s: (max(s), min(s)))
+
+
+@given(size=sizes, seed=st.integers(0, 1000))
+def test_retraction_is_orthonormal_idempotent_and_keeps_signs(size, seed, close):
+    torch.manual_seed(seed)
+    basis = double(*size)
+    q = qr_retraction(basis)
+    close(q.T @ q, torch.eye(size[1]))
+    close(qr_retraction(q), q)
+    assert ((basis * q).sum(0) > 0).all()
+    close(q @ (q.T @ basis), basis)  # the same space
+
+
+def test_retraction_moves_little_for_a_small_step():
+    q = qr_retraction(torch.randn(30, 8))
+    step = 1e-3 * torch.randn(30, 8)
+    assert float((qr_retraction(q + step) - q).norm()) < 3 * float(step.norm())
+
+
+def test_unit_vectors_are_kept_by_hand(close):
+    basis = torch.tensor([[-2.0, 1.0], [0.0, 3.0], [0.0, 0.0]])
+    close(qr_retraction(basis), torch.tensor([[-1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+
+
+def test_sharded_parameters_are_gathered_and_written_back(one_process, close):
+    whole = torch.randn(6, 4)
+    sharded = distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)]).requires_grad_()
+    stable_rank(sharded).backward()
+    dense = whole.clone().requires_grad_()
+    stable_rank(dense).backward()
+    close(linalg.full(sharded.grad), dense.grad)
+    linalg.assign_(sharded, qr_retraction(sharded))
+    close(linalg.full(sharded).detach(), qr_retraction(whole))
