@@ -83,7 +83,7 @@ def test_stable_rank_ignores_scale(scale, close):
 def test_a_zero_matrix_has_value_and_gradient_zero(function, gradients):
     matrix = torch.zeros(3, 5, requires_grad=True)
     value = function(matrix)
-    assert float(value) == 0
+    assert value.item() == 0
     assert torch.equal(gradients(value, [matrix])[0], torch.zeros(3, 5))
 
 
@@ -104,11 +104,6 @@ def test_power_iteration_never_overestimates():
     values = [float(sigma_max(matrix, power_iteration(matrix, v, steps))) for steps in range(1, 30)]
     assert values == sorted(values)
     assert values[-1] <= largest * (1 + 1e-12)
-
-
-def test_power_iteration_keeps_its_direction_on_a_zero_matrix():
-    v = torch.tensor([0.6, 0.8])
-    assert torch.equal(power_iteration(torch.zeros(3, 2), v, 5), v)
 
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12)).map(lambda s: (max(s), min(s)))

@@ -12,7 +12,7 @@ from typing import Any
 
 from spectralmoe.errors import UserError
 
-__all__ = ["make_folder", "read_json", "write_json", "write_whole"]
+__all__ = ["make_folder", "read_json", "to_json", "write_json", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -32,15 +32,32 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except Exception as error:
+        raise _cannot_write(path, error) from error
+    finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all. Infinite and undefined numbers become null."""
-    text = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+    """Write ``value`` as indented JSON, whole or not at all. Infinite and undefined numbers become null.
+
+    Raises:
+        UserError: as ``write_whole`` and ``to_json``.
+    """
+    text = to_json(value)
     write_whole(path, lambda temporary: _write_text(temporary, text))
+
+
+def to_json(value: Any) -> str:
+    """``value`` as indented JSON text.
+
+    Raises:
+        UserError: it holds something that JSON cannot.
+    """
+    try:
+        return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"not a value for JSON ({error})") from error
 
 
 def read_json(path: Path) -> Any:
@@ -53,7 +70,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({str(error).splitlines()[0]})") from error
 
 

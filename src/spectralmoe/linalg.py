@@ -52,7 +52,10 @@ def top_right(matrix: Tensor) -> Tensor:
 
 
 def power_iteration(matrix: Tensor, start: Tensor, steps: int = 1) -> Tensor:
-    """``steps`` rounds of v <- M'M v / |M'M v| from ``start`` (D,), without gradient; returns v (D,)."""
+    """``steps`` rounds of v <- M'M v / |M'M v| from ``start`` (D,), without gradient; returns v (D,).
+
+    v is zero where M v is.
+    """
     m, v = matrix.detach(), start.detach().to(matrix.dtype)
     for _ in range(steps):
         v = _unit(m.T @ (m @ v))
@@ -70,7 +73,7 @@ def sigma_max(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
     """
     matrix = full(matrix)
     v = top_right(matrix) if direction is None else direction.to(matrix.dtype)
-    u = _unit((matrix.detach()) @ v)
+    u = _unit(matrix.detach() @ v)
     return u @ (matrix @ v)
 
 

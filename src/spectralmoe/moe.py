@@ -25,6 +25,10 @@ class Kept:
     slots: SortedSlots
     tensors: dict[str, Tensor]
 
+    def filled(self, rows: Tensor) -> Tensor:
+        """``rows`` without those of empty slots, which a compiled forward leaves at the end."""
+        return rows[: int(self.slots.counts.sum())]
+
 
 Entry = tuple[Routing, Kept | None]
 
@@ -86,6 +90,10 @@ class Recordable(nn.Module):
         self.router = None
         self.sinks: tuple[Sink, ...] = ()
         self.fed: Feed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy (an average of the weights, say) has no part in the tapes and feeds of its original."""
+        return {**super().__getstate__(), "sinks": (), "fed": None}  # type: ignore[dict-item]
 
     def leave(self, routing: Routing, kept: Kept | None = None) -> None:
         """Leave one routing in every sink; a recomputation during backward leaves nothing."""

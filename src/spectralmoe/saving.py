@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spectralmoe.errors import UserError
-from spectralmoe.files import make_folder, read_json, write_json, write_whole
+from spectralmoe.files import make_folder, read_json, to_json, write_json, write_whole
 from spectralmoe.linalg import full
 from spectralmoe.models import MODELS
 from spectralmoe.spec import PARTS, build, describe
-from spectralmoe.tape import moe_layers
+from spectralmoe.tape import moe_layers, plain_name, unwrapped
 
 __all__ = ["FORMAT", "load", "read_config", "save"]
 
@@ -35,40 +36,41 @@ _LISTED = 5
 def save(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = None) -> None:
     """Write ``model`` to ``folder``: ``model.safetensors`` and ``config.json``.
 
-    Tied tensors are written once. A network that cannot be described by a spec (a class of others) is saved all the
-    same; ``load`` then needs ``into=``.
+    Tied tensors are written once, names are free of wrapper prefixes (DDP, ``torch.compile``). A network that cannot
+    be described by a spec (a class of others) is saved all the same; ``load`` then needs ``into=``. A sharded model is
+    gathered first: every rank must call, and writes the same bytes.
 
     Args:
         meta: JSON values kept beside the model (class names, training settings, ...), see ``read_config``.
 
     Raises:
-        UserError: the model holds no MoE layer; the folder cannot be written, or holds a ``config.json`` of another
-            program.
+        UserError: the model holds no MoE layer; ``meta`` holds what JSON cannot; the folder cannot be written, or
+            holds a ``config.json`` of another program.
     """
-    folder = Path(folder)
-    layers = {name: _describe_or_none(layer) for name, layer in moe_layers(model).items()}
-    make_folder(folder)
-    if (folder / CONFIG).exists() and "spectralmoe" not in read_json(folder / CONFIG):
-        raise UserError(f"{folder / CONFIG} belongs to another program; choose another folder")
+    folder, model = Path(folder), unwrapped(model)
     tensors, tied = _untied(model)
-    write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path))
     config = {
         "spectralmoe": FORMAT,
         "versions": {"torch": torch.__version__},
-        "sha256": _sha256(folder / WEIGHTS),
         "model": _describe_or_none(model),
-        "layers": layers,
+        "layers": _describe_layers(model),
         "tied": tied,
         "meta": meta or {},
     }
-    write_json(folder / CONFIG, config)
+    to_json(config)  # what it refuses, it refuses before the old weights are gone
+    make_folder(folder)
+    if (folder / CONFIG).exists() and not _is_ours(read_json(folder / CONFIG)):
+        raise UserError(f"{folder / CONFIG} belongs to another program; choose another folder")
+    write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    write_json(folder / CONFIG, {**config, "sha256": _sha256(folder / WEIGHTS)})
 
 
 def load(folder: str | Path, *, into: nn.Module | None = None, allow: Sequence[str] = ()) -> nn.Module:
-    """The model that ``save`` wrote to ``folder``, in evaluation mode.
+    """The model that ``save`` wrote to ``folder``, in evaluation mode, on the CPU and in the dtypes of the file.
 
     Args:
-        into: an already built model to fill; needed where the folder does not describe the whole network.
+        into: an already built model to fill, which keeps its devices, dtypes and shards; needed where the folder does
+            not describe the whole network.
         allow: classes outside spectralmoe's tables that the folder may name, as "pkg:Class".
 
     Raises:
@@ -83,17 +85,19 @@ def load(folder: str | Path, *, into: nn.Module | None = None, allow: Sequence[s
             f"{folder / WEIGHTS} is not the file that {CONFIG} describes: its writing was interrupted or it was changed"
         )
     try:
-        tied = dict(config.get("tied") or {})
-        shapes |= {alias: shapes[name] for alias, name in tied.items() if name in shapes}
-        model = into if into is not None else _build(folder, config, shapes, allow)
+        tied = dict(config["tied"])
+        shapes |= {alias: shapes[name] for alias, name in tied.items()}
+        model = unwrapped(into) if into is not None else _build(folder, config, shapes, allow)
         _check_layers(folder, model, config["layers"])
         _check_shapes(folder, model, shapes)
-    except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{folder / CONFIG} does not describe a model ({str(error).splitlines()[0]})") from error
-    tensors = load_file(folder / WEIGHTS)
-    tensors |= {alias: tensors[name] for alias, name in tied.items()}
-    model.load_state_dict(tensors)
-    return model.eval()
+        tensors = load_file(folder / WEIGHTS)
+        tensors |= {alias: tensors[name] for alias, name in tied.items()}
+        _fill(model, tensors, adopt_dtypes=into is None)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a constructor says to a config that was tampered with
+        raise UserError(f"{folder / CONFIG} does not describe a model ({_first_line(error)})") from error
+    return (model if into is None else into).eval()
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -106,13 +110,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} is not a model folder: it has no {CONFIG} and {WEIGHTS}")
     config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or "spectralmoe" not in config:
+    if not _is_ours(config):
         raise UserError(f"{folder} is not a model folder of spectralmoe: its {CONFIG} was written by another program")
     if config["spectralmoe"] != FORMAT:
         raise UserError(f"{folder} has format {config['spectralmoe']!r}; this version reads format {FORMAT}")
     if not isinstance(config.get("layers"), dict) or not isinstance(config.get("meta"), dict):
         raise UserError(f"{folder / CONFIG} does not describe a model (no layers)")
     return config
+
+
+def _is_ours(config: Any) -> bool:
+    return isinstance(config, dict) and "spectralmoe" in config
 
 
 def _build(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], allow: Sequence[str]) -> nn.Module:
@@ -138,26 +146,27 @@ def _network(folder: Path, spec: Any, allow: Sequence[str]) -> nn.Module:
 
 def _bound(spec: Any, limit: int, folder: Path) -> None:
     """Refuse sizes that no file of ``limit`` numbers can have, before anything is built."""
+    size = len(spec) if isinstance(spec, dict | list) else spec
+    if isinstance(size, int) and abs(size) > limit:
+        raise UserError(f"{folder / CONFIG} names a size of {size}, more than its weights hold")
     if isinstance(spec, dict | list):
         for item in spec.values() if isinstance(spec, dict) else spec:
             _bound(item, limit, folder)
-    elif isinstance(spec, int) and abs(spec) > limit:
-        raise UserError(f"{folder / CONFIG} names a size of {spec}, more than its weights hold")
 
 
 def _check_layers(folder: Path, model: nn.Module, expected: dict[str, Any]) -> None:
-    found = {name: _describe_or_none(layer) for name, layer in moe_layers(model).items()}
+    found = _describe_layers(model)
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise UserError(f"{folder} holds other MoE layers than the model: layer {name!r} differs")
 
 
 def _check_shapes(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"missing {name}" for name in wanted.keys() - shapes.keys()]
-    problems += [f"extra {name}" for name in shapes.keys() - wanted.keys()]
+    wanted = {plain_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"missing {name!r}" for name in wanted.keys() - shapes.keys()]
+    problems += [f"extra {name!r}" for name in shapes.keys() - wanted.keys()]
     problems += [
-        f"{name} has shape {list(shapes[name])}, the model wants {list(shape)}"
+        f"{name!r} has shape {list(shapes[name])}, the model wants {list(shape)}"
         for name, shape in wanted.items()
         if name in shapes and shapes[name] != shape
     ]
@@ -168,18 +177,27 @@ def _check_shapes(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, .
 
 def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict with each tensor once, and alias -> name for the rest."""
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    for name, value in model.state_dict().items():
-        tensor = full(value.detach())
-        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and key in seen:
-            tied[name] = seen[key]
-        else:
-            seen[key] = name
-            tensors[name] = tensor.cpu().contiguous().clone()
-    return tensors, tied
+    values = {plain_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
+    first: dict[int, str] = {}
+    for name, value in values.items():
+        first.setdefault(id(value), name)
+    tied = {name: first[id(value)] for name, value in values.items() if first[id(value)] != name}
+    whole = {name: full(value.detach()) for name, value in values.items() if name not in tied}
+    return {name: value.cpu().contiguous().clone() for name, value in whole.items()}, tied
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], *, adopt_dtypes: bool) -> None:
+    """Copy the tensors into ``model``, which is sharded as it likes."""
+    targets = model.state_dict(keep_vars=True)
+    values = {name: _sharded_as(tensors[plain_name(name)], target) for name, target in targets.items()}
+    if adopt_dtypes:
+        for name, target in targets.items():
+            target.data = target.data.to(values[name].dtype)
+    model.load_state_dict(values)
+
+
+def _sharded_as(value: Tensor, target: Tensor) -> Tensor:
+    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -187,12 +205,20 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} is not a whole safetensors file ({_first_line(error)})") from error
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _describe_layers(model: nn.Module) -> dict[str, Any]:
+    return {name: _describe_or_none(layer) for name, layer in moe_layers(model).items()}
 
 
 def _describe_or_none(part: nn.Module) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from spectralmoe.dispatch import DISPATCHES
 from spectralmoe.errors import UserError, one_of
@@ -21,6 +22,7 @@ from spectralmoe.moe import MoE
 from spectralmoe.router import Router
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
+from spectralmoe.tape import unwrapped
 
 __all__ = ["build", "describe", "find_class"]
 
@@ -43,15 +45,17 @@ def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
         return [describe(item, tables=tables) for item in part]
     if isinstance(part, dict):
         return {str(name): describe(value, tables=tables) for name, value in part.items()}
-    names = {cls: name for name, cls in (tables or PARTS).items()}
-    kind = names.get(type(part), f"{type(part).__module__}:{type(part).__qualname__}")
+    part = unwrapped(part) if isinstance(part, nn.Module) else part
+    cls = _class_of(part)
+    names = {known: name for name, known in (tables or PARTS).items()}
+    kind = names.get(cls, f"{cls.__module__}:{cls.__qualname__}")
     own = part.spec_arguments() if hasattr(part, "spec_arguments") else {}
     arguments = {}
-    for name in inspect.signature(type(part).__init__).parameters:
+    for name in inspect.signature(cls.__init__).parameters:
         if name == "self":
             continue
         if name not in own and not hasattr(part, name):
-            raise UserError(f"{type(part).__name__} cannot be described: it does not keep its argument {name!r}")
+            raise UserError(f"{cls.__name__} cannot be described: it does not keep its argument {name!r}")
         arguments[name] = describe(own.get(name, getattr(part, name, None)), tables=tables)
     return {"type": kind, **arguments}
 
@@ -78,7 +82,7 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
     kind = spec["type"]
     cls: Any = (tables or PARTS).get(kind) if isinstance(kind, str) else None
     if cls is None:
-        if kind not in allow:
+        if kind not in tuple(allow):
             raise UserError(
                 f"type {kind!r} is not one of spectralmoe's own and was not allowed; "
                 f"if you trust it, pass allow=[{kind!r}]"
@@ -101,6 +105,11 @@ def call(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:
     return cls(**arguments)
 
 
+def _class_of(part: Any) -> Any:
+    """The class that built ``part``; FSDP2 puts one of its own and a mixin in front of it."""
+    return type(part).__mro__[2] if isinstance(part, FSDPModule) else type(part)
+
+
 def find_class(path: str) -> Any:
     """Import the class that "pkg.module:Class" names.
 
@@ -112,7 +121,7 @@ def find_class(path: str) -> Any:
         raise UserError(f"{path!r} is not of the form pkg.module:Class")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"{path!r}: cannot import {module_name!r} ({error})") from error
     found: Any = module
     for part in class_name.split("."):

@@ -62,7 +62,7 @@ class Attachment:
         _before(self._layers, self._records)
 
     def _after_step(self, *_: Any) -> None:
-        _after(self._layers, self._records, self._group)
+        _after(self._layers, (*self._records, *self._tape.drain()), self._group)  # the rest: forwards of a closure
         self._records = ()
 
 

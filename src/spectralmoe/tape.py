@@ -65,14 +65,14 @@ class Record:
             raise UserError(
                 f"layer {self.name!r} did not keep {name!r}; open the tape with record(model, keep=({name!r},))"
             )
-        return self.kept.tensors[name]
+        return self.kept.filled(self.kept.tensors[name])
 
     @property
     def order(self) -> Tensor:
         """The flat slot (token * K + slot) of each kept row: (M,) int64."""
         if self.kept is None:
             raise UserError(f"layer {self.name!r} kept no tensors; open the tape with record(model, keep=...)")
-        return self.kept.slots.order
+        return self.kept.filled(self.kept.slots.order)
 
 
 class Tape:
@@ -150,7 +150,12 @@ def record(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[Tape]:
     Args:
         model: any module that holds MoE layers; wrapped, compiled or sharded as you like.
         keep: also keep "input" (M, D), "hidden" (M, H), "output" (M, D) of the experts, sorted by expert. Such a
-            forward uses the grouped dispatch.
+            forward uses the grouped dispatch (so a soft layer cannot keep under activation checkpointing, whose
+            second forward would save other tensors than the first: torch says so).
+
+    With ``torch.compile`` and activation checkpointing together, compile what holds the checkpoints, not what is
+    inside them, and set ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``; without it
+    the recorded forward is right, but runs uncompiled.
 
     Raises:
         UserError: the model holds no MoE layer; an unknown name in ``keep``.
@@ -212,14 +217,23 @@ def moe_layers(model: nn.Module) -> dict[str, Recordable]:
     Raises:
         UserError: there is none.
     """
-    inside = model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
-    layers = {}
-    for path, module in inside.named_modules():
-        if isinstance(module, Recordable):
-            layers[".".join(part for part in path.split(".") if part not in _WRAPPERS)] = module
+    inside = unwrapped(model)
+    layers = {plain_name(path): module for path, module in inside.named_modules() if isinstance(module, Recordable)}
     if not layers:
         raise UserError(f"{type(inside).__name__} holds no MoE layer; put one in, or pass the model that holds it")
     return layers
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside DDP, DataParallel, ``torch.compile`` and activation checkpoints."""
+    names = ("module",) if isinstance(model, DistributedDataParallel | DataParallel) else _WRAPPERS
+    inside = [child for name, child in model.named_children() if name in names]
+    return unwrapped(inside[0]) if inside else model
+
+
+def plain_name(path: str) -> str:
+    """The path of a module or parameter without the parts that wrappers put in."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,15 +254,18 @@ class Term:
     reduce: Literal["mean", "sum"] = "mean"
     scope: Literal["layer", "model"] = "layer"
 
-    def value(self, records: Sequence[Record]) -> Tensor:
-        """The unweighted value over the records that ``layers`` names."""
+    def values(self, records: Sequence[Record]) -> list[tuple[list[Record], Tensor]]:
+        """What each call of ``fn`` was given, and what it gave, over the records that ``layers`` names."""
         chosen = [item for item in records if fnmatch(item.name, self.layers)]
         if not chosen:
             names = ", ".join(dict.fromkeys(item.name for item in records))
             raise UserError(f"Term(layers={self.layers!r}) matches no MoE layer; the tape holds: {names}")
         if self.scope == "model":
-            return self.fn(chosen)
-        values = [self.fn(item) for item in chosen]
+            return [(chosen, self.fn(chosen))]
+        return [([item], self.fn(item)) for item in chosen]
+
+    def reduced(self, values: Sequence[Tensor]) -> Tensor:
+        """The mean or the sum of the values: a scalar."""
         stacked = torch.stack([value.to(values[0].device) for value in values])
         return stacked.sum() if self.reduce == "sum" else stacked.mean()
 
@@ -260,26 +277,28 @@ def penalty(tape: Tape, terms: Mapping[str, Term], *, step: int = 0) -> tuple[Te
         step: handed to weights that are functions of the step.
 
     Raises:
-        UserError: an empty tape; a pattern without a match; a term that can have no gradient although a router is
+        UserError: an empty tape; a pattern without a match; a term without a gradient for a layer whose router is
             being trained.
     """
     records = tape.records
     total = records[0].routing.logits.new_zeros(())
     parts = {}
     for name, term in terms.items():
-        value = term.value(records)
+        values = term.values(records)
         weight = term.weight(step) if callable(term.weight) else term.weight
-        if weight and not value.requires_grad and _expects_gradient(records):
+        if weight and any(not value.requires_grad and _trains_router(given) for given, value in values):
             raise UserError(
                 f"term {name!r} has no gradient: the forward was recorded without one (torch.no_grad, or re-entrant "
-                "activation checkpointing: use use_reentrant=False)"
+                "activation checkpointing: use use_reentrant=False), or the term has none"
             )
+        value = term.reduced([value for _, value in values])
         total = total + weight * value.to(total)
         parts[name] = value.detach()
     return total, parts
 
 
-def _expects_gradient(records: Sequence[Record]) -> bool:
+def _trains_router(records: Sequence[Record]) -> bool:
     return torch.is_grad_enabled() and any(
-        item.layer.training and any(p.requires_grad for p in item.layer.parameters()) for item in records
+        item.layer.training and item.router is not None and any(p.requires_grad for p in item.router.parameters())
+        for item in records
     )

@@ -7,6 +7,7 @@ largest weight in each chosen layer until it is right, measure the accuracy on a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,14 +17,30 @@ from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
 from spectralmoe.models.sr_moe import SRMoE
+from spectralmoe.moe import MoE
 from spectralmoe.tape import record
 from spectralmoe.training.data import Split
 from spectralmoe.training.evaluation import evaluation_mode
 
-__all__ = ["Correction", "Trial", "correct_sample", "one_shot_trials"]
+__all__ = ["Correction", "Rule", "Trial", "correct_sample", "one_shot_trials"]
 
-Layers = Literal["last", "all"]
 _CHUNK = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a sample is corrected: plain gradient steps of size ``lr``, at most ``max_steps``.
+
+    Attributes:
+        layers: train the used expert of "all" layers, or of the "last" one only.
+    """
+
+    layers: Literal["last", "all"] = "all"
+    lr: float = 5e-3
+    max_steps: int = 100
+
+
+DEFAULT_RULE = Rule()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +75,21 @@ class Trial:
     interference: float
 
 
-def correct_sample(
-    model: SRMoE, image: Tensor, label: int, *, layers: Layers = "all", lr: float = 5e-3, max_steps: int = 100
-) -> Correction:
+def correct_sample(model: SRMoE, image: Tensor, label: int, rule: Rule = DEFAULT_RULE) -> Correction:
     """Train the experts that ``image`` (C, H, W) uses until it is classified as ``label``; nothing else changes.
 
     Raises:
-        UserError: the label is out of range; an expert bank that cannot be adapted one expert at a time.
+        UserError: the label is out of range; a bank whose experts cannot be adapted alone.
     """
     if not 0 <= label < model.num_classes:
         raise UserError(f"label {label} is out of range; the model knows 0 to {model.num_classes - 1}")
     with evaluation_mode(model), torch.no_grad():
         features = model.stem(image[None].to(model.head.weight.device))
-        return _correct(model, features, label, layers, lr, max_steps)
+        return _correct(model, features, label, rule)
 
 
 def one_shot_trials(
-    model: SRMoE,
-    split: Split,
-    *,
-    trials: int = 50,
-    layers: Layers = "all",
-    lr: float = 5e-3,
-    max_steps: int = 100,
-    seed: int = 0,
+    model: SRMoE, split: Split, *, trials: int = 50, rule: Rule = DEFAULT_RULE, seed: int = 0
 ) -> list[Trial]:
     """Correct ``trials`` misclassified samples of ``split`` one at a time, restoring the model after each.
 
@@ -94,10 +102,10 @@ def one_shot_trials(
         right = _right(model, features, labels)
         wrong = (~right).nonzero().flatten().cpu()
         order = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:trials]
+        before = {name: value.clone() for name, value in model.stages.state_dict().items()}
         found = []
         for sample in wrong[order].tolist():
-            before = {name: value.clone() for name, value in model.stages.state_dict().items()}
-            correction = _correct(model, features[sample : sample + 1], int(labels[sample]), layers, lr, max_steps)
+            correction = _correct(model, features[sample : sample + 1], int(labels[sample]), rule)
             change = _right(model, features, labels).float() - right.float()
             change[sample] = 0
             model.stages.load_state_dict(before)
@@ -105,52 +113,53 @@ def one_shot_trials(
     return found
 
 
-def _correct(model: SRMoE, features: Tensor, label: int, layers: Layers, lr: float, max_steps: int) -> Correction:
-    first = len(model.stages) - 1 if layers == "last" else 0
+def _correct(model: SRMoE, features: Tensor, label: int, rule: Rule) -> Correction:
+    first = len(model.stages) - 1 if rule.layers == "last" else 0
     for stage in model.stages[:first]:
         features = stage(features)
-    banks, touched = {}, {}
+    touched, views = _used_experts(model, features, first)
+    start = [view.clone() for view in views]
+    target, steps = torch.tensor([label], device=features.device), 0
+    while True:
+        with torch.enable_grad():
+            logits = model.classify(features, first)
+            success = int(logits.argmax()) == label
+            if success or steps == rule.max_steps:
+                break
+            _descend(F.cross_entropy(logits, target), views, rule.lr)
+        steps += 1
+    change = sum(float((view - old).square().sum()) for view, old in zip(views, start, strict=True))
+    return Correction(success, steps, touched, change**0.5)
+
+
+def _used_experts(model: SRMoE, features: Tensor, first: int) -> tuple[dict[str, int], list[Tensor]]:
+    """The expert with the largest weight in each layer from stage ``first`` on, and views of its parameters."""
+    touched: dict[str, int] = {}
+    views: list[Tensor] = []
     with record(model) as tape:
         model.classify(features, first)
     for item in tape:
         expert = int(item.routing.top_expert()[0])
-        if expert < 0:
+        bank = item.layer.experts if isinstance(item.layer, MoE) else None
+        if bank is None or not 0 <= expert < bank.num_experts:
             continue
-        views = item.layer.get_submodule("experts").expert_parameters(expert)  # type: ignore[operator]
-        if not views:
-            raise UserError(
-                f"layer {item.name!r}: the experts of {type(item.layer).__name__} cannot be adapted one at a time"
-            )
+        own = bank.expert_parameters(expert)
+        if not own:
+            raise UserError(f"layer {item.name!r}: the experts of a {type(bank).__name__} cannot be adapted alone")
         touched[item.name] = expert
-        banks |= {f"{item.name}.{name}": view for name, view in views.items()}
-    start = {name: view.clone() for name, view in banks.items()}
-    target = torch.tensor([label], device=features.device)
-    steps = 0
-    while not (success := _step(model, features, first, target, banks, lr if steps < max_steps else None)):
-        if steps == max_steps:
-            break
-        steps += 1
-    change = sum(float((view - start[name]).square().sum()) for name, view in banks.items()) ** 0.5
-    return Correction(success, steps, touched, change)
+        views += own.values()
+    return touched, views
 
 
-def _step(
-    model: SRMoE, features: Tensor, first: int, target: Tensor, views: dict[str, Tensor], lr: float | None
-) -> bool:
-    """True if the sample is right; else one gradient step on ``views`` (none without a rate)."""
-    stacks = {name: view._base if view._base is not None else view for name, view in views.items()}
-    with torch.enable_grad():
-        logits = model.classify(features, first)
-        if int(logits.argmax()) == int(target):
-            return True
-        if lr is None:
-            return False
-        gradients = torch.autograd.grad(F.cross_entropy(logits, target), list(stacks.values()), allow_unused=True)
-    for (name, view), gradient in zip(views.items(), gradients, strict=True):
-        if gradient is not None:
-            offset = view.storage_offset() - stacks[name].storage_offset()
-            view.sub_(gradient.contiguous().as_strided(view.shape, view.stride(), offset), alpha=lr)
-    return False
+def _descend(loss: Tensor, views: Sequence[Tensor], lr: float) -> None:
+    """One gradient step on the viewed parts of their parameters; the rest of each parameter stays as it is."""
+    stacks = [view if view._base is None else view._base for view in views]
+    gradients = torch.autograd.grad(loss, stacks, allow_unused=True)
+    with torch.no_grad():
+        for view, stack, gradient in zip(views, stacks, gradients, strict=True):
+            if gradient is not None:
+                offset = view.storage_offset() - stack.storage_offset()
+                view.sub_(gradient.contiguous().as_strided(view.shape, view.stride(), offset), alpha=lr)
 
 
 def _right(model: SRMoE, features: Tensor, labels: Tensor) -> Tensor:

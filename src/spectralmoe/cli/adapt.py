@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import torch
 import typer
 
-from spectralmoe.adaptation import correct_sample, one_shot_trials
-from spectralmoe.adaptation.one_shot import Layers
+from spectralmoe.adaptation import Rule, correct_sample, one_shot_trials
 from spectralmoe.cli.console import print_json
 from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, Seed, load_network, open_data
 from spectralmoe.errors import UserError, one_of
@@ -52,12 +51,12 @@ def adapt(
         raise UserError("to correct one image give --image, --label and --out together")
     network, meta = load_network(model, pick_device(cast(Device, device)), allow)
     images = open_data(data, meta, data_dir, download)
-    how: dict[str, Any] = {"layers": cast(Layers, layers), "lr": lr, "max_steps": max_steps}
+    rule = Rule("last" if layers == "last" else "all", lr, max_steps)
     before = evaluate(network, images.test).accuracy
     if image is not None and label is not None and out is not None:
         height, width = meta["image_size"]
         pixels = read_image(image, channels=meta["channels"], size=(height, width))
-        done = correct_sample(network, pixels, label, **how)
+        done = correct_sample(network, pixels, label, rule)
         after = evaluate(network, images.test).accuracy
         result = {"success": done.success, "steps": done.steps, "touched": done.touched, "change": done.change}
         result |= {"accuracy_before": before, "accuracy_after": after}
@@ -67,7 +66,7 @@ def adapt(
         text += f"; experts {done.touched}; test accuracy {before:.2f}% -> {after:.2f}%"
         text += f"; saved to {out}" if done.success else ""
     else:
-        found = one_shot_trials(network, images.test, trials=trials, seed=seed, **how)
+        found = one_shot_trials(network, images.test, trials=trials, rule=rule, seed=seed)
         if not found:
             raise UserError(
                 f"the model makes no mistake on the test part of {images.name}: there is nothing to correct"

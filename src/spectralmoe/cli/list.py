@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
 import typer
 
@@ -31,14 +32,14 @@ def list_everything(json: Json = False) -> None:
         },
         "routers": {name: preset.summary for name, preset in ROUTERS.items()},
     }
-    for title, table in (
-        ("scorers", SCORERS),
-        ("selectors", SELECTORS),
-        ("experts", EXPERTS),
-        ("dispatch", DISPATCHES),
-        ("regularizers", REGULARIZERS),
-    ):
-        tables[title] = {name: _first_line(item) for name, item in table.items()}  # type: ignore[attr-defined]
+    parts: dict[str, Mapping[str, object]] = {
+        "scorers": SCORERS,
+        "selectors": SELECTORS,
+        "experts": EXPERTS,
+        "dispatch": DISPATCHES,
+        "regularizers": REGULARIZERS,
+    }
+    tables |= {title: {name: _first_line(item) for name, item in part.items()} for title, part in parts.items()}
     if json:
         print_json(tables)
         return

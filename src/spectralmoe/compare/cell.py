@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectralmoe.adaptation import Trial, one_shot_trials
-from spectralmoe.compare.settings import Cell, CompareSettings
+from spectralmoe.compare.settings import Cell
+from spectralmoe.compare.setup import Setup
+from spectralmoe.compare.tuning import best_setting
 from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
 from spectralmoe.linalg import sigma_max, stable_rank
 from spectralmoe.models import SRMoE
@@ -29,22 +30,17 @@ from spectralmoe.training.routers import find_preset
 __all__ = ["active_flops", "run_cell"]
 
 
-def run_cell(
-    cell: Cell,
-    settings: CompareSettings,
-    data: ImageData,
-    folder: Path,
-    device: torch.device,
-    progress: Callable[[float], None],
-) -> dict[str, Any]:
-    """Train, measure and adapt one network; its model goes to ``folder``, its row comes back as JSON values."""
-    preset = find_preset(cell.router)
-    network = build_network(data, settings.network, cell.router, cell.depth, cell.seed).to(device)
-    budget = settings.optimization.model_copy(update={"seed": cell.seed})
+def run_cell(cell: Cell, setup: Setup, progress: Callable[[float], None]) -> dict[str, Any]:
+    """Train, measure and adapt one network; its model goes to ``models/CELL``, its row comes back as JSON values."""
+    settings, data, folder = setup.settings, setup.data, setup.out / "models" / cell.name
+    network = build_network(data, settings.network, cell.router, cell.depth, cell.seed).to(setup.device)
+    tuned = best_setting(cell, setup)
+    budget = settings.optimization.model_copy(update={"seed": cell.seed, "lr": settings.optimization.lr * tuned.lr})
+    terms = find_preset(cell.router).strengthened(tuned.strength).terms
     folder.mkdir(parents=True, exist_ok=True)
-    history = train(network, data, budget, terms=preset.terms, checkpoint=folder / CHECKPOINT, progress=progress)
+    history = train(network, data, budget, terms=terms, checkpoint=folder / CHECKPOINT, progress=progress)
     save(network, folder, meta=model_meta(data, cell.router))
-    row = {**cell._asdict(), **_measures(network, data, history)}
+    row = {**cell._asdict(), "tuned": tuned._asdict(), **_measures(network, data, history)}
     row |= _adaptation(one_shot_trials(network, data.test, trials=settings.trials, seed=cell.seed))
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return row

@@ -13,17 +13,18 @@ __all__ = ["COLUMNS", "Column", "Row", "show", "summarise", "summary_json"]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One measure: its key in the results, its heading, how it is shown, and what it is."""
+    """One measure: its key in the results, its heading, how it is shown and drawn, and what it is."""
 
     key: str
     title: str
     digits: int
     meaning: str
     scale: float = 1.0
+    from_zero: bool = True
 
 
 COLUMNS = (
-    Column("accuracy", "accuracy %", 2, "test accuracy before adaptation"),
+    Column("accuracy", "accuracy %", 2, "test accuracy before adaptation", from_zero=False),
     Column("max_vio", "MaxVio", 2, "largest load over mean load minus 1, worst layer; 0 is even"),
     Column("gini", "Gini", 2, "Gini coefficient of the load, worst layer; 0 is even"),
     Column("dead_experts", "dead", 1, "experts with less than a tenth of an even load, all layers"),

@@ -1,97 +1,100 @@
-"""The comparison as one picture: a panel a column, a bar a row, whiskers for the 95% interval. Plain SVG."""
+"""The comparison as one picture: a panel a column; a mark for each mean, dots for the seeds, a line for the interval.
+
+Plain SVG, readable in any browser.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
-from spectralmoe.compare.columns import COLUMNS, Column, Row, show
+from spectralmoe.compare.columns import COLUMNS, Column, Row
+from spectralmoe.compare.statistics import Estimate
 
 __all__ = ["draw"]
 
-_LABELS, _PANEL, _GAP, _BAR, _TOP, _MARGIN = 190, 150, 22, 22, 64, 16
-_COLOURS = ("#3b6fb6", "#d9822b", "#3f9c6b", "#b5485d", "#7a62b3", "#8a7a55", "#4a9fb0", "#9a9a9a")
+_LABELS, _PLOT, _NUMBER, _GAP, _LINE, _HEAD, _MARGIN = 170, 120, 52, 22, 22, 34, 18
+_PER_LINE = 4
+_COLOURS = ("#2f6db3", "#d17a22", "#2f9465", "#b3415c", "#7458b5", "#8a7440", "#3a98ab", "#7d7d7d")
 _STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#222}.title{font-weight:600}.small{font-size:10px;fill:#666}"
-    ".axis{stroke:#bbb}.whisker{stroke:#222;stroke-width:1.2}"
+    "text{font:12px system-ui,sans-serif;fill:#222}.title{font-weight:600}.number{font-size:11px;fill:#555}"
+    ".tick{font-size:9px;fill:#888}.guide{stroke:#e4e4e4}.zero{stroke:#aaa}"
 )
 
 
 def draw(rows: Sequence[Row], title: str) -> str:
     """An SVG document; colours tell the routers apart, the same in every panel."""
-    per_line = 4
-    lines = -(-len(COLUMNS) // per_line)
-    panel_height = _TOP + _BAR * len(rows) + _GAP
-    width = 2 * _MARGIN + _LABELS + per_line * (_PANEL + _GAP)
-    height = 2 * _MARGIN + 24 + lines * panel_height
     routers = list(dict.fromkeys(row.router for row in rows))
+    panel_width, panel_height = _PLOT + _NUMBER + _GAP, _HEAD + _LINE * len(rows) + _GAP
+    lines = -(-len(COLUMNS) // _PER_LINE)
+    width = 2 * _MARGIN + _LABELS + _PER_LINE * panel_width
+    height = 2 * _MARGIN + 44 + lines * panel_height
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" aria-label="{escape(title, quote=True)}">',
-        f"<style>{_STYLE}</style>",
-        f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        f'<text class="title" x="{_MARGIN}" y="{_MARGIN + 12}">{escape(title)}</text>',
+        f'<style>{_STYLE}</style><rect width="{width}" height="{height}" fill="#fff"/>',
+        f'<text class="title" x="{_MARGIN}" y="{_MARGIN + 10}">{escape(title)}</text>',
+        f'<text class="number" x="{_MARGIN}" y="{_MARGIN + 27}">'
+        "bar: mean; dots: seeds; line: 95% interval, cut where it leaves the panel</text>",
     ]
     for index, column in enumerate(COLUMNS):
-        line, place = divmod(index, per_line)
-        top = _MARGIN + 24 + line * panel_height
+        line, place = divmod(index, _PER_LINE)
+        top = _MARGIN + 44 + line * panel_height
         if place == 0:
-            parts += _labels(rows, top + _TOP)
-        parts += _panel(column, rows, routers, _MARGIN + _LABELS + place * (_PANEL + _GAP), top)
+            parts += _labels(rows, top + _HEAD)
+        parts += _panel(column, rows, routers, _MARGIN + _LABELS + place * panel_width, top)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def _labels(rows: Sequence[Row], top: float) -> list[str]:
     several = len({row.depth for row in rows}) > 1
     return [
-        f'<text x="{_MARGIN + _LABELS - 10}" y="{top + i * _BAR + 14}" text-anchor="end">'
-        f"{escape(row.router)}{f' · {row.depth}' if several else ''}</text>"
+        f'<text x="{_MARGIN + _LABELS - 12}" y="{top + i * _LINE + 15}" text-anchor="end">'
+        f"{escape(row.router)}{f', depth {row.depth}' if several else ''}</text>"
         for i, row in enumerate(rows)
     ]
 
 
 def _panel(column: Column, rows: Sequence[Row], routers: Sequence[str], left: float, top: float) -> list[str]:
     low, high = _limits(column, rows)
-    scale = _PANEL / (high - low)
-    zero = left + (min(max(0.0, low), high) - low) * scale
-    bottom = top + _TOP + _BAR * len(rows)
+    bottom = top + _HEAD + _LINE * len(rows)
     parts = [
         f"<g><title>{escape(column.meaning)}</title>",
-        f'<text class="title" x="{left}" y="{top + 30}">{escape(column.title)}</text>',
-        f'<text class="small" x="{left}" y="{top + 46}">{low:.3g} to {high:.3g}</text>',
-        f'<line class="axis" x1="{zero:.1f}" y1="{top + _TOP - 4}" x2="{zero:.1f}" y2="{bottom}"/>',
+        f'<text class="title" x="{left}" y="{top + 22}">{escape(column.title)}</text>',
     ]
+    for x, kind in ((left, "guide"), (left + _PLOT, "guide"), (left + _place(0.0, low, high), "zero")):
+        parts.append(f'<line class="{kind}" x1="{x:.1f}" y1="{top + _HEAD - 4}" x2="{x:.1f}" y2="{bottom}"/>')
+    for x, anchor, end in ((left, "start", low), (left + _PLOT, "end", high)):
+        parts.append(f'<text class="tick" x="{x}" y="{bottom + 11}" text-anchor="{anchor}">{end:.3g}</text>')
     for i, row in enumerate(rows):
-        value = row.values[column.key]
-        y = top + _TOP + i * _BAR
+        value, y = row.values[column.key], top + _HEAD + i * _LINE + _LINE / 2
         if value is not None:
-            end = left + (value.mean * column.scale - low) * scale
             colour = _COLOURS[routers.index(row.router) % len(_COLOURS)]
-            parts.append(
-                f'<rect x="{min(zero, end):.1f}" y="{y + 3}" width="{max(abs(end - zero), 0.5):.1f}" '
-                f'height="{_BAR - 8}" fill="{colour}" fill-opacity="0.85"/>'
-            )
-            if value.half:
-                reach = value.half * column.scale * scale
-                a, b = max(end - reach, left), min(end + reach, left + _PANEL)
-                parts.append(
-                    f'<path class="whisker" fill="none" d="M{a:.1f} {y + 10}H{b:.1f}M{a:.1f} {y + 6}v8M{b:.1f} {y + 6}v8"/>'
-                )
-        parts.append(
-            f'<text class="small" x="{left + 2}" y="{y + _BAR - 1}" visibility="hidden">{show(column, value)}</text>'
-        )
+            parts += _mark(value, colour, at=lambda x: left + _place(x * column.scale, low, high), y=y)
+            number = f"{value.mean * column.scale:.{column.digits}f}"
+            parts.append(f'<text class="number" x="{left + _PLOT + 6}" y="{y + 4}">{number}</text>')
     return [*parts, "</g>"]
 
 
+def _mark(value: Estimate, colour: str, *, at: Callable[[float], float], y: float) -> list[str]:
+    parts = []
+    if value.half:
+        a, b = at(value.mean - value.half), at(value.mean + value.half)
+        parts.append(f'<path d="M{a:.1f} {y}H{b:.1f}" stroke="{colour}" stroke-opacity="0.45" stroke-width="3"/>')
+    parts += [f'<circle cx="{at(x):.1f}" cy="{y}" r="2.2" fill="{colour}"/>' for x in value.values]
+    return [*parts, f'<rect x="{at(value.mean) - 1.5:.1f}" y="{y - 7}" width="3" height="14" fill="{colour}"/>']
+
+
+def _place(x: float, low: float, high: float) -> float:
+    """Pixels from the panel's left edge, cut to the panel."""
+    return _PLOT * min(max((x - low) / (high - low), 0.0), 1.0)
+
+
 def _limits(column: Column, rows: Sequence[Row]) -> tuple[float, float]:
-    """The range of one panel: from zero, or, where all values lie close together, from a little below the lowest."""
-    found = [v for row in rows if (v := row.values[column.key]) is not None]
-    ends = [(v.mean - (v.half or 0)) * column.scale for v in found] + [
-        (v.mean + (v.half or 0)) * column.scale for v in found
-    ]
-    if not ends:
-        return 0.0, 1.0
-    low, high = min(ends), max(ends)
-    if low > 0 and low > 0.5 * high and column.key == "accuracy":
-        return low - 0.15 * (high - low or 1.0), high
-    return (min(0.0, low), max(0.0, high)) if low != high or low != 0 else (0.0, 1.0)
+    """The range of one panel: all seeds with a margin, and zero unless the column says otherwise."""
+    seeds = [x * column.scale for row in rows if (value := row.values[column.key]) for x in value.values]
+    low, high = min(seeds, default=0.0), max(seeds, default=1.0)
+    if column.from_zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    margin = 0.15 * (high - low) or 1.0
+    return (low if low == 0 else low - margin), (high if high == 0 else high + margin)

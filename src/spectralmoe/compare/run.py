@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from spectralmoe.compare.cell import run_cell
 from spectralmoe.compare.columns import COLUMNS, summarise, summary_json
 from spectralmoe.compare.picture import draw
 from spectralmoe.compare.settings import Cell, CompareSettings
+from spectralmoe.compare.setup import Setup
+from spectralmoe.compare.tuning import tune_row
 from spectralmoe.errors import UserError
 from spectralmoe.files import make_folder, read_json, write_json, write_whole
 from spectralmoe.training.data import ImageData
@@ -46,41 +49,34 @@ def run(
     settings.check()
     if settings.train_size is not None:
         data = data.subset(settings.train_size)
+    setup = Setup(settings, data, out, device)
     make_folder(out)
     with _only_run(out):
         _claim(settings, out)
-        rows = _finished(out)
-        cells = settings.cells()
-        done = {(row["router"], row["depth"], row["seed"]) for row in rows}
-        for index, cell in enumerate(cells):
-            if tuple(cell) not in done:
-                rows.append(_run_one(cell, index, len(cells), settings, data, out, device, watch))
+        rows, cells = _finished(out), settings.cells()
+        for cell, job, watch_job in _jobs(cells, setup, watch):
+            if job == "tune":
+                tune_row(cell, setup, watch_job)
+            elif not any((row["router"], row["depth"], row["seed"]) == cell for row in rows):
+                rows.append(
+                    run_cell(cell, setup, partial(watch_job, f"{cell.router}, depth {cell.depth}, seed {cell.seed}"))
+                )
                 _write(settings, rows, cells, out)
         watch("done", 1.0)
         _write(settings, rows, cells, out)
     return rows
 
 
-def _run_one(
-    cell: Cell,
-    index: int,
-    total: int,
-    settings: CompareSettings,
-    data: ImageData,
-    out: Path,
-    device: torch.device,
-    watch: Watcher,
-) -> dict[str, Any]:
-    text = f"{cell.router}, depth {cell.depth}, seed {cell.seed} ({index + 1}/{total})"
-    watch(text, index / total)
-    return run_cell(
-        cell,
-        settings,
-        data,
-        out / "models" / cell.name,
-        device,
-        lambda share: watch(text, (index + 0.9 * share) / total),
-    )
+def _jobs(cells: Sequence[Cell], setup: Setup, watch: Watcher) -> Iterator[tuple[Cell, str, Watcher]]:
+    """Tuning of each row first, then all cells; each job with a watcher that knows its share of all work."""
+    rows = [cell for cell in cells if cell.seed == 0 and setup.settings.tune > 0]
+    jobs = [*((cell, "tune") for cell in rows), *((cell, "run") for cell in cells)]
+    for index, (cell, job) in enumerate(jobs):
+
+        def watch_job(text: str, done: float, index: int = index) -> None:
+            watch(f"{text} ({index + 1}/{len(jobs)})", (index + 0.9 * done) / len(jobs))
+
+        yield cell, job, watch_job
 
 
 def _claim(settings: CompareSettings, out: Path) -> None:
@@ -92,7 +88,8 @@ def _claim(settings: CompareSettings, out: Path) -> None:
     held = read_json(path)
     for key, old, new in _differences(held, wanted):
         raise UserError(
-            f"{out} holds a comparison with {key} = {old}, not {new}; go on with the same settings or choose another --out"
+            f"{out} holds a comparison with {key} = {old}, not {new}; "
+            "go on with the same settings or choose another --out"
         )
 
 

@@ -18,11 +18,16 @@ _T95 = (
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over n seeds; ``half`` is the half width of its 95% interval, None for fewer than two seeds."""
+    """A mean over seeds; ``half`` is the half width of its 95% interval, None for fewer than two seeds."""
 
     mean: float
     half: float | None
-    n: int
+    values: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        """How many seeds."""
+        return len(self.values)
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
@@ -32,13 +37,13 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     >>> e.mean, round(e.half, 3), e.n
     (2.0, 2.484, 3)
     """
-    found = [value for value in values if value is not None and math.isfinite(value)]
+    found = tuple(value for value in values if value is not None and math.isfinite(value))
     n = len(found)
     if not n:
         return None
     mean = sum(found) / n
     if n == 1:
-        return Estimate(mean, None, 1)
+        return Estimate(mean, None, found)
     variance = sum((value - mean) ** 2 for value in found) / (n - 1)
     t = _T95[n - 2] if n - 1 <= len(_T95) else 1.96
-    return Estimate(mean, t * math.sqrt(variance / n), n)
+    return Estimate(mean, t * math.sqrt(variance / n), found)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import EXACT_LIMIT, full, power_iteration
+from spectralmoe.linalg import EXACT_LIMIT, full, power_iteration, top_right
 
 if TYPE_CHECKING:
     from spectralmoe.tape import Record
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["Scorer"]
 
 _REFRESH_STEPS = 2
-_START_STEPS = 50
 
 
 class Scorer(nn.Module):
@@ -78,12 +77,14 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def refresh_spectrum(self) -> None:
-        """Move the kept direction of a large ``matrix`` by a few power iterations; small ones need none."""
+        """Move the kept direction of a large ``matrix`` by a few power iterations; small ones need none.
+
+        It starts exact, and starts again where the iteration has nothing to go by (a matrix that was zero so far).
+        """
         matrix = self.matrix
         if matrix is None or min(matrix.shape) <= EXACT_LIMIT:
             return
-        whole = full(matrix)
-        if self.top_direction is None:
-            self.top_direction = power_iteration(whole, whole.abs().sum(0), _START_STEPS)
-        else:
-            self.top_direction = power_iteration(whole, self.top_direction, _REFRESH_STEPS)
+        whole, v = full(matrix), self.top_direction
+        if v is not None:
+            v = power_iteration(whole, v, _REFRESH_STEPS)
+        self.top_direction = top_right(whole) if v is None or not v.any() else v

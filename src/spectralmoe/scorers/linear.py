@@ -49,5 +49,5 @@ class LinearScorer(Scorer):
         return weight, weight.new_zeros(self.num_experts) if self.bias is None else full(self.bias)
 
     def lipschitz(self) -> float:
-        weight = full(self.weight)
+        weight = full(self.weight.detach())
         return float(sigma_max(weight - weight.mean(0)))

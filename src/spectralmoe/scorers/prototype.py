@@ -57,5 +57,5 @@ class PrototypeScorer(Scorer):
         return 2 * mu / self.temperature, -mu.square().sum(-1) / self.temperature
 
     def lipschitz(self) -> float:
-        mu = full(self.prototypes)
+        mu = full(self.prototypes.detach())
         return float(2 * sigma_max(mu - mu.mean(0)) / self.temperature)

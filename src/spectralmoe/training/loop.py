@@ -135,7 +135,7 @@ class _Run:
         if not math.isfinite(value):
             self.stop(f"the loss is {value}")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         before_step(self.model, tape)
         self.optimizer.step()
         after_step(self.model, tape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.models.sr_moe import RouterFactory
@@ -32,6 +32,16 @@ class Preset:
     scorer: Callable[[int, int], Scorer]
     terms: Mapping[str, Term] = field(default_factory=dict)
     balanced: bool = False
+
+    def strengthened(self, factor: float) -> Preset:
+        """The same row with the weights of its terms multiplied by ``factor``."""
+        return replace(self, terms={name: _scaled(term, factor) for name, term in self.terms.items()})
+
+
+def _scaled(term: Term, factor: float) -> Term:
+    if callable(term.weight):
+        raise UserError("a term whose weight is a function of the step cannot be tuned")
+    return replace(term, weight=term.weight * factor)
 
 
 def _prototypes(dim: int, num_experts: int) -> Scorer:
