@@ -117,6 +117,21 @@ def gradients() -> Callable[..., list[Tensor]]:
 
 
 @pytest.fixture(scope="session")
+def same(close: Any, gradients: Any) -> Callable[..., None]:
+    """``same(actual, expected, inputs)``: equal in value and in the gradient of every input, up to ``close``."""
+
+    def check(actual: Tensor, expected: Tensor, inputs: Any) -> None:
+        inputs = list(inputs)
+        close(actual, expected)
+        direction = (torch.randn(actual.shape) / 4).to(actual.dtype)
+        losses = [(values * direction.to(values.dtype)).sum() for values in (actual, expected)]
+        for one, two in zip(*(gradients(loss, inputs) for loss in losses), strict=True):
+            close(one, two, actual.dtype)
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def user_error() -> Callable[..., Any]:
     """``with user_error("word", ...)``: the block raises a UserError of one line that holds all words."""
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectralmoe import FeedForward, MoE
+from spectralmoe.regularizers import load_balance, router_z
 
 D, E = 12, 6
 SIZES = [0, 1, 63, 100]
@@ -120,6 +121,15 @@ def test_masked_tokens_give_no_gradient(layer, gradients):
     (grad,) = gradients((layer(x, mask=mask) * torch.randn(20, D)).sum(), [x])
     assert not grad[~mask].any()
     assert grad[mask].any()
+
+
+def test_nan_in_masked_tokens_goes_nowhere(layer, gradients):
+    x, mask = torch.randn(20, D), torch.rand(20) < 0.6
+    broken = x.masked_fill(~mask[:, None], torch.nan).requires_grad_()
+    routing = layer.router(broken, mask=mask)
+    loss = layer(broken, mask=mask).square().sum() + load_balance(routing) + router_z(routing)
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in gradients(loss, [broken, *layer.parameters()]))
 
 
 def test_nothing_is_left_when_all_tokens_are_masked(layer):

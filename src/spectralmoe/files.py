@@ -12,10 +12,12 @@ from typing import Any
 
 from spectralmoe.errors import UserError
 
-__all__ = ["make_folder", "read_json", "to_json", "write_json", "write_whole"]
+__all__ = ["make_folder", "read_json", "remove_parts", "to_json", "write_json", "write_text", "write_whole"]
+
+_PART = ".spectralmoe-part"
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary path beside ``path``, flush it to disk, then rename it into place.
 
     Raises:
@@ -23,7 +25,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -44,8 +46,12 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         UserError: as ``write_whole`` and ``to_json``.
     """
-    text = to_json(value)
-    write_whole(path, lambda temporary: _write_text(temporary, text))
+    write_text(path, to_json(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` whole or not at all; raises as ``write_whole``."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def to_json(value: Any) -> str:
@@ -88,6 +94,12 @@ def make_folder(path: Path) -> None:
         raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what writes that were killed have left below ``folder``."""
+    for part in folder.rglob(f".*{_PART}"):
+        part.unlink(missing_ok=True)
+
+
 def _cannot_write(path: Path, error: Exception) -> Exception:
     """A user's error for what the file system refuses; anything else stays what it is."""
     if isinstance(error, OSError):
@@ -95,10 +107,6 @@ def _cannot_write(path: Path, error: Exception) -> Exception:
     if type(error).__name__ == "SafetensorError":
         return UserError(f"cannot write {path}: {error}")
     return error
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -5,8 +5,6 @@ Everything accepts sharded parameters (DTensor): they are gathered first, differ
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -28,7 +26,7 @@ EXACT_LIMIT = 128
 
 def full(x: Tensor) -> Tensor:
     """The whole tensor behind ``x``: gathered (with gradient) when it is sharded, else ``x`` itself."""
-    return cast(Tensor, x.full_tensor()) if isinstance(x, DTensor) else x
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def assign_(target: Tensor, value: Tensor) -> None:
@@ -45,10 +43,9 @@ def top_right(matrix: Tensor) -> Tensor:
     From the eigendecomposition of the smaller Gram matrix, in at least fp32.
     """
     m = matrix.detach()
-    if m.shape[0] <= m.shape[1]:
-        u = torch.linalg.eigh(m @ m.T).eigenvectors[:, -1]
-        return _unit(m.T @ u)
-    return torch.linalg.eigh(m.T @ m).eigenvectors[:, -1]
+    wide = m.shape[0] <= m.shape[1]
+    top: Tensor = torch.linalg.eigh(m @ m.T if wide else m.T @ m).eigenvectors[:, -1]
+    return _unit(m.T @ top) if wide else top
 
 
 def power_iteration(matrix: Tensor, start: Tensor, steps: int = 1) -> Tensor:
@@ -98,7 +95,8 @@ def qr_retraction(basis: Tensor) -> Tensor:
     """
     q, r = torch.linalg.qr(full(basis.detach()))
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-    return q * sign
+    retracted: Tensor = (q * sign).contiguous()  # QR lays out columns, FSDP2 takes rows only
+    return retracted
 
 
 def _unit(x: Tensor) -> Tensor:

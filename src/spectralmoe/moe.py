@@ -25,6 +25,10 @@ class Kept:
     slots: SortedSlots
     tensors: dict[str, Tensor]
 
+    def only(self, names: tuple[str, ...]) -> Kept:
+        """The same with the named tensors alone."""
+        return Kept(self.slots, {name: self.tensors[name] for name in names})
+
     def filled(self, rows: Tensor) -> Tensor:
         """``rows`` without those of empty slots, which a compiled forward leaves at the end."""
         return rows[: int(self.slots.counts.sum())]
@@ -93,7 +97,7 @@ class Recordable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy (an average of the weights, say) has no part in the tapes and feeds of its original."""
-        return {**super().__getstate__(), "sinks": (), "fed": None}  # type: ignore[dict-item]
+        return {**self.__dict__, "sinks": (), "fed": None}
 
     def leave(self, routing: Routing, kept: Kept | None = None) -> None:
         """Leave one routing in every sink; a recomputation during backward leaves nothing."""
@@ -101,7 +105,8 @@ class Recordable(nn.Module):
             return
         for sink in self.sinks:
             if self.training or not sink.training_only:
-                sink.chain = ((routing, kept if sink.keep else None), sink.chain)
+                own = kept.only(sink.keep) if kept is not None and sink.keep else None
+                sink.chain = ((routing, own), sink.chain)
 
     def take_feed(self) -> Feed | None:
         """What ``feed`` left here, if its block is still open."""
@@ -193,4 +198,4 @@ class MoE(Recordable):
         if missing := keep - tensors.keys():
             raise UserError(f"record(keep=...): {type(self.experts).__name__} has no {sorted(missing)[0]!r} to keep")
         y = combine(tensors["output"], routing.weights.to(tokens.dtype), slots)
-        return y, Kept(slots, {name: tensors[name] for name in keep})
+        return y, Kept(slots, tensors)

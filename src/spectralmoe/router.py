@@ -56,7 +56,7 @@ class Router(nn.Module):
             replay: reuse this routing's indices; the weights are recomputed from live logits.
 
         Raises:
-            UserError: x is not D wide; the mask or the replayed routing is of another size.
+            UserError: x is not D wide; the mask or the replayed routing is of another shape.
         """
         shape, dim = x.shape[:-1], self.scorer.dim
         if x.shape[-1] != dim:
@@ -65,12 +65,14 @@ class Router(nn.Module):
             raise UserError(f"Router: mask has shape {tuple(mask.shape)}, but the tokens have {tuple(shape)}")
         tokens = x.reshape(-1, dim).to(torch.promote_types(x.dtype, torch.float32))
         flat_mask = None if mask is None else mask.reshape(-1).bool()
+        if flat_mask is not None:
+            tokens = tokens.masked_fill(~flat_mask[:, None], 0)  # padding may hold nan, which 0 * nan would spread
         with torch.autocast(device_type=x.device.type, enabled=False):
             logits = self.scorer(tokens, context=context)
             if replay is None:
                 indices = self.selector.choose(logits.detach(), mask=flat_mask, context=context)
             else:
-                indices = _replayed(replay.indices, tokens.shape[0], flat_mask)
+                indices = _replayed(replay, logits, flat_mask)
             scores, weights = self.selector.scores(logits), self.selector.weigh(logits, indices)
         soft = self.selector.is_soft(self.num_experts)
         return Routing(logits, weights, indices, scores, flat_mask, tuple(shape), soft)
@@ -101,7 +103,8 @@ def shard_routers(model: nn.Module, **options: Any) -> None:
             fully_shard(module, mp_policy=policy, **options)
 
 
-def _replayed(indices: Tensor, tokens: int, mask: Tensor | None) -> Tensor:
-    if indices.shape[0] != tokens:
-        raise UserError(f"Router: the replayed routing has N={indices.shape[0]} tokens, but this forward has {tokens}")
-    return indices if mask is None else indices.masked_fill(~mask[:, None], EMPTY)
+def _replayed(replay: Routing, logits: Tensor, mask: Tensor | None) -> Tensor:
+    if replay.logits.shape != logits.shape:
+        (n, e), (tokens, experts) = replay.logits.shape, logits.shape
+        raise UserError(f"Router: the replayed routing has N={n}, E={e}, but this forward has N={tokens}, E={experts}")
+    return replay.indices if mask is None else replay.indices.masked_fill(~mask[:, None], EMPTY)

@@ -68,8 +68,9 @@ class Routing:
 
     @property
     def probs(self) -> Tensor:
-        """The scores normalised to sum 1 over the experts (N, E)."""
-        return self.scores / self.scores.sum(-1, keepdim=True).clamp_min(torch.finfo(self.scores.dtype).tiny)
+        """The scores normalised to sum 1 over the experts (N, E); 0 where all of a token underflowed."""
+        info = torch.finfo(self.scores.dtype)
+        return self.scores / self.scores.sum(-1, keepdim=True).clamp_min(info.tiny / info.eps)
 
     def real(self, values: Tensor) -> Tensor:
         """``values`` (N, ...) averaged over the real tokens; 0 when there are none."""
@@ -83,13 +84,13 @@ class Routing:
         return count_slots(self.indices, self.num_experts)
 
     def load(self) -> Tensor:
-        """Share of the load that each expert carries: (E,), fp32, sums to 1 (all zero without a real token).
+        """Share of the load that each expert carries: (E,), precise as the logits; sums to 1, 0 without a real token.
 
         The share of filled slots; for soft routing, where every expert fills a slot of every token, the share of
         tokens whose largest weight is this expert.
         """
         counts = self.load_counts()
-        return counts.float() / counts.sum().clamp_min(1)
+        return counts.to(self.logits.dtype) / counts.sum().clamp_min(1)
 
     def load_counts(self) -> Tensor:
         """The int64 counts (E,) behind ``load``; those of several batches may be added up."""

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -119,7 +119,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def _is_ours(config: Any) -> bool:
+def _is_ours(config: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(config, dict) and "spectralmoe" in config
 
 

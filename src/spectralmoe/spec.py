@@ -33,7 +33,7 @@ def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
     """The spec of ``part``: a table entry, a user's class, or a plain value.
 
     Raises:
-        UserError: an argument of its constructor is not kept.
+        UserError: an argument of its constructor is not kept, or cannot be read.
 
     >>> from spectralmoe import TopK
     >>> describe(TopK(2))
@@ -51,9 +51,7 @@ def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
     kind = names.get(cls, f"{cls.__module__}:{cls.__qualname__}")
     own = part.spec_arguments() if hasattr(part, "spec_arguments") else {}
     arguments = {}
-    for name in inspect.signature(cls.__init__).parameters:
-        if name == "self":
-            continue
+    for name in _parameters(cls):
         if name not in own and not hasattr(part, name):
             raise UserError(f"{cls.__name__} cannot be described: it does not keep its argument {name!r}")
         arguments[name] = describe(own.get(name, getattr(part, name, None)), tables=tables)
@@ -94,7 +92,7 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
 
 def call(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:
     """``cls(**arguments)`` with an error that names the unknown or missing argument."""
-    parameters = inspect.signature(cls).parameters
+    parameters = _parameters(cls)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [name for name in arguments if name not in parameters]
     if unknown and not takes_any:
@@ -103,6 +101,13 @@ def call(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:
     if missing:
         raise UserError(f"{kind!r} needs the argument {missing[0]!r}")
     return cls(**arguments)
+
+
+def _parameters(cls: Any) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(cls).parameters
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{cls!r} has no readable constructor") from error
 
 
 def _class_of(part: Any) -> Any:

@@ -190,7 +190,8 @@ def feed(
         context: side information for scorers and selectors.
         replay: reuse the choices of this tape, call by call; weights are recomputed from live logits.
 
-    Call backward inside the block if the model uses activation checkpointing.
+    Call backward inside the block if the model uses activation checkpointing, for the forwards of this block alone: a
+    recomputation gets the side information of the block it runs in.
 
     Raises:
         UserError: no MoE layer; a layer that the replayed tape does not hold, or that is called more often.

@@ -26,18 +26,14 @@ def test_the_choice_is_top_k_of_scores_and_bias(score):
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_the_bias_changes_the_choice_but_never_the_weights(score, normalize, close, gradients):
+def test_the_bias_changes_the_choice_but_never_the_weights(score, normalize, same):
     selector = bound(score=score, normalize=normalize)
     logits = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
     plain = selector.choose(logits.detach())
     selector.bias.copy_(torch.randn(6))
     indices = selector.choose(logits.detach())
     assert not torch.equal(indices, plain)
-    weights = selector.weigh(logits, indices)
-    expected = TopK(2, score=score, normalize=normalize).weigh(logits, indices)
-    assert torch.equal(weights, expected)
-    direction = torch.randn(40, 2, dtype=torch.float64)
-    close(*(gradients((w * direction).sum(), [logits])[0] for w in (weights, expected)))
+    same(selector.weigh(logits, indices), TopK(2, score=score, normalize=normalize).weigh(logits, indices), [logits])
 
 
 @pytest.mark.parametrize("counts", [[5, 1, 0, 6, 3, 3], [2, 2, 2, 2, 2, 2], [0] * 6, [2**40, 2**40 + 1, 0, 0, 0, 0]])
@@ -57,11 +53,11 @@ def test_by_hand():
 
 
 def test_updates_even_out_a_collapsed_load():
-    router = Router(LinearScorer(8, 4, bias=True), Balanced(2, rate=0.02))
+    router = Router(LinearScorer(8, 4, bias=True), Balanced(2, rate=1e-3))
     router.scorer.bias.data[:2] = 2.0
     x = torch.randn(400, 8)
     before = router(x).load()
-    for _ in range(200):
+    for _ in range(1000):
         router.selector.update(router(x).counts())
     after = router(x).load()
     assert float(before.max()) > 0.4

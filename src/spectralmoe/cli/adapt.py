@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 import typer
@@ -15,7 +15,7 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.saving import read_config, save
 from spectralmoe.training.data import read_image
 from spectralmoe.training.evaluation import evaluate
-from spectralmoe.training.settings import Device, pick_device
+from spectralmoe.training.settings import pick_device
 
 __all__ = ["adapt"]
 
@@ -49,7 +49,7 @@ def adapt(
         raise one_of("--layers", layers, ["all", "last"])
     if (image is None) != (label is None) or (image is not None and out is None):
         raise UserError("to correct one image give --image, --label and --out together")
-    network, meta = load_network(model, pick_device(cast(Device, device)), allow)
+    network, meta = load_network(model, pick_device(device), allow)
     images = open_data(data, meta, data_dir, download)
     rule = Rule("last" if layers == "last" else "all", lr, max_steps)
     before = evaluate(network, images.test).accuracy

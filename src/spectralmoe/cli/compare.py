@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +14,7 @@ from spectralmoe.compare.columns import COLUMNS, show, summarise, summary_json
 from spectralmoe.errors import UserError
 from spectralmoe.training.data import load_data
 from spectralmoe.training.routers import DEFAULT_ROUTERS
-from spectralmoe.training.settings import Device, parse, pick_device
+from spectralmoe.training.settings import parse, pick_device
 
 __all__ = ["compare"]
 
@@ -57,7 +57,7 @@ def compare(
     values["network"] = {"k": int(k) if k.isdecimal() else k, "num_experts": experts}
     settings = parse(CompareSettings, values, "compare")
     settings.check()
-    where = pick_device(cast(Device, device))
+    where = pick_device(device)
     images = load_data(data, data_dir=data_dir, download=download)
     with watching(quiet=json) as watch:
         rows = summarise(run(settings, images, out, where, watch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -11,7 +11,7 @@ from spectralmoe.cli.console import print_json, print_table
 from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, load_network, open_data
 from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
 from spectralmoe.training.evaluation import evaluate as run_evaluation
-from spectralmoe.training.settings import Device, pick_device
+from spectralmoe.training.settings import pick_device
 
 __all__ = ["evaluate"]
 
@@ -31,7 +31,7 @@ def evaluate(
 
     Example: spectralmoe evaluate runs/first/models/sr-moe-depth2-seed0
     """
-    network, meta = load_network(Path(model), pick_device(cast(Device, device)), allow)
+    network, meta = load_network(Path(model), pick_device(device), allow)
     images = open_data(data, meta, data_dir, download)
     found = run_evaluation(network, images.test)
     measures = {"max_vio": max_vio, "gini": gini, "min_load_share": min_share, "dead_experts": dead_experts}

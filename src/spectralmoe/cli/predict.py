@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -12,7 +12,7 @@ from spectralmoe.cli.console import print_json
 from spectralmoe.cli.options import Allow, DeviceName, Json, Model, load_network
 from spectralmoe.tape import record
 from spectralmoe.training.data import read_image
-from spectralmoe.training.settings import Device, pick_device
+from spectralmoe.training.settings import pick_device
 
 __all__ = ["predict"]
 
@@ -28,7 +28,7 @@ def predict(
 
     Example: spectralmoe predict runs/first/models/sr-moe-depth2-seed0 digit.png
     """
-    where = pick_device(cast(Device, device))
+    where = pick_device(device)
     network, meta = load_network(model, where, allow)
     height, width = meta["image_size"]
     images = torch.stack([read_image(file, channels=meta["channels"], size=(height, width)) for file in files])

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 
 from spectralmoe.cli.console import print_json, watching
 from spectralmoe.cli.options import DataDir, DeviceName, Download, Json, Out, see_own_modules
 from spectralmoe.errors import UserError
-from spectralmoe.files import make_folder, read_json, write_json
+from spectralmoe.files import make_folder, read_json, remove_parts, write_json
 from spectralmoe.saving import save
 from spectralmoe.training.data import load_data
 from spectralmoe.training.evaluation import evaluate
 from spectralmoe.training.loop import train as run_training
 from spectralmoe.training.network import CHECKPOINT, build_network, model_meta
 from spectralmoe.training.routers import find_preset
-from spectralmoe.training.settings import Device, TrainSettings, parse, pick_device, read_toml
+from spectralmoe.training.settings import TrainSettings, parse, pick_device, read_toml
 
 __all__ = ["train"]
 
@@ -37,19 +37,19 @@ def train(
 
     A run that was stopped goes on when it is started again with the same file and --out.
     """
-    values: dict[str, Any] = read_toml(config)
+    settings = parse(TrainSettings, read_toml(config), str(config))
     if seed is not None:
-        values["optimization"] = {**values.get("optimization", {}), "seed": seed}
-    settings = parse(TrainSettings, values, str(config))
+        settings = settings.model_copy(update={"optimization": settings.optimization.model_copy(update={"seed": seed})})
     see_own_modules([settings.router])
-    preset, where = find_preset(settings.router), pick_device(cast(Device, device))
+    preset, where = find_preset(settings.router), pick_device(device)
     data = load_data(settings.data, data_dir=data_dir, download=download)
     if settings.train_size is not None:
         data = data.subset(settings.train_size)
-    make_folder(out)
-    _claim(settings, out)
     network = build_network(data, settings.network, settings.router, settings.depth, settings.optimization.seed)
     network.to(where)
+    make_folder(out)
+    _claim(settings, out)
+    remove_parts(out)
     with watching(quiet=json) as watch:
         history = run_training(
             network,

@@ -22,7 +22,7 @@ from spectralmoe.compare.settings import Cell, CompareSettings
 from spectralmoe.compare.setup import Setup
 from spectralmoe.compare.tuning import tune_row
 from spectralmoe.errors import UserError
-from spectralmoe.files import make_folder, read_json, write_json, write_whole
+from spectralmoe.files import make_folder, read_json, remove_parts, write_json, write_text
 from spectralmoe.training.data import ImageData
 
 __all__ = ["Watcher", "run"]
@@ -53,6 +53,7 @@ def run(
     make_folder(out)
     with _only_run(out):
         _claim(settings, out)
+        remove_parts(out)
         rows, cells = _finished(out), settings.cells()
         for cell, job, watch_job in _jobs(cells, setup, watch):
             if job == "tune":
@@ -128,13 +129,12 @@ def _write(settings: CompareSettings, rows: Sequence[dict[str, Any]], cells: Seq
         "cells": ordered,
     }
     write_json(out / "results.json", results)
-    write_whole(out / "results.csv", lambda path: _write_csv(path, ordered))
+    write_text(out / "results.csv", _csv(ordered))
     title = f"{settings.data}: {len(summary)} rows, {settings.seeds} seeds, k = {settings.network.k}"
-    svg = draw(summary, title)
-    write_whole(out / "comparison.svg", lambda path: _write_text(path, svg))
+    write_text(out / "comparison.svg", draw(summary, title))
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
     keys = [
         "router",
         "depth",
@@ -148,11 +148,7 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, keys, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write_text(path, text.getvalue())
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    return text.getvalue()
 
 
 def _machine() -> dict[str, Any]:

@@ -21,11 +21,11 @@ def load_balance(record: Record | Routing) -> Tensor:
     >>> from spectralmoe import LinearScorer, Router, TopK
     >>> router = Router(LinearScorer(8, 4), TopK(2))
     >>> _ = router.scorer.weight.data.zero_()
-    >>> round(float(load_balance(router(torch.randn(64, 8)))), 4)
+    >>> round(load_balance(router(torch.randn(64, 8))).item(), 4)
     1.0
     """
     routing = _routing(record)
-    return routing.num_experts * (routing.load().to(routing.logits.dtype) * routing.real(routing.probs)).sum()
+    return routing.num_experts * (routing.load() * routing.real(routing.probs)).sum()
 
 
 def router_z(record: Record | Routing) -> Tensor:

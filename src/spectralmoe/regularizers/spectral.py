@@ -36,7 +36,7 @@ def spectral_norm(record: Record, *, bound: float = 1.0, form: NormForm = "hinge
     >>> _ = layer.router.scorer.weight.data.copy_(torch.eye(2, 4) * 3)
     >>> with record(layer) as tape:
     ...     _ = layer(torch.randn(3, 4))
-    >>> round(float(spectral_norm(tape[0])), 4)
+    >>> round(spectral_norm(tape[0]).item(), 4)
     4.0
     """
     matrix, direction = _matrix(record)

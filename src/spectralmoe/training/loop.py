@@ -110,11 +110,11 @@ class _Run:
         for chosen in order.split(self.settings.batch_size)[self.batch :]:
             self.loss_sum += self.one_step(self.data.train, chosen)
             self.batch += 1
-            progress(self.step / (self.batches * self.settings.epochs))
             if time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS:
                 self.seconds += time.monotonic() - started
                 self.save()
                 started = time.monotonic()
+            progress(self.step / (self.batches * self.settings.epochs))
         self.seconds += time.monotonic() - started
         accuracy = evaluate(self.model, self.data.validation).accuracy
         self.epochs.append(

@@ -45,7 +45,7 @@ def _scaled(term: Term, factor: float) -> Term:
 
 
 def _prototypes(dim: int, num_experts: int) -> Scorer:
-    return PrototypeScorer(dim, num_experts, temperature=1.0)
+    return PrototypeScorer(dim, num_experts, temperature=dim**0.5 / 2)  # tokens leave a LayerNorm at norm sqrt(D)
 
 
 def _eigenbasis(dim: int, num_experts: int) -> Scorer:
@@ -53,8 +53,8 @@ def _eigenbasis(dim: int, num_experts: int) -> Scorer:
 
 
 _SPECTRAL = {
-    "spectral_norm": Term(spectral_norm, 0.1),
-    "stable_rank": Term(stable_rank, 0.1),
+    "spectral_norm": Term(spectral_norm, 1e-2),
+    "stable_rank": Term(stable_rank, 1e-2),
 }
 
 ROUTERS: dict[str, Preset] = {

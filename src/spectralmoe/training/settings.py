@@ -14,7 +14,6 @@ from spectralmoe.errors import UserError, one_of
 __all__ = ["Network", "Optimization", "TrainSettings", "parse", "pick_device", "read_toml"]
 
 Positive = Annotated[int, Field(ge=1)]
-Device = Literal["auto", "cpu", "cuda"]
 
 
 class Settings(BaseModel):
@@ -96,12 +95,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable TOML file ({error})") from error
 
 
-def pick_device(name: Device) -> torch.device:
+def pick_device(name: str) -> torch.device:
     """The device that "auto", "cpu" or "cuda" stands for.
 
     Raises:
-        UserError: "cuda" where there is none.
+        UserError: another name; "cuda" where there is none.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise one_of("device", name, ["auto", "cpu", "cuda"])
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' was asked for, but torch finds no CUDA device here; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

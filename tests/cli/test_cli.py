@@ -1,0 +1,351 @@
+"""The command line as a user meets it: results, and one clear line with exit code 2 for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spectralmoe.cli.app import run
+from spectralmoe.files import read_json
+
+SMALL = ["--data", "digits", "--depths", "1", "--seeds", "2", "--epochs", "2", "--train-size", "200", "--trials", "5"]
+
+
+@pytest.fixture
+def call(capsys):
+    """Run one command in this process: (exit code, stdout, stderr)."""
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run_command
+
+
+@pytest.fixture
+def refused(call):
+    """Run a command that must end with exit code 2 and one line on stderr; returns the line."""
+
+    def run_command(*arguments: object) -> str:
+        code, out, err = call(*arguments)
+        assert code == 2, (out, err)
+        *progress, line = err.splitlines()
+        assert line.startswith("error: ")
+        assert all("%  " in other for other in progress), err
+        return line
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Path:
+    """The folder of a small finished comparison."""
+    out = tmp_path_factory.mktemp("cli") / "out"
+    assert run(["compare", *SMALL, "--routers", "linear,sr-moe", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(compared) -> Path:
+    return compared / "models" / "sr-moe-depth1-seed0"
+
+
+def test_compare_writes_everything(compared):
+    results = read_json(compared / "results.json")
+    assert [(c["router"], c["depth"], c["seed"]) for c in results["cells"]] == [
+        ("linear", 1, 0),
+        ("sr-moe", 1, 0),
+        ("linear", 1, 1),
+        ("sr-moe", 1, 1),
+    ]
+    accuracies = [c["accuracy"] for c in results["cells"] if c["router"] == "linear"]
+    assert results["summary"][0]["accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
+    assert results["summary"][0]["accuracy"]["half"] == pytest.approx(12.706 * abs(accuracies[0] - accuracies[1]) / 2)
+    rows = (compared / "results.csv").read_text().splitlines()
+    assert len(rows) == 5
+    assert float(rows[1].split(",")[3]) == accuracies[0]
+    assert "<svg" in (compared / "comparison.svg").read_text()
+    assert sorted(p.name for p in (compared / "models").iterdir()) == [
+        "linear-depth1-seed0",
+        "linear-depth1-seed1",
+        "sr-moe-depth1-seed0",
+        "sr-moe-depth1-seed1",
+    ]
+
+
+def test_compare_again_trains_nothing_and_prints_the_same(compared, call):
+    before = {p: p.stat().st_mtime_ns for p in (compared / "models").rglob("*") if p.is_file()}
+    code, out, _ = call("compare", *SMALL, "--routers", "linear,sr-moe", "--out", compared, "--json")
+    assert code == 0
+    assert json.loads(out) == read_json(compared / "results.json")["summary"]
+    assert before == {p: p.stat().st_mtime_ns for p in (compared / "models").rglob("*") if p.is_file()}
+
+
+def test_compare_prints_a_table_and_names_the_files(compared, call):
+    code, out, err = call("compare", *SMALL, "--routers", "linear,sr-moe", "--out", compared)
+    assert code == 0
+    assert "interference" in out
+    for name in ("results.json", "results.csv", "comparison.svg", "models"):
+        assert str(compared / name) in out
+    assert "100%" in err
+
+
+def test_compare_refuses_other_settings(compared, refused):
+    line = refused("compare", *SMALL, "--routers", "linear", "--out", compared)
+    assert "routers = ['linear', 'sr-moe'], not ['linear']" in line
+    line = refused("compare", *SMALL, "--routers", "linear,sr-moe", "--k", "1", "--out", compared)
+    assert "network.k = 2, not 1" in line
+
+
+def test_evaluate_agrees_with_the_comparison(compared, model, call):
+    code, out, _ = call("evaluate", model, "--json")
+    assert code == 0
+    cell = next(c for c in read_json(compared / "results.json")["cells"] if c["router"] == "sr-moe" and c["seed"] == 0)
+    found = json.loads(out)
+    assert found["accuracy"] == pytest.approx(cell["accuracy"])
+    assert found["layers"]["stages.0.moe"]["max_vio"] == pytest.approx(cell["max_vio"])
+    assert call("evaluate", model)[0] == 0
+
+
+def test_predict(model, call, tmp_path):
+    from spectralmoe.training.data import load_data
+
+    data = load_data("digits")
+    for index in range(3):
+        np.save(tmp_path / f"{index}.npy", data.test.images[index, 0].numpy())
+    code, out, _ = call("predict", model, *(tmp_path / f"{index}.npy" for index in range(3)), "--json")
+    assert code == 0
+    found = json.loads(out)
+    from spectralmoe import load
+
+    expected = load(model)(data.test.images[:3])
+    assert [row["label"] for row in found] == expected.argmax(-1).tolist()
+    assert [row["probability"] for row in found] == pytest.approx(expected.softmax(-1).amax(-1).tolist(), rel=1e-4)
+    code, out, _ = call("predict", model, tmp_path / "0.npy")
+    assert "0.npy: " in out
+
+
+def test_adapt_corrects_one_image_and_saves(model, call, tmp_path):
+    from spectralmoe import load
+    from spectralmoe.training.data import load_data
+
+    data = load_data("digits")
+    network = load(model)
+    wrong = int((network(data.test.images).argmax(-1) != data.test.labels).nonzero()[0])
+    label = int(data.test.labels[wrong])
+    np.save(tmp_path / "x.npy", data.test.images[wrong, 0].numpy())
+    before = (model / "model.safetensors").read_bytes()
+    code, out, _ = call(
+        "adapt", model, "--image", tmp_path / "x.npy", "--label", label, "--out", tmp_path / "new", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["success"]
+    assert int(load(tmp_path / "new")(data.test.images[wrong : wrong + 1]).argmax()) == label
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+def test_adapt_trials_agree_with_the_comparison(compared, model, call):
+    code, out, _ = call("adapt", model, "--trials", 5, "--json")
+    assert code == 0
+    cell = next(c for c in read_json(compared / "results.json")["cells"] if c["router"] == "sr-moe" and c["seed"] == 0)
+    assert json.loads(out)["interference"] == pytest.approx(cell["interference"], abs=1e-5)
+
+
+def test_train_from_the_example_file(call, tmp_path):
+    text = Path("examples/train.toml").read_text() if Path("examples/train.toml").exists() else ""
+    text = text.replace("mnist5k", "digits").replace("epochs = 8", "epochs = 1") or 'data = "digits"\n'
+    (tmp_path / "c.toml").write_text(text)
+    code, out, _ = call("train", "--config", tmp_path / "c.toml", "--out", tmp_path / "m", "--json")
+    assert code == 0
+    assert json.loads(out)["test_accuracy"] == read_json(tmp_path / "m" / "history.json")["test_accuracy"]
+    assert call("evaluate", tmp_path / "m")[0] == 0
+    assert call("train", "--config", tmp_path / "c.toml", "--out", tmp_path / "m")[0] == 0  # goes on: nothing to do
+
+
+def test_list_names_everything(call):
+    code, out, _ = call("list", "--json")
+    assert code == 0
+    tables = json.loads(out)
+    assert {"mnist5k", "digits", "fashion-mnist", "folder:PATH"} <= tables["data sets"].keys()
+    assert {
+        "linear",
+        "linear+load_balance",
+        "linear+balanced",
+        "cosine",
+        "prototype",
+        "sr-moe",
+        "eigenbasis",
+    } <= tables["routers"].keys()
+    assert all(line for table in tables.values() for line in table.values())
+    assert "prototype" in call("list")[1]
+
+
+@pytest.mark.parametrize("verb", ["compare", "train", "evaluate", "predict", "adapt", "list"])
+def test_help_has_an_example(call, verb):
+    code, out, _ = call(verb, "--help")
+    assert code == 0
+    assert f"spectralmoe {verb}" in out
+
+
+def test_routers_of_your_own(call, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom spectralmoe import LinearScorer\n\n\nclass Signs(LinearScorer):\n"
+        "    def forward(self, x, *, context=None):\n        return super().forward(x.sign())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code, _, err = call("compare", *SMALL, "--routers", "mine:Signs,linear", "--out", tmp_path / "out")
+    assert code == 0, err
+    model = tmp_path / "out" / "models" / "mine_Signs-depth1-seed0"
+    assert "allow=['mine:Signs']" in call("evaluate", model)[2]
+    assert call("evaluate", model, "--allow", "mine:Signs")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "--routers", "liner"], ["unknown router 'liner'", "linear"]),
+        (["compare", "--routers", "linear,linear"], ["linear twice"]),
+        (["compare", "--routers", ""], ["--routers names nothing"]),
+        (["compare", "--routers", "no_such_module:X"], ["no_such_module"]),
+        (["compare", "--routers", "spectralmoe:MoE"], ["'spectralmoe:MoE' is not a subclass of spectralmoe.Scorer"]),
+        (["compare", "--data", "mnist"], ["unknown data set 'mnist'", "mnist5k"]),
+        (["compare", "--data", "folder:/no/such/place"], ["/no/such/place"]),
+        (["compare", "--depths", "two"], ["--depths 'two'"]),
+        (["compare", "--depths", "0"], ["depths", "0"]),
+        (["compare", "--k", "9"], ["--k 9", "only 8"]),
+        (["compare", "--k", "some"], ["network.k", "some"]),
+        (["compare", "--k", "0"], ["network.k", "0"]),
+        (["compare", "--k", "soft", "--routers", "linear+balanced"], ["linear+balanced", "--k below 8"]),
+        (["compare", "--seeds", "none"], ["--seeds", "integer"]),
+        (["compare", "--epoch", "3"], ["--epoch"]),
+        (["compare", "--data", "digits", "--train-size", "99999"], ["99999", "1079"]),
+        (["compare", "--device", "tpu"], ["device", "tpu"]),
+        (["comparee"], ["comparee"]),
+        (["train", "--config", "/no/such.toml"], ["/no/such.toml"]),
+    ],
+    ids=lambda value: "-".join(value[1:])[:40] if value[0] in ("compare", "train", "comparee") else "",
+)
+def test_mistakes_are_one_clear_line(refused, tmp_path, arguments, words):
+    out = tmp_path / "out"
+    line = refused(*arguments, *([] if arguments == ["comparee"] else ["--out", out]))
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('data = "digits"\ndepht = 3\n', ["unknown key 'depht'", "depth"]),
+        ('data = "digits"\n[network]\nwidht = 3\n', ["unknown key 'widht'", "width"]),
+        ('data = "digits"\ndepth = "deep"\n', ["depth", "'deep'"]),
+        ('data = "digits"\n[optimization]\nlr = -1\n', ["optimization.lr", "-1"]),
+        ("depth = 3\n", ["data"]),
+        ("data = digits\n", ["not a readable TOML file"]),
+        ('data = "digits"\noptimization = 3\n', ["optimization"]),
+        ('data = "digits"\n[network]\nk = 9\n', ["k=9", "E=8"]),
+    ],
+)
+def test_config_mistakes(refused, tmp_path, text, words):
+    (tmp_path / "c.toml").write_text(text)
+    for extra in ([], ["--seed", "1"]):
+        line = refused("train", "--config", tmp_path / "c.toml", "--out", tmp_path / "m", *extra)
+        for word in words:
+            assert word in line
+
+
+def test_bad_images(refused, model, tmp_path):
+    np.save(tmp_path / "nan.npy", np.full((8, 8), np.nan, dtype=np.float32))
+    assert "nan.npy" in refused("predict", model, tmp_path / "nan.npy")
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert "cut.png" in refused("predict", model, tmp_path / "cut.png")
+    assert "none.png" in refused("predict", model, tmp_path / "none.png")
+    (tmp_path / "set").mkdir()
+    assert str(tmp_path / "set") in refused("compare", "--data", f"folder:{tmp_path / 'set'}", "--out", tmp_path / "o")
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir()
+        for index in range(10):
+            np.save(tmp_path / "set" / name / f"{index}.npy", np.random.default_rng(index).random((8, 8)))
+    np.save(tmp_path / "set" / "b" / "5.npy", np.full((8, 8), np.nan))
+    assert "5.npy" in refused("compare", "--data", f"folder:{tmp_path / 'set'}", "--out", tmp_path / "o")
+
+
+def test_bad_models(refused, model, tmp_path):
+    assert "is not a model folder" in refused("evaluate", tmp_path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((model / "config.json").read_bytes())
+    (broken / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100])
+    assert "model.safetensors" in refused("evaluate", broken)
+    (broken / "config.json").write_text('{"architectures": ["BertModel"]}')
+    assert "another program" in refused("predict", broken, tmp_path / "x.npy")
+    assert "label 12" in refused("adapt", model, "--image", _image(tmp_path), "--label", 12, "--out", tmp_path / "n")
+    assert "together" in refused("adapt", model, "--image", _image(tmp_path))
+    assert "--layers" in refused("adapt", model, "--layers", "some")
+    assert "channels" in refused("evaluate", model, "--data", f"folder:{_rgb(tmp_path)}")
+
+
+def test_out_that_cannot_be_written(refused, model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert str(tmp_path / "file") in refused("compare", *SMALL, "--out", tmp_path / "file")
+    assert "/proc/none" in refused("compare", *SMALL, "--out", "/proc/none")
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "results.json").write_text("[1, 2]")
+    assert "results.json" in refused("compare", *SMALL, "--out", tmp_path / "results")
+    assert (tmp_path / "results" / "results.json").read_text() == "[1, 2]"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir() or os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_full_disk_keeps_what_was_there(refused, call, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "none", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        (disk / "notes.txt").write_text("mine")
+        line = refused("compare", *SMALL, "--routers", "linear,cosine", "--out", disk / "out")
+        assert "No space left" in line
+        assert (disk / "notes.txt").read_text() == "mine"
+        assert not list(disk.rglob("*part"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_two_runs_in_one_folder(compared, refused):
+    import fcntl
+
+    with (compared / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another comparison is running" in refused(
+            "compare", *SMALL, "--routers", "linear,sr-moe", "--out", compared
+        )
+
+
+def test_version_and_broken_pipe():
+    command = f"{sys.executable} -m spectralmoe"
+    shown = subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("spectralmoe 0.")
+    piped = subprocess.run(f"{command} list | head -1", shell=True, capture_output=True, text=True, check=True)
+    assert "Traceback" not in piped.stderr
+
+
+def _image(folder: Path) -> Path:
+    np.save(folder / "image.npy", np.zeros((8, 8), dtype=np.float32))
+    return folder / "image.npy"
+
+
+def _rgb(folder: Path) -> Path:
+    for name in "abcdefghij":
+        (folder / "rgb" / name).mkdir(parents=True)
+        for index in range(10):
+            np.save(folder / "rgb" / name / f"{index}.npy", np.random.default_rng(index).random((8, 8, 3)))
+    return folder / "rgb"

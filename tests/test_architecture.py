@@ -1,0 +1,108 @@
+"""Imports go one way, and heavy packages are imported when they are used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spectralmoe
+
+SOURCE = Path(spectralmoe.__file__).parent
+
+# Low to high. A module imports from lower levels, from its own folder, and from what is named beside its level.
+LEVELS = [
+    {"errors"},
+    {"files", "linalg", "routing"},
+    {"scorers", "selectors", "experts"},
+    {"dispatch"},
+    {"router"},
+    {"moe"},
+    {"tape"},
+    {"steps", "regularizers", "diagnostics"},
+    {"spec"},
+    {"models", "surgery"},
+    {"saving"},
+    {""},  # ``import spectralmoe``: whatever the package's own __init__ does not need
+    {"adaptation"},
+    {"training", "report"},
+    {"compare", "bench"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+HEAVY = {"timm", "transformers", "huggingface_hub", "sklearn", "mlxtend", "PIL", "torchvision"}
+ONLY_IN = {"timm": "surgery/timm.py", "transformers": "surgery/transformers.py", "huggingface_hub": "surgery/hub.py"}
+NOT_AT_START = HEAVY | {"typer", "rich", "pydantic"}
+
+FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
+files = pytest.mark.parametrize("file", FILES)
+
+
+def at_import(node: ast.AST) -> list[ast.Import | ast.ImportFrom]:
+    """The imports that run when the module is imported: not in functions, not for type checkers alone."""
+    found = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            found.append(child)
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            found += [item for branch in child.orelse for item in at_import(ast.Module([branch], []))]
+        elif not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            found += at_import(child)
+    return found
+
+
+def modules(imports: list[ast.Import | ast.ImportFrom]) -> list[str]:
+    """Full names of what is imported, ``from a import b`` as a.b."""
+    names = []
+    for item in imports:
+        if isinstance(item, ast.Import):
+            names += [alias.name for alias in item.names]
+        else:
+            assert item.level == 0, "imports are absolute"
+            names += [f"{item.module}.{alias.name}" for alias in item.names]
+    return names
+
+
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((SOURCE / file).read_text(encoding="utf-8"))
+
+
+@files
+def test_imports_go_one_way(file):
+    own = file.split("/")[0].removesuffix(".py")
+    for name in modules(at_import(tree_of(file))):
+        package, _, rest = name.partition(".")
+        if package != "spectralmoe" or file == "__init__.py":
+            continue
+        other = rest.split(".")[0]
+        if other == "__version__":
+            continue
+        assert other in LEVEL, f"{file} imports {name}: import the module that defines it, or give it a level"
+        assert own in LEVEL, f"{file} has no level yet"
+        assert other == own or LEVEL[other] < LEVEL[own], f"{file} imports {name}, which is not below it"
+
+
+@files
+def test_heavy_packages_are_imported_where_they_are_used(file):
+    tree = tree_of(file)
+    assert not HEAVY & {name.split(".")[0] for name in modules(at_import(tree))}
+    everywhere = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    for name in modules(everywhere):
+        assert ONLY_IN.get(name.split(".")[0], file) == file, f"{file} imports {name}"
+
+
+def test_importing_the_library_imports_torch_and_nothing_heavier():
+    code = "import sys, torch; before = set(sys.modules); import spectralmoe; print(*(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=SOURCE.parent, capture_output=True, text=True, check=True)
+    new = {name.split(".")[0] for name in result.stdout.split()}
+    assert "spectralmoe" in new
+    assert not NOT_AT_START & new
+
+
+def test_nothing_reads_outside_the_repository():
+    for file in FILES:
+        assert "../shared" not in (SOURCE / file).read_text(encoding="utf-8"), file

@@ -1,0 +1,351 @@
+"""Two gloo processes on this machine against one process: DDP, FSDP2, counts over ranks, saving sharded models.
+
+Run as a script, this file is one of the two processes: it runs every function of ``CHECKS`` and leaves the results in a
+folder. The tests compare them with what one process computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from spectralmoe import (
+    Balanced,
+    EigenbasisScorer,
+    FeedForward,
+    LinearScorer,
+    MoE,
+    Router,
+    Term,
+    TopK,
+    after_step,
+    attach,
+    before_step,
+    load,
+    penalty,
+    record,
+    save,
+    shard_routers,
+)
+from spectralmoe.regularizers import load_balance, orthonormality, router_z, spectral_norm, stable_rank
+
+RANKS, N, D, E, ROUNDS = 2, 20, 8, 5, 3
+SECONDS = 100
+ADDITIVE = {"z": Term(router_z, 0.3), "sigma": Term(spectral_norm, 0.2), "rank": Term(stable_rank, 0.1)}
+ALL = {**ADDITIVE, "balance": Term(load_balance, 0.3), "ortho": Term(orthonormality, 0.1)}
+
+
+class Block(nn.Module):
+    def __init__(self, scorer, selector):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(D, D), nn.LayerNorm(D)
+        self.moe = MoE(Router(scorer, selector), FeedForward(E, D, 16))
+
+    def forward(self, x):
+        return x + self.moe(self.norm(self.linear(x)))
+
+
+class Net(nn.Module):
+    """A linear gate, then a balanced one on an eigenbasis."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            [
+                Block(LinearScorer(D, E), TopK(2)),
+                Block(EigenbasisScorer(D, E, rank=4, temperature=0.1), Balanced(2, rate=0.01)),
+            ]
+        )
+        self.checkpointed = False
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return x
+
+
+def make_net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def batches(dtype=torch.float32):
+    """(rounds, ranks, N, D)"""
+    return torch.randn(ROUNDS, RANKS, N, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def loss_of(net, x, terms):
+    with record(net) as tape:
+        y = net(x)
+    return y.float().square().mean() + penalty(tape, terms)[0], tape
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def state(net):
+    return {name: whole(value.detach()).clone() for name, value in net.state_dict().items()}
+
+
+def gradients(net, prefix=""):
+    return {name.removeprefix(prefix): whole(p.grad).clone() for name, p in net.named_parameters()}
+
+
+def shard(net, **options):
+    shard_routers(net, **options)
+    for block in net.blocks:
+        fully_shard(block, **options)
+    return fully_shard(net, **options)
+
+
+def training(net, data, *, hooked=False):
+    """ROUNDS steps with all terms; the losses."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    if hooked:
+        attach(optimizer, net)
+    losses = []
+    for x in data:
+        loss, tape = loss_of(net, x, ALL)
+        loss.backward()
+        if not hooked:
+            before_step(net, tape)
+        optimizer.step()
+        if not hooked:
+            after_step(net, tape)
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+# What each of the two processes does: (rank, folder) -> values to compare
+
+
+def selection_bias(rank, folder):
+    """Counts of different data on each rank: over both ranks, and over this one alone."""
+    alone = [dist.new_group([r]) for r in range(RANKS)][rank]
+    joined, own = make_net(), make_net()
+    for data in batches():
+        for net, group in ((joined, None), (own, alone)):
+            with record(net) as tape:
+                net(data[rank])
+            after_step(net, tape, group=group)
+    return [net.blocks[1].moe.router.selector.bias for net in (joined, own)]
+
+
+def ddp(rank, folder):
+    """Gradients of task loss and penalty in float64, without and with checkpoints, and with the balance loss."""
+    found = []
+    for checkpointed, terms in ((False, ADDITIVE), (True, ADDITIVE), (False, ALL)):
+        net = make_net(torch.float64)
+        net.checkpointed = checkpointed
+        parallel = DistributedDataParallel(net)
+        loss_of(parallel, batches(torch.float64)[0, rank], terms)[0].backward()
+        found.append(gradients(parallel, "module."))
+    return found
+
+
+def fsdp(rank, folder):
+    """The same in fp32 on sharded parameters; resharded after the forward or not."""
+    found = []
+    for checkpointed, terms, options in (
+        (False, ADDITIVE, {}),
+        (True, ADDITIVE, {}),
+        (False, ALL, {}),
+        (False, ADDITIVE, {"reshard_after_forward": False}),
+    ):
+        net = make_net()
+        net.checkpointed = checkpointed
+        shard(net, **options)
+        loss_of(net, batches()[0, rank], terms)[0].backward()
+        found.append(gradients(net))
+    return found
+
+
+def fsdp_bf16(rank, folder):
+    """Training in bf16 with routers in fp32, by hand and by hooks; saving, and loading into the shards."""
+    results = {}
+    for name in ("hand", "hooks"):
+        net = make_net(torch.bfloat16)
+        shard(net)
+        losses = training(net, batches(torch.bfloat16)[:, 0], hooked=name == "hooks")
+        results[name] = {"losses": losses, "state": state(net)}
+    save(net, folder / "sharded", meta={"name": "sharded"})
+    dist.barrier()
+    other = shard(make_net(torch.bfloat16))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    load(folder / "sharded", into=other)
+    results["reloaded"] = state(other)
+    results["sharded"] = all(isinstance(p, DTensor) for p in other.parameters())
+    _, tape = loss_of(net, batches(torch.bfloat16)[0, 0], ALL)
+    results["logits"] = [item.routing.logits.dtype for item in tape]
+    results["local"] = net.blocks[0].moe.experts.up.to_local().shape[0]
+    return results
+
+
+def ddp_training(rank, folder):
+    """Different data on each rank, by hooks: the ranks stay equal, biases and bases included."""
+    net = make_net()
+    training(DistributedDataParallel(net), batches()[:, rank], hooked=True)
+    save(DistributedDataParallel(net), folder / f"ddp{rank}")
+    return state(net)
+
+
+CHECKS = (selection_bias, ddp, fsdp, fsdp_bf16, ddp_training)
+
+
+def main(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/init", rank=rank, world_size=RANKS, timeout=timedelta(seconds=SECONDS // 3)
+    )
+    results = {}
+    for check in CHECKS:
+        try:
+            results[check.__name__] = check(rank, folder)
+        except Exception:
+            results[check.__name__] = traceback.format_exc()
+            break  # the other rank may wait for this one: nothing after it can be trusted
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """``ranks(check)``: what each rank returned."""
+    folder = tmp_path_factory.mktemp("ranks")
+    source = Path(__file__).parent.parent / "src"
+    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment) for rank in range(RANKS)
+    ]
+    try:
+        for process in processes:
+            process.wait(timeout=SECONDS)
+    finally:
+        for process in processes:
+            process.kill()
+    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+    def of(check):
+        found = [result.get(check.__name__, "did not run: an earlier check failed") for result in results]
+        failed = [value for value in found if isinstance(value, str)]
+        assert not failed, "\n".join(failed)
+        return found
+
+    of.folder = folder
+    return of
+
+
+def all_close(one, two, close, dtype=None):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        close(value, two[name], dtype)
+
+
+def all_equal(one, two):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def test_ranks_with_different_data_end_with_the_bias_of_the_joined_data(ranks):
+    results = ranks(selection_bias)
+    joined, alone = make_net(), [make_net() for _ in range(RANKS)]
+    for data in batches():
+        for net, x in ((joined, data.flatten(0, 1)), (alone[0], data[0]), (alone[1], data[1])):
+            with record(net) as tape:
+                net(x)
+            after_step(net, tape)
+    bias = joined.blocks[1].moe.router.selector.bias
+    assert bias.any()
+    for rank, (over_both, own) in enumerate(results):
+        assert torch.equal(over_both, bias)
+        assert torch.equal(own, alone[rank].blocks[1].moe.router.selector.bias)
+    assert not torch.equal(results[0][1], results[1][1])
+
+
+def references(dtype):
+    """Gradients of one process: on the joined batch, and with all terms as the mean over the halves.
+
+    The balance loss is a product of means over tokens, so its mean over two ranks is not that of the joined batch.
+    """
+    data = batches(dtype)[0]
+    net = make_net(dtype)
+    loss_of(net, data.flatten(0, 1), ADDITIVE)[0].backward()
+    halves = copy.deepcopy(net)
+    halves.zero_grad()
+    for x in data:
+        (loss_of(halves, x, ALL)[0] / RANKS).backward()
+    return gradients(net), gradients(halves)
+
+
+def test_ddp_gradients_are_those_of_one_process(ranks, close):
+    joined, halves = references(torch.float64)
+    for plain, checkpointed, balanced in ranks(ddp):
+        all_close(plain, joined, close)
+        all_equal(checkpointed, plain)
+        all_close(balanced, halves, close)
+
+
+def test_fsdp_gradients_are_those_of_one_process(ranks, close):
+    joined, halves = references(torch.float32)
+    for plain, checkpointed, balanced, unsharded in ranks(fsdp):
+        all_close(plain, joined, close)
+        all_equal(checkpointed, plain)
+        all_close(balanced, halves, close)
+        all_close(unsharded, joined, close)
+
+
+def test_fsdp_in_bf16(ranks, close):
+    net = make_net(torch.bfloat16)
+    losses = training(net, batches(torch.bfloat16)[:, 0])
+    for result in ranks(fsdp_bf16):
+        close(result["hand"]["losses"], losses, torch.bfloat16)
+        all_equal(result["hooks"]["state"], result["hand"]["state"])
+        for name, value in result["hand"]["state"].items():
+            assert value.dtype == (torch.float32 if ".router." in name else torch.bfloat16)
+            close(value.float(), state(net)[name], torch.bfloat16)
+        basis = result["hand"]["state"]["blocks.1.moe.router.scorer.basis"]
+        close(basis.T @ basis, torch.eye(4))
+        assert result["hand"]["state"]["blocks.1.moe.router.selector.bias"].any()
+        assert result["logits"] == [torch.float32] * 2
+        assert result["local"] < E
+
+
+def test_a_sharded_model_is_saved_whole_and_loads_into_shards(ranks):
+    results = ranks(fsdp_bf16)
+    into = make_net(torch.bfloat16)
+    load(ranks.folder / "sharded", into=into)
+    for result in results:
+        all_equal(result["hooks"]["state"], state(into))
+        all_equal(result["reloaded"], result["hooks"]["state"])
+        assert result["sharded"]
+
+
+def test_ranks_stay_equal_in_training(ranks):
+    one, two = ranks(ddp_training)
+    all_equal(one, two)
+    into = make_net()
+    load(ranks.folder / "ddp1", into=into)
+    all_equal(state(into), one)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

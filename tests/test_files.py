@@ -1,0 +1,129 @@
+"""Files are whole or absent, and every failure is one line for the user."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spectralmoe.files import make_folder, read_json, to_json, write_json, write_whole
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(value=VALUES)
+def test_json_comes_back(value, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path):
+    write_json(tmp_path / "a", {"x": [math.inf, -math.inf, math.nan, 1.5], "t": (1, 2)})
+    assert json.loads((tmp_path / "a").read_text(), parse_constant=pytest.fail) == {
+        "x": [None, None, None, 1.5],
+        "t": [1, 2],
+    }
+
+
+def circular():
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize("value", [{1, 2}, {"x": object()}, {(1, 2): 3}, circular()])
+def test_what_json_cannot_hold(value, tmp_path, user_error):
+    (tmp_path / "a").write_text("old")
+    for action in (lambda: to_json(value), lambda: write_json(tmp_path / "a", value)):
+        with user_error("not a value for JSON"):
+            action()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[" * 10**6, b"9" * 5000, b'{"a": 1} x'], ids=lambda content: str(content[:5])
+)
+def test_what_is_not_json(tmp_path, user_error, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with user_error("a.json", "not a readable JSON file"):
+        read_json(tmp_path / "a.json")
+
+
+def test_things_that_are_no_file(tmp_path, user_error):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with user_error("nothing", "no such file"):
+        read_json(tmp_path / "nothing")
+    for name in ("", "loop"):
+        with user_error(str(tmp_path), "not a readable JSON file"):
+            read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("mine"), KeyboardInterrupt()])
+def test_a_failed_write_changes_nothing(tmp_path, user_error, error):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half")
+        raise error
+
+    if isinstance(error, OSError):
+        with user_error(f"cannot write {path}: No space left on device"):
+            write_whole(path, write)
+    else:
+        with pytest.raises(type(error)):
+            write_whole(path, write)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_the_file_stands_at_its_place_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path
+        assert path.read_text() == "old"
+
+    write_whole(path, write)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_permissions_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_json(tmp_path / "a", 1)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_place_that_cannot_be_written(tmp_path, user_error):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "folder").mkdir()
+    for name in ("none/a", "file/a", "loop/a", "folder"):
+        with user_error("cannot write", name):
+            write_json(tmp_path / name, 1)
+    for name in ("file", "file/a", "loop", "loop/a"):
+        with user_error("cannot write to", name):
+            make_folder(tmp_path / name)
+    assert not any((tmp_path / "folder").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop", "folder"}
+
+
+def test_make_folder_makes_parents_and_leaves_nothing_in_it(tmp_path):
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a").rglob("*")) == [tmp_path / "a" / "b"]

@@ -1,0 +1,105 @@
+"""The public names. A change here is a change that users see: say so in CHANGELOG.md."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import spectralmoe
+from spectralmoe.dispatch import DISPATCHES
+from spectralmoe.experts import EXPERTS, Experts
+from spectralmoe.regularizers import REGULARIZERS
+from spectralmoe.scorers import SCORERS, Scorer
+from spectralmoe.selectors import SELECTORS, Selector
+
+NAMES = [
+    "Adapter",
+    "Balanced",
+    "Capacity",
+    "CosineScorer",
+    "Dense",
+    "Dispatch",
+    "EigenbasisScorer",
+    "ExpertChoice",
+    "Experts",
+    "FeedForward",
+    "Grouped",
+    "LinearScorer",
+    "Loop",
+    "MoE",
+    "ModuleExperts",
+    "NoisyTopK",
+    "PrototypeScorer",
+    "Record",
+    "Recordable",
+    "Router",
+    "Routing",
+    "Scorer",
+    "Selector",
+    "Tape",
+    "Term",
+    "TopK",
+    "TopP",
+    "UserError",
+    "__version__",
+    "after_step",
+    "attach",
+    "before_step",
+    "feed",
+    "load",
+    "param_groups",
+    "penalty",
+    "record",
+    "save",
+    "shard_routers",
+]
+
+TABLES = {
+    "scorers": (SCORERS, "cosine eigenbasis linear prototype", Scorer),
+    "selectors": (SELECTORS, "balanced capacity expert_choice noisy_topk top_p topk", Selector),
+    "experts": (EXPERTS, "adapter feed_forward modules", Experts),
+    "dispatch": (DISPATCHES, "dense grouped loop", object),
+}
+
+
+def test_names():
+    assert sorted(spectralmoe.__all__) == sorted(NAMES)
+    assert all(hasattr(spectralmoe, name) for name in NAMES)
+
+
+@pytest.mark.parametrize("folder", TABLES)
+def test_tables(folder):
+    table, names, base = TABLES[folder]
+    assert sorted(table) == names.split()
+    assert all(issubclass(part, base) for part in table.values())
+    assert len(set(table.values())) == len(table)
+
+
+def test_regularizers():
+    names = "importance_cv2 load_balance orthonormality router_z spectral_norm stable_rank"
+    assert sorted(REGULARIZERS) == names.split()
+    assert all(function.__name__ == name for name, function in REGULARIZERS.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_documented(name):
+    if name != "__version__":
+        assert inspect.getdoc(getattr(spectralmoe, name))
+
+
+@pytest.mark.parametrize("folder", ["scorers", "selectors"])
+def test_table_entries_keep_their_arguments(folder, make_scorer, make_selector):
+    """A spec is read back from the constructor's signature."""
+    for name, part in TABLES[folder][0].items():
+        made = make_scorer(name) if folder == "scorers" else make_selector(name)
+        own = made.spec_arguments() if hasattr(made, "spec_arguments") else {}
+        for argument in list(inspect.signature(part.__init__).parameters)[1:]:
+            assert argument in own or hasattr(made, argument), (name, argument)
+
+
+def test_one_version():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert spectralmoe.__version__ == project["version"]
