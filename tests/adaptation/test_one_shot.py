@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from spectralmoe import UserError, record
 from spectralmoe.adaptation import Rule, correct_sample, one_shot_trials
+from spectralmoe.diagnostics import evaluate
 from spectralmoe.models import SRMoE
 from spectralmoe.training.data import ImageData, load_data
-from spectralmoe.training.evaluation import evaluate
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network
 from spectralmoe.training.settings import Network, Optimization
@@ -87,23 +87,25 @@ def test_nothing_but_the_touched_experts_changes(network, data):
 
 def test_trials_measure_the_other_samples_and_restore(network, data):
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    trials = one_shot_trials(network, data.test, trials=4, seed=1)
+    trials = one_shot_trials(network, data.test.images, data.test.labels, trials=4, seed=1)
     assert len(trials) == 4
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    accuracy = evaluate(network, data.test)
+    accuracy = evaluate(network, data.test.images, data.test.labels)
     right = accuracy.predictions == data.test.labels
     for trial in trials:
         assert not right[trial.sample]
         image, label = data.test.images[trial.sample], int(data.test.labels[trial.sample])
         changed, _ = by_hand(network, image, label, Rule())
-        after = evaluate(changed, data.test).predictions == data.test.labels
+        after = evaluate(changed, data.test.images, data.test.labels).predictions == data.test.labels
         others = torch.arange(len(right)) != trial.sample
         expected = 100 * float(after[others].double().mean() - right[others].double().mean())
         assert trial.interference == pytest.approx(expected, abs=1e-3)
 
 
 def test_trials_are_those_of_the_seed(network, data):
-    first, again, other = (one_shot_trials(network, data.test, trials=3, seed=s) for s in (0, 0, 5))
+    first, again, other = (
+        one_shot_trials(network, data.test.images, data.test.labels, trials=3, seed=s) for s in (0, 0, 5)
+    )
     assert [t.sample for t in first] == [t.sample for t in again]
     assert [t.sample for t in first] != [t.sample for t in other]
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from spectralmoe import Term, UserError
+from spectralmoe.diagnostics import evaluate
 from spectralmoe.files import read_json
 from spectralmoe.regularizers import spectral_norm
 from spectralmoe.training.data import ImageData, Split, load_data
-from spectralmoe.training.evaluation import evaluate
 from spectralmoe.training.loop import Diverged, train
 from spectralmoe.training.network import build_network
+from spectralmoe.training.routers import ROUTERS, find_preset
 from spectralmoe.training.settings import Network, Optimization
 
 SMALL = Network(width=16, num_experts=4, hidden=8, k=2)
@@ -57,12 +58,12 @@ def test_resumed_run_ends_with_the_same_bits(data, router, stop_at, tmp_path, mo
 
 def test_training_is_deterministic_and_learns(data):
     first, second = (build_network(data, SMALL, "sr-moe", 2, seed=1) for _ in range(2))
-    before = evaluate(first, data.test).accuracy
+    before = evaluate(first, data.test.images, data.test.labels).accuracy
     budget = Optimization(epochs=15, batch_size=32, seed=1)
     for network in (first, second):
         train(network, data, budget)
     assert bits(first) == bits(second)
-    assert evaluate(first, data.test).accuracy > before + 40
+    assert evaluate(first, data.test.images, data.test.labels).accuracy > before + 40
 
 
 def test_the_test_part_is_never_read(data):
@@ -113,6 +114,14 @@ def test_diverged_loss_names_the_step_and_keeps_the_last_checkpoint(data, tmp_pa
     undisturbed = build_network(data, SMALL, "linear", 1, seed=0)
     train(undisturbed, data, BUDGET)
     assert bits(fresh) == bits(undisturbed)
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+def test_absurd_learning_rate_stops_with_one_line(data, router):
+    network = build_network(data, SMALL, router, 1, seed=0)
+    with pytest.raises(Diverged, match=r"training diverged at step \d+ \(epoch 1\)") as caught:
+        train(network, data, Optimization(epochs=1, batch_size=8, lr=1e30, warmup=0), terms=find_preset(router).terms)
+    assert "\n" not in str(caught.value)
 
 
 def test_checkpoint_never_holds_broken_weights(data, tmp_path, monkeypatch):

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spectralmoe.diagnostics import evaluation_mode
 from spectralmoe.errors import UserError
 from spectralmoe.models.sr_moe import SRMoE
 from spectralmoe.moe import MoE
 from spectralmoe.tape import record
-from spectralmoe.training.data import Split
-from spectralmoe.training.evaluation import evaluation_mode
 
 __all__ = ["Correction", "Rule", "Trial", "correct_sample", "one_shot_trials"]
 
@@ -65,7 +64,7 @@ class Trial:
     """One restored correction and its price.
 
     Attributes:
-        sample: index in the split.
+        sample: index of the image.
         correction: what was done.
         interference: accuracy after minus before on all other samples, in percentage points; negative is damage.
     """
@@ -89,16 +88,16 @@ def correct_sample(model: SRMoE, image: Tensor, label: int, rule: Rule = DEFAULT
 
 
 def one_shot_trials(
-    model: SRMoE, split: Split, *, trials: int = 50, rule: Rule = DEFAULT_RULE, seed: int = 0
+    model: SRMoE, images: Tensor, labels: Tensor, *, trials: int = 50, rule: Rule = DEFAULT_RULE, seed: int = 0
 ) -> list[Trial]:
-    """Correct ``trials`` misclassified samples of ``split`` one at a time, restoring the model after each.
+    """Correct ``trials`` misclassified ones of ``images`` (N, C, H, W) one at a time, restoring the model after each.
 
-    Takes all misclassified samples where there are fewer. Only the stages run again: the stem cannot change.
+    Takes all misclassified images where there are fewer. Only the stages run again: the stem cannot change.
     """
     with evaluation_mode(model), torch.no_grad():
         device = model.head.weight.device
-        features = torch.cat([model.stem(part.to(device)) for part in split.images.split(_CHUNK)])
-        labels = split.labels.to(device)
+        features = torch.cat([model.stem(part.to(device)) for part in images.split(_CHUNK)])
+        labels = labels.to(device)
         right = _right(model, features, labels)
         wrong = (~right).nonzero().flatten().cpu()
         order = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:trials]

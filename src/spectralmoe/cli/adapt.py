@@ -11,10 +11,10 @@ import typer
 from spectralmoe.adaptation import Rule, correct_sample, one_shot_trials
 from spectralmoe.cli.console import print_json
 from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, Seed, load_network, open_data
+from spectralmoe.diagnostics import evaluate
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.saving import read_config, save
 from spectralmoe.training.data import read_image
-from spectralmoe.training.evaluation import evaluate
 from spectralmoe.training.settings import pick_device
 
 __all__ = ["adapt"]
@@ -50,14 +50,14 @@ def adapt(
     if (image is None) != (label is None) or (image is not None and out is None):
         raise UserError("to correct one image give --image, --label and --out together")
     network, meta = load_network(model, pick_device(device), allow)
-    images = open_data(data, meta, data_dir, download)
+    test = open_data(data, meta, data_dir, download).test
     rule = Rule("last" if layers == "last" else "all", lr, max_steps)
-    before = evaluate(network, images.test).accuracy
+    before = evaluate(network, test.images, test.labels).accuracy
     if image is not None and label is not None and out is not None:
         height, width = meta["image_size"]
         pixels = read_image(image, channels=meta["channels"], size=(height, width))
         done = correct_sample(network, pixels, label, rule)
-        after = evaluate(network, images.test).accuracy
+        after = evaluate(network, test.images, test.labels).accuracy
         result = {"success": done.success, "steps": done.steps, "touched": done.touched, "change": done.change}
         result |= {"accuracy_before": before, "accuracy_after": after}
         if done.success:
@@ -66,11 +66,9 @@ def adapt(
         text += f"; experts {done.touched}; test accuracy {before:.2f}% -> {after:.2f}%"
         text += f"; saved to {out}" if done.success else ""
     else:
-        found = one_shot_trials(network, images.test, trials=trials, rule=rule, seed=seed)
+        found = one_shot_trials(network, test.images, test.labels, trials=trials, rule=rule, seed=seed)
         if not found:
-            raise UserError(
-                f"the model makes no mistake on the test part of {images.name}: there is nothing to correct"
-            )
+            raise UserError("the model makes no mistake on the test part: there is nothing to correct")
         changes = torch.tensor([trial.interference for trial in found])
         success = sum(trial.correction.success for trial in found) / len(found)
         result = {"trials": len(found), "success": success, "accuracy_before": before}

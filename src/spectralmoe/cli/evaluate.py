@@ -10,7 +10,7 @@ import typer
 from spectralmoe.cli.console import print_json, print_table
 from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, load_network, open_data
 from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
-from spectralmoe.training.evaluation import evaluate as run_evaluation
+from spectralmoe.diagnostics import evaluate as run_evaluation
 from spectralmoe.training.settings import pick_device
 
 __all__ = ["evaluate"]
@@ -33,7 +33,7 @@ def evaluate(
     """
     network, meta = load_network(Path(model), pick_device(device), allow)
     images = open_data(data, meta, data_dir, download)
-    found = run_evaluation(network, images.test)
+    found = run_evaluation(network, images.test.images, images.test.labels)
     measures = {"max_vio": max_vio, "gini": gini, "min_load_share": min_share, "dead_experts": dead_experts}
     layers = {
         name: {key: float(measure(load)) for key, measure in measures.items()} for name, load in found.loads.items()

@@ -9,11 +9,11 @@ import typer
 
 from spectralmoe.cli.console import print_json, watching
 from spectralmoe.cli.options import DataDir, DeviceName, Download, Json, Out, see_own_modules
+from spectralmoe.diagnostics import evaluate
 from spectralmoe.errors import UserError
 from spectralmoe.files import make_folder, read_json, remove_parts, write_json
 from spectralmoe.saving import save
 from spectralmoe.training.data import load_data
-from spectralmoe.training.evaluation import evaluate
 from spectralmoe.training.loop import train as run_training
 from spectralmoe.training.network import CHECKPOINT, build_network, model_meta
 from spectralmoe.training.routers import find_preset
@@ -60,7 +60,7 @@ def train(
             progress=lambda share: watch(f"training {settings.router}", share),
         )
     save(network, out, meta=model_meta(data, settings.router))
-    accuracy = evaluate(network, data.test).accuracy
+    accuracy = evaluate(network, data.test.images, data.test.labels).accuracy
     write_json(out / "history.json", {"epochs": history.epochs, "test_accuracy": accuracy})
     if json:
         print_json({"model": str(out), "validation_accuracy": history.validation_accuracy, "test_accuracy": accuracy})

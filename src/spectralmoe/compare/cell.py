@@ -15,14 +15,13 @@ from spectralmoe.adaptation import Trial, one_shot_trials
 from spectralmoe.compare.settings import Cell
 from spectralmoe.compare.setup import Setup
 from spectralmoe.compare.tuning import best_setting
-from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
+from spectralmoe.diagnostics import dead_experts, evaluate, gini, max_vio, min_share
 from spectralmoe.linalg import sigma_max, stable_rank
 from spectralmoe.models import SRMoE
 from spectralmoe.moe import MoE
 from spectralmoe.saving import save
 from spectralmoe.tape import moe_layers
 from spectralmoe.training.data import ImageData
-from spectralmoe.training.evaluation import evaluate
 from spectralmoe.training.loop import History, train
 from spectralmoe.training.network import CHECKPOINT, build_network, model_meta
 from spectralmoe.training.routers import find_preset
@@ -41,7 +40,8 @@ def run_cell(cell: Cell, setup: Setup, progress: Callable[[float], None]) -> dic
     history = train(network, data, budget, terms=terms, checkpoint=folder / CHECKPOINT, progress=progress)
     save(network, folder, meta=model_meta(data, cell.router))
     row = {**cell._asdict(), "tuned": tuned._asdict(), **_measures(network, data, history)}
-    row |= _adaptation(one_shot_trials(network, data.test, trials=settings.trials, seed=cell.seed))
+    images, labels = data.test.images, data.test.labels
+    row |= _adaptation(one_shot_trials(network, images, labels, trials=settings.trials, seed=cell.seed))
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return row
 
@@ -58,7 +58,7 @@ def active_flops(model: nn.Module, image: torch.Tensor) -> int:
 
 
 def _measures(network: SRMoE, data: ImageData, history: History) -> dict[str, Any]:
-    found = evaluate(network, data.test)
+    found = evaluate(network, data.test.images, data.test.labels)
     loads = list(found.loads.values())
     matrices = [
         m.detach()

@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectralmoe.diagnostics import evaluate
 from spectralmoe.errors import UserError
 from spectralmoe.steps import after_step, before_step, param_groups
 from spectralmoe.tape import Term, penalty, record
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from spectralmoe.training.data import ImageData, Split
-from spectralmoe.training.evaluation import evaluate
 from spectralmoe.training.settings import Optimization
 
 __all__ = ["Diverged", "History", "train"]
@@ -116,7 +116,8 @@ class _Run:
                 started = time.monotonic()
             progress(self.step / (self.batches * self.settings.epochs))
         self.seconds += time.monotonic() - started
-        accuracy = evaluate(self.model, self.data.validation).accuracy
+        held_out = self.data.validation
+        accuracy = evaluate(self.model, held_out.images, held_out.labels).accuracy
         self.epochs.append(
             {"loss": self.loss_sum / self.batches, "validation_accuracy": accuracy, "seconds": self.seconds}
         )
@@ -129,7 +130,10 @@ class _Run:
         images, labels = split.images[chosen].to(self.device), split.labels[chosen].to(self.device)
         with record(self.model) as tape:
             logits = self.model(images)
-        extra, _ = penalty(tape, self.terms, step=self.step)
+        try:
+            extra, _ = penalty(tape, self.terms, step=self.step)
+        except torch.linalg.LinAlgError:
+            self.stop("a routing matrix has no finite spectrum")
         loss = F.cross_entropy(logits.float(), labels) + extra
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -160,7 +164,7 @@ class _Run:
         state |= {"loss_sum": self.loss_sum, "seconds": self.seconds}
         save_checkpoint(self.checkpoint, self.model, self.optimizer, state)
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str) -> NoReturn:
         kept = ""
         if self.checkpoint is not None and self.checkpoint.exists():
             kept = f"; the last good checkpoint is kept in {self.checkpoint}"

@@ -1,4 +1,4 @@
-"""Accuracy, predictions and expert load of a model on one part of a data set."""
+"""Accuracy, predictions and expert load of a classifier on labelled inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.tape import record
-from spectralmoe.training.data import Split
 
 __all__ = ["Evaluation", "evaluate", "evaluation_mode"]
 
@@ -19,7 +18,7 @@ _BATCH = 1000
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What one pass over a split showed.
+    """What one pass over labelled inputs showed.
 
     Attributes:
         accuracy: percent.
@@ -33,19 +32,19 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split) -> Evaluation:
-    """Run ``model`` over ``split`` in evaluation mode; the model's mode is put back."""
+def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> Evaluation:
+    """Run ``model`` over ``inputs`` (N, ...) with ``labels`` (N,) in evaluation mode; its mode is put back."""
     device = next(model.parameters()).device
     predictions, counts = [], dict[str, Tensor]()
     with evaluation_mode(model):
-        for images in split.images.split(_BATCH):
+        for part in inputs.split(_BATCH):
             with record(model) as tape:
-                predictions.append(model(images.to(device)).argmax(-1).cpu())
+                predictions.append(model(part.to(device)).argmax(-1).cpu())
             for item in tape:
                 counts[item.name] = counts.get(item.name, 0) + item.routing.load_counts().cpu()
     found = torch.cat(predictions)
     loads = {name: total / total.sum().clamp_min(1) for name, total in counts.items()}
-    return Evaluation(100 * float((found == split.labels).float().mean()), found, loads)
+    return Evaluation(100 * float((found == labels).float().mean()), found, loads)
 
 
 @contextmanager
