@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectralmoe.files import make_folder, read_json, to_json, write_json, write_whole
+from spectralmoe.files import make_folder, read_json, remove_parts, to_json, write_json, write_whole
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -96,6 +96,20 @@ def test_the_file_stands_at_its_place_only_when_it_is_whole(tmp_path):
 
     write_whole(path, write)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
+
+
+def test_what_a_killed_write_left_can_be_swept_up(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / ".hidden").write_text("mine")
+
+    child = os.fork()
+    if not child:
+        write_whole(tmp_path / "below" / "a", lambda _: os._exit(7))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    write_whole(tmp_path / "below" / "a", lambda temporary: temporary.write_text("whole"))
+    assert len(list((tmp_path / "below").iterdir())) == 3
+    remove_parts(tmp_path)
+    assert {path.name for path in (tmp_path / "below").iterdir()} == {".hidden", "a"}
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

@@ -138,23 +138,27 @@ def test_micro_batches_count_as_one_batch(dtype):
         assert torch.equal(a.router.selector.bias, b.router.selector.bias)
 
 
-def test_evaluation_is_not_counted():
-    net, x = Net(), torch.randn(N, D)
-    reference = copy.deepcopy(net)
-    train(reference, x[None], hooked=False)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+@pytest.mark.parametrize("micro", [1, 3])
+def test_evaluation_is_not_counted(monkeypatch, micro):
+    net, x, counted = Net(), torch.randn(N, D), []
+    for moe in net.moes:
+        monkeypatch.setattr(moe.router.selector, "update", counted.append)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     attach(optimizer, net)
-    crowds = torch.randn(6, 1, D).expand(-1, 50 * N, -1)  # each all to the same two experts
-    for crowd in crowds:
-        net.eval()
-        net(crowd)
-        net.train()
-        net(x[:0])
-    net(x).square().mean().backward()
-    net.eval()
-    net(crowds[0])
+    for part in x.chunk(micro):
+        net.eval()(torch.randn(N, D))
+        net.train()(part).square().mean().backward()
+        net.eval()(torch.randn(N, D))
+    want = [moe.router(h).counts() for moe, h in zip(net.moes, inputs(net, x), strict=True)]
     optimizer.step()
-    same(net, reference)
+    assert [counts.tolist() for counts in counted] == [counts.tolist() for counts in want]
+    assert counted[0].sum() == 2 * N
+
+
+def inputs(net, x):
+    """What each layer of ``net`` sees."""
+    first = net.linear(x)
+    return first, first + net.moes[0].eval()(first)
 
 
 def test_remove_undoes_attach():

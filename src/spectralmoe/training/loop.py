@@ -132,7 +132,7 @@ class _Run:
             logits = self.model(images)
         try:
             extra, _ = penalty(tape, self.terms, step=self.step)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             self.stop("a routing matrix has no finite spectrum")
         loss = F.cross_entropy(logits.float(), labels) + extra
         value = float(loss.detach())
