@@ -17,6 +17,7 @@ from spectralmoe import (
     Router,
     Scorer,
     TopK,
+    UserError,
     after_step,
     attach,
     before_step,
@@ -268,3 +269,21 @@ def test_param_groups_train_everything_once(tied):
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     assert len(set(grouped)) == len(grouped)
     torch.optim.AdamW(groups, lr=0.1)
+
+
+def test_stacked_biases_are_not_decayed():
+    layer = MoE(Router(LinearScorer(8, 4, bias=True), TopK(2)), FeedForward(4, 8, 16, bias=True))
+    decayed, exempt = param_groups(layer, 0.1)
+    assert {id(p) for p in decayed["params"]} == {
+        id(p) for p in (layer.router.scorer.weight, layer.experts.up, layer.experts.down)
+    }
+    assert len(exempt["params"]) == 3
+
+
+@pytest.mark.parametrize("step", [before_step, after_step])
+def test_tape_of_another_model_is_refused(step):
+    first, second = (MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16)) for _ in range(2))
+    with record(first) as tape:
+        first(torch.randn(5, 8))
+    with pytest.raises(UserError, match="another model"):
+        step(second, tape)

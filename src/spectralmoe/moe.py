@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.dispatch import DISPATCHES, Dispatch, pick_dispatch
-from spectralmoe.dispatch.base import SortedSlots, combine, gather_tokens, sort_slots
+from spectralmoe.dispatch.base import SortedSlots, combine, sort_slots, spread
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
 from spectralmoe.router import Router
@@ -166,12 +166,12 @@ class MoE(Recordable):
             context = fed.context if context is None else context
             replay = fed.next_replay()
         routing = self.router(x, mask=mask, context=context, replay=replay)
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         y, kept = self._run(tokens, routing)
         self.leave(routing, kept)
-        y = y.view(x.shape)
+        y = y if x.dim() == 2 else y.reshape(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
     def _run(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Kept | None]:
@@ -187,15 +187,12 @@ class MoE(Recordable):
     def _run_keeping(self, tokens: Tensor, routing: Routing, keep: set[str]) -> tuple[Tensor, Kept]:
         """The grouped dispatch, step by step, with its sorted tensors kept."""
         slots = sort_slots(routing, self.experts.num_experts)
-        tensors = {"input": gather_tokens(tokens, slots)}
-        hidden = self.experts.hidden(tensors["input"], slots.counts)
-        if hidden is not None:
-            tensors["hidden"] = hidden
-            tensors["output"] = self.experts.project(hidden, slots.counts)
-        else:
-            result = self.experts(tensors["input"], slots.counts)
-            tensors["output"] = result[0] * result[1][:, None] if isinstance(result, tuple) else result
-        if missing := keep - tensors.keys():
-            raise UserError(f"record(keep=...): {type(self.experts).__name__} has no {sorted(missing)[0]!r} to keep")
-        y = combine(tensors["output"], routing.weights.to(tokens.dtype), slots)
+        rows = spread(tokens, slots)
+        hidden = self.experts.hidden(rows, slots.counts) if "hidden" in keep else None
+        if "hidden" in keep and hidden is None:
+            raise UserError(f"record(keep=...): {type(self.experts).__name__} has no 'hidden' to keep")
+        result = self.experts(rows, slots.counts) if hidden is None else self.experts.project(hidden, slots.counts)
+        tensors = {"input": rows} | ({} if hidden is None else {"hidden": hidden})
+        tensors["output"] = result[0] * result[1][:, None] if isinstance(result, tuple) else result
+        y = combine(result, routing.weights.to(tokens.dtype), slots)
         return y, Kept(slots, tensors)

@@ -63,7 +63,7 @@ class Router(nn.Module):
             raise UserError(f"Router: tokens are {x.shape[-1]} wide, but the scorer was made for D={dim}")
         if mask is not None and mask.shape != shape:
             raise UserError(f"Router: mask has shape {tuple(mask.shape)}, but the tokens have {tuple(shape)}")
-        tokens = x.reshape(-1, dim).to(torch.promote_types(x.dtype, torch.float32))
+        tokens = (x if x.dim() == 2 else x.reshape(-1, dim)).to(torch.promote_types(x.dtype, torch.float32))
         flat_mask = None if mask is None else mask.reshape(-1).bool()
         if flat_mask is not None:
             tokens = tokens.masked_fill(~flat_mask[:, None], 0)  # padding may hold nan, which 0 * nan would spread

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from spectralmoe.errors import UserError
 from spectralmoe.moe import Recordable
 from spectralmoe.router import Router
 from spectralmoe.tape import Record, Tape, moe_layers
@@ -22,8 +23,12 @@ def before_step(model: nn.Module, *tapes: Tape) -> None:
 
     Args:
         tapes: the tape of this step, or one for each micro-batch under gradient accumulation.
+
+    Raises:
+        UserError: a tape of another model; an empty tape.
     """
-    _before(moe_layers(model), [item for tape in tapes for item in tape.records])
+    layers = moe_layers(model)
+    _before(layers, _records(layers, tapes))
 
 
 def after_step(model: nn.Module, *tapes: Tape, group: Any = None) -> None:
@@ -33,8 +38,12 @@ def after_step(model: nn.Module, *tapes: Tape, group: Any = None) -> None:
         tapes: the tape of this step, or one for each micro-batch under gradient accumulation.
         group: process group over which the int64 counts are summed; None: the default group, where
             ``torch.distributed`` is initialised. Every rank must call.
+
+    Raises:
+        UserError: a tape of another model; an empty tape.
     """
-    _after(moe_layers(model), [item for tape in tapes for item in tape.records], group)
+    layers = moe_layers(model)
+    _after(layers, _records(layers, tapes), group)
 
 
 class Attachment:
@@ -84,9 +93,10 @@ def attach(optimizer: Optimizer, model: nn.Module, *, group: Any = None) -> Atta
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: decayed, and not decayed (bases on a manifold; vectors and scalars).
+    """Two optimizer groups: decayed, and not decayed (bases on a manifold; biases, other vectors and scalars).
 
-    Decay would shrink a basis that the retraction restores each step, which changes nothing but the momentum.
+    Decay would shrink a basis that the retraction restores each step, which changes nothing but the momentum. The
+    stacked biases of experts, (E, H), count as vectors.
     """
     bases = {
         id(parameter)
@@ -95,10 +105,23 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         for name, parameter in module.scorer.named_parameters()
         if name in module.scorer.manifold
     }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kept = [p for p in trained if id(p) not in bases and p.dim() > 1]
-    exempt = [p for p in trained if id(p) in bases or p.dim() <= 1]
+    kept: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        vector = parameter.dim() <= 1 or name.endswith("bias")
+        if parameter.requires_grad:
+            (exempt if vector or id(parameter) in bases else kept).append(parameter)
     return [{"params": kept, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+
+def _records(layers: dict[str, Recordable], tapes: Sequence[Tape]) -> list[Record]:
+    """All records of ``tapes``; a tape of another model would silently count nothing."""
+    records = [item for tape in tapes for item in tape.records]
+    own = {id(layer) for layer in layers.values()}
+    for item in records:
+        if id(item.layer) not in own:
+            raise UserError(f"the tape was recorded on another model: its layer {item.name!r} is not in this one")
+    return records
 
 
 def _before(layers: dict[str, Recordable], records: Sequence[Record]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from spectralmoe import Adapter, FeedForward, LinearScorer, ModuleExperts, MoE, Router, Selector, TopK
 from spectralmoe.dispatch import DISPATCHES, Dense, Grouped, pick_dispatch
-from spectralmoe.dispatch.base import combine, expert_weights, gather_tokens, sort_slots
+from spectralmoe.dispatch.base import combine, expert_weights, sort_slots, spread
 
 E = 4  # experts of the banks; routers know two more, which are zero experts
 
@@ -190,7 +190,7 @@ def test_sorted_slots_undo_each_other(choice, close):
     expected = sorted((s for s, e in enumerate(flat) if 0 <= e < E), key=lambda s: (flat[s], s))
     assert slots.order.tolist() == expected
     assert slots.counts.tolist() == [flat.count(e) for e in range(E)]
-    rows = gather_tokens(x, slots)
+    rows = spread(x, slots)
     assert torch.equal(rows, x[[s // indices.shape[1] for s in expected]])
     close(combine(rows, routing.weights, slots), x * expert_weights(routing, E).sum(-1, keepdim=True))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing, count_slots
 
-__all__ = ["Dispatch", "SortedSlots", "combine", "expert_rows", "expert_weights", "gather_tokens", "sort_slots"]
+__all__ = ["Dispatch", "SortedSlots", "combine", "expert_weights", "sort_slots", "spread"]
 
 
 class Dispatch(Protocol):
@@ -64,70 +64,65 @@ def sort_slots(routing: Routing, num_experts: int) -> SortedSlots:
     return SortedSlots(order, place, counts, routing.indices.shape[1], rows == flat.shape[0])
 
 
-def gather_tokens(x: Tensor, slots: SortedSlots) -> Tensor:
-    """Rows (M, D) in expert order from tokens x (N, D); rows behind the last block are zero."""
-    rows: Tensor = _Gather.apply(x, slots)
-    return _blank_tail(rows, slots.counts)
+def spread(x: Tensor, slots: SortedSlots) -> Tensor:
+    """Rows (M, D) in expert order from tokens x (N, D): row r is the token of slot ``order[r]``."""
+    return _Spread.apply(x, slots)  # type: ignore[no-any-return]
 
 
-def expert_rows(result: Tensor | tuple[Tensor, Tensor], slots: SortedSlots) -> Tensor:
-    """Rows (M, D) of what a bank returned, its gain multiplied in; what undefined rows hold reaches no gradient."""
-    if not isinstance(result, tuple):
-        return result
-    rows, gain = result
-    return _blank_tail(rows, slots.counts) * gain[:, None].to(rows.dtype)
-
-
-def combine(rows: Tensor, weights: Tensor, slots: SortedSlots) -> Tensor:
-    """Sum over K of weights (N, K) times the row of each slot: (N, D).
+def combine(result: Tensor | tuple[Tensor, Tensor], weights: Tensor, slots: SortedSlots) -> Tensor:
+    """Tokens (N, D): for each, the sum over its slots of weight (N, K) times what the bank made of its row.
 
     Gathers by the inverse permutation instead of scattering, so the sum has a fixed order on every device.
+
+    Args:
+        result: rows (M, D) of the bank, or (rows, gain (M,)).
     """
-    by_slot: Tensor = _Ungather.apply(_blank_tail(rows, slots.counts), slots)
-    by_token = by_slot.view(weights.shape[0], slots.slots, rows.shape[1])
-    if slots.slots == 1:
-        return by_token.squeeze(1) * weights
-    return (by_token * weights.unsqueeze(-1)).sum(1)
+    if isinstance(result, tuple):
+        rows, gain = result
+        weights = weights * _by_slot(gain[:, None].to(weights.dtype), slots).view_as(weights)
+    else:
+        rows = result
+    return _Combine.apply(rows, weights, slots)  # type: ignore[no-any-return]
 
 
-def _blank_tail(rows: Tensor, counts: Tensor) -> Tensor:
-    """Zero the rows behind the last block, in both directions; there are none unless the shapes are static."""
-    if not torch.compiler.is_compiling():
-        return rows
-    tail = torch.arange(rows.shape[0], device=rows.device) >= counts.sum()
-    return rows.masked_fill(tail[:, None], 0)
+def _by_slot(rows: Tensor, slots: SortedSlots) -> Tensor:
+    """The row of each flat slot (N * K, ...); zero where a slot has none."""
+    if not slots.full:
+        rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+    return rows.index_select(0, slots.place)
 
 
-def _padded(rows: Tensor, full: bool) -> Tensor:
-    """Rows with one zero row behind them, for slots without a row."""
-    return rows if full else torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-
-
-class _Gather(torch.autograd.Function):
+class _Spread(torch.autograd.Function):
     """x[order // K]; the gradient gathers by the inverse permutation and sums over K."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: SortedSlots) -> Tensor:
-        ctx.save_for_backward(slots.place)
-        ctx.k, ctx.full = slots.slots, slots.full
-        return x.index_select(0, slots.order // slots.slots)
+        ctx.slots = slots
+        return x.index_select(0, slots.order if slots.slots == 1 else slots.order // slots.slots)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (place,) = ctx.saved_tensors
-        by_slot = _padded(grad, ctx.full).index_select(0, place)
-        return by_slot.view(-1, ctx.k, grad.shape[1]).sum(1), None
+        by_slot = _by_slot(grad, ctx.slots)
+        k = ctx.slots.slots
+        return by_slot if k == 1 else by_slot.unflatten(0, (-1, k)).sum(1), None
 
 
-class _Ungather(torch.autograd.Function):
-    """rows[place], zero where a slot has no row; the gradient gathers by ``order``."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, slots: SortedSlots) -> Tensor:
-        ctx.save_for_backward(slots.order)
-        return _padded(rows, slots.full).index_select(0, slots.place)
+class _Combine(torch.autograd.Function):
+    """Weights (N, K) times the rows of their slots, summed over K, without an (N, K, D) product in either direction."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, order), None
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, slots: SortedSlots) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.slots = slots
+        by_slot = _by_slot(rows, slots)
+        if slots.slots == 1:
+            return by_slot.mul_(weights)
+        return torch.bmm(weights.unsqueeze(1), by_slot.unflatten(0, (-1, slots.slots))).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weights = ctx.saved_tensors
+        slots = ctx.slots
+        by_row = spread(grad, slots)
+        d_weights = _by_slot(torch.linalg.vecdot(by_row, rows), slots).view_as(weights)
+        return by_row * weights.flatten().index_select(0, slots.order)[:, None], d_weights, None

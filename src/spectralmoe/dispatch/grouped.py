@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from spectralmoe.dispatch.base import combine, expert_rows, gather_tokens, sort_slots
+from spectralmoe.dispatch.base import combine, sort_slots, spread
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing
 
@@ -16,5 +16,4 @@ class Grouped:
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         slots = sort_slots(routing, experts.num_experts)
-        rows = expert_rows(experts(gather_tokens(x, slots), slots.counts), slots)
-        return combine(rows, routing.weights.to(x.dtype), slots)
+        return combine(experts(spread(x, slots), slots.counts), routing.weights.to(x.dtype), slots)

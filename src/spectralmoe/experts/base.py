@@ -35,7 +35,7 @@ class Experts(nn.Module):
         sizes = counts.tolist()
         blocks = x.split([*sizes, x.shape[0] - sum(sizes)])
         outputs = [self.expert(block, e) for e, block in enumerate(blocks[:-1]) if block.shape[0]]
-        return torch.cat([*outputs, blocks[-1] * 0])
+        return torch.cat([*outputs, torch.zeros_like(blocks[-1])])
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """The dense form: sum_e weights[:, e] * expert_e(x), for x (N, D) and weights (N, E)."""
@@ -43,11 +43,14 @@ class Experts(nn.Module):
         return torch.stack(outputs).sum(0)
 
     def hidden(self, x: Tensor, counts: Tensor) -> Tensor | None:
-        """Hidden activations (M, H) of rows sorted by expert; None if the bank has none to show."""
+        """Hidden activations (M, H) of rows sorted by expert; None if the bank has none to show.
+
+        Where there are any, ``forward(x)`` must be ``project(hidden(x))``, gain included.
+        """
         return None
 
-    def project(self, hidden: Tensor, counts: Tensor) -> Tensor:
-        """Outputs (M, D) from what ``hidden`` returned."""
+    def project(self, hidden: Tensor, counts: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """What ``forward`` returns, from what ``hidden`` returned."""
         raise NotImplementedError
 
     def expert_parameters(self, e: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ _ROW_BYTES = 16  # grouped_mm wants rows of a multiple of 16 bytes
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Row block e of ``x`` (M, D), ``counts[e]`` rows long, times ``weight[e]``' (H, D): (M, H).
 
-    Rows behind the last block may hold anything on return and receive an undefined gradient: the caller masks them.
+    Under ``torch.compile`` there may be more rows than ``counts`` has: those are zero on return and get no gradient.
 
     Args:
         x: (M, D), sorted by expert.
@@ -35,11 +35,13 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     True
     """
     weight, x = weight.to(x.dtype), x.contiguous()
-    if supports_grouped_mm(x, weight):
-        y: Tensor = F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
-    else:
-        y = _grouped_gemm(x, weight, counts)
-    return _DenseGradient.apply(y)  # type: ignore[no-any-return]
+    if not supports_grouped_mm(x, weight):
+        return _grouped_gemm(x, weight, counts)  # type: ignore[no-any-return]
+    ends = counts.cumsum(0)
+    if not torch.compiler.is_compiling():
+        return _grouped_mm(x, weight, ends)
+    tail = (torch.arange(x.shape[0], device=x.device) >= ends[-1])[:, None]  # grouped_mm leaves these undefined
+    return _grouped_mm(x.masked_fill(tail, 0), weight, ends).masked_fill(tail, 0)
 
 
 def supports_grouped_mm(x: Tensor, weight: Tensor) -> bool:
@@ -52,6 +54,11 @@ def supports_grouped_mm(x: Tensor, weight: Tensor) -> bool:
 def row_experts(counts: Tensor, rows: int) -> Tensor:
     """The expert of each of ``rows`` sorted rows: (M,) int64; E for rows behind the last block."""
     return torch.searchsorted(counts.cumsum(0), torch.arange(rows, device=counts.device), right=True)
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    y = F.grouped_mm(x, weight.mT, offs=ends.to(torch.int32))
+    return _DenseGradient.apply(y)  # type: ignore[no-any-return]
 
 
 class _DenseGradient(torch.autograd.Function):
@@ -108,7 +115,7 @@ def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None
     grad = grad.contiguous()
     wants_x, wants_weight, _ = ctx.needs_input_grad
     return (
-        _grouped_gemm(grad, weight.mT.contiguous(), counts) if wants_x else None,
+        _grouped_gemm(grad, weight.mT, counts) if wants_x else None,
         _grouped_outer(grad, x, counts) if wants_weight else None,
         None,
     )
@@ -116,7 +123,7 @@ def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None
 
 def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     left, right, counts = ctx.saved_tensors  # out[e] = left[e]' right[e]
-    return _grouped_gemm(right, grad, counts), _grouped_gemm(left, grad.mT.contiguous(), counts), None
+    return _grouped_gemm(right, grad, counts), _grouped_gemm(left, grad.mT, counts), None
 
 
 _grouped_gemm.register_autograd(_gemm_backward, setup_context=_save_gemm)

@@ -68,9 +68,10 @@ class EigenbasisScorer(Scorer):
         return energy / (energy.sum(-1, keepdim=True) + self.eps)
 
     def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
-        masks = self.mask_logits.to(x.dtype).softmax(-1)
-        energies = self.energies(x) * self.gain.to(x.dtype)
-        return torch.addmm(self.bias.to(x.dtype), energies, masks) / self.temperature
+        energy = (x @ self.basis.to(x.dtype)).square()
+        weights = self.gain.to(x.dtype)[:, None] * self.mask_logits.to(x.dtype).softmax(-1)
+        shares = energy @ weights / (energy.sum(-1, keepdim=True) + self.eps)  # E divisions a token instead of R
+        return (shares + self.bias.to(x.dtype)) / self.temperature
 
     @property
     def matrix(self) -> Tensor:
