@@ -3,7 +3,7 @@
 # make lint, make format, make clean
 
 PYTHON ?= python3
-DEMO ?= --depths 2 --seeds 2 --epochs 8
+DEMO ?= --depths 2 --seeds 3 --epochs 8
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
