@@ -22,7 +22,7 @@ LEVELS = [
     {"router"},
     {"moe"},
     {"tape"},
-    {"steps", "regularizers", "diagnostics"},
+    {"steps", "terms", "regularizers", "diagnostics"},
     {"spec"},
     {"models", "surgery"},
     {"saving"},

@@ -10,7 +10,8 @@ from spectralmoe.saving import load, save
 from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrototypeScorer, Scorer
 from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, TopK, TopP
 from spectralmoe.steps import after_step, attach, before_step, param_groups
-from spectralmoe.tape import Record, Tape, Term, feed, penalty, record
+from spectralmoe.tape import Record, Tape, feed, record
+from spectralmoe.terms import Term, penalty
 
 __version__ = "0.1.0"
 

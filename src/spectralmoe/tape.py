@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -18,7 +16,7 @@ from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 from spectralmoe.scorers import Scorer
 
-__all__ = ["Record", "Tape", "Term", "feed", "moe_layers", "penalty", "record"]
+__all__ = ["Record", "Tape", "feed", "moe_layers", "record"]
 
 KEEPABLE = ("input", "hidden", "output")
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -66,6 +64,21 @@ class Record:
                 f"layer {self.name!r} did not keep {name!r}; open the tape with record(model, keep=({name!r},))"
             )
         return self.kept.filled(self.kept.tensors[name])
+
+    @property
+    def input(self) -> Tensor:
+        """What the experts got (M, D), if it was kept."""
+        return self.tensor("input")
+
+    @property
+    def hidden(self) -> Tensor:
+        """Their hidden activations (M, H), if they were kept."""
+        return self.tensor("hidden")
+
+    @property
+    def output(self) -> Tensor:
+        """Their outputs (M, D) before the combine weights, if they were kept."""
+        return self.tensor("output")
 
     @property
     def order(self) -> Tensor:
@@ -235,71 +248,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def plain_name(path: str) -> str:
     """The path of a module or parameter without the parts that wrappers put in."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """One regularizer of a training loss.
-
-    Attributes:
-        fn: record -> scalar, unweighted; with ``scope="model"`` it gets the list of records.
-        weight: factor, or a function of the step.
-        layers: pattern on layer names (``*`` and ``?``).
-        reduce: "mean" or "sum" over the records.
-        scope: "layer" or "model".
-    """
-
-    fn: Callable[[Any], Tensor]
-    weight: float | Callable[[int], float]
-    layers: str = "*"
-    reduce: Literal["mean", "sum"] = "mean"
-    scope: Literal["layer", "model"] = "layer"
-
-    def values(self, records: Sequence[Record]) -> list[tuple[list[Record], Tensor]]:
-        """What each call of ``fn`` was given, and what it gave, over the records that ``layers`` names."""
-        chosen = [item for item in records if fnmatch(item.name, self.layers)]
-        if not chosen:
-            names = ", ".join(dict.fromkeys(item.name for item in records))
-            raise UserError(f"Term(layers={self.layers!r}) matches no MoE layer; the tape holds: {names}")
-        if self.scope == "model":
-            return [(chosen, self.fn(chosen))]
-        return [([item], self.fn(item)) for item in chosen]
-
-    def reduced(self, values: Sequence[Tensor]) -> Tensor:
-        """The mean or the sum of the values: a scalar."""
-        stacked = torch.stack([value.to(values[0].device) for value in values])
-        return stacked.sum() if self.reduce == "sum" else stacked.mean()
-
-
-def penalty(tape: Tape, terms: Mapping[str, Term], *, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all terms (a scalar), and each term's unweighted, detached value by name.
-
-    Args:
-        step: handed to weights that are functions of the step.
-
-    Raises:
-        UserError: an empty tape; a pattern without a match; a term without a gradient for a layer whose router is
-            being trained.
-    """
-    records = tape.records
-    total = records[0].routing.logits.new_zeros(())
-    parts = {}
-    for name, term in terms.items():
-        values = term.values(records)
-        weight = term.weight(step) if callable(term.weight) else term.weight
-        if weight and any(not value.requires_grad and _trains_router(given) for given, value in values):
-            raise UserError(
-                f"term {name!r} has no gradient: the forward was recorded without one (torch.no_grad, or re-entrant "
-                "activation checkpointing: use use_reentrant=False), or the term has none"
-            )
-        value = term.reduced([value for _, value in values])
-        total = total + weight * value.to(total)
-        parts[name] = value.detach()
-    return total, parts
-
-
-def _trains_router(records: Sequence[Record]) -> bool:
-    return torch.is_grad_enabled() and any(
-        item.layer.training and item.router is not None and any(p.requires_grad for p in item.router.parameters())
-        for item in records
-    )

@@ -79,6 +79,8 @@ def test_picture_is_valid_svg_with_every_row_and_column():
         for name, base in (("linear", 1.0), ("a<b&c", -2.0), ("linear", 2.0))
     ]
     rows = [*summarise(cells), Row("nothing", 2, {c.key: None for c in COLUMNS})]
+    assert ET.fromstring(draw(summarise([{"router": "a", "depth": 1, **{c.key: 0 for c in COLUMNS}}]), "all zero")).tag
+    assert ET.fromstring(draw([], "no rows")).tag
     root = ET.fromstring(draw(rows, 'title "quoted" <x>'))
     texts = [element.text for element in root.iter() if element.text]
     for word in ("a<b&c, depth 2", "linear, depth 4", "nothing, depth 2", *(c.title for c in COLUMNS)):

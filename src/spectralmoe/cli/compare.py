@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from spectralmoe.cli.console import print_json, print_table, watching
-from spectralmoe.cli.options import Data, DataDir, DeviceName, Download, Json, Out, see_own_modules, split_names
+from spectralmoe.cli.options import Data, DataDir, DeviceName, Download, Json, Out, Seed, see_own_modules, split_names
 from spectralmoe.compare import CompareSettings, run
 from spectralmoe.compare.columns import COLUMNS, show, summarise, summary_json
 from spectralmoe.errors import UserError
@@ -27,6 +27,7 @@ def compare(
     ] = ",".join(DEFAULT_ROUTERS),
     depths: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of MoE stages.")] = "2,4",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the interval is over them.")] = 5,
+    seed: Seed = 0,
     k: Annotated[str, typer.Option(metavar="K|soft", help="Experts a token, or soft mixing of all.")] = "2",
     experts: Annotated[int, typer.Option(min=1, help="Experts a layer.")] = 8,
     train_size: Annotated[int | None, typer.Option(min=1, help="Training images; all by default.")] = None,
@@ -51,6 +52,7 @@ def compare(
         "routers": names,
         "depths": _numbers(depths),
         "seeds": seeds,
+        "seed": seed,
         "trials": trials,
     }
     values |= {"train_size": train_size, "tune": tune, "optimization": {"epochs": epochs}}
@@ -66,9 +68,8 @@ def compare(
         return
     title = f"{data}, {settings.seeds} seeds, k = {k}: mean ± 95% interval"
     headings = ["router", "depth", *(column.title for column in COLUMNS)]
-    print_table(
-        title, headings, [[row.router, str(row.depth), *(show(c, row.values[c.key]) for c in COLUMNS)] for row in rows]
-    )
+    fields = [[row.router, str(row.depth), *(show(c, row.values[c.key]) for c in COLUMNS)] for row in rows]
+    print_table(title, headings, fields, key=2)
     _tell_files(out)
 
 

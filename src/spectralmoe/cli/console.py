@@ -69,17 +69,38 @@ def _plain(console: Console, clock: _Clock) -> Watcher:
     return watch
 
 
-def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; wide ones are not cut where there is no terminal."""
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, key: int = 1) -> None:
+    """A table on stdout; on a narrow terminal several, each with the ``key`` columns that name the rows."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(200, console.width))
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    first = key
+    while first < len(headings):
+        last = len(headings)
+        while last > first + 1 and _width(console, headings, rows, key, first, last) > console.width:
+            last -= 1
+        table = _table(headings, rows, key, first, last)
+        table.title = title if first == key else None
+        console.print(table)
+        first = last
+
+
+def _width(
+    console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]], key: int, first: int, last: int
+) -> int:
+    return console.measure(
+        _table(headings, rows, key, first, last), options=console.options.update(width=10_000)
+    ).maximum
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], key: int, first: int, last: int) -> Table:
+    """The key columns and the columns from ``first`` up to ``last``."""
+    table = Table(title_justify="left", header_style="bold")
+    for index, heading in enumerate([*headings[:key], *headings[first:last]]):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        table.add_row(*row[:key], *row[first:last])
+    return table
 
 
 def print_json(value: Any) -> None:

@@ -96,5 +96,7 @@ def _limits(column: Column, rows: Sequence[Row]) -> tuple[float, float]:
     low, high = min(seeds, default=0.0), max(seeds, default=1.0)
     if column.from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    margin = 0.15 * (high - low) or 1.0
+    if low == high:
+        high = low + 1.0
+    margin = 0.15 * (high - low)
     return (low if low == 0 else low - margin), (high if high == 0 else high + margin)

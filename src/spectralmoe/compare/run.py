@@ -70,7 +70,7 @@ def run(
 
 def _jobs(cells: Sequence[Cell], setup: Setup, watch: Watcher) -> Iterator[tuple[Cell, str, Watcher]]:
     """Tuning of each row first, then all cells; each job with a watcher that knows its share of all work."""
-    rows = [cell for cell in cells if cell.seed == 0 and setup.settings.tune > 0]
+    rows = [cell for cell in cells if cell.seed == setup.settings.seed and setup.settings.tune > 0]
     jobs = [*((cell, "tune") for cell in rows), *((cell, "run") for cell in cells)]
     for index, (cell, job) in enumerate(jobs):
 

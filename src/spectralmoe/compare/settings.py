@@ -35,7 +35,7 @@ class CompareSettings(Settings):
         data: name of a data set, or ``folder:PATH``.
         routers: preset names, or ``pkg:Class`` of your own.
         depths: numbers of MoE stages.
-        seeds: how many seeds, 0 to seeds - 1.
+        seeds: how many seeds, counted from ``seed``.
         train_size: training images; None: all.
         trials: one-shot adaptation trials a cell (all misclassified test samples where there are fewer).
         tune: settings tried for each row and depth, on the validation part; 0: the presets as they are.
@@ -45,6 +45,7 @@ class CompareSettings(Settings):
     routers: tuple[str, ...] = DEFAULT_ROUTERS
     depths: tuple[Positive, ...] = (2, 4)
     seeds: Positive = 5
+    seed: Annotated[int, Field(ge=0)] = 0
     train_size: Positive | None = None
     trials: Positive = 50
     tune: Annotated[int, Field(ge=0)] = 0
@@ -72,7 +73,10 @@ class CompareSettings(Settings):
     def cells(self) -> list[Cell]:
         """All cells; the rows take turns, so that a stopped run holds every row alike."""
         return [
-            Cell(router, depth, seed) for seed in range(self.seeds) for depth in self.depths for router in self.routers
+            Cell(router, depth, seed)
+            for seed in range(self.seed, self.seed + self.seeds)
+            for depth in self.depths
+            for router in self.routers
         ]
 
 

@@ -82,6 +82,9 @@ def combine(result: Tensor | tuple[Tensor, Tensor], weights: Tensor, slots: Sort
         weights = weights * _by_slot(gain[:, None].to(weights.dtype), slots).view_as(weights)
     else:
         rows = result
+    if torch.compiler.is_compiling():  # static shapes: behind the last block a bank may leave anything
+        tail = torch.arange(rows.shape[0], device=rows.device) >= slots.counts.sum()
+        rows = rows.masked_fill(tail[:, None], 0)
     return _Combine.apply(rows, weights, slots)  # type: ignore[no-any-return]
 
 

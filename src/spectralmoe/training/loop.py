@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from spectralmoe.diagnostics import evaluate
 from spectralmoe.errors import UserError
 from spectralmoe.steps import after_step, before_step, param_groups
-from spectralmoe.tape import Term, penalty, record
+from spectralmoe.tape import record
+from spectralmoe.terms import Term, penalty
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from spectralmoe.training.data import ImageData, Split
 from spectralmoe.training.settings import Optimization

@@ -12,7 +12,7 @@ from spectralmoe.router import Router
 from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrototypeScorer, Scorer
 from spectralmoe.selectors import Balanced, Selector, TopK
 from spectralmoe.spec import find_class
-from spectralmoe.tape import Term
+from spectralmoe.terms import Term
 
 __all__ = ["DEFAULT_ROUTERS", "ROUTERS", "Preset", "find_preset", "router_factory"]
 
