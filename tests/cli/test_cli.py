@@ -275,6 +275,19 @@ def test_bad_images(refused, model, tmp_path):
     assert "5.npy" in refused("compare", "--data", f"folder:{tmp_path / 'set'}", "--out", tmp_path / "o")
 
 
+def test_other_images_under_the_same_name(refused, call, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(20):
+            np.save(tmp_path / "set" / name / f"{index}.npy", np.random.default_rng(index).random((8, 8)))
+    arguments = ["compare", "--data", f"folder:{tmp_path / 'set'}", "--depths", 1, "--seeds", 1, "--epochs", 1]
+    arguments += ["--trials", 1, "--routers", "linear", "--out", tmp_path / "out"]
+    assert call(*arguments)[0] == 0
+    assert call(*arguments)[0] == 0
+    np.save(tmp_path / "set" / "a" / "3.npy", np.zeros((8, 8), dtype=np.float32))
+    assert "images" in refused(*arguments)
+
+
 def test_bad_models(refused, model, tmp_path):
     assert "is not a model folder" in refused("evaluate", tmp_path)
     broken = tmp_path / "broken"

@@ -13,7 +13,7 @@ from spectralmoe.diagnostics import evaluate
 from spectralmoe.errors import UserError
 from spectralmoe.files import make_folder, read_json, remove_parts, write_json
 from spectralmoe.saving import save
-from spectralmoe.training.data import load_data
+from spectralmoe.training.data import ImageData, load_data
 from spectralmoe.training.loop import train as run_training
 from spectralmoe.training.network import CHECKPOINT, build_network, model_meta
 from spectralmoe.training.routers import find_preset
@@ -48,7 +48,7 @@ def train(
     network = build_network(data, settings.network, settings.router, settings.depth, settings.optimization.seed)
     network.to(where)
     make_folder(out)
-    _claim(settings, out)
+    _claim(settings, data, out)
     remove_parts(out)
     with watching(quiet=json) as watch:
         history = run_training(
@@ -68,9 +68,11 @@ def train(
         typer.echo(f"validation {history.validation_accuracy:.2f}%, test {accuracy:.2f}%; model saved to {out}")
 
 
-def _claim(settings: TrainSettings, out: Path) -> None:
-    """Write the settings of a new folder; refuse one that was made with others."""
-    path, wanted = out / "settings.json", settings.model_dump(mode="json")
+def _claim(settings: TrainSettings, data: ImageData, out: Path) -> None:
+    """Write the settings of a new folder; refuse one that was made with others, or on other images."""
+    path, wanted = out / "settings.json", {**settings.model_dump(mode="json"), "images": data.fingerprint}
     if path.exists() and read_json(path) != wanted:
-        raise UserError(f"{out} holds a run with other settings; go on with the same file or choose another --out")
+        raise UserError(
+            f"{out} holds a run with other settings or images; go on with the same ones or choose another --out"
+        )
     write_json(path, wanted)

@@ -52,7 +52,7 @@ def run(
     setup = Setup(settings, data, out, device)
     make_folder(out)
     with _only_run(out):
-        _claim(settings, out)
+        _claim(settings, data, out)
         remove_parts(out)
         rows, cells = _finished(out), settings.cells()
         for cell, job, watch_job in _jobs(cells, setup, watch):
@@ -80,9 +80,9 @@ def _jobs(cells: Sequence[Cell], setup: Setup, watch: Watcher) -> Iterator[tuple
         yield cell, job, watch_job
 
 
-def _claim(settings: CompareSettings, out: Path) -> None:
-    """Write the settings of a new folder; refuse a folder that was made with others."""
-    path, wanted = out / "settings.json", settings.model_dump(mode="json")
+def _claim(settings: CompareSettings, data: ImageData, out: Path) -> None:
+    """Write the settings of a new folder; refuse a folder that was made with others, or on other images."""
+    path, wanted = out / "settings.json", {**settings.model_dump(mode="json"), "images": data.fingerprint}
     if not path.exists():
         write_json(path, wanted)
         return

@@ -6,6 +6,7 @@ like. Nothing is ever downloaded unless the caller asks for it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,6 +75,15 @@ class ImageData:
     def num_classes(self) -> int:
         """How many classes the labels name."""
         return len(self.classes)
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 16 digits of a SHA-256 of all images and labels: a name may stand for other images another day."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.validation, self.test):
+            digest.update(part.images.contiguous().numpy().data)
+            digest.update(part.labels.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     def subset(self, train_size: int) -> ImageData:
         """The same data with only the first ``train_size`` training images, balanced over the classes.
