@@ -313,6 +313,11 @@ def test_out_that_cannot_be_written(refused, model, tmp_path):
     (tmp_path / "results" / "results.json").write_text("[1, 2]")
     assert "results.json" in refused("compare", *SMALL, "--out", tmp_path / "results")
     assert (tmp_path / "results" / "results.json").read_text() == "[1, 2]"
+    assert [path.name for path in (tmp_path / "results").iterdir() if path.name != ".lock"] == ["results.json"]
+    (tmp_path / "c.toml").write_text('data = "digits"')
+    (tmp_path / "model.safetensors").write_text("mine")
+    assert "model.safetensors" in refused("train", "--config", tmp_path / "c.toml", "--out", tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "mine"
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir() or os.geteuid() != 0, reason="needs root to mount a small disk")
@@ -339,9 +344,7 @@ def test_two_runs_in_one_folder(compared, refused):
 
     with (compared / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another comparison is running" in refused(
-            "compare", *SMALL, "--routers", "linear,sr-moe", "--out", compared
-        )
+        assert "another run is writing" in refused("compare", *SMALL, "--routers", "linear,sr-moe", "--out", compared)
 
 
 def test_version_and_broken_pipe():

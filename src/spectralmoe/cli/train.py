@@ -10,13 +10,13 @@ import typer
 from spectralmoe.cli.console import print_json, watching
 from spectralmoe.cli.options import DataDir, DeviceName, Download, Json, Out, see_own_modules
 from spectralmoe.diagnostics import evaluate
-from spectralmoe.errors import UserError
-from spectralmoe.files import make_folder, read_json, remove_parts, write_json
+from spectralmoe.files import write_json
 from spectralmoe.saving import save
-from spectralmoe.training.data import ImageData, load_data
+from spectralmoe.training.data import load_data
 from spectralmoe.training.loop import train as run_training
 from spectralmoe.training.network import CHECKPOINT, build_network, model_meta
 from spectralmoe.training.routers import find_preset
+from spectralmoe.training.run_folder import run_folder
 from spectralmoe.training.settings import TrainSettings, parse, pick_device, read_toml
 
 __all__ = ["train"]
@@ -47,32 +47,21 @@ def train(
         data = data.subset(settings.train_size)
     network = build_network(data, settings.network, settings.router, settings.depth, settings.optimization.seed)
     network.to(where)
-    make_folder(out)
-    _claim(settings, data, out)
-    remove_parts(out)
-    with watching(quiet=json) as watch:
-        history = run_training(
-            network,
-            data,
-            settings.optimization,
-            terms=preset.terms,
-            checkpoint=out / CHECKPOINT,
-            progress=lambda share: watch(f"training {settings.router}", share),
-        )
-    save(network, out, meta=model_meta(data, settings.router))
-    accuracy = evaluate(network, data.test.images, data.test.labels).accuracy
-    write_json(out / "history.json", {"epochs": history.epochs, "test_accuracy": accuracy})
+    claim = {**settings.model_dump(mode="json"), "images": data.fingerprint}
+    with run_folder(out, claim, (CHECKPOINT, "model.safetensors", "config.json", "history.json")):
+        with watching(quiet=json) as watch:
+            history = run_training(
+                network,
+                data,
+                settings.optimization,
+                terms=preset.terms,
+                checkpoint=out / CHECKPOINT,
+                progress=lambda share: watch(f"training {settings.router}", share),
+            )
+        save(network, out, meta=model_meta(data, settings.router))
+        accuracy = evaluate(network, data.test.images, data.test.labels).accuracy
+        write_json(out / "history.json", {"epochs": history.epochs, "test_accuracy": accuracy})
     if json:
         print_json({"model": str(out), "validation_accuracy": history.validation_accuracy, "test_accuracy": accuracy})
     else:
         typer.echo(f"validation {history.validation_accuracy:.2f}%, test {accuracy:.2f}%; model saved to {out}")
-
-
-def _claim(settings: TrainSettings, data: ImageData, out: Path) -> None:
-    """Write the settings of a new folder; refuse one that was made with others, or on other images."""
-    path, wanted = out / "settings.json", {**settings.model_dump(mode="json"), "images": data.fingerprint}
-    if path.exists() and read_json(path) != wanted:
-        raise UserError(
-            f"{out} holds a run with other settings or images; go on with the same ones or choose another --out"
-        )
-    write_json(path, wanted)

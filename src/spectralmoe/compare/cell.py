@@ -23,8 +23,7 @@ from spectralmoe.saving import save
 from spectralmoe.tape import moe_layers
 from spectralmoe.training.data import ImageData
 from spectralmoe.training.loop import History, train
-from spectralmoe.training.network import CHECKPOINT, build_network, model_meta
-from spectralmoe.training.routers import find_preset
+from spectralmoe.training.network import CHECKPOINT, model_meta
 
 __all__ = ["active_flops", "run_cell"]
 
@@ -32,10 +31,8 @@ __all__ = ["active_flops", "run_cell"]
 def run_cell(cell: Cell, setup: Setup, progress: Callable[[float], None]) -> dict[str, Any]:
     """Train, measure and adapt one network; its model goes to ``models/CELL``, its row comes back as JSON values."""
     settings, data, folder = setup.settings, setup.data, setup.out / "models" / cell.name
-    network = build_network(data, settings.network, cell.router, cell.depth, cell.seed).to(setup.device)
     tuned = best_setting(cell, setup)
-    budget = settings.optimization.model_copy(update={"seed": cell.seed, "lr": settings.optimization.lr * tuned.lr})
-    terms = find_preset(cell.router).strengthened(tuned.strength).terms
+    network, budget, terms = setup.recipe(cell, tuned)
     folder.mkdir(parents=True, exist_ok=True)
     history = train(network, data, budget, terms=terms, checkpoint=folder / CHECKPOINT, progress=progress)
     save(network, folder, meta=model_meta(data, cell.router))

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from spectralmoe.compare.settings import Cell
-from spectralmoe.compare.setup import Setup
+from spectralmoe.compare.setup import Setup, Tuned
+from spectralmoe.errors import UserError
 from spectralmoe.files import read_json, write_json
 from spectralmoe.training.loop import train
-from spectralmoe.training.network import build_network
-from spectralmoe.training.routers import find_preset
 
-__all__ = ["Tuned", "best_setting", "candidates", "tune_row"]
+__all__ = ["Watcher", "best_setting", "candidates", "tune_row"]
+
+TRIED = "tuning.json"
 
 
-class Tuned(NamedTuple):
-    """What tuning may change: the learning rate, and the weight of a row's own terms; factors on the presets."""
+class Watcher(Protocol):
+    """Who is told how far a run has come."""
 
-    lr: float = 1.0
-    strength: float = 1.0
+    def __call__(self, text: str, done: float) -> None:
+        """``text`` is what runs now, ``done`` the share of all work, 0 to 1."""
+
+
+class Try(NamedTuple):
+    """One candidate on one row, and what it reached on the validation part (percent)."""
+
+    router: str
+    depth: int
+    candidate: int
+    lr: float
+    strength: float
+    validation_accuracy: float
 
 
 def candidates(count: int) -> list[Tuned]:
@@ -35,30 +47,31 @@ def candidates(count: int) -> list[Tuned]:
     return [Tuned(), *drawn][:count]
 
 
-def tune_row(cell: Cell, setup: Setup, watch: Callable[[str, float], None]) -> None:
+def tune_row(cell: Cell, setup: Setup, watch: Watcher) -> None:
     """Try every candidate on the row of ``cell`` and append each result to ``tuning.json`` at once."""
-    tried = _read(setup)
+    tried = _read(setup.out / TRIED)
+    done = {(one.router, one.depth, one.candidate) for one in tried}
     for index, candidate in enumerate(candidates(setup.settings.tune)):
-        if any((row["router"], row["depth"], row["candidate"]) == (cell.router, cell.depth, index) for row in tried):
+        if (cell.router, cell.depth, index) in done:
             continue
-        budget = setup.settings.optimization
-        budget = budget.model_copy(update={"seed": cell.seed, "lr": budget.lr * candidate.lr})
-        network = build_network(setup.data, setup.settings.network, cell.router, cell.depth, cell.seed)
-        terms = find_preset(cell.router).strengthened(candidate.strength).terms
+        network, budget, terms = setup.recipe(cell, candidate)
         text = f"tuning {cell.router}, depth {cell.depth}, {index + 1}/{setup.settings.tune}"
-        history = train(network.to(setup.device), setup.data, budget, terms=terms, progress=partial(watch, text))
-        tried.append({**cell._asdict(), "candidate": index, **candidate._asdict()})
-        tried[-1]["validation_accuracy"] = history.validation_accuracy
-        write_json(setup.out / "tuning.json", tried)
+        history = train(network, setup.data, budget, terms=terms, progress=partial(watch, text))
+        tried.append(Try(cell.router, cell.depth, index, *candidate, history.validation_accuracy))
+        write_json(setup.out / TRIED, [one._asdict() for one in tried])
 
 
 def best_setting(cell: Cell, setup: Setup) -> Tuned:
     """The candidate with the best validation accuracy in this cell's row; the preset where nothing was tuned."""
-    rows = [row for row in _read(setup) if (row["router"], row["depth"]) == (cell.router, cell.depth)]
-    best = max(rows, key=lambda row: row["validation_accuracy"], default=None)
-    return Tuned() if best is None else Tuned(best["lr"], best["strength"])
+    row = [one for one in _read(setup.out / TRIED) if (one.router, one.depth) == (cell.router, cell.depth)]
+    best = max(row, key=lambda one: one.validation_accuracy, default=None)
+    return Tuned() if best is None else Tuned(best.lr, best.strength)
 
 
-def _read(setup: Setup) -> list[dict[str, Any]]:
-    path = setup.out / "tuning.json"
-    return list(read_json(path)) if path.exists() else []
+def _read(path: Path) -> list[Try]:
+    if not path.exists():
+        return []
+    try:
+        return [Try(**row) for row in read_json(path)]
+    except TypeError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it to tune again") from error

@@ -1,0 +1,62 @@
+"""The folder of one run: made by one set of settings, written by one process at a time, gone on with when stopped."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spectralmoe.errors import UserError
+from spectralmoe.files import make_folder, read_json, remove_parts, write_json
+
+__all__ = ["run_folder"]
+
+SETTINGS, LOCK = "settings.json", ".lock"
+
+
+@contextmanager
+def run_folder(out: Path, settings: dict[str, Any], writes: Sequence[str]) -> Iterator[None]:
+    """Hold ``out`` for a run with ``settings`` that writes the files ``writes``.
+
+    A new folder gets ``settings.json``; one that this run made before is gone on with.
+
+    Raises:
+        UserError: ``out`` cannot be written, is in use by another run, was made with other settings, or holds one of
+            the files without being the folder of a run.
+    """
+    make_folder(out)
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from error
+        _claim(out, settings, writes)
+        remove_parts(out)
+        yield
+
+
+def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str]) -> None:
+    if not (out / SETTINGS).exists():
+        for name in writes:
+            if (out / name).exists():
+                raise UserError(
+                    f"{out / name} is there already and was not written by this command; choose another --out"
+                )
+        write_json(out / SETTINGS, settings)
+        return
+    old, new = _flat(read_json(out / SETTINGS)), _flat(settings)
+    for key in sorted(new.keys() | old.keys()):
+        if old.get(key) != new.get(key):
+            raise UserError(
+                f"{out} holds a run with {key} = {old.get(key)}, not {new.get(key)}; "
+                "go on with the same settings or choose another --out"
+            )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level with dotted keys."""
+    if not isinstance(values, dict):
+        return {prefix[:-1]: values}
+    return {key: value for name, inner in values.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
