@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from spectralmoe.compare.tuning import Watcher
+from spectralmoe.training.loop import Watcher
 
 __all__ = ["print_json", "print_table", "watching"]
 

@@ -18,10 +18,11 @@ from spectralmoe.compare.columns import COLUMNS, summarise, summary_json
 from spectralmoe.compare.picture import draw
 from spectralmoe.compare.settings import Cell, CompareSettings
 from spectralmoe.compare.setup import Setup
-from spectralmoe.compare.tuning import TRIED, Watcher, tune_row
+from spectralmoe.compare.tuning import TRIED, tune_row
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json, write_json, write_text
 from spectralmoe.training.data import ImageData
+from spectralmoe.training.loop import Watcher
 from spectralmoe.training.run_folder import run_folder
 
 __all__ = ["run"]

@@ -5,24 +5,17 @@ from __future__ import annotations
 import random
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from spectralmoe.compare.settings import Cell
 from spectralmoe.compare.setup import Setup, Tuned
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json, write_json
-from spectralmoe.training.loop import train
+from spectralmoe.training.loop import Watcher, train
 
-__all__ = ["Watcher", "best_setting", "candidates", "tune_row"]
+__all__ = ["best_setting", "candidates", "tune_row"]
 
 TRIED = "tuning.json"
-
-
-class Watcher(Protocol):
-    """Who is told how far a run has come."""
-
-    def __call__(self, text: str, done: float) -> None:
-        """``text`` is what runs now, ``done`` the share of all work, 0 to 1."""
 
 
 class Try(NamedTuple):

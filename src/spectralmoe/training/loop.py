@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,16 @@ from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from spectralmoe.training.data import ImageData, Split
 from spectralmoe.training.settings import Optimization
 
-__all__ = ["Diverged", "History", "train"]
+__all__ = ["Diverged", "History", "Watcher", "train"]
 
 _CHECKPOINT_SECONDS = 10.0
+
+
+class Watcher(Protocol):
+    """Who is told how far a run has come."""
+
+    def __call__(self, text: str, done: float) -> None:
+        """``text`` is what runs now, ``done`` the share of all work, 0 to 1."""
 
 
 class Diverged(UserError):
