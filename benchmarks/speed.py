@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe import Adapter, EigenbasisScorer, FeedForward, LinearScorer, MoE, Router, TopK
+from spectralmoe.machine import describe_machine
 
 GROUPED = ((4096, 256, 1024, 8, 2), (4096, 256, 1024, 64, 2), (2048, 512, 1024, 32, 4))
 TARGETS = {"grouped": 1.25, "adapter": 1.7}
@@ -51,7 +50,7 @@ def main() -> None:
         times = f"{row['ours_ms']:.1f} / {row['theirs_ms']:.1f} ms"
         print(f"{row['name']:<48} {row['ratio']:.3f} (target {row['target'] or '-'})  {times}")
     options.out.write_text(
-        json.dumps({"machine": machine(device), "dtype": options.dtype, "rows": rows}, indent=1) + "\n"
+        json.dumps({"machine": describe_machine(), "dtype": options.dtype, "rows": rows}, indent=1) + "\n"
     )
 
 
@@ -127,19 +126,6 @@ def synchronize(x: Tensor) -> None:
     """Wait for the device."""
     if x.device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def machine(device: torch.device) -> dict[str, object]:
-    """What it ran on."""
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
 
 
 if __name__ == "__main__":

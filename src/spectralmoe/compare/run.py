@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from spectralmoe.compare.setup import Setup
 from spectralmoe.compare.tuning import TRIED, tune_row
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json, write_json, write_text
+from spectralmoe.machine import describe_machine
 from spectralmoe.training.data import ImageData
 from spectralmoe.training.loop import Watcher
 from spectralmoe.training.run_folder import run_folder
@@ -98,7 +97,7 @@ def _write(setup: Setup, rows: Mapping[Cell, dict[str, Any]]) -> None:
     summary = summarise(ordered)
     results = {
         "settings": settings.model_dump(mode="json"),
-        "machine": _machine(),
+        "machine": describe_machine(),
         "columns": {column.key: column.meaning for column in COLUMNS},
         "summary": summary_json(summary),
         "cells": ordered,
@@ -117,15 +116,3 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _machine() -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
