@@ -51,3 +51,10 @@ def test_a_bank_has_nothing_to_show_unless_it_says_so():
 def test_an_empty_bank_is_refused(user_error):
     with user_error("ModuleExperts", "num_experts", "0"):
         ModuleExperts([])
+
+
+def test_an_idle_expert_has_a_zero_gradient():
+    bank = ModuleExperts([torch.nn.Linear(4, 4) for _ in range(3)])
+    bank(torch.randn(5, 4), torch.tensor([2, 0, 3])).sum().backward()
+    assert all(p.grad is not None for p in bank.parameters())
+    assert not any(p.grad.any() for p in bank.experts[1].parameters())

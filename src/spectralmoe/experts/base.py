@@ -30,11 +30,12 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """All experts on rows sorted by expert: x (M, D), counts (E,) int64 -> (M, D), or (y, gain (M,)).
 
-        A gain multiplies the combine weight of its row.
+        A gain multiplies the combine weight of its row. An expert without rows gets an empty batch: its gradient is
+        zero then and not missing, which DDP would take for an unused parameter.
         """
         sizes = counts.tolist()
         blocks = x.split([*sizes, x.shape[0] - sum(sizes)])
-        outputs = [self.expert(block, e) for e, block in enumerate(blocks[:-1]) if block.shape[0]]
+        outputs = [self.expert(block, e) for e, block in enumerate(blocks[:-1])]
         return torch.cat([*outputs, torch.zeros_like(blocks[-1])])
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
