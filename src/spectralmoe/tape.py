@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from spectralmoe.errors import UserError
 from spectralmoe.moe import Feed, Kept, Recordable, Sink
@@ -99,11 +100,12 @@ class Tape:
     """
 
     def __init__(self, model: nn.Module, keep: Sequence[str] = (), *, training_only: bool = False) -> None:
+        keep = (keep,) if isinstance(keep, str) else tuple(keep)
         unknown = [name for name in keep if name not in KEEPABLE]
         if unknown:
             raise UserError(f"record(keep=...): unknown tensor {unknown[0]!r}; known: {', '.join(KEEPABLE)}")
         self._layers = moe_layers(model)
-        self._sinks = {name: Sink(tuple(keep), training_only) for name in self._layers}
+        self._sinks = {name: Sink(keep, training_only) for name in self._layers}
         self._records: tuple[Record, ...] | None = None
 
     def open(self) -> None:
@@ -173,7 +175,8 @@ def record(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[Tape]:
     Raises:
         UserError: the model holds no MoE layer; an unknown name in ``keep``.
 
-    >>> from spectralmoe import FeedForward, LinearScorer, MoE, TopK
+    >>> import torch
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
     >>> with record(layer) as tape:
     ...     y = layer(torch.randn(10, 8))
@@ -240,7 +243,7 @@ def moe_layers(model: nn.Module) -> dict[str, Recordable]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module inside DDP, DataParallel, ``torch.compile`` and activation checkpoints."""
-    names = ("module",) if isinstance(model, DistributedDataParallel | DataParallel) else _WRAPPERS
+    names = ("module",) if isinstance(model, DistributedDataParallel | DataParallel | AveragedModel) else _WRAPPERS
     inside = [child for name, child in model.named_children() if name in names]
     return unwrapped(inside[0]) if inside else model
 

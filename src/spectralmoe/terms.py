@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, one_of
 from spectralmoe.tape import Record, Tape
 
 __all__ = ["Term", "penalty"]
@@ -33,6 +33,12 @@ class Term:
     layers: str = "*"
     reduce: Literal["mean", "sum"] = "mean"
     scope: Literal["layer", "model"] = "layer"
+
+    def __post_init__(self) -> None:
+        if self.reduce not in ("mean", "sum"):
+            raise one_of("Term(reduce=...)", self.reduce, ["mean", "sum"])
+        if self.scope not in ("layer", "model"):
+            raise one_of("Term(scope=...)", self.scope, ["layer", "model"])
 
     def values(self, records: Sequence[Record]) -> list[tuple[list[Record], Tensor]]:
         """What each call of ``fn`` was given, and what it gave, over the records that ``layers`` names."""

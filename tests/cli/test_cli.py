@@ -299,7 +299,7 @@ def test_bad_models(refused, model, tmp_path):
     assert "another program" in refused("predict", broken, tmp_path / "x.npy")
     assert "label 12" in refused("adapt", model, "--image", _image(tmp_path), "--label", 12, "--out", tmp_path / "n")
     assert "together" in refused("adapt", model, "--image", _image(tmp_path))
-    assert "the model itself" in refused("adapt", model, "--image", _image(tmp_path), "--label", 1, "--out", model)
+    assert "holds a model already" in refused("adapt", model, "--image", _image(tmp_path), "--label", 1, "--out", model)
     assert "--layers" in refused("adapt", model, "--layers", "some")
     assert "channels" in refused("evaluate", model, "--data", f"folder:{_rgb(tmp_path)}")
 

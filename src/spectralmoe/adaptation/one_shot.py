@@ -38,6 +38,10 @@ class Rule:
     lr: float = 5e-3
     max_steps: int = 100
 
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < float("inf"):
+            raise UserError(f"the step size must be positive and finite, got {self.lr}")
+
 
 DEFAULT_RULE = Rule()
 
@@ -122,8 +126,9 @@ def _correct(model: SRMoE, features: Tensor, label: int, rule: Rule) -> Correcti
     while True:
         with torch.enable_grad():
             logits = model.classify(features, first)
-            success = int(logits.argmax()) == label
-            if success or steps == rule.max_steps:
+            finite = bool(logits.isfinite().all())
+            success = finite and int(logits.argmax()) == label
+            if success or not finite or steps == rule.max_steps:
                 break
             _descend(F.cross_entropy(logits, target), views, rule.lr)
         steps += 1

@@ -49,8 +49,10 @@ def adapt(
         raise one_of("--layers", layers, ["all", "last"])
     if (image is None) != (label is None) or (image is not None and out is None):
         raise UserError("to correct one image give --image, --label and --out together")
-    if out is not None and out.resolve() == model.resolve():
-        raise UserError(f"--out {out} is the model itself; name another folder, so that it stays as it is")
+    if image is None and out is not None:
+        raise UserError("--out holds the corrected model: give --image and --label with it")
+    if out is not None and (out / "config.json").exists():
+        raise UserError(f"--out {out} holds a model already; name another folder, so that it stays as it is")
     network, meta = load_network(model, pick_device(device), allow)
     test = open_data(data, meta, data_dir, download).test
     rule = Rule("last" if layers == "last" else "all", lr, max_steps)

@@ -21,6 +21,8 @@ from spectralmoe.errors import UserError
 
 __all__ = ["app", "run"]
 
+INTERRUPTED = "interrupted; what was finished is kept"
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command()(compare)
 app.command()(train)
@@ -49,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code. A user's mistake is one line on stderr, never a traceback."""
     try:
         result = app(list(arguments), prog_name="spectralmoe", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        return _fail(INTERRUPTED, code=130) if result == 130 else int(result or 0)
     except UserError as error:
         return _fail(str(error))
     except torch.OutOfMemoryError:
@@ -60,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; start the same command again to go on", code=130)
+        return _fail(INTERRUPTED, code=130)
     except OSError as error:
         return _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
     except Exception as error:

@@ -39,7 +39,6 @@ def run_cell(cell: Cell, setup: Setup, progress: Callable[[float], None]) -> dic
     row = {**cell._asdict(), "tuned": tuned._asdict(), **_measures(network, data, history)}
     images, labels = data.test.images, data.test.labels
     row |= _adaptation(one_shot_trials(network, images, labels, trials=settings.trials, seed=cell.seed))
-    (folder / CHECKPOINT).unlink(missing_ok=True)
     return row
 
 

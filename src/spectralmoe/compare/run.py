@@ -22,6 +22,7 @@ from spectralmoe.files import read_json, write_json, write_text
 from spectralmoe.machine import describe_machine
 from spectralmoe.training.data import ImageData
 from spectralmoe.training.loop import Watcher
+from spectralmoe.training.network import CHECKPOINT
 from spectralmoe.training.run_folder import run_folder
 
 __all__ = ["run"]
@@ -53,10 +54,11 @@ def run(
             tune_row(cell, setup, share.next())
         for cell in cells:
             progress = share.next()
-            if cell not in rows:
+            if cell not in rows or not (out / "models" / cell.name / "config.json").exists():
                 text = f"{cell.router}, depth {cell.depth}, seed {cell.seed}"
                 rows[cell] = run_cell(cell, setup, partial(progress, text))
                 _write(setup, rows)
+                (out / "models" / cell.name / CHECKPOINT).unlink(missing_ok=True)
         watch("done", 1.0)
         _write(setup, rows)
     return [rows[cell] for cell in cells]
@@ -83,8 +85,10 @@ def _finished(out: Path) -> dict[Cell, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        return {Cell(row["router"], row["depth"], row["seed"]): row for row in read_json(path)["cells"]}
-    except (KeyError, TypeError) as error:
+        rows = read_json(path)["cells"]
+        summarise(rows)
+        return {Cell(row["router"], row["depth"], row["seed"]): row for row in rows}
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not the results file of a comparison; move it away or choose another --out"
         ) from error

@@ -11,7 +11,7 @@ from spectralmoe.compare.settings import Cell
 from spectralmoe.compare.setup import Setup, Tuned
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json, write_json
-from spectralmoe.training.loop import Watcher, train
+from spectralmoe.training.loop import Diverged, Watcher, train
 
 __all__ = ["best_setting", "candidates", "tune_row"]
 
@@ -26,7 +26,7 @@ class Try(NamedTuple):
     candidate: int
     lr: float
     strength: float
-    validation_accuracy: float
+    validation_accuracy: float | None  # None: it diverged
 
 
 def candidates(count: int) -> list[Tuned]:
@@ -49,15 +49,19 @@ def tune_row(cell: Cell, setup: Setup, watch: Watcher) -> None:
             continue
         network, budget, terms = setup.recipe(cell, candidate)
         text = f"tuning {cell.router}, depth {cell.depth}, {index + 1}/{setup.settings.tune}"
-        history = train(network, setup.data, budget, terms=terms, progress=partial(watch, text))
-        tried.append(Try(cell.router, cell.depth, index, *candidate, history.validation_accuracy))
+        try:
+            history = train(network, setup.data, budget, terms=terms, progress=partial(watch, text))
+            accuracy = history.validation_accuracy
+        except Diverged:
+            accuracy = None
+        tried.append(Try(cell.router, cell.depth, index, *candidate, accuracy))
         write_json(setup.out / TRIED, [one._asdict() for one in tried])
 
 
 def best_setting(cell: Cell, setup: Setup) -> Tuned:
     """The candidate with the best validation accuracy in this cell's row; the preset where nothing was tuned."""
     row = [one for one in _read(setup.out / TRIED) if (one.router, one.depth) == (cell.router, cell.depth)]
-    best = max(row, key=lambda one: one.validation_accuracy, default=None)
+    best = max(row, key=lambda one: -1 if one.validation_accuracy is None else one.validation_accuracy, default=None)
     return Tuned() if best is None else Tuned(best.lr, best.strength)
 
 
@@ -66,5 +70,5 @@ def _read(path: Path) -> list[Try]:
         return []
     try:
         return [Try(**row) for row in read_json(path)]
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it to tune again") from error

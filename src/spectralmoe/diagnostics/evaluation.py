@@ -49,10 +49,11 @@ def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> Evaluation:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` inside the block, what it was after it."""
-    was_training = model.training
+    """``model.eval()`` inside the block; each module's own mode after it."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training

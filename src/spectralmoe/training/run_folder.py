@@ -46,7 +46,10 @@ def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str]) -> None:
                 )
         write_json(out / SETTINGS, settings)
         return
-    old, new = _flat(read_json(out / SETTINGS)), _flat(settings)
+    held = read_json(out / SETTINGS)
+    if not isinstance(held, dict) or held.keys() != settings.keys():
+        raise UserError(f"{out / SETTINGS} is not from a run of this command; choose another --out")
+    old, new = _flat(held), _flat(settings)
     for key in sorted(new.keys() | old.keys()):
         if old.get(key) != new.get(key):
             raise UserError(
