@@ -70,12 +70,14 @@ class Router(nn.Module):
         with torch.autocast(device_type=x.device.type, enabled=False):
             logits = self.scorer(tokens, context=context)
             if replay is None:
-                indices = self.selector.choose(logits.detach(), mask=flat_mask, context=context)
+                wanted = self.selector.want(logits.detach(), mask=flat_mask, context=context)
+                indices = self.selector.limit(wanted, self.num_experts)
             else:
-                indices = _replayed(replay, logits, flat_mask)
+                wanted = indices = _replayed(replay, logits, flat_mask)
             scores, weights = self.selector.scores(logits), self.selector.weigh(logits, indices)
         soft = self.selector.is_soft(self.num_experts)
-        return Routing(logits, weights, indices, scores, flat_mask, tuple(shape), soft)
+        asked = None if wanted is indices else (wanted >= 0).sum()
+        return Routing(logits, weights, indices, scores, flat_mask, tuple(shape), soft, asked)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class Routing:
         mask: (N,) bool, True for a real token; None when all are.
         shape: the leading dimensions that N was flattened from.
         soft: every token uses every expert.
+        asked: slots filled before a capacity emptied some, a scalar int64; None where nothing is ever dropped.
 
     Iterates as ``logits, weights, indices``.
 
@@ -57,6 +58,7 @@ class Routing:
     mask: Tensor | None = None
     shape: tuple[int, ...] | None = None
     soft: bool = False
+    asked: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.logits, self.weights, self.indices))
@@ -95,6 +97,12 @@ class Routing:
     def load_counts(self) -> Tensor:
         """The int64 counts (E,) behind ``load``; those of several batches may be added up."""
         return count_slots(self.top_expert(), self.num_experts) if self.soft else self.counts()
+
+    def dropped(self) -> Tensor:
+        """Share of the slots asked for that a capacity emptied: a scalar; 0 where nothing is ever dropped."""
+        if self.asked is None:
+            return self.logits.new_zeros(())
+        return (self.asked - (self.indices >= 0).sum()) / self.asked.clamp_min(1)
 
     def top_expert(self) -> Tensor:
         """The expert with the largest weight of each token: (N,) int64, -1 for a token without experts."""

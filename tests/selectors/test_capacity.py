@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectralmoe import Balanced, Capacity, LinearScorer, Router, TopK, TopP
+from spectralmoe import Balanced, Capacity, LinearScorer, NoisyTopK, Router, TopK, TopP
 
 
 def slow(wanted, factor, experts):
@@ -25,6 +25,13 @@ def slow(wanted, factor, experts):
     return kept
 
 
+def route(logits, selector, mask=None):
+    """The routing of tokens whose logits are the tokens themselves."""
+    router = Router(LinearScorer(logits.shape[1], logits.shape[1]), selector)
+    router.scorer.weight.data = torch.eye(logits.shape[1])
+    return router(logits, mask=mask)
+
+
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.25, 9.0])
 @pytest.mark.parametrize("inner", [TopK(2), TopP(0.6)], ids=["topk", "top_p"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
@@ -36,7 +43,9 @@ def test_equation(factor, inner, masked):
     kept = selector.choose(logits, mask=mask)
     assert kept.tolist() == slow(wanted.tolist(), factor, 5)
     lost = int((wanted >= 0).sum() - (kept >= 0).sum())
-    assert float(selector.dropped(logits, mask)) == pytest.approx(lost / int((wanted >= 0).sum()))
+    routing = route(logits, selector, mask)
+    assert routing.indices.tolist() == kept.tolist()
+    assert float(routing.dropped()) == pytest.approx(lost / int((wanted >= 0).sum()))
 
 
 @given(
@@ -61,7 +70,7 @@ def test_by_hand():
     logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [1.0, 2.0, 0.0]])
     selector = Capacity(TopK(2), 1.0)  # room for two slots an expert; both of expert 1's go to a first choice first
     assert selector.choose(logits).tolist() == [[0, 1], [0, -1], [1, -1]]
-    assert float(selector.dropped(logits)) == pytest.approx(2 / 6)
+    assert float(route(logits, selector).dropped()) == pytest.approx(2 / 6)
 
 
 def test_scores_weights_and_updates_are_the_inner_selectors():
@@ -75,8 +84,13 @@ def test_scores_weights_and_updates_are_the_inner_selectors():
 
 
 def test_no_token_drops_nothing():
-    assert float(Capacity(TopK(2), 1.0).dropped(torch.zeros(0, 4))) == 0
-    assert float(TopK(2).dropped(torch.zeros(5, 4))) == 0
+    assert float(route(torch.zeros(0, 4), Capacity(TopK(2), 1.0)).dropped()) == 0
+    assert float(route(torch.zeros(5, 4), TopK(2)).dropped()) == 0
+
+
+def test_noise_does_not_change_what_was_dropped():
+    routing = route(torch.randn(200, 4), Capacity(NoisyTopK(2, noise_std=1.0), 0.5))
+    assert float(routing.dropped()) == pytest.approx(1 - int((routing.indices >= 0).sum()) / 400)
 
 
 def test_mistakes_are_named(user_error):

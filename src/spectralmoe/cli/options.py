@@ -78,9 +78,11 @@ def open_data(name: str | None, meta: dict[str, Any], data_dir: Path | None, dow
         UserError: it cannot be had, or does not fit the model.
     """
     data = load_data(name or meta["data"], data_dir=data_dir, download=download)
-    if data.channels != meta["channels"] or data.num_classes != len(meta["classes"]):
-        raise UserError(
-            f"{data.name!r} has {data.channels} channels and {data.num_classes} classes, "
-            f"but the model was made for {meta['channels']} and {len(meta['classes'])}"
-        )
+    for what, found, wanted in (
+        ("channels", data.channels, meta["channels"]),
+        ("an image size of", data.image_size, tuple(meta["image_size"])),
+        ("the classes", data.classes, tuple(meta["classes"])),
+    ):
+        if found != wanted:
+            raise UserError(f"{data.name!r} does not fit the model: it has {what} {found}, the model {wanted}")
     return data

@@ -1,13 +1,12 @@
 """Diagnostics: what a router does, as pure functions of tapes, routers and loads."""
 
 from spectralmoe.diagnostics.evaluation import Evaluation, evaluate, evaluation_mode
-from spectralmoe.diagnostics.load import DEAD_SHARE, dead_experts, dropped_share, gini, max_vio, min_share
+from spectralmoe.diagnostics.load import DEAD_SHARE, dead_experts, gini, max_vio, min_share
 
 __all__ = [
     "DEAD_SHARE",
     "Evaluation",
     "dead_experts",
-    "dropped_share",
     "evaluate",
     "evaluation_mode",
     "gini",

@@ -1,6 +1,6 @@
 """Load metrics: pure functions of one layer's load vector (E,), the share of the load that each expert carries.
 
-All read ``Routing.load()``. An all-zero load (no token seen) has no metric: nan, never "balanced".
+All read ``Routing.load()``. An all-zero load (no token seen) has no metric: nan (all experts dead), never "balanced".
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectralmoe.tape import Record
-
-__all__ = ["DEAD_SHARE", "dead_experts", "dropped_share", "gini", "max_vio", "min_share"]
+__all__ = ["DEAD_SHARE", "dead_experts", "gini", "max_vio", "min_share"]
 
 DEAD_SHARE = 0.1
 """An expert is dead when it carries less than this share of an even load."""
@@ -44,22 +42,6 @@ def dead_experts(load: Tensor) -> int:
     2
     """
     return int((load < DEAD_SHARE / load.numel()).sum())
-
-
-def dropped_share(record: Record) -> float:
-    """Share of the slots asked for that a ``Capacity`` emptied in this forward; 0 for other selectors.
-
-    >>> from spectralmoe import Capacity, FeedForward, LinearScorer, MoE, Router, TopK, record
-    >>> layer = MoE(Router(LinearScorer(8, 4), Capacity(TopK(1), 1.0)), FeedForward(4, 8, 16))
-    >>> _ = layer.router.scorer.weight.data.zero_()  # every token wants the same expert
-    >>> with record(layer) as tape:
-    ...     _ = layer(torch.randn(40, 8))
-    >>> dropped_share(tape[0])
-    0.75
-    """
-    if record.router is None:
-        return 0.0
-    return float(record.router.selector.dropped(record.routing.logits.detach(), record.routing.mask))
 
 
 def min_share(load: Tensor) -> float:

@@ -41,6 +41,14 @@ class Selector(nn.Module):
         """Indices (N, K) int64 from detached logits (N, E); -1 in an empty slot and in every slot of a masked row."""
         raise NotImplementedError
 
+    def want(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
+        """The choice before ``limit``: what ``choose`` returns where there is no bound."""
+        return self.choose(logits, mask=mask, context=context)
+
+    def limit(self, wanted: Tensor, num_experts: int) -> Tensor:
+        """Indices (N, K) after a bound on what an expert takes: -1 where a slot was dropped. No bound by default."""
+        return wanted
+
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         """Combine weights (N, K) of the chosen experts, with gradient; 0 in an empty slot."""
         if not self.normalize:
@@ -51,10 +59,6 @@ class Selector(nn.Module):
 
     def update(self, counts: Tensor) -> None:
         """Called once after each optimizer step with the slots counted for each expert: (E,) int64."""
-
-    def dropped(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Share of the slots asked for that a capacity emptied: a scalar; 0 where nothing is ever dropped."""
-        return logits.new_zeros(())
 
 
 def take(values: Tensor, indices: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class Capacity(Selector):
     r"""Lets each expert take at most :math:`\lceil f\,M / E \rceil` of the M slots that ``selector`` fills.
 
     Places go to first choices before second choices, and to earlier tokens before later ones; a slot that comes too
-    late is emptied (-1, weight 0). ``dropped`` reports the share of emptied slots.
+    late is emptied (-1, weight 0). ``Routing.dropped()`` reports the share of emptied slots.
 
     Args:
         selector: the selector whose choice is bounded; scores and weights are its own.
@@ -33,13 +33,13 @@ class Capacity(Selector):
     >>> from spectralmoe.selectors import TopK
     >>> crowd = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
     >>> selector = Capacity(TopK(1), 1.0)
-    >>> selector.choose(crowd).flatten().tolist(), float(selector.dropped(crowd))
-    ([0, 0, -1, 1], 0.25)
+    >>> selector.choose(crowd).flatten().tolist()
+    [0, 0, -1, 1]
     """
 
     def __init__(self, selector: Selector, factor: float) -> None:
         super().__init__()
-        if factor <= 0:
+        if not factor > 0:
             raise UserError(f"Capacity: factor must be positive, got {factor}")
         self.selector, self.factor = selector, factor
 
@@ -52,25 +52,21 @@ class Capacity(Selector):
         return self.selector.scores(logits)
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
-        wanted = self.selector.choose(logits, mask=mask, context=context)
-        return wanted.masked_fill(self._late(wanted, logits.shape[-1]), EMPTY)
+        return self.limit(self.want(logits, mask=mask, context=context), logits.shape[-1])
+
+    def want(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
+        return self.selector.choose(logits, mask=mask, context=context)
+
+    def limit(self, wanted: Tensor, num_experts: int) -> Tensor:
+        slots = wanted.T.reshape(-1)  # first choices of all tokens, then second choices
+        filled = slots >= 0
+        taken = torch.nn.functional.one_hot(slots.clamp_min(0), num_experts) * filled[:, None]
+        place = taken.cumsum(0).gather(1, slots.clamp_min(0)[:, None]).squeeze(1)
+        late = filled & (place > share_of(filled.sum(), self.factor, num_experts))
+        return wanted.masked_fill(late.view(wanted.T.shape).T, EMPTY)
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         return self.selector.weigh(logits, indices)
 
     def update(self, counts: Tensor) -> None:
         self.selector.update(counts)
-
-    def dropped(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
-        wanted = self.selector.choose(logits.detach(), mask=mask)
-        late = self._late(wanted, logits.shape[-1])
-        return late.sum() / (wanted >= 0).sum().clamp_min(1)
-
-    def _late(self, wanted: Tensor, num_experts: int) -> Tensor:
-        """Which slots (N, K) come after their expert is full."""
-        slots = wanted.T.reshape(-1)  # first choices of all tokens, then second choices
-        filled = slots >= 0
-        taken = torch.nn.functional.one_hot(slots.clamp_min(0), num_experts) * filled[:, None]
-        place = taken.cumsum(0).gather(1, slots.clamp_min(0)[:, None]).squeeze(1)
-        room = share_of(filled.sum(), self.factor, num_experts)
-        return (filled & (place > room)).view(wanted.T.shape).T

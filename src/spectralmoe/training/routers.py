@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.models.sr_moe import RouterFactory
 from spectralmoe.regularizers import load_balance, spectral_norm, stable_rank
 from spectralmoe.router import Router
 from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrototypeScorer, Scorer
 from spectralmoe.selectors import Balanced, Selector, TopK
-from spectralmoe.spec import find_class
+from spectralmoe.spec import describe, find_class
 from spectralmoe.terms import Term
 
 __all__ = ["DEFAULT_ROUTERS", "ROUTERS", "Preset", "find_preset", "router_factory"]
@@ -87,7 +89,27 @@ def find_preset(name: str) -> Preset:
     cls = find_class(name)
     if not (isinstance(cls, type) and issubclass(cls, Scorer)):
         raise UserError(f"router {name!r} is not a subclass of spectralmoe.Scorer")
-    return Preset(f"a class of your own, {name}", cls)
+    preset = Preset(f"a class of your own, {name}", cls)
+    _try(preset, name)
+    return preset
+
+
+def _try(preset: Preset, name: str) -> None:
+    """Build a user's scorer and run two tokens, so that a mistake shows at once and not after training."""
+    try:
+        scorer = preset.scorer(8, 4)
+        logits = scorer(torch.zeros(2, 8))
+        describe(scorer)
+        next(scorer.parameters())
+    except UserError as error:
+        raise UserError(f"router {name!r}: {error}") from error
+    except Exception as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"router {name!r} does not work as {name}(8, 4) on two tokens: {reason[0]}") from error
+    if logits.shape != (2, 4) or logits.dtype != torch.float32:
+        raise UserError(
+            f"router {name!r} gives {logits.dtype} logits of shape {tuple(logits.shape)}, not fp32 of (N, E)"
+        )
 
 
 def router_factory(preset: Preset, k: int | None) -> RouterFactory:
