@@ -287,3 +287,12 @@ def test_tape_of_another_model_is_refused(step):
         first(torch.randn(5, 8))
     with pytest.raises(UserError, match="another model"):
         step(second, tape)
+
+
+def test_attached_twice_is_refused():
+    net = Net()
+    first = attach(torch.optim.SGD(net.parameters(), lr=0.1), net)
+    with pytest.raises(UserError, match="attached to an optimizer already"):
+        attach(torch.optim.SGD(net.parameters(), lr=0.1), net)
+    first.remove()
+    attach(torch.optim.SGD(net.parameters(), lr=0.1), net).remove()

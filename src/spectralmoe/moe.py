@@ -150,6 +150,10 @@ class MoE(Recordable):
         self, router: Router, experts: Experts, *, dispatch: str | Dispatch = "auto", shared: nn.Module | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(router, Router) or not isinstance(experts, Experts):
+            raise UserError(f"MoE: takes a Router and Experts, got {type(router).__name__}, {type(experts).__name__}")
+        if getattr(experts, "dim", router.scorer.dim) != router.scorer.dim:
+            raise UserError(f"MoE: the router reads tokens of width D={router.scorer.dim}, the experts {experts.dim}")
         if isinstance(dispatch, str) and dispatch not in ("auto", *DISPATCHES):
             raise one_of("dispatch", dispatch, ["auto", *DISPATCHES])
         if router.num_experts < experts.num_experts:

@@ -126,7 +126,7 @@ def find_class(path: str) -> Any:
         raise UserError(f"{path!r} is not of the form pkg.module:Class")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, TypeError, ValueError) as error:
+    except Exception as error:  # the module's own code runs here
         raise UserError(f"{path!r}: cannot import {module_name!r} ({error})") from error
     found: Any = module
     for part in class_name.split("."):

@@ -54,6 +54,8 @@ class Attachment:
         self._tape = Tape(model, training_only=True)
         self._group = group
         self._records: tuple[Record, ...] = ()
+        if any(sink.training_only for layer in self._layers.values() for sink in layer.sinks):
+            raise UserError("attach: this model is attached to an optimizer already; remove() that attachment first")
         self._tape.open()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -78,7 +80,11 @@ class Attachment:
 def attach(optimizer: Optimizer, model: nn.Module, *, group: Any = None) -> Attachment:
     """Do ``before_step`` and ``after_step`` by the optimizer's own hooks, so that nobody forgets.
 
-    Every forward in training mode between two steps counts, so gradient accumulation works by itself.
+    Every forward in training mode between two steps counts, so gradient accumulation works by itself. Do not call
+    ``after_step`` as well: the selection biases would move twice.
+
+    Raises:
+        UserError: no MoE layer; the model is attached already.
 
     >>> from spectralmoe import Balanced, FeedForward, LinearScorer, MoE
     >>> layer = MoE(Router(LinearScorer(8, 4), Balanced(2)), FeedForward(4, 8, 16))

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -157,8 +160,8 @@ def test_adapt_trials_agree_with_the_comparison(compared, model, call):
 
 
 def test_train_from_the_example_file(call, tmp_path):
-    text = Path("examples/train.toml").read_text() if Path("examples/train.toml").exists() else ""
-    text = text.replace("mnist5k", "digits").replace("epochs = 8", "epochs = 1") or 'data = "digits"\n'
+    text = (Path(__file__).parents[2] / "examples" / "train.toml").read_text()
+    text = text.replace("mnist5k", "digits").replace("epochs = 8", "epochs = 1")
     (tmp_path / "c.toml").write_text(text)
     code, out, _ = call("train", "--config", tmp_path / "c.toml", "--out", tmp_path / "m", "--json")
     assert code == 0
@@ -218,9 +221,9 @@ def test_routers_of_your_own(call, tmp_path, monkeypatch):
         (["compare", "--data", "folder:/no/such/place"], ["/no/such/place"]),
         (["compare", "--depths", "two"], ["--depths 'two'"]),
         (["compare", "--depths", "0"], ["depths", "0"]),
-        (["compare", "--k", "9"], ["--k 9", "only 8"]),
-        (["compare", "--k", "some"], ["network.k", "some"]),
-        (["compare", "--k", "0"], ["network.k", "0"]),
+        (["compare", "--k", "9"], ["--k 9", "from 1 to 8"]),
+        (["compare", "--k", "some"], ["--k some", "'soft'"]),
+        (["compare", "--k", "0"], ["--k 0", "from 1 to 8"]),
         (["compare", "--k", "soft", "--routers", "linear+balanced"], ["linear+balanced", "--k below 8"]),
         (["compare", "--seeds", "none"], ["--seeds", "integer"]),
         (["compare", "--epoch", "3"], ["--epoch"]),
@@ -366,3 +369,131 @@ def _rgb(folder: Path) -> Path:
         for index in range(10):
             np.save(folder / "rgb" / name / f"{index}.npy", np.random.default_rng(index).random((8, 8, 3)))
     return folder / "rgb"
+
+
+@pytest.fixture
+def copied(compared, tmp_path) -> Path:
+    """A copy of the finished comparison, to be damaged."""
+    return Path(shutil.copytree(compared, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("results.json", '{"cells": [1]}'),
+        ("results.json", '{"cells": {"a": 1}}'),
+        ("results.json", '{"cells": [{"router": "linear"}]}'),
+        ("results.json", "3"),
+        ("settings.json", "[]"),
+        ("settings.json", '{"editor.fontSize": 12}'),
+        ("tuning.json", "3"),
+        ("tuning.json", "[1]"),
+        ("tuning.json", '{"a": 1}'),
+        ("tuning.json", '[{"router": "linear"}]'),
+    ],
+)
+def test_damaged_results_are_named_and_kept(copied, refused, name, text):
+    (copied / name).write_text(text)
+    shutil.rmtree(copied / "models")
+    assert name in refused("compare", *SMALL, "--routers", "linear,sr-moe", "--out", copied)
+    assert (copied / name).read_text() == text
+
+
+def test_a_deleted_model_is_trained_again(copied, call):
+    weights = copied / "models" / "linear-depth1-seed1" / "model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(weights.parent)
+    assert call("compare", *SMALL, "--routers", "linear,sr-moe", "--out", copied)[0] == 0
+    assert weights.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size": "ab"},
+        {"image_size": [0, 0]},
+        {"image_size": [300000, 8]},
+        {"classes": 3},
+        {"channels": 3},
+        {"data": 5},
+    ],
+    ids=str,
+)
+def test_hostile_meta(model, tmp_path, refused, change):
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    config = json.loads((broken / "config.json").read_text())
+    config["meta"] |= change
+    (broken / "config.json").write_text(json.dumps(config))
+    assert "config.json" in refused("predict", broken, _image(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def __init__(self, other): super().__init__(8, 4)", "does not work as"),
+        ("def forward(self, x): return x[:, :4]", "does not work as"),
+        ("def forward(self, x, *, context=None): return x", "of shape (2, 8)"),
+        ("def __init__(self, dim, num_experts, *, k=1): super().__init__(dim, num_experts)", "'k'"),
+    ],
+)
+def test_own_router_that_cannot_work_is_found_before_training(tmp_path, monkeypatch, refused, body, words):
+    module = f"own_{abs(hash(body))}"
+    (tmp_path / f"{module}.py").write_text(
+        f"from spectralmoe import LinearScorer\n\n\nclass Own(LinearScorer):\n    {body}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert words in refused("compare", *SMALL, "--routers", f"{module}:Own", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_data_than_the_models(model, refused):
+    assert "image size of (28, 28)" in refused("evaluate", model, "--data", "mnist5k")
+
+
+def test_correction_never_ends_in_nan(model, tmp_path, refused, call):
+    image = ["--image", _image(tmp_path), "--label", 0, "--out", tmp_path / "new"]
+    assert "step size" in refused("adapt", model, *image, "--lr", "inf")
+    code, out, _ = call(
+        "adapt", model, "--image", _image(tmp_path), "--label", 3, "--out", tmp_path / "n", "--lr", 1e30
+    )
+    assert code == 0
+    assert "NOT corrected" in out
+    assert not (tmp_path / "n").exists()
+    assert "--image" in refused("adapt", model, "--out", tmp_path / "new")
+
+
+def test_brackets_and_odd_bytes_in_names(tmp_path, call):
+    folder = tmp_path / "a[/b]" / "s\udcffet"
+    for name in ("one", "two"):
+        (folder / name).mkdir(parents=True)
+        for index in range(20):
+            np.save(folder / name / f"{index}.npy", np.random.default_rng(index).random((8, 8)))
+    options = ["--depths", 1, "--seeds", 1, "--epochs", 1, "--trials", 1, "--routers", "linear"]
+    code, _, err = call("compare", "--data", f"folder:{folder}", *options, "--out", tmp_path / "out")
+    assert code == 0, err
+
+
+def test_interrupt_says_so(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "spectralmoe",
+        "compare",
+        "--data",
+        "digits",
+        "--epochs",
+        "500",
+        "--out",
+        tmp_path / "o",
+    ]
+    run_ = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "o" / "models").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    run_.send_signal(signal.SIGINT)
+    _, err = run_.communicate(timeout=60)
+    assert run_.returncode == 130
+    assert err.splitlines()[-1] == "error: interrupted; what was finished is kept"
+    assert "Traceback" not in err

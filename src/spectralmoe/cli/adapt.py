@@ -58,8 +58,8 @@ def adapt(
     rule = Rule("last" if layers == "last" else "all", lr, max_steps)
     before = evaluate(network, test.images, test.labels).accuracy
     if image is not None and label is not None and out is not None:
-        height, width = meta["image_size"]
-        pixels = read_image(image, channels=meta["channels"], size=(height, width))
+        height, width = meta.image_size
+        pixels = read_image(image, channels=meta.channels, size=(height, width))
         done = correct_sample(network, pixels, label, rule)
         after = evaluate(network, test.images, test.labels).accuracy
         result = {"success": done.success, "steps": done.steps, "touched": done.touched, "change": done.change}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from spectralmoe.errors import UserError
 
 __all__ = ["app", "run"]
 
+NO_MEMORY = "out of memory: use fewer images (--train-size) or a smaller network"
 INTERRUPTED = "interrupted; what was finished is kept"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -49,6 +51,9 @@ def root(
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code. A user's mistake is one line on stderr, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     try:
         result = app(list(arguments), prog_name="spectralmoe", standalone_mode=False)
         return _fail(INTERRUPTED, code=130) if result == 130 else int(result or 0)
@@ -57,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     except torch.OutOfMemoryError:
         return _fail("out of GPU memory: use --device cpu, a smaller batch or a smaller network")
     except MemoryError:
-        return _fail("out of memory: use fewer images (--train-size) or a smaller network")
+        return _fail(NO_MEMORY)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -66,8 +71,10 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
     except Exception as error:
+        if "can't allocate memory" in str(error):
+            return _fail(NO_MEMORY)
         if hasattr(error, "format_message"):  # a usage error of the option parser
-            return _fail(error.format_message())
+            return _fail(error.format_message() or "no verb was given; see spectralmoe --help")
         raise
 
 

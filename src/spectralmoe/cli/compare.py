@@ -56,7 +56,9 @@ def compare(
         "trials": trials,
     }
     values |= {"train_size": train_size, "tune": tune, "optimization": {"epochs": epochs}}
-    values["network"] = {"k": int(k) if k.isdecimal() else k, "num_experts": experts}
+    if k != "soft" and not (k.isdecimal() and 1 <= int(k) <= experts):
+        raise UserError(f"--k {k} is neither 'soft' nor a number from 1 to {experts} (--experts)")
+    values["network"] = {"k": k if k == "soft" else int(k), "num_experts": experts}
     settings = parse(CompareSettings, values, "compare")
     settings.check()
     where = pick_device(device)

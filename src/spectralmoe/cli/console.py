@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from spectralmoe.training.loop import Watcher
 
@@ -44,7 +45,7 @@ def watching(quiet: bool = False) -> Iterator[Watcher]:
         yield lambda text, done: None
     elif console.is_terminal:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
@@ -64,7 +65,7 @@ def _plain(console: Console, clock: _Clock) -> Watcher:
         left, now = clock.left(done), time.monotonic()
         if text != last["text"] or now - last["at"] > _PLAIN_SECONDS:
             last.update(text=text, at=now)
-            console.print(f"{done:4.0%}  {text}  {left}".rstrip(), highlight=False, soft_wrap=True)
+            console.print(Text(f"{done:4.0%}  {text}  {left}".rstrip()), soft_wrap=True)
 
     return watch
 
@@ -80,7 +81,7 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
         while last > first + 1 and _width(console, headings, rows, key, first, last) > console.width:
             last -= 1
         table = _table(headings, rows, key, first, last)
-        table.title = title if first == key else None
+        table.title = Text(title) if first == key else None
         console.print(table)
         first = last
 
@@ -97,9 +98,9 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], key: int, fir
     """The key columns and the columns from ``first`` up to ``last``."""
     table = Table(title_justify="left", header_style="bold")
     for index, heading in enumerate([*headings[:key], *headings[first:last]]):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(Text(heading), justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row[:key], *row[first:last])
+        table.add_row(*map(Text, [*row[:key], *row[first:last]]))
     return table
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -15,6 +15,8 @@ from spectralmoe.errors import UserError
 from spectralmoe.models import SRMoE
 from spectralmoe.saving import load, read_config
 from spectralmoe.training.data import ImageData, load_data
+from spectralmoe.training.network import ModelMeta
+from spectralmoe.training.settings import parse
 
 __all__ = [
     "Allow",
@@ -39,7 +41,7 @@ Data = Annotated[
 ]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Where to look for data sets first.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a missing data set.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Random seed.")]
 DeviceName = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 Allow = Annotated[
@@ -58,30 +60,33 @@ def see_own_modules(names: Sequence[str]) -> None:
         sys.path.insert(0, os.getcwd())
 
 
-def load_network(folder: Path, device: torch.device, allow: Sequence[str] | None) -> tuple[SRMoE, dict[str, Any]]:
-    """An image network and its meta values.
+def load_network(folder: Path, device: torch.device, allow: Sequence[str] | None) -> tuple[SRMoE, ModelMeta]:
+    """An image network and how it reads images.
 
     Raises:
         UserError: not a model folder; a model that is not an image network of spectralmoe's.
     """
     see_own_modules(allow or ())
     model, meta = load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
-    if not isinstance(model, SRMoE) or not {"classes", "channels", "image_size", "data"} <= meta.keys():
-        raise UserError(f"{folder} holds a {type(model).__name__} that does not say how to read images")
-    return model.to(device), meta
+    if not isinstance(model, SRMoE):
+        raise UserError(f"{folder} holds a {type(model).__name__}, not an image network")
+    known = parse(ModelMeta, meta, f"{folder / 'config.json'}: meta")
+    if known.channels != model.stem.channels or len(known.classes) != model.num_classes:
+        raise UserError(f"{folder / 'config.json'}: meta does not fit the network")
+    return model.to(device), known
 
 
-def open_data(name: str | None, meta: dict[str, Any], data_dir: Path | None, download: bool) -> ImageData:
+def open_data(name: str | None, meta: ModelMeta, data_dir: Path | None, download: bool) -> ImageData:
     """The data set called ``name``, or the one that the model was trained on.
 
     Raises:
         UserError: it cannot be had, or does not fit the model.
     """
-    data = load_data(name or meta["data"], data_dir=data_dir, download=download)
+    data = load_data(name or meta.data, data_dir=data_dir, download=download)
     for what, found, wanted in (
-        ("channels", data.channels, meta["channels"]),
-        ("an image size of", data.image_size, tuple(meta["image_size"])),
-        ("the classes", data.classes, tuple(meta["classes"])),
+        ("channels", data.channels, meta.channels),
+        ("an image size of", data.image_size, meta.image_size),
+        ("the classes", data.classes, meta.classes),
     ):
         if found != wanted:
             raise UserError(f"{data.name!r} does not fit the model: it has {what} {found}, the model {wanted}")

@@ -30,8 +30,8 @@ def predict(
     """
     where = pick_device(device)
     network, meta = load_network(model, where, allow)
-    height, width = meta["image_size"]
-    images = torch.stack([read_image(file, channels=meta["channels"], size=(height, width)) for file in files])
+    height, width = meta.image_size
+    images = torch.stack([read_image(file, channels=meta.channels, size=(height, width)) for file in files])
     with torch.no_grad(), record(network) as tape:
         probabilities = network(images.to(where)).softmax(-1).cpu()
     experts = {item.name: item.routing.top_expert().cpu() for item in tape}
@@ -41,7 +41,7 @@ def predict(
         found.append(
             {
                 "file": str(file),
-                "class": meta["classes"][label],
+                "class": meta.classes[label],
                 "label": label,
                 "probability": float(probabilities[index, label]),
                 "experts": {name: int(chosen[index]) for name, chosen in experts.items()},

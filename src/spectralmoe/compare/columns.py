@@ -31,9 +31,15 @@ COLUMNS = (
     Column("sigma_1", "sigma_1", 2, "largest singular value of the routing matrix, mean over layers"),
     Column("stable_rank", "stable rank", 2, "stable rank of the routing matrix, mean over layers"),
     Column("interference", "interference", 2, "mean accuracy change on the other samples by one correction, points"),
-    Column("success", "success %", 1, "share of corrections after which the sample is right", 100.0),
-    Column("parameters", "params k", 1, "trained parameters, thousands", 1e-3),
-    Column("active_flops", "MFLOP/img", 2, "floating-point operations of one forward for one image, millions", 1e-6),
+    Column("success", "success %", 1, "share of corrections after which the sample is right, 0 to 1", 100.0),
+    Column("parameters", "params k", 1, "trained parameters", 1e-3),
+    Column(
+        "active_flops",
+        "MFLOP/img",
+        2,
+        "operations of matrix products and convolutions, one image",
+        1e-6,
+    ),
     Column("seconds_per_epoch", "s/epoch", 2, "training seconds an epoch"),
 )
 

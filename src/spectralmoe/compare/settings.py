@@ -10,7 +10,7 @@ from pydantic import Field
 
 from spectralmoe.errors import UserError
 from spectralmoe.training.routers import DEFAULT_ROUTERS, find_preset
-from spectralmoe.training.settings import Network, Optimization, Positive, Settings
+from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings
 
 __all__ = ["Cell", "CompareSettings"]
 
@@ -45,7 +45,7 @@ class CompareSettings(Settings):
     routers: tuple[str, ...] = DEFAULT_ROUTERS
     depths: tuple[Positive, ...] = (2, 4)
     seeds: Positive = 5
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     train_size: Positive | None = None
     trials: Positive = 50
     tune: Annotated[int, Field(ge=0)] = 0

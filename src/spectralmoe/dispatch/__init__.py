@@ -13,5 +13,5 @@ DISPATCHES: dict[str, type[Dispatch]] = {"loop": Loop, "dense": Dense, "grouped"
 
 
 def pick_dispatch(routing: Routing, experts: Experts) -> Dispatch:
-    """The fastest form for this call: dense for soft routing and few token-expert pairs, else grouped."""
+    """The fastest form for this call: dense where every token uses every expert (K = E), else grouped."""
     return Dense() if routing.soft else Grouped()

@@ -50,7 +50,7 @@ def sort_slots(routing: Routing, num_experts: int) -> SortedSlots:
     """Sort the filled slots by expert, stably.
 
     Under ``torch.compile`` the shapes stay static: slots without an expert are sorted to the end and kept. Else they
-    are cut off, which costs a device synchronisation and saves the memory and work of M - N * K rows.
+    are cut off, which costs a device synchronisation and saves the memory and work of N * K - M rows.
     """
     flat = routing.indices.reshape(-1)
     key = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)

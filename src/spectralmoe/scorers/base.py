@@ -37,7 +37,7 @@ class Scorer(nn.Module):
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("num_experts", num_experts)):
-            if value < 1:
+            if not isinstance(value, int) or value < 1:
                 raise UserError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
         self.dim, self.num_experts = dim, num_experts
         self.register_buffer("top_direction", None, persistent=False)

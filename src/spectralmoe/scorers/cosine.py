@@ -35,7 +35,7 @@ class CosineScorer(Scorer):
 
     def __init__(self, dim: int, num_experts: int, *, proj_dim: int | None = None, temperature: float = 0.07) -> None:
         super().__init__(dim, num_experts)
-        if temperature <= 0:
+        if not 0 < temperature < float("inf"):
             raise UserError(f"CosineScorer: temperature must be positive, got {temperature}")
         if proj_dim is not None and proj_dim < 1:
             raise UserError(f"CosineScorer: proj_dim must be at least 1, got {proj_dim}")

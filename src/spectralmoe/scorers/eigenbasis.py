@@ -32,7 +32,8 @@ class EigenbasisScorer(Scorer):
         s_k = \frac1\tau \Big(\sum_j \gamma_j \pi_{jk} e_j + b_k\Big)
 
     U (D, R) has orthonormal columns; the masks pi (R, E) are a softmax over the experts for each direction; gain
-    gamma (R,) starts at 1 and bias b (E,) at 0. Routing does not change for x -> c x or x -> -x.
+    gamma (R,) starts at 1 and bias b (E,) at 0.
+    Routing does not change for x -> -x, nor, as long as the energy dwarfs eps, for x -> c x.
 
     Args:
         rank: R <= D.
@@ -54,8 +55,10 @@ class EigenbasisScorer(Scorer):
         super().__init__(dim, num_experts)
         if not 1 <= rank <= dim:
             raise UserError(f"EigenbasisScorer: rank R must be between 1 and D={dim}, got {rank}")
-        if temperature <= 0:
+        if not 0 < temperature < float("inf"):
             raise UserError(f"EigenbasisScorer: temperature must be positive, got {temperature}")
+        if not eps >= 0:
+            raise UserError(f"EigenbasisScorer: eps must not be negative, got {eps}")
         self.rank, self.temperature, self.eps = rank, temperature, eps
         self.basis = nn.Parameter(qr_retraction(torch.randn(dim, rank)))
         self.mask_logits = nn.Parameter(torch.randn(rank, num_experts))

@@ -38,7 +38,7 @@ class PrototypeScorer(Scorer):
 
     def __init__(self, dim: int, num_experts: int, *, temperature: float = 1.0) -> None:
         super().__init__(dim, num_experts)
-        if temperature <= 0:
+        if not 0 < temperature < float("inf"):
             raise UserError(f"PrototypeScorer: temperature must be positive, got {temperature}")
         self.temperature = temperature
         self.prototypes = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5)

@@ -81,7 +81,7 @@ def check_k(owner: str, k: int, normalize: bool, score: str) -> None:
     """Refuse a k below 1, an unknown score, and k = 1 with weights that are renormalised over one slot."""
     if score not in ("softmax", "sigmoid"):
         raise one_of("score", score, ["sigmoid", "softmax"])
-    if k < 1:
+    if not isinstance(k, int) or k < 1:
         raise UserError(f"{owner}: k must be at least 1, got {k}")
     if k == 1 and normalize:
         raise UserError(

@@ -36,7 +36,7 @@ class ExpertChoice(Selector):
 
     def __init__(self, capacity: float) -> None:
         super().__init__()
-        if capacity <= 0:
+        if not capacity > 0:
             raise UserError(f"ExpertChoice: capacity must be positive, got {capacity}")
         self.capacity = capacity
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from spectralmoe.models import SRMoE, sr_moe
 from spectralmoe.training.data import ImageData
 from spectralmoe.training.routers import find_preset, router_factory
-from spectralmoe.training.settings import Network
+from spectralmoe.training.settings import Network, Settings
 
-__all__ = ["CHECKPOINT", "build_network", "model_meta"]
+__all__ = ["CHECKPOINT", "ModelMeta", "build_network", "model_meta"]
 
 CHECKPOINT = "training.safetensors"
 """The checkpoint's name in the folder of a run."""
@@ -34,12 +35,18 @@ def build_network(data: ImageData, network: Network, router: str, depth: int, se
     )
 
 
+class ModelMeta(Settings):
+    """What a saved network needs to be used on images."""
+
+    data: str
+    classes: tuple[str, ...]
+    channels: Annotated[int, Field(ge=1)]
+    image_size: tuple[Annotated[int, Field(ge=1, le=4096)], Annotated[int, Field(ge=1, le=4096)]]
+    router: str
+
+
 def model_meta(data: ImageData, router: str) -> dict[str, Any]:
-    """What a saved network needs to be used on images: classes, image size, where it was trained."""
-    return {
-        "data": data.name,
-        "classes": list(data.classes),
-        "channels": data.channels,
-        "image_size": list(data.image_size),
-        "router": router,
-    }
+    """What is saved beside a network that ``router`` was trained with on ``data``."""
+    size = data.image_size
+    meta = ModelMeta(data=data.name, classes=data.classes, channels=data.channels, image_size=size, router=router)
+    return meta.model_dump(mode="json")

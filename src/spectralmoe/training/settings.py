@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,13 +14,14 @@ from spectralmoe.errors import UserError, one_of
 
 __all__ = ["Network", "Optimization", "TrainSettings", "parse", "pick_device", "read_toml"]
 
-Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Network(Settings):
@@ -44,7 +46,7 @@ class Optimization(Settings):
     lr: Annotated[float, Field(gt=0)] = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class TrainSettings(Settings):
@@ -71,14 +73,21 @@ def parse(kind: type[S], values: dict[str, Any], source: str) -> S:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if str(part) not in ("int", "literal['soft']"))
+        *parents, key = map(str, first["loc"])
         if first["type"] == "extra_forbidden":
-            *parents, key = where.split(".")
-            model: Any = kind
-            for parent in parents:
-                model = model.model_fields[parent].annotation
-            raise UserError(f"{source}: {one_of('key', key, list(model.model_fields))}") from error
+            raise UserError(f"{source}: {one_of('key', key, _known_keys(kind, parents))}") from error
+        where = ".".join(part for part in (*parents, key) if part not in _UNION_PARTS)
         raise UserError(f"{source}: {where}: {first['msg'].lower()}, got {first['input']!r}") from error
+
+
+_UNION_PARTS = ("constrained-int", "literal['soft']")
+"""What pydantic adds to the path of a value that may be of several types."""
+
+
+def _known_keys(kind: Any, parents: Sequence[str]) -> list[str]:
+    for parent in parents:
+        kind = kind.model_fields[parent].annotation
+    return list(kind.model_fields)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
