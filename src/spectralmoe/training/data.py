@@ -171,7 +171,7 @@ def load_folder(root: Path) -> ImageData:
         Split(torch.stack([read_image(file, channels=channels, size=size) for file in files]), labels)
         for files, labels in cuts
     )
-    return ImageData(f"folder:{root}", train, validation, test, classes)
+    return ImageData(f"folder:{root.resolve()}", train, validation, test, classes)
 
 
 DATASETS: dict[str, Loader] = {
