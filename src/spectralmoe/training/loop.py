@@ -120,10 +120,12 @@ class _Run:
             self.batch += 1
             if time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS:
                 self.seconds += time.monotonic() - started
+                self.check_weights()
                 self.save()
                 started = time.monotonic()
             progress(self.step / (self.batches * self.settings.epochs))
         self.seconds += time.monotonic() - started
+        self.check_weights()
         held_out = self.data.validation
         accuracy = evaluate(self.model, held_out.images, held_out.labels).accuracy
         self.epochs.append(
@@ -161,13 +163,16 @@ class _Run:
             return self.settings.lr * (self.step + 1) / (warm + 1)
         return self.settings.lr * 0.5 * (1 + math.cos(math.pi * (self.step - warm) / (total - warm)))
 
+    def check_weights(self) -> None:
+        """A checkpoint must never hold broken weights."""
+        for name, value in self.model.state_dict().items():
+            if not bool(torch.isfinite(value).all()):
+                self.stop(f"{name} is not finite")
+
     def save(self) -> None:
         self.saved_at = time.monotonic()
         if self.checkpoint is None:
             return
-        broken = [name for name, value in self.model.state_dict().items() if not bool(torch.isfinite(value).all())]
-        if broken:
-            self.stop(f"{broken[0]} is not finite")
         state: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "epochs": self.epochs}
         state |= {"loss_sum": self.loss_sum, "seconds": self.seconds}
         save_checkpoint(self.checkpoint, self.model, self.optimizer, state)
