@@ -475,25 +475,19 @@ def test_brackets_and_odd_bytes_in_names(tmp_path, call):
 
 
 def test_interrupt_says_so(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "spectralmoe",
-        "compare",
-        "--data",
-        "digits",
-        "--epochs",
-        "500",
-        "--out",
-        tmp_path / "o",
-    ]
-    run_ = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "o" / "models").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(0.5)
-    run_.send_signal(signal.SIGINT)
-    _, err = run_.communicate(timeout=60)
-    assert run_.returncode == 130
+    arguments = ["compare", "--data", "digits", "--epochs", "500", "--out", str(tmp_path / "o")]
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job may ignore it
+    code += f"from spectralmoe.cli import main; main({arguments})"
+    running = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "o" / "models").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 130
     assert err.splitlines()[-1] == "error: interrupted; what was finished is kept"
     assert "Traceback" not in err
