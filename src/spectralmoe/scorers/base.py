@@ -14,7 +14,7 @@ from spectralmoe.linalg import EXACT_LIMIT, full, power_iteration, top_right
 if TYPE_CHECKING:
     from spectralmoe.tape import Record
 
-__all__ = ["Scorer"]
+__all__ = ["Scorer", "half_space_distance"]
 
 _REFRESH_STEPS = 2
 
@@ -59,6 +59,25 @@ class Scorer(nn.Module):
         """A global Lipschitz constant of the logits in x, up to a shift common to all experts; None if unknown."""
         return None
 
+    def flip_distance(self, x: Tensor, over: Tensor, under: Tensor) -> Tensor | None:
+        r"""How far x may move before logit ``under`` reaches logit ``over``: a lower bound (N, P); None if unknown.
+
+        Margin over slope: exact where the scorer is affine, else
+        :math:`(s_{over} - s_{under})/(\sqrt2 L)` with L from ``lipschitz()``. A scorer with a sharper bound of its own
+        overrides it.
+
+        Args:
+            x: tokens (N, D).
+            over, under: experts (N, P), P pairs a token.
+        """
+        if (affine := self.affine()) is not None:
+            return half_space_distance(*affine, x, over, under)
+        if (bound := self.lipschitz()) is None:
+            return None
+        logits = self(x)
+        gap = logits.gather(1, over) - logits.gather(1, under)
+        return torch.where(gap > 0, gap / (2**0.5 * bound), 0 * gap)
+
     def before_step(self, records: Sequence[Record]) -> None:
         """Called once before each optimizer step, with what this step's forwards recorded."""
 
@@ -88,3 +107,16 @@ class Scorer(nn.Module):
         if v is not None:
             v = power_iteration(whole, v, _REFRESH_STEPS)
         self.top_direction = top_right(whole) if v is None or not v.any() else v
+
+
+def half_space_distance(weight: Tensor, offset: Tensor, x: Tensor, over: Tensor, under: Tensor) -> Tensor:
+    r"""Distance (N, P) of x (N, D) from where :math:`w_{over} x + o_{over} > w_{under} x + o_{under}` ends.
+
+    0 for a tie, infinite where the rows w are equal and the offsets o decide.
+    """
+    weight, offset = weight.to(x.dtype), offset.to(x.dtype)
+    values, offsets = x @ weight.T + offset, offset.expand(x.shape[0], -1)
+    slope = (weight[:, None] - weight).norm(dim=-1)[over, under]
+    source = [torch.where(slope > 0, values.gather(1, e), offsets.gather(1, e)) for e in (over, under)]
+    gap = source[0] - source[1]
+    return torch.where(gap > 0, gap / slope, 0 * gap)

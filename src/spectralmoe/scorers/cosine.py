@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
-from spectralmoe.scorers.base import Scorer
+from spectralmoe.linalg import full
+from spectralmoe.scorers.base import Scorer, half_space_distance
 
 __all__ = ["CosineScorer"]
 
@@ -53,3 +54,10 @@ class CosineScorer(Scorer):
     def matrix(self) -> Tensor:
         """The keys as the cosine sees them: rows of norm 1."""
         return F.normalize(self.keys, dim=-1)
+
+    def flip_distance(self, x: Tensor, over: Tensor, under: Tensor) -> Tensor:
+        """Exact: the factor 1/(tau |Px|) changes no order, so this is a linear gate with rows normalise(k) P."""
+        rows = F.normalize(full(self.keys).to(x.dtype), dim=-1)
+        if self.projection is not None:
+            rows = rows @ full(self.projection).to(x.dtype)
+        return half_space_distance(rows, rows.new_zeros(self.num_experts), x, over, under)

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import assign_, qr_retraction
+from spectralmoe.linalg import assign_, full, qr_retraction, sigma_max
 from spectralmoe.scorers.base import Scorer
 
 if TYPE_CHECKING:
     from spectralmoe.tape import Record
 
 __all__ = ["EigenbasisScorer"]
+
+_BISECTIONS = 50
 
 
 class EigenbasisScorer(Scorer):
@@ -81,6 +83,40 @@ class EigenbasisScorer(Scorer):
         """The map from energies to logits, before the temperature: (E, R), entries gamma_j pi_jk."""
         return (self.gain[:, None] * self.mask_logits.softmax(-1)).T
 
+    def flip_distance(self, x: Tensor, over: Tensor, under: Tensor) -> Tensor:
+        r"""Distance from the quadric on which two logits tie, exact for an orthonormal U.
+
+        Times the positive :math:`\tau(\|z\|^2 + \epsilon)`, the difference of two logits is
+        :math:`\sum_m c_m z_m^2 + \epsilon\,\delta` with
+        :math:`c_m = \gamma_m(\pi_{mi} - \pi_{mj}) + \delta,\ \delta = b_i - b_j`. The squared distance to its zeros is
+        the largest value (S-lemma) of the Lagrange dual
+        :math:`\sum_m \lambda c_m z_m^2/(1 + \lambda c_m) + \lambda\epsilon\delta` over the lambda >= 0 with all
+        :math:`1 + \lambda c_m > 0`; every such lambda gives a lower bound.
+        """
+        basis, bias, weights = (full(t).to(x.dtype) for t in (self.basis, self.bias, self.matrix))
+        energy = (x @ basis).square()[:, None]
+        constant = (bias[over] - bias[under])[..., None]
+        coefficients = weights[over] - weights[under] + constant
+        return _distance_to_quadric(energy, coefficients, self.eps * constant) / sigma_max(basis)
+
     def after_step(self, records: Sequence[Record]) -> None:
         assign_(self.basis, qr_retraction(self.basis))
         super().after_step(records)
+
+
+def _distance_to_quadric(energy: Tensor, c: Tensor, constant: Tensor) -> Tensor:
+    """How far z may move while ``sum(c * z**2) + constant`` stays positive: (..., R) twice and (..., 1) -> (...).
+
+    The dual is concave: bisection on the sign of its derivative, with lambda = t/scale for t in [0, 1).
+    """
+    largest, deepest = c.abs().amax(-1, keepdim=True), (-c.amin(-1, keepdim=True)).clamp_min(0)
+    low = torch.zeros_like(constant + largest)
+    for step in range(1, _BISECTIONS):
+        t = low + 2.0**-step
+        scale, moved = (1 - t) * largest + t * deepest, (1 - t) * largest + t * (deepest + c)
+        rising = (c * energy * (scale / moved).square()).sum(-1, keepdim=True) + constant > 0
+        low = torch.where(rising, t, low)
+    scale, moved = (1 - low) * largest + low * deepest, (1 - low) * largest + low * (deepest + c)
+    square = low * ((c * energy / moved).sum(-1, keepdim=True) + constant / scale)
+    always = torch.where(constant > 0, torch.inf, 0.0)  # equal experts: a constant decides
+    return torch.where(largest > 0, square.clamp_min(0).sqrt(), always.to(c.dtype)).squeeze(-1)

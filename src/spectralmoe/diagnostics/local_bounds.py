@@ -1,0 +1,110 @@
+"""How far the output of a processor moves when its input moves by at most r: a bound around each token.
+
+Hein & Andriushchenko, "Formal Guarantees on the Robustness of a Classifier against Adversarial Manipulation",
+arXiv 1705.08475, section 2: Lipschitz constants that hold in a ball around the token alone are far smaller than global
+ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.errors import UserError
+from spectralmoe.linalg import sigma_max
+
+__all__ = ["Travel", "travel_bound"]
+
+Travel = Callable[[Tensor], Tensor]
+"""Radius (N,) of a ball around each token -> distance (N,) from the ball's centre that its image does not leave."""
+
+
+@torch.no_grad()
+def travel_bound(processor: nn.Sequential, x: Tensor) -> tuple[Tensor, Travel]:
+    r"""``processor(x)`` (N, D') and the bound :math:`\rho(r) \ge \max_{\|d\| \le r} \|f(x + d) - f(x)\|`.
+
+    The bounds of the layers, each at its own input u with the radius r that reaches it, are chained:
+
+    - Linear: :math:`\sigma_1(W)\,r`; before a ReLU of the rows alone that may be active in the ball,
+      :math:`w_j u + b_j + \|w_j\| r > 0`; ReLU: r.
+    - LayerNorm with deviation s(u): (c, sqrt(D eps)), c the centred u, has norm sqrt(D) s and is scaled to norm
+      sqrt(D): a turn by at most arcsin q, :math:`q = r/(\sqrt D\,s)`, so
+      :math:`\max|g|\sqrt D\; 2\sin(\tfrac12 \arcsin q)`, or :math:`\max|g|\, 2\sqrt D` where q > 1.
+    - BatchNorm1d in evaluation: its largest factor times r.
+
+    Raises:
+        UserError: a layer of another kind; BatchNorm1d in training.
+
+    >>> z, rho = travel_bound(nn.Sequential(nn.Identity(), nn.ReLU()), torch.tensor([[1.0, -2.0]]))
+    >>> z.tolist(), rho(torch.tensor([0.5])).tolist()
+    ([[1.0, 0.0]], [0.5])
+    """
+    layers: list[nn.Module | None] = list(processor)
+    bounds: list[Travel] = []
+    for layer, following in zip(processor, [*layers[1:], None], strict=True):
+        bounds.append(_bound(layer, x, isinstance(following, nn.ReLU)))
+        x = layer(x)
+
+    def travel(radius: Tensor) -> Tensor:
+        for bound in bounds:
+            radius = bound(radius)
+        return radius
+
+    return x, travel
+
+
+def _bound(layer: nn.Module, x: Tensor, gated: bool) -> Travel:
+    if isinstance(layer, nn.Identity | nn.ReLU):
+        return lambda radius: radius
+    if isinstance(layer, nn.Linear):
+        return _active_rows(layer, x) if gated else partial(_times, sigma_max(layer.weight))
+    if isinstance(layer, nn.LayerNorm):
+        return _normalised(layer, x)
+    if isinstance(layer, nn.BatchNorm1d):
+        return partial(_times, _batch_norm_factor(layer))
+    known = "Linear, ReLU, LayerNorm, BatchNorm1d or Identity"
+    raise UserError(f"certificate: no bound is known for {type(layer).__name__} in the processor; use {known}")
+
+
+def _times(factor: Tensor, radius: Tensor) -> Tensor:
+    return torch.where(factor > 0, factor * radius, 0)  # 0 * inf is 0: such a layer moves nothing
+
+
+def _active_rows(layer: nn.Linear, x: Tensor) -> Travel:
+    weight, values = layer.weight, layer(x)
+    norms, gram = weight.norm(dim=1), weight @ weight.T
+
+    def travel(radius: Tensor) -> Tensor:
+        active = (values + norms * radius[:, None] > 0).to(x.dtype)
+        if weight.shape[0] <= weight.shape[1]:
+            grams = active[:, :, None] * gram * active[:, None]
+        else:
+            grams = (weight.T * active[:, None]) @ weight
+        return _times(torch.linalg.eigvalsh(grams)[:, -1].clamp_min(0).sqrt(), radius)
+
+    return travel
+
+
+def _normalised(layer: nn.LayerNorm, x: Tensor) -> Travel:
+    side = float(x.shape[-1] ** 0.5)
+    variance = (x - x.mean(-1, keepdim=True)).square().mean(-1)
+    reach = side * (variance + layer.eps).sqrt()
+    gain = 1.0 if layer.weight is None else float(layer.weight.abs().max())
+
+    def travel(radius: Tensor) -> Tensor:
+        q = radius / reach
+        turn = torch.where(q <= 1, 2 * (q.asin() / 2).sin(), 2.0)
+        return side * gain * turn
+
+    return travel
+
+
+def _batch_norm_factor(layer: nn.BatchNorm1d) -> Tensor:
+    if layer.training or layer.running_var is None:
+        raise UserError("certificate: BatchNorm1d with batch statistics ties the tokens together; use it in eval()")
+    gain = torch.ones_like(layer.running_var) if layer.weight is None else layer.weight
+    factor: Tensor = (gain / (layer.running_var + layer.eps).sqrt()).abs().amax()
+    return factor
