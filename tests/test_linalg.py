@@ -11,7 +11,7 @@ from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from spectralmoe import linalg
-from spectralmoe.linalg import power_iteration, qr_retraction, sigma_max, stable_rank
+from spectralmoe.linalg import power_iteration, qr_retraction, sigma_max, spectrum, stable_rank
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 9), (9, 5), (8, 8)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -49,7 +49,7 @@ def test_stable_rank_is_its_definition(shape, close, gradients):
     close(gradients(stable_rank(matrix), [matrix])[0], slope)
 
 
-@pytest.mark.parametrize("function", [sigma_max, stable_rank])
+@pytest.mark.parametrize("function", [sigma_max, stable_rank, spectrum])
 def test_gradcheck(function):
     assert gradcheck(function, (double(4, 6).requires_grad_(),))
 
@@ -85,6 +85,11 @@ def test_a_zero_matrix_has_value_and_gradient_zero(function, gradients):
     value = function(matrix)
     assert value.item() == 0
     assert torch.equal(gradients(value, [matrix])[0], torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("function", [sigma_max, stable_rank])
+def test_a_matrix_without_rows_has_value_zero(function):
+    assert function(torch.zeros(0, 5)).item() == 0
 
 
 def test_power_iteration_finds_the_leading_direction(close, gradients):

@@ -16,6 +16,7 @@ __all__ = [
     "power_iteration",
     "qr_retraction",
     "sigma_max",
+    "spectrum",
     "stable_rank",
     "top_right",
 ]
@@ -40,10 +41,10 @@ def assign_(target: Tensor, value: Tensor) -> None:
 def top_right(matrix: Tensor) -> Tensor:
     """Exact leading right singular vector v (D,) of ``matrix`` (E, D), without gradient.
 
-    From the eigendecomposition of the smaller Gram matrix, in at least fp32.
+    From the eigendecomposition of the smaller Gram matrix, in at least fp32. Without rows, any direction will do.
     """
     m = matrix.detach()
-    wide = m.shape[0] <= m.shape[1]
+    wide = 0 < m.shape[0] <= m.shape[1]
     top: Tensor = torch.linalg.eigh(m @ m.T if wide else m.T @ m).eigenvectors[:, -1]
     return _unit(m.T @ top) if wide else top
 
@@ -80,11 +81,15 @@ def stable_rank(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
     >>> round(float(stable_rank(torch.eye(4))), 5)
     4.0
     """
+    return spectrum(matrix, direction)[1]
+
+
+def spectrum(matrix: Tensor, direction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``sigma_max`` and ``stable_rank`` from one decomposition."""
     matrix = full(matrix)
     sigma = sigma_max(matrix, direction)
-    empty = sigma == 0
-    value = matrix.square().sum() / torch.where(empty, torch.ones_like(sigma), sigma).square()
-    return torch.where(empty, torch.zeros_like(value), value)
+    ratio = torch.linalg.vector_norm(matrix) / torch.where(sigma == 0, torch.ones_like(sigma), sigma)
+    return sigma, torch.where(sigma == 0, torch.zeros_like(ratio), ratio.square())
 
 
 def qr_retraction(basis: Tensor) -> Tensor:

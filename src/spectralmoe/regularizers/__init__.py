@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spectralmoe.regularizers.balance import importance_cv2, load_balance, router_z
 from spectralmoe.regularizers.orthonormality import orthonormality
-from spectralmoe.regularizers.spectral import spectral_norm, stable_rank
+from spectralmoe.regularizers.spectral import spectral_norm, spectral_penalty, stable_rank
 
 __all__ = [
     "REGULARIZERS",
@@ -16,11 +16,13 @@ __all__ = [
     "orthonormality",
     "router_z",
     "spectral_norm",
+    "spectral_penalty",
     "stable_rank",
 ]
 
 REGULARIZERS: dict[str, Callable[[Any], Tensor]] = {
     "spectral_norm": spectral_norm,
+    "spectral_penalty": spectral_penalty,
     "stable_rank": stable_rank,
     "orthonormality": orthonormality,
     "load_balance": load_balance,
