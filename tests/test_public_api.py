@@ -39,6 +39,7 @@ NAMES = [
     "Routing",
     "Scorer",
     "Selector",
+    "SoftBalanced",
     "Tape",
     "Term",
     "TopK",
@@ -59,7 +60,7 @@ NAMES = [
 
 TABLES = {
     "scorers": (SCORERS, "cosine eigenbasis linear prototype", Scorer),
-    "selectors": (SELECTORS, "balanced capacity expert_choice noisy_topk top_p topk", Selector),
+    "selectors": (SELECTORS, "balanced capacity expert_choice noisy_topk soft_balanced top_p topk", Selector),
     "experts": (EXPERTS, "adapter feed_forward modules", Experts),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }
@@ -79,7 +80,7 @@ def test_tables(folder):
 
 
 def test_regularizers():
-    names = "importance_cv2 load_balance orthonormality router_z spectral_norm stable_rank"
+    names = "importance_cv2 load_balance orthonormality router_z spectral_norm spectral_penalty stable_rank"
     assert sorted(REGULARIZERS) == names.split()
     assert all(function.__name__ == name for name, function in REGULARIZERS.items())
 

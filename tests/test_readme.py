@@ -6,19 +6,40 @@ from pathlib import Path
 import pytest
 
 from spectralmoe.cli.app import run
+from spectralmoe.training.data import load_data
+from spectralmoe.training.loop import train
+from spectralmoe.training.network import build_network
+from spectralmoe.training.settings import Network, Optimization
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_library_example_runs(capsys):
-    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    code = EXAMPLES[0]
     assert len(code.splitlines()) <= 20
     exec(compile(code, "README.md", "exec"), {})
     assert "sigma" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/compare.md", "docs/architecture.md", "CONTRIBUTING.md"])
+def test_correction_example_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = load_data("digits").subset(400)
+    model = build_network(data, Network(width=16, num_experts=4, hidden=8, spare=8), "linear", 2, seed=0)
+    train(model, data, Optimization(epochs=12, batch_size=32))
+    wrong = int((model.eval()(data.test.images).argmax(-1) != data.test.labels).nonzero()[0])
+    names = {"model": model, "images": data.train.images, "labels": data.train.labels}
+    names |= {"image": data.test.images[wrong : wrong + 1], "label": int(data.test.labels[wrong])}
+    exec(compile(EXAMPLES[1], "README.md", "exec"), names)
+    assert re.search(r"corrected: .*\nwritten: expert .*\nreference: 400 samples, ", capsys.readouterr().out)
+    assert (tmp_path / "update.safetensors").is_file()
+    assert len(EXAMPLES) == 2
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/compare.md", "docs/adapt.md", "docs/architecture.md", "CONTRIBUTING.md"]
+)
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):

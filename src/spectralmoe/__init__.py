@@ -8,7 +8,7 @@ from spectralmoe.router import Router, shard_routers
 from spectralmoe.routing import Routing
 from spectralmoe.saving import load, save
 from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrototypeScorer, Scorer
-from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, TopK, TopP
+from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, SoftBalanced, TopK, TopP
 from spectralmoe.steps import after_step, attach, before_step, param_groups
 from spectralmoe.tape import Record, Tape, feed, record
 from spectralmoe.terms import Term, penalty
@@ -39,6 +39,7 @@ __all__ = [
     "Routing",
     "Scorer",
     "Selector",
+    "SoftBalanced",
     "Tape",
     "Term",
     "TopK",

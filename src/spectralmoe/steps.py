@@ -144,7 +144,7 @@ def _after(layers: dict[str, Recordable], records: Sequence[Record], group: Any)
         own = [item for item in records if item.layer is layer]
         router.scorer.after_step(own)
         counts = torch.zeros(router.num_experts, dtype=torch.int64, device=_device(router))
-        totals.append(counts + sum((item.routing.counts() for item in own), start=counts))
+        totals.append(counts + sum((item.routing.load_counts() for item in own), start=counts))
     for (_, router), counts in zip(routed, _summed(totals, group), strict=True):
         router.selector.update(counts)
 

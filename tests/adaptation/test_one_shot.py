@@ -1,115 +1,205 @@
-"""One-shot corrections against a plain reading of the protocol: full forwards, autograd, no caching."""
+"""One-shot trials against a plain loop: full forwards, no caching, each correction on a copy of the model."""
+
+from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from spectralmoe import UserError, record
-from spectralmoe.adaptation import Rule, correct_sample, one_shot_trials
-from spectralmoe.diagnostics import evaluate
-from spectralmoe.models import SRMoE
-from spectralmoe.training.data import ImageData, load_data
-from spectralmoe.training.loop import train
-from spectralmoe.training.network import build_network
-from spectralmoe.training.settings import Network, Optimization
+from spectralmoe.adaptation import Rule, adapt_one, carried, one_shot_trials
+
+LAYERS = {"all": (0, 1), "last": (1,)}
 
 
-@pytest.fixture(scope="module")
-def data() -> ImageData:
-    return load_data("digits").subset(200)
+def accuracy_by_class(model, data):
+    with torch.no_grad():
+        return model(data.test.images).argmax(-1) == data.test.labels
 
 
-@pytest.fixture(scope="module", params=["linear", "prototype"])
-def network(request, data) -> SRMoE:
-    k = 2 if request.param == "linear" else "soft"
-    model = build_network(data, Network(width=16, num_experts=4, hidden=8, k=k), request.param, 2, seed=0)
-    train(model, data, Optimization(epochs=6, batch_size=32))
-    return model.eval()
+def copies_right(model, image, label):
+    """Noisy and shifted copies, built anew: sigma 0.1 from seed 0, and the eight shifts by one pixel."""
+    noise = torch.randn(32, *image.shape, generator=torch.Generator().manual_seed(0))
+    noisy = image + 0.1 * noise
+    wide = torch.cat([image[:, :1], image, image[:, -1:]], 1)
+    wide = torch.cat([wide[:, :, :1], wide, wide[:, :, -1:]], 2)
+    shifts = [wide[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3) if (i, j) != (1, 1)]
+    with torch.no_grad():
+        return [sum(int(model(one[None]).argmax()) == label for one in many) / len(many) for many in (noisy, shifts)]
 
 
-def by_hand(model: SRMoE, image: torch.Tensor, label: int, rule: Rule) -> tuple[SRMoE, int]:
-    """The protocol, written plainly on a copy of the model."""
+def descend(model, image, label, rule):
+    """Plain descent on all experts of the layers, or on everything from the first of them on."""
     model = copy.deepcopy(model)
-    with record(model) as tape:
-        model(image[None])
-    used = {item.name: int(item.routing.weights[0].argmax()) for item in tape}
-    used = {item.name: int(item.routing.indices[0, used[item.name]]) for item in tape}
-    if rule.layers == "last":
-        used = dict([list(used.items())[-1]])
+    stages = [model.stages[i] for i in LAYERS[rule.layers]]
+    if rule.scope == "all-experts":
+        own = [p for stage in stages for p in stage.moe.experts.parameters()]
+    else:
+        own = [p for part in (*stages, model.norm, model.head) for p in part.parameters()]
     for step in range(rule.max_steps + 1):
         logits = model(image[None])
-        if int(logits.argmax()) == label or step == rule.max_steps:
-            return model, step
+        if int(logits.argmax()) == label:
+            return model, step, True
+        if step == rule.max_steps:
+            return model, step, False
         model.zero_grad()
         F.cross_entropy(logits, torch.tensor([label])).backward()
         with torch.no_grad():
-            for name, e in used.items():
-                for parameter in model.get_submodule(name).experts.parameters():
-                    parameter[e] -= rule.lr * parameter.grad[e]
+            for parameter in own:
+                if parameter.grad is not None:
+                    parameter -= rule.lr * parameter.grad
     raise AssertionError
 
 
-def wrong_samples(model, split, count):
-    return (model(split.images).argmax(-1) != split.labels).nonzero().flatten()[:count].tolist()
+RULES = {
+    "sgd": Rule(),
+    "last": Rule("last", lr=2e-2),
+    "few steps": Rule("all", 1e-4, 3),
+    "margin": Rule("last", method="margin"),
+    "low_rank": Rule("last", method="low_rank"),
+    "copies": Rule("last", 2e-2, augment=lambda x: torch.cat([x + 0.05, x - 0.05])),
+    "experts": Rule("all", 1e-2, scope="all-experts"),
+    "last experts": Rule("last", 1e-2, method="sgd", scope="all-experts"),
+    "parameters": Rule("all", 1e-2, scope="all-parameters"),
+    "last parameters": Rule("last", 1e-2, scope="all-parameters"),
+    "few steps for all": Rule("last", 1e-6, 2, scope="all-parameters"),
+}
 
 
-@pytest.mark.parametrize("rule", [Rule(), Rule("last", 2e-2), Rule("all", 1e-4, 3)], ids=["all", "last", "few-steps"])
-def test_correction_equals_the_protocol_by_hand(network, data, rule):
-    for sample in wrong_samples(network, data.test, 3):
-        image, label = data.test.images[sample], int(data.test.labels[sample])
-        expected, steps = by_hand(network, image, label, rule)
-        model = copy.deepcopy(network)
-        done = correct_sample(model, image, label, rule)
-        assert done.steps == steps
-        assert done.success == (int(expected(image[None]).argmax()) == label)
-        for (name, value), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
-            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_nothing_but_the_touched_experts_changes(network, data):
-    sample = wrong_samples(network, data.test, 1)[0]
-    model = copy.deepcopy(network)
-    done = correct_sample(model, data.test.images[sample], int(data.test.labels[sample]))
-    assert done.success
-    before, total = network.state_dict(), 0.0
-    for name, value in model.state_dict().items():
-        layer = next((layer for layer in done.touched if name.startswith(f"{layer}.experts.")), None)
-        for e in range(4 if layer else 0):
-            changed = not torch.equal(value[e], before[name][e])
-            assert not changed or e == done.touched[layer]
-        if layer is None:
-            assert torch.equal(value, before[name]), name
-        total += float((value.double() - before[name].double()).square().sum())
-    assert done.change == pytest.approx(total**0.5, rel=1e-4)
-
-
-def test_trials_measure_the_other_samples_and_restore(network, data):
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    trials = one_shot_trials(network, data.test.images, data.test.labels, trials=4, seed=1)
-    assert len(trials) == 4
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    accuracy = evaluate(network, data.test.images, data.test.labels)
-    right = accuracy.predictions == data.test.labels
+@pytest.mark.parametrize("case", RULES)
+@pytest.mark.parametrize("name", ["top2", "soft"])
+def test_trials_are_the_plain_loop(network, data, make_guard, untouched, name, case):
+    model, rule = network(name).train(), RULES[case]
+    guard = make_guard(budget=1.0) if rule.method == "low_rank" else None
+    with untouched(model):
+        trials = one_shot_trials(model, data.test.images, data.test.labels, trials=2, rule=rule, guard=guard, seed=1)
+    model.eval()
+    right = accuracy_by_class(model, data)
+    assert len({trial.sample for trial in trials}) == 2
     for trial in trials:
         assert not right[trial.sample]
         image, label = data.test.images[trial.sample], int(data.test.labels[trial.sample])
-        changed, _ = by_hand(network, image, label, Rule())
-        after = evaluate(changed, data.test.images, data.test.labels).predictions == data.test.labels
+        if rule.scope == "one-expert":
+            changed = copy.deepcopy(model)
+            update = adapt_one(
+                changed,
+                image[None],
+                label,
+                layers=rule.layers,
+                method=rule.method,
+                lr=rule.lr,
+                max_steps=rule.max_steps,
+                guard=guard,
+                augment=rule.augment,
+            )
+            success, steps = update.success, update.steps
+            assert (trial.touched, trial.method) == (update.touched, update.method)
+            assert trial.change == pytest.approx(update.change, rel=1e-5)
+        else:
+            changed, steps, success = descend(model, image, label, rule)
+            changed = changed if success else model
+            norm = sum(
+                float((a.detach() - b.detach()).double().square().sum())
+                for a, b in zip(changed.parameters(), model.parameters(), strict=True)
+            )
+            assert trial.change == pytest.approx(norm**0.5, rel=1e-3, abs=1e-9)
+            assert trial.touched == {}
+        assert (trial.success, trial.steps) == (success, steps)
+        after = accuracy_by_class(changed, data)
         others = torch.arange(len(right)) != trial.sample
         expected = 100 * float(after[others].double().mean() - right[others].double().mean())
-        assert trial.interference == pytest.approx(expected, abs=1e-3)
+        assert trial.interference == pytest.approx(expected, abs=1e-6)
+        assert [trial.before.noisy, trial.before.shifted] == pytest.approx(copies_right(model, image, label))
+        assert [trial.after.noisy, trial.after.shifted] == pytest.approx(copies_right(changed, image, label))
+
+
+def test_all_experts_of_a_model_without_split_are_those_of_the_layers(pooled):
+    """ "last" leaves the experts of the first layer alone there too."""
+    model = pooled()
+    x = torch.randn(12, 4, 6)
+    y = model(x).argsort(dim=-1)[:, -2]
+    found = one_shot_trials(model, x, y, trials=2, rule=Rule("last", 0.1, scope="all-experts"))
+    for trial in found:
+        by_hand = copy.deepcopy(model)
+        for step in range(201):
+            logits = by_hand(x[[trial.sample]])
+            if int(logits.argmax()) == int(y[trial.sample]) or step == 200:
+                break
+            by_hand.zero_grad()
+            F.cross_entropy(logits, y[[trial.sample]]).backward()
+            with torch.no_grad():
+                for parameter in by_hand.second.experts.parameters():
+                    parameter -= 0.1 * parameter.grad
+        norm = sum(
+            float((a.detach() - b.detach()).double().square().sum())
+            for a, b in zip(by_hand.parameters(), model.parameters(), strict=True)
+        )
+        assert trial.success
+        assert trial.steps == step
+        assert trial.change == pytest.approx(norm**0.5, rel=1e-3)
+        assert trial.before.shifted is None
 
 
 def test_trials_are_those_of_the_seed(network, data):
     first, again, other = (
-        one_shot_trials(network, data.test.images, data.test.labels, trials=3, seed=s) for s in (0, 0, 5)
+        one_shot_trials(network("top2"), data.test.images, data.test.labels, trials=2, rule=Rule("last", 5e-2), seed=s)
+        for s in (0, 0, 5)
     )
     assert [t.sample for t in first] == [t.sample for t in again]
     assert [t.sample for t in first] != [t.sample for t in other]
 
 
-def test_label_out_of_range(network, data):
-    with pytest.raises(UserError, match="label 10 is out of range"):
-        correct_sample(network, data.test.images[0], 10)
+def test_all_mistakes_where_there_are_fewer(network, data, wrong):
+    model = network("top2")
+    images, labels = data.test.images[:40], data.test.labels[:40]
+    mistakes = [i for i in wrong(model, 1000) if i < 40]
+    trials = one_shot_trials(model, images, labels, trials=1000, rule=Rule("last", 5e-2))
+    assert sorted(trial.sample for trial in trials) == mistakes
+
+
+@pytest.mark.parametrize("scope", ["one-expert", "all-experts", "all-parameters"])
+def test_a_broken_measurement_restores_the_model(network, data, untouched, monkeypatch, scope):
+    from spectralmoe.adaptation import one_shot
+
+    model, calls, real = network("top2"), [], one_shot.carried
+
+    def broken(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:  # with the model corrected
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(one_shot, "carried", broken)
+    with untouched(model), pytest.raises(KeyboardInterrupt):
+        one_shot_trials(model, data.test.images, data.test.labels, rule=Rule(scope=scope, lr=0.05))
+
+
+def test_carried_counts_copies(network, data):
+    model = network("soft")
+    for i in range(3):
+        found = carried(model, data.test.images[[i]], data.test.labels[[i]])
+        expected = copies_right(model, data.test.images[i], int(data.test.labels[i]))
+        assert [found.noisy, found.shifted] == pytest.approx(expected)
+
+
+def test_carried_of_a_model_with_an_object_of_logits():
+    def model(x):
+        return SimpleNamespace(logits=torch.eye(3)[x.flatten(1).sum(1).round().long().clamp(0, 2)])
+
+    found = carried(model, torch.tensor([[0.0, 2.0]]), torch.tensor([2]), count=5)
+    assert (found.noisy, found.shifted) == (1.0, None)
+
+
+def test_rules_that_do_not_fit(user_error):
+    with user_error("scope", "'some'", "all-experts"):
+        Rule(scope="some")
+    with user_error("method", "'sdg'"):
+        Rule(method="sdg")
+    with user_error("step size", "-1"):
+        Rule(lr=-1)
+    with user_error("all-experts", "'margin'"):
+        Rule(scope="all-experts", method="unit")
+    with user_error("all-parameters", "copies"):
+        Rule(scope="all-parameters", augment=lambda x: x)

@@ -16,33 +16,6 @@ from spectralmoe.files import read_json
 SMALL = ["--data", "digits", "--depths", "1", "--seeds", "2", "--epochs", "2", "--train-size", "200", "--trials", "5"]
 
 
-@pytest.fixture
-def call(capsys):
-    """Run one command in this process: (exit code, stdout, stderr)."""
-
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run_command
-
-
-@pytest.fixture
-def refused(call):
-    """Run a command that must end with exit code 2 and one line on stderr; returns the line."""
-
-    def run_command(*arguments: object) -> str:
-        code, out, err = call(*arguments)
-        assert code == 2, (out, err)
-        *progress, line = err.splitlines()
-        assert line.startswith("error: ")
-        assert all("%  " in other for other in progress), err
-        return line
-
-    return run_command
-
-
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> Path:
     """The folder of a small finished comparison."""
@@ -129,25 +102,6 @@ def test_predict(model, call, tmp_path):
     assert [row["probability"] for row in found] == pytest.approx(expected.softmax(-1).amax(-1).tolist(), rel=1e-4)
     code, out, _ = call("predict", model, tmp_path / "0.npy")
     assert "0.npy: " in out
-
-
-def test_adapt_corrects_one_image_and_saves(model, call, tmp_path):
-    from spectralmoe import load
-    from spectralmoe.training.data import load_data
-
-    data = load_data("digits")
-    network = load(model)
-    wrong = int((network(data.test.images).argmax(-1) != data.test.labels).nonzero()[0])
-    label = int(data.test.labels[wrong])
-    np.save(tmp_path / "x.npy", data.test.images[wrong, 0].numpy())
-    before = (model / "model.safetensors").read_bytes()
-    code, out, _ = call(
-        "adapt", model, "--image", tmp_path / "x.npy", "--label", label, "--out", tmp_path / "new", "--json"
-    )
-    assert code == 0
-    assert json.loads(out)["success"]
-    assert int(load(tmp_path / "new")(data.test.images[wrong : wrong + 1]).argmax()) == label
-    assert (model / "model.safetensors").read_bytes() == before
 
 
 def test_adapt_trials_agree_with_the_comparison(compared, model, call):
@@ -298,10 +252,6 @@ def test_bad_models(refused, model, tmp_path):
     assert "model.safetensors" in refused("evaluate", broken)
     (broken / "config.json").write_text('{"architectures": ["BertModel"]}')
     assert "another program" in refused("predict", broken, tmp_path / "x.npy")
-    assert "label 12" in refused("adapt", model, "--image", _image(tmp_path), "--label", 12, "--out", tmp_path / "n")
-    assert "together" in refused("adapt", model, "--image", _image(tmp_path))
-    assert "holds a model already" in refused("adapt", model, "--image", _image(tmp_path), "--label", 1, "--out", model)
-    assert "--layers" in refused("adapt", model, "--layers", "some")
     assert "channels" in refused("evaluate", model, "--data", f"folder:{_rgb(tmp_path)}")
 
 
@@ -447,18 +397,6 @@ def test_own_router_that_cannot_work_is_found_before_training(tmp_path, monkeypa
 
 def test_other_data_than_the_models(model, refused):
     assert "image size of (28, 28)" in refused("evaluate", model, "--data", "mnist5k")
-
-
-def test_correction_never_ends_in_nan(model, tmp_path, refused, call):
-    image = ["--image", _image(tmp_path), "--label", 0, "--out", tmp_path / "new"]
-    assert "step size" in refused("adapt", model, *image, "--lr", "inf")
-    code, out, _ = call(
-        "adapt", model, "--image", _image(tmp_path), "--label", 3, "--out", tmp_path / "n", "--lr", 1e30
-    )
-    assert code == 0
-    assert "NOT corrected" in out
-    assert not (tmp_path / "n").exists()
-    assert "--image" in refused("adapt", model, "--out", tmp_path / "new")
 
 
 def test_brackets_and_odd_bytes_in_names(tmp_path, call):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from spectralmoe import Adapter, FeedForward
+from spectralmoe.spec import build, describe
 
 COUNTS = torch.tensor([3, 0, 4])
 BANKS = {
@@ -116,7 +117,106 @@ def test_an_adapter_is_a_narrow_gelu_bank_without_bias(close):
     close(adapter(x, COUNTS), rows_of(adapter, x))
 
 
+def with_and_without(activation, bias):
+    """A bank with 3 spare units, and the same one without."""
+    banks = []
+    for spare in (3, 0):
+        torch.manual_seed(4)
+        banks.append(FeedForward(3, 8, 5, activation=activation, bias=bias, spare=spare))
+    return banks
+
+
+def spare_parts(bank):
+    """The numbers of the units behind the first H, taken apart by hand."""
+    halves = 2 if bank.activation == "swiglu" else 1
+    total = bank.width + bank.spare
+    rows = [half * total + unit for half in range(halves) for unit in range(bank.width, total)]
+    return [
+        bank.up[:, rows],
+        bank.down[..., bank.width :],
+        *([] if bank.up_bias is None else [bank.up_bias[:, rows]]),
+    ]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+def test_spare_units_change_no_output_and_no_gradient(activation, bias, close):
+    spare, plain = with_and_without(activation, bias)
+    assert (spare.up.shape[1] - plain.up.shape[1], spare.down.shape[2]) == (6 if activation == "swiglu" else 3, 8)
+    x, weights = torch.randn(7, 8), torch.rand(7, 3)
+    close(spare(x, COUNTS), plain(x, COUNTS))
+    close(spare.mix(x, weights), plain.mix(x, weights))
+    for e in range(3):
+        close(spare.expert(x, e), plain.expert(x, e))
+    direction = torch.randn(7, 8)
+    for bank in (spare, plain):
+        (bank(x, COUNTS) * direction).sum().backward()
+    close(spare.down.grad[..., :5], plain.down.grad)
+    if bias:
+        close(spare.down_bias.grad, plain.down_bias.grad)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+def test_training_leaves_spare_units_at_zero(activation, bias, close):
+    spare, plain = with_and_without(activation, bias)
+    x, goal = torch.randn(7, 8), torch.randn(7, 8)
+    for bank in (spare, plain):
+        optimizer = torch.optim.AdamW(bank.parameters(), lr=0.1, weight_decay=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (bank(x, COUNTS) - goal).square().mean().backward()
+            optimizer.step()
+    assert all(not part.detach().any() for part in spare_parts(spare))
+    assert all(spare.free_units(e) == [5, 6, 7] for e in range(3))
+    close(spare(x, COUNTS), plain(x, COUNTS))
+    assert float((spare.down - with_and_without(activation, bias)[0].down).detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+def test_a_unit_is_free_while_all_its_numbers_are_zero(activation):
+    for part, place in (("up", 0), ("up", -1), ("up_bias", 0), ("up_bias", -1), ("down", 0)):
+        bank = FeedForward(2, 4, 3, activation=activation, bias=True, spare=2)
+        assert [bank.free_units(e) for e in range(2)] == [[3, 4], [3, 4]]
+        halves = 2 if activation == "swiglu" else 1
+        with torch.no_grad():
+            own = getattr(bank, part)[1]
+            if part == "down":
+                own[2, 4] = 1e-30
+            else:
+                own.unflatten(0, (halves, 5))[place, 4] = 1e-30
+        assert [bank.free_units(e) for e in range(2)] == [[3, 4], [3]]
+    assert FeedForward(2, 4, 3, activation=activation).free_units(0) == []
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_spare_units_added_later_are_those_of_the_start(activation):
+    from_start, plain = with_and_without(activation, True)
+    for units in (1, 0, 2):
+        plain.add_spare(units)
+    assert plain.spare == 3
+    for name, value in from_start.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_spare_units_are_part_of_the_spec(activation):
+    bank = FeedForward(2, 4, 3, activation=activation, bias=True, spare=2)
+    with torch.no_grad():
+        bank.down[1, :, 3] = 1.0  # one is in use
+    again = build(describe(bank))
+    again.load_state_dict(bank.state_dict())
+    assert (again.spare, again.width, again.activation) == (2, 3, activation)
+    assert [again.free_units(e) for e in range(2)] == [[3, 4], [4]]
+    x = torch.randn(5, 4)
+    assert torch.equal(again(x, torch.tensor([2, 3])), bank(x, torch.tensor([2, 3])))
+
+
 def test_mistakes_are_named(user_error):
+    with user_error("FeedForward", "spare", "-1"):
+        FeedForward(2, 4, 4, spare=-1)
+    with user_error("FeedForward", "spare", "-2"):
+        FeedForward(2, 4, 4).add_spare(-2)
     with user_error("activation", "'tanh'", "swiglu"):
         FeedForward(2, 4, 4, activation="tanh")
     with user_error("FeedForward", "num_experts", "0"):

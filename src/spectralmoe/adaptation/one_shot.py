@@ -1,66 +1,95 @@
-"""One-shot adaptation: correct one sample by training only the experts it uses, and see what else that moves.
+"""One-shot adaptation, measured: correct one sample, count what else that moves, restore; many times.
 
 Delibasoglu, SR-MoE, arXiv 2601.03889, one-shot adaptation task. The paper's protocol is not known in detail; this
-one is: take a sample that the model gets wrong, run plain gradient steps of its cross-entropy on the expert with the
-largest weight in each chosen layer until it is right, measure the accuracy on all other samples, restore.
+one is: take a sample that the model gets wrong, correct it by ``adapt_one``, measure the accuracy on all other
+samples, restore.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
+from spectralmoe.adaptation.adapt import adapt_one, split
+from spectralmoe.adaptation.copies import Augment, noisy, shifted
+from spectralmoe.adaptation.guard import Guard
+from spectralmoe.adaptation.methods import METHODS, NEEDS_REFERENCE
+from spectralmoe.adaptation.problem import Problem
+from spectralmoe.adaptation.targets import Weights, choose_layers, logits_of
+from spectralmoe.adaptation.update import Update
 from spectralmoe.diagnostics import evaluation_mode
-from spectralmoe.errors import UserError
-from spectralmoe.models.sr_moe import SRMoE
+from spectralmoe.errors import UserError, one_of
 from spectralmoe.moe import MoE
-from spectralmoe.tape import record
+from spectralmoe.tape import moe_layers
 
-__all__ = ["Correction", "Rule", "Trial", "correct_sample", "one_shot_trials"]
+__all__ = ["Carried", "Rule", "Trial", "carried", "one_shot_trials", "predict"]
 
 _CHUNK = 5000
+_SCOPES = ("one-expert", "all-experts", "all-parameters")
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How a sample is corrected: plain gradient steps of size ``lr``, at most ``max_steps``.
+    """How a sample is corrected: the arguments of ``adapt_one``, and how much may be written.
 
     Attributes:
-        layers: train the used expert of "all" layers, or of the "last" one only.
+        layers: "all" MoE layers, the "last" one, or names.
+        lr, max_steps, method: see ``adapt_one``.
+        scope: "one-expert" a layer; for comparison "all-experts" of these layers, or "all-parameters" from the first
+            of them on.
+        augment: copies to become right too.
     """
 
-    layers: Literal["last", "all"] = "all"
-    lr: float = 5e-3
-    max_steps: int = 100
+    layers: str | Sequence[str] = "all"
+    lr: float = 2e-3
+    max_steps: int = 200
+    method: str = "sgd"
+    scope: Literal["one-expert", "all-experts", "all-parameters"] = "one-expert"
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
             raise UserError(f"the step size must be positive and finite, got {self.lr}")
+        if self.scope not in _SCOPES:
+            raise one_of("scope", self.scope, _SCOPES)
+        if self.method not in METHODS:
+            raise one_of("method", self.method, METHODS)
+        if self.scope != "one-expert" and (self.method in NEEDS_REFERENCE or self.augment is not None):
+            raise UserError(f"scope={self.scope!r} takes method='sgd' or 'margin' and no copies")
+
+    def correct(self, model: nn.Module, x: Tensor, y: Tensor, guard: Guard | None = None) -> Update:
+        """``adapt_one`` by this rule."""
+        return adapt_one(
+            model,
+            x,
+            y,
+            layers=self.layers,
+            method=self.method,
+            max_steps=self.max_steps,
+            lr=self.lr,
+            guard=guard,
+            augment=self.augment,
+        )
 
 
 DEFAULT_RULE = Rule()
 
 
 @dataclass(frozen=True, slots=True)
-class Correction:
-    """What correcting one sample did.
+class Carried:
+    """Share of noisy (sigma 0.1) and of one-pixel-shifted copies of a sample that are right, 0 to 1.
 
-    Attributes:
-        success: the sample is right now.
-        steps: gradient steps taken.
-        touched: layer name -> the one expert that changed.
-        change: Euclidean norm of the change of all touched parameters.
+    ``shifted`` is None for samples that are not images.
     """
 
-    success: bool
-    steps: int
-    touched: dict[str, int]
-    change: float
+    noisy: float
+    shifted: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,103 +98,118 @@ class Trial:
 
     Attributes:
         sample: index of the image.
-        correction: what was done.
+        success, steps, touched, change, method, seconds: of the update; scope other than one expert touches nothing
+            by name.
         interference: accuracy after minus before on all other samples, in percentage points; negative is damage.
+            0 without success, when the model is as it was.
+        before, after: how far the correction carries.
     """
 
     sample: int
-    correction: Correction
+    success: bool
+    steps: int
+    touched: dict[str, int]
+    change: float
+    method: str
+    seconds: float
     interference: float
-
-
-def correct_sample(model: SRMoE, image: Tensor, label: int, rule: Rule = DEFAULT_RULE) -> Correction:
-    """Train the experts that ``image`` (C, H, W) uses until it is classified as ``label``; nothing else changes.
-
-    Raises:
-        UserError: the label is out of range; a bank whose experts cannot be adapted alone.
-    """
-    if not 0 <= label < model.num_classes:
-        raise UserError(f"label {label} is out of range; the model knows 0 to {model.num_classes - 1}")
-    with evaluation_mode(model), torch.no_grad():
-        features = model.stem(image[None].to(model.head.weight.device))
-        return _correct(model, features, label, rule)
+    before: Carried
+    after: Carried
 
 
 def one_shot_trials(
-    model: SRMoE, images: Tensor, labels: Tensor, *, trials: int = 50, rule: Rule = DEFAULT_RULE, seed: int = 0
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    trials: int = 50,
+    rule: Rule = DEFAULT_RULE,
+    guard: Guard | None = None,
+    seed: int = 0,
+    watch: Callable[[float], None] | None = None,
 ) -> list[Trial]:
     """Correct ``trials`` misclassified ones of ``images`` (N, C, H, W) one at a time, restoring the model after each.
 
-    Takes all misclassified images where there are fewer. Only the stages run again: the stem cannot change.
+    Takes all misclassified images where there are fewer. Only the layers from the first touched one on run again, in
+    models that offer ``split``.
+
+    Args:
+        watch: called with the share done, 0 to 1.
     """
     with evaluation_mode(model), torch.no_grad():
-        device = model.head.weight.device
-        features = torch.cat([model.stem(part.to(device)) for part in images.split(_CHUNK)])
-        labels = labels.to(device)
-        right = _right(model, features, labels)
+        device = next(model.parameters()).device
+        head, tail = split(model, choose_layers(model, rule.layers)[0])
+        features, labels = torch.cat([head(part.to(device)) for part in images.split(_CHUNK)]), labels.to(device)
+        right = predict(tail, features) == labels
         wrong = (~right).nonzero().flatten().cpu()
         order = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:trials]
-        before = {name: value.clone() for name, value in model.stages.state_dict().items()}
         found = []
         for sample in wrong[order].tolist():
-            correction = _correct(model, features[sample : sample + 1], int(labels[sample]), rule)
-            change = _right(model, features, labels).float() - right.float()
-            change[sample] = 0
-            model.stages.load_state_dict(before)
-            found.append(Trial(sample, correction, 100 * float(change.sum()) / max(len(labels) - 1, 1)))
+            image, label = images[sample : sample + 1], labels[sample : sample + 1]
+            before = carried(model, image.to(device), label)
+            with _corrected(model, image, label, rule, guard) as done:
+                step = (predict(tail, features) == labels).int() - right.int()
+                step[sample] = 0
+                after = carried(model, image.to(device), label)
+            interference = 100 * int(step.sum()) / max(len(labels) - 1, 1)
+            found.append(Trial(sample, *done, interference, before, after))
+            if watch is not None:
+                watch(len(found) / len(order))
     return found
 
 
-def _correct(model: SRMoE, features: Tensor, label: int, rule: Rule) -> Correction:
-    first = len(model.stages) - 1 if rule.layers == "last" else 0
-    for stage in model.stages[:first]:
-        features = stage(features)
-    touched, views = _used_experts(model, features, first)
-    start = [view.clone() for view in views]
-    target, steps = torch.tensor([label], device=features.device), 0
-    while True:
-        with torch.enable_grad():
-            logits = model.classify(features, first)
-            finite = bool(logits.isfinite().all())
-            success = finite and int(logits.argmax()) == label
-            if success or not finite or steps == rule.max_steps:
-                break
-            _descend(F.cross_entropy(logits, target), views, rule.lr)
-        steps += 1
-    change = sum(float((view - old).square().sum()) for view, old in zip(views, start, strict=True))
-    return Correction(success, steps, touched, change**0.5)
+class _Done(NamedTuple):
+    success: bool
+    steps: int
+    touched: dict[str, int]
+    change: float
+    method: str
+    seconds: float
 
 
-def _used_experts(model: SRMoE, features: Tensor, first: int) -> tuple[dict[str, int], list[Tensor]]:
-    """The expert with the largest weight in each layer from stage ``first`` on, and views of its parameters."""
-    touched: dict[str, int] = {}
-    views: list[Tensor] = []
-    with record(model) as tape:
-        model.classify(features, first)
-    for item in tape:
-        expert = int(item.routing.top_expert()[0])
-        bank = item.layer.experts if isinstance(item.layer, MoE) else None
-        if bank is None or not 0 <= expert < bank.num_experts:
-            continue
-        own = bank.expert_parameters(expert)
-        if not own:
-            raise UserError(f"layer {item.name!r}: the experts of a {type(bank).__name__} cannot be adapted alone")
-        touched[item.name] = expert
-        views += own.values()
-    return touched, views
+@contextmanager
+def _corrected(model: nn.Module, image: Tensor, label: Tensor, rule: Rule, guard: Guard | None) -> Iterator[_Done]:
+    """The model with the sample corrected inside the block, as it was after it."""
+    if rule.scope == "one-expert":
+        update = rule.correct(model, image, label, guard)
+        try:
+            yield _Done(update.success, update.steps, update.touched, update.change, update.method, update.seconds)
+        finally:
+            update.revert()
+        return
+    head, tail = split(model, choose_layers(model, rule.layers)[0])
+    whole = rule.scope == "all-parameters"
+    weights = Weights(dict(tail.named_parameters()) if whole else _experts_of(tail, choose_layers(model, rule.layers)))
+    old, samples, started = weights.copy(), head(image.to(label.device)), time.monotonic()
+    try:
+        with weights.trainable(tail):
+            steps = METHODS[rule.method](Problem(tail, samples, label, samples[:0], weights, rule.max_steps, rule.lr))
+        success = bool((predict(tail, samples) == label).all())
+        if not success:
+            weights.write(old)
+        change = sum(float((view - o).square().sum()) for view, o in zip(weights.views.values(), old, strict=True))
+        yield _Done(success, steps, {}, change**0.5, rule.method, time.monotonic() - started)
+    finally:
+        weights.write(old)
 
 
-def _descend(loss: Tensor, views: Sequence[Tensor], lr: float) -> None:
-    """One gradient step on the viewed parts of their parameters; the rest of each parameter stays as it is."""
-    stacks = [view if view._base is None else view._base for view in views]
-    gradients = torch.autograd.grad(loss, stacks, allow_unused=True)
-    with torch.no_grad():
-        for view, stack, gradient in zip(views, stacks, gradients, strict=True):
-            if gradient is not None:
-                offset = view.storage_offset() - stack.storage_offset()
-                view.sub_(gradient.contiguous().as_strided(view.shape, view.stride(), offset), alpha=lr)
+def _experts_of(model: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
+    """The parameters of all experts of these layers."""
+    banks = {name: layer.experts for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
+    return {f"{name}.experts.{key}": value for name in layers for key, value in banks[name].named_parameters()}
 
 
-def _right(model: SRMoE, features: Tensor, labels: Tensor) -> Tensor:
-    found = [model.classify(part).argmax(-1) for part in features.split(_CHUNK)]
-    return torch.cat(found) == labels
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """Predicted classes (N,) of samples (N, ...), in chunks."""
+    return torch.cat([logits_of(model, part).argmax(-1) for part in x.split(_CHUNK)])
+
+
+@torch.no_grad()
+def carried(model: nn.Module, x: Tensor, y: Tensor, *, count: int = 32, seed: int = 0) -> Carried:
+    """How far the model's answer for samples x (k, ...), y (k,) carries to copies of them that it was not given."""
+    copies, labels = noisy(x, count, seed=seed), y.repeat_interleave(count)
+    noise = float((predict(model, copies) == labels).float().mean())
+    if x.dim() != 4:
+        return Carried(noise, None)
+    return Carried(noise, float((predict(model, shifted(x)) == y.repeat_interleave(8)).float().mean()))

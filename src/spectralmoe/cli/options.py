@@ -12,7 +12,7 @@ import torch
 import typer
 
 from spectralmoe.errors import UserError
-from spectralmoe.models import SRMoE
+from spectralmoe.models import ConvStem, SRMoE
 from spectralmoe.saving import load, read_config
 from spectralmoe.training.data import ImageData, load_data
 from spectralmoe.training.network import ModelMeta
@@ -68,10 +68,11 @@ def load_network(folder: Path, device: torch.device, allow: Sequence[str] | None
     """
     see_own_modules(allow or ())
     model, meta = load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
-    if not isinstance(model, SRMoE):
-        raise UserError(f"{folder} holds a {type(model).__name__}, not an image network")
+    if not isinstance(model, SRMoE) or not isinstance(model.stem, ConvStem):
+        raise UserError(f"{folder} holds a {type(model).__name__} that is not an image network")
     known = parse(ModelMeta, meta, f"{folder / 'config.json'}: meta")
-    if known.channels != model.stem.channels or len(known.classes) != model.num_classes:
+    held = known.hold_out in (None, *known.classes)
+    if known.channels != model.stem.channels or len(known.classes) != model.num_classes or not held:
         raise UserError(f"{folder / 'config.json'}: meta does not fit the network")
     return model.to(device), known
 

@@ -43,6 +43,8 @@ def train(
     see_own_modules([settings.router])
     preset, where = find_preset(settings.router), pick_device(device)
     data = load_data(settings.data, data_dir=data_dir, download=download)
+    if settings.hold_out is not None:
+        data = data.without(settings.hold_out)
     if settings.train_size is not None:
         data = data.subset(settings.train_size)
     network = build_network(data, settings.network, settings.router, settings.depth, settings.optimization.seed)
@@ -58,7 +60,7 @@ def train(
                 checkpoint=out / CHECKPOINT,
                 progress=lambda share: watch(f"training {settings.router}", share),
             )
-        save(network, out, meta=model_meta(data, settings.router))
+        save(network, out, meta=model_meta(data, settings.router, settings.hold_out))
         accuracy = evaluate(network, data.test.images, data.test.labels).accuracy
         write_json(out / "history.json", {"epochs": history.epochs, "test_accuracy": accuracy})
     if json:

@@ -82,7 +82,7 @@ def _adaptation(trials: Sequence[Trial]) -> dict[str, Any]:
     return {
         "interference": _mean([trial.interference for trial in trials]),
         "interference_worst": min((trial.interference for trial in trials), default=None),
-        "success": _mean([float(trial.correction.success) for trial in trials]),
+        "success": _mean([float(trial.success) for trial in trials]),
         "trials": len(trials),
         "trial_list": [asdict(trial) for trial in trials],
     }

@@ -23,8 +23,12 @@ class FeedForward(Experts):
     ``swiglu`` has :math:`W_2(\mathrm{silu}(G x) \odot U x)` with ``up`` = [G; U] of 2H rows (Shazeer, arXiv
     2002.05202). Weights start as in ``nn.Linear``.
 
+    Args:
+        spare: hidden units added to the H of each expert that start at zero. They add nothing and get no gradient, so
+            training leaves them at zero; a one-expert update may write into them (``spectralmoe.adaptation``).
+
     Attributes:
-        up: (E, H, D), or (E, 2H, D) for swiglu.  down: (E, D, H).
+        up: (E, H, D), or (E, 2H, D) for swiglu, H with the spare units.  down: (E, D, H).
         up_bias, down_bias: (E, H or 2H), (E, D); None without ``bias``.
 
     Raises:
@@ -38,22 +42,56 @@ class FeedForward(Experts):
     """
 
     def __init__(
-        self, num_experts: int, dim: int, hidden: int, *, activation: Activation = "gelu", bias: bool = False
+        self,
+        num_experts: int,
+        dim: int,
+        hidden: int,
+        *,
+        activation: Activation = "gelu",
+        bias: bool = False,
+        spare: int = 0,
     ) -> None:
         super().__init__(num_experts)
         if activation not in ("gelu", "relu", "swiglu"):
             raise one_of("activation", activation, ["gelu", "relu", "swiglu"])
         if dim < 1 or hidden < 1:
             raise UserError(f"{type(self).__name__}: widths D and H must be at least 1, got {dim} and {hidden}")
-        self.dim, self.width, self.activation = dim, hidden, activation
-        rows = 2 * hidden if activation == "swiglu" else hidden
-        self.up, self.down = _uniform(num_experts, rows, dim), _uniform(num_experts, dim, hidden)
-        self.up_bias = _uniform(num_experts, rows, fan_in=dim) if bias else None
+        self.dim, self.width, self.activation, self.spare = dim, hidden, activation, 0
+        halves = 2 if activation == "swiglu" else 1
+        self.up, self.down = _uniform(num_experts, halves * hidden, dim), _uniform(num_experts, dim, hidden)
+        self.up_bias = _uniform(num_experts, halves * hidden, fan_in=dim) if bias else None
         self.down_bias = _uniform(num_experts, dim, fan_in=hidden) if bias else None
+        self.add_spare(spare)
 
     def spec_arguments(self) -> dict[str, object]:
         """Constructor arguments that are not attributes of the same name."""
         return {"hidden": self.width, "bias": self.up_bias is not None}
+
+    def add_spare(self, units: int) -> None:
+        """Append ``units`` zero hidden units to every expert: the function stays, the parameters are new tensors.
+
+        Raises:
+            UserError: a negative number.
+        """
+        if units < 0:
+            raise UserError(f"{type(self).__name__}: spare must not be negative, got {units}")
+        if not units:
+            return
+        width = self.down.shape[2]
+        self.up = nn.Parameter(F.pad(self.up.data.unflatten(1, (-1, width)), (0, 0, 0, units)).flatten(1, 2))
+        self.down = nn.Parameter(F.pad(self.down.data, (0, units)))
+        if self.up_bias is not None:
+            padded = F.pad(self.up_bias.data.unflatten(1, (-1, width)), (0, units))
+            self.up_bias = nn.Parameter(padded.flatten(1, 2))
+        self.spare += units
+
+    def free_units(self, e: int) -> list[int]:
+        """The hidden units of expert ``e`` that are zero throughout: what ``spare`` added and no update has used."""
+        up, down = self.up[e].unflatten(0, (-1, self.down.shape[2])), self.down[e]
+        used = up.ne(0).any(-1).any(0) | down.ne(0).any(0)
+        if self.up_bias is not None:
+            used |= self.up_bias[e].unflatten(0, (-1, self.down.shape[2])).ne(0).any(0)
+        return [int(unit) for unit in used.logical_not().nonzero().flatten()]
 
     def expert(self, x: Tensor, e: int) -> Tensor:
         up_bias = None if self.up_bias is None else self.up_bias[e].to(x.dtype)

@@ -2,8 +2,13 @@
 
 from torch import nn
 
-from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, sr_moe
+from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 
-__all__ = ["MODELS", "ConvStem", "SRMoE", "Stage", "sr_moe"]
+__all__ = ["MODELS", "ConvStem", "SRMoE", "Stage", "VectorStem", "prototype_router", "sr_moe"]
 
-MODELS: dict[str, type[nn.Module]] = {"sr_moe": SRMoE, "sr_moe_stage": Stage, "conv_stem": ConvStem}
+MODELS: dict[str, type[nn.Module]] = {
+    "sr_moe": SRMoE,
+    "sr_moe_stage": Stage,
+    "conv_stem": ConvStem,
+    "vector_stem": VectorStem,
+}

@@ -1,9 +1,12 @@
-"""A small deep MoE network for images: stem, N MoE stages, head.
+"""A deep MoE network for images or feature vectors: stem, N MoE stages, head.
 
 Delibasoglu, "Spectral Manifold Regularization for Stable and Modular Routing in Deep MoE Architectures" (SR-MoE),
-arXiv 2601.03889: convolutional stem, then stages of a local processor (Linear, ReLU, LayerNorm) and an MoE layer. No
-public code. Not given in the paper and chosen here: the residual path around each stage (without it accuracy falls
-with depth), the LayerNorm before the head, the stem's sizes, the experts (Linear, ReLU, Linear).
+arXiv 2601.03889: convolutional stem, then stages of a local processor (Linear, ReLU, LayerNorm) and an MoE layer with
+prototype routing, and a two-part spectral penalty on the routing. No public code. Not given in the paper and chosen
+here, each an option: the residual path around each stage (without it accuracy falls with depth), the centring of the
+tokens behind the LayerNorm (without it accuracy falls, and corrections of one expert cost more), soft or sparse
+routing, which matrix the penalty looks at and its form. Fixed here: the LayerNorm before the head, the stem's sizes,
+the experts (Linear, ReLU, Linear). The terms are those of ``spectralmoe.regularizers``.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from spectralmoe.router import Router
 from spectralmoe.scorers import PrototypeScorer
 from spectralmoe.selectors import TopK
 
-__all__ = ["ConvStem", "SRMoE", "Stage", "sr_moe"]
+__all__ = ["ConvStem", "SRMoE", "Stage", "VectorStem", "prototype_router", "sr_moe"]
 
 
 class ConvStem(nn.Module):
@@ -56,19 +59,41 @@ class ConvStem(nn.Module):
         return features
 
 
+class VectorStem(nn.Module):
+    """Feature vectors (B, F) -> features (B, D): a linear layer.
+
+    Args:
+        features: F.
+        width: D.
+    """
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.features, self.width = features, width
+        self.project = nn.Linear(features, width)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        features: Tensor = self.project(vectors)
+        return features
+
+
 class Stage(nn.Module):
     r"""One MoE stage: :math:`z' = \mathrm{LN}(\mathrm{ReLU}(A z + a))`, :math:`z \leftarrow z + \mathrm{MoE}(z')`.
 
     Args:
         moe: the layer, D wide.
         residual: add z; without it the stage returns MoE(z') alone, as the paper may be read.
+        centred: z' also goes through a BatchNorm without factors, so that tokens spread around zero instead of
+            around the common direction that every ReLU leaves.
     """
 
-    def __init__(self, moe: MoE, *, residual: bool = True) -> None:
+    def __init__(self, moe: MoE, *, residual: bool = True, centred: bool = False) -> None:
         super().__init__()
         dim = moe.router.scorer.dim
-        self.residual = residual
+        self.residual, self.centred = residual, centred
         self.processor = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.LayerNorm(dim))
+        if centred:
+            self.processor.append(nn.BatchNorm1d(dim, affine=False))
         self.moe = moe
 
     def forward(self, z: Tensor) -> Tensor:
@@ -77,10 +102,10 @@ class Stage(nn.Module):
 
 
 class SRMoE(nn.Module):
-    """Images (B, C, H, W) -> class logits (B, num_classes): stem, stages, LayerNorm and linear head.
+    """Images (B, C, H, W) or vectors (B, F) -> class logits (B, num_classes): stem, stages, LayerNorm, linear head.
 
     Args:
-        stem: images -> (B, D).
+        stem: inputs -> (B, D).
         stages: the MoE stages, all D wide.
         num_classes: number of logits.
 
@@ -88,7 +113,7 @@ class SRMoE(nn.Module):
         UserError: no stage; stages of another width than the stem.
     """
 
-    def __init__(self, stem: ConvStem, stages: Sequence[Stage], num_classes: int) -> None:
+    def __init__(self, stem: ConvStem | VectorStem, stages: Sequence[Stage], num_classes: int) -> None:
         super().__init__()
         if not stages:
             raise UserError("SRMoE: depth must be at least 1")
@@ -103,8 +128,8 @@ class SRMoE(nn.Module):
         self.head = nn.Linear(stem.width, num_classes)
         self.num_classes = num_classes
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classify(self.stem(images))
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.classify(self.stem(inputs))
 
     def classify(self, features: Tensor, first: int = 0) -> Tensor:
         """Logits from the input (B, D) of stage ``first``: the rest of the network after a prefix was cached."""
@@ -113,39 +138,93 @@ class SRMoE(nn.Module):
         logits: Tensor = self.head(self.norm(features))
         return logits
 
+    def split(self, layer: str) -> tuple[nn.Module, nn.Module]:
+        """(head, tail) with ``tail(head(x))`` = ``self(x)``; the tail begins at the stage that holds ``layer``.
+
+        Both share this network's modules; layers keep their names in the tail.
+        """
+        first = next((i for i in range(len(self.stages)) if layer == f"stages.{i}.moe"), None)
+        if first is None:
+            raise UserError(f"SRMoE: there is no layer {layer!r}; known: stages.0.moe to stages.N.moe")
+        return nn.Sequential(self.stem, *self.stages[:first]), _Tail(self, first)
+
+
+class _Tail(nn.Module):
+    """A network from stage ``first`` on."""
+
+    def __init__(self, network: SRMoE, first: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict({str(i): stage for i, stage in enumerate(network.stages) if i >= first})
+        self.norm, self.head = network.norm, network.head
+
+    def forward(self, features: Tensor) -> Tensor:
+        for stage in self.stages.values():
+            features = stage(features)
+        logits: Tensor = self.head(self.norm(features))
+        return logits
+
 
 RouterFactory = Callable[[int, int], Router]
+
+
+def prototype_router(dim: int, num_experts: int) -> Router:
+    """Soft prototype routing at the temperature and scale that spread tokens over the experts from the start."""
+    return Router(PrototypeScorer(dim, num_experts, temperature=0.25, scale=dim**-0.5), TopK())
 
 
 def sr_moe(
     num_classes: int,
     *,
     channels: int = 1,
+    features: int | None = None,
     width: int = 64,
     depth: int = 2,
     num_experts: int = 8,
     hidden: int = 32,
-    router: RouterFactory | None = None,
+    spare: int = 0,
+    router: RouterFactory = prototype_router,
     residual: bool = True,
+    centred: bool = True,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> SRMoE:
     """An SRMoE network of ``depth`` equal stages.
 
     Everything but the routers is initialised first: under one seed two networks that differ only in their routers
-    start with the same stem, experts and head.
+    start with the same stem, experts and head. The experts' last layers start small, at the scale that keeps the
+    variance of the residual stream bounded in any depth.
 
     Args:
+        channels: of the images.  features: F, for feature vectors (B, F) instead of images.
+        width, depth, num_experts, hidden: D, number of stages, E, H.
+        spare: zero hidden units an expert, for later corrections (``FeedForward``).
         router: (D, E) -> a router; default: prototypes with soft routing.
+        residual, centred: see ``Stage``.
+        mean, std: pixel statistics of the training images, one value a channel.
 
     >>> sr_moe(10, depth=2)(torch.rand(3, 1, 28, 28)).shape
     torch.Size([3, 10])
+    >>> sr_moe(4, features=12)(torch.rand(3, 12)).shape
+    torch.Size([3, 4])
     """
-    make_router = router or (lambda dim, experts: Router(PrototypeScorer(dim, experts), TopK()))
-    stem = ConvStem(channels, width, mean or [0.5] * channels, std or [0.25] * channels)
-    banks = [FeedForward(num_experts, width, hidden, activation="relu", bias=True) for _ in range(depth)]
+    stem: ConvStem | VectorStem
+    if features is None:
+        stem = ConvStem(channels, width, mean or [0.5] * channels, std or [0.25] * channels)
+    else:
+        stem = VectorStem(features, width)
+    banks = [FeedForward(num_experts, width, hidden, activation="relu", bias=True, spare=spare) for _ in range(depth)]
+    for bank in banks:
+        _start_small(bank, depth)
     state = torch.get_rng_state()
-    routers = [make_router(width, num_experts) for _ in range(depth)]
+    routers = [router(width, num_experts) for _ in range(depth)]
     torch.set_rng_state(state)
-    stages = [Stage(MoE(r, bank), residual=residual) for r, bank in zip(routers, banks, strict=True)]
+    stages = [Stage(MoE(r, bank), residual=residual, centred=centred) for r, bank in zip(routers, banks, strict=True)]
     return SRMoE(stem, stages, num_classes)
+
+
+@torch.no_grad()
+def _start_small(bank: FeedForward, depth: int) -> None:
+    own = bank.down[..., : bank.width]
+    own.copy_(own.new_empty(own.shape).normal_(0, (bank.width * depth) ** -0.5))  # the same draws with spare units
+    if bank.down_bias is not None:
+        bank.down_bias.zero_()

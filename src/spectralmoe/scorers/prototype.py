@@ -21,14 +21,15 @@ __all__ = ["PrototypeScorer"]
 
 
 class PrototypeScorer(Scorer):
-    r"""Logits :math:`s_i = -\|x - \mu_i\|^2 / \tau` with prototypes mu (E, D).
+    r"""Logits :math:`s_i = -\|c x - \mu_i\|^2 / \tau` with prototypes mu (E, D).
 
-    Up to a shift common to all experts this is a linear gate with weight :math:`2\mu_i/\tau` and the tied bias
-    :math:`-\|\mu_i\|^2/\tau` (``affine()``), so the softmax is :math:`\sigma_1(\mu)/\tau`-Lipschitz. Sigmoid scores
-    see the shift and underflow for wide tokens: prefer softmax scores with this scorer.
+    Up to a shift common to all experts this is a linear gate with weight :math:`2 c \mu_i/\tau` and the tied bias
+    :math:`-\|\mu_i\|^2/\tau` (``affine()``), so the softmax is :math:`c\,\sigma_1(\mu)/\tau`-Lipschitz. Sigmoid
+    scores see the shift and underflow for wide tokens: prefer softmax scores with this scorer.
 
     Args:
         temperature: tau > 0, fixed. (Learning it would undo a penalty on the prototypes' norm.)
+        scale: c > 0; 1/sqrt(D) brings tokens that leave a normalisation to the prototypes' norm, about 1.
 
     >>> scorer = PrototypeScorer(16, 4)
     >>> x = torch.randn(5, 16)
@@ -36,16 +37,20 @@ class PrototypeScorer(Scorer):
     True
     """
 
-    def __init__(self, dim: int, num_experts: int, *, temperature: float = 1.0) -> None:
+    def __init__(self, dim: int, num_experts: int, *, temperature: float = 1.0, scale: float = 1.0) -> None:
         super().__init__(dim, num_experts)
         if not 0 < temperature < float("inf"):
             raise UserError(f"PrototypeScorer: temperature must be positive, got {temperature}")
-        self.temperature = temperature
+        if not 0 < scale < float("inf"):
+            raise UserError(f"PrototypeScorer: scale must be positive, got {scale}")
+        self.temperature, self.scale = temperature, scale
         self.prototypes = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5)
 
     def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
         mu = self.prototypes.to(x.dtype)
         tied = mu.square().sum(-1)
+        if self.scale != 1:
+            x = self.scale * x
         return (2 * (x @ mu.T) - tied - x.square().sum(-1, keepdim=True)) / self.temperature
 
     @property
@@ -54,8 +59,8 @@ class PrototypeScorer(Scorer):
 
     def affine(self) -> tuple[Tensor, Tensor]:
         mu = full(self.prototypes)
-        return 2 * mu / self.temperature, -mu.square().sum(-1) / self.temperature
+        return 2 * self.scale * mu / self.temperature, -mu.square().sum(-1) / self.temperature
 
     def lipschitz(self) -> float:
         mu = full(self.prototypes.detach())
-        return float(2 * sigma_max(mu - mu.mean(0)) / self.temperature)
+        return float(2 * self.scale * sigma_max(mu - mu.mean(0)) / self.temperature)

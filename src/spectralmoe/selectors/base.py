@@ -26,6 +26,9 @@ class Selector(nn.Module):
     score: Score = "softmax"
     normalize: bool = False
 
+    per_token: bool = True
+    """Whether a token's choice depends on that token alone."""
+
     def bind(self, num_experts: int) -> None:
         """Called once by the router with E: check the arguments against it, allocate state."""
 

@@ -37,6 +37,8 @@ class Capacity(Selector):
     [0, 0, -1, 1]
     """
 
+    per_token = False
+
     def __init__(self, selector: Selector, factor: float) -> None:
         super().__init__()
         if not factor > 0:

@@ -34,6 +34,8 @@ class ExpertChoice(Selector):
             [-1,  1]])
     """
 
+    per_token = False
+
     def __init__(self, capacity: float) -> None:
         super().__init__()
         if not capacity > 0:

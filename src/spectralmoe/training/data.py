@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.training.images import common_format, read_image, scan_folder
-from spectralmoe.training.sources import one_line, packaged_file, read_idx_pair, read_table
+from spectralmoe.training.sources import download_fashion, packaged_file, read_idx_pair, read_table
 
 __all__ = ["DATASETS", "ImageData", "Loader", "Split", "load_data", "read_image"]
 
@@ -96,6 +96,21 @@ class ImageData:
         if not 1 <= train_size <= len(self.train):
             raise UserError(f"cannot take {train_size} training images of {self.name!r}, which has {len(self.train)}")
         return replace(self, train=Split(self.train.images[:train_size], self.train.labels[:train_size]))
+
+    def without(self, name: str) -> ImageData:
+        """The same data with no image of class ``name`` in the training and validation part; the labels stay.
+
+        Raises `UserError` for an unknown class.
+
+        >>> data = load_data("digits").without("7")
+        >>> int((data.train.labels == 7).sum()), int((data.validation.labels == 7).sum()), data.num_classes
+        (0, 0, 10)
+        """
+        if name not in self.classes:
+            raise one_of("class", name, self.classes)
+        parts = [(part, part.labels != self.classes.index(name)) for part in (self.train, self.validation)]
+        train, validation = (Split(part.images[others], part.labels[others]) for part, others in parts)
+        return replace(self, train=train, validation=validation)
 
 
 Loader = Callable[[Path | None, bool], ImageData]
@@ -218,7 +233,7 @@ def _fashion_folder(data_dir: Path | None, download: bool) -> Path:
     fetched = root / "FashionMNIST" / "raw"  # where torchvision leaves its downloads
     places = [*([data_dir, data_dir / "fashion-mnist"] if data_dir else []), FASHION_SYSTEM, fetched]
     if all(map(_missing, places)) and download:
-        _download_fashion(root)
+        download_fashion(root)
     for folder in places:
         if not _missing(folder):
             return folder
@@ -232,13 +247,3 @@ def _fashion_folder(data_dir: Path | None, download: bool) -> Path:
 def _missing(folder: Path) -> str:
     """The first file of Fashion-MNIST that ``folder`` lacks, or ''."""
     return next((name for name in FASHION_FILES if not (folder / name).is_file()), "")
-
-
-def _download_fashion(root: Path) -> None:
-    try:
-        from torchvision.datasets import FashionMNIST
-    except ImportError as error:
-        cure = "install it with 'pip install spectralmoe[vision]'"
-        raise UserError(f"downloading 'fashion-mnist' needs torchvision; {cure}") from error
-    with one_line(f"cannot download 'fashion-mnist' to {str(root)!r}"):
-        FashionMNIST(root, train=True, download=True)

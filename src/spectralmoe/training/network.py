@@ -29,6 +29,7 @@ def build_network(data: ImageData, network: Network, router: str, depth: int, se
         depth=depth,
         num_experts=network.num_experts,
         hidden=network.hidden,
+        spare=network.spare,
         router=router_factory(find_preset(router), network.top_k),
         mean=[round(v, 4) for v in pixels.mean((0, 2, 3)).tolist()],
         std=[max(round(v, 4), 1e-3) for v in pixels.std((0, 2, 3)).tolist()],
@@ -36,17 +37,28 @@ def build_network(data: ImageData, network: Network, router: str, depth: int, se
 
 
 class ModelMeta(Settings):
-    """What a saved network needs to be used on images."""
+    """What a saved network needs to be used on images.
+
+    Attributes:
+        hold_out: the class that training did not see.
+    """
 
     data: str
     classes: tuple[str, ...]
     channels: Annotated[int, Field(ge=1)]
     image_size: tuple[Annotated[int, Field(ge=1, le=4096)], Annotated[int, Field(ge=1, le=4096)]]
     router: str
+    hold_out: str | None = None
 
 
-def model_meta(data: ImageData, router: str) -> dict[str, Any]:
-    """What is saved beside a network that ``router`` was trained with on ``data``."""
-    size = data.image_size
-    meta = ModelMeta(data=data.name, classes=data.classes, channels=data.channels, image_size=size, router=router)
+def model_meta(data: ImageData, router: str, hold_out: str | None = None) -> dict[str, Any]:
+    """What is saved beside a network that ``router`` was trained with on ``data``, without class ``hold_out``."""
+    meta = ModelMeta(
+        data=data.name,
+        classes=data.classes,
+        channels=data.channels,
+        image_size=data.image_size,
+        router=router,
+        hold_out=hold_out,
+    )
     return meta.model_dump(mode="json")

@@ -25,11 +25,16 @@ class Settings(BaseModel):
 
 
 class Network(Settings):
-    """What all routers of a comparison share: sizes of stem, stages and experts, and experts a token."""
+    """What all routers of a comparison share: sizes of stem, stages and experts, and experts a token.
+
+    Attributes:
+        spare: zero hidden units an expert, for one-expert corrections later.
+    """
 
     width: Positive = 64
     num_experts: Positive = 8
     hidden: Positive = 32
+    spare: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     k: Positive | Literal["soft"] = 2
 
     @property
@@ -50,12 +55,17 @@ class Optimization(Settings):
 
 
 class TrainSettings(Settings):
-    """One training run, ``spectralmoe train --config F.toml``."""
+    """One training run, ``spectralmoe train --config F.toml``.
+
+    Attributes:
+        hold_out: name of a class that training and validation do not see; the network can be taught it later.
+    """
 
     data: str
     router: str = "sr-moe"
     depth: Positive = 2
     train_size: Positive | None = None
+    hold_out: str | None = None
     network: Network = Network()
     optimization: Optimization = Optimization()
 

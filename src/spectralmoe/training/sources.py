@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spectralmoe.errors import UserError
 
-__all__ = ["INSTALL", "one_line", "packaged_file", "read_idx", "read_idx_pair", "read_table"]
+__all__ = ["INSTALL", "download_fashion", "one_line", "packaged_file", "read_idx", "read_idx_pair", "read_table"]
 
 INSTALL = "install it with 'pip install spectralmoe[data]'"
 
@@ -106,3 +106,17 @@ def read_idx_pair(images_path: Path, labels_path: Path, num_classes: int) -> tup
     if labels.max() >= num_classes:
         raise UserError(f"{str(labels_path)!r} has label {int(labels.max())}; the highest is {num_classes - 1}")
     return images.unsqueeze(1), labels.long()
+
+
+def download_fashion(root: Path) -> None:
+    """Fetch Fashion-MNIST to ``root``, as torchvision keeps it.
+
+    Raises `UserError` where torchvision or the network is missing.
+    """
+    try:
+        from torchvision.datasets import FashionMNIST
+    except ImportError as error:
+        cure = "install it with 'pip install spectralmoe[vision]'"
+        raise UserError(f"downloading 'fashion-mnist' needs torchvision; {cure}") from error
+    with one_line(f"cannot download 'fashion-mnist' to {str(root)!r}"):
+        FashionMNIST(root, train=True, download=True)

@@ -1,0 +1,216 @@
+"""One-expert updates: correct a sample by the one expert that it uses, and prove what else moved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.adaptation.copies import Augment
+from spectralmoe.adaptation.guard import Guard, Head, Verdict
+from spectralmoe.adaptation.methods import METHODS, NEEDS_REFERENCE
+from spectralmoe.adaptation.methods.hidden_unit import NoFreeUnit
+from spectralmoe.adaptation.problem import Problem
+from spectralmoe.adaptation.reference import Reference
+from spectralmoe.adaptation.targets import Target, choose_layers, find_targets, joined, logits_of
+from spectralmoe.adaptation.update import Update, Written
+from spectralmoe.diagnostics import evaluation_mode
+from spectralmoe.errors import UserError, one_of
+
+__all__ = ["adapt_one", "split"]
+
+SCALES = (0.85, 0.7, 0.55, 0.4)
+FALLBACKS = ("unit", "low_rank", "null_space", "margin")
+
+
+class _Attempt(NamedTuple):
+    method: str
+    layers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.method} in {', '.join(self.layers)}"
+
+
+def adapt_one(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | int,
+    *,
+    layers: str | Sequence[str] = "last",
+    method: str = "sgd",
+    max_steps: int = 100,
+    lr: float = 1e-2,
+    guard: Guard | None = None,
+    augment: Augment | None = None,
+    carry: float = 0.75,
+) -> Update:
+    """Make samples right by writing into one expert a layer, the one that they use; nothing else changes.
+
+    Delibasoglu, SR-MoE, arXiv 2601.03889, one-shot adaptation; the guard and the methods beyond "sgd" are additions.
+
+    Args:
+        model: gives class logits (B, C) (or an object with ``.logits``) for a batch, and holds MoE layers. One that
+            can resume from a layer offers ``split(layer)``, a pair (head, tail) of modules, and is faster.
+        x: (k, ...) samples.  y: their class numbers, (k,) or one int.
+        layers: "last", "all" or names. In each the expert with the largest weight, summed over the samples' tokens.
+        method: see ``METHODS``: "sgd", "margin", "null_space", "low_rank", "unit". The last three need a guard.
+        max_steps, lr: bounds of the iteration.
+        guard: judges the update on reference data. Too costly, it is scaled back, tried in the last layer alone,
+            tried by other methods, and refused in the end.
+        augment: x -> copies (k * m, ...), those of one sample together, that are to become right too.
+        carry: the share of copies at which the iteration may stop.
+
+    Returns:
+        An ``Update``. Where it has no success, and where anything is raised, the model is as it was.
+
+    Raises:
+        UserError: a label out of range, an unknown method or layer, a bank that cannot be adapted, a method that
+            needs what is not there.
+
+    >>> from spectralmoe.models import sr_moe
+    >>> model = sr_moe(3, width=8, depth=2, num_experts=2, hidden=4).eval()
+    >>> image = torch.rand(1, 1, 8, 8)
+    >>> wrong = int(model(image).argmin())
+    >>> update = adapt_one(model, image, wrong, lr=0.1)
+    >>> update.success, int(model(image).argmax()) == wrong, list(update.touched)
+    (True, True, ['stages.1.moe'])
+    >>> update.revert()
+    """
+    if method not in METHODS:
+        raise one_of("method", method, METHODS)
+    if not 0 < lr < float("inf"):
+        raise UserError(f"the step size must be positive and finite, got {lr}")
+    if max_steps < 0:
+        raise UserError(f"max_steps must not be negative, got {max_steps}")
+    if guard is None and method in NEEDS_REFERENCE:
+        raise UserError(f"method={method!r} reads reference data; give guard=Guard(loader), or use 'sgd' or 'margin'")
+    started = time.monotonic()
+    with evaluation_mode(model), torch.no_grad():
+        names = choose_layers(model, layers)
+        head, tail = split(model, names[0])
+        device = next(model.parameters()).device
+        labels = _labels(y, len(x), device)
+        samples = head(x.to(device))
+        copies = head(augment(x.to(device))) if augment else samples[:0]
+        _check_copies(copies, samples)
+        problem = Problem(tail, samples, labels, copies, joined(()), max_steps, lr, carry=carry)
+        if _right(problem):
+            return Update(True, 0, method, seconds=time.monotonic() - started)
+        measure = partial(guard.reference, model, head, tail, names[0]) if guard else None
+        update = _try_all(problem, _plan(method, names, guard), guard, measure)
+    return replace(update, seconds=time.monotonic() - started)
+
+
+def split(model: nn.Module, layer: str) -> tuple[Head, nn.Module]:
+    """What runs before ``layer``, and the rest: the model's own ``split``, or nothing and the whole."""
+    own = getattr(model, "split", None)
+    return own(layer) if callable(own) else (lambda x: x, model)
+
+
+def _labels(y: Tensor | int, samples: int, device: torch.device) -> Tensor:
+    labels = torch.as_tensor(y, device=device).reshape(-1).long()
+    if len(labels) != samples or not samples:
+        raise UserError(f"adapt_one: {samples} samples need as many labels, got {len(labels)}; x must be a batch")
+    return labels
+
+
+def _check_copies(copies: Tensor, samples: Tensor) -> None:
+    if len(copies) % len(samples):
+        raise UserError(f"augment gave {len(copies)} copies of {len(samples)} samples: not the same number of each")
+
+
+def _right(problem: Problem) -> bool:
+    logits = logits_of(problem.model, problem.samples)
+    wrong = [label for label in problem.labels.tolist() if not 0 <= label < logits.shape[1]]
+    if wrong:
+        raise UserError(f"label {wrong[0]} is out of range; the model knows 0 to {logits.shape[1] - 1}")
+    return bool((logits.argmax(-1) == problem.labels).all())
+
+
+def _plan(method: str, names: Sequence[str], guard: Guard | None) -> list[_Attempt]:
+    """The wish first; with a guard also the last layer alone, and the gentler methods there."""
+    plan = [_Attempt(method, tuple(names))]
+    if guard is not None:
+        last = tuple(names[-1:])
+        plan += [_Attempt(method, last)] if len(names) > 1 else []
+        plan += [_Attempt(other, last) for other in FALLBACKS if other != method]
+    return plan
+
+
+def _try_all(
+    problem: Problem,
+    plan: Sequence[_Attempt],
+    guard: Guard | None,
+    measure: Callable[[Sequence[str]], Reference] | None,
+) -> Update:
+    """The first attempt that succeeds; else the last, with why each was not kept."""
+    tried: list[str] = []
+    update = Update(False, 0, plan[0].method)
+    for attempt in plan:
+        targets = find_targets(problem.model, problem.samples, attempt.layers)
+        if not targets:
+            raise UserError(f"the samples use no expert of {', '.join(attempt.layers)}; choose other layers")
+        seen = [target.layer for target in targets] if attempt.method in NEEDS_REFERENCE else []
+        reference = measure(seen) if measure else None
+        task = replace(problem, weights=joined(targets), experts=targets, reference=reference)
+        try:
+            update = _try(task, attempt.method, guard)
+        except UserError as error:
+            if attempt is plan[0] and not isinstance(error, NoFreeUnit):
+                raise
+            tried.append(f"{attempt}: {error}")
+            continue
+        if update.success:
+            return replace(update, tried=tuple(tried))
+        tried.append(f"{attempt}: {update.tried[0]}")
+    return replace(update, tried=tuple(tried))
+
+
+def _try(task: Problem, method: str, guard: Guard | None) -> Update:
+    """One method once; the weights are put back unless it succeeds."""
+    old, kept = task.weights.copy(), False
+    try:
+        with task.weights.trainable(task.model):
+            steps = METHODS[method](task)
+        if not _right(task):
+            return Update(False, steps, method, ("the samples did not become right",))
+        verdict = _fit(task, guard, old) if guard else None
+        if verdict is not None and not verdict.holds:
+            cost = f"it costs {-verdict.change.mean:.2f} points and flips {len(verdict.flipped)} reference samples"
+            return Update(False, steps, method, (cost,), verdict)
+        kept = True
+    finally:
+        if not kept:
+            task.weights.write(old)
+    return Update(True, steps, method, (), verdict, written=_written(task.experts, old))
+
+
+def _fit(task: Problem, guard: Guard, old: Sequence[Tensor]) -> Verdict:
+    """The guard's verdict on the update, scaled back as far as the samples stay right if need be."""
+    assert task.reference is not None
+    touched = {target.layer: target.expert for target in task.experts}
+    verdict = guard.judge(task.model, task.reference, touched)
+    new = task.weights.copy()
+    for scale in SCALES:
+        if verdict.holds:
+            break
+        task.weights.write([o.lerp(n, scale) for o, n in zip(old, new, strict=True)])
+        if not _right(task):
+            break
+        verdict = guard.judge(task.model, task.reference, touched)
+    return verdict
+
+
+def _written(experts: Sequence[Target], old: Sequence[Tensor]) -> tuple[Written, ...]:
+    """The experts that did change, with their tensors before and after."""
+    written, rest = [], list(old)
+    for target in experts:
+        mine, rest = rest[: len(target.views)], rest[len(target.views) :]
+        if not target.equal(mine):
+            written.append(Written(target, mine, target.copy()))
+    return tuple(written)

@@ -1,0 +1,167 @@
+r"""A new hidden unit for one expert: it fires on the sample and its copies, and on little else.
+
+A spare unit of the expert (``FeedForward(spare=...)``) gets an input direction, a threshold and an output. The start
+is a linear discriminant: :math:`q = (C + S)^{-1}(\bar u - \mu)`, mu and C the gate-weighted mean and covariance of what
+the expert sees on reference data, :math:`\bar u` and S those of the sample and its copies, scaled so that
+:math:`q^\top(\bar u - \mu) = 1`; the threshold theta is the third highest :math:`q^\top(u - \mu)` among the reference
+tokens. Then the unit's numbers alone are trained by Adam on
+
+.. math::
+    \sum_c v_c (\epsilon - m_c)_+ + \lambda \sum_r \big[(\min(m_r, \epsilon) - m_r')_+ + \beta \|z_r' - z_r\|^2\big]
+
+with margins m of the samples and copies c, and the margins m, m' and logits z, z' before and after of the reference
+samples r nearest to firing that were right. Ours; no paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from spectralmoe.adaptation.methods.activations import LEAST_GATE, bank_of, input_moments, tokens_of
+from spectralmoe.adaptation.methods.small_steps import margin
+from spectralmoe.adaptation.problem import Problem, margins
+from spectralmoe.adaptation.reference import Reference, Tokens
+from spectralmoe.adaptation.targets import Target, Weights, logits_of
+from spectralmoe.errors import UserError
+from spectralmoe.experts import FeedForward
+
+__all__ = ["NoFreeUnit", "unit"]
+
+EPSILON = 0.3
+STRENGTH = 2500.0
+SPREAD = 0.1
+RIDGE = 0.05
+FALSE_FIRES = 3
+NEAR = 1000
+STEPS, RATE = 100, 0.05
+SAMPLE_WEIGHT, COPIES_WEIGHT = 3.0, 1.0
+SHARPNESS = {"relu": 1.0, "gelu": 4.0, "swiglu": 4.0}
+
+
+class NoFreeUnit(UserError):
+    """Earlier updates have used up the spare units of an expert that had some."""
+
+
+def unit(problem: Problem) -> int:
+    """Write one spare hidden unit into the expert of the last chosen layer; returns the training steps.
+
+    Raises:
+        UserError: no free unit, or no bias for its threshold; a bank without hidden units; no guard.
+    """
+    target = problem.experts[-1]
+    bank = bank_of(target)
+    free = bank.free_units(target.expert)
+    if not free or bank.up_bias is None:
+        cause = "has no free hidden unit" if not free else "has no bias"
+        kind = NoFreeUnit if bank.spare and bank.up_bias is not None else UserError
+        raise kind(
+            f"expert {target.expert} of layer {target.layer!r} {cause}; method='unit' needs "
+            "FeedForward(bias=True, spare=...), other methods do not"
+        )
+    own = _Unit(bank, target.expert, free[0])
+    start = _discriminant(problem, target)
+    own.start(start, SHARPNESS[bank.activation])
+    margin(replace(problem, weights=Weights({"down": own.down}), copies=problem.samples[:0], max_steps=20))
+    return _train(problem, own, start.nearest)
+
+
+class _Unit(Weights):
+    """The numbers of one hidden unit, as views."""
+
+    def __init__(self, bank: FeedForward, expert: int, index: int) -> None:
+        assert bank.up_bias is not None
+        halves = bank.up.shape[1] // bank.down.shape[2]
+        with torch.no_grad():
+            rows = bank.up[expert].unflatten(0, (halves, -1))[:, index]
+            biases = bank.up_bias[expert].unflatten(0, (halves, -1))[:, index]
+            self.down = bank.down[expert][:, index]
+        self.rows, self.biases = rows, biases
+        super().__init__({"up": rows, "up_bias": biases, "down": self.down})
+
+    @torch.no_grad()
+    def start(self, start: _Start, sharpness: float) -> None:
+        """Fire like ReLU((q (u - mu) - theta) / (1 - theta)); SwiGLU's value is the constant 1."""
+        scale = sharpness / (1 - start.threshold)
+        self.rows[0] = scale * start.direction
+        self.biases[0] = -scale * (start.direction @ start.mean + start.threshold)
+        self.biases[1:] = 1.0
+        self.down.fill_(torch.finfo(self.down.dtype).eps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A direction q (D,) with q (u* - mu) = 1, mu (D,), the threshold, and the samples nearest to firing."""
+
+    direction: Tensor
+    mean: Tensor
+    threshold: float
+    nearest: Tensor
+
+
+def _discriminant(problem: Problem, target: Target) -> _Start:
+    tokens, moments = tokens_of(problem, target), input_moments(problem, target)
+    mine = Reference(problem.model, problem.inputs, problem.targets, [target.layer]).tokens[target.layer]
+    u = _per_sample(mine, target.expert, len(problem.targets))
+    c = moments.covariance
+    c = c + RIDGE * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
+    centre = u.mean(0)
+    spread = (u - centre).T @ (u - centre) / len(u)
+    q = torch.linalg.solve(c + spread, centre - moments.mean)
+    q = q / (q @ (centre - moments.mean))
+    fires = (tokens.x.double() - moments.mean) @ q
+    own = fires[tokens.gates[:, target.expert] > LEAST_GATE]
+    threshold = float(own.topk(min(FALSE_FIRES, len(own))).values[-1].clamp(0.5, 0.7))
+    samples = len(problem.reference or ())
+    highest = fires.new_full((samples,), -torch.inf).scatter_reduce(0, tokens.owner, fires, "amax")
+    return _Start(q.float(), moments.mean.float(), threshold, highest.topk(min(NEAR, samples)).indices)
+
+
+def _per_sample(tokens: Tokens, expert: int, samples: int) -> Tensor:
+    """The gate-weighted mean token (samples, D) of each sample."""
+    gate = tokens.gates[:, expert].double().clamp_min(1e-12)
+    total = gate.new_zeros(samples).index_add(0, tokens.owner, gate)
+    sums = tokens.x.double().new_zeros(samples, tokens.x.shape[1])
+    sums = sums.index_add(0, tokens.owner, gate[:, None] * tokens.x.double())
+    return sums / total.clamp_min(1e-12)[:, None]
+
+
+def _train(problem: Problem, own: _Unit, nearest: Tensor) -> int:
+    reference = problem.reference
+    assert reference is not None
+    samples, labels = reference.samples[nearest], reference.labels[nearest]
+    before = reference.before.logits[nearest]
+    goal = margins(before, labels)
+    held = torch.where(goal > 0, reference.importance[nearest], 0)
+    goal, k = goal.clamp_max(EPSILON), len(problem.labels)
+    copies = max(len(problem.targets) - k, 1)
+    weight = torch.full((len(problem.targets),), COPIES_WEIGHT / copies, device=labels.device)
+    weight[:k] = SAMPLE_WEIGHT / k
+    strength = STRENGTH / len(reference)
+    leaves = [view.detach().clone() for view in own.views.values()]
+    groups = [{"params": [leaf], "lr": RATE * float(leaf.abs().mean())} for leaf in leaves]
+    optimizer = torch.optim.Adam(groups)
+    everything, wanted = torch.cat([problem.inputs, samples]), len(problem.targets)
+    for _ in range(STEPS):
+        logits = logits_of(problem.model, everything)
+        found, moved = logits[:wanted], logits[wanted:]
+        loss = (weight * (EPSILON - margins(found, problem.targets)).clamp_min(0)).sum()
+        damage = (held * (goal - margins(moved, labels)).clamp_min(0)).sum()
+        loss = loss + strength * (damage + SPREAD * (moved - before).square().sum())
+        for leaf, gradient in zip(leaves, own.gradients(loss), strict=True):
+            leaf.grad = gradient.contiguous()
+        optimizer.step()
+        own.write(leaves)
+    _reach(problem, own)
+    return STEPS
+
+
+def _reach(problem: Problem, own: _Unit) -> None:
+    """Raise the unit's output until the samples are right, if they are nearly so."""
+    for _ in range(20):
+        if bool((margins(logits_of(problem.model, problem.samples), problem.labels) > 0.02).all()):
+            return
+        with torch.no_grad():
+            own.down.mul_(1.1)

@@ -1,0 +1,94 @@
+"""The new-class task: a class that training never saw, added by one-expert updates from a few samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.adaptation.adapt import split
+from spectralmoe.adaptation.guard import Guard
+from spectralmoe.adaptation.one_shot import DEFAULT_RULE, Rule, predict
+from spectralmoe.adaptation.targets import choose_layers
+from spectralmoe.diagnostics import evaluation_mode
+from spectralmoe.errors import UserError
+
+__all__ = ["Shots", "add_class"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shots:
+    """One try with k samples of the new class; the model is restored after it.
+
+    Attributes:
+        shots: k.  samples: their indices among the samples of the class.
+        success, method: of the update.
+        accuracy: percent of the test images of the new class that are right after it (before: ``before``).
+        interference: accuracy after minus before on the test images of all other classes, in percentage points.
+    """
+
+    shots: int
+    samples: tuple[int, ...]
+    success: bool
+    method: str
+    before: float
+    accuracy: float
+    interference: float
+
+
+def add_class(
+    model: nn.Module,
+    support: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    label: int,
+    *,
+    shots: int,
+    tries: int = 5,
+    rule: Rule = DEFAULT_RULE,
+    guard: Guard | None = None,
+    seed: int = 0,
+) -> list[Shots]:
+    """Teach class ``label`` from ``shots`` of the ``support`` images (S, C, H, W), ``tries`` times over.
+
+    Each time the k samples are drawn anew and given to one ``adapt_one``, which writes one expert a layer; measured
+    on test ``images`` (N, C, H, W) with ``labels`` (N,); then taken back.
+
+    Raises:
+        UserError: fewer support images than shots; no test image of the class.
+    """
+    if shots > len(support):
+        raise UserError(f"{shots} shots were asked for, but there are only {len(support)} images of the new class")
+    draw = torch.Generator().manual_seed(seed)
+    with evaluation_mode(model), torch.no_grad():
+        device = next(model.parameters()).device
+        head, tail = split(model, choose_layers(model, rule.layers)[0])
+        features, labels = torch.cat([head(part.to(device)) for part in images.split(1000)]), labels.to(device)
+        own = labels == label
+        if not bool(own.any()):
+            raise UserError(f"there is no test image of class {label}")
+        right, found = predict(tail, features) == labels, []
+        for _ in range(tries):
+            chosen = torch.randperm(len(support), generator=draw)[:shots]
+            update = rule.correct(model, support[chosen].to(device), torch.full((shots,), label), guard)
+            try:
+                after = predict(tail, features) == labels
+            finally:
+                update.revert()
+            found.append(
+                Shots(
+                    shots,
+                    tuple(chosen.tolist()),
+                    update.success,
+                    update.method,
+                    _percent(right[own]),
+                    _percent(after[own]),
+                    _percent(after[~own]) - _percent(right[~own]),
+                )
+            )
+    return found
+
+
+def _percent(right: Tensor) -> float:
+    return 100 * float(right.double().mean())

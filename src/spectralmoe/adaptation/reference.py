@@ -1,0 +1,221 @@
+"""What a model does on reference data: predictions, routes, and what its experts see."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.adaptation.targets import logits_of
+from spectralmoe.errors import UserError
+from spectralmoe.routing import EMPTY, Routing
+from spectralmoe.tape import moe_layers, record
+
+__all__ = ["BATCH", "Measured", "Reference", "Tokens", "load_reference", "state_digest"]
+
+BATCH = 1000
+PROTECTED_WEIGHT = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One pass over some samples.
+
+    Attributes:
+        logits: (B, C).
+        routes: layer -> (B, T) int64: for each sample its tokens' experts, in ascending order a token; for soft
+            routing the expert with the largest weight.
+        used: layer -> (B, E) bool: which experts can change the sample. All of them under soft routing, and in every
+            layer where one lets a token's choice depend on other tokens.
+    """
+
+    logits: Tensor
+    routes: dict[str, Tensor]
+    used: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What one layer saw of the reference samples.
+
+    Attributes:
+        x: (T, D) the tokens.  gates: (T, E) their combine weights.  owner: (T,) the sample of each token.
+    """
+
+    x: Tensor
+    gates: Tensor
+    owner: Tensor
+
+
+class Reference:
+    """Reference samples, and what one state of a model did with them.
+
+    Args:
+        model: what runs from the samples on.
+        samples: (N, ...).  labels: (N,).
+        layers: layers whose tokens are kept.
+        protected: how many of them, at the end, are earlier corrections: worth more, and no part of any accuracy.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: nn.Module, samples: Tensor, labels: Tensor, layers: Sequence[str] = (), protected: int = 0
+    ) -> None:
+        self.samples, self.labels, self.protected = samples, labels, protected
+        parts, kept = [], dict[str, list[Tokens]]()
+        for first in range(0, len(samples), BATCH):
+            part, tokens = _pass(model, samples[first : first + BATCH], layers)
+            parts.append(part)
+            for name, found in tokens.items():
+                kept.setdefault(name, []).append(Tokens(found.x, found.gates, found.owner + first))
+        self.before = _joined(parts)
+        self.tokens = {
+            name: Tokens(*(torch.cat([getattr(t, field) for t in found]) for field in ("x", "gates", "owner")))
+            for name, found in kept.items()
+        }
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def right(self) -> Tensor:
+        """(N,) bool: right before the update."""
+        return self.before.logits.argmax(-1) == self.labels
+
+    @property
+    def importance(self) -> Tensor:
+        """(N,): what a sample counts when an update weighs what must stay."""
+        weight = torch.ones(len(self), device=self.labels.device)
+        weight[len(self) - self.protected :] = PROTECTED_WEIGHT
+        return weight
+
+    def reachable(self, touched: dict[str, int]) -> Tensor:
+        """The samples (n,) that a change of the touched experts can change at all.
+
+        A sample none of whose tokens use a touched expert keeps every activation, layer by layer.
+        """
+        hit = torch.zeros(len(self), dtype=torch.bool, device=self.labels.device)
+        for layer, expert in touched.items():
+            hit |= self.before.used[layer][:, expert]
+        return hit.nonzero().flatten()
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, chosen: Tensor) -> Measured:
+        """A pass of the model as it is now over the ``chosen`` samples (n,)."""
+        if not len(chosen):
+            return _rows(self.before, chosen)
+        return _joined([_pass(model, self.samples[part], ())[0] for part in chosen.split(BATCH)])
+
+
+def _pass(model: nn.Module, x: Tensor, layers: Sequence[str]) -> tuple[Measured, dict[str, Tokens]]:
+    with record(model) as tape, _inputs(model, layers) as inputs:
+        logits = logits_of(model, x)
+    routes, used, tokens = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tokens]()
+    coupled = any(item.router is None or not item.router.selector.per_token for item in tape)
+    for item in tape:
+        routing = item.routing
+        if item.name in routes or not _by_sample(routing, len(x)):
+            raise UserError(
+                f"layer {item.name!r} is called more than once, or its tokens do not come sample by sample: they "
+                "cannot be told apart"
+            )
+        chosen = routing.top_expert()[:, None] if routing.soft else routing.indices.sort(-1).values
+        routes[item.name] = chosen.reshape(len(x), -1)
+        used[item.name] = _used(routing, len(x), coupled)
+        if item.name in layers:
+            tokens[item.name] = _tokens(inputs[item.name], routing, len(x))
+    return Measured(logits, routes, used), tokens
+
+
+def _by_sample(routing: Routing, batch: int) -> bool:
+    """Whether each sample's tokens come in one block of equal size: (B, ...) tokens, or such that were flattened."""
+    leading = routing.shape or ()
+    return not len(routing.indices) % batch and (len(leading) < 2 or leading[0] == batch)
+
+
+def _used(routing: Routing, batch: int, coupled: bool) -> Tensor:
+    if routing.soft or coupled:
+        return routing.indices.new_ones((batch, routing.num_experts), dtype=torch.bool)
+    used: Tensor = gates_of(routing).ne(0).unflatten(0, (batch, -1)).any(1)
+    return used
+
+
+def gates_of(routing: Routing) -> Tensor:
+    """The combine weights as (N, E)."""
+    gates = routing.weights.new_zeros(len(routing.indices), routing.num_experts + 1)
+    slots = torch.where(routing.indices == EMPTY, routing.num_experts, routing.indices)
+    return gates.scatter_add(1, slots, routing.weights)[:, :-1]
+
+
+def _tokens(x: Tensor, routing: Routing, batch: int) -> Tokens:
+    """The tokens that some expert got."""
+    seen = (routing.indices >= 0).any(-1).nonzero().flatten()
+    tokens = x.reshape(len(routing.indices), -1)[seen].float()
+    return Tokens(tokens, gates_of(routing)[seen], seen // (len(routing.indices) // batch))
+
+
+@contextmanager
+def _inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What each of ``layers`` is given by the forward inside the block."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        found[name] = args[0] if args else kwargs["x"]
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs, name=name: keep(name, args, kwargs), with_kwargs=True)
+        for name, layer in moe_layers(model).items()
+        if name in layers
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _joined(parts: Sequence[Measured]) -> Measured:
+    first = parts[0]
+    return Measured(
+        torch.cat([part.logits for part in parts]),
+        {name: torch.cat([part.routes[name] for part in parts]) for name in first.routes},
+        {name: torch.cat([part.used[name] for part in parts]) for name in first.used},
+    )
+
+
+def _rows(whole: Measured, chosen: Tensor) -> Measured:
+    return Measured(
+        whole.logits[chosen],
+        {name: value[chosen] for name, value in whole.routes.items()},
+        {name: value[chosen] for name, value in whole.used.items()},
+    )
+
+
+def load_reference(loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """All samples and labels of ``loader``.
+
+    Raises:
+        UserError: it gives nothing, or something else than (inputs, labels) of equal length.
+    """
+    inputs, labels = [], []
+    for batch in loader:
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and len(batch[0]) == len(batch[1])):
+            raise UserError("Guard: the loader must give batches (inputs, labels) of equal length")
+        inputs.append(batch[0])
+        labels.append(torch.as_tensor(batch[1]))
+    if not inputs or not sum(map(len, labels)):
+        raise UserError("Guard: the loader gave no reference samples")
+    return torch.cat(inputs), torch.cat(labels).long()
+
+
+def state_digest(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers: whether a model is still what was measured."""
+    sha = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -1,0 +1,86 @@
+"""A lifelong stream: corrections one after another on the same model, none taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.adaptation.adapt import split
+from spectralmoe.adaptation.guard import Guard
+from spectralmoe.adaptation.one_shot import DEFAULT_RULE, Carried, Rule, carried, predict
+from spectralmoe.adaptation.targets import choose_layers
+from spectralmoe.diagnostics import evaluation_mode
+
+__all__ = ["StreamStep", "correction_stream"]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStep:
+    """The model after one more correction.
+
+    Attributes:
+        sample: index of the image.
+        success, method, touched, seconds: of its update. Already right by an earlier one: success without a change.
+        accuracy: percent, on the images that no correction of the stream is about.
+        kept: share of the corrections made so far, this one included, that are right now; 1 before the first.
+        after: how far this correction carries.
+    """
+
+    sample: int
+    success: bool
+    method: str
+    touched: dict[str, int]
+    seconds: float
+    accuracy: float
+    kept: float
+    after: Carried
+
+
+def correction_stream(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    count: int = 100,
+    rule: Rule = DEFAULT_RULE,
+    guard: Guard | None = None,
+    seed: int = 0,
+    watch: Callable[[float], None] | None = None,
+) -> list[StreamStep]:
+    """Correct ``count`` misclassified ones of ``images`` (N, C, H, W) in a row; the model stays changed.
+
+    The guard measures each update against the model as it is then, and weighs earlier corrections among what must
+    stay. Takes all misclassified images where there are fewer.
+
+    Args:
+        watch: called with the share done, 0 to 1.
+    """
+    with evaluation_mode(model), torch.no_grad():
+        device = next(model.parameters()).device
+        head, tail = split(model, choose_layers(model, rule.layers)[0])
+        features, labels = torch.cat([head(part.to(device)) for part in images.split(1000)]), labels.to(device)
+        wrong = (predict(tail, features) != labels).nonzero().flatten().cpu()
+        order = wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:count]]
+        others = torch.ones(len(labels), dtype=torch.bool, device=device)
+        others[order] = False
+        steps, made = list[StreamStep](), list[int]()
+        for sample in order.tolist():
+            x, y = images[sample : sample + 1].to(device), labels[sample : sample + 1]
+            update = rule.correct(model, x, y, guard)
+            if update.success:
+                made.append(sample)
+                if guard is not None:
+                    guard.protect(x, y)
+            right = predict(tail, features) == labels
+            accuracy = 100 * float(right[others].double().mean())
+            kept = float(right[made].double().mean()) if made else 1.0
+            after = carried(model, x, y)
+            steps.append(
+                StreamStep(sample, update.success, update.method, update.touched, update.seconds, accuracy, kept, after)
+            )
+            if watch is not None:
+                watch(len(steps) / len(order))
+    return steps

@@ -1,0 +1,177 @@
+"""Which expert a sample uses, and the tensors that belong to it alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.experts import Experts
+from spectralmoe.moe import MoE
+from spectralmoe.tape import moe_layers, record
+
+__all__ = ["Target", "Weights", "choose_layers", "expert_target", "find_targets", "joined", "logits_of"]
+
+
+class Weights:
+    """Some tensors of a model, or views into its stacked parameters, that an update may write.
+
+    Attributes:
+        views: name -> the tensor, changed in place.
+    """
+
+    def __init__(self, views: dict[str, Tensor]) -> None:
+        self.views = views
+
+    def copy(self) -> list[Tensor]:
+        """Their values now."""
+        return [view.detach().clone() for view in self.views.values()]
+
+    @torch.no_grad()
+    def write(self, values: Sequence[Tensor]) -> None:
+        """Set them, bit by bit."""
+        for view, value in zip(self.views.values(), values, strict=True):
+            view.copy_(value)
+
+    def equal(self, values: Sequence[Tensor]) -> bool:
+        """Whether they hold ``values``, bit by bit."""
+        return all(torch.equal(view, value.to(view)) for view, value in zip(self.views.values(), values, strict=True))
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """The gradient of ``loss`` for each view; zero where none flows."""
+        stacks = [view if view._base is None else view._base for view in self.views.values()]
+        found = torch.autograd.grad(loss, stacks, allow_unused=True)
+        gradients = []
+        for view, stack, gradient in zip(self.views.values(), stacks, found, strict=True):
+            if gradient is None:
+                gradients.append(torch.zeros_like(view))
+            else:
+                laid = gradient.new_empty_strided(stack.shape, stack.stride()).copy_(gradient)
+                offset = view.storage_offset() - stack.storage_offset()
+                gradients.append(laid.as_strided(view.shape, view.stride(), offset))
+        return gradients
+
+    @contextmanager
+    def trainable(self, model: nn.Module) -> Iterator[None]:
+        """Gradients for these tensors alone inside the block."""
+        own = {id(view if view._base is None else view._base) for view in self.views.values()}
+        before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in own)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter, flag in before:
+                parameter.requires_grad_(flag)
+
+
+class Target(Weights):
+    """One expert of one layer."""
+
+    def __init__(self, layer: str, expert: int, bank: Experts) -> None:
+        super().__init__(bank.expert_parameters(expert))
+        self.layer, self.expert, self.bank = layer, expert, bank
+
+    @torch.no_grad()
+    def now(self) -> Target:
+        """The same expert after its bank was moved or cast, which gives parameters other memory."""
+        return Target(self.layer, self.expert, self.bank)
+
+    def digest(self, values: Sequence[Tensor] | None = None) -> str:
+        """SHA-256 over names, types, shapes and bytes of the expert's tensors, or of ``values`` in their place."""
+        sha = hashlib.sha256()
+        for name, value in zip(self.views, values or self.copy(), strict=True):
+            sha.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+
+def joined(targets: Sequence[Target]) -> Weights:
+    """The tensors of all targets as one, named layer/tensor."""
+    return Weights({f"{target.layer}/{name}": view for target in targets for name, view in target.views.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    layer: MoE
+    weight: Tensor
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """The class logits (B, C) in fp32 or better, of a model that returns them or an object with ``.logits``.
+
+    Raises:
+        UserError: the model returns anything else.
+    """
+    result = model(x)
+    logits = getattr(result, "logits", result)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"adapt_one needs class logits (B, C) for {len(x)} samples, but the model returned {shape}")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def choose_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
+    """The names of the chosen MoE layers, in the model's order.
+
+    Raises:
+        UserError: an unknown layer, or no MoE layer at all.
+    """
+    known = [name for name, layer in moe_layers(model).items() if isinstance(layer, MoE)]
+    if layers == "all":
+        return known
+    if layers == "last":
+        return known[-1:]
+    wanted = [layers] if isinstance(layers, str) else list(layers)
+    if not wanted:
+        raise UserError(f"no layer was named; known: all, last, {', '.join(known)}")
+    for name in wanted:
+        if name not in known:
+            raise one_of("layer", name, ["all", "last", *known])
+    return [name for name in known if name in wanted]
+
+
+@torch.no_grad()
+def find_targets(model: nn.Module, x: Tensor, layers: Sequence[str]) -> list[Target]:
+    """In each of ``layers`` the expert with the largest weight, summed over all tokens of the samples x (k, ...).
+
+    Layers in which the samples use no expert of the bank are left out.
+
+    Raises:
+        UserError: a bank whose experts cannot be adapted alone.
+    """
+    with record(model) as tape:
+        logits_of(model, x)
+    uses: dict[str, _Use] = {}
+    for item in tape:
+        if item.name in layers and isinstance(item.layer, MoE):
+            weight = item.routing.weights.new_zeros(item.routing.num_experts + 1)
+            slots = torch.where(item.routing.indices < 0, item.routing.num_experts, item.routing.indices)
+            weight.scatter_add_(0, slots.flatten(), item.routing.weights.flatten())
+            earlier = uses[item.name].weight if item.name in uses else 0
+            uses[item.name] = _Use(item.layer, weight[: item.layer.experts.num_experts] + earlier)
+    return [
+        expert_target(name, use.layer, int(use.weight.argmax())) for name, use in uses.items() if bool(use.weight.any())
+    ]
+
+
+def expert_target(name: str, layer: MoE, expert: int) -> Target:
+    """Expert ``expert`` of the layer called ``name``.
+
+    Raises:
+        UserError: its bank cannot adapt one expert alone.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in layer.experts.parameters()):
+        raise UserError(f"layer {name!r} is sharded; adapt the whole model and shard it afterwards")
+    with torch.no_grad():
+        target = Target(name, expert, layer.experts)
+    if not target.views:
+        raise UserError(f"layer {name!r}: the experts of a {type(layer.experts).__name__} cannot be adapted alone")
+    return target

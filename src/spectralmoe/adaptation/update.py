@@ -1,0 +1,164 @@
+"""A one-expert update: take it back, keep it in a small file, apply it to another copy of the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spectralmoe.adaptation.guard import Verdict
+from spectralmoe.adaptation.targets import Target, expert_target
+from spectralmoe.errors import UserError
+from spectralmoe.files import write_whole
+from spectralmoe.moe import MoE
+from spectralmoe.tape import moe_layers
+
+__all__ = ["Update", "apply_update"]
+
+FORMAT = "spectralmoe-update-1"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One expert that was changed, before and after."""
+
+    target: Target
+    old: Sequence[Tensor]
+    new: Sequence[Tensor]
+
+    @property
+    def change(self) -> float:
+        """Squared Euclidean norm of the difference."""
+        return sum(float((n.double() - o.double()).square().sum()) for n, o in zip(self.new, self.old, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What ``adapt_one`` did.
+
+    Attributes:
+        success: the samples are right, and the guard (if any) agreed. Otherwise the model is as it was.
+        steps: steps taken by the method that succeeded, or by all.
+        touched: layer -> the one expert that changed.
+        change: Euclidean norm of the change of their tensors.
+        method: what was used last.
+        tried: every attempt, and why it was not kept.
+        verdict: of the guard, on the update that was kept or refused last.
+        seconds: time taken, the guard's checks included.
+    """
+
+    success: bool
+    steps: int
+    method: str
+    tried: tuple[str, ...] = ()
+    verdict: Verdict | None = None
+    seconds: float = 0.0
+    written: tuple[Written, ...] = field(default=(), repr=False)
+
+    @property
+    def touched(self) -> dict[str, int]:
+        """Layer name -> the one expert that changed there."""
+        return {item.target.layer: item.target.expert for item in self.written}
+
+    @property
+    def change(self) -> float:
+        """Euclidean norm of the change of all touched tensors."""
+        return math.sqrt(sum(item.change for item in self.written))
+
+    def revert(self) -> None:
+        """Put the touched experts back, bit by bit.
+
+        Raises:
+            UserError: a touched expert has changed since; nothing is put back then.
+        """
+        targets = [item.target.now() for item in self.written]
+        for target, item in zip(targets, self.written, strict=True):
+            if not target.equal(item.new):
+                raise UserError(
+                    f"expert {item.target.expert} of layer {item.target.layer!r} has changed since this update; "
+                    "revert the later update first"
+                )
+        for target, item in zip(targets, self.written, strict=True):
+            target.write(item.old)
+
+    def save(self, path: Path | str) -> None:
+        """Write the new tensors of the touched experts, and the SHA-256 of the old ones, to one safetensors file.
+
+        Raises:
+            UserError: there is nothing to keep; the file cannot be written (what stood there stays).
+        """
+        if not self.written:
+            raise UserError("this update changed nothing, so there is nothing to save")
+        experts, tensors = [], {}
+        for index, item in enumerate(self.written):
+            target = item.target
+            old, new = target.digest(item.old), target.digest(item.new)
+            experts.append({"layer": target.layer, "expert": target.expert, "old_sha256": old, "new_sha256": new})
+            for name, value in zip(target.views, item.new, strict=True):
+                tensors[f"{index}/{name}"] = value.detach().cpu().contiguous().clone()
+        about = {"format": FORMAT, "method": self.method, "experts": json.dumps(experts)}
+        write_whole(Path(path), lambda temporary: save_file(tensors, temporary, about))
+
+
+def apply_update(model: nn.Module, path: Path | str) -> Update:
+    """Apply a saved update to a model that holds the experts it was made from; the result can be reverted.
+
+    Raises:
+        UserError: not such a file; a model without these layers or with other weights in these experts. The model is
+            untouched then.
+    """
+    about, tensors = _read(Path(path))
+    layers, written = moe_layers(model), []
+    for index, entry in enumerate(about):
+        layer = layers.get(entry["layer"])
+        where = f"expert {entry['expert']} of layer {entry['layer']!r}"
+        if not isinstance(layer, MoE) or not 0 <= entry["expert"] < layer.experts.num_experts:
+            raise UserError(f"{path} is for another model: this one has no {where}")
+        target = expert_target(entry["layer"], layer, entry["expert"])
+        new = [tensors.get(f"{index}/{name}") for name in target.views]
+        _check(str(path), where, target, new, entry)
+        old = target.copy()
+        values = [value.to(view) for value, view in zip(new, target.views.values(), strict=True) if value is not None]
+        written.append(Written(target, old, values))
+    for item in written:
+        item.target.write(item.new)
+    return Update(True, 0, "applied", written=tuple(written))
+
+
+def _check(path: str, where: str, target: Target, new: Sequence[Tensor | None], entry: dict[str, Any]) -> None:
+    found = target.digest()
+    if found == entry["new_sha256"]:
+        raise UserError(f"{path} was applied to this model already: {where} holds its tensors")
+    if found != entry["old_sha256"]:
+        raise UserError(f"{path} is for another model: {where} has other weights than the ones it was made from")
+    for value, view in zip(new, target.views.values(), strict=True):
+        if value is None or value.shape != view.shape or value.dtype != view.dtype:
+            raise UserError(f"{path} is damaged: the tensors of {where} are not those that it announces")
+    if target.digest([value for value in new if value is not None]) != entry["new_sha256"]:
+        raise UserError(f"{path} is damaged: the tensors of {where} do not match their SHA-256")
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        experts = json.loads(about.get("experts", "null"))
+        kinds = {"layer": str, "expert": int, "old_sha256": str, "new_sha256": str}
+        if about.get("format") != FORMAT or not experts:
+            raise UserError(f"{path} is not a saved update of this version")
+        if not all(isinstance(entry[key], kind) for entry in experts for key, kind in kinds.items()):
+            raise UserError(f"{path} is damaged: its header is not that of a saved update")
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{path} is not a saved update ({str(reason).splitlines()[0]})") from error
+    return experts, tensors

@@ -1,0 +1,66 @@
+"""Soft routing balanced without a loss: a bias for each expert, moved by its load.
+
+The idea of Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664, for
+gates without a choice. Differs: the weights see the bias (in soft routing nothing else could), and it moves in
+proportion to how far the load is from even.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectralmoe.errors import UserError
+from spectralmoe.linalg import assign_
+from spectralmoe.selectors.topk import TopK
+
+__all__ = ["SoftBalanced"]
+
+
+class SoftBalanced(TopK):
+    r"""All experts for each token, with weights :math:`\mathrm{softmax}(s + b)`.
+
+    After each optimizer step :math:`\bar f \leftarrow \bar f + a (f - \bar f)` and
+    :math:`b_i \leftarrow b_i + u\,\mathrm{clip}(1 - E \bar f_i, -1, 1)`, f the step's load (the share of tokens whose
+    largest weight is expert i, from int64 counts over all micro-batches and ranks): ``after_step`` or ``attach`` does
+    it.
+
+    Args:
+        rate: u.
+        memory: a, the weight of a step in the running load.
+
+    Raises:
+        UserError: a negative rate, or a memory outside (0, 1].
+
+    >>> selector = SoftBalanced(rate=0.1, memory=1.0)
+    >>> selector.bind(2)
+    >>> selector.update(torch.tensor([30, 10]))
+    >>> [round(b, 4) for b in selector.bias.tolist()]
+    [-0.05, 0.05]
+    """
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, *, rate: float = 1e-2, memory: float = 0.05) -> None:
+        super().__init__()
+        if rate < 0 or not 0 < memory <= 1:
+            raise UserError(f"SoftBalanced: rate must be at least 0 and memory in (0, 1], got {rate} and {memory}")
+        self.rate, self.memory = rate, memory
+
+    def bind(self, num_experts: int) -> None:
+        if "bias" in self._buffers:
+            raise UserError("SoftBalanced: this selector belongs to another router already; give each router its own")
+        self.register_buffer("bias", torch.zeros(num_experts))
+        self.register_buffer("load", torch.full((num_experts,), 1 / num_experts))
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return super().scores(logits + self.bias.to(logits.dtype))
+
+    def update(self, counts: Tensor) -> None:
+        total = counts.sum()
+        if not total:
+            return
+        load = self.load + self.memory * (counts / total - self.load)
+        assign_(self.load, load)
+        assign_(self.bias, self.bias + self.rate * (1 - len(load) * load).clamp(-1, 1))

@@ -1,0 +1,201 @@
+"""Receipts against a plain reading: two copies of a model, one corrected; and the text and picture made of them."""
+
+import copy
+import json
+import struct
+import zlib
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from spectralmoe import LinearScorer, Router, TopK, UserError
+from spectralmoe.adaptation import Guard, adapt_one, apply_update, draw_receipt, make_receipt, receipt_lines
+from spectralmoe.adaptation.receipt_picture import png
+from spectralmoe.files import to_json
+from spectralmoe.models import sr_moe
+
+NAMES = ("T-shirt/top", "Trouser & <co>", "Ankle boot", "Sandal", "Sneaker")
+
+
+def small(features=None, channels=1):
+    """An untrained network: every correction moves much."""
+    torch.manual_seed(0)
+    router = {"router": lambda d, e: Router(LinearScorer(d, e), TopK(2))}
+    sizes = {"width": 8, "depth": 2, "num_experts": 4, "hidden": 4, "spare": 2}
+    return sr_moe(5, channels=channels, features=features, **sizes, **router).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels(images):
+    return torch.randint(5, (len(images),), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def made(images, labels):
+    """(model before, model after, update, receipt): one correction that flips and reroutes reference samples."""
+    model = small()
+    before, guard = copy.deepcopy(model), Guard([(images[10:], labels[10:])], budget=100)
+    wrong = int(model(images[:1]).argmin())
+    update = adapt_one(model, images[:1], wrong, guard=guard, lr=0.2, layers="all")
+    test = (torch.cat([images[:30], images[:1]]), torch.cat([labels[:30], labels[:1]]))
+    return before, model, update, make_receipt(model, images[:1], wrong, update, guard=guard, test=test, classes=NAMES)
+
+
+def same_bits(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_numbers_by_hand(made, images, labels):
+    before, after, update, receipt = made
+    was, now = before(images).argmax(-1), after(images).argmax(-1)
+    flips = [(f.index, f.label, f.before, f.after) for f in receipt.reference.flipped]
+    moved = (was != now)[10:].nonzero().flatten()
+    assert flips == [(int(i), int(labels[10 + i]), int(was[10 + i]), int(now[10 + i])) for i in moved]
+    assert flips, "this case is meant to show flips"
+    right_was, right_now = (was == labels), (now == labels)
+    assert receipt.reference.interference.gained == int((right_now & ~right_was)[10:].sum())
+    assert receipt.reference.interference.lost == int((right_was & ~right_now)[10:].sum())
+    assert not receipt.reference.contains_sample
+    assert receipt.test.left_out == 2
+    assert receipt.test.interference.samples == 29
+    assert [f.index for f in receipt.test.flipped] == [1 + int(i) for i in (was != now)[1:30].nonzero().flatten()]
+    assert receipt.test.accuracy_before == pytest.approx(100 * int(right_was[1:30].sum()) / 29)
+    assert receipt.test.accuracy_after == pytest.approx(100 * int(right_now[1:30].sum()) / 29)
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    assert receipt.written == sum(int((p != q).sum()) for p, q in pairs) > 0
+    assert receipt.success
+    assert (receipt.before.prediction, receipt.after.prediction) == (int(was[0]), int(now[0]))
+    assert (receipt.steps, receipt.method, receipt.touched) == (update.steps, "sgd", update.touched)
+
+
+def test_model_and_update_stay_as_they_are(made, images, tmp_path):
+    before, after, update, _ = made
+    again = copy.deepcopy(before)
+    update.save(tmp_path / "update.safetensors")
+    apply_update(again, tmp_path / "update.safetensors")
+    assert same_bits(again, after)
+    make_receipt(after, images[:1], 0, update)
+    assert same_bits(again, after)
+    update.revert()
+    assert same_bits(before, after)
+
+
+def test_json(made):
+    receipt = made[-1]
+    found = json.loads(to_json(receipt.to_json()))
+    assert found["reference"]["flipped"][0]["index"] == receipt.reference.flipped[0].index
+    assert found["touched"] == receipt.touched
+    assert found["classes"] == list(NAMES)
+    assert "torch" in found["machine"]
+
+
+def test_text(made):
+    receipt = made[-1]
+    text = "\n".join(receipt_lines(receipt))
+    assert f"-> {NAMES[receipt.label]} (" in text
+    reference = receipt.reference
+    kinds = f"({reference.interference.gained} better, {reference.interference.lost} worse"
+    assert f"{len(reference.flipped)} predictions changed {kinds}" in text
+    assert "test: 29 samples without this one; " in text
+    assert "shifted by one pixel" in text
+    assert max(map(len, text.splitlines())) < 260
+    one = replace(reference, samples=10_000, reachable=1204, flipped=reference.flipped[:1], rerouted=(7,))
+    line = receipt_lines(replace(receipt, reference=one))[2]
+    assert line.startswith("reference: 10,000 samples, 1,204 could change; 1 prediction changed (")
+    assert ", 1 route changed; interference " in line
+
+
+def test_picture(made, images):
+    receipt = made[-1]
+    root = ElementTree.fromstring(draw_receipt(receipt, images[:1], images[10:]))
+    assert root.get("role") == "img"
+    assert NAMES[receipt.label] in root.get("aria-label")
+    shown = {f.index for f in receipt.reference.flipped} | set(receipt.reference.rerouted)
+    svg = "{http://www.w3.org/2000/svg}"
+    assert len(list(root.iter(f"{svg}image"))) == 1 + min(len(shown), 24)
+    titles = [element.text for element in root.iter(f"{svg}title")]
+    first = receipt.reference.flipped[0]
+    named = f"reference sample {first.index}: true {NAMES[first.label]}, {NAMES[first.before]} → {NAMES[first.after]}; "
+    assert any(title.startswith(named) for title in titles)
+    style = root.find(f"{svg}style").text
+    assert "prefers-color-scheme:dark" in style
+    many = replace(receipt, reference=replace(receipt.reference, flipped=(), rerouted=tuple(range(40))))
+    drawn = draw_receipt(many, images[:1], images[10:])
+    assert "24 of 40 shown" in drawn
+    assert drawn.count("<image") == 25
+    calm = replace(receipt, reference=replace(receipt.reference, flipped=(), rerouted=()))
+    assert "none of the 50 reference samples changed" in draw_receipt(calm, images[:1], images[10:])
+    assert "no reference data" in draw_receipt(replace(receipt, reference=None), images[:1])
+
+
+def test_refused_update(images, labels):
+    model = small()
+    before, wrong = copy.deepcopy(model), int(model(images[:1]).argmin())
+    own = int(model(images[:1]).argmax())
+    guard = Guard([(images[:1].repeat(3, 1, 1, 1), torch.tensor([own] * 3))], max_flips=0)
+    update = adapt_one(model, images[:1], wrong, guard=guard, lr=0.2)
+    receipt = make_receipt(model, images[:1], wrong, update, guard=guard, test=(images, labels))
+    assert not receipt.success
+    assert receipt.before == receipt.after
+    assert receipt.written == 0
+    assert receipt.test is None
+    assert receipt.reference.contains_sample
+    assert [(f.index, f.before, f.after) for f in receipt.reference.flipped] == [(i, own, None) for i in range(3)]
+    text = "\n".join(receipt_lines(receipt))
+    assert text.startswith("NOT corrected: ")
+    assert "3 predictions would have changed (0 better, 3 worse)" in text
+    assert "tried: sgd in stages.1.moe: it costs 100.00 points and flips 3 reference samples" in text
+    assert same_bits(before, model)
+
+
+def test_sample_that_is_right_already(images, labels):
+    model = small()
+    right = int(model(images[:1]).argmax())
+    update = adapt_one(model, images[:1], right)
+    receipt = make_receipt(model, images[:1], right, update, guard=Guard([(images, labels)]), test=(images, labels))
+    assert receipt.success
+    assert receipt.reference is None
+    assert receipt_lines(receipt)[0].startswith(f"already right: the model says {right} (")
+
+
+def test_feature_vectors_have_no_shifted_copies():
+    model, x = small(features=6), torch.rand(1, 6, generator=torch.Generator().manual_seed(3))
+    wrong = int(model(x).argmin())
+    receipt = make_receipt(model, x, wrong, adapt_one(model, x, wrong, lr=0.2))
+    assert receipt.carried_after.shifted is None
+    assert receipt_lines(receipt)[-1].startswith("copies that are right: noisy ")
+    assert "shifted" not in receipt_lines(receipt)[-1]
+    with pytest.raises(UserError, match=r"images of 1 or 3 channels, \(C, H, W\), not \(6,\)"):
+        draw_receipt(receipt, x)
+
+
+def test_mistakes(made, images):
+    _, model, update, _ = made
+    with pytest.raises(UserError, match=r"one sample, x \(1, \.\.\.\), not 2"):
+        make_receipt(model, images[:2], 0, update)
+    update.written[0].target.write([value + 1 for value in update.written[0].new])
+    with pytest.raises(UserError, match="has changed since this update"):
+        make_receipt(model, images[:1], 0, update)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png(channels):
+    image = torch.rand(channels, 5, 7, generator=torch.Generator().manual_seed(channels))
+    raw, chunks = png(image), {}
+    at = 8
+    while at < len(raw):
+        (length,) = struct.unpack(">I", raw[at : at + 4])
+        kind, body = raw[at + 4 : at + 8], raw[at + 8 : at + 8 + length]
+        assert struct.unpack(">I", raw[at + 8 + length : at + 12 + length]) == (zlib.crc32(kind + body),)
+        chunks[kind], at = body, at + 12 + length
+    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (7, 5, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
+    rows = torch.tensor(list(zlib.decompress(chunks[b"IDAT"]))).view(5, 1 + 7 * channels)
+    assert rows[:, 0].tolist() == [0] * 5
+    assert torch.equal(rows[:, 1:].view(5, 7, channels), (image * 255).round().long().permute(1, 2, 0))

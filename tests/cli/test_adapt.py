@@ -1,0 +1,462 @@
+"""``spectralmoe adapt`` as a user meets it: every form, what it writes, and that MODEL's folder is never touched."""
+
+import base64
+import hashlib
+import json
+import struct
+import zlib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from spectralmoe import load, record
+from spectralmoe.adaptation import carried
+from spectralmoe.cli import adapt_correct
+from spectralmoe.files import read_json
+from spectralmoe.saving import save
+from spectralmoe.training.data import ImageData, load_data
+from spectralmoe.training.loop import train
+from spectralmoe.training.network import build_network, model_meta
+from spectralmoe.training.settings import Network, Optimization
+
+WRITTEN = ["config.json", "model.safetensors", "receipt.json", "receipt.svg", "update.safetensors"]
+GUARD = ["--guard", "digits"]
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return load_data("digits")
+
+
+@pytest.fixture(scope="module")
+def model(data, tmp_path_factory) -> Path:
+    """The folder of a small network with spare units and top-2 routing, trained on some of the digits."""
+    folder = tmp_path_factory.mktemp("adapt") / "model"
+    some = data.subset(300)
+    network = build_network(some, Network(width=16, num_experts=4, hidden=8, spare=8, k=2), "prototype", 2, seed=0)
+    train(network, some, Optimization(epochs=6, batch_size=32))
+    save(network, folder, meta=model_meta(data, "prototype"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def untouched(model):
+    """No test may leave another file, or another byte, in MODEL's folder."""
+
+    def hashes() -> dict[str, str]:
+        files = [path for path in model.rglob("*") if path.is_file()]
+        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    before = hashes()
+    yield
+    assert hashes() == before
+
+
+@pytest.fixture(scope="module")
+def wrong(model, data) -> list[int]:
+    """Test samples that the model gets wrong."""
+    return (predictions(load(model), data.test.images) != data.test.labels).nonzero().flatten().tolist()
+
+
+@pytest.fixture
+def sample(data, wrong, tmp_path) -> list[object]:
+    """Options that name a misclassified test image and its label."""
+    return image_options(data.test.images[wrong[0]], int(data.test.labels[wrong[0]]), tmp_path)
+
+
+def image_options(image: torch.Tensor, label: int, folder: Path) -> list[object]:
+    np.save(folder / "image.npy", image[0].numpy())
+    return ["--image", folder / "image.npy", "--label", label]
+
+
+def predictions(network, images) -> torch.Tensor:
+    with torch.no_grad():
+        return network(images).argmax(-1)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(params=["unit", "low_rank", "sgd"])
+def corrected(request, call, model, sample, tmp_path):
+    """A guarded correction: (receipt as JSON, folder). Roomy, so that samples do flip."""
+    method = [] if request.param == "unit" else ["--method", request.param, "--layers", "all", "--no-carry"]
+    out = tmp_path / "out"
+    code, text, err = call("adapt", model, *sample, *GUARD, "--budget", 50, *method, "--out", out, "--json")
+    assert code == 0, err
+    receipt = json.loads(text)
+    assert receipt == read_json(out / "receipt.json")
+    assert receipt["settings"]["method"] == request.param
+    return receipt, out
+
+
+def test_receipt_of_a_guarded_correction_by_hand(corrected, model, data, wrong):
+    receipt, out = corrected
+    assert names(out) == WRITTEN
+    old, new = load(model), load(out)
+    index, label = wrong[0], int(data.test.labels[wrong[0]])
+    x = data.test.images[index : index + 1]
+    assert receipt["success"]
+    assert receipt["label"] == label == int(predictions(new, x))
+    for key, network in (("before", old), ("after", new)):
+        share = network(x)[0].softmax(-1).detach()
+        found = receipt[key]
+        assert found["prediction"] == int(share.argmax())
+        assert found["probability"] == pytest.approx(float(share.max()), rel=1e-5)
+        assert found["right"] == pytest.approx(float(share[label]), rel=1e-5)
+        copies = carried(network, x, torch.tensor([label]))
+        assert receipt[f"carried_{key}"] == {"noisy": copies.noisy, "shifted": copies.shifted}
+    changed = [(a != b) for a, b in zip(old.parameters(), new.parameters(), strict=True)]
+    assert receipt["written"] == sum(int(c.sum()) for c in changed)
+    assert receipt["parameters"] == sum(c.numel() for c in changed)
+    step = sum(float((a - b).detach().square().sum()) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+    assert receipt["change"] == pytest.approx(step**0.5, rel=1e-4)
+    assert receipt["settings"]["guard"] == {"data": "digits", "samples": 1079, "budget": 50.0, "max_flips": None}
+
+
+def test_what_moved_by_hand(corrected, model, data, wrong):
+    receipt, out = corrected
+    old, new = load(model), load(out)
+    images, labels, moved = data.train.images, data.train.labels, receipt["reference"]
+    was, now = predictions(old, images), predictions(new, images)
+    assert moved["samples"] == len(labels)
+    expected = [
+        {"index": int(i), "label": int(labels[i]), "before": int(was[i]), "after": int(now[i])}
+        for i in (was != now).nonzero().flatten()
+    ]
+    assert moved["flipped"] == expected
+    gained, lost = int(((now == labels) & (was != labels)).sum()), int(((now != labels) & (was == labels)).sum())
+    assert (moved["interference"]["gained"], moved["interference"]["lost"]) == (gained, lost)
+    assert moved["interference"]["mean"] == pytest.approx(100 * (gained - lost) / len(labels))
+    assert moved["interference"]["low"] < moved["interference"]["mean"] < moved["interference"]["high"]
+    routes = {"old": routes_of(old, images), "new": routes_of(new, images)}
+    used = torch.zeros(len(labels), dtype=torch.bool)
+    for layer, expert in receipt["touched"].items():
+        used |= (routes["old"][layer] == expert).any(-1)
+    assert moved["reachable"] == int(used.sum()) < len(labels)
+    other = torch.stack([(routes["old"][name] != routes["new"][name]).any(-1) for name in routes["old"]]).any(0)
+    assert moved["rerouted"] == other.nonzero().flatten().tolist()
+    held, own = receipt["test"], wrong[0]
+    others = torch.arange(len(data.test)) != own
+    was, now = (predictions(network, data.test.images)[others] for network in (old, new))
+    right = data.test.labels[others]
+    assert held["left_out"] == 1
+    assert held["accuracy_before"] == pytest.approx(100 * float((was == right).double().mean()))
+    assert held["accuracy_after"] == pytest.approx(100 * float((now == right).double().mean()))
+    assert [flip["index"] for flip in held["flipped"]] == (torch.arange(len(data.test))[others])[was != now].tolist()
+
+
+def routes_of(network, images) -> dict[str, torch.Tensor]:
+    with torch.no_grad(), record(network) as tape:
+        network(images)
+    return {item.name: item.routing.indices.sort(-1).values for item in tape}
+
+
+def test_picture_holds_the_images(corrected, data, wrong):
+    receipt, out = corrected
+    root = ElementTree.parse(out / "receipt.svg").getroot()
+    assert root.get("aria-label").startswith("One expert corrected: ")
+    found = [element.get("href") for element in root.iter("{http://www.w3.org/2000/svg}image")]
+    flips = receipt["reference"]["flipped"]
+    worse = [f["index"] for f in flips if f["before"] == f["label"]]
+    better = [f["index"] for f in flips if f["after"] == f["label"]]
+    others = [f["index"] for f in flips if f["index"] not in {*worse, *better}]
+    shown = list(dict.fromkeys([*worse, *others, *better, *receipt["reference"]["rerouted"]]))
+    wanted = [data.test.images[wrong[0]], *(data.train.images[i] for i in shown[:24])]
+    assert len(found) == len(wanted)
+    for href, image in zip(found, wanted, strict=True):
+        pixels = decoded(href)
+        np.testing.assert_array_equal(pixels, (image[0] * 255).round().to(torch.uint8).numpy())
+
+
+def decoded(href: str) -> np.ndarray:
+    """The grey pixels of a PNG as a data URI, rows without filters."""
+    raw = base64.b64decode(href.removeprefix("data:image/png;base64,"))
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height, depth, colour = struct.unpack(">IIBB", raw[16:26])
+    assert (depth, colour) == (8, 0)
+    start = raw.index(b"IDAT")
+    (length,) = struct.unpack(">I", raw[start - 4 : start])
+    rows = np.frombuffer(zlib.decompress(raw[start + 4 : start + 4 + length]), np.uint8).reshape(height, width + 1)
+    assert not rows[:, 0].any()
+    return rows[:, 1:]
+
+
+def test_patch_gives_the_same_model(corrected, call, refused, model, tmp_path):
+    _, out = corrected
+    patch = out / "update.safetensors"
+    code, text, _ = call("adapt", model, "--apply", patch, "--out", tmp_path / "applied")
+    assert code == 0
+    assert "applied" in text
+    assert (tmp_path / "applied" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert call("evaluate", tmp_path / "applied")[0] == 0
+    code, text, _ = call("adapt", model, "--apply", patch, "--out", tmp_path / "again", "--json")
+    assert json.loads(text)["touched"] == read_json(out / "receipt.json")["touched"]
+    assert "applied to this model already" in refused("adapt", out, "--apply", patch, "--out", tmp_path / "twice")
+    assert "is not a saved update" in refused("adapt", model, "--apply", out / "config.json", "--out", tmp_path / "no")
+    assert "--lr has no say" in refused("adapt", model, "--apply", patch, "--lr", 1, "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.fixture
+def patch(call, model, sample, tmp_path) -> Path:
+    assert call("adapt", model, *sample, "--out", tmp_path / "out")[0] == 0
+    return tmp_path / "out" / "update.safetensors"
+
+
+def test_patch_for_another_model(refused, data, patch, tmp_path):
+    other = build_network(data, Network(width=16, num_experts=4, hidden=8), "prototype", 2, seed=1)
+    save(other, tmp_path / "other", meta=model_meta(data, "prototype"))
+    before = (tmp_path / "other" / "model.safetensors").read_bytes()
+    assert "is for another model" in refused("adapt", tmp_path / "other", "--apply", patch, "--out", tmp_path / "no")
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "no").exists()
+
+
+def test_text_says_what_a_person_wants_to_know(call, model, sample, tmp_path):
+    code, text, _ = call("adapt", model, *sample, *GUARD, "--guard-size", 500, "--out", tmp_path / "out")
+    assert code == 0
+    for words in (
+        "method unit, the default with --guard: stages.1.moe has spare units",
+        "corrected: ",
+        "written: expert ",
+        "reference: 500 samples, ",
+        "test: 538 samples without this one; ",
+        "copies that are right: noisy ",
+        f"written to {tmp_path / 'out'}: model, update.safetensors, receipt.json, receipt.svg",
+    ):
+        assert words in text
+    code, text, _ = call("adapt", model, *sample, "--out", tmp_path / "plain")
+    assert code == 0
+    assert "method sgd, the default without --guard" in text
+    assert "reference:" not in text
+    receipt = read_json(tmp_path / "plain" / "receipt.json")
+    assert receipt["reference"] is None
+    assert list(receipt["touched"]) == ["stages.0.moe", "stages.1.moe"]
+
+
+def test_low_rank_is_the_default_without_spare_units(call, data, sample, tmp_path):
+    network = build_network(data, Network(width=16, num_experts=2, hidden=8), "linear", 1, seed=0)
+    save(network, tmp_path / "model", meta=model_meta(data, "linear"))
+    text = call("adapt", tmp_path / "model", *sample, *GUARD, "--budget", 100, "--out", tmp_path / "out")[1]
+    assert "method low_rank, the default with --guard: stages.0.moe has no spare units" in text
+
+
+def test_refused_correction(call, model, data, tmp_path):
+    """The image is in the reference data and right: relabelled, it would itself be a flip, so no update is allowed."""
+    right = int((predictions(load(model), data.train.images) == data.train.labels).nonzero()[0])
+    sample = image_options(data.train.images[right], (int(data.train.labels[right]) + 1) % 10, tmp_path)
+    out = tmp_path / "out"
+    code, text, err = call("adapt", model, *sample, *GUARD, "--max-flips", 0, "--out", out)
+    assert code == 1
+    assert "error" not in err
+    assert "NOT corrected: " in text
+    assert "(the sample itself is among them)" in text
+    assert "would have changed" in text
+    assert "tried: unit in stages.1.moe: " in text
+    assert names(out) == ["receipt.json"]
+    receipt = read_json(out / "receipt.json")
+    assert not receipt["success"]
+    assert receipt["written"] == 0
+    assert receipt["tried"]
+    assert receipt["before"] == receipt["after"]
+    assert {"index": right, "label": int(data.train.labels[right])}.items() <= receipt["reference"]["flipped"][
+        0
+    ].items()
+    code, text, _ = call("adapt", model, *sample, "--lr", 1e30, "--out", out, "--json")  # the same folder may be used
+    assert code == 1
+    assert json.loads(text)["tried"] == ["sgd in stages.0.moe, stages.1.moe: the samples did not become right"]
+    assert names(out) == ["receipt.json"]
+
+
+def test_image_that_is_right_already(call, model, data, tmp_path):
+    right = int((predictions(load(model), data.test.images) == data.test.labels).nonzero()[0])
+    sample = image_options(data.test.images[right], int(data.test.labels[right]), tmp_path)
+    code, text, _ = call("adapt", model, *sample, *GUARD, "--out", tmp_path / "out")
+    assert code == 0
+    assert "already right" in text
+    assert names(tmp_path / "out") == [name for name in WRITTEN if name != "update.safetensors"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+
+
+def test_trials_with_a_guard(call, model):
+    code, text, _ = call("adapt", model, "--trials", 3, *GUARD, "--guard-size", 300, "--json")
+    assert code == 0
+    found = json.loads(text)
+    assert found["trials"] == len(found["trial_list"]) == 3
+    changes = [trial["interference"] for trial in found["trial_list"]]
+    assert found["interference"] == pytest.approx(sum(changes) / 3)
+    assert found["interference_worst"] == min(changes)
+    shares = [trial["after"]["noisy"] for trial in found["trial_list"]]
+    assert found["carried_after"]["noisy"] == pytest.approx(sum(shares) / 3)
+    code, text, _ = call("adapt", model, "--trials", 2)
+    assert code == 0
+    assert "2 test samples corrected one at a time" in text
+    assert "at worst" in text
+    assert "copies of the corrected samples that are right: noisy " in text
+
+
+def test_stream(call, model, data, tmp_path):
+    out = tmp_path / "out"
+    options = ["--stream", 5, *GUARD, "--guard-size", 300, "--seed", 3]
+    code, text, err = call("adapt", model, *options, "--out", out)
+    assert code == 0, err
+    assert "5 corrections in a row" in text
+    assert names(out) == ["config.json", "model.safetensors", "stream.json", "stream.svg"]
+    found, images, labels = read_json(out / "stream.json"), data.test.images, data.test.labels
+    assert found["corrections"] == len(found["steps"]) == 5
+    old, new = predictions(load(model), images), predictions(load(out), images)
+    samples = [step["sample"] for step in found["steps"]]
+    made = [step["sample"] for step in found["steps"] if step["success"]]
+    assert all(old[samples] != labels[samples])
+    assert found["kept"] == pytest.approx(float((new[made] == labels[made]).double().mean()))
+    others = torch.ones(len(labels), dtype=torch.bool)
+    others[samples] = False
+    for key, predicted in (("accuracy_before", old), ("accuracy_after", new)):
+        assert found[key] == pytest.approx(100 * float((predicted == labels)[others].double().mean()))
+    root = ElementTree.parse(out / "stream.svg").getroot()
+    assert root.get("aria-label") == "5 corrections in a row"
+    paths = [element.get("d") for element in root.iter("{http://www.w3.org/2000/svg}path")]
+    assert [path.count("L") for path in paths] == [5, 4]  # the accuracy line starts before the first correction
+    code, text, _ = call("adapt", model, *options, "--out", tmp_path / "again", "--json")
+    assert json.loads(text)["accuracy_after"] == found["accuracy_after"]
+
+
+def test_new_class(call, refused, data, tmp_path):
+    (tmp_path / "c.toml").write_text(
+        'data = "digits"\nrouter = "linear"\nhold_out = "7"\ntrain_size = 300\n'
+        "[network]\nwidth = 16\nnum_experts = 4\nhidden = 8\nspare = 8\n[optimization]\nepochs = 4\nbatch_size = 32\n"
+    )
+    folder = tmp_path / "held"
+    assert call("train", "--config", tmp_path / "c.toml", "--out", folder)[0] == 0
+    assert read_json(folder / "config.json")["meta"]["hold_out"] == "7"
+    network, sevens = load(folder), data.test.labels == 7
+    assert network.num_classes == 10
+    assert not bool((predictions(network, data.test.images) == 7).any())
+    options = ["--new-class", "7", "--shots", "1,3", *GUARD, "--guard-size", 200]
+    code, text, err = call("adapt", folder, *options, "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    assert found["class"] == "7"
+    assert found["held_out"] is True
+    assert [row["shots"] for row in found["shots"]] == [1, 3]
+    for row in found["shots"]:
+        assert row["accuracy_before"] == 0
+        assert row["accuracy_after"] == pytest.approx(sum(t["accuracy"] for t in row["tries"]) / 5)
+        assert row["interference_worst"] == min(t["interference"] for t in row["tries"])
+    text = call("adapt", folder, "--new-class", "7", "--shots", "1")[1]
+    assert "right after" in text
+    assert "note:" not in text
+    too_many = refused("adapt", folder, "--new-class", "7", "--shots", 9999)
+    assert f"only {int((data.train.labels == 7).sum())} images" in too_many
+    (tmp_path / "d.toml").write_text('data = "digits"\nhold_out = "eleven"\n')
+    line = refused("train", "--config", tmp_path / "d.toml", "--out", tmp_path / "none")
+    assert "unknown class 'eleven'; known: 0, 1, 2" in line
+    assert sevens.any()
+
+
+def test_class_that_training_saw_is_no_new_class(call, model):
+    code, text, _ = call("adapt", model, "--new-class", "7", "--shots", "1")
+    assert code == 0
+    assert "note: the model was trained with class '7'" in text
+
+
+def test_class_names(data, sample, call, refused, tmp_path):
+    """A model whose classes have names takes names and numbers, and the receipt uses the names."""
+    network = build_network(data, Network(width=16, num_experts=2, hidden=8), "linear", 1, seed=0)
+    meta = model_meta(data, "linear") | {"classes": [f"<b>{'x' * i}" for i in range(10)], "data": "folder:/no/such"}
+    save(network, tmp_path / "model", meta=meta)
+    sample = [*sample[:3], "<b>xxx"]
+    code, text, err = call("adapt", tmp_path / "model", *sample, "--lr", 0.05, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert "-> <b>xxx (" in text
+    assert "test: none, " in text  # the model's own data cannot be had
+    assert "/no/such" in text
+    ElementTree.parse(tmp_path / "out" / "receipt.svg")
+    assert read_json(tmp_path / "out" / "receipt.json")["label"] == 3
+    line = refused("adapt", tmp_path / "model", *sample[:3], "y", "--out", tmp_path / "no")
+    assert "label y is neither a class (<b>, <b>x" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--image", "IMAGE"], "together"),
+        (["--image", "IMAGE", "--label", "1"], "together"),
+        (["--out", "OUT"], "--image"),
+        (["--trials", "3", "--out", "OUT"], "--trials only measures"),
+        (["--new-class", "7", "--out", "OUT"], "--new-class only measures"),
+        (["--stream", "3"], "--stream needs --out"),
+        (["--apply", "IMAGE"], "--apply needs --out"),
+        (["--trials", "3", "--stream", "3"], "--trials and --stream exclude each other"),
+        (["--image", "IMAGE", "--label", "1", "--new-class", "7", "--out", "OUT"], "exclude each other"),
+        (["--label", "1"], "give --image"),
+        (["--shots", "1"], "give --new-class"),
+        (["--new-class", "7", "--shots", "one"], "--shots 'one'"),
+        (["--new-class", "7", "--shots", "0"], "--shots '0'"),
+        (["--new-class", "seven"], "label seven"),
+        (["--budget", "1"], "--budget is about reference data"),
+        (["--max-flips", "1"], "--max-flips is about reference data"),
+        (["--guard-size", "1"], "--guard-size is about reference data"),
+        (["--method", "unit"], "give --guard"),
+        (["--method", "magic"], "unknown method 'magic'; known: low_rank"),
+        (["--layers", "some"], "unknown layer 'some'"),
+        (["--layers", ","], "--layers names nothing"),
+        (["--guard", "mnist"], "unknown data set 'mnist'"),
+        (["--guard", "mnist5k"], "does not fit the model"),
+        (["--image", "IMAGE", "--label", "12", "--out", "OUT"], "label 12"),
+        (["--image", "IMAGE", "--label", "-1", "--out", "OUT"], "label -1"),
+        (["--image", "IMAGE", "--label", "1", "--out", "OUT", "--lr", "inf"], "step size"),
+        (["--image", "none.png", "--label", "1", "--out", "OUT"], "none.png"),
+        (
+            ["--image", "BIG", "--label", "1", "--out", "OUT"],
+            "9 x 8 pixels (height x width), but the model wants 8 x 8",
+        ),
+        (["--image", "IMAGE", "--label", "1", "--out", "MODEL"], "holds a model already"),
+        (["--image", "IMAGE", "--label", "1", "--out", "MODEL/new"], "MODEL's own folder"),
+        (["--image", "IMAGE", "--label", "1", "--out", "IMAGE"], "cannot write to"),
+        (["--stream", "2", "--out", "/proc/none"], "cannot write to /proc/none"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(refused, model, tmp_path, options, words):
+    np.save(tmp_path / "image.npy", np.zeros((8, 8), dtype=np.float32))
+    np.save(tmp_path / "big.npy", np.zeros((9, 8), dtype=np.float32))
+    places = {"IMAGE": tmp_path / "image.npy", "BIG": tmp_path / "big.npy", "OUT": tmp_path / "out"}
+    places |= {"MODEL": model, "MODEL/new": model / "new"}
+    assert words in refused("adapt", model, *(places.get(option, option) for option in options))
+    assert names(tmp_path) == ["big.npy", "image.npy"]
+
+
+def test_interrupt_leaves_no_partial_file(call, model, sample, tmp_path, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    for place in ("make_receipt", "draw_receipt", "write_text"):
+        with monkeypatch.context() as patched:
+            patched.setattr(adapt_correct, place, interrupted)
+            code, _, err = call("adapt", model, *sample, "--out", out)
+        assert code == 130
+        assert "Traceback" not in err
+        assert out.exists() == (place == "write_text")
+    assert names(out) == ["update.safetensors"]  # written before, and whole
+    assert call("adapt", model, "--apply", out / "update.safetensors", "--out", tmp_path / "applied")[0] == 0
+    assert call("adapt", model, *sample, "--out", out)[0] == 0
+    assert names(out) == WRITTEN
+
+
+def test_interrupt_while_a_file_is_written(call, model, sample, tmp_path, monkeypatch):
+    def half(tensors: object, path: Path, about: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectralmoe.adaptation.update.save_file", half)
+    assert call("adapt", model, *sample, "--out", tmp_path / "out")[0] == 130
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("spectralmoe.cli.adapt_stream.correction_stream", lambda *_, **__: half({}, tmp_path / "x", {}))
+    assert call("adapt", model, "--stream", 3, "--out", tmp_path / "out")[0] == 130
+    assert not (tmp_path / "out").exists()
