@@ -176,7 +176,6 @@ def test_routers_of_your_own(call, tmp_path, monkeypatch):
         (["compare", "--k", "9"], ["--k 9", "from 1 to 8"]),
         (["compare", "--k", "some"], ["--k some", "'soft'"]),
         (["compare", "--k", "0"], ["--k 0", "from 1 to 8"]),
-        (["compare", "--k", "soft", "--routers", "linear+balanced"], ["linear+balanced", "--k below 8"]),
         (["compare", "--seeds", "none"], ["--seeds", "integer"]),
         (["compare", "--epoch", "3"], ["--epoch"]),
         (["compare", "--data", "digits", "--train-size", "99999"], ["99999", "1079"]),

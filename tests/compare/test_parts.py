@@ -95,7 +95,6 @@ def test_settings_refuse_what_cannot_work():
         ({"routers": ("linear", "linear")}, "twice"),
         ({"depths": (2, 2)}, "twice"),
         ({"network": {"k": 9}}, "only 8"),
-        ({"routers": ("linear+balanced",), "network": {"k": 8}}, "--k below 8"),
     ):
         with pytest.raises(UserError, match=words):
             CompareSettings(**change).check()

@@ -9,6 +9,10 @@ from spectralmoe.compare.cell import active_flops
 from spectralmoe.models import SRMoE, Stage, VectorStem, prototype_router, sr_moe
 
 
+def soft_prototypes(dim, experts):
+    return Router(PrototypeScorer(dim, experts, temperature=0.25, scale=dim**-0.5), TopK())
+
+
 def by_equation(model, z):
     """The stages, the last LayerNorm and the head on features z, expert by expert."""
     for stage in model.stages:
@@ -40,7 +44,7 @@ def with_statistics(model, inputs):
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
 def test_forward_is_the_equation(residual, centred, spare):
-    sizes = {"width": 12, "depth": 3, "num_experts": 4, "hidden": 6, "spare": spare}
+    sizes = {"width": 12, "depth": 3, "num_experts": 4, "hidden": 6, "spare": spare, "router": soft_prototypes}
     model = sr_moe(5, channels=2, residual=residual, centred=centred, mean=[0.3] * 2, std=[0.2] * 2, **sizes)
     images = torch.rand(4, 2, 9, 11, dtype=torch.float64)
     model = with_statistics(model, images)
@@ -53,15 +57,20 @@ def test_forward_is_the_equation(residual, centred, spare):
     torch.testing.assert_close(model(vectors), by_equation(model, z), rtol=1e-10, atol=1e-10)
 
 
-def test_the_default_router_is_the_scaled_prototype_gate(close):
-    scorer = prototype_router(16, 3).scorer.double()
-    x = torch.randn(5, 16, dtype=torch.float64)
-    rows = [[-(x[n] / 4 - mu).square().sum() / 0.25 for mu in scorer.prototypes] for n in range(5)]
+def test_the_default_router_is_top_2_of_scaled_prototypes_with_a_selection_bias(close):
+    router = prototype_router(16, 5).double()
+    scorer, x = router.scorer, torch.randn(5, 16, dtype=torch.float64)
+    rows = [[-(x[n] / 4 - mu).square().sum() for mu in scorer.prototypes] for n in range(5)]
     close(scorer(x), torch.stack([torch.stack(row) for row in rows]))
+    router.selector.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]))
+    routing = router(x)
+    assert routing.indices.shape == (5, 2)
+    assert (routing.indices == 2).any(1).all()
+    assert prototype_router(16, 2)(torch.randn(3, 16)).soft
 
 
 def test_centred_tokens_have_mean_zero_and_variance_one_in_training():
-    model = sr_moe(3, features=6, width=8, depth=2).train()
+    model = sr_moe(3, features=6, width=8, depth=2, router=soft_prototypes).train()
     with record(model, keep=("input",)) as tape:
         model(torch.randn(64, 6))
     for item in tape:

@@ -48,6 +48,7 @@ def adapt_one(
     guard: Guard | None = None,
     augment: Augment | None = None,
     carry: float = 0.75,
+    strength: float = 1.0,
 ) -> Update:
     """Make samples right by writing into one expert a layer, the one that they use; nothing else changes.
 
@@ -64,6 +65,8 @@ def adapt_one(
             tried by other methods, and refused in the end.
         augment: x -> copies (k * m, ...), those of one sample together, that are to become right too.
         carry: the share of copies at which the iteration may stop.
+        strength: how much the reference data count in "unit" against samples and copies: more costs less elsewhere,
+            and carries less far.
 
     Returns:
         An ``Update``. Where it has no success, and where anything is raised, the model is as it was.
@@ -98,7 +101,7 @@ def adapt_one(
         samples = head(x.to(device))
         copies = head(augment(x.to(device))) if augment else samples[:0]
         _check_copies(copies, samples)
-        problem = Problem(tail, samples, labels, copies, joined(()), max_steps, lr, carry=carry)
+        problem = Problem(tail, samples, labels, copies, joined(()), max_steps, lr, carry=carry, strength=strength)
         if _right(problem):
             return Update(True, 0, method, seconds=time.monotonic() - started)
         measure = partial(guard.reference, model, head, tail, names[0]) if guard else None

@@ -42,14 +42,14 @@ def shifted(x: Tensor) -> Tensor:
     return torch.stack(moved, 1).flatten(0, 1)
 
 
-def neighbours(x: Tensor, *, count: int = 32, sigma: float = SIGMA, seed: int = 1) -> Tensor:
-    """``count`` noisy copies of each sample and, for images (k, C, H, W), about as many shifted ones.
+def neighbours(x: Tensor, *, count: int = 64, sigma: float = SIGMA, seed: int = 1) -> Tensor:
+    """``count`` noisy copies of each sample and, for images (k, C, H, W), a quarter as many shifted ones.
 
-    What ``augment`` may be. Each of the eight shifts comes count / 8 times, so that noise and shifts weigh the same.
+    What ``augment`` may be. Each of the eight shifts comes count / 32 times (at least once).
     """
     copies = noisy(x, count, sigma=sigma, seed=seed).unflatten(0, (len(x), count))
     if x.dim() == 4:
-        moved = shifted(x).unflatten(0, (len(x), 8)).repeat_interleave(max(count // 8, 1), 1)
+        moved = shifted(x).unflatten(0, (len(x), 8)).repeat_interleave(max(count // 32, 1), 1)
         copies = torch.cat([copies, moved], 1)
     whole: Tensor = copies.flatten(0, 1)
     return whole

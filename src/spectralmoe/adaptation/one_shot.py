@@ -44,6 +44,7 @@ class Rule:
         scope: "one-expert" a layer; for comparison "all-experts" of these layers, or "all-parameters" from the first
             of them on.
         augment: copies to become right too.
+        strength: see ``adapt_one``.
     """
 
     layers: str | Sequence[str] = "all"
@@ -52,6 +53,7 @@ class Rule:
     method: str = "sgd"
     scope: Literal["one-expert", "all-experts", "all-parameters"] = "one-expert"
     augment: Augment | None = None
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
@@ -75,6 +77,7 @@ class Rule:
             lr=self.lr,
             guard=guard,
             augment=self.augment,
+            strength=self.strength,
         )
 
 

@@ -21,7 +21,7 @@ from spectralmoe.experts import FeedForward
 from spectralmoe.moe import MoE
 from spectralmoe.router import Router
 from spectralmoe.scorers import PrototypeScorer
-from spectralmoe.selectors import TopK
+from spectralmoe.selectors import Balanced, TopK
 
 __all__ = ["ConvStem", "SRMoE", "Stage", "VectorStem", "prototype_router", "sr_moe"]
 
@@ -168,8 +168,14 @@ RouterFactory = Callable[[int, int], Router]
 
 
 def prototype_router(dim: int, num_experts: int) -> Router:
-    """Soft prototype routing at the temperature and scale that spread tokens over the experts from the start."""
-    return Router(PrototypeScorer(dim, num_experts, temperature=0.25, scale=dim**-0.5), TopK())
+    """The routing that the reproduction card supports: prototypes, two experts a token, a loss-free selection bias.
+
+    Of fewer than three experts all are used.
+    """
+    scorer = PrototypeScorer(dim, num_experts, temperature=1.0, scale=dim**-0.5)
+    if num_experts < 3:
+        return Router(scorer, TopK())
+    return Router(scorer, Balanced(2, score="softmax", normalize=False, rate=1e-2))
 
 
 def sr_moe(
@@ -198,7 +204,7 @@ def sr_moe(
         channels: of the images.  features: F, for feature vectors (B, F) instead of images.
         width, depth, num_experts, hidden: D, number of stages, E, H.
         spare: zero hidden units an expert, for later corrections (``FeedForward``).
-        router: (D, E) -> a router; default: prototypes with soft routing.
+        router: (D, E) -> a router; default: ``prototype_router``.
         residual, centred: see ``Stage``.
         mean, std: pixel statistics of the training images, one value a channel.
 

@@ -12,7 +12,7 @@ from spectralmoe.models.sr_moe import RouterFactory
 from spectralmoe.regularizers import load_balance, spectral_norm, stable_rank
 from spectralmoe.router import Router
 from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrototypeScorer, Scorer
-from spectralmoe.selectors import Balanced, Selector, TopK
+from spectralmoe.selectors import Balanced, Selector, SoftBalanced, TopK
 from spectralmoe.spec import describe, find_class
 from spectralmoe.terms import Term
 
@@ -27,7 +27,7 @@ class Preset:
         summary: one line for ``spectralmoe list``.
         scorer: (D, E) -> scorer.
         terms: regularizers by name, with their weights.
-        balanced: choose with the loss-free selection bias.
+        balanced: with the loss-free bias, on the choice, or on the weights where routing is soft.
     """
 
     summary: str
@@ -47,7 +47,7 @@ def _scaled(term: Term, factor: float) -> Term:
 
 
 def _prototypes(dim: int, num_experts: int) -> Scorer:
-    return PrototypeScorer(dim, num_experts, temperature=dim**0.5 / 2)  # tokens leave a LayerNorm at norm sqrt(D)
+    return PrototypeScorer(dim, num_experts, temperature=1.0, scale=dim**-0.5)  # tokens come at norm sqrt(D)
 
 
 def _eigenbasis(dim: int, num_experts: int) -> Scorer:
@@ -55,8 +55,8 @@ def _eigenbasis(dim: int, num_experts: int) -> Scorer:
 
 
 _SPECTRAL = {
-    "spectral_norm": Term(spectral_norm, 1e-2),
-    "stable_rank": Term(stable_rank, 1e-2),
+    "spectral_norm": Term(spectral_norm, 0.1, reduce="sum"),
+    "stable_rank": Term(stable_rank, 0.1, reduce="sum"),
 }
 
 ROUTERS: dict[str, Preset] = {
@@ -67,7 +67,9 @@ ROUTERS: dict[str, Preset] = {
     "linear+balanced": Preset("dot-product gate with the loss-free selection bias", LinearScorer, balanced=True),
     "cosine": Preset("cosine gate", CosineScorer),
     "prototype": Preset("distance to learned prototypes", _prototypes),
-    "sr-moe": Preset("prototypes with both spectral terms (SR-MoE)", _prototypes, _SPECTRAL),
+    "sr-moe": Preset(
+        "prototypes with both spectral terms and the loss-free bias (SR-MoE)", _prototypes, _SPECTRAL, balanced=True
+    ),
     "eigenbasis": Preset("energy shares in an orthonormal basis (EMoE)", _eigenbasis),
 }
 
@@ -113,17 +115,13 @@ def _try(preset: Preset, name: str) -> None:
 
 
 def router_factory(preset: Preset, k: int | None) -> RouterFactory:
-    """(D, E) -> router, with top-k of the softmax scores for every preset (k=None: soft).
-
-    Raises:
-        UserError: a loss-free balanced preset with soft routing.
-    """
-    if preset.balanced and k is None:
-        raise UserError("a '+balanced' router needs a choice to balance; give --k below the number of experts")
+    """(D, E) -> router, with top-k of the softmax scores for every preset (k=None, or all experts: soft)."""
 
     def make(dim: int, num_experts: int) -> Router:
         selector: Selector = TopK(k)
-        if preset.balanced and k is not None:
+        if preset.balanced and (k is None or k == num_experts):
+            selector = SoftBalanced(rate=_BIAS_RATE)
+        elif preset.balanced and k is not None:
             selector = Balanced(k, score="softmax", normalize=False, rate=_BIAS_RATE)
         return Router(preset.scorer(dim, num_experts), selector)
 

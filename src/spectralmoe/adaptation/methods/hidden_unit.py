@@ -36,8 +36,8 @@ SPREAD = 0.1
 RIDGE = 0.05
 FALSE_FIRES = 3
 NEAR = 1000
-STEPS, RATE = 100, 0.05
-SAMPLE_WEIGHT, COPIES_WEIGHT = 3.0, 1.0
+STEPS, RATE = 80, 0.06
+SAMPLE_WEIGHT, COPIES_WEIGHT = 8.0, 2.0
 SHARPNESS = {"relu": 1.0, "gelu": 4.0, "swiglu": 4.0}
 
 
@@ -139,7 +139,7 @@ def _train(problem: Problem, own: _Unit, nearest: Tensor) -> int:
     copies = max(len(problem.targets) - k, 1)
     weight = torch.full((len(problem.targets),), COPIES_WEIGHT / copies, device=labels.device)
     weight[:k] = SAMPLE_WEIGHT / k
-    strength = STRENGTH / len(reference)
+    strength = problem.strength * STRENGTH / len(reference)
     leaves = [view.detach().clone() for view in own.views.values()]
     groups = [{"params": [leaf], "lr": RATE * float(leaf.abs().mean())} for leaf in leaves]
     optimizer = torch.optim.Adam(groups)

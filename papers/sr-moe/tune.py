@@ -1,0 +1,63 @@
+"""Tuning, once a row, with the same number of tries for each, on validation data alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from measure import fit, summary
+from plan import Plan
+from rows import ADAPTED, ALL_EXPERTS, ALL_PARAMETERS, GUARD
+
+from spectralmoe.adaptation import Rule, one_shot_trials
+from spectralmoe.compare.tuning import candidates
+from spectralmoe.training.data import load_data
+
+BASE_LR = 2e-3
+RULE_LRS = {
+    "one-expert": (1e-3, 2e-3, 4e-3, 8e-3),
+    "all-experts": (5e-4, 1e-3, 2e-3, 4e-3),
+    "all-parameters": (5e-6, 2e-5, 1e-4, 5e-4),
+}
+LEAST_SUCCESS = 0.95
+
+
+def tune_row(row: str, plan: Plan) -> dict[str, dict[str, Any]]:
+    """The setting of ``row`` with the best validation accuracy, then the step size of each of its ways to correct.
+
+    The first try is the row as written; the others scale learning rate and terms by the same draws for every row. The
+    step size is the one with the least damage among those that correct at least 95% of the validation samples (the
+    most successful one where none does).
+    """
+    torch.set_num_threads(1)
+    dataset = plan.datasets[0]
+    data = load_data(dataset).subset(plan.tune_size)
+    tries, best = [], None
+    for candidate in candidates(plan.tries):
+        setting = {"lr": BASE_LR * candidate.lr, "strength": candidate.strength}
+        model, accuracy, _ = fit(row, data, plan.tune_depth, 0, plan.epochs[dataset], setting)
+        tries.append({**setting, "validation_accuracy": accuracy})
+        if best is None or accuracy > best[0]:
+            best = (accuracy, setting, model)
+    assert best is not None
+    found = {}
+    for way in ADAPTED.get(row, ("",)):
+        if way == GUARD:
+            continue
+        scope = {"": "one-expert", ALL_EXPERTS: "all-experts", ALL_PARAMETERS: "all-parameters"}[way]
+        rules = []
+        for lr in RULE_LRS[scope]:
+            rule = Rule(layers="all", lr=lr, max_steps=100, scope=scope)  # type: ignore[arg-type]
+            part = data.validation
+            trials = one_shot_trials(best[2], part.images, part.labels, trials=plan.rule_trials, rule=rule)
+            rules.append({"lr": lr, **{key: summary(trials)[key] for key in ("success", "interference_mean", "steps")}})
+        found[row + way] = {"setting": best[1], "tries": tries, "rules": rules, "rule_lr": choose(rules)["lr"]}
+    return found
+
+
+def choose(rules: list[dict[str, Any]]) -> dict[str, Any]:
+    """The gentlest rule that succeeds often enough; else the most successful."""
+    enough = [rule for rule in rules if rule["success"] >= LEAST_SUCCESS]
+    if enough:
+        return max(enough, key=lambda rule: rule["interference_mean"])
+    return max(rules, key=lambda rule: rule["success"])
