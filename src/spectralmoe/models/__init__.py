@@ -3,8 +3,9 @@
 from torch import nn
 
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
+from spectralmoe.models.sr_moe_loss import sr_moe_terms
 
-__all__ = ["MODELS", "ConvStem", "SRMoE", "Stage", "VectorStem", "prototype_router", "sr_moe"]
+__all__ = ["MODELS", "ConvStem", "SRMoE", "Stage", "VectorStem", "prototype_router", "sr_moe", "sr_moe_terms"]
 
 MODELS: dict[str, type[nn.Module]] = {
     "sr_moe": SRMoE,
