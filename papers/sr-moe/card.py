@@ -61,9 +61,9 @@ def run(plan: Plan, out: Path, work: Path, pool: Executor) -> None:
     for count, (network, (found, curve, stream)) in enumerate(_finished(jobs), 1):
         cells += found
         write_json(out / "results.json", cells)
-        if curve is not None:
-            curves.append({**network._asdict(), "curve": curve})
-            write_json(out / "curves.json", curves)
+        curves = [known for known in curves if not _same_network(known, network)]
+        curves.append({**network._asdict(), "curve": curve})
+        write_json(out / "curves.json", curves)
         if stream is not None:
             streams.append(stream)
             write_json(out / "streams.json", streams)
@@ -82,9 +82,11 @@ def _finished(jobs: Iterable[Future[Any]]) -> Iterator[Any]:
 
 
 def _same(cell: dict[str, Any], network: Network) -> bool:
-    keys = ("dataset", "depth", "seed")
-    base = cell["row"].startswith(network.row) and all(cell[key] == getattr(network, key) for key in keys)
-    return base
+    return all(cell[key] == getattr(network, key) for key in ("dataset", "depth", "seed"))
+
+
+def _same_network(curve: dict[str, Any], network: Network) -> bool:
+    return curve["row"] == network.row and _same(curve, network)
 
 
 def _read(path: Path, default: Any) -> Any:

@@ -15,6 +15,7 @@ from rows import ALL_EXPERTS, ALL_PARAMETERS, GUARD, ROWS, scaled
 from spectralmoe import load, record, save
 from spectralmoe.adaptation import Guard, Rule, Trial, correction_stream, neighbours, one_shot_trials
 from spectralmoe.diagnostics import evaluate, min_share
+from spectralmoe.files import read_json, write_json
 from spectralmoe.linalg import sigma_max, stable_rank
 from spectralmoe.models import SRMoE, sr_moe
 from spectralmoe.tape import moe_layers
@@ -23,7 +24,9 @@ from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
 
 POINTS = 20
-GUARDED = Rule(layers="last", method="unit", augment=neighbours)
+MAX_STEPS = 400
+CURVE = "curve.json"
+GUARDED = Rule(layers="last", method="unit", augment=neighbours, strength=0.25)
 IN_A_ROW = Rule(layers="last", method="unit", augment=neighbours, strength=3.0)
 """In a stream every correction must cost less, as the costs add up."""
 
@@ -89,7 +92,7 @@ def run_network(network: Network, plan: Plan, tuned: dict[str, Any], folder: Pat
     """The cells of one network that are not done yet, its curve, and its stream if it is guarded.
 
     Returns:
-        (cells, curve or None, stream or None)
+        (cells, curve, stream or None)
     """
     torch.set_num_threads(1)
     data = load_data(network.dataset)
@@ -107,7 +110,7 @@ def run_network(network: Network, plan: Plan, tuned: dict[str, Any], folder: Pat
             continue
         rule, guard = rule_of(network.row + way, tuned), None
         if way == GUARD:
-            guard = make_guard(data, plan)
+            guard = make_guard(data, plan.reference)
             for layer in list(moe_layers(model).values())[-1:]:
                 layer.experts.add_spare(SPARE)  # type: ignore[attr-defined]
         trials = one_shot_trials(
@@ -115,25 +118,28 @@ def run_network(network: Network, plan: Plan, tuned: dict[str, Any], folder: Pat
         )
         cells.append({**shared, "row": network.row + way, **summary(trials), "rule": _plain(rule)})
         if guard is not None and (network.seed < plan.stream_seeds):
-            stream = run_stream(copy.deepcopy(model), network, plan, data, IN_A_ROW, make_guard(data, plan))
+            stream = run_stream(
+                copy.deepcopy(model), network, plan, data, IN_A_ROW, make_guard(data, plan.stream_reference)
+            )
     return cells, curve, stream
 
 
-def make_guard(data: ImageData, plan: Plan) -> Guard:
+def make_guard(data: ImageData, size: int) -> Guard:
     """Reference data from the training part: never test, never what was tuned on."""
-    return Guard([(data.train.images[: plan.reference], data.train.labels[: plan.reference])])
+    return Guard([(data.train.images[:size], data.train.labels[:size])])
 
 
 def _trained(
     network: Network, plan: Plan, tuned: dict[str, Any], folder: Path, data: ImageData
-) -> tuple[SRMoE, list[dict[str, float]] | None]:
+) -> tuple[SRMoE, list[dict[str, float]]]:
     place = folder / network.name
-    if (place / "config.json").exists():
-        return load(place).eval(), None  # type: ignore[return-value]
-    setting, epochs = tuned[network.row]["setting"], plan.epochs[network.dataset]
-    model, _, curve = fit(network.row, data, network.depth, network.seed, epochs, setting)
-    save(model, place)
-    return model, curve
+    if not (place / CURVE).exists():
+        setting, epochs = tuned[network.row]["setting"], plan.epochs[network.dataset]
+        model, _, curve = fit(network.row, data, network.depth, network.seed, epochs, setting)
+        save(model, place)
+        write_json(place / CURVE, curve)
+    model = load(place).eval()  # type: ignore[assignment]
+    return model, read_json(place / CURVE)
 
 
 def rule_of(row: str, tuned: dict[str, Any]) -> Rule:
@@ -142,7 +148,7 @@ def rule_of(row: str, tuned: dict[str, Any]) -> Rule:
         return GUARDED
     scope = "all-experts" if row.endswith(ALL_EXPERTS) else "one-expert"
     scope = "all-parameters" if row.endswith(ALL_PARAMETERS) else scope
-    return Rule(layers="all", lr=tuned[row]["rule_lr"], max_steps=100, scope=scope)  # type: ignore[arg-type]
+    return Rule(layers="all", lr=tuned[row]["rule_lr"], max_steps=MAX_STEPS, scope=scope)  # type: ignore[arg-type]
 
 
 def summary(trials: Sequence[Trial]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rows import ADAPTED, ALL_EXPERTS, ALL_PARAMETERS, GUARD, MAIN, ROWS
+from rows import ADAPTED, ALL_EXPERTS, ALL_PARAMETERS, MAIN, ROWS
 
 WIDTH, EXPERTS, HIDDEN, SPARE = 64, 8, 32, 40
 BATCH = 128
@@ -18,9 +18,10 @@ class Plan:
     Attributes:
         epochs: by data set.  train_size: images; None: all.
         depths, seeds: of the main rows.  few_depths, few_seeds: of the others.
+        baseline_seeds: of the corrections that write more than one expert a layer, at the few depths.
         trials: one-shot trials a cell.  stream: corrections in a row, on so many seeds.
-        tries: settings that each row tries.  tune_depth, tune_size, rule_trials: where they are tried.
-        reference: images of the guard, from the training part.
+        tries: settings that each row tries.  tune_depth, tune_size, tune_epochs, rule_trials: where they are tried.
+        reference, stream_reference: images of the guard, from the training part; more where costs add up.
     """
 
     datasets: tuple[str, ...]
@@ -30,32 +31,38 @@ class Plan:
     seeds: int
     few_depths: tuple[int, ...]
     few_seeds: int
+    baseline_seeds: int
     trials: int
     stream: int
     stream_seeds: int
     tries: int
     tune_depth: int
     tune_size: int
+    tune_epochs: int
     rule_trials: int
     reference: int
+    stream_reference: int
 
 
 FULL = Plan(
     datasets=("fashion-mnist", "mnist5k"),
-    epochs={"fashion-mnist": 2, "mnist5k": 10},
+    epochs={"fashion-mnist": 1, "mnist5k": 8},
     train_size=None,
     depths=(2, 4, 8, 16),
     seeds=5,
     few_depths=(2, 8),
     few_seeds=3,
+    baseline_seeds=1,
     trials=100,
     stream=100,
     stream_seeds=1,
     tries=6,
     tune_depth=4,
     tune_size=10_000,
+    tune_epochs=2,
     rule_trials=40,
     reference=20_000,
+    stream_reference=55_000,
 )
 
 QUICK = Plan(
@@ -66,14 +73,17 @@ QUICK = Plan(
     seeds=1,
     few_depths=(2,),
     few_seeds=1,
+    baseline_seeds=1,
     trials=10,
     stream=10,
     stream_seeds=1,
     tries=1,
     tune_depth=2,
     tune_size=2_000,
+    tune_epochs=4,
     rule_trials=10,
     reference=2_500,
+    stream_reference=2_500,
 )
 
 
@@ -106,6 +116,6 @@ def networks(plan: Plan) -> list[Network]:
 
 def ways(network: Network, plan: Plan) -> list[str]:
     """How this network is corrected: suffixes of its row's name."""
-    few = network.depth in plan.few_depths and network.seed < plan.few_seeds
+    baselines = network.depth in plan.few_depths and network.seed < plan.baseline_seeds
     found = ADAPTED.get(network.row, ("",))
-    return [way for way in found if way in ("", GUARD) or (few and way in (ALL_EXPERTS, ALL_PARAMETERS))]
+    return [way for way in found if baselines or way not in (ALL_EXPERTS, ALL_PARAMETERS)]

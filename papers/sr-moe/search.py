@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from measure import geometry, summary
-from plan import BATCH, EXPERTS, FULL, HIDDEN, WIDTH
+from plan import BATCH, EXPERTS, HIDDEN, WIDTH
 from rows import BALANCE_RATE, NORM, RANK, TEMPERATURE
 
 from spectralmoe import Balanced, LinearScorer, PrototypeScorer, Router, SoftBalanced, Term, TopK
@@ -31,6 +31,7 @@ from spectralmoe.training.settings import Optimization
 
 MATRIX = {"spectral_norm": NORM, "stable_rank": RANK}
 TRIALS = 60
+EPOCHS = 2
 ALL = Rule(layers="all", lr=1e-3, max_steps=200)
 
 
@@ -155,7 +156,7 @@ def run_config(name: str, depth: int, seed: int) -> dict[str, Any]:
     model = sr_moe(10, router=config.router, mean=[0.286], std=[0.353], **options, **config.network)
     if config.prepare is not None:
         config.prepare(model, data)
-    budget = Optimization(epochs=FULL.epochs["fashion-mnist"], batch_size=BATCH, lr=2e-3, weight_decay=0.0, seed=seed)
+    budget = Optimization(epochs=EPOCHS, batch_size=BATCH, lr=2e-3, weight_decay=0.0, seed=seed)
     train(model, data, budget, terms=config.terms)
     model.eval()
     part = data.validation

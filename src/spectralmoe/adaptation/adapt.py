@@ -152,15 +152,16 @@ def _try_all(
     measure: Callable[[Sequence[str]], Reference] | None,
 ) -> Update:
     """The first attempt that succeeds; else the last, with why each was not kept."""
-    tried: list[str] = []
+    tried, references = list[str](), dict[tuple[str, ...], Reference]()
     update = Update(False, 0, plan[0].method)
     for attempt in plan:
         targets = find_targets(problem.model, problem.samples, attempt.layers)
         if not targets:
             raise UserError(f"the samples use no expert of {', '.join(attempt.layers)}; choose other layers")
-        seen = [target.layer for target in targets] if attempt.method in NEEDS_REFERENCE else []
-        reference = measure(seen) if measure else None
-        task = replace(problem, weights=joined(targets), experts=targets, reference=reference)
+        seen = tuple(target.layer for target in targets if attempt.method in NEEDS_REFERENCE)
+        if measure is not None and seen not in references:
+            references[seen] = measure(seen)
+        task = replace(problem, weights=joined(targets), experts=targets, reference=references.get(seen))
         try:
             update = _try(task, attempt.method, guard)
         except UserError as error:

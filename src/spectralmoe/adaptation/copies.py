@@ -43,13 +43,13 @@ def shifted(x: Tensor) -> Tensor:
 
 
 def neighbours(x: Tensor, *, count: int = 64, sigma: float = SIGMA, seed: int = 1) -> Tensor:
-    """``count`` noisy copies of each sample and, for images (k, C, H, W), a quarter as many shifted ones.
+    """``count`` noisy copies of each sample and, for images (k, C, H, W), half as many shifted ones.
 
-    What ``augment`` may be. Each of the eight shifts comes count / 32 times (at least once).
+    What ``augment`` may be. Each of the eight shifts comes count / 16 times (at least once).
     """
     copies = noisy(x, count, sigma=sigma, seed=seed).unflatten(0, (len(x), count))
     if x.dim() == 4:
-        moved = shifted(x).unflatten(0, (len(x), 8)).repeat_interleave(max(count // 32, 1), 1)
+        moved = shifted(x).unflatten(0, (len(x), 8)).repeat_interleave(max(count // 16, 1), 1)
         copies = torch.cat([copies, moved], 1)
     whole: Tensor = copies.flatten(0, 1)
     return whole

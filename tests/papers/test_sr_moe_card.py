@@ -1,0 +1,127 @@
+"""The reproduction card: a tiny run end to end, and what the committed results must hold."""
+
+import json
+import math
+import sys
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+CARD = Path(__file__).parents[2] / "papers" / "sr-moe"
+
+ROWS = {
+    "linear",
+    "linear+load_balance",
+    "linear+spectral",
+    "prototype",
+    "SR-MoE",
+    "SR-MoE spectral_norm",
+    "SR-MoE stable_rank",
+    "SR-MoE+guard",
+}
+BASELINES = (" all-experts", " all-parameters")
+FIELDS = {"row", "dataset", "depth", "seed", "accuracy", "interference_mean", "interference_worst", "success"}
+FIELDS |= {"min_load_share", "trials"}
+
+
+class Here(Executor):
+    """Runs a job at once, in this process, and counts them."""
+
+    def __init__(self):
+        self.jobs = 0
+
+    def submit(self, fn, /, *args, **kwargs):
+        self.jobs += 1
+        future = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@pytest.fixture(scope="module")
+def card():
+    """The card's own modules, found as its command finds them."""
+    before, threads = set(sys.modules), torch.get_num_threads()
+    sys.path.insert(0, str(CARD))
+    import card as module
+
+    yield module
+    sys.path.remove(str(CARD))
+    for name in set(sys.modules) - before:
+        if str(CARD) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny(card):
+    return replace(
+        card.QUICK,
+        datasets=("digits",),
+        epochs={"digits": 1},
+        train_size=300,
+        trials=2,
+        stream=2,
+        tune_size=200,
+        tune_epochs=1,
+        rule_trials=2,
+        reference=200,
+        stream_reference=200,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(card, tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("card")
+    card.run(tiny, out, out / "models", Here())
+    return out
+
+
+def cells_of(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_a_tiny_run_holds_every_row_and_field(finished):
+    cells = cells_of(finished)
+    assert {cell["row"] for cell in cells} == ROWS | {row + way for row in ("linear", "SR-MoE") for way in BASELINES}
+    assert all(cell.keys() >= FIELDS for cell in cells)
+    for name in ("interference.svg", "training.svg", "stream.svg", "RESULTS.md", "tuning.json", "curves.json"):
+        assert (finished / name).stat().st_size > 200
+
+
+def test_every_row_is_tuned_with_as_many_tries(finished):
+    tuned = json.loads((finished / "tuning.json").read_text(encoding="utf-8"))
+    assert len({len(found["tries"]) for found in tuned.values()}) == 1
+    assert len({len(found["rules"]) for found in tuned.values()}) == 1
+
+
+def test_a_rerun_does_only_what_is_missing(card, tiny, finished):
+    before, pool = cells_of(finished), Here()
+    card.run(tiny, finished, finished / "models", pool)
+    assert pool.jobs == 0
+    (finished / "results.json").write_text(json.dumps([c for c in before if c["row"] != "SR-MoE all-experts"]))
+    card.run(tiny, finished, finished / "models", pool)
+    assert pool.jobs == 1
+    after = cells_of(finished)
+    assert len(after) == len(before)
+    again = next(cell for cell in after if cell["row"] == "SR-MoE all-experts")
+    first = next(cell for cell in before if cell["row"] == "SR-MoE all-experts")
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+
+
+def test_committed_results_are_of_the_agreed_form():
+    cells = cells_of(CARD)
+    known = ROWS | {row + way for row in ROWS for way in BASELINES}
+    keys = [(cell["row"], cell["dataset"], cell["depth"], cell["seed"]) for cell in cells]
+    assert len(keys) == len(set(keys))
+    for cell in cells:
+        assert cell.keys() >= FIELDS
+        assert cell["row"] in known
+        assert 0 <= cell["success"] <= 1
+        assert 0 <= cell["min_load_share"] <= 1 / 8
+        assert 50 < cell["accuracy"] < 100
+        assert cell["trials"] <= 100
+        assert math.isfinite(cell["interference_mean"])
+        assert cell["interference_worst"] <= cell["interference_mean"]
