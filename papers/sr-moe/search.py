@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from measure import geometry, summary
 from plan import BATCH, EXPERTS, HIDDEN, WIDTH
-from rows import BALANCE_RATE, NORM, RANK, TEMPERATURE
+from rows import BALANCE_RATE, NORM, RANK
 
 from spectralmoe import Balanced, LinearScorer, PrototypeScorer, Router, SoftBalanced, Term, TopK
 from spectralmoe.adaptation import Rule, one_shot_trials
@@ -52,7 +52,7 @@ class Config:
     gate: str = "prototype"
     k: int | None = None
     bias: bool = True
-    tau: float = TEMPERATURE
+    tau: float = 0.25
     scale: float = 1.0
     terms: Mapping[str, Term] = field(default_factory=lambda: MATRIX)
     network: Mapping[str, Any] = field(default_factory=dict)

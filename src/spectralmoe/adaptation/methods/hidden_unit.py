@@ -35,7 +35,8 @@ STRENGTH = 2500.0
 SPREAD = 0.1
 RIDGE = 0.05
 FALSE_FIRES = 3
-NEAR = 700
+NEAR, REFRESH = 1000, 15
+INF = float("inf")
 STEPS, RATE = 60, 0.08
 SAMPLE_WEIGHT, COPIES_WEIGHT = 8.0, 2.0
 SHARPNESS = {"relu": 1.0, "gelu": 4.0, "swiglu": 4.0}
@@ -62,10 +63,9 @@ def unit(problem: Problem) -> int:
             "FeedForward(bias=True, spare=...), other methods do not"
         )
     own = _Unit(bank, target.expert, free[0])
-    start = _discriminant(problem, target)
-    own.start(start, SHARPNESS[bank.activation])
+    own.start(_discriminant(problem, target), SHARPNESS[bank.activation])
     margin(replace(problem, weights=Weights({"down": own.down}), copies=problem.samples[:0], max_steps=20))
-    return _train(problem, own, start.nearest)
+    return _train(problem, own, target)
 
 
 class _Unit(Weights):
@@ -93,12 +93,11 @@ class _Unit(Weights):
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """A direction q (D,) with q (u* - mu) = 1, mu (D,), the threshold, and the samples nearest to firing."""
+    """A direction q (D,) with q (u* - mu) = 1, mu (D,), and the threshold."""
 
     direction: Tensor
     mean: Tensor
     threshold: float
-    nearest: Tensor
 
 
 def _discriminant(problem: Problem, target: Target) -> _Start:
@@ -114,9 +113,7 @@ def _discriminant(problem: Problem, target: Target) -> _Start:
     fires = (tokens.x.double() - moments.mean) @ q
     own = fires[tokens.gates[:, target.expert] > LEAST_GATE]
     threshold = float(own.topk(min(FALSE_FIRES, len(own))).values[-1].clamp(0.5, 0.7))
-    samples = len(problem.reference or ())
-    highest = fires.new_full((samples,), -torch.inf).scatter_reduce(0, tokens.owner, fires, "amax")
-    return _Start(q.float(), moments.mean.float(), threshold, highest.topk(min(NEAR, samples)).indices)
+    return _Start(q.float(), moments.mean.float(), threshold)
 
 
 def _per_sample(tokens: Tokens, expert: int, samples: int) -> Tensor:
@@ -128,28 +125,49 @@ def _per_sample(tokens: Tokens, expert: int, samples: int) -> Tensor:
     return sums / total.clamp_min(1e-12)[:, None]
 
 
-def _train(problem: Problem, own: _Unit, nearest: Tensor) -> int:
-    reference = problem.reference
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Reference samples (n,) that should stay: how they were, the margin to keep, and what each counts."""
+
+    samples: Tensor
+    labels: Tensor
+    before: Tensor
+    goal: Tensor
+    weight: Tensor
+
+    def damage(self, logits: Tensor) -> Tensor:
+        """Of their new logits (n, C): lost margin of those that were right, and the squared change of all."""
+        lost = (self.goal - margins(logits, self.labels)).clamp_min(0)
+        return (self.weight * lost).sum() + SPREAD * (logits - self.before).square().sum()
+
+
+def _nearest(problem: Problem, own: _Unit, target: Target) -> _Held:
+    """The reference samples nearest to firing the unit as it is now, among those that use its expert at all."""
+    reference, tokens = problem.reference, tokens_of(problem, target)
     assert reference is not None
-    samples, labels = reference.samples[nearest], reference.labels[nearest]
-    before = reference.before.logits[nearest]
-    goal = margins(before, labels)
-    held = torch.where(goal > 0, reference.importance[nearest], 0)
-    goal, k = goal.clamp_max(EPSILON), len(problem.labels)
-    copies = max(len(problem.targets) - k, 1)
-    weight = torch.full((len(problem.targets),), COPIES_WEIGHT / copies, device=labels.device)
+    with torch.no_grad():
+        fires = (tokens.x @ own.rows[0].float() + own.biases[0]).masked_fill(tokens.gates[:, target.expert] == 0, -INF)
+    highest = fires.new_full((len(reference),), -INF).scatter_reduce(0, tokens.owner, fires, "amax")
+    chosen = highest.topk(min(NEAR, int((highest > -INF).sum()))).indices
+    before, labels = reference.before.logits[chosen], reference.labels[chosen]
+    margin = margins(before, labels)
+    weight = torch.where(margin > 0, reference.importance[chosen], 0)
+    return _Held(reference.samples[chosen], labels, before, margin.clamp_max(EPSILON), weight)
+
+
+def _train(problem: Problem, own: _Unit, target: Target) -> int:
+    k, wanted = len(problem.labels), len(problem.targets)
+    weight = torch.full((wanted,), COPIES_WEIGHT / max(wanted - k, 1), device=problem.labels.device)
     weight[:k] = SAMPLE_WEIGHT / k
-    strength = problem.strength * STRENGTH / len(reference)
+    strength = problem.strength * STRENGTH / len(problem.reference or ())
     leaves = [view.detach().clone() for view in own.views.values()]
-    groups = [{"params": [leaf], "lr": RATE * float(leaf.abs().mean())} for leaf in leaves]
-    optimizer = torch.optim.Adam(groups)
-    everything, wanted = torch.cat([problem.inputs, samples]), len(problem.targets)
-    for _ in range(STEPS):
-        logits = logits_of(problem.model, everything)
-        found, moved = logits[:wanted], logits[wanted:]
-        loss = (weight * (EPSILON - margins(found, problem.targets)).clamp_min(0)).sum()
-        damage = (held * (goal - margins(moved, labels)).clamp_min(0)).sum()
-        loss = loss + strength * (damage + SPREAD * (moved - before).square().sum())
+    optimizer = torch.optim.Adam([{"params": [leaf], "lr": RATE * float(leaf.abs().mean())} for leaf in leaves])
+    for step in range(STEPS):
+        if step % REFRESH == 0:
+            held = _nearest(problem, own, target)
+        logits = logits_of(problem.model, torch.cat([problem.inputs, held.samples]))
+        loss = (weight * (EPSILON - margins(logits[:wanted], problem.targets)).clamp_min(0)).sum()
+        loss = loss + strength * held.damage(logits[wanted:])
         for leaf, gradient in zip(leaves, own.gradients(loss), strict=True):
             leaf.grad = gradient.contiguous()
         optimizer.step()
