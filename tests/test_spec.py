@@ -86,7 +86,7 @@ def test_by_hand():
     assert (layer.router.selector.factor, layer.router.selector.selector.k) == (1.5, 2)
     assert layer.experts.up.shape == (3, 5, 4)
     assert layer.dispatch == "auto"
-    assert describe(layer)["experts"] == {**spec["experts"], "activation": "gelu", "bias": False}
+    assert describe(layer)["experts"] == {**spec["experts"], "activation": "gelu", "bias": False, "spare": 0}
 
 
 def test_wrappers_are_looked_through(one_process):

@@ -197,7 +197,7 @@ def _try(task: Problem, method: str, guard: Guard | None) -> Update:
 def _fit(task: Problem, guard: Guard, old: Sequence[Tensor]) -> Verdict:
     """The guard's verdict on the update, scaled back as far as the samples stay right if need be."""
     assert task.reference is not None
-    touched = {target.layer: target.expert for target in task.experts}
+    touched = {item.target.layer: item.target.expert for item in _written(task.experts, old)}
     verdict = guard.judge(task.model, task.reference, touched)
     new = task.weights.copy()
     for scale in SCALES:
