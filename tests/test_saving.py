@@ -56,7 +56,7 @@ def perturb(model):
     """Give every tensor, buffers included, values of its own."""
     with torch.no_grad():
         for value in model.state_dict().values():
-            value.add_(torch.randn_like(value) * 0.1)
+            value.add_(torch.randn_like(value) * 0.1 if value.is_floating_point() else 3)
     return model
 
 

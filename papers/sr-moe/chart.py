@@ -77,10 +77,9 @@ def _panel(panel: Panel, colours: Mapping[str, str], left: float, top: float) ->
         return top + HEIGHT - (min(max(y, low), high) - low) / (high - low) * HEIGHT
 
     parts = [f'<text class="title" x="{left}" y="{top - 8}" font-size="12">{escape(panel.title)}</text>']
-    for i in range(5):
-        value = low + (high - low) * i / 4
+    for value in _ticks(low, high):
         parts.append(f'<line class="grid" x1="{left}" x2="{left + WIDTH}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{py(value) + 3:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{py(value) + 3:.1f}" text-anchor="end">{value:.4g}</text>')
     parts += [
         f'<line class="zero" x1="{left}" x2="{left + WIDTH}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>'
         for value in panel.marks
@@ -108,7 +107,21 @@ def _panel(panel: Panel, colours: Mapping[str, str], left: float, top: float) ->
 
 
 def _limits(points: Sequence[Point], marks: Sequence[float]) -> tuple[float, float]:
+    """Of the means, with the intervals and marks inside, at round numbers."""
     values = [y - half for _, y, half in points] + [y + half for _, y, half in points] + list(marks)
     low, high = min(values), max(values)
-    margin = 0.06 * (high - low or 1.0)
-    return low - margin, high + margin
+    step = _step(low, high)
+    return math.floor(low / step) * step, max(math.ceil(high / step), math.floor(low / step) + 1) * step
+
+
+def _step(low: float, high: float) -> float:
+    """A round distance between four or so grid lines."""
+    raw = max(high - low, 1e-9) / 4
+    size = 10 ** math.floor(math.log10(raw))
+    return next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = _step(low, high)
+    first = math.ceil(low / step - 1e-6)
+    return [round(step * i, 10) for i in range(first, math.floor(high / step + 1e-6) + 1)]

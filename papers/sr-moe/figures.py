@@ -31,7 +31,7 @@ def write_figures(out: Path, cells: Cells, curves: Cells, streams: Cells) -> Non
     datasets = list(dict.fromkeys(cell["dataset"] for cell in cells))
     panels = [panel for dataset in datasets for panel in _against_depth(cells, dataset)]
     write_text(out / "interference.svg", draw(panels, "One correction: change of accuracy on all other test images"))
-    write_text(out / "training.svg", draw(_through_training(curves), "Load and stable rank through training"))
+    write_text(out / "training.svg", draw(*_through_training(curves)))
     if streams:
         write_text(out / "stream.svg", draw(_streams(streams), "Guarded corrections in a row, none taken back"))
     write_text(out / "RESULTS.md", "\n".join(_tables(cells, streams, datasets)) + "\n")
@@ -60,14 +60,14 @@ def _against_depth(cells: Cells, dataset: str) -> list[Panel]:
     return [mean, worst]
 
 
-def _through_training(curves: Cells) -> list[Panel]:
+def _through_training(curves: Cells) -> tuple[list[Panel], str]:
     panels = []
     dataset = curves[0]["dataset"] if curves else ""
     depth = max((curve["depth"] for curve in curves if curve["depth"] <= 8), default=0)
     chosen = [curve for curve in curves if curve["dataset"] == dataset and curve["depth"] == depth]
     for key, title in (
-        ("min_load_share", "smallest load share of any expert"),
-        ("stable_rank", "stable rank of the gate, of at most 8"),
+        ("min_load_share", "smallest load share"),
+        ("stable_rank", "stable rank of the gate"),
     ):
         series: dict[str, list[Point]] = {}
         for row in dict.fromkeys(curve["row"] for curve in chosen):
@@ -75,8 +75,8 @@ def _through_training(curves: Cells) -> list[Panel]:
             for points in zip(*mine, strict=False):
                 mean = sum(point[key] for point in points) / len(points)
                 series.setdefault(row, []).append((round(points[0]["done"], 3), mean, 0.0))
-        panels.append(Panel(f"{title} ({dataset}, depth {depth})", series, "share of training done"))
-    return panels
+        panels.append(Panel(title, series, "share of training done"))
+    return panels, f"Load and stable rank (of at most 8) through training: {dataset}, depth {depth}"
 
 
 def _streams(streams: Cells) -> list[Panel]:

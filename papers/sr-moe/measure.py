@@ -27,8 +27,9 @@ POINTS = 20
 MAX_STEPS = 400
 CURVE = "curve.json"
 GUARDED = Rule(layers="last", method="unit", augment=neighbours, strength=0.25)
-IN_A_ROW = Rule(layers="last", method="unit", augment=neighbours, strength=2.0)
-"""In a stream every correction must cost less, as the costs add up."""
+IN_A_ROW = Rule(layers="last", method="unit", augment=neighbours, strength=1.0)
+STREAM_BUDGET = 0.02
+"""In a row every correction must cost less, as the costs add up: percentage points of the reference data for each."""
 
 
 def build(row: str, data: ImageData, depth: int, seed: int) -> SRMoE:
@@ -119,14 +120,19 @@ def run_network(network: Network, plan: Plan, tuned: dict[str, Any], folder: Pat
         cells.append({**shared, "row": network.row + way, **summary(trials), "rule": _plain(rule)})
         if guard is not None and (network.seed < plan.stream_seeds):
             stream = run_stream(
-                copy.deepcopy(model), network, plan, data, IN_A_ROW, make_guard(data, plan.stream_reference)
+                copy.deepcopy(model),
+                network,
+                plan,
+                data,
+                IN_A_ROW,
+                make_guard(data, plan.stream_reference, STREAM_BUDGET),
             )
     return cells, curve, stream
 
 
-def make_guard(data: ImageData, size: int) -> Guard:
+def make_guard(data: ImageData, size: int, budget: float = 0.1) -> Guard:
     """Reference data from the training part: never test, never what was tuned on."""
-    return Guard([(data.train.images[:size], data.train.labels[:size])])
+    return Guard([(data.train.images[:size], data.train.labels[:size])], budget=budget)
 
 
 def _trained(
