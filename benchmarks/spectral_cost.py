@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from spectralmoe.terms import Term, penalty
 TARGET = 0.02
 WARM_UP = 3
 BATCH = 1024
+CONTROL = "plain again"
 PARTS = {"two": (spectral_norm, stable_rank), "one": (spectral_penalty,)}
 TERMS = {
     f"{matrix}, {count}": {part.__name__: Term(partial(part, matrix=matrix), 1e-2) for part in parts}
@@ -63,8 +65,10 @@ def main() -> None:
             f"{found['terms']:<12} alone {found['alone_ms']:.1f} ms = {found['alone']:.2%} of a step of "
             f"{1e3 * step:.0f} ms; in step {found['in_step']:+.2%} (target {TARGET:.0%})"
         )
+    noise = statistics.median(times[CONTROL] / times["plain"] for times in rounds) - 1
+    print(f"a second step without terms: {noise:+.2%}")
     result = {"machine": describe_machine(), "load_average": {"before": before, "after": os.getloadavg()[0]}}
-    result |= {"rounds": options.rounds, "step_ms": 1e3 * step, "target": TARGET, "rows": rows}
+    result |= {"rounds": options.rounds, "step_ms": 1e3 * step, "target": TARGET, "control": noise, "rows": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -88,15 +92,15 @@ class Trial:
 
         self.network: SRMoE = sr_moe(10, width=256, depth=8, num_experts=64, hidden=256, router=router)
         self.optimizer = torch.optim.AdamW(param_groups(self.network, 1e-2), lr=1e-3)
+        self.order = random.Random(0)
         self.images, self.labels = torch.rand(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
 
     def one_round(self) -> dict[str, float]:
-        """Seconds of each kind of step, and of the terms alone."""
-        times = {"plain": self.step({})}
-        for name, terms in TERMS.items():
-            times[name] = self.step(terms)
-            times[f"{name} alone"] = self.alone(terms)
-        return times
+        """Seconds of each kind of step in random order, and of the terms alone."""
+        steps: list[tuple[str, Mapping[str, Term]]] = [("plain", {}), (CONTROL, {}), *TERMS.items()]
+        self.order.shuffle(steps)
+        times = {name: self.step(terms) for name, terms in steps}
+        return times | {f"{name} alone": self.alone(terms) for name, terms in TERMS.items()}
 
     def step(self, terms: Mapping[str, Term]) -> float:
         """One step of the training loop."""

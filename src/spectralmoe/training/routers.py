@@ -9,7 +9,7 @@ import torch
 
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.models.sr_moe import RouterFactory
-from spectralmoe.regularizers import load_balance, spectral_norm, stable_rank
+from spectralmoe.regularizers import load_balance, spectral_penalty
 from spectralmoe.router import Router
 from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrototypeScorer, Scorer
 from spectralmoe.selectors import Balanced, Selector, SoftBalanced, TopK
@@ -54,10 +54,7 @@ def _eigenbasis(dim: int, num_experts: int) -> Scorer:
     return EigenbasisScorer(dim, num_experts, rank=min(dim, 4 * num_experts), temperature=0.1)
 
 
-_SPECTRAL = {
-    "spectral_norm": Term(spectral_norm, 0.1, reduce="sum"),
-    "stable_rank": Term(stable_rank, 0.1, reduce="sum"),
-}
+_SPECTRAL = {"spectral": Term(spectral_penalty, 0.1, reduce="sum")}
 
 ROUTERS: dict[str, Preset] = {
     "linear": Preset("dot-product gate", LinearScorer),
