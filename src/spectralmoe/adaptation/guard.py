@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.adaptation.reference import Reference, load_reference, state_digest
+from spectralmoe.adaptation.reference import Reference, load_reference
+from spectralmoe.adaptation.targets import digest_of
 from spectralmoe.diagnostics.change import Change, accuracy_change
 from spectralmoe.errors import UserError
 
@@ -80,7 +81,7 @@ class Guard:
 
         ``head`` then ``tail`` is the model, split at layer ``first``; the tokens of ``layers`` are kept.
         """
-        key = (id(model), state_digest(model), first, len(self.protected))
+        key = (id(model), digest_of(model.state_dict()), first, len(self.protected))
         if self._measured is None or self._measured[0] != key or not set(layers) <= set(self._measured[1].tokens):
             samples = torch.cat([self.samples, *(x for x, _ in self.protected)])
             labels = torch.cat([self.labels, *(y for _, y in self.protected)])

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.adaptation.adapt import split
 from spectralmoe.adaptation.guard import Guard
-from spectralmoe.adaptation.one_shot import DEFAULT_RULE, Rule, predict
-from spectralmoe.adaptation.targets import choose_layers
+from spectralmoe.adaptation.one_shot import DEFAULT_RULE, Rule, behind_head, predict
 from spectralmoe.diagnostics import evaluation_mode
 from spectralmoe.errors import UserError
 
@@ -62,16 +60,14 @@ def add_class(
         raise UserError(f"{shots} shots were asked for, but there are only {len(support)} images of the new class")
     draw = torch.Generator().manual_seed(seed)
     with evaluation_mode(model), torch.no_grad():
-        device = next(model.parameters()).device
-        head, tail = split(model, choose_layers(model, rule.layers)[0])
-        features, labels = torch.cat([head(part.to(device)) for part in images.split(1000)]), labels.to(device)
+        tail, features, labels = behind_head(model, images, labels, rule)
         own = labels == label
         if not bool(own.any()):
             raise UserError(f"there is no test image of class {label}")
         right, found = predict(tail, features) == labels, []
         for _ in range(tries):
             chosen = torch.randperm(len(support), generator=draw)[:shots]
-            update = rule.correct(model, support[chosen].to(device), torch.full((shots,), label), guard)
+            update = rule.correct(model, support[chosen].to(labels.device), torch.full((shots,), label), guard)
             try:
                 after = predict(tail, features) == labels
             finally:

@@ -28,7 +28,7 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.moe import MoE
 from spectralmoe.tape import moe_layers
 
-__all__ = ["Carried", "Rule", "Trial", "carried", "one_shot_trials", "predict"]
+__all__ = ["Carried", "Rule", "Trial", "behind_head", "carried", "one_shot_trials", "predict", "some_wrong"]
 
 _CHUNK = 5000
 _SCOPES = ("one-expert", "all-experts", "all-parameters")
@@ -140,20 +140,16 @@ def one_shot_trials(
         watch: called with the share done, 0 to 1.
     """
     with evaluation_mode(model), torch.no_grad():
-        device = next(model.parameters()).device
-        head, tail = split(model, choose_layers(model, rule.layers)[0])
-        features, labels = torch.cat([head(part.to(device)) for part in images.split(_CHUNK)]), labels.to(device)
-        right = predict(tail, features) == labels
-        wrong = (~right).nonzero().flatten().cpu()
-        order = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:trials]
-        found = []
-        for sample in wrong[order].tolist():
-            image, label = images[sample : sample + 1], labels[sample : sample + 1]
-            before = carried(model, image.to(device), label)
+        tail, features, labels = behind_head(model, images, labels, rule)
+        right, found = predict(tail, features) == labels, []
+        order = some_wrong(right, trials, seed)
+        for sample in order.tolist():
+            image, label = images[sample : sample + 1].to(labels.device), labels[sample : sample + 1]
+            before = carried(model, image, label)
             with _corrected(model, image, label, rule, guard) as done:
                 step = (predict(tail, features) == labels).int() - right.int()
                 step[sample] = 0
-                after = carried(model, image.to(device), label)
+                after = carried(model, image, label)
             interference = 100 * int(step.sum()) / max(len(labels) - 1, 1)
             found.append(Trial(sample, *done, interference, before, after))
             if watch is not None:
@@ -183,7 +179,7 @@ def _corrected(model: nn.Module, image: Tensor, label: Tensor, rule: Rule, guard
     head, tail = split(model, choose_layers(model, rule.layers)[0])
     whole = rule.scope == "all-parameters"
     weights = Weights(dict(tail.named_parameters()) if whole else _experts_of(tail, choose_layers(model, rule.layers)))
-    old, samples, started = weights.copy(), head(image.to(label.device)), time.monotonic()
+    old, samples, started = weights.copy(), head(image), time.monotonic()
     try:
         with weights.trainable(tail):
             steps = METHODS[rule.method](Problem(tail, samples, label, samples[:0], weights, rule.max_steps, rule.lr))
@@ -200,6 +196,20 @@ def _experts_of(model: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
     """The parameters of all experts of these layers."""
     banks = {name: layer.experts for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
     return {f"{name}.experts.{key}": value for name in layers for key, value in banks[name].named_parameters()}
+
+
+@torch.no_grad()
+def behind_head(model: nn.Module, images: Tensor, labels: Tensor, rule: Rule) -> tuple[nn.Module, Tensor, Tensor]:
+    """What a correction by ``rule`` can change of the model, what enters it for ``images``, and the labels there."""
+    device = next(model.parameters()).device
+    head, tail = split(model, choose_layers(model, rule.layers)[0])
+    return tail, torch.cat([head(part.to(device)) for part in images.split(_CHUNK)]), labels.to(device)
+
+
+def some_wrong(right: Tensor, count: int, seed: int) -> Tensor:
+    """``count`` of the samples that are not ``right`` (N,), in the order of the seed; on the CPU."""
+    wrong = (~right).nonzero().flatten().cpu()
+    return wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
 @torch.no_grad()

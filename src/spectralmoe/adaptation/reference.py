@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.tape import moe_layers, record
 
-__all__ = ["BATCH", "Measured", "Reference", "Tokens", "load_reference", "state_digest"]
+__all__ = ["BATCH", "Measured", "Reference", "Tokens", "load_reference"]
 
 BATCH = 1000
 PROTECTED_WEIGHT = 5.0
@@ -80,11 +79,6 @@ class Reference:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def right(self) -> Tensor:
-        """(N,) bool: right before the update."""
-        return self.before.logits.argmax(-1) == self.labels
 
     @property
     def importance(self) -> Tensor:
@@ -210,12 +204,3 @@ def load_reference(loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     if not inputs or not sum(map(len, labels)):
         raise UserError("Guard: the loader gave no reference samples")
     return torch.cat(inputs), torch.cat(labels).long()
-
-
-def state_digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers: whether a model is still what was measured."""
-    sha = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        sha.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha.hexdigest()

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.adaptation.adapt import split
 from spectralmoe.adaptation.guard import Guard
-from spectralmoe.adaptation.one_shot import DEFAULT_RULE, Carried, Rule, carried, predict
-from spectralmoe.adaptation.targets import choose_layers
+from spectralmoe.adaptation.one_shot import DEFAULT_RULE, Carried, Rule, behind_head, carried, predict, some_wrong
 from spectralmoe.diagnostics import evaluation_mode
 
 __all__ = ["StreamStep", "correction_stream"]
@@ -59,16 +57,13 @@ def correction_stream(
         watch: called with the share done, 0 to 1.
     """
     with evaluation_mode(model), torch.no_grad():
-        device = next(model.parameters()).device
-        head, tail = split(model, choose_layers(model, rule.layers)[0])
-        features, labels = torch.cat([head(part.to(device)) for part in images.split(1000)]), labels.to(device)
-        wrong = (predict(tail, features) != labels).nonzero().flatten().cpu()
-        order = wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:count]]
-        others = torch.ones(len(labels), dtype=torch.bool, device=device)
+        tail, features, labels = behind_head(model, images, labels, rule)
+        order = some_wrong(predict(tail, features) == labels, count, seed)
+        others = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
         others[order] = False
         steps, made = list[StreamStep](), list[int]()
         for sample in order.tolist():
-            x, y = images[sample : sample + 1].to(device), labels[sample : sample + 1]
+            x, y = images[sample : sample + 1].to(labels.device), labels[sample : sample + 1]
             update = rule.correct(model, x, y, guard)
             if update.success:
                 made.append(sample)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from spectralmoe.experts import Experts
 from spectralmoe.moe import MoE
 from spectralmoe.tape import moe_layers, record
 
-__all__ = ["Target", "Weights", "choose_layers", "expert_target", "find_targets", "joined", "logits_of"]
+__all__ = ["Target", "Weights", "choose_layers", "digest_of", "expert_target", "find_targets", "joined", "logits_of"]
 
 
 class Weights:
@@ -86,11 +86,16 @@ class Target(Weights):
 
     def digest(self, values: Sequence[Tensor] | None = None) -> str:
         """SHA-256 over names, types, shapes and bytes of the expert's tensors, or of ``values`` in their place."""
-        sha = hashlib.sha256()
-        for name, value in zip(self.views, values or self.copy(), strict=True):
-            sha.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return sha.hexdigest()
+        return digest_of(dict(zip(self.views, values or self.copy(), strict=True)))
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
+    sha = hashlib.sha256()
+    for name, value in tensors.items():
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def joined(targets: Sequence[Target]) -> Weights:

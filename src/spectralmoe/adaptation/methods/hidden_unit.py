@@ -9,8 +9,9 @@ tokens. Then the unit's numbers alone are trained by Adam on
 .. math::
     \sum_c v_c (\epsilon - m_c)_+ + \lambda \sum_r \big[(\min(m_r, \epsilon) - m_r')_+ + \beta \|z_r' - z_r\|^2\big]
 
-with margins m of the samples and copies c, and the margins m, m' and logits z, z' before and after of the reference
-samples r nearest to firing that were right. Ours; no paper.
+with margins m of the samples and copies c, and the margins m, m' and logits z, z' before and after of those reference
+samples r that use the expert and are nearest to firing, chosen anew every few steps; the first part only of those that
+were right. Ours; no paper.
 """
 
 from __future__ import annotations
