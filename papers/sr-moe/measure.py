@@ -27,7 +27,7 @@ POINTS = 20
 MAX_STEPS = 400
 CURVE = "curve.json"
 GUARDED = Rule(layers="last", method="unit", augment=neighbours, strength=0.25)
-IN_A_ROW = Rule(layers="last", method="unit", augment=neighbours, strength=1.0)
+IN_A_ROW = Rule(layers="last", method="unit", augment=neighbours, strength=2.0)
 STREAM_BUDGET = 0.02
 """In a row every correction must cost less, as the costs add up: percentage points of the reference data for each."""
 
