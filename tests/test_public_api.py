@@ -32,6 +32,7 @@ NAMES = [
     "MoE",
     "ModuleExperts",
     "NoisyTopK",
+    "PrincipalScorer",
     "PrototypeScorer",
     "Record",
     "Recordable",
@@ -59,7 +60,7 @@ NAMES = [
 ]
 
 TABLES = {
-    "scorers": (SCORERS, "cosine eigenbasis linear prototype", Scorer),
+    "scorers": (SCORERS, "cosine eigenbasis linear principal prototype", Scorer),
     "selectors": (SELECTORS, "balanced capacity expert_choice noisy_topk soft_balanced top_p topk", Selector),
     "experts": (EXPERTS, "adapter feed_forward modules", Experts),
     "dispatch": (DISPATCHES, "dense grouped loop", object),

@@ -7,7 +7,14 @@ from spectralmoe.moe import MoE, Recordable
 from spectralmoe.router import Router, shard_routers
 from spectralmoe.routing import Routing
 from spectralmoe.saving import load, save
-from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrototypeScorer, Scorer
+from spectralmoe.scorers import (
+    CosineScorer,
+    EigenbasisScorer,
+    LinearScorer,
+    PrincipalScorer,
+    PrototypeScorer,
+    Scorer,
+)
 from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, SoftBalanced, TopK, TopP
 from spectralmoe.steps import after_step, attach, before_step, param_groups
 from spectralmoe.tape import Record, Tape, feed, record
@@ -32,6 +39,7 @@ __all__ = [
     "MoE",
     "ModuleExperts",
     "NoisyTopK",
+    "PrincipalScorer",
     "PrototypeScorer",
     "Record",
     "Recordable",

@@ -34,7 +34,7 @@ class Kept:
         return rows[: int(self.slots.counts.sum())]
 
 
-Entry = tuple[Routing, Kept | None]
+Entry = tuple[Routing, Kept | None, Tensor | None]
 
 
 @dataclass(slots=True)
@@ -99,14 +99,14 @@ class Recordable(nn.Module):
         """A copy (an average of the weights, say) has no part in the tapes and feeds of its original."""
         return {**self.__dict__, "sinks": (), "fed": None}
 
-    def leave(self, routing: Routing, kept: Kept | None = None) -> None:
-        """Leave one routing in every sink; a recomputation during backward leaves nothing."""
+    def leave(self, routing: Routing, kept: Kept | None = None, tokens: Tensor | None = None) -> None:
+        """Leave one routing in every sink, with what else belongs to it; a recomputation leaves nothing."""
         if not self.sinks or recomputing():
             return
         for sink in self.sinks:
             if self.training or not sink.training_only:
                 own = kept.only(sink.keep) if kept is not None and sink.keep else None
-                sink.chain = ((routing, own), sink.chain)
+                sink.chain = ((routing, own, tokens), sink.chain)
 
     def take_feed(self) -> Feed | None:
         """What ``feed`` left here, if its block is still open."""
@@ -171,10 +171,11 @@ class MoE(Recordable):
             replay = fed.next_replay()
         routing = self.router(x, mask=mask, context=context, replay=replay)
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        seen = tokens.detach() if self.training and self.router.scorer.streams_tokens else None
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         y, kept = self._run(tokens, routing)
-        self.leave(routing, kept)
+        self.leave(routing, kept, seen)
         y = y if x.dim() == 2 else y.reshape(x.shape)
         return y if self.shared is None else y + self.shared(x)
 

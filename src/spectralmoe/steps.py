@@ -139,23 +139,31 @@ def _before(layers: dict[str, Recordable], records: Sequence[Record]) -> None:
 @torch.no_grad()
 def _after(layers: dict[str, Recordable], records: Sequence[Record], group: Any) -> None:
     routed = [(layer, layer.router) for layer in layers.values() if layer.router is not None]
-    totals = []
-    for layer, router in routed:
-        own = [item for item in records if item.layer is layer]
-        router.scorer.after_step(own)
-        counts = torch.zeros(router.num_experts, dtype=torch.int64, device=_device(router))
-        totals.append(counts + sum((item.routing.load_counts() for item in own), start=counts))
-    for (_, router), counts in zip(routed, _summed(totals, group), strict=True):
-        router.selector.update(counts)
+    own = [[item for item in records if item.layer is layer] for layer, _ in routed]
+    counts = [_counts(router, items) for (_, router), items in zip(routed, own, strict=True)]
+    statistics = [router.scorer.statistics(items) for (_, router), items in zip(routed, own, strict=True)]
+    streaming = [(router, found) for (_, router), found in zip(routed, statistics, strict=True) if found is not None]
+    for (router, _), total in zip(streaming, _summed([found for _, found in streaming], group), strict=True):
+        router.scorer.update(total)
+    for (_, router), items in zip(routed, own, strict=True):
+        router.scorer.after_step(items)
+    for (_, router), total in zip(routed, _summed(counts, group), strict=True):
+        router.selector.update(total)
+
+
+def _counts(router: Router, records: Sequence[Record]) -> Tensor:
+    counts = torch.zeros(router.num_experts, dtype=torch.int64, device=_device(router))
+    return counts + sum((item.routing.load_counts() for item in records), start=counts)
 
 
 def _summed(totals: list[Tensor], group: Any) -> list[Tensor]:
-    """The counts of all layers, summed over the ranks in one call."""
+    """The tensors of all layers, summed over the ranks in one call."""
     if not totals or not (dist.is_available() and dist.is_initialized()):
         return totals
-    flat = torch.cat(totals)
+    flat = torch.cat([total.flatten() for total in totals])
     dist.all_reduce(flat, group=group)
-    return list(flat.split([total.numel() for total in totals]))
+    parts = flat.split([total.numel() for total in totals])
+    return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]
 
 
 def _device(router: Router) -> torch.device:

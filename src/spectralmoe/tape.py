@@ -32,12 +32,14 @@ class Record:
         layer: the module.
         routing: what its router decided.
         kept: tensors asked for with ``record(keep=...)``.
+        tokens: what the router read (N, D), without gradient; only in training, for scorers that stream statistics.
     """
 
     name: str
     layer: Recordable
     routing: Routing
     kept: Kept | None = None
+    tokens: Tensor | None = None
 
     @property
     def router(self) -> Router | None:
@@ -124,9 +126,9 @@ class Tape:
         if self._records is None:
             self.seal()
             self._records = tuple(
-                Record(name, self._layers[name], routing, kept)
+                Record(name, self._layers[name], *entry)
                 for name, sink in self._sinks.items()
-                for routing, kept in sink.entries()
+                for entry in sink.entries()
             )
         if not self._records:
             raise UserError("the tape is empty: run the model's forward inside the 'with record(model)' block")
@@ -136,7 +138,7 @@ class Tape:
         """What was recorded since the last drain, possibly nothing; the tape goes on recording."""
         found = []
         for name, sink in self._sinks.items():
-            found += [Record(name, self._layers[name], routing, kept) for routing, kept in sink.entries()]
+            found += [Record(name, self._layers[name], *entry) for entry in sink.entries()]
             sink.chain = None
         return tuple(found)
 

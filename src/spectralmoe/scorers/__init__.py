@@ -4,13 +4,15 @@ from spectralmoe.scorers.base import Scorer
 from spectralmoe.scorers.cosine import CosineScorer
 from spectralmoe.scorers.eigenbasis import EigenbasisScorer
 from spectralmoe.scorers.linear import LinearScorer
+from spectralmoe.scorers.principal import PrincipalScorer
 from spectralmoe.scorers.prototype import PrototypeScorer
 
-__all__ = ["SCORERS", "CosineScorer", "EigenbasisScorer", "LinearScorer", "PrototypeScorer", "Scorer"]
+__all__ = ["SCORERS", "CosineScorer", "EigenbasisScorer", "LinearScorer", "PrincipalScorer", "PrototypeScorer", "Scorer"]
 
 SCORERS: dict[str, type[Scorer]] = {
     "linear": LinearScorer,
     "cosine": CosineScorer,
     "prototype": PrototypeScorer,
     "eigenbasis": EigenbasisScorer,
+    "principal": PrincipalScorer,
 }

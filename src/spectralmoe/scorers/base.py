@@ -32,6 +32,9 @@ class Scorer(nn.Module):
     manifold: tuple[str, ...] = ()
     """Names of the parameters that live on a manifold: no weight decay, retracted after the step."""
 
+    streams_tokens = False
+    """Whether records keep the tokens of training forwards, for ``statistics``."""
+
     top_direction: Tensor | None
 
     def __init__(self, dim: int, num_experts: int) -> None:
@@ -80,6 +83,16 @@ class Scorer(nn.Module):
 
     def before_step(self, records: Sequence[Record]) -> None:
         """Called once before each optimizer step, with what this step's forwards recorded."""
+
+    def statistics(self, records: Sequence[Record]) -> Tensor | None:
+        """What the tokens of this step add to running statistics: sums, of one shape whatever the records.
+
+        ``update`` gets them summed over all ranks. None: there are none to keep.
+        """
+        return None
+
+    def update(self, statistics: Tensor) -> None:
+        """Called once after each optimizer step, before ``after_step``, where there are statistics."""
 
     def after_step(self, records: Sequence[Record]) -> None:
         """Called once after each optimizer step, without gradient. A subclass that overrides it calls super."""

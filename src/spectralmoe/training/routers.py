@@ -11,7 +11,7 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.models.sr_moe import RouterFactory
 from spectralmoe.regularizers import load_balance, spectral_penalty
 from spectralmoe.router import Router
-from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrototypeScorer, Scorer
+from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrincipalScorer, PrototypeScorer, Scorer
 from spectralmoe.selectors import Balanced, Selector, SoftBalanced, TopK
 from spectralmoe.spec import describe, find_class
 from spectralmoe.terms import Term
@@ -67,7 +67,8 @@ ROUTERS: dict[str, Preset] = {
     "sr-moe": Preset(
         "prototypes with both spectral terms and the loss-free bias (SR-MoE)", _prototypes, _SPECTRAL, balanced=True
     ),
-    "eigenbasis": Preset("energy shares in an orthonormal basis (EMoE)", _eigenbasis),
+    "eigenbasis": Preset("energy shares in an orthonormal basis (EMoE, the paper's equations)", _eigenbasis),
+    "principal": Preset("energy on the sides of principal directions (EMoE, the default form)", PrincipalScorer),
 }
 
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "eigenbasis")

@@ -1,0 +1,164 @@
+r"""Principal-direction gate: every expert owns half a direction along which the tokens vary.
+
+After Cheng et al., "Eigenbasis-Guided Routing for Mixture-of-Experts" (EMoE), arXiv 2601.12137: a token goes where its
+energy along shared orthonormal directions lies, and no loss balances the load. Differs from the paper's equations,
+which ``EigenbasisScorer`` has: the basis starts at the principal directions of the tokens, which are centred; energies
+are counted in units of what is usual on their side; the two sides of a direction are told apart, and each belongs to
+one expert for good. So no direction outshines the others, and experts that see opposite tokens do not grow alike. What
+each of these is worth stands in the card ``papers/emoe``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectralmoe.errors import UserError
+from spectralmoe.linalg import assign_, full, qr_retraction, sigma_max
+from spectralmoe.scorers.base import Scorer
+
+if TYPE_CHECKING:
+    from spectralmoe.tape import Record
+
+__all__ = ["PrincipalScorer"]
+
+_EPS = 1e-6
+
+
+class PrincipalScorer(Scorer):
+    r"""Logits from the share of energy on each side of R orthonormal directions.
+
+    .. math::
+        z = U^\top (x - \mu),\quad q_{j\pm} = \Big(\frac{\max(\pm z_j, 0)}{m_{j\pm}}\Big)^2,\quad
+        e_h = \frac{q_h}{\sum_g q_g + \epsilon},\quad s_k = \frac1\tau \sum_{h \bmod E = k} e_h
+
+    with the 2R sides h in the order :math:`1+, 1-, 2+, 2-, \ldots` The running means mu (D,) of the tokens and m (2R,)
+    of :math:`\max(\pm z_j, 0)` follow the training tokens in ``update``. U (D, R) becomes the leading eigenvectors of
+    the tokens' covariance at the first step, is learned like any weight from then on, and put back on the manifold
+    after each step with the signs of its columns kept.
+
+    Args:
+        rank: R <= D, with 2R >= E; None: half as many as experts, rounded up, so that each expert owns one side.
+        temperature: tau > 0.
+        momentum: how fast mu and m follow, 0 to 1; the first 1/momentum steps count alike.
+
+    Raises:
+        UserError: an argument out of range.
+
+    >>> scorer = PrincipalScorer(16, 4)
+    >>> x = torch.randn(5, 16)
+    >>> scorer(-x).argmax(-1).equal(scorer(x).argmax(-1) ^ 1)  # what 0 owns one side of, 1 owns the other side of
+    True
+    """
+
+    manifold = ("basis",)
+    streams_tokens = True
+
+    mean: Tensor
+    spread: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        rank: int | None = None,
+        temperature: float = 0.2,
+        momentum: float = 0.02,
+    ) -> None:
+        super().__init__(dim, num_experts)
+        rank = (num_experts + 1) // 2 if rank is None else rank
+        if not num_experts / 2 <= rank <= dim:
+            wanted = f"at least E/2={num_experts / 2:g} and at most D={dim}"
+            raise UserError(f"PrincipalScorer: rank R must be {wanted}, got {rank}")
+        if not 0 < temperature < float("inf"):
+            raise UserError(f"PrincipalScorer: temperature must be positive, got {temperature}")
+        if not 0 < momentum <= 1:
+            raise UserError(f"PrincipalScorer: momentum must be above 0 and at most 1, got {momentum}")
+        self.rank, self.temperature, self.momentum = rank, temperature, momentum
+        self.basis = nn.Parameter(qr_retraction(torch.randn(dim, rank)))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("spread", torch.ones(2 * rank))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def energies(self, x: Tensor) -> Tensor:
+        """Energy shares e (N, 2R) of the tokens x (N, D); each row sums to 1 (up to eps)."""
+        q = (self._sides(x) / self.spread.to(x.dtype)).square()
+        return q / (q.sum(-1, keepdim=True) + _EPS)
+
+    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+        shares = self.energies(x)
+        if 2 * self.rank > self.num_experts:
+            shares = shares @ self.owners.to(x.dtype)
+        return shares / self.temperature
+
+    @property
+    def owners(self) -> Tensor:
+        """The expert of each side: (2R, E), a single 1 in each row."""
+        sides = torch.arange(2 * self.rank, device=self.spread.device) % self.num_experts
+        return F.one_hot(sides, self.num_experts).float()
+
+    def flip_distance(self, x: Tensor, over: Tensor, under: Tensor) -> Tensor:
+        r"""A lower bound: :math:`f_k = (\sum_{h \bmod E = k} q_h)^{1/2}` orders the experts as the logits do.
+
+        The slope of :math:`f_i - f_j` in z is at most :math:`(M_i^{-2} + M_j^{-2})^{1/2}`, M_k the smallest m of
+        expert k: where z lies, each of its coordinates moves one side alone.
+        """
+        spread, owners = self.spread.to(x.dtype), self.owners.to(x.dtype)
+        roots = ((self._sides(x) / spread).square() @ owners).sqrt()
+        steepest = (owners / spread[:, None]).amax(0)
+        slope = (steepest[over].square() + steepest[under].square()).sqrt()
+        gap = roots.gather(1, over) - roots.gather(1, under)
+        return gap.clamp_min(0) / (slope * sigma_max(full(self.basis).to(x.dtype)))
+
+    def statistics(self, records: Sequence[Record]) -> Tensor:
+        """Of the tokens: their number, the sums of x - mu and of the sides and, at the first step, outer products."""
+        sums = [self.mean.new_zeros(size) for size in self._sizes()]
+        for item in records:
+            if item.tokens is None:
+                continue
+            x = item.tokens if item.routing.mask is None else item.tokens[item.routing.mask]
+            x = x.to(self.mean.dtype)
+            centred = x - self.mean
+            sums[0] += len(x)
+            sums[1] += centred.sum(0)
+            sums[2] += self._sides(x).sum(0)
+            if len(sums[3]):
+                sums[3] += (centred.T @ centred).flatten()
+        return torch.cat(sums)
+
+    def update(self, statistics: Tensor) -> None:
+        count, shift, spread, outer = statistics.split(self._sizes())
+        if not count:
+            return
+        shift, spread = shift / count, spread / count
+        if len(outer):
+            spread = self._start(outer.view(self.dim, self.dim) / count - torch.outer(shift, shift))
+        self.updates += 1
+        weight = max(1 / int(self.updates), self.momentum)
+        self.mean += weight * shift
+        self.spread.lerp_(spread, weight).clamp_min_(_EPS)
+
+    def after_step(self, records: Sequence[Record]) -> None:
+        assign_(self.basis, qr_retraction(self.basis))
+        super().after_step(records)
+
+    def _sizes(self) -> list[int]:
+        return [1, self.dim, 2 * self.rank, 0 if int(self.updates) else self.dim**2]
+
+    def _start(self, covariance: Tensor) -> Tensor:
+        """Let U be the leading eigenvectors; returns the mean of each side if the tokens were Gaussian."""
+        values, vectors = torch.linalg.eigh(covariance)
+        assign_(self.basis, vectors.flip(1)[:, : self.rank].contiguous())
+        leading = values.flip(0)[: self.rank].clamp_min(0)
+        return (leading / (2 * torch.pi)).sqrt().repeat_interleave(2)
+
+    def _sides(self, x: Tensor) -> Tensor:
+        """max(z, 0) and max(-z, 0) (N, 2R)."""
+        z = (x - self.mean.to(x.dtype)) @ full(self.basis).to(x.dtype)
+        return torch.stack([z, -z], -1).flatten(1).relu()
