@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chart import Panel, Point, draw
+from spectralmoe.report.chart import Panel, Point, draw
 from rows import MAIN
 
 from spectralmoe.compare.statistics import estimate

@@ -100,7 +100,8 @@ class EigenbasisScorer(Scorer):
         return _distance_to_quadric(energy, coefficients, self.eps * constant) / sigma_max(basis)
 
     def after_step(self, records: Sequence[Record]) -> None:
-        assign_(self.basis, qr_retraction(self.basis))
+        if self.basis.requires_grad:  # a frozen router stays as it is, bit by bit
+            assign_(self.basis, qr_retraction(self.basis))
         super().after_step(records)
 
 

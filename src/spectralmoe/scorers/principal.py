@@ -124,11 +124,11 @@ class PrincipalScorer(Scorer):
                 continue
             x = item.tokens if item.routing.mask is None else item.tokens[item.routing.mask]
             x = x.to(self.mean.dtype)
-            centred = x - self.mean
             sums[0] += len(x)
-            sums[1] += centred.sum(0)
+            sums[1] += x.sum(0) - len(x) * self.mean
             sums[2] += self._sides(x).sum(0)
             if len(sums[3]):
+                centred = x - self.mean
                 sums[3] += (centred.T @ centred).flatten()
         return torch.cat(sums)
 
@@ -145,7 +145,8 @@ class PrincipalScorer(Scorer):
         self.spread.lerp_(spread, weight).clamp_min_(_EPS)
 
     def after_step(self, records: Sequence[Record]) -> None:
-        assign_(self.basis, qr_retraction(self.basis))
+        if self.basis.requires_grad:
+            assign_(self.basis, qr_retraction(self.basis))
         super().after_step(records)
 
     def _sizes(self) -> list[int]:
@@ -160,5 +161,6 @@ class PrincipalScorer(Scorer):
 
     def _sides(self, x: Tensor) -> Tensor:
         """max(z, 0) and max(-z, 0) (N, 2R)."""
-        z = (x - self.mean.to(x.dtype)) @ full(self.basis).to(x.dtype)
+        basis = full(self.basis).to(x.dtype)
+        z = x @ basis - self.mean.to(x.dtype) @ basis
         return torch.stack([z, -z], -1).flatten(1).relu()

@@ -1,0 +1,127 @@
+"""Part (b): few images of a new task, adapters and a head trained on a frozen backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from measure import budget, dense_vit
+from plan import BOTTLENECK, EXPERTS, MOE_BLOCKS, SEEN, Plan
+from rows import ROWS
+from safetensors.torch import load_file, save_file
+
+from spectralmoe import LinearScorer, Router, Term, TopK
+from spectralmoe.files import write_whole
+from spectralmoe.surgery import BranchSpec, EMoESpec
+from spectralmoe.surgery.timm import VisionMoE
+from spectralmoe.training.data import ImageData, Split, load_data
+from spectralmoe.training.fewshot import draw_shots, few_shot
+from spectralmoe.training.loop import train
+from spectralmoe.training.settings import Optimization
+
+SHOT_LRS = (1e-3, 3e-3, 1e-2)
+TUNE_SHOTS, TUNE_DRAWS = 5, 2
+FAITHFUL_RANK = 32
+
+
+class FewRow(NamedTuple):
+    """What is trained besides the head."""
+
+    spec: BranchSpec | None
+    terms: Mapping[str, Term]
+
+
+def _linear(experts: int) -> BranchSpec:
+    """Adapters behind the dot-product gate; one of them is a dense adapter, whose weight is always 1."""
+    return BranchSpec(
+        router=lambda dim, e: Router(LinearScorer(dim, e), TopK(1 if e > 1 else None)),
+        experts=experts,
+        bottleneck=BOTTLENECK,
+        blocks=f"last{MOE_BLOCKS}",
+        tokens="all",
+        norm=True,
+    )
+
+
+def _emoe(**options: Any) -> EMoESpec:
+    return EMoESpec(experts=EXPERTS, bottleneck=BOTTLENECK, blocks=f"last{MOE_BLOCKS}", **options)
+
+
+FEW_ROWS: dict[str, FewRow] = {
+    "linear probe": FewRow(None, {}),
+    "dense adapter": FewRow(_linear(1), {}),
+    "linear": FewRow(_linear(EXPERTS), {}),
+    "linear+load_balance": FewRow(_linear(EXPERTS), ROWS["linear+load_balance"].terms(1e-2)),
+    "EMoE faithful": FewRow(_emoe(faithful=True, rank=FAITHFUL_RANK), {}),
+    "EMoE": FewRow(_emoe(), {}),
+}
+
+
+def seen_part(split: Split, *, seen: bool) -> Split:
+    """The images of the classes that the backbone knows, or of the others, with labels from 0."""
+    own = split.labels < SEEN if seen else split.labels >= SEEN
+    return Split(split.images[own], split.labels[own] - (0 if seen else SEEN))
+
+
+def task_data(task: str, plan: Plan) -> ImageData:
+    """The data of a task: the classes that the backbone never saw, or another data set."""
+    if task != "new classes":
+        return load_data(task)
+    data = load_data(plan.dataset)
+    parts = (seen_part(part, seen=False) for part in (data.train, data.validation, data.test))
+    return ImageData(task, *parts, classes=data.classes[SEEN:])
+
+
+def backbone(plan: Plan, folder: Path) -> VisionMoE:
+    """The dense ViT trained on the first classes; trained once and kept in ``folder``."""
+    data = load_data(plan.dataset)
+    train_part, validation, test = (seen_part(part, seen=True) for part in (data.train, data.validation, data.test))
+    model = dense_vit(data, 0)
+    model.new_head(SEEN)
+    path = folder / "backbone.safetensors"
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    known = replace(data, train=train_part, validation=validation, test=test, classes=data.classes[:SEEN])
+    train(model, known, budget(2e-3, plan.backbone_epochs, 0))
+    write_whole(path, lambda temporary: save_file(model.state_dict(), temporary))
+    return model.eval()
+
+
+def shot_budget(lr: float, plan: Plan, seed: int) -> Optimization:
+    """How everything is trained in this part."""
+    return Optimization(epochs=plan.shot_epochs, batch_size=32, lr=lr, weight_decay=1e-2, seed=seed)
+
+
+def tune_few(row: str, plan: Plan, folder: Path) -> dict[str, Any]:
+    """The learning rate of a row: the best on validation images of the first task, over draws that no cell has."""
+    torch.set_num_threads(1)
+    model, data = backbone(plan, folder), task_data(plan.tasks[0], plan)
+    tries = []
+    for lr in SHOT_LRS:
+        found = [_accuracy(row, model, data, TUNE_SHOTS, lr, plan, seed, data.validation) for seed in _tune_seeds()]
+        tries.append({"lr": lr, "validation_accuracy": sum(found) / len(found)})
+    return {row: {"lr": max(tries, key=lambda tried: tried["validation_accuracy"])["lr"], "tries": tries}}
+
+
+def run_few(row: str, task: str, shots: int, seed: int, plan: Plan, folder: Path, lr: float) -> dict[str, Any]:
+    """One cell of fewshot.json."""
+    torch.set_num_threads(1)
+    model, data = backbone(plan, folder), task_data(task, plan)
+    accuracy = _accuracy(row, model, data, shots, lr, plan, seed, data.test)
+    return {"row": row, "task": task, "shots": shots, "seed": seed, "accuracy": accuracy}
+
+
+def _accuracy(
+    row: str, model: VisionMoE, data: ImageData, shots: int, lr: float, plan: Plan, seed: int, part: Split
+) -> float:
+    spec, terms = FEW_ROWS[row]
+    drawn = draw_shots(data.train, shots, data.num_classes, seed)
+    return few_shot(model, spec, drawn, part, data.num_classes, settings=shot_budget(lr, plan, seed), terms=terms)
+
+
+def _tune_seeds() -> range:
+    return range(1000, 1000 + TUNE_DRAWS)
