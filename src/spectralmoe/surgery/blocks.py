@@ -1,0 +1,113 @@
+"""The blocks of a vision model: where they are, how wide, and how their output is laid out.
+
+By the names that timm's families share, without importing timm: ``blocks`` (ViT, Eva, BEiT, Hiera, ...),
+``layers.S.blocks`` (Swin), ``stages.S.blocks`` (ConvNeXt, PVT, ...).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from spectralmoe.errors import UserError
+from spectralmoe.experts import FeedForward
+
+__all__ = ["block_width", "choose_blocks", "is_channels_first", "model_blocks", "prefix_tokens"]
+
+_CONTAINERS = ("blocks", "layers", "stages")
+_CLASS_ATTENTION = ("blocks_token_only", "cls_attn_blocks")
+
+
+def model_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """All blocks of ``model`` by their path, in the order in which they run.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in _CONTAINERS:
+        inside = getattr(model, name, None)
+        if isinstance(inside, nn.Sequential | nn.ModuleList) and len(inside):
+            return dict(_flat(name, inside))
+    raise UserError(f"{type(model).__name__} has no blocks: looked for .blocks, .layers and .stages")
+
+
+def choose_blocks(model: nn.Module, which: str | Sequence[int]) -> dict[str, nn.Module]:
+    """The chosen blocks of ``model`` by their path, in the order in which they run.
+
+    Args:
+        which: "all", "lastN" ("last6"), indices with commas ("1,3") or a list of indices; negative ones count from
+            the end. Blocks are counted through all stages.
+
+    Raises:
+        UserError: a model without blocks; a choice that cannot be read, is empty or out of range.
+
+    >>> model = nn.Module()
+    >>> model.blocks = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    >>> list(choose_blocks(model, "last2")), list(choose_blocks(model, [0, -1]))
+    (['blocks.1', 'blocks.2'], ['blocks.0', 'blocks.2'])
+    """
+    blocks = list(model_blocks(model).items())
+    chosen = _indices(which, len(blocks))
+    if not chosen or not all(-len(blocks) <= index < len(blocks) for index in chosen):
+        raise UserError(f"blocks={which!r} is out of range: {type(model).__name__} has {len(blocks)} blocks, from 0")
+    return dict(blocks[index] for index in sorted({index % len(blocks) for index in chosen}))
+
+
+def block_width(path: str, block: nn.Module) -> int:
+    """D, the width of the block's output: that of the last layer of its MLP (of the block, where it has none).
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    for module in reversed(list(getattr(block, "mlp", block).modules())):
+        if isinstance(module, nn.Linear):
+            return module.out_features
+        if isinstance(module, nn.Conv2d):
+            return module.out_channels
+        if isinstance(module, FeedForward):
+            return module.dim
+    raise UserError(f"cannot tell the width of block {path!r} ({type(block).__name__}): no linear layer in it")
+
+
+def is_channels_first(block: nn.Module) -> bool:
+    """Whether the block gives (B, D, H, W): it has convolutions of its own and no attention, as in ConvNeXt."""
+    return not hasattr(block, "attn") and any(isinstance(child, nn.Conv2d) for child in block.children())
+
+
+def prefix_tokens(model: nn.Module) -> int:
+    """Number of class, distillation and register tokens in front of the patches that the blocks see.
+
+    CaiT and XCiT bring their class token in behind these blocks.
+    """
+    if any(hasattr(model, name) for name in _CLASS_ATTENTION):
+        return 0
+    return int(getattr(model, "num_prefix_tokens", 0))
+
+
+def _flat(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The leaves below a container: through nested containers and stages that hold ``blocks``."""
+    if isinstance(module, nn.Sequential | nn.ModuleList):
+        for name, child in module.named_children():
+            yield from _flat(f"{path}.{name}", child)
+    elif isinstance(inside := getattr(module, "blocks", None), nn.Sequential | nn.ModuleList):
+        yield from _flat(f"{path}.blocks", inside)
+    else:
+        yield path, module
+
+
+def _indices(which: str | Sequence[int], depth: int) -> list[int]:
+    if not isinstance(which, str):
+        found = list(which)
+    elif which == "all":
+        found = list(range(depth))
+    elif last := re.fullmatch(r"last(\d+)", which):
+        found = list(range(-int(last[1]), 0))
+    elif re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", which):
+        found = [int(index) for index in which.split(",")]
+    else:
+        raise UserError(f'blocks={which!r} cannot be read; write "all", "last6", "1,3" or a list of indices')
+    if not all(isinstance(index, int) for index in found):
+        raise UserError(f"blocks={which!r} holds something that is not an index")
+    return found

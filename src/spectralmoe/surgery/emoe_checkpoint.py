@@ -1,0 +1,142 @@
+"""Old EMoE weights: the layout that the authors publish, read into faithful branches.
+
+Cheng et al., "Eigenbasis-Guided Routing for Mixture-of-Experts" (EMoE), arXiv 2601.12137. Written from the names and
+shapes of the tensors: ``vit.*`` and, for block i, ``branches.<i>.alpha``, ``.router.basis.Q`` (D, R), ``.router.gamma``
+(R,), ``.router.masks`` (E, R), ``.router.bias`` (E,), ``.experts.<e>.down.weight`` (H, D), ``.up.weight`` (D, H).
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from spectralmoe.errors import UserError
+from spectralmoe.surgery.blocks import block_width, choose_blocks, model_blocks
+from spectralmoe.surgery.branches import add_branches
+from spectralmoe.surgery.spec import EMoESpec, Mode
+
+__all__ = ["load_emoe_checkpoint"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_UNUSED = ("router.basis.P", "router.basis.log_lambda")  # take no part in what the model computes
+_WRAPPERS = ("model", "state_dict")
+_LISTED = 5
+
+
+def load_emoe_checkpoint(
+    vit: Model,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    experts: int = 8,
+    rank: int = 128,
+    bottleneck: int = 192,
+    blocks: str | Sequence[int] = "last6",
+    router_mode: Mode = "top1",
+    tau: float = 1.0,
+) -> Model:
+    """Give ``vit`` the backbone and the branches of an EMoE checkpoint, in place; returns ``vit``.
+
+    The weights do not tell the router mode and tau: take them from where the checkpoint came from (the defaults are
+    those of the authors' training script). ``model(images)`` gives the logits, as the authors' model in eval mode.
+    Of each branch ``P`` and ``log_lambda`` are left out: they take no part in the output.
+
+    Args:
+        vit: a timm ViT built with the arguments of the checkpoint's backbone.
+        source: a state dict, or the path of a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file (the last three by
+            torch's loader for weights alone, never as code), as it is or under one key "model" or "state_dict".
+        blocks: "all", "lastN", "1,3" or a list of indices.
+
+    Raises:
+        UserError: a file that is missing or holds no weights; tensors that are missing, extra or of another shape
+            (with the list); what ``add_branches`` refuses. ``vit`` is then unchanged.
+    """
+    spec = EMoESpec(
+        faithful=True, experts=experts, rank=rank, bottleneck=bottleneck, blocks=blocks, mode=router_mode, tau=tau
+    )
+    tensors = {name: value for name, value in _read(source).items() if not name.endswith(_UNUSED)}
+    order, chosen = list(model_blocks(vit)), choose_blocks(vit, blocks)
+    prefixes = {path: f"branches.{order.index(path)}." for path in chosen}
+    wanted = {f"vit.{name}": value.shape for name, value in vit.state_dict().items() if ".moe_branch." not in name}
+    for path, prefix in prefixes.items():
+        shapes = _branch_shapes(block_width(path, chosen[path]), spec)
+        wanted |= {prefix + name: shape for name, shape in shapes.items()}
+    _compare(wanted, {name: value.shape for name, value in tensors.items()})
+    add_branches(vit, spec)
+    vit.load_state_dict(_below("vit.", tensors), strict=False)  # the branches come next
+    for path, prefix in prefixes.items():
+        vit.get_submodule(f"{path}.moe_branch").load_state_dict(_to_ours(_below(prefix, tensors), experts))
+    return vit
+
+
+def _branch_shapes(dim: int, spec: EMoESpec) -> dict[str, torch.Size]:
+    """Names and shapes of one branch in the authors' layout."""
+    rank, hidden = spec.rank or 0, spec.bottleneck
+    router = {"basis.Q": (dim, rank), "gamma": (rank,), "masks": (spec.experts, rank), "bias": (spec.experts,)}
+    shapes: dict[str, tuple[int, ...]] = {"alpha": (), **{f"router.{name}": shape for name, shape in router.items()}}
+    for e in range(spec.experts):
+        shapes |= {f"experts.{e}.down.weight": (hidden, dim), f"experts.{e}.up.weight": (dim, hidden)}
+    return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+
+def _to_ours(theirs: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """The state dict of a ``Branch`` from one in the authors' layout: their "down" goes into the bottleneck."""
+    return {
+        "alpha": theirs["alpha"],
+        "moe.router.scorer.basis": theirs["router.basis.Q"],
+        "moe.router.scorer.gain": theirs["router.gamma"],
+        "moe.router.scorer.mask_logits": theirs["router.masks"].T,
+        "moe.router.scorer.bias": theirs["router.bias"],
+        "moe.experts.up": torch.stack([theirs[f"experts.{e}.down.weight"] for e in range(experts)]),
+        "moe.experts.down": torch.stack([theirs[f"experts.{e}.up.weight"] for e in range(experts)]),
+    }
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _compare(wanted: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
+    problems = [f"missing {name!r}" for name in wanted.keys() - found.keys()]
+    problems += [f"extra {name!r}" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name!r} has shape {list(found[name])}, the model wants {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        listed = "; ".join(sorted(problems)[:_LISTED])
+        raise UserError(f"the EMoE checkpoint does not fit the model and settings: {listed}{more}")
+
+
+def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state dict behind ``source``."""
+    state: Any = source if isinstance(source, Mapping) else _load(Path(source))
+    for name in _WRAPPERS:
+        state = state[name] if isinstance(state, Mapping) and isinstance(state.get(name), Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        origin = "the source" if isinstance(source, Mapping) else source
+        raise UserError(f"{origin} holds no state dict (names and tensors), alone or under 'model' or 'state_dict'")
+    return state
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix in (".pth", ".pt", ".bin"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} cannot be read as weights alone ({reason})") from error
+    raise UserError(f"{path}: the name of a weights file ends in .safetensors, .pth, .pt or .bin")
