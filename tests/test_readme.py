@@ -38,7 +38,8 @@ def test_correction_example_runs(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/compare.md", "docs/adapt.md", "docs/architecture.md", "CONTRIBUTING.md"]
+    "page",
+    ["README.md", "docs/compare.md", "docs/adapt.md", "docs/vision.md", "docs/architecture.md", "CONTRIBUTING.md"],
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page

@@ -27,7 +27,11 @@ COLUMNS = (
 
 def write_figures(out: Path, results: Cells, ablations: Cells, shots: Cells) -> None:
     """``RESULTS.md`` and ``fewshot.svg``."""
-    lines = ["# EMoE: results", "", "Written by `card.py`: mean and 95% interval over seeds. Dead experts: of both layers"]
+    lines = [
+        "# EMoE: results",
+        "",
+        "Written by `card.py`: mean and 95% interval over seeds. Dead experts: of both layers",
+    ]
     lines += ["together. Entropy: of a token's gate, 1 is uniform. Smallest share: of 8 experts, 0.125 is even.", ""]
     lines += ["## From scratch", "", *_table(results, "row", (*COLUMNS, ("step_ms", "step, ms", 1)))]
     lines += ["", "## One change at a time (validation data)", "", *_table(ablations, "variant", COLUMNS)]
@@ -64,9 +68,7 @@ def _series(cells: Cells, task: str) -> dict[str, list[Point]]:
         found.setdefault(cell["row"], [])
     for row, points in found.items():
         for n in sorted({cell["shots"] for cell in cells}):
-            value = estimate(
-                [c["accuracy"] for c in cells if (c["row"], c["task"], c["shots"]) == (row, task, n)]
-            )
+            value = estimate([c["accuracy"] for c in cells if (c["row"], c["task"], c["shots"]) == (row, task, n)])
             if value is not None:
                 points.append((n, value.mean, value.half or 0.0))
     return {row: points for row, points in found.items() if points}

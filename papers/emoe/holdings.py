@@ -1,4 +1,4 @@
-"""Part (d): what the experts hold. The patches with most energy on each expert's side of its direction, as one picture."""
+"""Part (d): what the experts hold, as one picture: the patches with most energy on each expert's own side."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def _layer(item: Record, images: Tensor, labels: Tensor, data: ImageData, left: 
         lines.append(f'<text x="{left + 10}" y="{y + 22}">expert {e}, {side}</text>')
         lines.append(f'<text x="{left + 10}" y="{y + 40}" fill="#555">{escape(named)}</text>')
         for place, token in enumerate(_best(energies[:, e], patches)):
-            lines.append(_picture(images[token // patches, 0], token % patches, left + LABEL + place * (PIXELS + GAP), y))
+            lines.append(
+                _picture(images[token // patches, 0], token % patches, left + LABEL + place * (PIXELS + GAP), y)
+            )
     return lines
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectralmoe.report.chart import Panel, Point, draw
 from rows import MAIN
 
 from spectralmoe.compare.statistics import estimate
 from spectralmoe.files import write_text
+from spectralmoe.report.chart import Panel, Point, draw
 
 Cells = Sequence[Mapping[str, Any]]
 

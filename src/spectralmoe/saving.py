@@ -23,13 +23,22 @@ from spectralmoe.files import make_folder, read_json, to_json, write_json, write
 from spectralmoe.linalg import full
 from spectralmoe.models import MODELS
 from spectralmoe.spec import PARTS, build, describe
+from spectralmoe.surgery import Branch, ChannelsFirst
+from spectralmoe.surgery.timm import MlpCopies, VisionMoE
 from spectralmoe.tape import moe_layers, plain_name, unwrapped
 
 __all__ = ["FORMAT", "load", "read_config", "save"]
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-TABLES: dict[str, type] = {**PARTS, **MODELS}
+TABLES: dict[str, type] = {
+    **PARTS,
+    **MODELS,
+    "vision_moe": VisionMoE,
+    "branch": Branch,
+    "channels_first": ChannelsFirst,
+    "mlp_copies": MlpCopies,
+}
 _LISTED = 5
 
 
@@ -218,6 +227,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _describe_layers(model: nn.Module) -> dict[str, Any]:
+    if isinstance(model, VisionMoE) and not model.parts():
+        return {}  # a backbone before it gets its MoE parts
     return {name: _describe_or_none(layer) for name, layer in moe_layers(model).items()}
 
 

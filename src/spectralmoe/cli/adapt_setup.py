@@ -98,6 +98,8 @@ def prepare(wishes: Wishes, *, new_class: str | None = None) -> Task:
     """
     _check(wishes)
     network, meta = load_network(wishes.model, pick_device(wishes.device), wishes.allow)
+    if not isinstance(network, SRMoE):
+        raise UserError(f"adapt corrects SR-MoE networks; {wishes.model} holds a timm model")
     layers = _layers(wishes, network)
     method, said = _method(wishes, network, choose_layers(network, layers))
     carry = wishes.guard is not None if wishes.carry is None else wishes.carry

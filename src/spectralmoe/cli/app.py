@@ -15,6 +15,7 @@ import spectralmoe
 from spectralmoe.cli.adapt import adapt
 from spectralmoe.cli.compare import compare
 from spectralmoe.cli.evaluate import evaluate
+from spectralmoe.cli.fewshot import fewshot
 from spectralmoe.cli.list import list_everything
 from spectralmoe.cli.predict import predict
 from spectralmoe.cli.train import train
@@ -31,6 +32,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(adapt)
+app.command()(fewshot)
 app.command("list")(list_everything)
 
 

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from spectralmoe.cli.console import print_json, print_table, watching
-from spectralmoe.cli.options import Data, DataDir, DeviceName, Download, Json, Out, Seed, see_own_modules, split_names
+from spectralmoe.cli.options import (
+    Data,
+    DataDir,
+    DeviceName,
+    Download,
+    Json,
+    Out,
+    Seed,
+    see_own_modules,
+    split_names,
+    split_numbers,
+)
 from spectralmoe.compare import CompareSettings, run
 from spectralmoe.compare.columns import COLUMNS, show, summarise, summary_json
 from spectralmoe.errors import UserError
@@ -50,7 +61,7 @@ def compare(
     values: dict[str, Any] = {
         "data": data,
         "routers": names,
-        "depths": _numbers(depths),
+        "depths": split_numbers("--depths", depths),
         "seeds": seeds,
         "seed": seed,
         "trials": trials,
@@ -73,13 +84,6 @@ def compare(
     fields = [[row.router, str(row.depth), *(show(c, row.values[c.key]) for c in COLUMNS)] for row in rows]
     print_table(title, headings, fields, key=2)
     _tell_files(out)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in split_names(text))
-    except ValueError as error:
-        raise UserError(f"--depths {text!r} is not a list of numbers such as 2,4") from error
 
 
 def _tell_files(out: Path) -> None:

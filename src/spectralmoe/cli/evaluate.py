@@ -43,4 +43,5 @@ def evaluate(
         return
     typer.echo(f"{found.accuracy:.2f}% of {len(images.test)} test images of {images.name} are right")
     rows = [[name, *(f"{value:.3g}" for value in values.values())] for name, values in layers.items()]
-    print_table("load of the experts", ["layer", "MaxVio", "Gini", "smallest share", "dead"], rows)
+    if rows:
+        print_table("load of the experts", ["layer", "MaxVio", "Gini", "smallest share", "dead"], rows)

@@ -14,9 +14,11 @@ import typer
 from spectralmoe.errors import UserError
 from spectralmoe.models import ConvStem, SRMoE
 from spectralmoe.saving import load, read_config
+from spectralmoe.surgery.timm import VisionMoE
 from spectralmoe.training.data import ImageData, load_data
 from spectralmoe.training.network import ModelMeta
 from spectralmoe.training.settings import parse
+from spectralmoe.training.vision import VisionMeta
 
 __all__ = [
     "Allow",
@@ -32,6 +34,7 @@ __all__ = [
     "open_data",
     "see_own_modules",
     "split_names",
+    "split_numbers",
 ]
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that holds a saved model.")]
@@ -54,13 +57,27 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def split_numbers(option: str, text: str) -> tuple[int, ...]:
+    """``"2, 4"`` -> ``(2, 4)``.
+
+    Raises:
+        UserError: something that is not a number; names ``option``.
+    """
+    try:
+        return tuple(int(part) for part in split_names(text))
+    except ValueError as error:
+        raise UserError(f"{option} {text!r} is not a list of numbers such as 2,4") from error
+
+
 def see_own_modules(names: Sequence[str]) -> None:
     """Let ``pkg:Class`` find modules in the current folder, as ``python -m`` does."""
     if any(":" in name for name in names) and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
 
-def load_network(folder: Path, device: torch.device, allow: Sequence[str] | None) -> tuple[SRMoE, ModelMeta]:
+def load_network(
+    folder: Path, device: torch.device, allow: Sequence[str] | None
+) -> tuple[SRMoE | VisionMoE, ModelMeta]:
     """An image network and how it reads images.
 
     Raises:
@@ -68,11 +85,16 @@ def load_network(folder: Path, device: torch.device, allow: Sequence[str] | None
     """
     see_own_modules(allow or ())
     model, meta = load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
-    if not isinstance(model, SRMoE) or not isinstance(model.stem, ConvStem):
+    kind: type[ModelMeta]
+    if isinstance(model, VisionMoE):
+        channels, kind = model.channels, VisionMeta
+    elif isinstance(model, SRMoE) and isinstance(model.stem, ConvStem):
+        channels, kind = model.stem.channels, ModelMeta
+    else:
         raise UserError(f"{folder} holds a {type(model).__name__} that is not an image network")
-    known = parse(ModelMeta, meta, f"{folder / 'config.json'}: meta")
+    known = parse(kind, meta, f"{folder / 'config.json'}: meta")
     held = known.hold_out in (None, *known.classes)
-    if known.channels != model.stem.channels or len(known.classes) != model.num_classes or not held:
+    if known.channels != channels or len(known.classes) != model.num_classes or not held:
         raise UserError(f"{folder / 'config.json'}: meta does not fit the network")
     return model.to(device), known
 
@@ -83,7 +105,7 @@ def open_data(name: str | None, meta: ModelMeta, data_dir: Path | None, download
     Raises:
         UserError: it cannot be had, or does not fit the model.
     """
-    data = load_data(name or meta.data, data_dir=data_dir, download=download)
+    data = load_data(name or meta.data, data_dir=data_dir, download=download, side=meta.side)
     for what, found, wanted in (
         ("channels", data.channels, meta.channels),
         ("an image size of", data.image_size, meta.image_size),

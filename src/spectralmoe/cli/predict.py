@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,8 @@ import typer
 
 from spectralmoe.cli.console import print_json
 from spectralmoe.cli.options import Allow, DeviceName, Json, Model, load_network
+from spectralmoe.diagnostics import holds_moe
+from spectralmoe.routing import Routing
 from spectralmoe.tape import record
 from spectralmoe.training.data import read_image
 from spectralmoe.training.settings import pick_device
@@ -32,9 +35,9 @@ def predict(
     network, meta = load_network(model, where, allow)
     height, width = meta.image_size
     images = torch.stack([read_image(file, channels=meta.channels, size=(height, width)) for file in files])
-    with torch.no_grad(), record(network) as tape:
+    with torch.no_grad(), record(network) if holds_moe(network) else nullcontext(()) as tape:
         probabilities = network(images.to(where)).softmax(-1).cpu()
-    experts = {item.name: item.routing.top_expert().cpu() for item in tape}
+    experts = {item.name: leaning(item.routing, len(files)) for item in tape}
     found: list[dict[str, Any]] = []
     for index, file in enumerate(files):
         label = int(probabilities[index].argmax())
@@ -52,4 +55,14 @@ def predict(
         return
     for row in found:
         chosen = ", ".join(f"{name}: {expert}" for name, expert in row["experts"].items())
-        typer.echo(f"{row['file']}: {row['class']} ({row['probability']:.1%}; experts {chosen})")
+        experts_used = f"; experts {chosen}" if chosen else ""
+        typer.echo(f"{row['file']}: {row['class']} ({row['probability']:.1%}{experts_used})")
+
+
+def leaning(routing: Routing, images: int) -> list[int]:
+    """The expert with the largest sum of weights over the tokens of each image; -1 for an image without experts."""
+    held = routing.indices >= 0
+    weights = routing.weights.masked_fill(~held, 0)
+    total = weights.new_zeros(routing.logits.shape).scatter_add(1, routing.indices.clamp_min(0), weights)
+    total = total.view(images, -1, total.shape[-1]).sum(1)
+    return torch.where(total.sum(-1) > 0, total.argmax(-1), -1).tolist()

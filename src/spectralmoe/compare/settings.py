@@ -12,7 +12,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.training.routers import DEFAULT_ROUTERS, find_preset
 from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings
 
-__all__ = ["Cell", "CompareSettings"]
+__all__ = ["Cell", "CompareSettings", "no_repeats"]
 
 
 class Cell(NamedTuple):
@@ -58,8 +58,8 @@ class CompareSettings(Settings):
         Raises:
             UserError: an unknown or repeated router; more experts a token than there are.
         """
-        _no_repeats("--routers", self.routers)
-        _no_repeats("--depths", self.depths)
+        no_repeats("--routers", self.routers)
+        no_repeats("--depths", self.depths)
         k, experts = self.network.top_k, self.network.num_experts
         if k is not None and k > experts:
             raise UserError(f"--k {k} experts a token were asked for, but there are only {experts}")
@@ -76,7 +76,8 @@ class CompareSettings(Settings):
         ]
 
 
-def _no_repeats(option: str, values: Sequence[object]) -> None:
+def no_repeats(option: str, values: Sequence[object]) -> None:
+    """Refuse an option that names nothing, or something twice."""
     if not values:
         raise UserError(f"{option} names nothing to compare")
     for value in values:

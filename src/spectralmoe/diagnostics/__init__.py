@@ -2,7 +2,7 @@
 
 from spectralmoe.diagnostics.certificate import attack_distance, routing_radius
 from spectralmoe.diagnostics.change import Change, accuracy_change
-from spectralmoe.diagnostics.evaluation import Evaluation, evaluate, evaluation_mode
+from spectralmoe.diagnostics.evaluation import Evaluation, evaluate, evaluation_mode, holds_moe
 from spectralmoe.diagnostics.load import DEAD_SHARE, dead_experts, gini, max_vio, min_share
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "evaluate",
     "evaluation_mode",
     "gini",
+    "holds_moe",
     "max_vio",
     "min_share",
     "routing_radius",

@@ -117,7 +117,7 @@ def _limits(points: Sequence[Point], marks: Sequence[float]) -> tuple[float, flo
 def _step(low: float, high: float) -> float:
     """A round distance between four or so grid lines."""
     raw = max(high - low, 1e-9) / 4
-    size = 10 ** math.floor(math.log10(raw))
+    size = 10.0 ** math.floor(math.log10(raw))
     return next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
 
 

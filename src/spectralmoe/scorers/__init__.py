@@ -7,7 +7,15 @@ from spectralmoe.scorers.linear import LinearScorer
 from spectralmoe.scorers.principal import PrincipalScorer
 from spectralmoe.scorers.prototype import PrototypeScorer
 
-__all__ = ["SCORERS", "CosineScorer", "EigenbasisScorer", "LinearScorer", "PrincipalScorer", "PrototypeScorer", "Scorer"]
+__all__ = [
+    "SCORERS",
+    "CosineScorer",
+    "EigenbasisScorer",
+    "LinearScorer",
+    "PrincipalScorer",
+    "PrototypeScorer",
+    "Scorer",
+]
 
 SCORERS: dict[str, type[Scorer]] = {
     "linear": LinearScorer,

@@ -157,7 +157,8 @@ class PrincipalScorer(Scorer):
         values, vectors = torch.linalg.eigh(covariance)
         assign_(self.basis, vectors.flip(1)[:, : self.rank].contiguous())
         leading = values.flip(0)[: self.rank].clamp_min(0)
-        return (leading / (2 * torch.pi)).sqrt().repeat_interleave(2)
+        means: Tensor = (leading / (2 * torch.pi)).sqrt().repeat_interleave(2)
+        return means
 
     def _sides(self, x: Tensor) -> Tensor:
         """max(z, 0) and max(-z, 0) (N, 2R)."""

@@ -10,31 +10,39 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_whole
+from spectralmoe.linalg import full
+from spectralmoe.tape import unwrapped
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 _FORMAT = 1
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], *, write: bool = True
+) -> None:
     """Write weights, buffers, optimizer state, random state and ``state`` (JSON values) to one file.
+
+    A sharded model is gathered first: every process must call, and the one with ``write`` writes.
 
     Raises:
         UserError: the file cannot be written; an older one stays as it was.
     """
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors = {f"model.{name}": value for name, value in unwrapped(model).state_dict().items()}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
     tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     metadata = {"state": json.dumps({"format": _FORMAT, **state})}
-    whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_whole(path, lambda temporary: save_file(whole, temporary, metadata))
+    whole = {name: full(value.detach()).cpu().contiguous().clone() for name, value in tensors.items()}
+    if write:
+        write_whole(path, lambda temporary: save_file(whole, temporary, metadata))
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
@@ -49,21 +57,33 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
         with safe_open(path, framework="pt") as file:
             state: dict[str, Any] = json.loads(file.metadata()["state"])
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        model.load_state_dict(_under("model.", tensors))
+        model = unwrapped(model)
+        targets = model.state_dict()
+        weights = _under("model.", tensors)
+        model.load_state_dict({name: _as(value, targets.get(name)) for name, value in weights.items()})
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         saved = optimizer.state_dict()
         saved["state"] = {}
         for name, value in _under("optimizer.", tensors).items():
             index, key = name.split(".", 1)
-            saved["state"].setdefault(int(index), {})[key] = value
+            own = parameters[int(index)]
+            saved["state"].setdefault(int(index), {})[key] = _as(value, own if own.shape == value.shape else None)
         optimizer.load_state_dict(saved)
         torch.set_rng_state(tensors["random"])
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{path} is not a checkpoint of this run ({str(error).splitlines()[0]}); remove it to start over"
         ) from error
     return state
+
+
+def _as(value: Tensor, target: Tensor | None) -> Tensor:
+    """``value``, sharded as ``target`` is."""
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

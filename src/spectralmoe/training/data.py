@@ -116,13 +116,14 @@ class ImageData:
 Loader = Callable[[Path | None, bool], ImageData]
 
 
-def load_data(name: str, *, data_dir: Path | None = None, download: bool = False) -> ImageData:
+def load_data(name: str, *, data_dir: Path | None = None, download: bool = False, side: int | None = None) -> ImageData:
     """Load a data set by its name in `DATASETS`, or an image folder by ``folder:PATH``.
 
     An image folder has one subfolder of image files (or ``.npy`` arrays, see `read_image`) for each class, or has
     ``train/``, ``test/`` and perhaps ``val/`` or ``validation/`` with such subfolders. Without these parts it is
     split 70/10/20; without a validation part an eighth of ``train/`` becomes one. The images are RGB unless all files
-    are grey, and of size 32 x 32 unless all are alike and at most 64 pixels a side.
+    are grey, and of size 32 x 32 unless all are alike and at most 64 pixels a side, or ``side`` says otherwise. All
+    images of a set are held in memory.
 
     ``data_dir`` is searched first for sets that come as files of their own; only with ``download`` is a missing one
     fetched. Raises `UserError` when the name is unknown, or the data are missing, broken or too few.
@@ -132,7 +133,7 @@ def load_data(name: str, *, data_dir: Path | None = None, download: bool = False
     """
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
-        return load_folder(Path(path).expanduser())
+        return load_folder(Path(path).expanduser(), side)
     if name not in DATASETS:
         raise one_of("data set", name, [*DATASETS, "folder:PATH"])
     return DATASETS[name](data_dir and Path(data_dir).expanduser(), download)
@@ -165,7 +166,7 @@ def load_fashion_mnist(data_dir: Path | None = None, download: bool = False) -> 
     return ImageData("fashion-mnist", train, validation, Split(test_images / 255, test_labels), FASHION)
 
 
-def load_folder(root: Path) -> ImageData:
+def load_folder(root: Path, side: int | None = None) -> ImageData:
     """The images of a folder; `load_data` says how they are split and resized."""
     classes, parts = scan_folder(root)
 
@@ -182,6 +183,8 @@ def load_folder(root: Path) -> ImageData:
     else:
         cuts = cut("train", 7 / 8, 1 / 8) + cut("test", 1)
     channels, size = common_format(file for files, _ in cuts for file in files)
+    if side is not None:
+        size = (side, side)
     train, validation, test = (
         Split(torch.stack([read_image(file, channels=channels, size=size) for file in files]), labels)
         for files, labels in cuts

@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from spectralmoe.diagnostics import evaluate
+from spectralmoe.diagnostics import evaluate, holds_moe
 from spectralmoe.errors import UserError
+from spectralmoe.linalg import full
 from spectralmoe.steps import after_step, before_step, param_groups
-from spectralmoe.tape import record
+from spectralmoe.tape import Tape, record
 from spectralmoe.terms import Term, penalty
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from spectralmoe.training.data import ImageData, Split
+from spectralmoe.training.objective import Batch
+from spectralmoe.training.parallel import ALONE, Ranks
 from spectralmoe.training.settings import Optimization
 
 __all__ = ["Diverged", "History", "Watcher", "train"]
@@ -43,7 +46,7 @@ class History:
     """What training left behind.
 
     Attributes:
-        epochs: one dict an epoch: loss, validation accuracy (percent), seconds.
+        epochs: one dict an epoch: loss, validation accuracy (percent; NaN without a validation part), seconds.
     """
 
     epochs: list[dict[str, float]]
@@ -67,8 +70,10 @@ def train(
     terms: Mapping[str, Term] | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[float], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> History:
-    """Train ``model`` on the training part of ``data``; the test part is never touched.
+    """Train ``model`` on the training part of ``data``; the test part is never touched. A model without MoE layers
+    is trained too.
 
     The order of the images depends on the seed and the epoch alone, so a run that starts again from ``checkpoint``
     ends with the same bits as one that was never stopped (on the same machine, on the CPU).
@@ -77,12 +82,13 @@ def train(
         terms: penalty terms.
         checkpoint: file to go on from and to write to, after each epoch and every few seconds.
         progress: called with the share done, 0 to 1.
+        ranks: the processes that train together; ``model`` is then what ``ranks.spread`` gave.
 
     Raises:
         Diverged: the loss is not finite; names the step. The last checkpoint holds finite weights.
         UserError: the checkpoint is of another run, or cannot be written.
     """
-    run = _Run(model, data, settings, dict(terms or {}), checkpoint)
+    run = _Run(model, data, settings, dict(terms or {}), checkpoint, ranks=ranks)
     while run.epoch < settings.epochs:
         run.one_epoch(progress or (lambda share: None))
     return History(run.epochs)
@@ -92,10 +98,19 @@ class _Run:
     """The state of one training run between two steps."""
 
     def __init__(
-        self, model: nn.Module, data: ImageData, settings: Optimization, terms: dict[str, Term], checkpoint: Path | None
+        self,
+        model: nn.Module,
+        data: ImageData,
+        settings: Optimization,
+        terms: dict[str, Term],
+        checkpoint: Path | None,
+        *,
+        ranks: Ranks,
     ) -> None:
         self.model, self.data, self.settings, self.terms, self.checkpoint = model, data, settings, terms, checkpoint
+        self.ranks, self.routed, self.objective = ranks, holds_moe(model), settings.objective
         self.device = next(model.parameters()).device
+        self.scaler = self.objective.scaler(self.device)
         self.optimizer = torch.optim.AdamW(param_groups(model, settings.weight_decay), lr=settings.lr)
         self.batches = math.ceil(len(data.train) / settings.batch_size)
         self.epoch, self.batch, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
@@ -105,6 +120,7 @@ class _Run:
         if state is not None:
             self.epoch, self.batch = state["epoch"], state["batch"]
             self.loss_sum, self.seconds, self.epochs = state["loss_sum"], state["seconds"], state["epochs"]
+            self.scaler.load_state_dict(state.get("scaler", {}))
 
     @property
     def step(self) -> int:
@@ -118,7 +134,7 @@ class _Run:
         for chosen in order.split(self.settings.batch_size)[self.batch :]:
             self.loss_sum += self.one_step(self.data.train, chosen)
             self.batch += 1
-            if time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS:
+            if self.ranks.agree(time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS):
                 self.seconds += time.monotonic() - started
                 self.check_weights()
                 self.save()
@@ -127,7 +143,7 @@ class _Run:
         self.seconds += time.monotonic() - started
         self.check_weights()
         held_out = self.data.validation
-        accuracy = evaluate(self.model, held_out.images, held_out.labels).accuracy
+        accuracy = evaluate(self.model, held_out.images, held_out.labels).accuracy if len(held_out) else math.nan
         self.epochs.append(
             {"loss": self.loss_sum / self.batches, "validation_accuracy": accuracy, "seconds": self.seconds}
         )
@@ -137,23 +153,34 @@ class _Run:
     def one_step(self, split: Split, chosen: Tensor) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        images, labels = split.images[chosen].to(self.device), split.labels[chosen].to(self.device)
-        with record(self.model) as tape:
-            logits = self.model(images)
-        try:
-            extra, _ = penalty(tape, self.terms, step=self.step)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            self.stop("a routing matrix has no finite spectrum")
-        loss = F.cross_entropy(logits.float(), labels) + extra
-        value = float(loss.detach())
+        batch = self.objective.mixed(Batch(split.images[chosen], split.labels[chosen]), (self.settings.seed, self.step))
+        part = batch.part(self.ranks.share(len(chosen)), self.device)
+        with record(self.model) if self.routed else nullcontext() as tape, self.objective.autocast(self.device):
+            logits = self.model(part.images)
+        loss = self.ranks.weight(len(chosen)) * self.objective.loss(logits, part) + self.extra(tape)
+        value = self.ranks.mean(float(loss.detach()))
         if not math.isfinite(value):
             self.stop(f"the loss is {value}")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        before_step(self.model, tape)
-        self.optimizer.step()
-        after_step(self.model, tape)
+        self.scaler.scale(loss).backward()
+        self.ranks.reduce(self.model)
+        self.scaler.unscale_(self.optimizer)
+        if tape is not None:
+            before_step(self.model, tape)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if tape is not None:
+            after_step(self.model, tape)
         return value
+
+    def extra(self, tape: Tape | None) -> Tensor | float:
+        """The penalty terms."""
+        if tape is None:
+            return 0.0
+        try:
+            return penalty(tape, self.terms, step=self.step)[0]
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            self.stop("a routing matrix has no finite spectrum")
 
     def learning_rate(self) -> float:
         """Linear warm-up, then half a cosine down to zero."""
@@ -166,7 +193,7 @@ class _Run:
     def check_weights(self) -> None:
         """A checkpoint must never hold broken weights."""
         for name, value in self.model.state_dict().items():
-            if not bool(torch.isfinite(value).all()):
+            if not bool(torch.isfinite(full(value)).all()):
                 self.stop(f"{name} is not finite")
 
     def save(self) -> None:
@@ -174,8 +201,8 @@ class _Run:
         if self.checkpoint is None:
             return
         state: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "epochs": self.epochs}
-        state |= {"loss_sum": self.loss_sum, "seconds": self.seconds}
-        save_checkpoint(self.checkpoint, self.model, self.optimizer, state)
+        state |= {"loss_sum": self.loss_sum, "seconds": self.seconds, "scaler": self.scaler.state_dict()}
+        save_checkpoint(self.checkpoint, self.model, self.optimizer, state, write=self.ranks.first)
 
     def stop(self, reason: str) -> NoReturn:
         kept = ""

@@ -12,7 +12,7 @@ from spectralmoe.training.data import ImageData
 from spectralmoe.training.routers import find_preset, router_factory
 from spectralmoe.training.settings import Network, Settings
 
-__all__ = ["CHECKPOINT", "ModelMeta", "build_network", "model_meta"]
+__all__ = ["CHECKPOINT", "ModelMeta", "build_network", "model_meta", "pixel_statistics"]
 
 CHECKPOINT = "training.safetensors"
 """The checkpoint's name in the folder of a run."""
@@ -21,7 +21,7 @@ CHECKPOINT = "training.safetensors"
 def build_network(data: ImageData, network: Network, router: str, depth: int, seed: int) -> SRMoE:
     """The network of one row: under one seed all rows start with the same stem, experts and head."""
     torch.manual_seed(seed)
-    pixels = data.train.images
+    mean, std = pixel_statistics(data)
     return sr_moe(
         data.num_classes,
         channels=data.channels,
@@ -31,9 +31,16 @@ def build_network(data: ImageData, network: Network, router: str, depth: int, se
         hidden=network.hidden,
         spare=network.spare,
         router=router_factory(find_preset(router), network.top_k),
-        mean=[round(v, 4) for v in pixels.mean((0, 2, 3)).tolist()],
-        std=[max(round(v, 4), 1e-3) for v in pixels.std((0, 2, 3)).tolist()],
+        mean=mean,
+        std=std,
     )
+
+
+def pixel_statistics(data: ImageData) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of the training images."""
+    pixels = data.train.images
+    mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
+    return [round(v, 4) for v in mean], [max(round(v, 4), 1e-3) for v in std]
 
 
 class ModelMeta(Settings):
@@ -49,6 +56,11 @@ class ModelMeta(Settings):
     image_size: tuple[Annotated[int, Field(ge=1, le=4096)], Annotated[int, Field(ge=1, le=4096)]]
     router: str
     hold_out: str | None = None
+
+    @property
+    def side(self) -> int | None:
+        """The side that the images of a folder are resized to when they are read; None: as the folder has them."""
+        return None
 
 
 def model_meta(data: ImageData, router: str, hold_out: str | None = None) -> dict[str, Any]:

@@ -68,7 +68,7 @@ ROUTERS: dict[str, Preset] = {
         "prototypes with both spectral terms and the loss-free bias (SR-MoE)", _prototypes, _SPECTRAL, balanced=True
     ),
     "eigenbasis": Preset("energy shares in an orthonormal basis (EMoE, the paper's equations)", _eigenbasis),
-    "principal": Preset("energy on the sides of principal directions (EMoE, the default form)", PrincipalScorer),
+    "emoe": Preset("energy on the sides of principal directions (EMoE, the default form)", PrincipalScorer),
 }
 
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "eigenbasis")

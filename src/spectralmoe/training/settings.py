@@ -5,12 +5,13 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.training.objective import Objective
 
 __all__ = ["Network", "Optimization", "TrainSettings", "parse", "pick_device", "read_toml"]
 
@@ -52,6 +53,11 @@ class Optimization(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     seed: Seed = 0
+
+    @property
+    def objective(self) -> Objective:
+        """What a step minimises."""
+        return Objective()
 
 
 class TrainSettings(Settings):
@@ -97,6 +103,7 @@ _UNION_PARTS = ("constrained-int", "literal['soft']")
 def _known_keys(kind: Any, parents: Sequence[str]) -> list[str]:
     for parent in parents:
         kind = kind.model_fields[parent].annotation
+        kind = next((part for part in get_args(kind) if hasattr(part, "model_fields")), kind)  # X | None
     return list(kind.model_fields)
 
 

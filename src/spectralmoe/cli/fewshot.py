@@ -1,0 +1,93 @@
+"""``spectralmoe fewshot``: a new task from a few images a class."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from spectralmoe.cli.console import print_json, print_table, watching
+from spectralmoe.cli.options import (
+    Allow,
+    Data,
+    DataDir,
+    DeviceName,
+    Download,
+    Json,
+    Model,
+    Out,
+    Seed,
+    load_network,
+    see_own_modules,
+    split_names,
+    split_numbers,
+)
+from spectralmoe.compare.fewshot import FRESH_ROWS, OWN_ROWS, FewShotSettings, Task, run_few_shot
+from spectralmoe.errors import UserError
+from spectralmoe.saving import read_config
+from spectralmoe.surgery.timm import VisionMoE
+from spectralmoe.training.data import load_data
+from spectralmoe.training.fewshot import FEW_SHOT
+from spectralmoe.training.settings import parse, pick_device
+
+__all__ = ["fewshot"]
+
+
+def fewshot(
+    model: Model,
+    data: Data,
+    out: Out,
+    shots: Annotated[str, typer.Option(metavar="K,K,...", help="Training images a class.")] = "1,5,10",
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help=f"own, linear-probe, adapter, emoe, emoe-faithful, a router preset. "
+            f"By default {','.join(FRESH_ROWS)}; for a model with branches {','.join(OWN_ROWS)}.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the interval is over them.")] = 3,
+    seed: Seed = 0,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs over the few images.")] = FEW_SHOT.epochs,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = FEW_SHOT.lr,
+    experts: Annotated[int, typer.Option(min=1, help="Experts a branch.")] = 8,
+    bottleneck: Annotated[int, typer.Option(min=1, help="Width of an expert.")] = 32,
+    mode: Annotated[str, typer.Option(metavar="soft|top1|top2", help="Experts a token.")] = "top1",
+    blocks: Annotated[str, typer.Option(metavar="all|lastN|1,3", help="Blocks that get a branch.")] = "last2",
+    data_dir: DataDir = None,
+    download: Download = False,
+    allow: Allow = None,
+    device: DeviceName = "auto",
+    json: Json = False,
+) -> None:
+    """Train branches and head on K images a class, MODEL frozen as the backbone; accuracy on the test part.
+
+    Example: spectralmoe fewshot runs/vit --data mnist5k --shots 1,5,10 --out runs/fewshot
+
+    A run that was stopped goes on when it is started again with the same settings and --out.
+    """
+    network, meta = load_network(model, pick_device(device), allow)
+    if not isinstance(network, VisionMoE):
+        raise UserError(f"{model} is not a timm model; train one from a settings file with a section [backbone]")
+    names = (OWN_ROWS if network.parts() else FRESH_ROWS) if rows is None else split_names(rows)
+    see_own_modules(names)
+    values: dict[str, Any] = {"data": data, "rows": names, "shots": split_numbers("--shots", shots)}
+    values |= {"seeds": seeds, "seed": seed, "experts": experts, "bottleneck": bottleneck, "mode": mode}
+    values |= {"blocks": blocks, "optimization": {**FEW_SHOT.model_dump(), "epochs": epochs, "lr": lr}}
+    settings = parse(FewShotSettings, values, "fewshot")
+    images = load_data(data, data_dir=data_dir, download=download, side=meta.side)
+    with watching(quiet=json) as watch:
+        summary = run_few_shot(settings, Task(network, read_config(model)["sha256"], images), out, watch)
+    if json:
+        print_json(summary)
+        return
+    by_row = {row: [item for item in summary if item["row"] == row] for row in settings.rows}
+    fields = [[row, *(_show(item["accuracy"]) for item in items)] for row, items in by_row.items()]
+    title = f"{data}, test accuracy %, {seeds} seeds: mean ± 95% interval"
+    print_table(title, ["row", *(f"{k} shots" for k in settings.shots)], fields)
+    typer.echo(f"table: {out / 'fewshot.json'}")
+
+
+def _show(value: dict[str, Any]) -> str:
+    half = "" if value["half"] is None else f" ±{value['half']:.2f}"
+    return f"{value['mean']:.2f}{half}"

@@ -1,0 +1,199 @@
+"""A timm model with MoE parts, built as the settings ask, and what is saved beside it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from spectralmoe.diagnostics import Evaluation
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.saving import load
+from spectralmoe.surgery import BranchSpec, EMoESpec, add_branches, replace_mlp
+from spectralmoe.surgery.timm import VisionMoE, check_images, vision_moe
+from spectralmoe.terms import Term
+from spectralmoe.training.data import ImageData
+from spectralmoe.training.network import ModelMeta, model_meta, pixel_statistics
+from spectralmoe.training.routers import ROUTERS, find_preset, router_factory
+from spectralmoe.training.vision_settings import MoEParts, VisionSettings
+
+__all__ = [
+    "VisionMeta",
+    "add_parts",
+    "build_vision",
+    "load_weights",
+    "make_spec",
+    "router_name",
+    "router_terms",
+    "vision_meta",
+]
+
+_LISTED = 5
+_EXPERTS_A_TOKEN = {"soft": None, "top1": 1, "top2": 2}
+
+
+class VisionMeta(ModelMeta):
+    """What a saved ``VisionMoE`` needs to be used on images, and what is known of it.
+
+    Attributes:
+        results: measured after training.
+        settings: of the run that trained it.
+    """
+
+    results: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def side(self) -> int | None:
+        height, width = self.image_size
+        return height if height == width else None
+
+
+def vision_meta(data: ImageData, settings: VisionSettings, found: Evaluation) -> dict[str, Any]:
+    """What is saved beside a network: how it reads images, how it was trained, and what the test part showed."""
+    loads = {name: [round(share, 4) for share in load.tolist()] for name, load in found.loads.items()}
+    meta = VisionMeta(
+        **model_meta(data, router_name(settings), settings.hold_out),
+        results={"test_accuracy": round(found.accuracy, 2), "test_images": len(data.test), "loads": loads},
+        settings=settings.model_dump(mode="json"),
+    )
+    return meta.model_dump(mode="json")
+
+
+def build_vision(data: ImageData, settings: VisionSettings) -> VisionMoE:
+    """The network of a run; under one seed all routers start with the same backbone and head.
+
+    Raises:
+        UserError: what timm or the MoE parts refuse; weights that are missing or do not fit.
+    """
+    wanted = settings.backbone
+    if wanted.pretrained and wanted.checkpoint is not None:
+        raise UserError("backbone: pretrained and checkpoint are two sources of the same weights; keep one")
+    torch.manual_seed(settings.optimization.seed)
+    mean, std = pixel_statistics(data)
+    network = vision_moe(
+        wanted.name,
+        data.num_classes,
+        channels=data.channels,
+        arguments=wanted.arguments,
+        pretrained=wanted.pretrained,
+        size=settings.image_size,
+        mean=mean,
+        std=std,
+    )
+    if wanted.checkpoint is not None:
+        load_weights(network, Path(wanted.checkpoint).expanduser())
+    check_images(network, data.image_size)
+    if settings.moe is not None:
+        add_parts(network, settings.moe, settings.optimization.seed)
+    if wanted.frozen:
+        network.freeze()
+    if wanted.gradient_checkpointing:
+        _checkpoint_blocks(network)
+    return network
+
+
+def add_parts(network: VisionMoE, wanted: MoEParts, seed: int) -> None:
+    """Put the MoE parts into the backbone; their first weights depend on the seed alone."""
+    torch.manual_seed(seed)
+    spec = make_spec(wanted)
+    if wanted.kind == "branches":
+        add_branches(network.backbone, spec)
+    else:
+        replace_mlp(network.backbone, spec, init=wanted.init)
+
+
+def make_spec(wanted: MoEParts) -> BranchSpec:
+    """The spec that the settings describe.
+
+    Raises:
+        UserError: an unknown router; settings of "emoe" with another one.
+    """
+    common: dict[str, Any] = {"experts": wanted.experts, "bottleneck": wanted.bottleneck, "blocks": wanted.blocks}
+    if wanted.router == "emoe":
+        common |= {} if wanted.tokens is None else {"tokens": wanted.tokens}
+        return EMoESpec(faithful=wanted.faithful, rank=wanted.rank, tau=wanted.tau, mode=wanted.mode, **common)
+    if wanted.router not in ROUTERS and ":" not in wanted.router:
+        raise one_of("router", wanted.router, ["emoe", *ROUTERS, "pkg:Class"])
+    for key in ("faithful", "rank", "tau"):
+        if getattr(wanted, key):
+            raise UserError(f'moe: {key} belongs to router = "emoe", not to {wanted.router!r}')
+    factory = router_factory(find_preset(wanted.router), _EXPERTS_A_TOKEN[wanted.mode])
+    return BranchSpec(router=factory, norm=True, tokens=wanted.tokens or "all", **common)
+
+
+def router_terms(router: str) -> Mapping[str, Term]:
+    """The penalty terms that belong to a router; EMoE has none."""
+    return {} if router in ("emoe", "none") else find_preset(router).terms
+
+
+def router_name(settings: VisionSettings) -> str:
+    """The router's name, or "none" for a dense backbone."""
+    return "none" if settings.moe is None else settings.moe.router
+
+
+def load_weights(network: VisionMoE, path: Path) -> None:
+    """Fill the backbone from a file with timm's names, or from the folder of a dense ``VisionMoE``.
+
+    Pixel statistics come along from a folder. A classifier of another size is left as it is.
+
+    Raises:
+        UserError: not such a file or folder; tensors that are missing, extra or of another shape, with the list.
+    """
+    if path.is_dir():
+        source = load(path)
+        if not isinstance(source, VisionMoE):
+            raise UserError(f"{path} holds a {type(source).__name__}, not the backbone of a timm model")
+        tensors = dict(source.backbone.state_dict())
+        network.mean, network.std = source.mean, source.std
+    else:
+        tensors = _read(path)
+    own = network.backbone.state_dict()
+    head = {id(p) for module in network.heads() for p in module.state_dict(keep_vars=True).values()}
+    heads = [name for name, value in network.backbone.state_dict(keep_vars=True).items() if id(value) in head]
+    for name in heads:
+        if name not in tensors or tensors[name].shape != own[name].shape:
+            tensors |= {name: own[name] for name in heads}
+    problems = [f"missing {name!r}" for name in own.keys() - tensors.keys()]
+    problems += [f"extra {name!r}" for name in tensors.keys() - own.keys()]
+    problems += [
+        f"{name!r} has shape {list(value.shape)}, the model wants {list(own[name].shape)}"
+        for name, value in tensors.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise UserError(f"{path} does not fit {network.name!r}: {'; '.join(sorted(problems)[:_LISTED])}{more}")
+    network.backbone.load_state_dict(tensors)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; pickled code is never run."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} is not a readable weights file ({reason})") from error
+    for key in ("state_dict", "model"):
+        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{path} holds no state dict")
+    return found
+
+
+def _checkpoint_blocks(network: VisionMoE) -> None:
+    try:
+        network.backbone.set_grad_checkpointing(True)
+    except Exception as error:  # families without it say so with an assertion, or have no such method
+        raise UserError(f"timm model {network.name!r} has no gradient checkpointing; leave it out") from error

@@ -1,0 +1,98 @@
+"""Settings of a run that trains a timm model: a settings file with a section ``[backbone]``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from spectralmoe.training.objective import Objective, Precision
+from spectralmoe.training.settings import Optimization, Positive, Settings
+
+__all__ = ["Backbone", "MoEParts", "VisionOptimization", "VisionSettings"]
+
+
+class Backbone(Settings):
+    """A timm model.
+
+    Attributes:
+        name: of the model; ``arguments`` go to it.
+        pretrained: with timm's weights, where they can be had.
+        checkpoint: weights to start from instead: a ``.safetensors`` or ``.pth`` file with timm's names, or the folder
+            of a ``VisionMoE`` that was trained here. A classifier of another size stays fresh.
+        frozen: train the MoE parts and the head alone.
+        gradient_checkpointing: less memory, a second forward.
+    """
+
+    name: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    pretrained: bool = False
+    checkpoint: str | None = None
+    frozen: bool = False
+    gradient_checkpointing: bool = False
+
+
+class MoEParts(Settings):
+    """The MoE parts that a backbone gets.
+
+    Attributes:
+        kind: "branches" behind the blocks, or "replace_mlp": experts in place of their MLPs.
+        router: "emoe", or the name of a preset (``spectralmoe list``).
+        faithful, rank, tau: of "emoe" alone, see ``spectralmoe.surgery.EMoESpec``.
+        mode: "soft", or how many experts a token.
+        blocks: "all", "lastN", or indices: "1,3" or [1, 3].
+        experts, bottleneck: E, and the width H of a branch's adapters.
+        tokens: "patches" or "all"; None: what the router's form takes ("all", but for the faithful one).
+        init: of "replace_mlp": "copy" starts as the dense model and needs mode = "soft"; "random".
+    """
+
+    kind: Literal["branches", "replace_mlp"] = "branches"
+    router: str = "emoe"
+    faithful: bool = False
+    rank: Positive | None = None
+    tau: Annotated[float, Field(gt=0)] | None = None
+    mode: Literal["soft", "top1", "top2"] = "top1"
+    blocks: str | tuple[int, ...] = "last6"
+    experts: Positive = 8
+    bottleneck: Positive = 192
+    tokens: Literal["patches", "all"] | None = None
+    init: Literal["copy", "random"] = "copy"
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> Any:
+        listed = isinstance(value, list | tuple) and all(type(index) is int for index in value)
+        if not isinstance(value, str) and not listed:
+            raise ValueError('write "all", "last6", "1,3" or a list of indices')
+        return value
+
+
+class VisionOptimization(Optimization):
+    """As ``Optimization``, with what vision transformers are trained with; see ``Objective``."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    precision: Precision = "fp32"
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(self.label_smoothing, self.mixup, self.precision)
+
+
+class VisionSettings(Settings):
+    """One training run of a timm model, ``spectralmoe train --config F.toml``.
+
+    Attributes:
+        moe: the MoE parts; None: the dense backbone, to be a start for others.
+        image_size: images are resized to this side; those of a folder when they are read. None: as the data set has
+            them.
+        hold_out: name of a class that training and validation do not see.
+    """
+
+    data: str
+    backbone: Backbone
+    moe: MoEParts | None = None
+    image_size: Positive | None = None
+    train_size: Positive | None = None
+    hold_out: str | None = None
+    optimization: VisionOptimization = VisionOptimization()
