@@ -71,7 +71,7 @@ ROUTERS: dict[str, Preset] = {
     "emoe": Preset("energy on the sides of principal directions (EMoE, the default form)", PrincipalScorer),
 }
 
-DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "eigenbasis")
+DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
 
 _BIAS_RATE = 1e-2
 

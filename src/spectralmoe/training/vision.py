@@ -121,7 +121,7 @@ def make_spec(wanted: MoEParts) -> BranchSpec:
         common |= {} if wanted.tokens is None else {"tokens": wanted.tokens}
         return EMoESpec(faithful=wanted.faithful, rank=wanted.rank, tau=wanted.tau, mode=wanted.mode, **common)
     if wanted.router not in ROUTERS and ":" not in wanted.router:
-        raise one_of("router", wanted.router, ["emoe", *ROUTERS, "pkg:Class"])
+        raise one_of("router", wanted.router, [*ROUTERS, "pkg:Class"])
     for key in ("faithful", "rank", "tau"):
         if getattr(wanted, key):
             raise UserError(f'moe: {key} belongs to router = "emoe", not to {wanted.router!r}')
@@ -130,8 +130,8 @@ def make_spec(wanted: MoEParts) -> BranchSpec:
 
 
 def router_terms(router: str) -> Mapping[str, Term]:
-    """The penalty terms that belong to a router; EMoE has none."""
-    return {} if router in ("emoe", "none") else find_preset(router).terms
+    """The penalty terms that belong to a router, or to none."""
+    return {} if router == "none" else find_preset(router).terms
 
 
 def router_name(settings: VisionSettings) -> str:
