@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from spectralmoe.cli.app import run
+from spectralmoe.tape import moe_layers
 from spectralmoe.training.data import load_data
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network
@@ -23,6 +24,13 @@ def test_library_example_runs(capsys):
     assert "sigma" in capsys.readouterr().out
 
 
+def test_vision_example_runs():
+    pytest.importorskip("timm")
+    names = {}
+    exec(compile(EXAMPLES[1], "README.md", "exec"), names)
+    assert {name.split(".")[1] for name in moe_layers(names["vit"])} == {"10", "11"}
+
+
 def test_correction_example_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = load_data("digits").subset(400)
@@ -31,10 +39,10 @@ def test_correction_example_runs(capsys, tmp_path, monkeypatch):
     wrong = int((model.eval()(data.test.images).argmax(-1) != data.test.labels).nonzero()[0])
     names = {"model": model, "images": data.train.images, "labels": data.train.labels}
     names |= {"image": data.test.images[wrong : wrong + 1], "label": int(data.test.labels[wrong])}
-    exec(compile(EXAMPLES[1], "README.md", "exec"), names)
+    exec(compile(EXAMPLES[2], "README.md", "exec"), names)
     assert re.search(r"corrected: .*\nwritten: expert .*\nreference: 400 samples, ", capsys.readouterr().out)
     assert (tmp_path / "update.safetensors").is_file()
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
 
 
 @pytest.mark.parametrize(

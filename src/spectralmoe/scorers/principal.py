@@ -68,7 +68,7 @@ class PrincipalScorer(Scorer):
         num_experts: int,
         *,
         rank: int | None = None,
-        temperature: float = 0.2,
+        temperature: float = 0.4,
         momentum: float = 0.02,
     ) -> None:
         super().__init__(dim, num_experts)
