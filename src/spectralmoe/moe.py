@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,8 +162,19 @@ class MoE(Recordable):
             )
         self.router, self.experts, self.dispatch, self.shared = router, experts, dispatch, shared
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
-        """x (..., D) -> (..., D). ``mask`` (...), True for real tokens: the others get no routed expert."""
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: dict[str, Any] | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """x (..., D) -> (..., D).
+
+        Args:
+            mask: (...), True for real tokens: the others get no routed expert.
+            scale: a number that multiplies the sum of the routed experts; on N * K weights instead of N * D outputs.
+        """
         fed, replay = self.take_feed(), None
         if fed is not None:
             mask = fed.mask if mask is None else mask
@@ -174,7 +185,8 @@ class MoE(Recordable):
         seen = tokens.detach() if self.training and self.router.scorer.streams_tokens else None
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
-        y, kept = self._run(tokens, routing)
+        scaled = routing if scale is None else replace(routing, weights=routing.weights * scale)
+        y, kept = self._run(tokens, scaled)
         self.leave(routing, kept, seen)
         y = y if x.dim() == 2 else y.reshape(x.shape)
         return y if self.shared is None else y + self.shared(x)

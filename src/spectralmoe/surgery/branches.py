@@ -80,8 +80,8 @@ class Branch(nn.Module):
         return self._add(h)
 
     def _add(self, h: Tensor) -> Tensor:
-        y = self.moe(F.layer_norm(h, h.shape[-1:]) if self.norm else h)
-        branched: Tensor = h + (self.alpha * y).to(h.dtype)
+        y = self.moe(F.layer_norm(h, h.shape[-1:]) if self.norm else h, scale=self.alpha)
+        branched: Tensor = h + y.to(h.dtype)
         return branched
 
 
