@@ -76,5 +76,5 @@ ROWS: dict[str, Row] = {
     "linear+load_balance": Row(linear, balance_term, knobs=(1e-2, 3e-2)),
     "linear+balanced": Row(balanced, knobs=(1e-2, 1e-3)),
     "EMoE faithful": Row(faithful),
-    "EMoE": Row(emoe, knobs=(0.4, 0.2)),
+    "EMoE": Row(emoe, knobs=(0.2, 0.1)),
 }

@@ -68,8 +68,8 @@ class PrincipalScorer(Scorer):
         num_experts: int,
         *,
         rank: int | None = None,
-        temperature: float = 0.4,
-        momentum: float = 0.02,
+        temperature: float = 0.2,
+        momentum: float = 0.005,
     ) -> None:
         super().__init__(dim, num_experts)
         rank = (num_experts + 1) // 2 if rank is None else rank
