@@ -34,7 +34,8 @@ class Kept:
         return rows[: int(self.slots.counts.sum())]
 
 
-Entry = tuple[Routing, Kept | None, Tensor | None]
+Entry = tuple[Routing, Kept | None, Tensor | None, bool]
+"""Routing, kept tensors, tokens for streaming statistics, whether the layer was training."""
 
 
 @dataclass(slots=True)
@@ -106,7 +107,7 @@ class Recordable(nn.Module):
         for sink in self.sinks:
             if self.training or not sink.training_only:
                 own = kept.only(sink.keep) if kept is not None and sink.keep else None
-                sink.chain = ((routing, own, tokens), sink.chain)
+                sink.chain = ((routing, own, tokens, self.training), sink.chain)
 
     def take_feed(self) -> Feed | None:
         """What ``feed`` left here, if its block is still open."""
@@ -173,7 +174,8 @@ class MoE(Recordable):
 
         Args:
             mask: (...), True for real tokens: the others get no routed expert.
-            scale: a number that multiplies the sum of the routed experts; on N * K weights instead of N * D outputs.
+            scale: a number that multiplies all that the layer adds; for the routed experts their N * K weights instead
+                of N * D outputs.
         """
         fed, replay = self.take_feed(), None
         if fed is not None:
@@ -189,7 +191,10 @@ class MoE(Recordable):
         y, kept = self._run(tokens, scaled)
         self.leave(routing, kept, seen)
         y = y if x.dim() == 2 else y.reshape(x.shape)
-        return y if self.shared is None else y + self.shared(x)
+        if self.shared is None:
+            return y
+        shared: Tensor = self.shared(x)
+        return y + (shared if scale is None else shared * scale.to(shared.dtype))
 
     def _run(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Kept | None]:
         keep = {name for sink in self.sinks for name in sink.keep}

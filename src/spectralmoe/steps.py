@@ -147,13 +147,14 @@ def _after(layers: dict[str, Recordable], records: Sequence[Record], group: Any)
         router.scorer.update(total)
     for (_, router), items in zip(routed, own, strict=True):
         router.scorer.after_step(items)
-    for (_, router), total in zip(routed, _summed(counts, group), strict=True):
-        router.selector.update(total)
+    for (_, router), items, total in zip(routed, own, _summed(counts, group), strict=True):
+        if not items or any(item.training for item in items):  # a frozen layer, in evaluation mode, stays as it is
+            router.selector.update(total)
 
 
 def _counts(router: Router, records: Sequence[Record]) -> Tensor:
     counts = torch.zeros(router.num_experts, dtype=torch.int64, device=_device(router))
-    return counts + sum((item.routing.load_counts() for item in records), start=counts)
+    return counts + sum((item.routing.load_counts() for item in records if item.training), start=counts)
 
 
 def _summed(totals: list[Tensor], group: Any) -> list[Tensor]:

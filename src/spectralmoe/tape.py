@@ -33,6 +33,7 @@ class Record:
         routing: what its router decided.
         kept: tensors asked for with ``record(keep=...)``.
         tokens: what the router read (N, D), without gradient; only in training, for scorers that stream statistics.
+        training: whether the layer was in training mode.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Record:
     routing: Routing
     kept: Kept | None = None
     tokens: Tensor | None = None
+    training: bool = True
 
     @property
     def router(self) -> Router | None:

@@ -119,6 +119,29 @@ def test_padding_and_evaluation_do_not_count(close):
     close(moe.router.scorer.mean, x[:30].mean(0))
 
 
+def test_a_frozen_router_stays_bit_by_bit():
+    moe = layer()
+    follow(moe, correlated(50))
+    moe.router.requires_grad_(False)
+    before = {name: value.clone() for name, value in moe.router.state_dict().items()}
+    follow(moe, correlated(50, seed=1))
+    assert all(torch.equal(value, before[name]) for name, value in moe.router.state_dict().items())
+
+
+def test_a_batch_that_is_not_finite_does_not_count(close):
+    moe, x = layer(), correlated(50)
+    follow(moe, torch.full_like(x, torch.nan))
+    assert int(moe.router.scorer.updates) == 0
+    follow(moe, x)
+    close(moe.router.scorer.mean, x.mean(0))
+
+
+def test_a_first_batch_of_few_tokens_starves_nobody():
+    moe = layer()
+    follow(moe, correlated(3))
+    assert int((moe.router(correlated(1000, seed=1)).load() > 0).sum()) >= 4
+
+
 def test_every_expert_gets_tokens_of_any_covariance():
     moe = layer()
     follow(moe, *(correlated(400, seed) ** 3 for seed in range(30)))  # heavy tails

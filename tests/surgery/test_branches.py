@@ -383,7 +383,7 @@ def test_a_second_branch_is_refused_and_nothing_is_touched(make_vision, top, ima
 def test_what_cannot_be_added_changes_nothing(make_vision, user_error):
     model = make_vision("vit")
     for spec, words in (
-        (EMoESpec(faithful=True, blocks="all"), ("rank", "D=24", "128")),
+        (EMoESpec(faithful=True, blocks="all", rank=128), ("rank", "D=24", "128")),
         (EMoESpec(faithful=True, blocks="all", rank=0), ("rank", "D=24", "0")),
         (EMoESpec(faithful=True, blocks="all", rank=4, tau=0.0), ("temperature", "0.0")),
         (EMoESpec(blocks="last6", rank=4), ("'last6'", "3 blocks")),
@@ -434,3 +434,19 @@ def test_chosen_blocks_alone_get_a_branch(make_vision, top):
         "layers.1.blocks.0"
     ]
     assert choose_blocks(model, "1")["layers.1.blocks.0"].moe_branch.moe.router.scorer.dim == 32
+
+
+def test_alpha_scales_a_shared_expert_too(close):
+    torch.manual_seed(0)
+    moe = MoE(Router(LinearScorer(8, 4), TopK(1)), Adapter(4, 8, 2), shared=torch.nn.Linear(8, 8))
+    h = torch.randn(2, 5, 8)
+    assert torch.equal(Branch(moe, scale=0.0)(h), h)
+    close(Branch(moe, scale=0.5)(h), h + 0.5 * moe(h))
+
+
+@pytest.mark.parametrize("blocks", [3, None, 1.5, [True], "last99999999999"])
+def test_a_choice_of_blocks_that_makes_no_sense_is_one_line(blocks, user_error):
+    model = torch.nn.Module()
+    model.blocks = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    with user_error("blocks"):
+        add_branches(model, EMoESpec(experts=4, bottleneck=2, blocks=blocks))

@@ -175,7 +175,7 @@ def test_files_that_hold_no_weights(tmp_path, load_it, user_error):
         with user_error(name):
             load_it(source=tmp_path / name)
     torch.save(Path("code"), tmp_path / "object.pth")
-    with user_error("object.pth", "weights alone"):
+    with user_error("object.pth", "more than tensors"):
         load_it(source=tmp_path / "object.pth")
     torch.save([torch.ones(1)], tmp_path / "list.pth")
     with user_error("list.pth", "no state dict"):

@@ -1,6 +1,7 @@
 """VisionMoE: timm's own model inside, saved and loaded to the bit, and one line for every mistake."""
 
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from spectralmoe import LinearScorer, Router, TopK, load, save
+from spectralmoe import Balanced, LinearScorer, Router, TopK, after_step, load, record, save
 from spectralmoe.surgery import BranchSpec, EMoESpec, add_branches, replace_mlp
 from spectralmoe.surgery.timm import VisionMoE, check_images, vision_moe
 
@@ -112,6 +113,38 @@ def test_a_frozen_backbone_stays_in_evaluation_mode():
     assert model.backbone.head.training
     images = torch.rand(2, 1, 28, 28)
     assert torch.equal(model(images), model(images))
+
+
+def test_freezing_acts_at_once_and_can_be_taken_back():
+    model = tiny(proj_drop_rate=0.5)
+    add_branches(model.backbone, branches())
+    model.freeze([])
+    images = torch.rand(2, 1, 28, 28)
+    assert torch.equal(model(images), model(images))  # no dropout any more
+    assert not model.backbone.blocks[2].moe_branch.alpha.requires_grad
+    model.freeze()
+    assert model.backbone.blocks[2].moe_branch.alpha.requires_grad
+    assert model.backbone.blocks[2].moe_branch.training
+
+
+def test_a_frozen_selection_bias_stays():
+    model = tiny()
+    balanced = BranchSpec(
+        router=lambda d, e: Router(LinearScorer(d, e), Balanced(1, normalize=False, rate=0.1)), experts=4, bottleneck=4
+    )
+    add_branches(model.backbone, dataclasses.replace(balanced, blocks="all"))
+    model.freeze(["blocks.0.moe_branch"])
+    with record(model.train()) as tape:
+        model(torch.rand(4, 1, 28, 28))
+    after_step(model, tape)
+    biases = [block.moe_branch.moe.router.selector.bias for block in model.backbone.blocks]
+    assert biases[0].any()
+    assert not biases[1].any()
+
+
+def test_what_gives_no_class_logits_is_one_line(user_error):
+    with user_error("class logits"):
+        check_images(tiny(global_pool="", class_token=False), (28, 28))
 
 
 def test_fixed_parameters_of_a_part_stay_fixed():

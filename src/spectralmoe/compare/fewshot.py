@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from spectralmoe.machine import describe_machine
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
 from spectralmoe.selectors import TopK
-from spectralmoe.surgery import BranchSpec
+from spectralmoe.surgery import BranchSpec, add_branches
 from spectralmoe.surgery.timm import VisionMoE, check_images
 from spectralmoe.terms import Term
 from spectralmoe.training.data import ImageData
@@ -147,7 +148,8 @@ def _check(settings: FewShotSettings, task: Task) -> None:
     for option, values in (("--rows", settings.rows), ("--shots", settings.shots)):
         no_repeats(option, values)
     for row in settings.rows:
-        recipe(row, settings)
+        if (spec := recipe(row, settings).spec) is not None:
+            add_branches(copy.deepcopy(model.backbone), spec)
     if "own" in settings.rows and not holds_moe(model):
         raise UserError("row 'own' trains the MoE parts of the model, but it has none; leave the row out")
     if data.channels != model.channels:

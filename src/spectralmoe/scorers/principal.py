@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["PrincipalScorer"]
 
 _EPS = 1e-6
+_LEAST_VARIANCE = 1e-3  # of the largest: a first batch of few tokens has directions without any
 
 
 class PrincipalScorer(Scorer):
@@ -116,8 +117,15 @@ class PrincipalScorer(Scorer):
         gap = roots.gather(1, over) - roots.gather(1, under)
         return gap.clamp_min(0) / (slope * sigma_max(full(self.basis).to(x.dtype)))
 
-    def statistics(self, records: Sequence[Record]) -> Tensor:
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of the router moves: its basis takes no gradient."""
+        return not self.basis.requires_grad
+
+    def statistics(self, records: Sequence[Record]) -> Tensor | None:
         """Of the tokens: their number, the sums of x - mu and of the sides and, at the first step, outer products."""
+        if self.frozen:
+            return None
         sums = [self.mean.new_zeros(size) for size in self._sizes()]
         for item in records:
             if item.tokens is None:
@@ -134,7 +142,7 @@ class PrincipalScorer(Scorer):
 
     def update(self, statistics: Tensor) -> None:
         count, shift, spread, outer = statistics.split(self._sizes())
-        if not count:
+        if not count or not statistics.isfinite().all():
             return
         shift, spread = shift / count, spread / count
         if len(outer):
@@ -156,7 +164,7 @@ class PrincipalScorer(Scorer):
         """Let U be the leading eigenvectors; returns the mean of each side if the tokens were Gaussian."""
         values, vectors = torch.linalg.eigh(covariance)
         assign_(self.basis, vectors.flip(1)[:, : self.rank].contiguous())
-        leading = values.flip(0)[: self.rank].clamp_min(0)
+        leading = values.flip(0)[: self.rank].clamp_min(_LEAST_VARIANCE * float(values[-1].clamp_min(0)))
         means: Tensor = (leading / (2 * torch.pi)).sqrt().repeat_interleave(2)
         return means
 

@@ -30,7 +30,8 @@ def model_blocks(model: nn.Module) -> dict[str, nn.Module]:
         inside = getattr(model, name, None)
         if isinstance(inside, nn.Sequential | nn.ModuleList) and len(inside):
             return dict(_flat(name, inside))
-    raise UserError(f"{type(model).__name__} has no blocks: looked for .blocks, .layers and .stages")
+    inside = "; its .backbone may have: pass model.backbone" if hasattr(model, "backbone") else ""
+    raise UserError(f"{type(model).__name__} has no blocks: looked for .blocks, .layers and .stages{inside}")
 
 
 def choose_blocks(model: nn.Module, which: str | Sequence[int]) -> dict[str, nn.Module]:
@@ -98,16 +99,18 @@ def _flat(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _indices(which: str | Sequence[int], depth: int) -> list[int]:
-    if not isinstance(which, str):
+    if isinstance(which, Sequence) and not isinstance(which, str):
         found = list(which)
+    elif not isinstance(which, str):
+        raise UserError(f'blocks={which!r} cannot be read; write "all", "last6", "1,3" or a list of indices')
     elif which == "all":
         found = list(range(depth))
     elif last := re.fullmatch(r"last(\d+)", which):
-        found = list(range(-int(last[1]), 0))
+        found = list(range(-min(int(last[1]), depth + 1), 0))  # one too many is an error of its own
     elif re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", which):
         found = [int(index) for index in which.split(",")]
     else:
         raise UserError(f'blocks={which!r} cannot be read; write "all", "last6", "1,3" or a list of indices')
-    if not all(isinstance(index, int) for index in found):
+    if not all(type(index) is int for index in found):
         raise UserError(f"blocks={which!r} holds something that is not an index")
     return found

@@ -7,27 +7,24 @@ shapes of the tensors: ``vit.*`` and, for block i, ``branches.<i>.alpha``, ``.ro
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
 from spectralmoe.surgery.blocks import block_width, choose_blocks, model_blocks
 from spectralmoe.surgery.branches import add_branches
 from spectralmoe.surgery.spec import EMoESpec, Mode
+from spectralmoe.surgery.weights_file import read_tensors, state_dict_of
 
 __all__ = ["load_emoe_checkpoint"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _UNUSED = ("router.basis.P", "router.basis.log_lambda")  # take no part in what the model computes
-_WRAPPERS = ("model", "state_dict")
 _LISTED = 5
 
 
@@ -50,8 +47,8 @@ def load_emoe_checkpoint(
 
     Args:
         vit: a timm ViT built with the arguments of the checkpoint's backbone.
-        source: a state dict, or the path of a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file (the last three by
-            torch's loader for weights alone, never as code), as it is or under one key "model" or "state_dict".
+        source: a state dict, alone or under one key "model" or "state_dict", or the path of a file that holds one
+            (``read_tensors``: never run as code).
         blocks: "all", "lastN", "1,3" or a list of indices.
 
     Raises:
@@ -61,7 +58,8 @@ def load_emoe_checkpoint(
     spec = EMoESpec(
         faithful=True, experts=experts, rank=rank, bottleneck=bottleneck, blocks=blocks, mode=router_mode, tau=tau
     )
-    tensors = {name: value for name, value in _read(source).items() if not name.endswith(_UNUSED)}
+    found = state_dict_of(source, "the source") if isinstance(source, Mapping) else read_tensors(Path(source))
+    tensors = {name: value for name, value in found.items() if not name.endswith(_UNUSED)}
     order, chosen = list(model_blocks(vit)), choose_blocks(vit, blocks)
     prefixes = {path: f"branches.{order.index(path)}." for path in chosen}
     wanted = {f"vit.{name}": value.shape for name, value in vit.state_dict().items() if ".moe_branch." not in name}
@@ -115,28 +113,3 @@ def _compare(wanted: dict[str, torch.Size], found: dict[str, torch.Size]) -> Non
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         listed = "; ".join(sorted(problems)[:_LISTED])
         raise UserError(f"the EMoE checkpoint does not fit the model and settings: {listed}{more}")
-
-
-def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The state dict behind ``source``."""
-    state: Any = source if isinstance(source, Mapping) else _load(Path(source))
-    for name in _WRAPPERS:
-        state = state[name] if isinstance(state, Mapping) and isinstance(state.get(name), Mapping) else state
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        origin = "the source" if isinstance(source, Mapping) else source
-        raise UserError(f"{origin} holds no state dict (names and tensors), alone or under 'model' or 'state_dict'")
-    return state
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix in (".pth", ".pt", ".bin"):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} cannot be read as weights alone ({reason})") from error
-    raise UserError(f"{path}: the name of a weights file ends in .safetensors, .pth, .pt or .bin")

@@ -80,7 +80,10 @@ def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -
             if {name: value.shape for name, value in own.items()} != {n: value.shape for n, value in tensors.items()}:
                 raise UserError(f"{folder / PARTS} holds other tensors than {CONFIG} describes")
             model: VisionMoE = build(config["model"], tables=TABLES)
-        model.load_state_dict({**used, **tensors})
+        values = {**used, **tensors}
+        for name, target in model.state_dict(keep_vars=True).items():
+            target.data = target.data.to(values[name].dtype)
+        model.load_state_dict(values)
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{folder} does not hold the parts of a model ({reason})") from error

@@ -89,7 +89,7 @@ class EMoESpec(BranchSpec):
 
     Attributes:
         faithful: which form.
-        rank: R; None: 128 (faithful), 2E (default).
+        rank: R; None: 128, or D where that is less (faithful); half of E, rounded up (default).
         mode: "soft", "top1" or "top2".
         tau: temperature; None: 1.0 (faithful), the scorer's own (default).
         tokens, norm: None: "patches", False (faithful), "all", True (default).
@@ -125,7 +125,7 @@ class EMoESpec(BranchSpec):
 
 def faithful_router(dim: int, num_experts: int, *, rank: int | None, mode: Mode, tau: float | None) -> Router:
     """The routing of the paper: masked energies, tau 1, rank 128, weights as the softmax gives them."""
-    rank, tau = 128 if rank is None else rank, 1.0 if tau is None else tau
+    rank, tau = min(128, dim) if rank is None else rank, 1.0 if tau is None else tau
     scorer = EigenbasisScorer(dim, num_experts, rank=rank, temperature=tau, eps=1e-6)
     return Router(scorer, TopK(_SELECTED[mode], normalize=False))
 

@@ -26,10 +26,10 @@ from spectralmoe.surgery.replace_mlp import ChannelsFirst, OnePixel
 __all__ = ["MlpCopies", "VisionMoE", "check_images", "vision_moe"]
 
 OURS = {
-    "num_classes": "num_classes",
-    "in_chans": "channels",
-    "pretrained": "pretrained",
-    "checkpoint_path": "checkpoint",
+    "num_classes": "it comes with the data",
+    "in_chans": "it comes with the data (channels)",
+    "pretrained": "say pretrained beside the arguments",
+    "checkpoint_path": "say checkpoint beside the arguments",
 }
 """Arguments of timm that have a place of their own here."""
 
@@ -92,6 +92,7 @@ class VisionMoE(nn.Module):
         self.arguments, self.mean, self.std = dict(arguments or {}), list(mean), list(std)
         self.backbone = _create(name, num_classes, channels, self.arguments)
         self.trained: tuple[str, ...] | None = None
+        self.frozen: set[str] = set()
         for path, part in (layers or {}).items():
             _put(self.backbone, path, part)
 
@@ -135,9 +136,14 @@ class VisionMoE(nn.Module):
         """
         self.trained = tuple(self.parts() if parts is None else parts)
         own = {id(p) for part in self._trained() for p in part.parameters()}
-        for parameter in self.parameters():
-            if id(parameter) not in own:
+        for name, parameter in self.named_parameters():
+            if id(parameter) not in own and parameter.requires_grad:
                 parameter.requires_grad_(False)
+                self.frozen.add(name)
+            elif id(parameter) in own and name in self.frozen:
+                parameter.requires_grad_(True)
+                self.frozen.discard(name)
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> VisionMoE:
         super().train(mode)
@@ -185,19 +191,22 @@ def check_images(model: VisionMoE, size: tuple[int, int]) -> None:
     """Try one black image of (H, W) = ``size``.
 
     Raises:
-        UserError: the backbone refuses it.
+        UserError: the backbone refuses it, or gives something else than class logits.
     """
     mode = model.training
     device = next(model.parameters()).device
+    height, width = size if model.size is None else (model.size, model.size)
     try:
-        model.eval()(torch.zeros(1, model.channels, *size, device=device))
+        logits = model.eval()(torch.zeros(1, model.channels, *size, device=device))
     except Exception as error:  # the model's own code, and its own exceptions, AssertionError among them
         raise UserError(
-            f"timm model {model.name!r} refuses images of {size[0]} x {size[1]} ({_first_line(error)}); give it "
-            "img_size in its arguments, or have the images resized (image_size)"
+            f"timm model {model.name!r} refuses images of {height} x {width} ({_first_line(error)}); it needs another "
+            "img_size in its arguments, or another image_size"
         ) from error
     finally:
         model.train(mode)
+    if logits.shape != (1, model.num_classes):
+        raise UserError(f"timm model {model.name!r} gives {list(logits.shape)} for an image, not class logits")
 
 
 def _create(name: str, num_classes: int, channels: int, arguments: Mapping[str, Any]) -> Any:
@@ -209,7 +218,7 @@ def _create(name: str, num_classes: int, channels: int, arguments: Mapping[str, 
         )
     for theirs, own in OURS.items():
         if theirs in arguments:
-            raise UserError(f"arguments of timm model {name!r}: {theirs} does not belong there; it is {own} here")
+            raise UserError(f"arguments of timm model {name!r}: {theirs} does not belong there; {own}")
     try:
         return timm.create_model(name, num_classes=num_classes, in_chans=channels, **arguments)
     except Exception as error:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from spectralmoe.diagnostics import Evaluation
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.saving import load
 from spectralmoe.surgery import BranchSpec, EMoESpec, add_branches, replace_mlp
 from spectralmoe.surgery.timm import VisionMoE, check_images, vision_moe
+from spectralmoe.surgery.weights_file import read_tensors
 from spectralmoe.terms import Term
 from spectralmoe.training.data import ImageData
 from spectralmoe.training.network import ModelMeta, model_meta, pixel_statistics
@@ -106,8 +103,12 @@ def add_parts(network: VisionMoE, wanted: MoEParts, seed: int) -> None:
     spec = make_spec(wanted)
     if wanted.kind == "branches":
         add_branches(network.backbone, spec)
-    else:
-        replace_mlp(network.backbone, spec, init=wanted.init)
+        return
+    if wanted.init == "copy" and wanted.mode != "soft":
+        raise UserError(
+            'moe: kind = "replace_mlp" starts as the dense model only with mode = "soft"; or use init = "random"'
+        )
+    replace_mlp(network.backbone, spec, init=wanted.init)
 
 
 def make_spec(wanted: MoEParts) -> BranchSpec:
@@ -154,7 +155,7 @@ def load_weights(network: VisionMoE, path: Path) -> None:
         tensors = dict(source.backbone.state_dict())
         network.mean, network.std = source.mean, source.std
     else:
-        tensors = _read(path)
+        tensors = read_tensors(path)
     own = network.backbone.state_dict()
     head = {id(p) for module in network.heads() for p in module.state_dict(keep_vars=True).values()}
     heads = [name for name, value in network.backbone.state_dict(keep_vars=True).items() if id(value) in head]
@@ -172,24 +173,6 @@ def load_weights(network: VisionMoE, path: Path) -> None:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise UserError(f"{path} does not fit {network.name!r}: {'; '.join(sorted(problems)[:_LISTED])}{more}")
     network.backbone.load_state_dict(tensors)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; pickled code is never run."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} is not a readable weights file ({reason})") from error
-    for key in ("state_dict", "model"):
-        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path} holds no state dict")
-    return found
 
 
 def _checkpoint_blocks(network: VisionMoE) -> None:

@@ -1,0 +1,60 @@
+"""Weights files of others: names and tensors, never code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from spectralmoe.errors import UserError
+
+__all__ = ["WRAPPERS", "read_tensors", "state_dict_of"]
+
+WRAPPERS = ("model", "state_dict")
+"""Keys under which a state dict may lie."""
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict in a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file (the last three by torch's loader for
+    weights alone), as it is or under one key "model" or "state_dict".
+
+    Raises:
+        UserError: no such file, another kind of file, or one that holds more than names and tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+        raise UserError(f"{path}: the name of a weights file ends in .safetensors, .pth, .pt or .bin")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # torch's own advice here is to run what the file holds
+        raise UserError(
+            f"{path} is not a torch weights file, or holds more than tensors; have it saved as a state dict alone"
+        ) from error
+    return state_dict_of(found, str(path))
+
+
+def state_dict_of(source: Any, origin: str) -> dict[str, Tensor]:
+    """The state dict that ``source`` is, or holds under a key of ``WRAPPERS``.
+
+    Raises:
+        UserError: it is none.
+    """
+    state = source
+    for name in WRAPPERS:
+        state = state[name] if isinstance(state, Mapping) and isinstance(state.get(name), Mapping) else state
+    plain = isinstance(state, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    )
+    if not plain:
+        raise UserError(f"{origin} holds no state dict (names and tensors), alone or under 'model' or 'state_dict'")
+    return dict(state)
