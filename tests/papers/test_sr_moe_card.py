@@ -125,3 +125,29 @@ def test_committed_results_are_of_the_agreed_form():
         assert cell["trials"] <= 100
         assert math.isfinite(cell["interference_mean"])
         assert cell["interference_worst"] <= cell["interference_mean"]
+
+
+def test_committed_results_show_what_the_card_claims():
+    cells = cells_of(CARD)
+
+    def values(row, dataset, depth, key):
+        found = [c[key] for c in cells if (c["row"], c["dataset"], c["depth"]) == (row, dataset, depth)]
+        assert len(found) == 5
+        return found
+
+    def mean(*wanted):
+        return sum(values(*wanted)) / 5
+
+    for dataset in ("fashion-mnist", "mnist5k"):
+        for depth in (2, 4, 8, 16):
+            for key in ("interference_mean", "accuracy"):
+                assert mean("SR-MoE", dataset, depth, key) > mean("linear", dataset, depth, key)
+            assert mean("SR-MoE", dataset, depth, "interference_mean") > -0.32
+            assert mean("SR-MoE", dataset, depth, "success") >= 0.95
+            assert mean("SR-MoE+guard", dataset, depth, "success") >= 0.95
+            assert mean("SR-MoE+guard", dataset, depth, "interference_mean") >= -0.05
+            assert min(values("SR-MoE+guard", dataset, depth, "interference_worst")) >= -0.5
+            assert mean("SR-MoE+guard", dataset, depth, "noisy_after") >= 0.75
+            assert mean("SR-MoE+guard", dataset, depth, "shifted_after") >= 0.5
+            if depth <= 4:  # in one layer of one seed of the deeper networks an expert falls below this
+                assert min(values("SR-MoE", dataset, depth, "min_load_share")) >= 1 / 32
