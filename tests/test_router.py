@@ -37,7 +37,8 @@ def test_a_router_is_cast_to_double_and_back(make_router, scorer_name, selector_
     router = make_router(scorer_name, selector_name)
     before = state(router)
     router.double()
-    assert {value.dtype for value in router.state_dict().values()} == {torch.float64}
+    numbers = [value for value in router.state_dict().values() if value.is_floating_point()]  # a counter stays int64
+    assert {value.dtype for value in numbers} == {torch.float64}
     router.to(torch.bfloat16)
     after = state(router)
     assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
@@ -45,7 +46,8 @@ def test_a_router_is_cast_to_double_and_back(make_router, scorer_name, selector_
 
 def test_it_moves_to_another_device(make_router, scorer_name, selector_name):
     router = make_router(scorer_name, selector_name).to("meta", torch.bfloat16)
-    assert {(v.device.type, v.dtype) for v in router.state_dict().values()} == {("meta", torch.float32)}
+    assert {v.device.type for v in router.state_dict().values()} == {"meta"}
+    assert {v.dtype for v in router.state_dict().values() if v.is_floating_point()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -159,7 +161,10 @@ def test_spectral_terms_and_retractions_work_on_sharded_routers(shard, make_rout
     for one in (twin, shard(layer)):
         with record(one) as tape:
             one(torch.ones(3, 12))
-        loss = spectral_norm(tape[0], bound=0.0) + stable_rank(tape[0]) + orthonormality(tape[0])
+        if one.router.scorer.matrix is None:
+            loss = tape[0].routing.logits.square().sum()
+        else:
+            loss = spectral_norm(tape[0], bound=0.0) + stable_rank(tape[0]) + orthonormality(tape[0])
         results.append([loss, *gradients(loss, one.router.parameters())])
         one.router.scorer.after_step([])
         results[-1] += [p.detach() for p in one.router.parameters()]
