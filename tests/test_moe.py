@@ -24,7 +24,11 @@ def slow(layer, x):
     return torch.stack(rows).view(x.shape)
 
 
-@pytest.mark.parametrize("dispatch", ["auto", "loop", "dense", "grouped", Loop(), Grouped()], ids=str)
+@pytest.mark.parametrize(
+    "dispatch",
+    ["auto", "loop", "dense", "grouped", Loop(), Grouped()],
+    ids=lambda d: d if isinstance(d, str) else type(d).__name__,
+)
 @pytest.mark.parametrize("k", [1, 2, None], ids=["top-1", "top-2", "soft"])
 @pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
 def test_definition(dispatch, k, shared, same):
