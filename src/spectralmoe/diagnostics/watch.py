@@ -1,0 +1,182 @@
+"""What the instruments see of any model: its MoE layers, and what each did in a run.
+
+A model of this library is watched by ``watch``; a Hugging Face model by ``spectralmoe.surgery.watch_transformers``,
+which gives the same two things: layers (``Watched``) and calls (``Seen``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.linalg import full
+from spectralmoe.moe import MoE
+from spectralmoe.routing import Routing
+from spectralmoe.tape import Tape, moe_layers
+
+__all__ = ["Seen", "Watch", "Watched", "layer_number", "watch"]
+
+
+class Watched(ABC):
+    """One MoE layer of any model.
+
+    Attributes:
+        name: the path of the layer's module.
+        number: the model's own layer number.
+        stack: "encoder" or "decoder" in a model with both, else "".
+        num_experts: E.
+        top_k: K; None where the number of experts of a token varies.
+    """
+
+    name: str
+    number: int
+    stack: str = ""
+    num_experts: int
+    top_k: int | None
+
+    @property
+    @abstractmethod
+    def matrix(self) -> Tensor | None:
+        """The routing matrix (E, D), one row an expert; None where the scorer has none."""
+
+    @abstractmethod
+    def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
+        """Route tokens x (N, D) again, as in evaluation; with ``dtype``, by a copy of the router in that precision."""
+
+    @abstractmethod
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        """Expert ``e`` applied to tokens x (N, D) -> (N, D), without combine weights."""
+
+    @abstractmethod
+    def expert_weights(self, e: int) -> Tensor:
+        """All weights of expert ``e`` as one vector, in the same order for every expert; empty where it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One call of one layer.
+
+    Attributes:
+        layer: whose.
+        routing: what it decided; ``routing.shape`` is (B, S) where the tokens came in sequences, ``routing.mask``
+            False for padding.
+        tokens: what the router read (N, D).
+    """
+
+    layer: Watched
+    routing: Routing
+    tokens: Tensor
+
+
+class Watch(ABC):
+    """An open watch on a model: its layers, and their calls since the last ``drain``.
+
+    Attributes:
+        layers: in the order of the forward.
+    """
+
+    layers: Sequence[Watched]
+
+    @abstractmethod
+    def drain(self) -> list[Seen]:
+        """The calls since the last drain, ordered by layer, then by call; recomputations are left out."""
+
+
+class OwnLayer(Watched):
+    """An ``MoE`` of this library."""
+
+    def __init__(self, name: str, number: int, layer: MoE) -> None:
+        self.name, self.number, self.layer = name, number, layer
+        self.num_experts, self.top_k = layer.experts.num_experts, getattr(layer.router.selector, "k", None)
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """The scorer's routing matrix."""
+        found = self.layer.router.scorer.matrix
+        return None if found is None else full(found).detach()
+
+    @torch.no_grad()
+    def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
+        """Routers of this library compute in fp32 whatever the precision of the tokens: ``dtype`` rounds the tokens."""
+        router = self.layer.router
+        training, _ = router.training, router.eval()
+        try:
+            return router(x if dtype is None else x.to(dtype))  # type: ignore[no-any-return]
+        finally:
+            router.train(training)
+
+    @torch.no_grad()
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        """By the bank's own definition of one expert."""
+        return self.layer.experts.expert(x, e)
+
+    def expert_weights(self, e: int) -> Tensor:
+        """The expert's own parameters, by name."""
+        own = self.layer.experts.expert_parameters(e)
+        return torch.cat([full(own[name]).detach().flatten().float() for name in sorted(own)] or [torch.empty(0)])
+
+
+class _OwnWatch(Watch):
+    def __init__(self, model: nn.Module) -> None:
+        found = {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
+        self.layers = [
+            OwnLayer(name, number, found[name]) for name, number in zip(found, _numbers(list(found)), strict=True)
+        ]
+        self.tape = Tape(model, keep=("input",))
+
+    def drain(self) -> list[Seen]:
+        """See ``Watch``."""
+        layers = {layer.name: layer for layer in self.layers}
+        calls = []
+        for item in self.tape.drain():
+            if item.name in layers:
+                tokens = torch.zeros(len(item.routing.logits), item.input.shape[-1]).to(item.input)
+                tokens[item.order // max(item.routing.indices.shape[1], 1)] = item.input.detach()
+                calls.append(Seen(layers[item.name], item.routing, tokens))
+        return calls
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[Watch]:
+    """Watch the MoE layers of a model of this library.
+
+    A token that no expert took has zeros for its values.
+
+    Raises:
+        UserError: the model holds no MoE layer.
+
+    >>> from spectralmoe import FeedForward, LinearScorer, Router, TopK
+    >>> model = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
+    >>> x = torch.randn(10, 8)
+    >>> with watch(model) as seen:
+    ...     y = model(x)
+    >>> call = seen.drain()[0]
+    >>> bool((call.tokens == x).all()), call.layer.number
+    (True, 0)
+    """
+    seen = _OwnWatch(model)
+    seen.tape.open()
+    try:
+        yield seen
+    finally:
+        seen.tape.seal()
+
+
+def layer_number(name: str) -> int | None:
+    """The first number in the path of a module: the model's own layer number.
+
+    >>> layer_number("encoder.block.3.layer.1.mlp"), layer_number("mlp")
+    (3, None)
+    """
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """The layers' own numbers if they tell them apart, else their places."""
+    own = [layer_number(name) for name in names]
+    return [n for n in own if n is not None] if len({*own} - {None}) == len(names) else list(range(len(names)))
