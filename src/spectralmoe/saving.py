@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, first_line, refuse_differences
 from spectralmoe.files import make_folder, read_json, to_json, write_json, write_whole
 from spectralmoe.linalg import full
 from spectralmoe.models import MODELS
@@ -39,7 +39,6 @@ TABLES: dict[str, type] = {
     "channels_first": ChannelsFirst,
     "mlp_copies": MlpCopies,
 }
-_LISTED = 5
 
 
 def save(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = None) -> None:
@@ -105,7 +104,7 @@ def load(folder: str | Path, *, into: nn.Module | None = None, allow: Sequence[s
     except UserError:
         raise
     except Exception as error:  # whatever a constructor says to a config that was tampered with
-        raise UserError(f"{folder / CONFIG} does not describe a model ({_first_line(error)})") from error
+        raise UserError(f"{folder / CONFIG} does not describe a model ({first_line(error)})") from error
     return (model if into is None else into).eval()
 
 
@@ -172,16 +171,7 @@ def _check_layers(folder: Path, model: nn.Module, expected: dict[str, Any]) -> N
 
 def _check_shapes(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     wanted = {plain_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"missing {name!r}" for name in wanted.keys() - shapes.keys()]
-    problems += [f"extra {name!r}" for name in shapes.keys() - wanted.keys()]
-    problems += [
-        f"{name!r} has shape {list(shapes[name])}, the model wants {list(shape)}"
-        for name, shape in wanted.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise UserError(f"{folder} does not fit the model: {'; '.join(sorted(problems)[:_LISTED])}{more}")
+    refuse_differences(f"{folder} does not fit the model", wanted, shapes)
 
 
 def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -214,16 +204,12 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({_first_line(error)})") from error
+        raise UserError(f"{path} is not a whole safetensors file ({first_line(error)})") from error
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _describe_layers(model: nn.Module) -> dict[str, Any]:

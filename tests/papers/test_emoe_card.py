@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,36 +17,8 @@ ROWS = {"dense", "linear", "linear+load_balance", "linear+balanced", "EMoE faith
 FIELDS = {"row", "seed", "accuracy", "maxvio", "gini", "dead", "min_load_share", "output_cos2", "step_ms"}
 
 
-class Here(Executor):
-    """Runs a job at once, in this process, and counts them."""
-
-    def __init__(self):
-        self.jobs = 0
-
-    def submit(self, fn, /, *args, **kwargs):
-        self.jobs += 1
-        future = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
 @pytest.fixture(scope="module")
-def card():
-    """The card's own modules, found as its command finds them."""
-    before, threads = set(sys.modules), torch.get_num_threads()
-    sys.path.insert(0, str(CARD))
-    import card as module
-
-    yield module
-    sys.path.remove(str(CARD))
-    for name in set(sys.modules) - before:
-        if str(CARD) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def finished(card, tmp_path_factory):
+def finished(card, here, tmp_path_factory):
     out = tmp_path_factory.mktemp("card")
     tiny = replace(
         card.QUICK,
@@ -60,8 +30,8 @@ def finished(card, tmp_path_factory):
         shots=(1,),
         shot_epochs=1,
     )
-    card.run(tiny, out, out, Here())
-    pool = Here()
+    card.run(tiny, out, out, here())
+    pool = here()
     card.run(tiny, out, out, pool)
     assert pool.jobs == 0  # a rerun does only what is missing
     return out

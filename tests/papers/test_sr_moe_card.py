@@ -2,13 +2,10 @@
 
 import json
 import math
-import sys
-from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 CARD = Path(__file__).parents[2] / "papers" / "sr-moe"
 
@@ -25,34 +22,6 @@ ROWS = {
 BASELINES = (" all-experts", " all-parameters")
 FIELDS = {"row", "dataset", "depth", "seed", "accuracy", "interference_mean", "interference_worst", "success"}
 FIELDS |= {"min_load_share", "trials"}
-
-
-class Here(Executor):
-    """Runs a job at once, in this process, and counts them."""
-
-    def __init__(self):
-        self.jobs = 0
-
-    def submit(self, fn, /, *args, **kwargs):
-        self.jobs += 1
-        future = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-@pytest.fixture(scope="module")
-def card():
-    """The card's own modules, found as its command finds them."""
-    before, threads = set(sys.modules), torch.get_num_threads()
-    sys.path.insert(0, str(CARD))
-    import card as module
-
-    yield module
-    sys.path.remove(str(CARD))
-    for name in set(sys.modules) - before:
-        if str(CARD) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +42,9 @@ def tiny(card):
 
 
 @pytest.fixture(scope="module")
-def finished(card, tiny, tmp_path_factory):
+def finished(card, here, tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("card")
-    card.run(tiny, out, out / "models", Here())
+    card.run(tiny, out, out / "models", here())
     return out
 
 
@@ -97,8 +66,8 @@ def test_every_row_is_tuned_with_as_many_tries(finished):
     assert len({len(found["rules"]) for found in tuned.values()}) == 1
 
 
-def test_a_rerun_does_only_what_is_missing(card, tiny, finished):
-    before, pool = cells_of(finished), Here()
+def test_a_rerun_does_only_what_is_missing(card, here, tiny, finished):
+    before, pool = cells_of(finished), here()
     card.run(tiny, finished, finished / "models", pool)
     assert pool.jobs == 0
     (finished / "results.json").write_text(json.dumps([c for c in before if c["row"] != "SR-MoE all-experts"]))

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import refuse_differences
 from spectralmoe.surgery.blocks import block_width, choose_blocks, model_blocks
 from spectralmoe.surgery.branches import add_branches
 from spectralmoe.surgery.spec import EMoESpec, Mode
@@ -25,7 +25,6 @@ __all__ = ["load_emoe_checkpoint"]
 Model = TypeVar("Model", bound=nn.Module)
 
 _UNUSED = ("router.basis.P", "router.basis.log_lambda")  # take no part in what the model computes
-_LISTED = 5
 
 
 def load_emoe_checkpoint(
@@ -66,7 +65,8 @@ def load_emoe_checkpoint(
     for path, prefix in prefixes.items():
         shapes = _branch_shapes(block_width(path, chosen[path]), spec)
         wanted |= {prefix + name: shape for name, shape in shapes.items()}
-    _compare(wanted, {name: value.shape for name, value in tensors.items()})
+    given = {name: value.shape for name, value in tensors.items()}
+    refuse_differences("the EMoE checkpoint does not fit the model and settings", wanted, given)
     add_branches(vit, spec)
     vit.load_state_dict(_below("vit.", tensors), strict=False)  # the branches come next
     for path, prefix in prefixes.items():
@@ -99,17 +99,3 @@ def _to_ours(theirs: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _compare(wanted: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
-    problems = [f"missing {name!r}" for name in wanted.keys() - found.keys()]
-    problems += [f"extra {name!r}" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name!r} has shape {list(found[name])}, the model wants {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "; ".join(sorted(problems)[:_LISTED])
-        raise UserError(f"the EMoE checkpoint does not fit the model and settings: {listed}{more}")

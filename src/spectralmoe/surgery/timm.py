@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, first_line
 from spectralmoe.experts import ModuleExperts
 from spectralmoe.moe import MoE, Recordable
 from spectralmoe.router import Router
@@ -200,7 +200,7 @@ def check_images(model: VisionMoE, size: tuple[int, int]) -> None:
         logits = model.eval()(torch.zeros(1, model.channels, *size, device=device))
     except Exception as error:  # the model's own code, and its own exceptions, AssertionError among them
         raise UserError(
-            f"timm model {model.name!r} refuses images of {height} x {width} ({_first_line(error)}); it needs another "
+            f"timm model {model.name!r} refuses images of {height} x {width} ({first_line(error)}); it needs another "
             "img_size in its arguments, or another image_size"
         ) from error
     finally:
@@ -222,7 +222,7 @@ def _create(name: str, num_classes: int, channels: int, arguments: Mapping[str, 
     try:
         return timm.create_model(name, num_classes=num_classes, in_chans=channels, **arguments)
     except Exception as error:
-        raise UserError(f"timm model {name!r} refuses its arguments ({_first_line(error)})") from error
+        raise UserError(f"timm model {name!r} refuses its arguments ({first_line(error)})") from error
 
 
 def _fetch(name: str, num_classes: int, channels: int, arguments: Mapping[str, Any]) -> Any:
@@ -233,9 +233,9 @@ def _fetch(name: str, num_classes: int, channels: int, arguments: Mapping[str, A
     try:
         return timm.create_model(name, pretrained=True, num_classes=num_classes, in_chans=channels, **arguments)
     except RuntimeError as error:
-        raise UserError(f"the weights of {name!r} do not fit its arguments ({_first_line(error)}); {cure}") from error
+        raise UserError(f"the weights of {name!r} do not fit its arguments ({first_line(error)}); {cure}") from error
     except Exception as error:
-        raise UserError(f"the weights of {name!r} could not be fetched ({_first_line(error)}); {cure}") from error
+        raise UserError(f"the weights of {name!r} could not be fetched ({first_line(error)}); {cure}") from error
 
 
 def _put(backbone: nn.Module, path: str, part: Any) -> None:
@@ -255,11 +255,6 @@ def _described(part: nn.Module) -> Any:
     if isinstance(moe, MoE) and isinstance(moe.experts, ModuleExperts):
         return MlpCopies(moe.router, moe.experts.num_experts)
     return part
-
-
-def _first_line(error: Exception) -> str:
-    line = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return line.rstrip(".:")
 
 
 def _timm() -> ModuleType:

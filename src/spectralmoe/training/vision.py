@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from spectralmoe.diagnostics import Evaluation
-from spectralmoe.errors import UserError, one_of
+from spectralmoe.errors import UserError, one_of, refuse_differences
 from spectralmoe.saving import load
 from spectralmoe.surgery import BranchSpec, EMoESpec, add_branches, replace_mlp
 from spectralmoe.surgery.timm import VisionMoE, check_images, vision_moe
@@ -32,7 +32,6 @@ __all__ = [
     "vision_meta",
 ]
 
-_LISTED = 5
 _EXPERTS_A_TOKEN = {"soft": None, "top1": 1, "top2": 2}
 
 
@@ -162,16 +161,8 @@ def load_weights(network: VisionMoE, path: Path) -> None:
     for name in heads:
         if name not in tensors or tensors[name].shape != own[name].shape:
             tensors |= {name: own[name] for name in heads}
-    problems = [f"missing {name!r}" for name in own.keys() - tensors.keys()]
-    problems += [f"extra {name!r}" for name in tensors.keys() - own.keys()]
-    problems += [
-        f"{name!r} has shape {list(value.shape)}, the model wants {list(own[name].shape)}"
-        for name, value in tensors.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise UserError(f"{path} does not fit {network.name!r}: {'; '.join(sorted(problems)[:_LISTED])}{more}")
+    shapes, found = ({name: value.shape for name, value in part.items()} for part in (own, tensors))
+    refuse_differences(f"{path} does not fit {network.name!r}", shapes, found)
     network.backbone.load_state_dict(tensors)
 
 
