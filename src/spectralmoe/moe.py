@@ -48,6 +48,7 @@ class Sink:
 
     keep: tuple[str, ...] = ()
     training_only: bool = False
+    attached: bool = False  # the one of ``attach``
     chain: tuple[Entry, Any] | None = None
 
     def entries(self) -> list[Entry]:

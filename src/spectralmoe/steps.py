@@ -51,10 +51,10 @@ class Attachment:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, group: Any) -> None:
         self._layers = moe_layers(model)
-        self._tape = Tape(model, training_only=True)
+        self._tape = Tape(model, training_only=True, attached=True)
         self._group = group
         self._records: tuple[Record, ...] = ()
-        if any(sink.training_only for layer in self._layers.values() for sink in layer.sinks):
+        if any(sink.attached for layer in self._layers.values() for sink in layer.sinks):
             raise UserError("attach: this model is attached to an optimizer already; remove() that attachment first")
         self._tape.open()
         self._hooks = [

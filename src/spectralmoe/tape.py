@@ -103,13 +103,15 @@ class Tape:
         UserError: on reading, when no forward was recorded.
     """
 
-    def __init__(self, model: nn.Module, keep: Sequence[str] = (), *, training_only: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, keep: Sequence[str] = (), *, training_only: bool = False, attached: bool = False
+    ) -> None:
         keep = (keep,) if isinstance(keep, str) else tuple(keep)
         unknown = [name for name in keep if name not in KEEPABLE]
         if unknown:
             raise UserError(f"record(keep=...): unknown tensor {unknown[0]!r}; known: {', '.join(KEEPABLE)}")
         self._layers = moe_layers(model)
-        self._sinks = {name: Sink(keep, training_only) for name in self._layers}
+        self._sinks = {name: Sink(keep, training_only, attached) for name in self._layers}
         self._records: tuple[Record, ...] | None = None
 
     def open(self) -> None:

@@ -1,22 +1,104 @@
-"""Diagnostics: what a router does, as pure functions of tapes, routers and loads."""
+"""Diagnostics: what a router does, as pure functions of tapes, routers, loads and experts.
 
+Each value says how much data it rests on (``Measure``).
+"""
+
+from spectralmoe.diagnostics.association import association, label_table, specialisation
 from spectralmoe.diagnostics.certificate import attack_distance, routing_radius
 from spectralmoe.diagnostics.change import Change, accuracy_change
+from spectralmoe.diagnostics.entropy import mean_entropy, token_entropies, token_entropy
 from spectralmoe.diagnostics.evaluation import Evaluation, evaluate, evaluation_mode, holds_moe
-from spectralmoe.diagnostics.load import DEAD_SHARE, dead_experts, gini, max_vio, min_share
+from spectralmoe.diagnostics.geometry import (
+    effective_rank,
+    jacobian_norm,
+    row_cosine,
+    row_cosines,
+    sigma_1,
+    spectrum,
+    stable_rank,
+)
+from spectralmoe.diagnostics.load import (
+    DEAD_SHARE,
+    concentration,
+    dead_experts,
+    gini,
+    max_share,
+    max_vio,
+    min_share,
+    per_sequence,
+)
+from spectralmoe.diagnostics.measure import Measure
+from spectralmoe.diagnostics.paths import co_activation, joint_counts, mutual_information
+from spectralmoe.diagnostics.similarity import (
+    cosine_matrix,
+    duplicates,
+    expert_outputs,
+    linear_cka,
+    mean_offdiagonal,
+    output_similarity,
+    subspace_overlap,
+    weight_cosine,
+)
+from spectralmoe.diagnostics.stability import (
+    changed_between,
+    changed_by_noise,
+    margins,
+    near_ties,
+    noise_flips,
+    precision_flips,
+)
+from spectralmoe.diagnostics.watch import Seen, Watch, Watched, watch
 
 __all__ = [
     "DEAD_SHARE",
     "Change",
     "Evaluation",
+    "Measure",
+    "Seen",
+    "Watch",
+    "Watched",
     "accuracy_change",
+    "association",
     "attack_distance",
+    "changed_between",
+    "changed_by_noise",
+    "co_activation",
+    "concentration",
+    "cosine_matrix",
     "dead_experts",
+    "duplicates",
+    "effective_rank",
     "evaluate",
     "evaluation_mode",
+    "expert_outputs",
     "gini",
     "holds_moe",
+    "jacobian_norm",
+    "joint_counts",
+    "label_table",
+    "linear_cka",
+    "margins",
+    "max_share",
     "max_vio",
+    "mean_entropy",
+    "mean_offdiagonal",
     "min_share",
+    "mutual_information",
+    "near_ties",
+    "noise_flips",
+    "output_similarity",
+    "per_sequence",
+    "precision_flips",
     "routing_radius",
+    "row_cosine",
+    "row_cosines",
+    "sigma_1",
+    "specialisation",
+    "spectrum",
+    "stable_rank",
+    "subspace_overlap",
+    "token_entropies",
+    "token_entropy",
+    "watch",
+    "weight_cosine",
 ]

@@ -1,6 +1,7 @@
 """Load metrics: pure functions of one layer's load vector (E,), the share of the load that each expert carries.
 
-All read ``Routing.load()``. An all-zero load (no token seen) has no metric: nan (all experts dead), never "balanced".
+All read ``Routing.load()``: of one batch, of several whose ``load_counts`` were added up, or of single sequences
+(``per_sequence``). An all-zero load (no token seen) has no metric: nan (all experts dead), never "balanced".
 """
 
 from __future__ import annotations
@@ -8,7 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["DEAD_SHARE", "dead_experts", "gini", "max_vio", "min_share"]
+from spectralmoe.routing import Routing, count_slots
+
+__all__ = [
+    "DEAD_SHARE",
+    "concentration",
+    "dead_experts",
+    "gini",
+    "max_share",
+    "max_vio",
+    "min_share",
+    "per_sequence",
+]
 
 DEAD_SHARE = 0.1
 """An expert is dead when it carries less than this share of an even load."""
@@ -47,3 +59,50 @@ def dead_experts(load: Tensor) -> int:
 def min_share(load: Tensor) -> float:
     """The smallest share that an expert carries (1/E is even)."""
     return float(load.min()) if load.sum() else float("nan")
+
+
+def max_share(load: Tensor) -> float:
+    """The largest share that an expert carries: 1/E is even, 1/K is collapse of a top-K router."""
+    return float(load.max()) if load.sum() else float("nan")
+
+
+def concentration(load: Tensor, k: int) -> float:
+    r"""How far the load has gone to the K busiest experts: 0 is even, 1 is collapse onto K experts.
+
+    .. math::
+        \frac{\sum_{i \le K} f_{(i)} - K/E}{1 - K/E}, \qquad f_{(1)} \ge f_{(2)} \ge \dots
+
+    Args:
+        k: experts a token. An expert can serve a token once, so top-K routing cannot collapse further than onto K.
+
+    Returns:
+        nan also where there is nothing to choose: k >= E, k < 1.
+
+    >>> concentration(torch.tensor([0.5, 0.5, 0.0, 0.0]), 2), concentration(torch.full((4,), 0.25), 2)
+    (1.0, 0.0)
+    """
+    e = load.numel()
+    if not 1 <= k < e or not load.sum():
+        return float("nan")
+    return float((load.topk(k).values.sum() / load.sum() - k / e) / (1 - k / e))
+
+
+def per_sequence(routing: Routing) -> Tensor:
+    """``Routing.load_counts`` of each sequence by itself: (B, E) int64; (0, E) where the tokens came in none.
+
+    The first of the leading dimensions (B, ...) counts the sequences. ``max_vio`` of a row is the MaxVio of one
+    sequence, which a balance over the whole batch hides.
+
+    >>> indices = torch.tensor([[0], [0], [1], [0]])
+    >>> logits = torch.zeros(4, 2)
+    >>> per_sequence(Routing(logits, torch.ones(4, 1), indices, logits, shape=(2, 2))).tolist()
+    [[2, 0], [1, 1]]
+    """
+    e, shape = routing.num_experts, routing.shape or ()
+    sequences = shape[0] if len(shape) > 1 else 0
+    slots = routing.top_expert()[:, None] if routing.soft else routing.indices
+    if not sequences * slots.numel():
+        return torch.zeros(sequences, e, dtype=torch.int64, device=slots.device)
+    owner = torch.arange(sequences, device=slots.device).repeat_interleave(len(slots) // sequences)[:, None]
+    inside = (slots >= 0) & (slots < e)
+    return count_slots(torch.where(inside, owner * e + slots, -1), sequences * e).reshape(sequences, e)

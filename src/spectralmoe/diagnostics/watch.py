@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from spectralmoe.linalg import full
 from spectralmoe.moe import MoE
 from spectralmoe.routing import Routing
-from spectralmoe.tape import Tape, moe_layers
+from spectralmoe.tape import Record, Tape, moe_layers
 
 __all__ = ["Seen", "Watch", "Watched", "layer_number", "watch"]
 
@@ -48,6 +49,10 @@ class Watched(ABC):
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
         """Route tokens x (N, D) again, as in evaluation; with ``dtype``, by a copy of the router in that precision."""
 
+    def raw_logits(self, x: Tensor) -> Tensor:
+        """What the router itself calls its logits for tokens x (N, D): (N, E)."""
+        return self.route(x).logits
+
     @abstractmethod
     def expert(self, x: Tensor, e: int) -> Tensor:
         """Expert ``e`` applied to tokens x (N, D) -> (N, D), without combine weights."""
@@ -65,7 +70,7 @@ class Seen:
         layer: whose.
         routing: what it decided; ``routing.shape`` is (B, S) where the tokens came in sequences, ``routing.mask``
             False for padding.
-        tokens: what the router read (N, D).
+        tokens: what the router read (N, D); (0, D) where the watch was opened with ``tokens=False``.
     """
 
     layer: Watched
@@ -122,30 +127,38 @@ class OwnLayer(Watched):
 
 
 class _OwnWatch(Watch):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tokens: bool, training_only: bool) -> None:
         found = {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
         self.layers = [
             OwnLayer(name, number, found[name]) for name, number in zip(found, _numbers(list(found)), strict=True)
         ]
-        self.tape = Tape(model, keep=("input",))
+        self.tape = Tape(model, keep=("input",) if tokens else (), training_only=training_only)
 
     def drain(self) -> list[Seen]:
         """See ``Watch``."""
         layers = {layer.name: layer for layer in self.layers}
-        calls = []
-        for item in self.tape.drain():
-            if item.name in layers:
-                tokens = torch.zeros(len(item.routing.logits), item.input.shape[-1]).to(item.input)
-                tokens[item.order // max(item.routing.indices.shape[1], 1)] = item.input.detach()
-                calls.append(Seen(layers[item.name], item.routing, tokens))
-        return calls
+        records = [item for item in self.tape.drain() if item.name in layers]
+        return [Seen(layers[item.name], item.routing, _tokens(item)) for item in records]
+
+
+def _tokens(item: Record) -> Tensor:
+    """What the router read, put together from what the experts got."""
+    if item.kept is None:
+        return item.routing.logits.new_empty(0, cast(MoE, item.layer).router.scorer.dim)
+    tokens = torch.zeros(len(item.routing.logits), item.input.shape[-1]).to(item.input)
+    tokens[item.order // max(item.routing.indices.shape[1], 1)] = item.input.detach()
+    return tokens
 
 
 @contextmanager
-def watch(model: nn.Module) -> Iterator[Watch]:
+def watch(model: nn.Module, *, tokens: bool = True, training_only: bool = False) -> Iterator[Watch]:
     """Watch the MoE layers of a model of this library.
 
     A token that no expert took has zeros for its values.
+
+    Args:
+        tokens: keep what the routers read, which takes the grouped dispatch and memory.
+        training_only: leave out the calls of layers that are in evaluation mode.
 
     Raises:
         UserError: the model holds no MoE layer.
@@ -159,7 +172,7 @@ def watch(model: nn.Module) -> Iterator[Watch]:
     >>> bool((call.tokens == x).all()), call.layer.number
     (True, 0)
     """
-    seen = _OwnWatch(model)
+    seen = _OwnWatch(model, tokens, training_only)
     seen.tape.open()
     try:
         yield seen

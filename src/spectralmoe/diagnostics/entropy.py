@@ -1,0 +1,74 @@
+"""Entropy of the routing distribution: how undecided single tokens are, and how many experts all of them use.
+
+Both over log E, so that layers of any size compare: 1 is even, 0 is one expert. The "local" and "global" entropy of
+Mustafa et al., "LIMoE", arXiv 2206.02770, there without the division. Their difference is the mutual
+information of token and expert, over log E: near 0, the router does not look at its tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from spectralmoe.diagnostics.measure import Measure
+from spectralmoe.routing import Routing
+
+__all__ = ["mean_entropy", "token_entropies", "token_entropy"]
+
+
+def token_entropy(routing: Routing) -> Measure:
+    r"""Mean over the real tokens of :math:`H(p_t)/\log E`, p the normalised scores.
+
+    No data for one expert.
+
+    >>> from spectralmoe import LinearScorer, Router, TopK
+    >>> router = Router(LinearScorer(8, 4), TopK(2))
+    >>> _ = router.scorer.weight.data.zero_()
+    >>> str(token_entropy(router(torch.randn(64, 8))))
+    '1 (64 tokens)'
+    """
+    entropies = token_entropies(routing)[_known(routing)]
+    return Measure.of(entropies.mean(), len(entropies))
+
+
+def mean_entropy(routing: Routing) -> Measure:
+    r""":math:`H(\bar p)/\log E` of the mean over the real tokens of the normalised scores.
+
+    Never below ``token_entropy``. No data for one expert.
+
+    >>> from spectralmoe.routing import Routing
+    >>> logits = torch.tensor([[50.0, -50.0], [-50.0, 50.0]])
+    >>> routing = Routing(logits, torch.ones(2, 1), torch.tensor([[0], [1]]), logits.softmax(-1))
+    >>> token_entropy(routing).value, mean_entropy(routing).value
+    (0.0, 1.0)
+    """
+    probs = _probs(routing)[_known(routing)]
+    return Measure.of(_normalised(probs.mean(0)), len(probs))
+
+
+def token_entropies(routing: Routing) -> Tensor:
+    """Entropy over log E of each token's normalised scores: (N,) float64; nan for one expert.
+
+    A token whose scores are all 0, and one that is not real, has a 0 that means nothing.
+    """
+    return _normalised(_probs(routing))
+
+
+def _probs(routing: Routing) -> Tensor:
+    """Scores in float64, those below 0 (a sigmoid plus a selection bias) as 0, normalised."""
+    scores = routing.scores.detach().double().clamp_min(0)
+    total = scores.sum(-1, keepdim=True)
+    return scores / torch.where(total == 0, 1, total)
+
+
+def _known(routing: Routing) -> Tensor:
+    """Which tokens are real and have any score (N,)."""
+    scored = (routing.scores.detach() > 0).any(-1) | routing.scores.detach().isnan().any(-1)
+    return scored if routing.mask is None else scored & routing.mask
+
+
+def _normalised(probs: Tensor) -> Tensor:
+    e = probs.shape[-1]
+    return -torch.xlogy(probs, probs).sum(-1) / (math.log(e) if e > 1 else math.nan)

@@ -1,0 +1,160 @@
+r"""Geometry of a router: the spectrum and the rows of its matrix, and how fast the routing turns with the token.
+
+Functions of a routing matrix A (E, D), one row an expert, in float64. A matrix with values that are not finite has no
+geometry: no data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from spectralmoe import linalg
+from spectralmoe.diagnostics.measure import Measure
+from spectralmoe.diagnostics.watch import Watched
+from spectralmoe.routing import Routing
+
+__all__ = ["effective_rank", "jacobian_norm", "row_cosine", "row_cosines", "sigma_1", "spectrum", "stable_rank"]
+
+_CHUNK = 16
+_AFFINE = 1e-3
+
+
+def sigma_1(matrix: Tensor) -> Measure:
+    r"""Largest singular value :math:`\sigma_1(A)`: how much the logits can change with the token.
+
+    >>> str(sigma_1(torch.diag(torch.tensor([3.0, 1.0]))))
+    '3 (4 weights)'
+    """
+    return _measure(matrix, linalg.sigma_max)
+
+
+def stable_rank(matrix: Tensor) -> Measure:
+    r"""Stable rank :math:`\|A\|_F^2/\sigma_1^2`: 1 to min(E, D), 0 for a zero matrix (``spectralmoe.linalg``)."""
+    return _measure(matrix, linalg.stable_rank)
+
+
+def effective_rank(matrix: Tensor) -> Measure:
+    r"""Effective rank :math:`\exp H(\sigma/\sum_i \sigma_i)`: 1 to the rank, 0 for a zero matrix.
+
+    Roy & Vetterli, "The effective rank", EUSIPCO 2007.
+
+    >>> round(effective_rank(torch.eye(5)).value, 5)
+    5.0
+    """
+
+    def rank(m: Tensor) -> Tensor:
+        values = spectrum(m)
+        shares = values / values.sum()
+        return torch.where(values.sum() > 0, (-torch.xlogy(shares, shares).sum()).exp(), 0)
+
+    return _measure(matrix, rank)
+
+
+def spectrum(matrix: Tensor) -> Tensor:
+    """All min(E, D) singular values, the largest first, float64; nan where the matrix is not finite."""
+    m = _exact(matrix)
+    if not m.isfinite().all():
+        return m.new_full((min(m.shape),), math.nan)
+    values: Tensor = torch.linalg.svdvals(m)
+    return values
+
+
+def row_cosine(matrix: Tensor) -> Measure:
+    """Mean of |cos| over all pairs of rows: 0 for orthogonal experts, 1 where all look along one line.
+
+    No data for fewer than two rows.
+    """
+
+    def mean(m: Tensor) -> Tensor:
+        i, j = torch.triu_indices(len(m), len(m), 1, device=m.device)
+        return row_cosines(m)[i, j].abs().mean()
+
+    return _measure(matrix, mean)
+
+
+def row_cosines(matrix: Tensor) -> Tensor:
+    """Cosine of each pair of rows (E, E), float64; 0 for a row of zeros.
+
+    >>> row_cosines(torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])).tolist()
+    [[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+    m = _exact(matrix)
+    norms = m.norm(dim=-1, keepdim=True)
+    rows = m / torch.where(norms == 0, 1, norms)
+    return rows @ rows.T
+
+
+def jacobian_norm(layer: Watched, x: Tensor) -> Measure:
+    r"""Mean over tokens x (N, D) of the spectral norm of :math:`J = \partial p/\partial x`, p the normalised scores.
+
+    How far the routing distribution turns for a unit step of the token, on the data rather than at worst.
+    Novak et al., arXiv 1802.08760, section 3, measure a network's sensitivity so; differs: the spectral norm.
+
+    J is differentiated where ``layer.route`` lets a gradient pass. Else it is :math:`(\mathrm{diag}(p) - pp^\top) A`
+    if the layer shows itself to be a softmax of logits :math:`Ax + b`, A its ``matrix`` (up to a shift common to all
+    experts). Else there is no data.
+
+    The cost is E backward passes of the router: a few dozen tokens will do. Tokens in half precision are routed in
+    fp32.
+    """
+    tokens = x.detach().to(precise := torch.promote_types(x.dtype, torch.float32))
+    route = partial(layer.route, dtype=None if x.dtype == precise else precise)
+    found = [_norms(layer, route, part) for part in tokens.split(_CHUNK) if len(part)]
+    norms = [norm for norm in found if norm is not None]
+    if not norms or len(norms) < len(found):
+        return Measure.of(math.nan, 0)
+    return Measure.of(torch.cat(norms).mean(), len(x))
+
+
+def _norms(layer: Watched, route: Callable[[Tensor], Routing], x: Tensor) -> Tensor | None:
+    """Spectral norms of the Jacobians (N,), from J J' (N, E, E)."""
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        probs = route(x).probs
+        sums = probs.sum(0).unbind() if probs.requires_grad else ()
+        rows = [torch.autograd.grad(s, x, retain_graph=True, allow_unused=True)[0] for s in sums]
+    if rows and all(row is not None for row in rows):
+        jacobian = torch.stack(rows, 1).double()
+        gram: Tensor | None = jacobian @ jacobian.mT
+    else:
+        gram = _softmax_gram(layer, route, x.detach())
+    if gram is None or not gram.isfinite().all():
+        return None
+    squares: Tensor = torch.linalg.eigvalsh(gram)[:, -1]
+    return squares.clamp_min(0).sqrt()
+
+
+@torch.no_grad()
+def _softmax_gram(layer: Watched, route: Callable[[Tensor], Routing], x: Tensor) -> Tensor | None:
+    """J J' (N, E, E) of a softmax over A x + b; None where the layer is not one, at x, at 0 or at the rows of A."""
+    matrix = None if layer.matrix is None else linalg.full(layer.matrix)
+    if matrix is None or matrix.shape != (layer.num_experts, x.shape[1]):
+        return None
+    probes = torch.cat([x, matrix.to(x), torch.zeros_like(x[:1])])
+    routing, matrix = route(probes), matrix.double()
+    logits, probs = routing.logits.double(), routing.probs.double()
+    moved, expected = (_centred(v) for v in (logits - logits[-1], probes.double() @ matrix.T))
+    if (moved - expected).norm() > _AFFINE * expected.norm() or not probs.allclose(logits.softmax(-1), atol=_AFFINE):
+        return None
+    p = logits[: len(x)].softmax(-1)
+    slope = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return slope @ (matrix @ matrix.T) @ slope
+
+
+def _centred(values: Tensor) -> Tensor:
+    return values - values.mean(-1, keepdim=True)
+
+
+def _exact(matrix: Tensor) -> Tensor:
+    return linalg.full(matrix).detach().double()
+
+
+def _measure(matrix: Tensor, value: Callable[[Tensor], Tensor]) -> Measure:
+    m = _exact(matrix)
+    known = m.numel() > 0 and bool(m.isfinite().all())
+    return Measure.of(value(m) if known else math.nan, m.numel(), "weights")

@@ -1,0 +1,266 @@
+"""An inspection: every value of every MoE layer from one run over data, as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralmoe.diagnostics import geometry, paths, similarity, stability
+from spectralmoe.diagnostics.association import association, label_table
+from spectralmoe.diagnostics.findings import find_problems
+from spectralmoe.diagnostics.measure import Measure
+from spectralmoe.diagnostics.samples import BestTokens, Place, TokenSample
+from spectralmoe.diagnostics.statistics import LayerStatistics
+from spectralmoe.diagnostics.watch import Seen, Watched
+from spectralmoe.routing import Routing
+
+__all__ = ["Describe", "Inspector", "inspection_document"]
+
+FORMAT = 1
+
+_NUMBERS = 2**24  # in the outputs of all experts of a layer for the same tokens
+_COORDINATES = 2**20  # of an expert's weights
+_JACOBIANS, _EXAMPLES, _FLOWS, _FEWEST, _RANK = 32, 8, 3, 8, 4
+
+Describe = Callable[[Watched, Place], dict[str, Any]]
+"""What to show of a token: {"text": ...} or {"image": a data URI, ...}."""
+
+
+class Inspector:
+    """Takes the calls of a run batch by batch; gives the "layers" and "paths" of an inspection document.
+
+    Args:
+        layers: of a ``Watch``.
+        labels: the names of the classes or topics, where the data has any.
+        sample: how many tokens of each layer are kept to look at its experts, at noise and at precision.
+        seed: of the sample and of the noise.
+
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
+    >>> from spectralmoe.diagnostics.watch import watch
+    >>> model = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
+    >>> with watch(model) as seen:
+    ...     inspector = Inspector(seen.layers)
+    ...     y = model(torch.randn(500, 8))
+    ...     inspector.add(seen.drain())
+    >>> inspector.layers()[0]["load"]["max_vio"]["data"]
+    1000
+    """
+
+    def __init__(
+        self, layers: Sequence[Watched], *, labels: Sequence[str] = (), sample: int = 256, seed: int = 0
+    ) -> None:
+        self._labels, self._seed = tuple(labels), seed
+        self._gathered = [_Gathered(layer, sample, seed + place) for place, layer in enumerate(layers)]
+        self._joints: dict[tuple[int, int], Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, calls: Sequence[Seen], labels: Tensor | None = None) -> None:
+        """Take the calls of one batch.
+
+        Args:
+            labels: (B,) the class of each sequence, or (N,) of each token.
+        """
+        places = {id(item.layer): place for place, item in enumerate(self._gathered)}
+        first: dict[int, Routing] = {}
+        for call in calls:
+            place = places[id(call.layer)]
+            self._gathered[place].add(call, labels, len(self._labels))
+            first.setdefault(place, call.routing)
+        order = sorted(first)
+        for a, b in pairwise(order):
+            if len(first[a].logits) == len(first[b].logits) and self._stack(a) == self._stack(b):
+                joint = paths.joint_counts(first[a], first[b]).cpu()
+                self._joints[a, b] = self._joints[a, b] + joint if (a, b) in self._joints else joint
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens seen by the layer that saw most."""
+        return max((item.statistics.number("tokens") for item in self._gathered), default=0)
+
+    def layers(self, describe: Describe | None = None) -> list[dict[str, Any]]:
+        """The values of every layer, with example tokens where ``describe`` tells what a token is."""
+        return [item.report(self._labels, describe, self._seed) for item in self._gathered]
+
+    def paths(self) -> list[dict[str, Any]]:
+        """Between each two consecutive layers: the largest flows of tokens, and their mutual information."""
+        return [
+            {
+                "from": a,
+                "to": b,
+                "flows": _largest(joint, _FLOWS * max(joint.shape)),
+                "mutual_information": paths.mutual_information(joint).as_json(),
+            }
+            for (a, b), joint in self._joints.items()
+        ]
+
+    def _stack(self, place: int) -> str:
+        return self._gathered[place].layer.stack
+
+
+def inspection_document(
+    title: str,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    layers: Sequence[Mapping[str, Any]],
+    paths: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """The document that ``spectralmoe inspect`` writes and ``spectralmoe report`` reads, with its findings.
+
+    Args:
+        model: name, class, mode ("run" or "router-only"), dtype, parameters.
+        data: source, tokens, sequences, tokenizer, notes.
+        layers: of an ``Inspector``, or of a checkpoint.
+        paths: of an ``Inspector``.
+    """
+    from spectralmoe import __version__
+
+    document = {
+        "kind": "inspection",
+        "format": FORMAT,
+        "spectralmoe": __version__,
+        "title": title,
+        "model": dict(model),
+        "data": dict(data),
+        "layers": list(layers),
+        "paths": list(paths),
+    }
+    return {**document, "findings": find_problems(document)}
+
+
+class _Gathered:
+    """What is gathered of one layer, and its values."""
+
+    def __init__(self, layer: Watched, sample: int, seed: int) -> None:
+        self.layer = layer
+        self.statistics = LayerStatistics(layer.num_experts, layer.top_k)
+        self.sample, self.best = TokenSample(sample, seed), BestTokens(layer.num_experts, 4 * _EXAMPLES)
+        self.table: Tensor | None = None
+
+    def add(self, call: Seen, labels: Tensor | None, num_labels: int) -> None:
+        routing = call.routing
+        self.statistics.add(routing)
+        self.sample.add(call.tokens[(routing.indices >= 0).any(-1)])
+        self.best.add(routing)
+        if labels is not None and num_labels:
+            table = label_table(routing, labels, num_labels).cpu()
+            self.table = table if self.table is None else self.table + table
+
+    @torch.no_grad()
+    def report(self, labels: Sequence[str], describe: Describe | None, seed: int) -> dict[str, Any]:
+        layer, statistics, tokens = self.layer, self.statistics, self.sample.tokens
+        matrix = layer.matrix
+        load = {"counts": statistics.counts().tolist(), "share": statistics.share().tolist()}
+        return {
+            "name": layer.name,
+            "layer": layer.number,
+            "stack": layer.stack,
+            "experts": layer.num_experts,
+            "top_k": layer.top_k,
+            "width": tokens.shape[-1] if matrix is None else matrix.shape[1],
+            "finite": matrix is None or bool(matrix.isfinite().all()),
+            "logits_are_probabilities": len(tokens) > 0 and _are_probabilities(layer.raw_logits(tokens)),
+            "load": {**load, **_json(statistics.load())},
+            "weights": statistics.weights(),
+            "entropy": _json(statistics.entropy()),
+            "geometry": {
+                **_geometry(matrix),
+                "jacobian": geometry.jacobian_norm(layer, tokens[:_JACOBIANS]).as_json(),
+            },
+            "similarity": self.similarity(matrix),
+            "stability": {
+                "noise": stability.noise_flips(layer, tokens, seed=seed).as_json(),
+                "bf16": stability.precision_flips(layer, tokens).as_json(),
+                **_json(statistics.ties()),
+            },
+            "association": self.associated(labels),
+            "examples": [self.examples(e, describe) for e in range(layer.num_experts)] if describe else [],
+        }
+
+    def similarity(self, matrix: Tensor | None) -> dict[str, Any]:
+        """How alike the experts are, on as many of the kept tokens as their outputs have room for."""
+        e, tokens = self.layer.num_experts, self.sample.tokens
+        tokens = tokens[: max(_FEWEST, _NUMBERS // max(1, e * tokens.shape[-1]))]
+        outputs = similarity.expert_outputs(self.layer, tokens) if len(tokens) else torch.empty(e, 0, 1)
+        weights = self.weights()
+        tables = {
+            "output_cos2": similarity.cosine_matrix(outputs),
+            "cka": similarity.linear_cka(outputs),
+            "subspace": similarity.subspace_overlap(outputs, min(_RANK, max(1, tokens.shape[-1] // 4))),
+        }
+        found = {name: _mean(table, len(tokens), "tokens", _FEWEST) for name, table in tables.items()}
+        return {
+            **found,
+            "weight_cosine": _mean(similarity.weight_cosine(weights), weights.shape[1], "coordinates"),
+            "matrices": {
+                "output": _rounded(tables["output_cos2"]),
+                "weights": _rounded(similarity.weight_cosine(weights)),
+                "rows": None if matrix is None else _rounded(geometry.row_cosines(matrix)),
+            },
+        }
+
+    def weights(self) -> Tensor:
+        """Every few coordinates of each expert's weights (E, P); P = 0 where the experts differ in size."""
+        vectors = []
+        for e in range(self.layer.num_experts):
+            vector = self.layer.expert_weights(e)
+            vectors.append(vector[:: 1 + len(vector) // _COORDINATES].float())
+        same = len({len(vector) for vector in vectors}) == 1
+        return torch.stack(vectors) if same else torch.empty(len(vectors), 0)
+
+    def associated(self, labels: Sequence[str]) -> dict[str, Any] | None:
+        if self.table is None:
+            return None
+        information = association(self.table).as_json()
+        return {"labels": list(labels), "table": self.table.tolist(), "mutual_information": information}
+
+    def examples(self, e: int, describe: Describe) -> list[dict[str, Any]]:
+        """The tokens with the largest weight, no two alike."""
+        found: dict[str, dict[str, Any]] = {}
+        for weight, place in self.best.found[e]:
+            shown = describe(self.layer, place)
+            found.setdefault(str(shown), {**shown, "weight": round(weight, 4)})
+        return list(found.values())[:_EXAMPLES]
+
+
+def _geometry(matrix: Tensor | None) -> dict[str, Any]:
+    """Geometry of a routing matrix; without one, no data."""
+    m = torch.empty(0, 0) if matrix is None else matrix
+    functions = (geometry.sigma_1, geometry.stable_rank, geometry.effective_rank, geometry.row_cosine)
+    found: dict[str, Any] = {function.__name__: function(m).as_json() for function in functions}
+    return {**found, "spectrum": [] if matrix is None else geometry.spectrum(m).tolist()}
+
+
+def _mean(table: Tensor, data: int, unit: str, needs: int = 1) -> dict[str, Any]:
+    """The mean over pairs of experts, which rests on ``data`` things."""
+    value = similarity.mean_offdiagonal(table).value
+    return Measure.of(math.nan if value is None else value, data, unit, needs).as_json()
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    """Whether no value is negative and every row sums to 1."""
+    rows = logits.detach().double()
+    return bool((rows >= 0).all()) and bool(((rows.sum(-1) - 1).abs() < 1e-3).all())
+
+
+def _largest(joint: Tensor, number: int) -> list[list[int]]:
+    """The largest entries of a table of counts, as [row, column, count]."""
+    top = joint.flatten().topk(min(joint.numel(), number))
+    width = joint.shape[1]
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [[place // width, place % width, count] for place, count in pairs if count]
+
+
+def _json(measures: Mapping[str, Measure]) -> dict[str, Any]:
+    return {name: measure.as_json() for name, measure in measures.items()}
+
+
+def _rounded(table: Tensor) -> list[list[float | None]] | None:
+    """For a file that people read; nan as None; no table without data."""
+    if not table.isfinite().any():
+        return None
+    return [[round(value, 4) if math.isfinite(value) else None for value in row] for row in table.tolist()]

@@ -1,0 +1,178 @@
+"""What one layer did over many batches: exact sums that add up over batches and ranks, and the measures they give."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralmoe.diagnostics.entropy import token_entropies
+from spectralmoe.diagnostics.load import concentration, dead_experts, gini, max_share, max_vio, min_share, per_sequence
+from spectralmoe.diagnostics.measure import Measure
+from spectralmoe.diagnostics.stability import margins
+from spectralmoe.routing import Routing
+
+__all__ = ["NEAR", "SLOTS_AN_EXPERT", "TOKENS", "LayerStatistics"]
+
+SLOTS_AN_EXPERT = 10
+"""A load is judged when an even one would give each expert this many slots: an even expert is then seen as dead
+(less than one slot) with a probability of e^-10."""
+
+TOKENS = 64
+"""Shares of tokens are judged from this many tokens on."""
+
+NEAR = 0.01
+"""A choice is near a tie when the best expert left out scored within this share of the worst one chosen."""
+
+_INTS = ("tokens", "judged", "ties", "asked", "filled", "batches", "sequences", "constant")
+_FLOATS = ("entropy", "margin", "batch_vio", "sequence_vio", "sequence_concentration")
+
+
+class LayerStatistics:
+    """Running sums of one layer; ``ints`` (int64) and ``sums`` (float64) may be added over ranks by an all-reduce.
+
+    Args:
+        num_experts: E.
+        top_k: K; None where it varies.
+
+    >>> from spectralmoe import LinearScorer, Router, TopK
+    >>> found = LayerStatistics(4, 2)
+    >>> found.add(Router(LinearScorer(8, 4), TopK(2))(torch.randn(100, 8)))
+    >>> found.load()["max_vio"].data, found.number("tokens")
+    (200, 100)
+    """
+
+    def __init__(self, num_experts: int, top_k: int | None, device: torch.device | str = "cpu") -> None:
+        self.num_experts, self.top_k = num_experts, top_k
+        self.ints = torch.zeros(num_experts + len(_INTS), dtype=torch.int64, device=device)
+        self.sums = torch.zeros(2 * num_experts + len(_FLOATS), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, routing: Routing, *, thorough: bool = True) -> None:
+        """Count one call; nothing waits for the device.
+
+        Args:
+            thorough: look at margins and at single sequences as well, which costs more than the rest.
+        """
+        e, mask = self.num_experts, routing.mask
+        if not len(routing.logits):
+            return
+        real = routing.logits.new_ones(len(routing.logits), dtype=torch.bool) if mask is None else mask
+        counts, tokens = routing.load_counts()[:e], real.sum()
+        filled = (routing.indices >= 0) & real[:, None]
+        weights = torch.where(filled, routing.weights.detach(), 0).double()
+        inside = torch.where(filled & (routing.indices < e), routing.indices, 0)
+        asked = filled.sum() if routing.asked is None else routing.asked
+        self._count(tokens=tokens, asked=asked, filled=filled.sum(), batches=1)
+        self._count(constant=((weights == 1) & filled).sum())
+        self.ints[:e] += counts
+        self.sums[:e] += torch.where(real[:, None], routing.probs.detach()[:, :e], 0).double().sum(0)
+        self.sums[e : 2 * e].scatter_add_(0, inside.flatten(), torch.where(routing.indices < e, weights, 0).flatten())
+        self._sum(entropy=torch.where(real, token_entropies(routing), 0).sum(), batch_vio=_vio(counts[None])[0])
+        if thorough:
+            self._add_margins(margins(routing))
+            self._add_sequences(routing)
+
+    def add_counts(self, slots: Tensor, **numbers: int) -> None:
+        """Add the slots of each expert (E,), and tokens, filled, asked, ..., that were counted elsewhere."""
+        self.ints[: self.num_experts] += slots
+        self._count(**numbers)
+
+    def number(self, name: str) -> int:
+        """One of the counts: tokens, batches, sequences, asked, filled, ..."""
+        return int(self.ints[self.num_experts + _INTS.index(name)])
+
+    def counts(self) -> Tensor:
+        """Slots of each expert (E,) int64."""
+        return self.ints[: self.num_experts]
+
+    def share(self) -> Tensor:
+        """Share of the load of each expert (E,) float64; 0 without data."""
+        return self.counts().double() / self.counts().sum().clamp_min(1)
+
+    def load(self) -> dict[str, Measure]:
+        """The measures of the load."""
+        share, slots, e = self.share(), int(self.counts().sum()), self.num_experts
+        needs = SLOTS_AN_EXPERT * e
+        whole: dict[str, float] = {
+            "max_vio": max_vio(share),
+            "gini": gini(share),
+            "min_share": min_share(share),
+            "max_share": max_share(share),
+            "dead": dead_experts(share),
+            "concentration": concentration(share, self.top_k or 1),
+        }
+        found = {name: Measure.of(value, slots, "slots", needs) for name, value in whole.items()}
+        batches, sequences, asked = (self.number(name) for name in ("batches", "sequences", "asked"))
+        found["max_vio_batch"] = Measure.of(
+            self._mean("batch_vio", batches), batches if slots >= needs else 0, "batches"
+        )
+        found["max_vio_sequence"] = Measure.of(self._mean("sequence_vio", sequences), sequences, "sequences")
+        found["concentration_sequence"] = Measure.of(
+            self._mean("sequence_concentration", sequences), sequences, "sequences"
+        )
+        found["dropped"] = Measure.of(1 - self.number("filled") / max(asked, 1), asked, "slots", TOKENS)
+        return found
+
+    def entropy(self) -> dict[str, Measure]:
+        """Entropy of a token's scores and of the mean scores, both over log E."""
+        tokens, probs = self.number("tokens"), self.sums[: self.num_experts]
+        mean = probs / probs.sum().clamp_min(1e-300)
+        spread = float(-torch.xlogy(mean, mean).sum()) / math.log(max(self.num_experts, 2))
+        known = tokens if self.num_experts > 1 else 0
+        return {
+            "tokens": Measure.of(self._mean("entropy", tokens), known, needs=TOKENS),
+            "mean": Measure.of(spread, known, needs=TOKENS),
+        }
+
+    def ties(self) -> dict[str, Measure]:
+        """Share of tokens near a tie, and the mean margin."""
+        judged = self.number("judged")
+        return {
+            "near_tie": Measure.of(self.number("ties") / max(judged, 1), judged, needs=TOKENS),
+            "margin": Measure.of(self._mean("margin", judged), judged, needs=TOKENS),
+        }
+
+    def weights(self) -> dict[str, Any]:
+        """Share of all combine weight that each expert carries, and whether every slot's weight is the constant 1."""
+        carried, filled = self.sums[self.num_experts : 2 * self.num_experts], self.number("filled")
+        share = carried / carried.sum().clamp_min(1e-300)
+        return {"share": share.tolist(), "constant": filled > 0 and self.number("constant") == filled}
+
+    def _add_margins(self, values: Tensor) -> None:
+        known = values.isfinite()
+        self._count(judged=known.sum(), ties=(known & (values <= NEAR)).sum())
+        self._sum(margin=torch.where(known, values, 0).sum())
+
+    def _add_sequences(self, routing: Routing) -> None:
+        if routing.shape is None or len(routing.shape) != 2:
+            return
+        counts = per_sequence(routing)[:, : self.num_experts]
+        enough = counts.sum(1) >= SLOTS_AN_EXPERT * self.num_experts
+        k, e = self.top_k or 1, self.num_experts
+        shares = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
+        held = (shares.topk(min(k, e), dim=1).values.sum(1) - k / e) / max(1 - k / e, 1e-300)
+        self._count(sequences=enough.sum())
+        self._sum(
+            sequence_vio=torch.where(enough, _vio(counts), 0).sum(),
+            sequence_concentration=torch.where(enough, held, 0).sum(),
+        )
+
+    def _count(self, **values: Tensor | int) -> None:
+        for name, value in values.items():
+            self.ints[self.num_experts + _INTS.index(name)] += value
+
+    def _sum(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[2 * self.num_experts + _FLOATS.index(name)] += value
+
+    def _mean(self, name: str, over: int) -> float:
+        return float(self.sums[2 * self.num_experts + _FLOATS.index(name)]) / max(over, 1)
+
+
+def _vio(counts: Tensor) -> Tensor:
+    """MaxVio of rows of counts (B, E): (B,) float64, 0 without data."""
+    means = counts.double().mean(1)
+    return torch.where(means > 0, counts.amax(1) / means.clamp_min(1e-300) - 1, 0)

@@ -1,0 +1,94 @@
+"""Where experts and router are in a MoE layer of a Hugging Face model, by the shapes of their parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = [
+    "correction_bias",
+    "count_experts",
+    "evaluating",
+    "experts_of",
+    "matrix_name",
+    "number_of",
+    "required",
+    "router_name",
+]
+
+
+def count_experts(experts: nn.Module) -> int | None:
+    """E of an ``experts`` module, from its stacked parameters or its children; None where it is none.
+
+    >>> count_experts(nn.ModuleList(nn.Linear(8, 8) for _ in range(4))), count_experts(nn.Linear(8, 8))
+    (4, None)
+    """
+    if isinstance(experts, nn.ModuleList | nn.ModuleDict):
+        count = len(experts_of(experts))
+        return count if count > 1 else None
+    stacked = {value.shape[0] for value in experts.parameters() if value.dim() == 3}
+    return stacked.pop() if len(stacked) == 1 else None
+
+
+def experts_of(experts: nn.Module) -> list[nn.Module]:
+    """The experts of a list or dict of modules, which may hold a dropout beside them."""
+    return [child for child in experts.children() if next(child.parameters(), None) is not None]
+
+
+def router_name(layer: nn.Module, num_experts: int) -> str | None:
+    """The child of ``layer`` with a matrix (E, D); None without.
+
+    Of several: one without further matrices, then one that is more than a Linear, then one called gate or router. A
+    shared expert whose hidden width happens to be E has further matrices.
+    """
+    ranked = []
+    for name, child in layer.named_children():
+        matrices = [value.shape[0] for value in child.parameters() if value.dim() == 2]
+        unnamed = "gate" not in name and "router" not in name
+        if name != "experts" and num_experts in matrices and not (unnamed and len(matrices) > 1):
+            ranked.append((len(matrices) > 1, type(child) is nn.Linear, unnamed, name))
+    return min(ranked)[-1] if ranked else None
+
+
+def matrix_name(router: nn.Module, num_experts: int) -> str | None:
+    """The name of the router's matrix (E, D); None where it has several layers."""
+    found = [(name, value.shape[0]) for name, value in router.named_parameters() if value.dim() == 2]
+    return found[0][0] if len(found) == 1 and found[0][1] == num_experts else None
+
+
+def correction_bias(parts: Sequence[nn.Module], num_experts: int) -> Tensor | None:
+    """What is added to the scores for the choice alone (E,), by its usual names; None without."""
+    for module in parts:
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            if name.endswith(("correction_bias", "expert_bias")) and value.numel() == num_experts:
+                return value
+    return None
+
+
+def number_of(parts: Sequence[nn.Module], *names: str) -> int | None:
+    """The first whole number under one of ``names`` in ``parts``."""
+    values = [getattr(module, name, None) for module in parts for name in names]
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def required(function: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that a call must give."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every part gets its own mode back."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

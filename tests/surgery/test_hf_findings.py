@@ -1,0 +1,54 @@
+"""Each sickness is found in each family, and nothing is found in a healthy model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from families import FAMILIES, batch
+from families_sick import SICK, healthy
+
+from spectralmoe.diagnostics.inspection import Inspector, inspection_document
+from spectralmoe.surgery.hf_watch import watch_transformers
+
+KINDS = set(SICK)
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def inspected(model: Any) -> dict[str, Any]:
+    with watch_transformers(model) as seen, torch.no_grad():
+        inspector = Inspector(seen.layers)
+        for seed in range(2):
+            model(**batch(model, rows=4, length=64, seed=seed))
+            inspector.add(seen.drain())
+        return inspection_document("tiny", {}, {}, inspector.layers(), inspector.paths())
+
+
+@families
+def test_a_healthy_model_has_no_findings(family):
+    assert inspected(healthy(family))["findings"] == []
+
+
+@families
+@pytest.mark.parametrize("kind", SICK)
+def test_a_sick_model_is_found_out_in_every_layer(family, kind):
+    document = inspected(SICK[kind](family))
+    found = [finding for finding in document["findings"] if finding["kind"] == kind]
+    assert [finding["layer"] for finding in found] == [layer["layer"] for layer in document["layers"]]
+    for finding in found:
+        assert finding["message"]
+        assert finding["cure"]
+        assert finding["severity"] in ("severe", "warning")
+        assert finding["measure"]["value"] >= finding["threshold"]
+
+
+@families
+def test_a_sickness_is_not_taken_for_another(family):
+    """Collapse brings dead experts, ties and flips go together at times; but alike experts and collapse stand apart."""
+    kinds = {kind: {finding["kind"] for finding in inspected(make(family))["findings"]} for kind, make in SICK.items()}
+    assert "homogeneous" not in kinds["collapse"] | kinds["near_tie"] | kinds["precision_flip"]
+    assert not {"collapse", "dead_experts"} & (kinds["homogeneous"] | kinds["near_tie"])
+    assert not {"near_tie", "precision_flip"} & (kinds["homogeneous"] | kinds["collapse"])
