@@ -38,5 +38,5 @@ clean:
 	touch $@
 
 .venv/test.stamp: pyproject.toml constraints.txt | .venv/pyvenv.cfg
-	$(INSTALL) -e ".[data,vision,dev]"
+	$(INSTALL) -e ".[data,vision,hf,dev]"
 	touch $@

@@ -15,7 +15,7 @@ from torch import Tensor
 from spectralmoe.diagnostics.measure import Measure
 from spectralmoe.routing import Routing
 
-__all__ = ["mean_entropy", "token_entropies", "token_entropy"]
+__all__ = ["are_probabilities", "mean_entropy", "token_entropies", "token_entropy"]
 
 
 def token_entropy(routing: Routing) -> Measure:
@@ -54,6 +54,16 @@ def token_entropies(routing: Routing) -> Tensor:
     A token whose scores are all 0, and one that is not real, has a 0 that means nothing.
     """
     return _normalised(_probs(routing))
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether every row is a distribution: no entry below 0, sum 1 up to the rounding of its precision.
+
+    >>> are_probabilities(torch.eye(3)), are_probabilities(torch.ones(2, 3))
+    (True, False)
+    """
+    close = 2 * torch.finfo(logits.dtype).eps + 1e-5
+    return bool(logits.numel() and (logits >= 0).all() and ((logits.double().sum(-1) - 1).abs() <= close).all())
 
 
 def _probs(routing: Routing) -> Tensor:

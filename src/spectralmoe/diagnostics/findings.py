@@ -1,8 +1,8 @@
 """Findings: what is wrong with a router, from stated thresholds, with a cure that this library has.
 
 They are read off the values of an inspection (``spectralmoe inspect``), of a checkpoint that is not run,
-or of a training run (``Monitor``), so the three agree. A value without data gives no finding: the finding ``no_data`` says
-what could not be judged.
+or of a training run (``Monitor``), so the three agree. A value without data gives no finding: the finding ``no_data``
+says what could not be judged.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def find_problems(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "probabilities_as_logits" in {item.kind for item in found} and _computes_loss(document["model"]):
         text = "the model's balance loss takes the softmax of probabilities: its routers return them as logits"
         found.append(_about_model("double_softmax", "warning", text))
-    found += _unjudged(document["layers"])
+    if document["model"].get("mode") != "router-only":
+        found += _unjudged(document["layers"])
     return [item.as_json() for item in sorted(found, key=lambda item: SEVERITIES.index(item.severity))]
 
 
@@ -144,7 +145,7 @@ def _similarity(layer: Mapping[str, Any]) -> Iterator[Finding]:
         text = f"experts {i} and {j}{more} are copies of each other (cosine of their {what} {value:.2f})"
         share = len(pairs) / (layer["experts"] * (layer["experts"] - 1) / 2)
         severity: Severity = "severe" if share > 0.5 else "warning"
-        yield _finding("homogeneous", layer, severity, text, None, THRESHOLDS["duplicates"])
+        yield _finding("homogeneous", layer, severity, text, threshold=THRESHOLDS["duplicates"])
 
 
 def _router(layer: Mapping[str, Any]) -> Iterator[Finding]:
@@ -154,11 +155,11 @@ def _router(layer: Mapping[str, Any]) -> Iterator[Finding]:
         )
     if layer.get("logits_are_probabilities"):
         text = "what the router returns as logits are probabilities"
-        yield _finding("probabilities_as_logits", layer, "note", text, None)
+        yield _finding("probabilities_as_logits", layer, "note", text)
     weights = layer.get("weights") or {}
     if layer["top_k"] == 1 and weights.get("constant"):
         text = "every token has one expert with the constant weight 1: the task gives this router no gradient"
-        yield _finding("no_router_gradient", layer, "warning", text, None)
+        yield _finding("no_router_gradient", layer, "warning", text)
 
 
 _RULES: tuple[Rule, ...] = (_load, _stability, _similarity, _router)
@@ -197,7 +198,8 @@ def _finding(
     layer: Mapping[str, Any],
     severity: Severity,
     text: str,
-    measure: Mapping[str, Any] | None,
+    measure: Mapping[str, Any] | None = None,
+    *,
     threshold: float | None = None,
 ) -> Finding:
     place = f"{layer['stack']} layer {layer['layer']}" if layer.get("stack") else f"layer {layer['layer']}"

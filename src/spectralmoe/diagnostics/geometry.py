@@ -95,9 +95,9 @@ def jacobian_norm(layer: Watched, x: Tensor) -> Measure:
     How far the routing distribution turns for a unit step of the token, on the data rather than at worst.
     Novak et al., arXiv 1802.08760, section 3, measure a network's sensitivity so; differs: the spectral norm.
 
-    J is differentiated where ``layer.route`` lets a gradient pass. Else it is :math:`(\mathrm{diag}(p) - pp^\top) A`
-    if the layer shows itself to be a softmax of logits :math:`Ax + b`, A its ``matrix`` (up to a shift common to all
-    experts). Else there is no data.
+    J is :math:`(\mathrm{diag}(d) - p\,d^\top) A`, A the layer's ``matrix``, if the layer shows itself to be a softmax
+    (d = p) or a sigmoid (:math:`d = p\,(1 - \sigma(s))`) of logits :math:`s = Ax + b`. Else it is differentiated, where
+    ``layer.route`` lets a gradient pass. Else there is no data.
 
     The cost is E backward passes of the router: a few dozen tokens will do. Tokens in half precision are routed in
     fp32.
@@ -113,37 +113,53 @@ def jacobian_norm(layer: Watched, x: Tensor) -> Measure:
 
 def _norms(layer: Watched, route: Callable[[Tensor], Routing], x: Tensor) -> Tensor | None:
     """Spectral norms of the Jacobians (N,), from J J' (N, E, E)."""
-    with torch.enable_grad():
-        x = x.clone().requires_grad_()
-        probs = route(x).probs
-        sums = probs.sum(0).unbind() if probs.requires_grad else ()
-        rows = [torch.autograd.grad(s, x, retain_graph=True, allow_unused=True)[0] for s in sums]
-    if rows and all(row is not None for row in rows):
-        jacobian = torch.stack(rows, 1).double()
-        gram: Tensor | None = jacobian @ jacobian.mT
-    else:
-        gram = _softmax_gram(layer, route, x.detach())
+    gram = _affine_gram(layer, route, x)
+    gram = _traced_gram(route, x) if gram is None else gram
     if gram is None or not gram.isfinite().all():
         return None
     squares: Tensor = torch.linalg.eigvalsh(gram)[:, -1]
     return squares.clamp_min(0).sqrt()
 
 
+def _traced_gram(route: Callable[[Tensor], Routing], x: Tensor) -> Tensor | None:
+    """J J' (N, E, E) by differentiation; None where no gradient passes."""
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        probs = route(x).probs
+        sums = probs.sum(0).unbind() if probs.requires_grad else ()
+        rows = [torch.autograd.grad(s, x, retain_graph=True, allow_unused=True)[0] for s in sums]
+    if not rows or any(row is None for row in rows):
+        return None
+    jacobian = torch.stack(rows, 1).double()
+    return jacobian @ jacobian.mT
+
+
 @torch.no_grad()
-def _softmax_gram(layer: Watched, route: Callable[[Tensor], Routing], x: Tensor) -> Tensor | None:
-    """J J' (N, E, E) of a softmax over A x + b; None where the layer is not one, at x, at 0 or at the rows of A."""
-    matrix = None if layer.matrix is None else linalg.full(layer.matrix)
+def _affine_gram(layer: Watched, route: Callable[[Tensor], Routing], x: Tensor) -> Tensor | None:
+    """J J' (N, E, E) of a softmax or sigmoid of A x + b; None where the layer shows that it is neither.
+
+    It is asked at x, at 0, and where the rows of A give large logits.
+    """
+    matrix = None if layer.matrix is None else _exact(layer.matrix)
     if matrix is None or matrix.shape != (layer.num_experts, x.shape[1]):
         return None
-    probes = torch.cat([x, matrix.to(x), torch.zeros_like(x[:1])])
-    routing, matrix = route(probes), matrix.double()
-    logits, probs = routing.logits.double(), routing.probs.double()
-    moved, expected = (_centred(v) for v in (logits - logits[-1], probes.double() @ matrix.T))
-    if (moved - expected).norm() > _AFFINE * expected.norm() or not probs.allclose(logits.softmax(-1), atol=_AFFINE):
+    rows = 4 * matrix / matrix.square().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    routing = route(probes := torch.cat([x, rows.to(x), torch.zeros_like(x[:1])]))
+    logits, probs, expected = routing.logits.double(), routing.probs.double(), probes.double() @ matrix.T
+    excess = logits - logits[-1] - expected
+    soft, gates = logits.softmax(-1), logits.sigmoid()
+    if _small(probs - soft, soft) and _small(_centred(excess), _centred(expected)):
+        p = slope = soft[: len(x)]
+    elif _small(probs - (even := gates / gates.sum(-1, keepdim=True)), even) and _small(excess, expected):
+        p, slope = even[: len(x)], (even * (1 - gates))[: len(x)]
+    else:
         return None
-    p = logits[: len(x)].softmax(-1)
-    slope = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    return slope @ (matrix @ matrix.T) @ slope
+    inner = torch.diag_embed(slope) - p[:, :, None] * slope[:, None, :]  # of p in the logits
+    return inner @ (matrix @ matrix.T) @ inner.mT
+
+
+def _small(error: Tensor, size: Tensor) -> bool:
+    return bool(error.norm() <= _AFFINE * size.norm())
 
 
 def _centred(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spectralmoe.diagnostics import geometry, paths, similarity, stability
 from spectralmoe.diagnostics.association import association, label_table
+from spectralmoe.diagnostics.entropy import are_probabilities
 from spectralmoe.diagnostics.findings import find_problems
 from spectralmoe.diagnostics.measure import Measure
 from spectralmoe.diagnostics.samples import BestTokens, Place, TokenSample
@@ -93,6 +94,8 @@ class Inspector:
                 "from": a,
                 "to": b,
                 "flows": _largest(joint, _FLOWS * max(joint.shape)),
+                "out": joint.sum(1).tolist(),
+                "into": joint.sum(0).tolist(),
                 "mutual_information": paths.mutual_information(joint).as_json(),
             }
             for (a, b), joint in self._joints.items()
@@ -163,7 +166,7 @@ class _Gathered:
             "top_k": layer.top_k,
             "width": tokens.shape[-1] if matrix is None else matrix.shape[1],
             "finite": matrix is None or bool(matrix.isfinite().all()),
-            "logits_are_probabilities": len(tokens) > 0 and _are_probabilities(layer.raw_logits(tokens)),
+            "logits_are_probabilities": len(tokens) > 0 and are_probabilities(layer.raw_logits(tokens)),
             "load": {**load, **_json(statistics.load())},
             "weights": statistics.weights(),
             "entropy": _json(statistics.entropy()),
@@ -239,12 +242,6 @@ def _mean(table: Tensor, data: int, unit: str, needs: int = 1) -> dict[str, Any]
     """The mean over pairs of experts, which rests on ``data`` things."""
     value = similarity.mean_offdiagonal(table).value
     return Measure.of(math.nan if value is None else value, data, unit, needs).as_json()
-
-
-def _are_probabilities(logits: Tensor) -> bool:
-    """Whether no value is negative and every row sums to 1."""
-    rows = logits.detach().double()
-    return bool((rows >= 0).all()) and bool(((rows.sum(-1) - 1).abs() < 1e-3).all())
 
 
 def _largest(joint: Tensor, number: int) -> list[list[int]]:

@@ -51,6 +51,8 @@ class Measure:
         return found if self.known else {**found, "needs": self.needs}
 
     def __str__(self) -> str:
-        if self.value is None:
+        if self.value is None and self.data < self.needs:
             return f"no data ({self.data} of {self.needs} {self.unit})"
+        if self.value is None:
+            return f"no value ({self.data} {self.unit})"
         return f"{self.value:.3g} ({self.data} {self.unit})"

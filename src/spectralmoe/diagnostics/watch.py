@@ -105,9 +105,8 @@ class OwnLayer(Watched):
         found = self.layer.router.scorer.matrix
         return None if found is None else full(found).detach()
 
-    @torch.no_grad()
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
-        """Routers of this library compute in fp32 whatever the precision of the tokens: ``dtype`` rounds the tokens."""
+        """With gradient. A router of this library computes in fp32 in any model: ``dtype`` rounds the tokens alone."""
         router = self.layer.router
         training, _ = router.training, router.eval()
         try:

@@ -3,6 +3,7 @@
 from spectralmoe.surgery.blocks import choose_blocks, model_blocks
 from spectralmoe.surgery.branches import Branch, add_branches, put_branch
 from spectralmoe.surgery.emoe_checkpoint import load_emoe_checkpoint
+from spectralmoe.surgery.hf_watch import watch_transformers
 from spectralmoe.surgery.replace_mlp import ChannelsFirst, replace_mlp
 from spectralmoe.surgery.spec import BranchSpec, EMoESpec
 
@@ -17,4 +18,5 @@ __all__ = [
     "model_blocks",
     "put_branch",
     "replace_mlp",
+    "watch_transformers",
 ]

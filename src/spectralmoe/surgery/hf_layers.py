@@ -20,7 +20,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.linalg import full
 from spectralmoe.routing import Routing
 from spectralmoe.surgery.hf_routing import Returned, read_returned
-from spectralmoe.surgery.hf_scores import Choice, Form, are_probabilities
+from spectralmoe.surgery.hf_scores import Choice, Form
 from spectralmoe.surgery.hf_structure import (
     correction_bias,
     count_experts,
@@ -33,7 +33,7 @@ from spectralmoe.surgery.hf_structure import (
 )
 from spectralmoe.tape import plain_name
 
-__all__ = ["HFLayer", "find_layers", "logits_are_probabilities"]
+__all__ = ["HFLayer", "find_layers"]
 
 
 class HFLayer(Watched):
@@ -94,6 +94,10 @@ class HFLayer(Watched):
         return returned.routing(choice, form)
 
     @torch.no_grad()
+    def raw_logits(self, x: Tensor) -> Tensor:
+        """What the router returns as logits, which may be probabilities."""
+        return self.returned(x).logits
+
     def returned(self, x: Tensor, dtype: torch.dtype | None = None) -> Returned:
         """What the router gives for tokens x (N, D), by role."""
         own = next(self.experts.parameters()).dtype
@@ -202,16 +206,17 @@ def find_layers(model: nn.Module) -> list[HFLayer]:
             raise UserError(f"{path} ({kind}) is of a model family it cannot read: no router for {count} experts")
         found.append(HFLayer(path, module, router, keep))
     if not found:
-        raise UserError(f"{type(model).__name__} holds no mixture-of-experts layer: a dense model has no router to see")
+        raise UserError(f"{type(model).__name__} holds no mixture-of-experts layer{_why_none(model)}")
     return found
 
 
-def logits_are_probabilities(layer: Watched, x: Tensor) -> bool:
-    """Whether what the router of a Hugging Face layer calls logits is, for tokens x (N, D), a distribution.
-
-    A balance loss that takes its softmax then takes it twice. False for layers of other kinds.
-    """
-    return isinstance(layer, HFLayer) and are_probabilities(layer.returned(x).logits)
+def _why_none(model: nn.Module) -> str:
+    """Dense, or experts in a form that is not known."""
+    config = getattr(model, "config", None)
+    count = number_of((config,), "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") or 0
+    if count > 1:
+        return f" that it can read, though its config names {count} experts: it cannot read this model family"
+    return ": a dense model has no router to see"
 
 
 def _shapes(found: Any) -> str:

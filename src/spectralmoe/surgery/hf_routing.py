@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectralmoe.diagnostics.entropy import are_probabilities
 from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.surgery.hf_scores import Choice, Form, choice_scores, find_form, real_logits
 
@@ -26,8 +27,8 @@ class Returned:
     """The tensors that a router returned, by role.
 
     Attributes:
-        logits: (N, E), under this name in the model: may be probabilities. fp32 (float64 stays).
-        weights: (N, K) combine weights, 0 in an empty slot, of the same precision.
+        logits: (N, E), under this name in the model and in its precision: may be probabilities.
+        weights: (N, K) combine weights, 0 in an empty slot; fp32 (float64 stays).
         indices: (N, K) int64, -1 where a capacity left a token out.
         capped: whether the router has a capacity.
     """
@@ -39,11 +40,11 @@ class Returned:
 
     def form(self, choice: Choice) -> Form:
         """What the router does with its logits."""
-        return find_form(self.logits, self.weights, self.indices, choice)
+        return find_form(_wide(self.logits), self.weights, self.indices, choice, are_probabilities(self.logits))
 
     def routing(self, choice: Choice, form: Form) -> Routing:
-        """As our ``Routing``."""
-        logits = real_logits(self.logits, form.probabilities)
+        """As our ``Routing``, in fp32 (float64 stays)."""
+        logits = real_logits(_wide(self.logits), form.probabilities)
         scores = choice_scores(logits, self.indices, choice, form)
         count = self.indices.numel()
         asked = torch.full((), count, device=logits.device) if self.capped else None
@@ -67,7 +68,7 @@ def read_returned(
     parts = found if isinstance(found, Sequence) else [found]
     tensors = [part.detach().reshape(-1, part.shape[-1]) for part in parts if isinstance(part, Tensor) and part.dim()]
     whole = [t for t in tensors if not t.is_floating_point()]
-    floats = [_wide(t) for t in tensors if t.is_floating_point()]
+    floats = [t for t in tensors if t.is_floating_point()]
     logits = _logits([t for t in floats if t.shape[1] == num_experts], raw)
     if logits is None or len(whole) > 1:
         return None
@@ -82,7 +83,7 @@ def read_returned(
         return _from_mask(logits, picked, rest)
     if picked.shape == logits.shape and num_experts > 2 and bool((picked <= 1).all()):  # a mask, no indices
         return _from_dense(logits, weights, top_k)
-    return Returned(logits, weights[0], picked) if len(weights) == 1 else None
+    return Returned(logits, _wide(weights[0]), picked) if len(weights) == 1 else None
 
 
 def _logits(wide: list[Tensor], raw: Callable[[], Tensor | None]) -> Tensor | None:
@@ -90,7 +91,7 @@ def _logits(wide: list[Tensor], raw: Callable[[], Tensor | None]) -> Tensor | No
     own = raw() if len(wide) > 1 else None
     if own is None:
         return wide[0] if wide else None
-    return min(wide, key=lambda t: float((t - own).abs().max()) if t.shape == own.shape else torch.inf)
+    return min(wide, key=lambda t: float((t - own).detach().abs().max()) if t.shape == own.shape else torch.inf)
 
 
 def _from_dense(logits: Tensor, dense: list[Tensor], top_k: int | None) -> Returned | None:
@@ -98,7 +99,7 @@ def _from_dense(logits: Tensor, dense: list[Tensor], top_k: int | None) -> Retur
     if len(dense) != 1:
         return None
     weights, indices = dense[0].topk(top_k or int((dense[0] > 0).sum(-1).max()))
-    return Returned(logits, weights, torch.where(weights > 0, indices, EMPTY))
+    return Returned(logits, _wide(weights), torch.where(weights > 0, indices, EMPTY))
 
 
 def _from_mask(logits: Tensor, mask: Tensor, rest: list[Tensor]) -> Returned | None:
@@ -108,7 +109,7 @@ def _from_mask(logits: Tensor, mask: Tensor, rest: list[Tensor]) -> Returned | N
         return None
     on = mask.any(-1, keepdim=True)
     indices = torch.where(on, mask.argmax(-1, keepdim=True), EMPTY)
-    return Returned(logits, torch.where(on, weights[0], 0), indices, capped=True)
+    return Returned(logits, torch.where(on, _wide(weights[0]), 0), indices, capped=True)
 
 
 def _wide(values: Tensor) -> Tensor:

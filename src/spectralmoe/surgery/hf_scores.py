@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Choice", "Form", "are_probabilities", "choice_scores", "find_form", "real_logits"]
+__all__ = ["Choice", "Form", "choice_scores", "find_form", "real_logits"]
 
 _ACTIVATIONS = (
     lambda logits: logits.softmax(-1),
@@ -52,24 +52,13 @@ class Form:
     sure: bool
 
 
-def are_probabilities(logits: Tensor) -> bool:
-    """Whether every row is a distribution: no entry below 0, sum 1 up to rounding.
-
-    >>> are_probabilities(torch.eye(3)), are_probabilities(torch.ones(2, 3))
-    (True, False)
-    """
-    close = 4 * torch.finfo(logits.dtype).eps * logits.shape[-1]
-    return bool(logits.numel() and (logits >= 0).all() and ((logits.sum(-1) - 1).abs() <= close).all())
-
-
-def find_form(logits: Tensor, weights: Tensor, indices: Tensor, choice: Choice) -> Form:
+def find_form(logits: Tensor, weights: Tensor, indices: Tensor, choice: Choice, probabilities: bool) -> Form:
     """The form that explains what a router returned for some tokens: logits (N, E), weights and indices (N, K).
 
     The activation is the one whose values at the chosen experts the weights are proportional to within each token (for
     K = 1: equal to), by the mean deviation of log(weight / value). A softmax over the chosen logits alone is
     proportional to the softmax over all.
     """
-    probabilities = are_probabilities(logits)
     logits = real_logits(logits, probabilities)
     deviations = [_deviation(activation(logits), weights, indices) for activation in _ACTIVATIONS]
     best = min(range(len(deviations)), key=deviations.__getitem__)

@@ -69,9 +69,9 @@ def correction_bias(parts: Sequence[nn.Module], num_experts: int) -> Tensor | No
     return None
 
 
-def number_of(parts: Sequence[nn.Module], *names: str) -> int | None:
+def number_of(parts: Sequence[object], *names: str) -> int | None:
     """The first whole number under one of ``names`` in ``parts``."""
-    values = [getattr(module, name, None) for module in parts for name in names]
+    values = [getattr(part, name, None) for part in parts for name in names]
     return next((value for value in values if isinstance(value, int)), None)
 
 

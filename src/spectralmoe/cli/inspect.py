@@ -1,0 +1,133 @@
+"""``spectralmoe inspect``: what the routers of a model do, as JSON and as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spectralmoe.cli.console import print_json, print_table
+from spectralmoe.cli.inspect_images import inspect_images
+from spectralmoe.cli.inspect_text import DTYPES, inspect_text
+from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Seed
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.files import make_folder, read_json, write_json, write_text
+from spectralmoe.report import render_report
+from spectralmoe.surgery.checkpoint_inspection import inspect_checkpoint
+from spectralmoe.training.settings import pick_device
+
+__all__ = ["inspect"]
+
+_COLUMNS = (
+    ("experts", None, "experts"),
+    ("MaxVio", "load", "max_vio"),
+    ("dead", "load", "dead"),
+    ("entropy", "entropy", "tokens"),
+    ("near ties", "stability", "near_tie"),
+    ("bf16 flips", "stability", "bf16"),
+    ("output cos²", "similarity", "output_cos2"),
+    ("weight cos", "similarity", "weight_cosine"),
+    ("stable rank", "geometry", "stable_rank"),
+)
+
+
+def inspect(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A saved model, a Hugging Face folder or hub name, or .safetensors.")
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="FILE|-", help="Text for a language model; several are compared as topics."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="NAME|folder:PATH", help="Images; by default the model's own data.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens to run.")] = 4096,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for inspection.json and report.html.")
+    ] = None,
+    router_only: Annotated[
+        bool, typer.Option("--router-only", help="Read gates and experts from the files; run and load nothing.")
+    ] = False,
+    gates_only: Annotated[
+        bool, typer.Option("--gates-only", help="The same with the gates alone, which is quick.")
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="|".join(DTYPES), help="Precision to load the model in.")
+    ] = "auto",
+    data_dir: DataDir = None,
+    download: Download = False,
+    allow: Allow = None,
+    device: DeviceName = "auto",
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Look at every router and expert of MODEL: load, entropy, ties, precision, how alike the experts are; what is
+    wrong comes first, each with its cure.
+
+    Examples: spectralmoe inspect runs/sr-moe --out runs/look
+
+    spectralmoe inspect ./OLMoE-1B-7B --text book.txt --tokens 8192 --out runs/olmoe
+
+    spectralmoe inspect ./Mixtral-8x7B --router-only --out runs/mixtral
+    """
+    if dtype not in DTYPES:
+        raise one_of("--dtype", dtype, DTYPES)
+    where, folder = pick_device(device), Path(model)
+    if router_only or gates_only:
+        if text or data:
+            raise UserError("--router-only and --gates-only run nothing: leave out --text and --data")
+        document = inspect_checkpoint(folder, experts=not gates_only)
+    elif is_own(folder):
+        if text:
+            raise UserError(
+                f"{folder} holds an image network of spectralmoe; leave out --text, and name images with --data"
+            )
+        document = inspect_images(
+            folder, where, data=data, data_dir=data_dir, download=download, tokens=tokens, allow=allow, seed=seed
+        )
+    else:
+        if data is not None:
+            raise UserError("--data is for image networks of spectralmoe; give a language model text with --text FILE")
+        document = inspect_text(model, where, texts=text or (), tokens=tokens, dtype=dtype, seed=seed)
+    if out is not None:
+        make_folder(out)
+        write_json(out / "inspection.json", document)
+        write_text(out / "report.html", render_report([document], document["title"]))
+    if json:
+        print_json(document)
+    else:
+        show(document, out)
+
+
+def is_own(folder: Path) -> bool:
+    """Whether ``spectralmoe.save`` wrote this folder."""
+    config = folder / "config.json"
+    held = read_json(config) if config.is_file() else None
+    return isinstance(held, dict) and "spectralmoe" in held
+
+
+def show(document: dict[str, Any], out: Path | None) -> None:
+    """Findings first, then a table of the layers."""
+    model, data = document["model"], document["data"]
+    typer.echo(f"{model['name']} ({model['class']}, {len(document['layers'])} MoE layers): {data['source']}")
+    for note in data["notes"]:
+        typer.echo(f"note: {note}")
+    for finding in document["findings"]:
+        typer.echo(f"{finding['severity']:>8}  {finding['kind']}: {finding['message']}")
+        typer.echo(f"{'':>8}  -> {finding['cure']}")
+    if not document["findings"]:
+        typer.echo("nothing found by the checks that have data")
+    rows = [[layer["name"], *(cell(layer, block, key) for _, block, key in _COLUMNS)] for layer in document["layers"]]
+    print_table("layers", ["layer", *(title for title, _, _ in _COLUMNS)], rows)
+    if out is not None:
+        typer.echo(f"written: {out / 'inspection.json'}, {out / 'report.html'}")
+
+
+def cell(layer: dict[str, Any], block: str | None, key: str) -> str:
+    """One value of the table."""
+    if block is None:
+        return str(layer[key])
+    value = ((layer.get(block) or {}).get(key) or {}).get("value")
+    return "no data" if value is None else f"{value:.3g}"

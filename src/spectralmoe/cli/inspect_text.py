@@ -1,0 +1,102 @@
+"""``spectralmoe inspect`` on a Hugging Face language model: the routing of a text, file by file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralmoe.diagnostics.inspection import Inspector, inspection_document
+from spectralmoe.diagnostics.samples import Place
+from spectralmoe.diagnostics.watch import Watched
+from spectralmoe.errors import UserError
+from spectralmoe.surgery.hf_watch import watch_transformers
+from spectralmoe.surgery.transformers import TransformersModel, encode, load_transformers, run, training_facts
+
+__all__ = ["DTYPES", "inspect_text"]
+
+_AROUND = 24
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Precisions to load a model in, by name."""
+
+
+def inspect_text(
+    source: str, device: torch.device, *, texts: Sequence[str], tokens: int, dtype: str, seed: int
+) -> dict[str, Any]:
+    """The inspection document of a language model, from up to ``tokens`` tokens of the ``texts`` (files; "-" is stdin).
+
+    Raises:
+        UserError: no text, or an empty one; a model that cannot be loaded or read.
+    """
+    if not texts:
+        raise UserError(
+            f"{source}: give text to run with --text FILE (or - for standard input), or look at the weights "
+            "alone with --router-only"
+        )
+    read = {name: _read(name) for name in texts}
+    loaded = load_transformers(source, dtype=DTYPES[dtype], device=device)
+    batches = {name: encode(loaded, text, -(-tokens // len(read))) for name, text in read.items()}
+    labels = list(read) if len(read) > 1 else []
+    sequences: list[Tensor] = []
+    with watch_transformers(loaded.model) as seen:
+        inspector = Inspector(seen.layers, labels=labels, seed=seed)
+        for topic, name in enumerate(read):
+            for batch in batches[name]:
+                run(loaded, [batch])
+                ids = batch["input_ids"]
+                inspector.add(seen.drain(), torch.full((len(ids),), topic, device=device) if labels else None)
+                sequences += list(ids.cpu())
+        layers = inspector.layers(_Words(loaded, sequences))
+    model = {
+        "name": loaded.name,
+        "class": type(loaded.model).__name__,
+        "mode": "run",
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "parameters": loaded.model.num_parameters(),
+        "training": training_facts(loaded.model),
+    }
+    names = ", ".join("standard input" if name == "-" else name for name in texts)
+    facts = {
+        "source": f"{inspector.tokens} tokens of {names}",
+        "tokens": inspector.tokens,
+        "sequences": len(sequences),
+        "tokenizer": "bytes (UTF-8)" if loaded.tokenizer is None else type(loaded.tokenizer).__name__,
+        "notes": list(loaded.notes),
+    }
+    return inspection_document(loaded.name, model, facts, layers, inspector.paths())
+
+
+def _read(name: str) -> str:
+    if name == "-":
+        return sys.stdin.read()
+    path = Path(name)
+    if not path.exists() or path.is_dir():
+        raise UserError(f"--text {name}: no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {name} is not UTF-8 text") from error
+
+
+class _Words:
+    """A token with what stands before and after it."""
+
+    def __init__(self, loaded: TransformersModel, sequences: Sequence[Tensor]) -> None:
+        self.loaded, self.sequences = loaded, sequences
+
+    def __call__(self, layer: Watched, place: Place) -> dict[str, Any]:
+        ids = self.sequences[place.sequence].tolist()
+        at = place.position - (layer.stack == "decoder")  # a decoder reads the start token, then the text
+        if at < 0:
+            return {"text": "(start)", "before": "", "after": self.text(ids[:_AROUND])}
+        before, after = ids[max(0, at - _AROUND) : at], ids[at + 1 : at + 1 + _AROUND]
+        return {"text": self.text(ids[at : at + 1]), "before": self.text(before), "after": self.text(after)}
+
+    def text(self, ids: Sequence[int]) -> str:
+        if self.loaded.tokenizer is None:
+            return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+        return str(self.loaded.tokenizer.decode(ids))

@@ -1,0 +1,157 @@
+"""Tensors in safetensors files: names and shapes from the headers, numbers a piece at a time when asked for.
+
+A file is read with plain reads into the piece that is wanted, not mapped: memory stays as small as the piece, whatever
+the size of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from spectralmoe.errors import UserError
+from spectralmoe.files import read_json
+
+__all__ = ["FLOATS", "Stored", "stored_tensors"]
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""The kinds of numbers that are read, as a header names them."""
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERT = "pickles can run code and are never read; save the model again with save_pretrained, as safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor that lies in a file.
+
+    Attributes:
+        name: in the file.
+        kind: of its numbers: "BF16", "F32", "U8", ...
+        shape: its shape.
+        file: where it lies.
+        start: its first byte there.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    def piece(self, first: int, count: int) -> Stored:
+        """The ``count`` numbers of the flattened tensor from ``first`` on, as a tensor of one dimension."""
+        return replace(self, shape=(count,), start=self.start + first * self._dtype().itemsize)
+
+    def read(self) -> Tensor:
+        """Its numbers in fp32, in its shape.
+
+        Raises:
+            UserError: numbers of a kind that is not in ``FLOATS``; a file that has become shorter.
+        """
+        numbers = torch.empty(self.size, dtype=self._dtype())
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.start)
+                got = file.readinto(numbers.view(torch.uint8).numpy().data) if self.size else 0
+        except OSError as error:
+            raise UserError(f"cannot read {self.file}: {error.strerror or error}") from error
+        if got != numbers.nbytes:
+            raise UserError(f"{self.file} ends inside the tensor {self.name!r}; fetch it again")
+        return numbers.float().view(self.shape)
+
+    def _dtype(self) -> torch.dtype:
+        if self.kind not in FLOATS:
+            raise UserError(f"{self.file}: the tensor {self.name!r} holds {self.kind}, not floating-point numbers")
+        return FLOATS[self.kind]
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Name -> tensor of one file or of a model folder: whole, shards with their index, or all its ``*.safetensors``.
+
+    Raises:
+        UserError: no such path; no safetensors files; a file that is cut short or is none; shards or tensors that the
+            index names and that are not there.
+    """
+    if path.is_dir():
+        return _in_folder(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a folder with safetensors files, or one such file")
+    if path.suffix != ".safetensors":
+        why = _CONVERT if path.suffix in _PICKLES else "its name does not end in .safetensors"
+        raise UserError(f"{path} is not a safetensors file: {why}")
+    return _in_file(path)
+
+
+def _in_folder(folder: Path) -> dict[str, Stored]:
+    if (folder / WHOLE).exists():
+        return _in_file(folder / WHOLE)
+    if (folder / INDEX).exists():
+        return _in_shards(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(item.name for item in folder.iterdir() if item.suffix in _PICKLES)
+        why = f"it holds {pickled[0]}, but {_CONVERT}" if pickled else "give the folder that save_pretrained wrote"
+        raise UserError(f"{folder} holds no safetensors files: {why}")
+    found: dict[str, Stored] = {}
+    for file in files:
+        tensors = _in_file(file)
+        if both := sorted(found.keys() & tensors.keys()):
+            first = found[both[0]].file.name
+            raise UserError(f"{folder}: {both[0]!r} stands in {first} and in {file.name}; give one of the files")
+        found |= tensors
+    return found
+
+
+def _in_shards(folder: Path) -> dict[str, Stored]:
+    index = read_json(folder / INDEX)
+    place = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(place, dict) or not all(isinstance(s, str) and Path(s).name == s for s in place.values()):
+        raise UserError(f"{folder / INDEX} holds no weight_map from tensors to files beside it; fetch it again")
+    shards = sorted(set(place.values()))
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{folder} lacks {missing[0]}{more}, named by {INDEX}; fetch what is missing")
+    tensors = {shard: _in_file(folder / shard) for shard in shards}
+    if lost := [name for name, shard in place.items() if name not in tensors[shard]]:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(f"{folder / place[lost[0]]} lacks {lost[0]!r}{more}, placed there by {INDEX}; fetch both again")
+    return {name: tensors[shard][name] for name, shard in place.items()}
+
+
+def _in_file(file: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(file, framework="numpy"):  # holds the header against itself and the length of the file
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except (SafetensorError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} is not a whole safetensors file ({reason}); fetch or save it again") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }

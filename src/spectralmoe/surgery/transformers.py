@@ -1,0 +1,221 @@
+"""Hugging Face language models: load, feed with text, run. transformers is imported here alone, inside functions."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectralmoe.diagnostics import holds_moe
+from spectralmoe.diagnostics.monitor import Monitor
+from spectralmoe.diagnostics.watch import watch
+from spectralmoe.errors import UserError
+from spectralmoe.surgery.hf_layers import find_layers
+from spectralmoe.surgery.hf_model import TransformersModel, encode, run, training_facts
+from spectralmoe.surgery.hf_watch import watch_transformers
+from spectralmoe.surgery.tensor_files import stored_tensors
+
+__all__ = ["TransformersModel", "encode", "load_transformers", "run", "trainer_callback", "training_facts"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "*.tiktoken",
+)
+_LISTED = 3
+_REPORT_LINE = re.compile(r"^(\S+)\s*\|\s*(?:MISSING|MISMATCH|CONVERSION)\b", re.MULTILINE)
+
+
+def load_transformers(
+    source: str, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> TransformersModel:
+    """Load a causal or sequence-to-sequence language model with MoE: safetensors only, no code of others is run.
+
+    Args:
+        source: a folder, or a name on the Hugging Face hub.
+        dtype: precision of the weights; None: as they were saved.
+
+    Raises:
+        UserError: transformers is not installed; ``source`` is no model, holds no MoE, is of an unknown family, lacks
+            tensors or is damaged. A dense model is refused before its weights are read.
+    """
+    tf = _transformers()
+    folder = _folder(source)
+    with _quiet() as log:
+        config = _call(source, log, tf.AutoConfig.from_pretrained, source, trust_remote_code=False)
+        kind = tf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else tf.AutoModelForCausalLM
+        with torch.device("meta"):
+            empty = _call(source, log, kind.from_config, config, trust_remote_code=False)
+        try:
+            find_layers(empty)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        if folder is not None:
+            stored_tensors(folder)  # all files are there, and whole
+        options = {"experts_implementation": "eager"} if torch.device(device).type == "cpu" else {}
+        model, info = _call(
+            source,
+            log,
+            kind.from_pretrained,
+            source,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+        _refuse(source, sorted(info["missing_keys"]))
+        tokenizer = _tokenizer(tf, source, folder, log)
+    notes = ["no tokenizer in the model's folder: text is read as UTF-8 bytes"] if tokenizer is None else []
+    if info["unexpected_keys"]:
+        notes.append(f"tensors in the files that the model has no place for: {len(info['unexpected_keys'])}")
+    name = source if folder is None else folder.resolve().name
+    return TransformersModel(model.to(device).eval(), tokenizer, name, notes)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("this needs transformers; install it with 'pip install spectralmoe[hf]'") from error
+    return transformers
+
+
+def _folder(source: str) -> Path | None:
+    """The local folder that ``source`` names; None for a name on the hub."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{source} is not a model folder: it holds no config.json")
+        return path
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise UserError(f"{source}: no such model folder (a name on the hub has the form owner/model)")
+    return None
+
+
+def _tokenizer(tf: Any, source: str, folder: Path | None, log: list[str]) -> Any:
+    if folder is not None and not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
+        return None
+    return _call(source, log, tf.AutoTokenizer.from_pretrained, source, trust_remote_code=False)
+
+
+def _call(source: str, log: list[str], function: Any, *args: Any, **options: Any) -> Any:
+    """``function(...)`` of transformers with its many kinds of errors as one of ours, in one line."""
+    try:
+        return function(*args, **options)
+    except Exception as error:
+        _refuse(source, sorted(set(_REPORT_LINE.findall("\n".join(log)))))
+        text = str(error)
+        if "does not recognize this architecture" in text or "Unrecognized" in text or "contains custom code" in text:
+            reason = "a model family that this version of transformers does not know as a language model; update it"
+        elif "couldn't connect" in text or "is not a local folder" in text or "couldn't find them" in text:
+            reason = "no such folder here, and no such model could be fetched from the hub; check the name, the network"
+        else:
+            reason = f"transformers could not load it: {_first_line(error)}"
+        raise UserError(f"{source}: {reason}") from error
+
+
+def _refuse(source: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        raise UserError(
+            f"{source}: tensors are missing or do not fit: {', '.join(names[:_LISTED])}{more}; the files are not whole "
+            "or not of this config"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """What transformers has to say goes into a list, progress bars nowhere; all is as before after the block."""
+    from transformers.utils import logging as settings
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    bars = settings.is_progress_bar_enabled()
+    settings.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for logger in loggers:
+        logger.handlers, logger.level, logger.propagate = [handler], logging.WARNING, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield said
+    finally:
+        for logger, values in zip(loggers, before, strict=True):
+            logger.handlers, logger.level, logger.propagate = values
+        if bars:
+            settings.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def trainer_callback(path: str | Path | None = None, *, every: int = 50, layers: bool = False) -> Any:
+    """A ``TrainerCallback`` that runs a ``Monitor`` in transformers' ``Trainer``: for ``Trainer(callbacks=[...])``.
+
+    It works with gradient accumulation and checkpointing, and sums over the ranks of a distributed run. What the
+    Trainer logs beside the loss gets the values of the last report, as "moe/max_vio" and so on (``Monitor.last``).
+    Callbacks that are told first, those of ``report_to``, see them only behind this one:
+    ``trainer.callback_handler.callbacks.insert(0, callback)``.
+
+    The hooks go when the training ends. Where it may fail, use ``with trainer_callback(...) as callback:``.
+
+    Args:
+        path, every, layers: as for ``Monitor``; steps are the Trainer's.
+
+    Raises:
+        UserError: transformers or accelerate is not installed; what ``Monitor`` raises, when the training begins.
+    """
+    tf = _transformers()
+    if find_spec("accelerate") is None:
+        raise UserError("the Trainer of transformers needs accelerate; install it with 'pip install accelerate'")
+
+    class MonitorCallback(tf.TrainerCallback):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.stack = ExitStack()
+            self.monitor: Any = None
+            self.logged: Any = None
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.stack.__exit__(*error)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.stack.close()  # of a training that failed
+            watching = watch if holds_moe(model) else watch_transformers
+            self.monitor = Monitor(model, path, every=every, layers=layers, watching=watching)
+            self.stack.enter_context(self.monitor)
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.monitor.collect()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.monitor.step(state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            last = self.monitor.last if self.monitor else None
+            if last is not None and last is not self.logged and "loss" in logs:
+                self.logged = last
+                found = {f"moe/{key}": value for key, value in last.items() if key != "step" and value is not None}
+                logs.update(found)
+                state.log_history[-1].update(found)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.stack.close()
+
+    return MonitorCallback()

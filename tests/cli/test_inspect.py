@@ -1,0 +1,189 @@
+"""``spectralmoe inspect``: own networks and Hugging Face folders, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+
+from spectralmoe import load, record
+from spectralmoe.cli.app import run
+from spectralmoe.training.data import load_data
+
+TEXT = "The gate of a mixture of experts decides who speaks. " * 60
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A saved network of this library."""
+    out = tmp_path_factory.mktemp("own") / "runs"
+    quick = ["--depths", "1", "--seeds", "1", "--epochs", "1", "--tune", "0", "--trials", "1", "--routers", "sr-moe"]
+    assert run(["compare", "--data", "digits", *quick, "--out", str(out)]) == 0
+    return next((out / "models").iterdir())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "gate.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Saved tiny models: family -> folder."""
+    pytest.importorskip("transformers")
+    from families import build
+
+    out = tmp_path_factory.mktemp("hf")
+    for name in ("mixtral", "switch"):
+        build(name).save_pretrained(out / name)
+    return out
+
+
+def test_an_own_network_is_inspected_on_its_test_images(network, call, tmp_path):
+    code, out, _ = call("inspect", network, "--tokens", 200, "--out", tmp_path / "look", "--json")
+    assert code == 0
+    document, data = json.loads(out), load_data("digits").test
+    assert document == json.loads((tmp_path / "look" / "inspection.json").read_text())
+    assert (tmp_path / "look" / "report.html").read_text().startswith("<!doctype html>")
+    used = document["data"]["sequences"]
+    assert 200 <= used < len(data)
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:used]
+    model = load(network)
+    with torch.no_grad(), record(model) as tape:
+        model(data.images[chosen])
+    (layer,) = document["layers"]
+    assert layer["load"]["counts"] == tape[0].routing.counts().tolist()
+    assert layer["association"]["labels"] == list(load_data("digits").classes)
+    assert sum(map(sum, layer["association"]["table"])) == sum(layer["load"]["counts"])
+    assert layer["examples"][0][0]["image"].startswith("data:image/png;base64,")
+
+
+def test_a_table_and_the_findings_are_printed(network, call):
+    code, out, _ = call("inspect", network, "--tokens", 200)
+    assert code == 0
+    assert "MaxVio" in out
+    assert "test images of digits" in out
+
+
+@pytest.mark.parametrize("family", ["mixtral", "switch"])
+def test_a_hugging_face_folder_is_run_on_text(folders, text, family, call, tmp_path):
+    started = time.monotonic()
+    code, out, _ = call("inspect", folders / family, "--text", text, "--tokens", 1000, "--out", tmp_path, "--json")
+    assert code == 0
+    assert time.monotonic() - started < 30  # 10 on a machine that does nothing else
+    document = json.loads(out)
+    assert document["data"]["tokens"] == 1000
+    assert "bytes" in document["data"]["tokenizer"]
+    assert any("UTF-8 bytes" in note for note in document["data"]["notes"])
+    assert [finding["kind"] for finding in document["findings"] if finding["layer"] is None][:1] == ["balance_off"]
+    for layer in document["layers"]:
+        asked = document["data"]["tokens"] * layer["top_k"]
+        assert sum(layer["load"]["counts"]) == asked - round(layer["load"]["dropped"]["value"] * asked)
+        first = next(examples[0] for examples in layer["examples"] if examples)
+        assert first["before"] + first["text"] + first["after"] in TEXT or first["text"] == "(start)"
+
+
+def test_several_texts_are_topics(folders, text, call, tmp_path):
+    other = tmp_path / "digits.txt"
+    other.write_text("0123456789 " * 300)
+    code, out, _ = call("inspect", folders / "mixtral", "--text", text, "--text", other, "--tokens", 1000, "--json")
+    assert code == 0
+    (found,) = {tuple(layer["association"]["labels"]) for layer in json.loads(out)["layers"]}
+    assert found == (str(text), str(other))
+
+
+def test_weights_alone(folders, call):
+    for option in ("--router-only", "--gates-only"):
+        code, out, _ = call("inspect", folders / "mixtral", option, "--json")
+        assert code == 0
+        document = json.loads(out)
+        assert document["model"]["mode"] == "router-only"
+        for layer in document["layers"]:
+            assert layer["load"] is None
+            assert (layer["similarity"]["weight_cosine"]["value"] is None) == (option == "--gates-only")
+
+
+def test_copies_are_found_in_weights_alone(folders, call, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders / "mixtral", tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if ".layers.1." in name and ".experts.5." in name]:
+        tensors[name] = tensors[name.replace(".experts.5.", ".experts.2.")].clone()
+    save_file(tensors, file)
+    code, out, _ = call("inspect", tmp_path / "copy", "--router-only", "--json")
+    assert code == 0
+    found = [finding for finding in json.loads(out)["findings"] if finding["kind"] == "homogeneous"]
+    assert [finding["layer"] for finding in found] == [1]
+    assert "experts 2 and 5" in found[0]["message"]
+
+
+def test_mistakes_are_one_line(network, folders, text, refused, tmp_path):
+    mixtral = folders / "mixtral"
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text("")
+    latin.write_bytes(b"caf\xe9 " * 40)
+    assert "config.json" in refused("inspect", tmp_path, "--text", text)
+    assert "no such" in refused("inspect", tmp_path / "nothing", "--text", text)
+    assert "--text" in refused("inspect", mixtral)
+    assert "no text" in refused("inspect", mixtral, "--text", empty)
+    assert "no such file" in refused("inspect", mixtral, "--text", tmp_path / "nothing.txt")
+    assert "UTF-8" in refused("inspect", mixtral, "--text", latin)
+    assert "--data" in refused("inspect", mixtral, "--text", text, "--data", "digits")
+    assert "--text" in refused("inspect", network, "--text", text)
+    assert "--router-only" in refused("inspect", mixtral, "--text", text, "--router-only")
+    assert "float64" in refused("inspect", mixtral, "--text", text, "--dtype", "float64")
+
+
+def test_broken_models_are_one_line(folders, text, refused, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def changed(name, change):
+        shutil.copytree(folders / "mixtral", tmp_path / name)
+        change(tmp_path / name)
+        return tmp_path / name
+
+    def without_a_tensor(folder):
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.layers.1.block_sparse_moe.gate.weight"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    def truncated(folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1000])
+
+    def of_no_family(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
+
+    def without_words(folder):
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        MixtralForCausalLM(MixtralConfig(vocab_size=40, num_key_value_heads=1, **sizes)).save_pretrained(folder)
+
+    def dense(folder):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(folder)
+
+    cases = {
+        without_a_tensor: ("gate.weight",),
+        truncated: ("model.safetensors", "whole"),
+        of_no_family: ("family",),
+        without_words: ("tokenizer", "40"),
+        dense: ("dense",),
+    }
+    for change, words in cases.items():
+        folder = changed(change.__name__, change)
+        line = refused("inspect", folder, "--text", text)
+        assert all(word in line for word in words), line
+        if change in (without_a_tensor, truncated, dense):
+            assert str(folder) in refused("inspect", folder, "--router-only")

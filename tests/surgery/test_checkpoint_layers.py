@@ -1,0 +1,610 @@
+"""Router-only mode: layers found in safetensors files of all layouts, their values, what is said of broken files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import spectralmoe
+from spectralmoe import Balanced, FeedForward, LinearScorer, ModuleExperts, MoE, Router, TopK
+from spectralmoe.surgery.checkpoint_inspection import expert_gram, inspect_checkpoint
+from spectralmoe.surgery.checkpoint_layers import read_checkpoint
+
+E, D, F = 4, 8, 6
+
+
+def numbered(prefix="model.layers.0.mlp", gate="gate.weight", names=("gate_proj", "up_proj", "down_proj"), e=E):
+    """Tensors of a layer with one module an expert."""
+    found = {f"{prefix}.{gate}": torch.randn(e, D)}
+    for i in range(e):
+        for name in names:
+            shape = (D, F) if name in ("down_proj", "w2", "wo") else (F, D)
+            found[f"{prefix}.experts.{i}.{name}.weight"] = torch.randn(shape)
+    return found
+
+
+def stacked(prefix="model.layers.0.mlp", gate="gate.weight"):
+    """Tensors of a layer as transformers holds it."""
+    return {
+        f"{prefix}.{gate}": torch.randn(E, D),
+        f"{prefix}.experts.gate_up_proj": torch.randn(E, 2 * F, D),
+        f"{prefix}.experts.down_proj": torch.randn(E, D, F),
+    }
+
+
+def written(folder, tensors, config=None, name="model.safetensors"):
+    save_file({key: value.clone().contiguous() for key, value in tensors.items()}, folder / name)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def vectors(tensors, pick):
+    """(E, P): what ``pick(e)`` names, flattened, in float64."""
+    return torch.stack([torch.cat([tensors[key].double().flatten() for key in pick(e)]) for e in range(E)])
+
+
+def cosines(rows):
+    """By definition, pair by pair."""
+    return torch.tensor([[float(a @ b / a.norm() / b.norm()) for b in rows] for a in rows])
+
+
+def check_values(layer, matrix, rows, close):
+    close(layer.matrix(), matrix)
+    gram, size = expert_gram(layer)
+    assert size == rows.shape[1]
+    torch.testing.assert_close(gram, rows @ rows.T, rtol=1e-5, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------- layouts
+
+LAYOUTS = {
+    "mixtral": lambda: numbered("model.layers.0.block_sparse_moe", names=("w1", "w2", "w3")),
+    "qwen": numbered,
+    "nested": lambda: numbered("model.language_model.layers.0.mlp"),
+    "stacked": stacked,
+    "llama4": lambda: stacked("language_model.model.layers.0.feed_forward", "router.weight"),
+    "gemma": lambda: {**stacked("model.layers.0", "router.proj.weight"), "model.layers.0.router.scale": torch.ones(D)},
+    "hunyuan": lambda: numbered(gate="gate.wg.weight"),
+    "nllb": lambda: {
+        key.replace("experts.", "experts.expert_"): value
+        for key, value in numbered("model.layers.0.ffn", "router.classifier.weight", ("fc1", "wo")).items()
+    },
+    "granite": lambda: {
+        "model.layers.0.block_sparse_moe.router.layer.weight": torch.randn(E, D),
+        "model.layers.0.block_sparse_moe.input_linear.weight": torch.randn(E, 2 * F, D),
+        "model.layers.0.block_sparse_moe.output_linear.weight": torch.randn(E, D, F),
+    },
+    "jetmoe": lambda: {
+        "model.layers.0.self_attention.experts.router.layer.weight": torch.randn(E, D),
+        "model.layers.0.self_attention.experts.input_linear.weight": torch.randn(E, F, D),
+        "model.layers.0.self_attention.experts.output_linear.weight": torch.randn(E, D, F),
+        "model.layers.0.self_attention.experts.bias": torch.randn(D),
+    },
+    "dbrx": lambda: {
+        "transformer.blocks.0.ffn.router.layer.weight": torch.randn(E, D),
+        "transformer.blocks.0.ffn.experts.mlp.w1": torch.randn(E * F, D),
+        "transformer.blocks.0.ffn.experts.mlp.w2": torch.randn(E * F, D),
+    },
+}
+ROUTERS = re.compile(r"router|\.gate\.")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, tmp_path, close):
+    tensors = LAYOUTS[layout]()
+    others = {
+        "model.embed_tokens.weight": torch.randn(20, D),
+        "model.layers.0.self_attn.gate.weight": torch.randn(3, D),
+        "model.layers.0.self_attn.conv.weight": torch.randn(E, 1, 3),
+        "model.layers.0.mlp.shared_expert.gate_proj.weight": torch.randn(E, D),
+        "model.layers.0.mlp.shared_expert_gate.weight": torch.randn(1, D),
+        "model.layers.0.mlp.shared_experts.0.up_proj.weight": torch.randn(E, D),
+        "model.layers.1.mlp.gate_proj.weight": torch.randn(F, D),
+    }
+    (layer,) = read_checkpoint(written(tmp_path, {**others, **tensors})).layers
+    assert (layer.number, layer.stack, layer.num_experts, layer.width, layer.note) == (0, "", E, D, None)
+    router = next(key for key, value in tensors.items() if ROUTERS.search(key) and value.dim() == 2)
+    assert router.startswith(f"{layer.name}.")
+    own = [key for key in tensors if not ROUTERS.search(key) and not key.endswith("experts.bias")]
+    if any(re.search(r"experts\.(expert_)?0\.", key) for key in own):
+        rows = vectors(tensors, lambda e: [key for key in own if re.search(rf"experts\.(expert_)?{e}\.", key)])
+    else:
+        rows = torch.cat([tensors[key].double().reshape(E, -1) for key in own], 1)
+    check_values(layer, tensors[router], rows, close)
+
+
+def test_correction_bias_is_not_a_bias_of_the_logits(tmp_path):
+    correction, bias = torch.randn(E), torch.randn(E)
+    deepseek = {**stacked(), "model.layers.0.mlp.gate.e_score_correction_bias": correction}
+    oss = {**stacked("model.layers.1.mlp", "router.weight"), "model.layers.1.mlp.router.bias": bias}
+    lfm = {**stacked("model.layers.2.feed_forward"), "model.layers.2.feed_forward.expert_bias": correction}
+    first, second, third = read_checkpoint(written(tmp_path, {**deepseek, **oss, **lfm})).layers
+    assert first.bias() is None
+    assert first.correction_bias().equal(correction)
+    assert second.bias().equal(bias)
+    assert second.correction_bias() is None
+    assert third.correction_bias().equal(correction)
+
+
+def test_biases_of_stacked_experts_belong_to_the_experts(tmp_path):
+    tensors = stacked(gate="router.weight")
+    tensors |= {
+        "model.layers.0.mlp.experts.gate_up_proj_bias": torch.randn(E, 2 * F),
+        "model.layers.0.mlp.experts.down_proj_bias": torch.randn(E, D),
+    }
+    (layer,) = read_checkpoint(written(tmp_path, tensors)).layers
+    assert sum(block.shape[1] for block in layer.expert_vectors()) == 3 * F * D + 2 * F + D
+
+
+def test_stacks_of_an_encoder_and_a_decoder(tmp_path):
+    tensors = {
+        **numbered("decoder.block.1.layer.2.mlp", "router.classifier.weight"),
+        **numbered("encoder.block.11.layer.1.mlp", "router.classifier.weight"),
+        **numbered("encoder.block.3.layer.1.mlp", "router.classifier.weight"),
+    }
+    layers = read_checkpoint(written(tmp_path, tensors)).layers
+    assert [(layer.stack, layer.number) for layer in layers] == [("encoder", 3), ("encoder", 11), ("decoder", 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_kinds_of_numbers(dtype, tmp_path, close):
+    tensors = {key: value.to(dtype) for key, value in numbered().items()}
+    checkpoint = read_checkpoint(written(tmp_path, tensors))
+    assert checkpoint.dtype == str(dtype).removeprefix("torch.")
+    assert checkpoint.parameters == sum(t.numel() for t in tensors.values())
+    names = ("down_proj", "gate_proj", "up_proj")
+    pick = lambda e: [f"model.layers.0.mlp.experts.{e}.{name}.weight" for name in names]  # noqa: E731
+    check_values(checkpoint.layers[0], tensors["model.layers.0.mlp.gate.weight"].float(), vectors(tensors, pick), close)
+
+
+def test_blocks_hold_every_weight_once(tmp_path):
+    tensors = stacked()
+    (layer,) = read_checkpoint(written(tmp_path, tensors)).layers
+    blocks = list(layer.expert_vectors(numbers=5 * E))
+    assert max(block.shape[1] for block in blocks) == 5
+    expected = torch.cat(
+        [tensors[f"model.layers.0.mlp.experts.{name}"].flatten(1) for name in ("down_proj", "gate_up_proj")], 1
+    )
+    assert torch.cat(blocks, 1).equal(expected)
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def shards(folder, lose=None, index=None):
+    """The same layer in two shards and an index."""
+    tensors = {key: value.contiguous() for key, value in numbered().items()}
+    keys = list(tensors)
+    halves = {"model-1.safetensors": keys[::2], "model-2.safetensors": keys[1::2]}
+    for file, own in halves.items():
+        save_file({key: tensors[key] for key in own if key != lose}, folder / file)
+    places = {key: file for file, own in halves.items() for key in own}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index or {"metadata": {}, "weight_map": places}))
+    return tensors
+
+
+def test_shards_and_files_without_an_index(tmp_path, close):
+    tensors = shards(tmp_path)
+    (layer,) = read_checkpoint(tmp_path).layers
+    close(layer.matrix(), tensors["model.layers.0.mlp.gate.weight"])
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert read_checkpoint(tmp_path).layers[0].num_experts == E
+
+
+def test_single_file_with_the_config_beside_it(tmp_path):
+    written(tmp_path, numbered(), {"text_config": {"num_experts_per_tok": 3}}, name="weights.safetensors")
+    checkpoint = read_checkpoint(str(tmp_path / "weights.safetensors"))
+    assert (checkpoint.name, checkpoint.layers[0].top_k) == ("weights", 3)
+
+
+def test_paths_that_are_no_checkpoint(tmp_path, user_error):
+    with user_error("no such file or folder", "nowhere"):
+        read_checkpoint(tmp_path / "nowhere")
+    with user_error("holds no safetensors files", "save_pretrained"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with user_error("pytorch_model.bin", "pickles", "never read", "as safetensors"):
+            read_checkpoint(path)
+    (tmp_path / "notes.txt").write_text("x")
+    with user_error("notes.txt", "not a safetensors file"):
+        read_checkpoint(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -1, -300])
+def test_truncated_file(keep, tmp_path, user_error):
+    file = written(tmp_path, numbered()) / "model.safetensors"
+    os.truncate(file, keep if keep >= 0 else file.stat().st_size + keep)
+    with user_error(str(file), "not a whole safetensors file"):
+        read_checkpoint(tmp_path)
+
+
+def test_file_that_shrinks_while_it_is_read(tmp_path, user_error):
+    file = written(tmp_path, numbered()) / "model.safetensors"
+    (layer,) = read_checkpoint(tmp_path).layers
+    os.truncate(file, 8)
+    with user_error(str(file), "ends inside"):
+        layer.matrix()
+
+
+def test_not_a_safetensors_file_inside(tmp_path, user_error):
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
+    with user_error("model.safetensors", "not a whole safetensors file"):
+        read_checkpoint(tmp_path)
+
+
+def test_index_and_shards_that_disagree(tmp_path, user_error):
+    shards(tmp_path, lose="model.layers.0.mlp.experts.2.up_proj.weight")
+    with user_error("experts.2.up_proj.weight", "lacks", "model.safetensors.index.json"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "model-2.safetensors").unlink()
+    with user_error("model-2.safetensors", "lacks", "fetch"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index", [[1], {"weight_map": None}, {"weight_map": {"a": "../a.safetensors"}}, {"weight_map": {"a": 1}}]
+)
+def test_index_of_another_form(index, tmp_path, user_error):
+    shards(tmp_path, index=index)
+    with user_error("model.safetensors.index.json", "weight_map"):
+        read_checkpoint(tmp_path)
+
+
+def test_one_tensor_in_two_files(tmp_path, user_error):
+    for name in ("a.safetensors", "b.safetensors"):
+        written(tmp_path, numbered(), name=name)
+    with user_error("a.safetensors", "b.safetensors"):
+        read_checkpoint(tmp_path)
+
+
+def test_broken_config(tmp_path, user_error):
+    written(tmp_path, numbered(), config=[])
+    with user_error("config.json"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with user_error("config.json"):
+        read_checkpoint(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------- layers that are not whole
+
+
+def test_dense_model(tmp_path, user_error):
+    dense = {f"model.layers.0.mlp.{name}.weight": torch.randn(F, D) for name in ("gate_proj", "up_proj", "gate")}
+    with user_error(str(tmp_path), "no MoE layer", "dense"):
+        read_checkpoint(written(tmp_path, dense))
+
+
+def test_experts_that_lack_tensors(tmp_path, user_error):
+    tensors = numbered()
+    del tensors["model.layers.0.mlp.experts.3.down_proj.weight"]
+    del tensors["model.layers.0.mlp.experts.1.up_proj.weight"]
+    with user_error("model.layers.0.mlp", "expert 1 has no up_proj", "expert 3 has no down_proj"):
+        read_checkpoint(written(tmp_path, tensors))
+
+
+def test_a_layer_that_lacks_what_others_have(tmp_path, user_error):
+    tensors = {**stacked(), **stacked("model.layers.1.mlp")}
+    del tensors["model.layers.1.mlp.experts.down_proj"]
+    with user_error("model.layers.1.mlp", "no experts.down_proj"):
+        read_checkpoint(written(tmp_path, tensors))
+
+
+def test_expert_of_another_shape(tmp_path, user_error):
+    tensors = numbered()
+    tensors["model.layers.0.mlp.experts.2.up_proj.weight"] = torch.randn(F - 1, D)
+    with user_error("expert 2 has up_proj.weight of shape [5, 8]", "[6, 8]"):
+        read_checkpoint(written(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("make", [numbered, stacked])
+def test_router_with_another_number_of_rows(make, tmp_path, user_error):
+    tensors = {**make(), "model.layers.0.mlp.gate.weight": torch.randn(E + 1, D)}
+    with user_error("model.layers.0.mlp", "5 rows", "4 experts"):
+        read_checkpoint(written(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("make", [numbered, stacked])
+def test_experts_without_a_router(make, tmp_path, user_error):
+    tensors = {**make(), **make("model.layers.1.mlp")}
+    del tensors["model.layers.1.mlp.gate.weight"]
+    with user_error("model.layers.1.mlp.experts", "router"):
+        read_checkpoint(written(tmp_path, tensors))
+
+
+def test_quantised_router(tmp_path, user_error):
+    tensors = {**numbered(), "model.layers.0.mlp.gate.weight": torch.zeros(E * D // 2, 1, dtype=torch.uint8)}
+    with user_error("model.layers.0.mlp", "gate.weight U8", "floating-point"):
+        read_checkpoint(written(tmp_path, tensors))
+
+
+# ---------------------------------------------------------------------------------------- inspections
+
+QUANTISED = {
+    "mxfp4": lambda: {
+        "model.layers.0.mlp.router.weight": torch.randn(E, D),
+        "model.layers.0.mlp.experts.gate_up_proj_blocks": torch.zeros(E, 2 * F, 1, 4, dtype=torch.uint8),
+        "model.layers.0.mlp.experts.gate_up_proj_scales": torch.zeros(E, 2 * F, 1, dtype=torch.uint8),
+        "model.layers.0.mlp.experts.gate_up_proj_bias": torch.zeros(E, 2 * F),
+    },
+    "fp8": lambda: {
+        "model.layers.0.mlp.gate.weight": torch.randn(E, D),
+        **{
+            f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.zeros(F, D).to(torch.float8_e4m3fn)
+            for e in range(E)
+        },
+        **{f"model.layers.0.mlp.experts.{e}.up_proj.weight_scale_inv": torch.ones(1, 1) for e in range(E)},
+    },
+    "gptq": lambda: {
+        "model.layers.0.mlp.gate.weight": torch.randn(E, D),
+        **{f"model.layers.0.mlp.experts.{e}.up_proj.qweight": torch.zeros(1, D, dtype=torch.int32) for e in range(E)},
+        **{f"model.layers.0.mlp.experts.{e}.up_proj.scales": torch.ones(1, D) for e in range(E)},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_experts_are_no_data(kind, tmp_path):
+    document = inspect_checkpoint(written(tmp_path, QUANTISED[kind]()))
+    (layer,) = document["layers"]
+    assert layer["similarity"]["weight_cosine"]["value"] is None
+    assert layer["similarity"]["matrices"]["weights"] is None
+    assert layer["geometry"]["sigma_1"]["value"] > 0
+    assert any("quantised" in note for note in document["data"]["notes"])
+    assert document["model"]["parameters"] is None
+
+
+def test_document(tmp_path):
+    tensors = numbered()
+    folder = written(tmp_path, tensors, {"architectures": ["XForCausalLM"], "num_experts_per_tok": 2})
+    document = inspect_checkpoint(folder)
+    json.dumps(document, allow_nan=False)
+    assert document["model"] == {
+        "name": tmp_path.name,
+        "class": "XForCausalLM",
+        "mode": "router-only",
+        "dtype": "float32",
+        "parameters": E * D * (3 * F + 1),
+    }
+    (layer,) = document["layers"]
+    assert [layer[key] for key in ("name", "layer", "stack", "experts", "top_k", "width")] == [
+        "model.layers.0.mlp", 0, "", E, 2, D,
+    ]  # fmt: skip
+    assert [layer[key] for key in ("load", "entropy", "stability", "association")] == [None] * 4
+    matrix = tensors["model.layers.0.mlp.gate.weight"].double()
+    sigma = torch.linalg.svdvals(matrix)
+    shares = sigma / sigma.sum()
+    geometry = layer["geometry"]
+    assert geometry["sigma_1"]["value"] == pytest.approx(float(sigma[0]), rel=1e-5)
+    assert geometry["stable_rank"]["value"] == pytest.approx(float(sigma.square().sum() / sigma[0] ** 2), rel=1e-5)
+    assert geometry["effective_rank"]["value"] == pytest.approx(float((-shares * shares.log()).sum().exp()), rel=1e-5)
+    assert geometry["spectrum"] == pytest.approx(sigma.tolist(), rel=1e-5)
+    assert geometry["jacobian"]["value"] is None
+    rows = cosines(matrix)
+    upper = [(i, j) for j in range(E) for i in range(j)]
+    assert geometry["row_cosine"]["value"] == pytest.approx(
+        sum(abs(float(rows[p])) for p in upper) / len(upper), abs=1e-5
+    )
+    torch.testing.assert_close(torch.tensor(layer["similarity"]["matrices"]["rows"]), rows, rtol=0, atol=1e-4)
+    names = ("down_proj", "gate_proj", "up_proj")
+    weights = cosines(vectors(tensors, lambda e: [f"model.layers.0.mlp.experts.{e}.{name}.weight" for name in names]))
+    torch.testing.assert_close(torch.tensor(layer["similarity"]["matrices"]["weights"]), weights, rtol=0, atol=1e-4)
+    mean = layer["similarity"]["weight_cosine"]
+    assert mean["value"] == pytest.approx(sum(float(weights[p]) for p in upper) / len(upper), abs=1e-5)
+    assert (mean["data"], mean["unit"]) == (E * 3 * F * D, "weights")
+    for name in ("output_cos2", "cka", "subspace"):
+        assert layer["similarity"][name]["value"] is None
+
+
+def test_copied_experts_are_found_and_others_are_not(tmp_path):
+    tensors = {**stacked(), **stacked("model.layers.1.mlp"), **numbered("model.decoder.2.mlp")}
+    for name in ("gate_up_proj", "down_proj"):
+        tensors[f"model.layers.1.mlp.experts.{name}"][3] = tensors[f"model.layers.1.mlp.experts.{name}"][1]
+    document = inspect_checkpoint(written(tmp_path, {key: t.bfloat16() for key, t in tensors.items()}))
+    table = document["layers"][1]["similarity"]["matrices"]["weights"]
+    assert table[1][3] == table[3][1] == 1.0
+    found = [item for item in document["findings"] if item["kind"] == "homogeneous"]
+    assert [item["layer"] for item in found] == [1]
+
+
+def test_gates_alone(tmp_path):
+    tensors = numbered()
+    whole = inspect_checkpoint(written(tmp_path, tensors))
+    gates = inspect_checkpoint(tmp_path, experts=False)
+    assert gates["layers"][0]["geometry"] == whole["layers"][0]["geometry"]
+    assert gates["layers"][0]["similarity"]["weight_cosine"]["value"] is None
+    assert "the experts were not read" in gates["data"]["notes"]
+
+
+@pytest.mark.parametrize("where", ["gate.weight", "experts.2.up_proj.weight"])
+def test_weights_that_are_not_finite(where, tmp_path):
+    tensors = numbered()
+    tensors[f"model.layers.0.mlp.{where}"][0, 0] = float("nan")
+    document = inspect_checkpoint(written(tmp_path, tensors))
+    json.dumps(document, allow_nan=False)
+    assert document["layers"][0]["finite"] is False
+    assert any(item["kind"] == "not_finite" for item in document["findings"])
+
+
+# ---------------------------------------------------------------------------------------- folders of this library
+
+
+def test_own_folder(tmp_path, make_scorer, scorer_name, close):
+    layer = MoE(Router(make_scorer(scorer_name, D, E), Balanced(2)), FeedForward(E, D, F, bias=True))
+    layer.router.selector.bias.copy_(torch.randn(E))
+    spectralmoe.save(nn.Sequential(nn.Linear(D, D), layer), tmp_path)
+    (found,) = read_checkpoint(tmp_path).layers
+    assert (found.name, found.num_experts, found.width, found.top_k) == ("1", E, D, 2)
+    matrix = layer.router.scorer.matrix
+    assert (found.matrix() is None) == (matrix is None)
+    if matrix is not None:
+        close(found.matrix(), matrix.detach())
+    assert found.correction_bias().equal(layer.router.selector.bias)
+    rows = torch.stack(
+        [torch.cat([v.flatten() for v in layer.experts.expert_parameters(e).values()]) for e in range(E)]
+    )
+    gram, _ = expert_gram(found)
+    torch.testing.assert_close(gram, (rows @ rows.T).double().detach(), rtol=1e-5, atol=1e-5)
+    inspect_checkpoint(tmp_path)
+
+
+def test_own_modules_as_experts(tmp_path, close):
+    layer = MoE(Router(LinearScorer(D, E), TopK(1)), ModuleExperts([nn.Linear(D, D) for _ in range(E)]))
+    spectralmoe.save(layer, tmp_path)
+    (found,) = read_checkpoint(tmp_path).layers
+    close(found.matrix(), layer.router.scorer.weight.detach())
+    assert sum(block.shape[1] for block in found.expert_vectors()) == D * D + D
+
+
+def test_own_router_with_zero_experts(tmp_path, close):
+    layer = MoE(Router(LinearScorer(D, E + 2), TopK(1)), FeedForward(E, D, F))
+    spectralmoe.save(layer, tmp_path)
+    (found,) = read_checkpoint(tmp_path).layers
+    assert found.num_experts == E
+    close(found.matrix(), layer.router.scorer.weight.detach())
+
+
+def test_own_config_that_describes_another_router(tmp_path, user_error):
+    layer = MoE(Router(LinearScorer(D, E), TopK(1)), FeedForward(E, D, F))
+    spectralmoe.save(layer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["layers"][""]["router"]["scorer"]["num_experts"] = E + 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with user_error("config.json", "another router"):
+        read_checkpoint(tmp_path).layers[0].matrix()
+
+
+# ---------------------------------------------------------------------------------------- Hugging Face models
+
+FAMILIES = [
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama4", "granitemoe", "switch",
+]  # fmt: skip
+
+
+def moe_modules(model):
+    """Name -> module that holds a router and its experts, in the loaded model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router"))
+    }
+
+
+def in_memory(module):
+    """Routing matrix and expert vectors (E, P) of a module of transformers."""
+    router = getattr(module, "gate", None) or module.router
+    matrix = (router.classifier if hasattr(router, "classifier") else router).weight
+    if isinstance(module.experts, nn.ModuleDict):
+        return matrix, torch.stack([torch.cat([p.flatten() for p in e.parameters()]) for e in module.experts.values()])
+    return matrix, torch.cat([p.flatten(1) for p in module.experts.parameters()], 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["hub", "memory", "shards"])
+def test_families(family, form, tmp_path, close):
+    pytest.importorskip("transformers")
+    families = pytest.importorskip("families")
+    model = families.FAMILIES[family]()
+    if form == "memory":
+        written(tmp_path, {key: value.clone() for key, value in model.state_dict().items()}, model.config.to_dict())
+    else:
+        model.save_pretrained(tmp_path, **({"max_shard_size": "20KB"} if form == "shards" else {}))
+    assert (tmp_path / "model.safetensors.index.json").exists() == (form == "shards")
+    checkpoint, modules = read_checkpoint(tmp_path), moe_modules(model)
+    assert len(checkpoint.layers) == len(modules) > 0
+    k = getattr(model.config, "num_experts_per_tok", None)
+    for layer, (name, module) in zip(checkpoint.layers, modules.items(), strict=True):
+        matrix, rows = in_memory(module)
+        assert (layer.num_experts, layer.width) == tuple(matrix.shape)
+        assert (layer.number, layer.top_k) == (int(re.search(r"\d+", name)[0]), k)
+        assert layer.stack == (name.split(".")[0] if family == "switch" else "")
+        close(layer.matrix(), matrix.detach())
+        gram, size = expert_gram(layer)
+        assert size == rows.shape[1]
+        torch.testing.assert_close(gram, (rows @ rows.T).double().detach(), rtol=1e-4, atol=1e-4)
+        correction = getattr(getattr(module, "gate", None), "e_score_correction_bias", None)
+        assert (layer.correction_bias() is None) == (correction is None)
+        if correction is not None:
+            close(layer.correction_bias(), correction)
+        assert (layer.bias() is not None) == (family == "gpt_oss")
+
+
+def test_without_transformers(tmp_path):
+    written(tmp_path, numbered())
+    code = (
+        "import sys; from spectralmoe.surgery.checkpoint_inspection import inspect_checkpoint;"
+        "inspect_checkpoint(sys.argv[1]); assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+MEASURE = """
+import sys, threading, time
+import torch
+torch.set_num_threads(1)
+
+def anonymous():
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+
+before, peak, done = anonymous(), [0.0], threading.Event()
+thread = threading.Thread(target=watch)
+thread.start()
+from spectralmoe.surgery.checkpoint_inspection import inspect_checkpoint
+document = inspect_checkpoint(sys.argv[1])
+done.set(); thread.join()
+cosines = [layer["similarity"]["matrices"]["weights"][0][1] for layer in document["layers"]]
+print(max(peak[0], anonymous()) - before, *cosines)
+"""
+
+
+def sparse_checkpoint(file: Path) -> None:
+    """4 GB of holes with some ones in each expert, which take no disk: 8 stacked experts, then 32 separate ones."""
+    shapes = {"layers.0.moe.gate.weight": (8, 4096), "layers.1.mlp.gate.weight": (32, 4096)}
+    shapes |= {
+        "layers.0.moe.experts.gate_up_proj": (8, 2 * 11264, 4096),
+        "layers.0.moe.experts.down_proj": (8, 4096, 11264),
+    }
+    shapes |= {f"layers.1.mlp.experts.{e}.w{j}.weight": (2816, 4096) for e in range(32) for j in (1, 2, 3)}
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        end = at + 2 * torch.Size(shape).numel()
+        header[name], at = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}, end
+    text = json.dumps(header).encode()
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        start = opened.tell()
+        opened.truncate(start + at)
+        for entry in header.values():
+            first, last = entry["data_offsets"]
+            for place in range(first, last, (last - first) // (8 if len(entry["shape"]) == 3 else 1)):
+                opened.seek(start + place)
+                opened.write(b"\x80\x3f" * 64)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_four_gigabytes_in_little_memory(tmp_path):
+    file = tmp_path / "model.safetensors"
+    sparse_checkpoint(file)
+    assert file.stat().st_size > 4e9
+    result = subprocess.run([sys.executable, "-c", MEASURE, str(file)], capture_output=True, text=True, check=True)
+    above, *cosines = map(float, result.stdout.split())
+    assert above < 300
+    assert cosines == [1.0, 1.0]
