@@ -132,7 +132,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     specs = config["layers"] if "spectralmoe" in config and isinstance(config.get("layers"), dict) else {}
     if specs:
         tensors |= {alias: tensors[name] for alias, name in config.get("tied", {}).items() if name in tensors}
-    blocks = find_blocks(tensors, scored=[name for name, spec in specs.items() if spec])
+    try:
+        blocks = find_blocks(tensors, scored=[name for name, spec in specs.items() if spec])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     if not blocks:
         raise UserError(
             f"{path} holds no MoE layer (no experts beside a router): a dense model has no router to inspect"

@@ -64,7 +64,7 @@ def find_blocks(tensors: Named, scored: Collection[str] = ()) -> list[Block]:
             below[name][key[len(name) + 1 :] if name else key] = stored
         elif not _SHARED.search(key) and (_NUMBERED.search(key) or (_STACKED.search(key) and len(stored.shape) > 2)):
             raise UserError(
-                f"{key!r} belongs to an expert, but beside the experts stands no tensor of a gate or router"
+                f"{key!r} is of an expert, but no gate or router stands beside it; part of the checkpoint is lost"
             )
     found = (_block(name, own, name in scored) for name, own in below.items())
     return [block for block in found if block is not None]
