@@ -242,3 +242,15 @@ def test_underflow_is_no_tie():
     assert scores[0, 1] == scores[0, 2] == 0
     assert margins(Routing(logits, torch.ones(1, 2), torch.tensor([[0, 1]]), scores)).isnan().all()
     assert margins(Routing(logits, torch.ones(1, 1), torch.tensor([[0]]), scores)).tolist() == [1]
+
+
+def test_margins_of_a_watched_layer_hold_the_selection_bias():
+    layer = MoE(Router(LinearScorer(6, 5), Balanced(2)), FeedForward(5, 6, 8))
+    layer.router.selector.bias.copy_(torch.linspace(-0.2, 0.2, 5))
+    with watch(layer) as seen:
+        layer(torch.randn(200, 6))
+    routing = seen.drain()[0].routing
+    biased = routing.logits.sigmoid() + layer.router.selector.bias
+    top = biased.topk(3).values
+    expected = (top[:, 1] - top[:, 2]) / top[:, 1].abs()
+    torch.testing.assert_close(margins(routing), expected.detach())

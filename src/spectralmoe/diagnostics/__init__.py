@@ -28,6 +28,8 @@ from spectralmoe.diagnostics.load import (
     per_sequence,
 )
 from spectralmoe.diagnostics.measure import Measure
+from spectralmoe.diagnostics.monitor import Monitor
+from spectralmoe.diagnostics.monitor_log import read_monitor
 from spectralmoe.diagnostics.paths import co_activation, joint_counts, mutual_information
 from spectralmoe.diagnostics.similarity import (
     cosine_matrix,
@@ -54,6 +56,7 @@ __all__ = [
     "Change",
     "Evaluation",
     "Measure",
+    "Monitor",
     "Seen",
     "Watch",
     "Watched",
@@ -89,6 +92,7 @@ __all__ = [
     "output_similarity",
     "per_sequence",
     "precision_flips",
+    "read_monitor",
     "routing_radius",
     "row_cosine",
     "row_cosines",

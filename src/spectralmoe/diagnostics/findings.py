@@ -151,7 +151,7 @@ def _similarity(layer: Mapping[str, Any]) -> Iterator[Finding]:
 def _router(layer: Mapping[str, Any]) -> Iterator[Finding]:
     if layer.get("finite") is False:
         yield _finding(
-            "not_finite", layer, "severe", "weights of the router or its experts are not finite numbers", None
+            "not_finite", layer, "severe", "weights of the router or its experts are not finite numbers"
         )
     if layer.get("logits_are_probabilities"):
         text = "what the router returns as logits are probabilities"

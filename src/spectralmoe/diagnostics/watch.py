@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -68,8 +68,8 @@ class Seen:
 
     Attributes:
         layer: whose.
-        routing: what it decided; ``routing.shape`` is (B, S) where the tokens came in sequences, ``routing.mask``
-            False for padding.
+        routing: what it decided. Its scores are what the choice was made from, selection bias included; its shape is
+            (B, S) where the tokens came in sequences; its mask is False for padding.
         tokens: what the router read (N, D); (0, D) where the watch was opened with ``tokens=False``.
     """
 
@@ -137,7 +137,13 @@ class _OwnWatch(Watch):
         """See ``Watch``."""
         layers = {layer.name: layer for layer in self.layers}
         records = [item for item in self.tape.drain() if item.name in layers]
-        return [Seen(layers[item.name], item.routing, _tokens(item)) for item in records]
+        return [Seen(layers[item.name], _ranked(item), _tokens(item)) for item in records]
+
+
+def _ranked(item: Record) -> Routing:
+    """The routing with what the choice was made from as its scores: with the selection bias, where there is one."""
+    router = cast(MoE, item.layer).router
+    return replace(item.routing, scores=router.selector.ranked(item.routing.logits.detach()))
 
 
 def _tokens(item: Record) -> Tensor:

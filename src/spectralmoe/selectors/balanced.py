@@ -58,8 +58,11 @@ class Balanced(Selector):
             raise UserError("Balanced: this selector belongs to another router already; give each router its own")
         self.register_buffer("bias", torch.zeros(num_experts))
 
+    def ranked(self, logits: Tensor) -> Tensor:
+        return self.scores(logits) + self.bias
+
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
-        return largest(self.scores(logits) + self.bias, self.k, mask)
+        return largest(self.ranked(logits), self.k, mask)
 
     def update(self, counts: Tensor) -> None:
         behind = counts.sum() - counts * counts.numel()

@@ -40,6 +40,10 @@ class Selector(nn.Module):
         """What the choice is made from (N, E): softmax or sigmoid of the logits."""
         return logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
 
+    def ranked(self, logits: Tensor) -> Tensor:
+        """What a top-k choice is the largest of (N, E): the scores, and a selection bias where there is one."""
+        return self.scores(logits)
+
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
         """Indices (N, K) int64 from detached logits (N, E); -1 in an empty slot and in every slot of a masked row."""
         raise NotImplementedError

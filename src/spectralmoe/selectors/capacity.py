@@ -53,6 +53,9 @@ class Capacity(Selector):
     def scores(self, logits: Tensor) -> Tensor:
         return self.selector.scores(logits)
 
+    def ranked(self, logits: Tensor) -> Tensor:
+        return self.selector.ranked(logits)
+
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
         return self.limit(self.want(logits, mask=mask, context=context), logits.shape[-1])
 
