@@ -198,7 +198,7 @@ def test_entropy_and_near_ties_are_those_of_the_first_256_tokens(tmp_path):
 
 def test_layers_of_other_sizes_and_zero_experts(tmp_path):
     layers = [
-        MoE(Router(LinearScorer(D, 7), TopK(3)), FeedForward(5, D, 16)),  # two zero experts
+        MoE(Router(LinearScorer(D, 7), Capacity(TopK(3), 7.0)), FeedForward(5, D, 16)),  # two zero experts
         MoE(Router(LinearScorer(D, 3), TopK(1)), FeedForward(3, D, 16)),
     ]
     model, path, x = nn.Sequential(*layers), tmp_path / "m.jsonl", batches(1)[0]

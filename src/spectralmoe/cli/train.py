@@ -12,6 +12,7 @@ import typer
 from spectralmoe.cli.console import print_json, watching
 from spectralmoe.cli.options import DataDir, DeviceName, Download, Json, Out, see_own_modules
 from spectralmoe.diagnostics import Evaluation, evaluate
+from spectralmoe.diagnostics.monitor import Monitor
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json
 from spectralmoe.models import SRMoE
@@ -30,6 +31,8 @@ from spectralmoe.training.vision_settings import VisionSettings
 
 __all__ = ["train"]
 
+MONITOR = "monitor.jsonl"
+
 
 def train(
     config: Annotated[Path, typer.Option(metavar="F.toml", help="Settings of the run.")],
@@ -39,6 +42,10 @@ def train(
     parallel: Annotated[
         str | None, typer.Option(metavar="ddp|fsdp2", help="Share every batch among the processes of torchrun.")
     ] = None,
+    monitor: Annotated[
+        bool, typer.Option("--monitor", help=f"Write what the routers do to {MONITOR} in --out.")
+    ] = False,
+    every: Annotated[int | None, typer.Option(min=1, help="Steps between two reports of --monitor; 50.")] = None,
     data_dir: DataDir = None,
     download: Download = False,
     device: DeviceName = "auto",
@@ -50,22 +57,29 @@ def train(
 
     Example: spectralmoe train --config examples/emoe-vit.toml --out runs/emoe-vit
 
+    --monitor writes loads, entropies and findings (dead experts, collapse, ...) while it trains, for the report.
+
     A run that was stopped goes on when it is started again with the same file and --out. On several processes:
     torchrun --nproc-per-node 2 -m spectralmoe train --config F.toml --out DIR --parallel ddp
     """
     settings = _settings(config, seed, pretrained)
     if parallel is not None and not isinstance(settings, VisionSettings):
         raise UserError("--parallel trains timm models; the settings file has no section [backbone]")
+    if every is not None and not monitor:
+        raise UserError("--every is how often --monitor reports; add --monitor")
     data = _images(settings, data_dir, download)
     with joined(parallel, pick_device(device)) as (ranks, where):
         plan = _plan(settings, data)
         network = plan.network.to(where)
         trained = ranks.spread(network) if isinstance(network, VisionMoE) else network
         claim = {**settings.model_dump(mode="json"), "images": data.fingerprint}
-        files = (CHECKPOINT, "model.safetensors", "config.json", "history.json")
+        files = (CHECKPOINT, "model.safetensors", "config.json", "history.json", *([MONITOR] if monitor else []))
         with run_folder(out, claim, files) if ranks.first else nullcontext():
             ranks.wait()  # for the folder
-            with watching(quiet=json or not ranks.first) as watch:
+            watched = (
+                Monitor(trained, out / MONITOR, every=every or 50, layers=True, title=plan.label) if monitor else None
+            )
+            with watching(quiet=json or not ranks.first) as watch, watched or nullcontext():
                 history = run_training(
                     trained,
                     data,
@@ -73,6 +87,7 @@ def train(
                     terms=plan.terms,
                     checkpoint=out / CHECKPOINT,
                     progress=lambda share: watch(f"training {plan.label}", share),
+                    monitor=watched,
                     ranks=ranks,
                 )
             if isinstance(network, VisionMoE):
@@ -86,6 +101,8 @@ def train(
     if json:
         print_json({"model": str(out), "validation_accuracy": history.validation_accuracy, "test_accuracy": accuracy})
     else:
+        for finding in watched.findings if watched else ():
+            typer.echo(f"{finding.severity}: {finding.message}; {finding.cure}", err=True)
         typer.echo(f"validation {history.validation_accuracy:.2f}%, test {accuracy:.2f}%; model saved to {out}")
 
 

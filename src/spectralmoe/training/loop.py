@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.diagnostics import evaluate, holds_moe
+from spectralmoe.diagnostics.monitor import Monitor
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import full
 from spectralmoe.steps import after_step, before_step, param_groups
@@ -70,6 +71,7 @@ def train(
     terms: Mapping[str, Term] | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[float], None] | None = None,
+    monitor: Monitor | None = None,
     ranks: Ranks = ALONE,
 ) -> History:
     """Train ``model`` on the training part of ``data``; the test part is never touched. A model without MoE layers
@@ -82,13 +84,14 @@ def train(
         terms: penalty terms.
         checkpoint: file to go on from and to write to, after each epoch and every few seconds.
         progress: called with the share done, 0 to 1.
+        monitor: an open monitor of ``model``, told of every step.
         ranks: the processes that train together; ``model`` is then what ``ranks.spread`` gave.
 
     Raises:
         Diverged: the loss is not finite; names the step. The last checkpoint holds finite weights.
         UserError: the checkpoint is of another run, or cannot be written.
     """
-    run = _Run(model, data, settings, dict(terms or {}), checkpoint, ranks=ranks)
+    run = _Run(model, data, settings, dict(terms or {}), checkpoint, monitor=monitor, ranks=ranks)
     while run.epoch < settings.epochs:
         run.one_epoch(progress or (lambda share: None))
     return History(run.epochs)
@@ -105,10 +108,12 @@ class _Run:
         terms: dict[str, Term],
         checkpoint: Path | None,
         *,
+        monitor: Monitor | None,
         ranks: Ranks,
     ) -> None:
         self.model, self.data, self.settings, self.terms, self.checkpoint = model, data, settings, terms, checkpoint
         self.ranks, self.routed, self.objective = ranks, holds_moe(model), settings.objective
+        self.monitor = monitor
         self.device = next(model.parameters()).device
         self.scaler = self.objective.scaler(self.device)
         self.optimizer = torch.optim.AdamW(param_groups(model, settings.weight_decay), lr=settings.lr)
@@ -134,6 +139,8 @@ class _Run:
         for chosen in order.split(self.settings.batch_size)[self.batch :]:
             self.loss_sum += self.one_step(self.data.train, chosen)
             self.batch += 1
+            if self.monitor is not None:
+                self.monitor.step(self.step)
             if self.ranks.agree(time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS):
                 self.seconds += time.monotonic() - started
                 self.check_weights()
