@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe import attach, param_groups
-from spectralmoe.diagnostics.monitor import Monitor, OpenWatch
 from spectralmoe.diagnostics.watch import watch
+from spectralmoe.instruments.monitor import Monitor, OpenWatch
 from spectralmoe.machine import describe_machine
 from spectralmoe.models.sr_moe import sr_moe
 from spectralmoe.surgery import watch_transformers

@@ -41,6 +41,12 @@ SELECTOR_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
 SELECTOR_CASES = {**SELECTORS, "soft": TopK}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-chromium", action="store_true", help="fail the tests of the HTML page where there is no Chromium"
+    )
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests that ask for ``scorer_name`` or ``selector_name`` over the tables ("soft" is TopK without k)."""
     for name, table in (("scorer_name", SCORERS), ("selector_name", SELECTOR_CASES)):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmoe.diagnostics.findings import find_problems
-from spectralmoe.diagnostics.inspection import Inspector
+from spectralmoe.instruments.findings import find_problems
+from spectralmoe.instruments.inspector import Inspector
 from spectralmoe.surgery.checkpoint_layers import read_checkpoint
 from spectralmoe.surgery.hf_watch import watch_transformers
 from spectralmoe.surgery.transformers import load_transformers, run, training_facts

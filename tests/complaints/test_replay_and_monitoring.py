@@ -25,8 +25,8 @@ from spectralmoe import (
     record,
     save,
 )
-from spectralmoe.diagnostics.monitor import Monitor
-from spectralmoe.diagnostics.monitor_log import read_monitor
+from spectralmoe.instruments.monitor import Monitor
+from spectralmoe.instruments.monitor_log import read_monitor
 
 
 def test_megatron_4168_the_choice_is_replayed_and_the_weights_are_live(make_net, close, router_grads):

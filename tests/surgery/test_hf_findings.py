@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from families import FAMILIES, batch
 from families_sick import SICK, healthy
 
-from spectralmoe.diagnostics.inspection import Inspector, inspection_document
+from spectralmoe.instruments import Inspector, inspection_document
 from spectralmoe.surgery.hf_watch import watch_transformers
 
 KINDS = set(SICK)

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
-from spectralmoe.diagnostics.monitor import Monitor
-from spectralmoe.diagnostics.monitor_log import read_monitor
+from spectralmoe.instruments.monitor import Monitor
+from spectralmoe.instruments.monitor_log import read_monitor
 from spectralmoe.surgery.hf_watch import watch_transformers
 from spectralmoe.surgery.transformers import trainer_callback
 

@@ -12,9 +12,9 @@ import torch
 
 from spectralmoe import record
 from spectralmoe.cli.app import run
-from spectralmoe.diagnostics.cures import THRESHOLDS
-from spectralmoe.diagnostics.monitor import Monitor
-from spectralmoe.diagnostics.monitor_log import read_monitor
+from spectralmoe.instruments.cures import THRESHOLDS
+from spectralmoe.instruments.monitor import Monitor
+from spectralmoe.instruments.monitor_log import read_monitor
 from spectralmoe.training.data import load_data
 from spectralmoe.training.loop import Diverged, train
 from spectralmoe.training.network import build_network

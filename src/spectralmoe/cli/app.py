@@ -16,8 +16,10 @@ from spectralmoe.cli.adapt import adapt
 from spectralmoe.cli.compare import compare
 from spectralmoe.cli.evaluate import evaluate
 from spectralmoe.cli.fewshot import fewshot
+from spectralmoe.cli.inspect import inspect
 from spectralmoe.cli.list import list_everything
 from spectralmoe.cli.predict import predict
+from spectralmoe.cli.report import report
 from spectralmoe.cli.train import train
 from spectralmoe.errors import UserError
 
@@ -33,6 +35,8 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(adapt)
 app.command()(fewshot)
+app.command()(report)
+app.command()(inspect)
 app.command("list")(list_everything)
 
 

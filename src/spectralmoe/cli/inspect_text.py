@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralmoe.diagnostics.inspection import Inspector, inspection_document
-from spectralmoe.diagnostics.samples import Place
 from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.errors import UserError
+from spectralmoe.instruments import Inspector, inspection_document
+from spectralmoe.instruments.samples import Place
 from spectralmoe.surgery.hf_watch import watch_transformers
 from spectralmoe.surgery.transformers import TransformersModel, encode, load_transformers, run, training_facts
 

@@ -12,9 +12,9 @@ import typer
 from spectralmoe.cli.console import print_json, watching
 from spectralmoe.cli.options import DataDir, DeviceName, Download, Json, Out, see_own_modules
 from spectralmoe.diagnostics import Evaluation, evaluate
-from spectralmoe.diagnostics.monitor import Monitor
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json
+from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.models import SRMoE
 from spectralmoe.saving import save
 from spectralmoe.surgery.timm import VisionMoE

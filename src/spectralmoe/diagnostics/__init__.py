@@ -28,8 +28,6 @@ from spectralmoe.diagnostics.load import (
     per_sequence,
 )
 from spectralmoe.diagnostics.measure import Measure
-from spectralmoe.diagnostics.monitor import Monitor
-from spectralmoe.diagnostics.monitor_log import read_monitor
 from spectralmoe.diagnostics.paths import co_activation, joint_counts, mutual_information
 from spectralmoe.diagnostics.similarity import (
     cosine_matrix,
@@ -56,7 +54,6 @@ __all__ = [
     "Change",
     "Evaluation",
     "Measure",
-    "Monitor",
     "Seen",
     "Watch",
     "Watched",
@@ -92,7 +89,6 @@ __all__ = [
     "output_similarity",
     "per_sequence",
     "precision_flips",
-    "read_monitor",
     "routing_radius",
     "row_cosine",
     "row_cosines",

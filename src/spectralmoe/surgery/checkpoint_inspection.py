@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralmoe.diagnostics import geometry
-from spectralmoe.diagnostics.inspection import inspection_document
+from spectralmoe.diagnostics.geometry import row_cosines
 from spectralmoe.diagnostics.measure import Measure
-from spectralmoe.diagnostics.similarity import gram_cosine, mean_offdiagonal
+from spectralmoe.diagnostics.similarity import gram_cosine
+from spectralmoe.instruments.document import geometry_values, inspection_document, mean_likeness, rounded
 from spectralmoe.surgery.checkpoint_layers import Checkpoint, CheckpointLayer, read_checkpoint
 
 __all__ = ["expert_gram", "inspect_checkpoint"]
@@ -61,7 +61,6 @@ def _layer(layer: CheckpointLayer, experts: bool) -> dict[str, Any]:
     gram, size = expert_gram(layer) if experts else (torch.empty(0, 0), 0)
     known = torch.empty(0, 0) if matrix is None else matrix
     nothing = Measure.of(math.nan, 0).as_json()
-    measures = (geometry.sigma_1, geometry.stable_rank, geometry.effective_rank, geometry.row_cosine)
     cosines = gram_cosine(gram) if size else None
     return {
         "name": layer.name,
@@ -73,38 +72,22 @@ def _layer(layer: CheckpointLayer, experts: bool) -> dict[str, Any]:
         "finite": bool(known.isfinite().all() and gram.isfinite().all()),
         "load": None,
         "entropy": None,
-        "geometry": {
-            **{measure.__name__: measure(known).as_json() for measure in measures},
-            "jacobian": nothing,
-            "spectrum": geometry.spectrum(known).tolist() if known.isfinite().all() else [],
-        },
+        "geometry": {**geometry_values(matrix), "jacobian": nothing},
         "similarity": {
             "output_cos2": nothing,
             "cka": nothing,
             "subspace": nothing,
-            "weight_cosine": _mean(cosines, size * layer.num_experts),
+            "weight_cosine": mean_likeness(cosines, size * layer.num_experts, "weights"),
             "matrices": {
                 "output": None,
-                "weights": _table(cosines),
-                "rows": _table(None if matrix is None else geometry.row_cosines(matrix)),
+                "weights": rounded(cosines),
+                "rows": rounded(None if matrix is None else row_cosines(matrix)),
             },
         },
         "stability": None,
         "association": None,
         "examples": [],
     }
-
-
-def _mean(cosines: Tensor | None, weights: int) -> dict[str, Any]:
-    value = None if cosines is None else mean_offdiagonal(cosines).value
-    return Measure.of(math.nan if value is None else value, weights, "weights").as_json()
-
-
-def _table(matrix: Tensor | None) -> list[list[float | None]] | None:
-    """For people and pages: four digits, nan as None; no table where nothing is known."""
-    if matrix is None or not matrix.isfinite().any():
-        return None
-    return [[round(value, 4) if math.isfinite(value) else None for value in row] for row in matrix.tolist()]
 
 
 def _model_class(checkpoint: Checkpoint) -> str:

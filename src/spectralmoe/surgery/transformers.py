@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from spectralmoe.diagnostics import holds_moe
-from spectralmoe.diagnostics.monitor import Monitor
 from spectralmoe.diagnostics.watch import watch
 from spectralmoe.errors import UserError
+from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.surgery.hf_layers import find_layers
 from spectralmoe.surgery.hf_model import TransformersModel, encode, run, training_facts
 from spectralmoe.surgery.hf_watch import watch_transformers

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.diagnostics import evaluate, holds_moe
-from spectralmoe.diagnostics.monitor import Monitor
 from spectralmoe.errors import UserError
+from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.linalg import full
 from spectralmoe.steps import after_step, before_step, param_groups
 from spectralmoe.tape import Tape, record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,16 +12,14 @@ from torch import Tensor
 from spectralmoe.diagnostics import geometry, paths, similarity, stability
 from spectralmoe.diagnostics.association import association, label_table
 from spectralmoe.diagnostics.entropy import are_probabilities
-from spectralmoe.diagnostics.findings import find_problems
 from spectralmoe.diagnostics.measure import Measure
-from spectralmoe.diagnostics.samples import BestTokens, Place, TokenSample
-from spectralmoe.diagnostics.statistics import LayerStatistics
 from spectralmoe.diagnostics.watch import Seen, Watched
+from spectralmoe.instruments.document import geometry_values, mean_likeness, rounded
+from spectralmoe.instruments.samples import BestTokens, Place, TokenSample
+from spectralmoe.instruments.statistics import LayerStatistics
 from spectralmoe.routing import Routing
 
-__all__ = ["Describe", "Inspector", "inspection_document"]
-
-FORMAT = 1
+__all__ = ["Describe", "Inspector"]
 
 _NUMBERS = 2**24  # in the outputs of all experts of a layer for the same tokens
 _COORDINATES = 2**20  # of an expert's weights
@@ -105,36 +102,6 @@ class Inspector:
         return self._gathered[place].layer.stack
 
 
-def inspection_document(
-    title: str,
-    model: Mapping[str, Any],
-    data: Mapping[str, Any],
-    layers: Sequence[Mapping[str, Any]],
-    paths: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
-    """The document that ``spectralmoe inspect`` writes and ``spectralmoe report`` reads, with its findings.
-
-    Args:
-        model: name, class, mode ("run" or "router-only"), dtype, parameters.
-        data: source, tokens, sequences, tokenizer, notes.
-        layers: of an ``Inspector``, or of a checkpoint.
-        paths: of an ``Inspector``.
-    """
-    from spectralmoe import __version__
-
-    document = {
-        "kind": "inspection",
-        "format": FORMAT,
-        "spectralmoe": __version__,
-        "title": title,
-        "model": dict(model),
-        "data": dict(data),
-        "layers": list(layers),
-        "paths": list(paths),
-    }
-    return {**document, "findings": find_problems(document)}
-
-
 class _Gathered:
     """What is gathered of one layer, and its values."""
 
@@ -171,7 +138,7 @@ class _Gathered:
             "weights": statistics.weights(),
             "entropy": _json(statistics.entropy()),
             "geometry": {
-                **_geometry(matrix),
+                **geometry_values(matrix),
                 "jacobian": geometry.jacobian_norm(layer, tokens[:_JACOBIANS]).as_json(),
             },
             "similarity": self.similarity(matrix),
@@ -195,14 +162,14 @@ class _Gathered:
             "cka": similarity.linear_cka(outputs),
             "subspace": similarity.subspace_overlap(outputs, min(_RANK, max(1, tokens.shape[-1] // 4))),
         }
-        found = {name: _mean(table, len(tokens), "tokens", _FEWEST) for name, table in tables.items()}
+        found = {name: mean_likeness(table, len(tokens), "tokens", _FEWEST) for name, table in tables.items()}
         return {
             **found,
-            "weight_cosine": _mean(similarity.weight_cosine(weights), weights.shape[1], "coordinates"),
+            "weight_cosine": mean_likeness(similarity.weight_cosine(weights), weights.shape[1], "coordinates"),
             "matrices": {
-                "output": _rounded(tables["output_cos2"]),
-                "weights": _rounded(similarity.weight_cosine(weights)),
-                "rows": None if matrix is None else _rounded(geometry.row_cosines(matrix)),
+                "output": rounded(tables["output_cos2"]),
+                "weights": rounded(similarity.weight_cosine(weights)),
+                "rows": None if matrix is None else rounded(geometry.row_cosines(matrix)),
             },
         }
 
@@ -230,20 +197,6 @@ class _Gathered:
         return list(found.values())[:_EXAMPLES]
 
 
-def _geometry(matrix: Tensor | None) -> dict[str, Any]:
-    """Geometry of a routing matrix; without one, no data."""
-    m = torch.empty(0, 0) if matrix is None else matrix
-    functions = (geometry.sigma_1, geometry.stable_rank, geometry.effective_rank, geometry.row_cosine)
-    found: dict[str, Any] = {function.__name__: function(m).as_json() for function in functions}
-    return {**found, "spectrum": [] if matrix is None else geometry.spectrum(m).tolist()}
-
-
-def _mean(table: Tensor, data: int, unit: str, needs: int = 1) -> dict[str, Any]:
-    """The mean over pairs of experts, which rests on ``data`` things."""
-    value = similarity.mean_offdiagonal(table).value
-    return Measure.of(math.nan if value is None else value, data, unit, needs).as_json()
-
-
 def _largest(joint: Tensor, number: int) -> list[list[int]]:
     """The largest entries of a table of counts, as [row, column, count]."""
     top = joint.flatten().topk(min(joint.numel(), number))
@@ -254,10 +207,3 @@ def _largest(joint: Tensor, number: int) -> list[list[int]]:
 
 def _json(measures: Mapping[str, Measure]) -> dict[str, Any]:
     return {name: measure.as_json() for name, measure in measures.items()}
-
-
-def _rounded(table: Tensor) -> list[list[float | None]] | None:
-    """For a file that people read; nan as None; no table without data."""
-    if not table.isfinite().any():
-        return None
-    return [[round(value, 4) if math.isfinite(value) else None for value in row] for row in table.tolist()]

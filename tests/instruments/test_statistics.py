@@ -9,7 +9,7 @@ import torch
 
 from spectralmoe import Capacity, LinearScorer, Router, TopK
 from spectralmoe.diagnostics.load import dead_experts, gini, max_vio
-from spectralmoe.diagnostics.statistics import NEAR, LayerStatistics
+from spectralmoe.instruments.statistics import NEAR, LayerStatistics
 
 E, K, D = 5, 2, 8
 

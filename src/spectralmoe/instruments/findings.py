@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from spectralmoe.diagnostics.cures import CURES, THRESHOLDS
+from spectralmoe.instruments.cures import CURES, THRESHOLDS
 
 __all__ = ["Finding", "find_problems", "layer_findings", "model_findings"]
 
@@ -150,9 +150,7 @@ def _similarity(layer: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _router(layer: Mapping[str, Any]) -> Iterator[Finding]:
     if layer.get("finite") is False:
-        yield _finding(
-            "not_finite", layer, "severe", "weights of the router or its experts are not finite numbers"
-        )
+        yield _finding("not_finite", layer, "severe", "weights of the router or its experts are not finite numbers")
     if layer.get("logits_are_probabilities"):
         text = "what the router returns as logits are probabilities"
         yield _finding("probabilities_as_logits", layer, "note", text)

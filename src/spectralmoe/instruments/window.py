@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralmoe.diagnostics.statistics import TOKENS, LayerStatistics
 from spectralmoe.diagnostics.watch import Seen, Watched
+from spectralmoe.instruments.statistics import TOKENS, LayerStatistics
 
 __all__ = ["Window", "describe"]
 

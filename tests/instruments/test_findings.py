@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from spectralmoe.diagnostics.cures import CURES, THRESHOLDS
-from spectralmoe.diagnostics.findings import find_problems
+from spectralmoe.instruments.cures import CURES, THRESHOLDS
+from spectralmoe.instruments.findings import find_problems
 
 
 def measure(value, data=1000):

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from spectralmoe import Balanced, Capacity, FeedForward, LinearScorer, MoE, Router, TopK, attach, feed
-from spectralmoe.diagnostics.monitor import Monitor
-from spectralmoe.diagnostics.monitor_log import read_monitor
+from spectralmoe.instruments.monitor import Monitor
+from spectralmoe.instruments.monitor_log import read_monitor
 
 N, D, E, K, DEPTH = 40, 8, 5, 2, 3
 KEYS = ["kind", "step", "tokens", "max_vio", "max_vio_worst", "entropy", "dead_experts", "dropped", "near_tie"]

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spectralmoe.diagnostics.findings import Finding, layer_findings
-from spectralmoe.diagnostics.monitor_log import FORMAT, MonitorLog
 from spectralmoe.diagnostics.watch import Watch, watch
-from spectralmoe.diagnostics.window import Window, describe
 from spectralmoe.errors import UserError
+from spectralmoe.instruments.findings import Finding, layer_findings
+from spectralmoe.instruments.monitor_log import FORMAT, MonitorLog
+from spectralmoe.instruments.window import Window, describe
 from spectralmoe.tape import unwrapped
 
 __all__ = ["Monitor", "OpenWatch"]

@@ -1,0 +1,53 @@
+"""``spectralmoe report``: what was measured, as one page for a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectralmoe.cli.console import print_json
+from spectralmoe.cli.options import Json
+from spectralmoe.errors import UserError
+from spectralmoe.files import write_text
+from spectralmoe.report import read_documents, render_report
+
+__all__ = ["report"]
+
+
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...",
+            help="inspection.json, a monitor's .jsonl, results.json, receipt.json, or folders that hold them.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option("--title", metavar="TEXT", help="Title of the page.")] = None,
+    json: Json = False,
+) -> None:
+    """One HTML page about inspections, training runs, comparisons and one-expert updates.
+
+    Several of a kind stand side by side. The page loads nothing: it can be mailed, or opened from disk.
+
+    Example: spectralmoe report runs/inspected runs/corrected --out report.html
+    """
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file, for example {out / 'report.html'}")
+    documents = read_documents(paths)
+    page = render_report(documents, title or _title([found.body.title for found in documents]))
+    write_text(out, page)
+    read = [{"kind": found.kind, "source": found.source, "title": found.body.title} for found in documents]
+    size = out.stat().st_size
+    if json:
+        print_json({"out": str(out), "bytes": size, "documents": read})
+        return
+    counted = f"{len(read)} document{'' if len(read) == 1 else 's'}"
+    typer.echo(f"{counted}, {size / 1000:,.0f} kB: {out}")
+
+
+def _title(titles: list[str]) -> str:
+    """That of the first document, and how many more there are."""
+    return titles[0] if len(titles) == 1 else f"{titles[0]} and {len(titles) - 1} more"

@@ -1,0 +1,26 @@
+"""Instruments: the values of ``diagnostics`` gathered over a run, held against thresholds, written down.
+
+``Inspector`` looks at a model once, ``Monitor`` while it trains; both make findings by the same rules.
+"""
+
+from spectralmoe.instruments.cures import CURES, THRESHOLDS
+from spectralmoe.instruments.document import inspection_document
+from spectralmoe.instruments.findings import Finding, find_problems
+from spectralmoe.instruments.inspector import Inspector
+from spectralmoe.instruments.monitor import Monitor
+from spectralmoe.instruments.monitor_log import read_monitor
+from spectralmoe.instruments.samples import Place
+from spectralmoe.instruments.statistics import LayerStatistics
+
+__all__ = [
+    "CURES",
+    "THRESHOLDS",
+    "Finding",
+    "Inspector",
+    "LayerStatistics",
+    "Monitor",
+    "Place",
+    "find_problems",
+    "inspection_document",
+    "read_monitor",
+]

@@ -1,0 +1,151 @@
+"""Find and read the documents of a page; every mistake in a file is one line that names it."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from spectralmoe.adaptation import Receipt
+from spectralmoe.errors import UserError
+from spectralmoe.files import read_json
+from spectralmoe.instruments.monitor_log import read_monitor
+from spectralmoe.report.schema import Inspection
+from spectralmoe.report.schema_runs import Comparison, Monitor
+
+__all__ = ["Document", "ReceiptFile", "as_document", "read_documents"]
+
+NAMES = ("inspection.json", "results.json", "receipt.json")
+PICTURE, PICTURE_BYTES = "receipt.svg", 300_000
+_KINDS = "inspection.json, a monitor's .jsonl, results.json of compare, receipt.json of adapt"
+_RECEIPT: TypeAdapter[Receipt] = TypeAdapter(Receipt)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptFile:
+    """A receipt with what its file says beside it.
+
+    Attributes:
+        title: the corrected sample.
+        picture: ``receipt.svg`` as a data: address; None where there is none.
+    """
+
+    title: str
+    receipt: Receipt
+    model: str
+    picture: str | None = None
+
+
+Body = Inspection | Monitor | Comparison | ReceiptFile
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One thing to show.
+
+    Attributes:
+        kind: "inspection", "monitor", "comparison" or "receipt".
+        source: the file, for people.
+    """
+
+    kind: str
+    source: str
+    body: Body
+
+
+def read_documents(paths: Sequence[Path]) -> list[Document]:
+    """The documents in ``paths``: files, or folders that hold them; each file once.
+
+    Raises:
+        UserError: a path that is missing, of an unknown kind or broken; a folder without any.
+    """
+    files = dict.fromkeys(file for path in paths for file in _files(Path(path)))
+    return [_read(file) for file in files]
+
+
+def as_document(value: Any, source: str) -> Document:
+    """A JSON value in memory as a document.
+
+    Raises:
+        UserError: of an unknown kind, or broken.
+    """
+    with _checked(source):
+        return _document(value, source)
+
+
+def _document(value: Any, source: str) -> Document:
+    if isinstance(value, dict):
+        if value.get("kind") == "inspection":
+            if value.get("format") != 1:
+                raise UserError(f"{source} has format {value.get('format')!r}, not 1: inspect the model again")
+            return Document("inspection", source, Inspection.model_validate({"title": source, **value}))
+        if "summary" in value and "cells" in value:
+            return Document("comparison", source, _comparison(value, source))
+        if "touched" in value and "carried_before" in value:
+            return Document("receipt", source, _receipt(value, source))
+    raise UserError(f"{source} is no document of this library's; a report reads {_KINDS}, or a folder with one")
+
+
+def _comparison(value: Mapping[str, Any], source: str) -> Comparison:
+    settings = value.get("settings")
+    name = settings.get("data") if isinstance(settings, dict) else None
+    return Comparison.model_validate({"title": f"comparison on {name}" if name else source, **value})
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        yield path
+        return
+    found = [path / name for name in NAMES if (path / name).is_file()] + sorted(path.glob("*.jsonl"))
+    if not found:
+        raise UserError(f"{path} holds nothing to report: no {_KINDS}")
+    yield from found
+
+
+def _read(path: Path) -> Document:
+    if path.suffix == ".jsonl":
+        return Document("monitor", str(path), _monitor(path))
+    found = as_document(read_json(path), str(path))
+    picture = path.parent / PICTURE
+    if isinstance(found.body, ReceiptFile) and picture.is_file() and picture.stat().st_size <= PICTURE_BYTES:
+        address = "data:image/svg+xml;base64," + base64.b64encode(picture.read_bytes()).decode()
+        held = found.body
+        return Document("receipt", str(path), ReceiptFile(held.title, held.receipt, held.model, address))
+    return found
+
+
+def _monitor(path: Path) -> Monitor:
+    start, *lines = read_monitor(path)
+    held = {kind: [line for line in lines if line["kind"] == kind] for kind in ("step", "load", "finding")}
+    findings = [{**line["finding"], "step": line["step"]} for line in held["finding"] if "finding" in line]
+    body = {"title": path.stem, **start, "steps": held["step"], "loads": held["load"], "findings": findings}
+    with _checked(str(path)):
+        return Monitor.model_validate(body)
+
+
+@contextmanager
+def _checked(source: str) -> Iterator[None]:
+    """What the schema finds wrong, as one line."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        text = f"{place}: {first['msg']}" if place else first["msg"]
+        raise UserError(f"{source} is broken: {' '.join(text.split())[:300]}") from error
+
+
+def _receipt(value: Mapping[str, Any], source: str) -> ReceiptFile:
+    for part in ("reference", "test"):
+        change = (value.get(part) or {}).get("interference")
+        if isinstance(change, dict):  # null: measured on no sample
+            change |= {key: math.nan for key in ("mean", "low", "high") if change.get(key) is None}
+    return ReceiptFile(
+        str(value.get("image") or source), _RECEIPT.validate_python(dict(value)), str(value.get("model") or "")
+    )
