@@ -31,6 +31,7 @@ NAMES = [
     "Loop",
     "MoE",
     "ModuleExperts",
+    "Monitor",
     "NoisyTopK",
     "PrincipalScorer",
     "PrototypeScorer",

@@ -45,9 +45,26 @@ def test_correction_example_runs(capsys, tmp_path, monkeypatch):
     assert len(EXAMPLES) == 3
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_instrument_examples_run(number, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "inspect.md").read_text(), re.S)
+    assert len(examples) == 2
+    exec(compile(examples[number], "inspect.md", "exec"), {})
+    assert capsys.readouterr().out.rstrip().endswith("[]")
+
+
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/compare.md", "docs/adapt.md", "docs/vision.md", "docs/architecture.md", "CONTRIBUTING.md"],
+    [
+        "README.md",
+        "docs/compare.md",
+        "docs/adapt.md",
+        "docs/vision.md",
+        "docs/inspect.md",
+        "docs/architecture.md",
+        "CONTRIBUTING.md",
+    ],
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page

@@ -3,6 +3,7 @@
 from spectralmoe.dispatch import Dense, Dispatch, Grouped, Loop
 from spectralmoe.errors import UserError
 from spectralmoe.experts import Adapter, Experts, FeedForward, ModuleExperts
+from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.moe import MoE, Recordable
 from spectralmoe.router import Router, shard_routers
 from spectralmoe.routing import Routing
@@ -38,6 +39,7 @@ __all__ = [
     "Loop",
     "MoE",
     "ModuleExperts",
+    "Monitor",
     "NoisyTopK",
     "PrincipalScorer",
     "PrototypeScorer",

@@ -114,9 +114,14 @@ def show(document: dict[str, Any], out: Path | None) -> None:
     typer.echo(f"{model['name']} ({model['class']}, {len(document['layers'])} MoE layers): {data['source']}")
     for note in data["notes"]:
         typer.echo(f"note: {note}")
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for finding in document["findings"]:
-        typer.echo(f"{finding['severity']:>8}  {finding['kind']}: {finding['message']}")
-        typer.echo(f"{'':>8}  -> {finding['cure']}")
+        groups.setdefault((finding["severity"], finding["kind"], finding["cure"]), []).append(finding["message"])
+    for (severity, kind, cure), messages in groups.items():
+        typer.echo(f"{severity:>8}  {kind.replace('_', ' ')}")
+        for message in messages:
+            typer.echo(f"{'':>8}  - {message}")
+        typer.echo(f"{'':>8}  to do: {cure}")
     if not document["findings"]:
         typer.echo("nothing found by the checks that have data")
     rows = [[layer["name"], *(cell(layer, block, key) for _, block, key in _COLUMNS)] for layer in document["layers"]]

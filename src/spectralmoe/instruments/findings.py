@@ -102,7 +102,7 @@ def _load(layer: Mapping[str, Any]) -> Iterator[Finding]:
     held, sequences = load["concentration"], load.get("concentration_sequence", {})
     if _reaches(held, "collapse"):
         k = layer["top_k"] or 1
-        text = f"collapse: the {k} busiest of {layer['experts']} experts take {_busiest(layer, k):.0%} of {slots} slots"
+        text = f"the {k} busiest of {layer['experts']} experts take {_busiest(layer, k):.0%} of {slots} slots"
         yield _finding("collapse", layer, "severe", text, held)
     elif _reaches(sequences, "sequence_collapse"):
         text = (
@@ -122,7 +122,7 @@ def _stability(layer: Mapping[str, Any]) -> Iterator[Finding]:
     ties, flips = stability.get("near_tie", {}), stability.get("bf16", {})
     if _reaches(ties, "near_tie"):
         share, tokens = ties["value"], ties["data"]
-        text = f"near ties: the best expert left out is within 1% of the choice for {share:.0%} of {tokens} tokens"
+        text = f"the best expert left out is within 1% of the choice for {share:.0%} of {tokens} tokens"
         yield _finding("near_tie", layer, "warning", text, ties)
     if _reaches(flips, "precision_flip"):
         text = f"{flips['value']:.1%} of {flips['data']} tokens choose other experts when the router runs in bf16"
