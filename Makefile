@@ -15,7 +15,7 @@ demo: .venv/demo.stamp
 	$(BIN)/spectralmoe compare --data mnist5k --out runs/demo $(DEMO)
 
 test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check

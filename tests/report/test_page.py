@@ -156,9 +156,9 @@ def test_48_layers_of_128_experts(show, tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in monitor(48, 128, 20)))
     document = inspection(48, 128, labels=0)
     (tmp_path / "inspection.json").write_text(json.dumps(document))
-    started = time.monotonic()
     page = show([tmp_path])
+    seconds = page.execute_script("return performance.now()") / 1000  # from opening the file to the last chart
     assert len(all_of(page, "#similarity .gallery canvas[data-drawn='128 x 128']")) == 48
     assert page.execute_script(BLANK_CANVASES.replace("main canvas", ".heat canvas")) == []
     assert errors(page) == []
-    assert time.monotonic() - started < 20
+    assert seconds < 20

@@ -52,7 +52,7 @@ draw = random.Random(0)
 killed = 0
 for _ in range(20):
     pid = child(out / "killed")
-    time.sleep(draw.uniform(0.02, 0.3 * seconds))
+    time.sleep(draw.uniform(0, 0.1 * seconds))
     os.kill(pid, signal.SIGKILL)
     killed += os.waitpid(pid, 0)[1] == signal.SIGKILL
     for folder in (out / "killed" / "models").glob("*"):
