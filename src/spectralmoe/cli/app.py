@@ -13,6 +13,7 @@ import typer
 
 import spectralmoe
 from spectralmoe.cli.adapt import adapt
+from spectralmoe.cli.bench import bench
 from spectralmoe.cli.compare import compare
 from spectralmoe.cli.evaluate import evaluate
 from spectralmoe.cli.fewshot import fewshot
@@ -37,6 +38,7 @@ app.command()(adapt)
 app.command()(fewshot)
 app.command()(report)
 app.command()(inspect)
+app.command()(bench)
 app.command("list")(list_everything)
 
 

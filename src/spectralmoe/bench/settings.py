@@ -1,0 +1,25 @@
+"""What a run of the benchmark is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where and how much.
+
+    Attributes:
+        dtypes: the first is the main one; suites that need no second use it alone.
+        quick: small sizes, for a look and for the check in CI.
+    """
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    quick: bool = False
+    threads: int = 2
+    rounds: int = 25

@@ -1,0 +1,85 @@
+"""A result for people: Markdown tables and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spectralmoe.bench.case import BEST_PEER, LIMIT
+from spectralmoe.bench.picture import draw_ratios
+
+__all__ = ["as_markdown", "as_picture", "roles", "target_cells"]
+
+Row = Mapping[str, Any]
+
+
+def as_markdown(result: Row) -> str:
+    """Machine, targets, and a table for each case."""
+    settings, machine = result["settings"], result["machine"]
+    lines = ["# Benchmark", ""]
+    if result["busy"]:
+        lines += [f"**The machine was busy (others: {result['load_of_others']:.1f} threads): not for the record.**", ""]
+    about = ", ".join(f"{key} {value}" for key, value in {**machine, **result["packages"]}.items() if value is not None)
+    how = f"{settings['rounds']} rounds, {settings['threads']} threads, {settings['device']}"
+    lines += [f"{about}. {how}{', quick sizes' if settings['quick'] else ''}.", "", "## Targets", ""]
+    lines += _table(["what", "at most", "measured", "met"], [target_cells(row) for row in result["targets"]])
+    for suite in dict.fromkeys(case["suite"] for case in result["cases"]):
+        lines += ["", f"## {suite}"]
+        for case in result["cases"]:
+            if case["suite"] == suite:
+                lines += ["", *_case(case)]
+    return "\n".join(lines) + "\n"
+
+
+def target_cells(row: Row) -> list[str]:
+    """What a target says, what was measured, whether it is met."""
+    met = {None: "not measured", True: "yes", False: "**no**"}[row["met"]]
+    return [row["what"], f"{row['at_most']:g}", "-" if row["measured"] is None else _interval(row, "measured"), met]
+
+
+def roles(case: Row) -> list[Row]:
+    """The ratios that a case is about: over the limit, the best peer, the baseline; all where it has none of these."""
+    about = [row for row in case["ratios"] if row["over"] in (LIMIT, BEST_PEER, case["baseline"])]
+    return about or list(case["ratios"])
+
+
+def as_picture(result: Row) -> str:
+    """The ratios of all cases, those with a target first."""
+    groups: dict[str, list[tuple[str, Row]]] = {}
+    measured = [row | {"median": row["measured"]} for row in result["targets"] if row["measured"] is not None]
+    if measured:
+        groups["targets (bar: at most)"] = [(row["what"], row) for row in measured]
+    for case in result["cases"]:
+        labels = [(f"{case['name']}: {row['of']} / {row['over']}", row) for row in roles(case)]
+        groups.setdefault(case["suite"], []).extend(labels)
+    return draw_ratios("Time or memory, as ratios within one run, with 95% intervals", groups)
+
+
+def _case(case: Row) -> list[str]:
+    scale, unit = (1e3, "ms") if case["unit"] == "seconds" else (2**-20, "MiB")
+    rows = []
+    for item in case["candidates"]:
+        value = item["value"]
+        scaled = {k: None if v is None else v * scale for k, v in (value or {}).items()}
+        rate = "" if item["gflops"] is None else f"{item['gflops']:.0f}"
+        share = "" if item["share_of_matmul"] is None else f"{item['share_of_matmul']:.2f}"
+        said = item["gate"] if not item["note"] else f"{item['gate']}; {item['note']}"
+        rows.append([item["name"], item["kind"], _interval(scaled) if value else "-", rate, share, said])
+    lines = [f"### {case['name']}", ""]
+    lines += _table(["candidate", "kind", unit, "GFLOP/s", "of large matmul", "gate"], rows) if rows else []
+    lines += ["", *(f"- {row['of']} / {_side(row)}: {_interval(row)}" for row in roles(case))]
+    return lines + [f"- without {name}: {why}" for name, why in case["skipped"].items()]
+
+
+def _side(row: Row) -> str:
+    return f"{row['over']} ({row['side']})" if row["over"] in (LIMIT, BEST_PEER) else str(row["over"])
+
+
+def _interval(row: Row, key: str = "median") -> str:
+    low = "" if row["low"] is None else f" ({row['low']:.3g} to {row['high']:.3g})"
+    return f"{row[key]:.3g}{low}"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

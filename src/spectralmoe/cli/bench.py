@@ -1,0 +1,88 @@
+"""``spectralmoe bench``: how fast the layers are, against their limit and against other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from spectralmoe.bench import SUITES, Settings, run
+from spectralmoe.bench.check import read_stored, warnings
+from spectralmoe.bench.show import as_markdown, target_cells
+from spectralmoe.cli.console import print_json, print_table, watching
+from spectralmoe.cli.options import DeviceName, Json, split_names
+from spectralmoe.errors import one_of
+from spectralmoe.training.settings import pick_device
+
+__all__ = ["bench"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def bench(
+    suites: Annotated[list[str] | None, typer.Argument(metavar="[SUITE]...", help="Which; by default all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for JSON, table and picture.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Interleaved rounds, by default 25 (quick: 7); an interval needs 6.")
+    ] = None,
+    device: DeviceName = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(metavar="A,B", help="By default float32,bfloat16 on a CPU, bfloat16 on a GPU.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: for a look, not for a record.")] = False,
+    allow_busy: Annotated[
+        bool, typer.Option("--allow-busy", help="Measure although the machine is not idle; the result says so.")
+    ] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option("--check", metavar="FILE", help="Repeat the quick run in FILE, warn of slower ratios."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Time layers, routers, penalties and steps against their arithmetic and against other libraries' layers.
+
+    Suites: layer, router, penalty, branch, step, scaling, decode, memory. Every candidate must give what
+    dispatch="loop" gives before it is timed. Other libraries that are not installed (extra: bench) are left out with
+    a note.
+
+    Example: spectralmoe bench layer decode --out runs/bench
+    """
+    if check is not None:
+        _check(check, json)
+        return
+    where = pick_device(device)
+    names = split_names(dtype or ("bfloat16" if where.type == "cuda" else "float32,bfloat16"))
+    for name in names:
+        if name not in DTYPES:
+            raise one_of("dtype", name, DTYPES)
+    settings = Settings(where, tuple(DTYPES[name] for name in names), quick, threads, rounds or (7 if quick else 25))
+    with watching(quiet=json) as watch:
+        result = run(suites or list(SUITES), settings, out=out, allow_busy=allow_busy, watch=watch)
+    if json:
+        print_json(result)
+    elif out is None:
+        typer.echo(as_markdown(result))
+    else:
+        rows = [target_cells(row) for row in result["targets"] if row["met"] is not None]
+        if rows:
+            print_table("targets", ["what", "at most", "measured", "met"], rows)
+        typer.echo(f"everything: {out / 'bench.md'}, {out / 'bench.json'}\npicture: {out / 'bench.svg'}")
+
+
+def _check(path: Path, json: bool) -> None:
+    """Slower ratios are warnings: another machine, or a neighbour, may be the reason."""
+    stored, suites, settings = read_stored(path)
+    with watching(quiet=json) as watch:
+        found = run(suites, settings, allow_busy=True, watch=watch)
+    lines = warnings(stored, found)
+    if json:
+        print_json({"warnings": lines, "result": found})
+        return
+    for line in lines:
+        typer.echo(f"warning: {line}")
+    typer.echo(f"{len(lines)} of the stored ratios have grown" if lines else "no stored ratio has grown")
