@@ -414,7 +414,7 @@ def test_interrupt_says_so(call, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("spectralmoe.compare.cell.train", interrupted)
-    code, _, err = call("compare", *SMALL, "--routers", "linear", "--out", tmp_path / "out")
+    code, _, err = call("compare", *SMALL, "--routers", "linear", "--processes", 1, "--out", tmp_path / "out")
     assert code == 130
     assert err.splitlines()[-1] == "error: interrupted; what was finished is kept"
     assert "Traceback" not in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,9 @@ def compare(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of training for each network.")] = 8,
     trials: Annotated[int, typer.Option(min=1, help="One-shot corrections for each network.")] = 50,
     tune: Annotated[int, typer.Option(min=0, help="Settings tried for each row on validation data; 0: none.")] = 0,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Networks at a time, one thread each; by default as many as cores.")
+    ] = None,
     data_dir: DataDir = None,
     download: Download = False,
     device: DeviceName = "auto",
@@ -75,7 +79,8 @@ def compare(
     where = pick_device(device)
     images = load_data(data, data_dir=data_dir, download=download)
     with watching(quiet=json) as watch:
-        rows = summarise(run(settings, images, out, where, watch))
+        at_a_time = processes or (os.cpu_count() or 1 if where.type == "cpu" else 1)
+        rows = summarise(run(settings, images, out, where, watch, processes=at_a_time))
     if json:
         print_json(summary_json(rows))
         return

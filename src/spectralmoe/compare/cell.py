@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spectralmoe.adaptation import Trial, one_shot_trials
 from spectralmoe.compare.settings import Cell
-from spectralmoe.compare.setup import Setup
-from spectralmoe.compare.tuning import best_setting
+from spectralmoe.compare.setup import Setup, Tuned
 from spectralmoe.diagnostics import dead_experts, evaluate, gini, max_vio, min_share
 from spectralmoe.linalg import sigma_max, stable_rank
 from spectralmoe.models import SRMoE
@@ -28,10 +27,9 @@ from spectralmoe.training.network import CHECKPOINT, model_meta
 __all__ = ["active_flops", "run_cell"]
 
 
-def run_cell(cell: Cell, setup: Setup, progress: Callable[[float], None]) -> dict[str, Any]:
+def run_cell(cell: Cell, tuned: Tuned, setup: Setup, progress: Callable[[float], None]) -> dict[str, Any]:
     """Train, measure and adapt one network; its model goes to ``models/CELL``, its row comes back as JSON values."""
     settings, data, folder = setup.settings, setup.data, setup.out / "models" / cell.name
-    tuned = best_setting(cell, setup)
     network, budget, terms = setup.recipe(cell, tuned)
     folder.mkdir(parents=True, exist_ok=True)
     history = train(network, data, budget, terms=terms, checkpoint=folder / CHECKPOINT, progress=progress)

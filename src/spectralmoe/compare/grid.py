@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from spectralmoe.compare.columns import COLUMNS, summarise, summary_json
 from spectralmoe.compare.picture import draw
 from spectralmoe.compare.settings import Cell, CompareSettings
 from spectralmoe.compare.setup import Setup
-from spectralmoe.compare.tuning import TRIED, tune_row
+from spectralmoe.compare.tuning import TRIED, best_setting, note, try_candidate, untried
+from spectralmoe.compare.workers import Job, run_jobs
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json, write_json, write_text
 from spectralmoe.machine import describe_machine
@@ -31,12 +31,15 @@ WRITES = ("results.json", "results.csv", "comparison.svg", TRIED, "models")
 
 
 def run(
-    settings: CompareSettings, data: ImageData, out: Path, device: torch.device, watch: Watcher
+    settings: CompareSettings, data: ImageData, out: Path, device: torch.device, watch: Watcher, *, processes: int = 1
 ) -> list[dict[str, Any]]:
     """Run all cells of ``settings`` that ``out`` does not hold yet, and write its results.
 
     ``out`` holds ``settings.json``, ``results.json`` and ``results.csv`` (rewritten after each cell),
     ``comparison.svg`` and ``models/CELL/``.
+
+    Args:
+        processes: cells that run at a time, each on one thread; 1: one cell after the other, on all threads.
 
     Raises:
         UserError: as ``run_folder``; settings that cannot work; a damaged results file.
@@ -48,36 +51,37 @@ def run(
     with run_folder(out, {**settings.model_dump(mode="json"), "images": data.fingerprint}, WRITES):
         rows = _finished(out)
         cells = settings.cells()
-        tuned = [cell for cell in cells if cell.seed == settings.seed and settings.tune > 0]
-        share = _Share(watch, len(tuned) + len(cells))
-        for cell in tuned:
-            tune_row(cell, setup, share.next())
-        for cell in cells:
-            progress = share.next()
-            if cell not in rows or not (out / "models" / cell.name / "config.json").exists():
-                text = f"{cell.router}, depth {cell.depth}, seed {cell.seed}"
-                rows[cell] = run_cell(cell, setup, partial(progress, text))
-                _write(setup, rows)
-                (out / "models" / cell.name / CHECKPOINT).unlink(missing_ok=True)
+        for _, tried in run_jobs(_tuning(setup), processes, watch):
+            note(tried, setup)
+        for cell, row in run_jobs(_training(setup, rows), processes, watch):
+            rows[cell] = row
+            _write(setup, rows, processes)
+            (out / "models" / cell.name / CHECKPOINT).unlink(missing_ok=True)
         watch("done", 1.0)
-        _write(setup, rows)
+        _write(setup, rows, processes)
     return [rows[cell] for cell in cells]
 
 
-class _Share:
-    """Gives each job a watcher that knows its share of all work."""
+def _tuning(setup: Setup) -> list[Job]:
+    settings = setup.settings
+    first = [cell for cell in settings.cells() if cell.seed == settings.seed]
+    return [
+        Job(cell, f"tuning {cell.router}, depth {cell.depth}", try_candidate, (cell, index, setup))
+        for cell, index in untried(first, setup)
+    ]
 
-    def __init__(self, watch: Watcher, jobs: int) -> None:
-        self.watch, self.jobs, self.begun = watch, jobs, 0
 
-    def next(self) -> Watcher:
-        self.begun += 1
-        begun = self.begun
+def _training(setup: Setup, rows: Mapping[Cell, dict[str, Any]]) -> list[Job]:
+    missing = [
+        cell
+        for cell in setup.settings.cells()
+        if cell not in rows or not (setup.out / "models" / cell.name / "config.json").exists()
+    ]
+    return [Job(cell, _text(cell), run_cell, (cell, best_setting(cell, setup), setup)) for cell in missing]
 
-        def watch_job(text: str, done: float) -> None:
-            self.watch(f"{text} ({begun}/{self.jobs})", (begun - 1 + 0.9 * done) / self.jobs)
 
-        return watch_job
+def _text(cell: Cell) -> str:
+    return f"{cell.router}, depth {cell.depth}, seed {cell.seed}"
 
 
 def _finished(out: Path) -> dict[Cell, dict[str, Any]]:
@@ -94,14 +98,14 @@ def _finished(out: Path) -> dict[Cell, dict[str, Any]]:
         ) from error
 
 
-def _write(setup: Setup, rows: Mapping[Cell, dict[str, Any]]) -> None:
+def _write(setup: Setup, rows: Mapping[Cell, dict[str, Any]], processes: int) -> None:
     """The results so far, cells in the order of the grid."""
     settings, out = setup.settings, setup.out
     ordered = [rows[cell] for cell in settings.cells() if cell in rows]
     summary = summarise(ordered)
     results = {
         "settings": settings.model_dump(mode="json"),
-        "machine": describe_machine(),
+        "machine": {**describe_machine(), "processes": processes},
         "columns": {column.key: column.meaning for column in COLUMNS},
         "summary": summary_json(summary),
         "cells": ordered,

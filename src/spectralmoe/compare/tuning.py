@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ from spectralmoe.compare.settings import Cell
 from spectralmoe.compare.setup import Setup, Tuned
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json, write_json
-from spectralmoe.training.loop import Diverged, Watcher, train
+from spectralmoe.training.loop import Diverged, train
 
-__all__ = ["best_setting", "candidates", "tune_row"]
+__all__ = ["TRIED", "Try", "best_setting", "candidates", "note", "try_candidate", "untried"]
 
 TRIED = "tuning.json"
 
@@ -40,22 +40,32 @@ def candidates(count: int) -> list[Tuned]:
     return [Tuned(), *drawn][:count]
 
 
-def tune_row(cell: Cell, setup: Setup, watch: Watcher) -> None:
-    """Try every candidate on the row of ``cell`` and append each result to ``tuning.json`` at once."""
-    tried = _read(setup.out / TRIED)
-    done = {(one.router, one.depth, one.candidate) for one in tried}
-    for index, candidate in enumerate(candidates(setup.settings.tune)):
-        if (cell.router, cell.depth, index) in done:
-            continue
-        network, budget, terms = setup.recipe(cell, candidate)
-        text = f"tuning {cell.router}, depth {cell.depth}, {index + 1}/{setup.settings.tune}"
-        try:
-            history = train(network, setup.data, budget, terms=terms, progress=partial(watch, text))
-            accuracy = history.validation_accuracy
-        except Diverged:
-            accuracy = None
-        tried.append(Try(cell.router, cell.depth, index, *candidate, accuracy))
-        write_json(setup.out / TRIED, [one._asdict() for one in tried])
+def untried(cells: Sequence[Cell], setup: Setup) -> list[tuple[Cell, int]]:
+    """The rows (any cell of theirs) and candidates that ``tuning.json`` does not hold yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    done = {(one.router, one.depth, one.candidate) for one in _read(setup.out / TRIED)}
+    wanted = [(cell, index) for cell in cells for index in range(setup.settings.tune)]
+    return [(cell, index) for cell, index in wanted if (cell.router, cell.depth, index) not in done]
+
+
+def try_candidate(cell: Cell, index: int, setup: Setup, progress: Callable[[float], None]) -> Try:
+    """Train candidate ``index`` on the row of ``cell``."""
+    candidate = candidates(setup.settings.tune)[index]
+    network, budget, terms = setup.recipe(cell, candidate)
+    try:
+        accuracy = train(network, setup.data, budget, terms=terms, progress=progress).validation_accuracy
+    except Diverged:
+        return Try(cell.router, cell.depth, index, *candidate, None)
+    return Try(cell.router, cell.depth, index, *candidate, accuracy)
+
+
+def note(tried: Try, setup: Setup) -> None:
+    """Add one result to ``tuning.json``."""
+    known = sorted([*_read(setup.out / TRIED), tried], key=lambda one: one[:3])
+    write_json(setup.out / TRIED, [one._asdict() for one in known])
 
 
 def best_setting(cell: Cell, setup: Setup) -> Tuned:

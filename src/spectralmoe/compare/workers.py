@@ -1,0 +1,108 @@
+"""Many independent jobs, here one after the other or in several processes; both with progress, both stoppable."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import partial
+from multiprocessing import get_context, parent_process
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectralmoe.training.loop import Watcher
+
+__all__ = ["Job", "run_jobs"]
+
+_GLANCE = 0.3  # seconds between two looks at the progress of the processes
+_STOP = -1.0
+
+
+class Job(NamedTuple):
+    """``function(*arguments, progress)``, where ``progress(share)`` is called now and then, 0 to 1.
+
+    Attributes:
+        key: what the result is known by.
+        text: what is shown while it runs.
+    """
+
+    key: Any
+    text: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def run_jobs(jobs: Sequence[Job], processes: int, watch: Watcher) -> Iterator[tuple[Any, Any]]:
+    """The key and result of each job, as they finish.
+
+    A small network makes little use of a second core, but two networks do: with ``processes`` > 1 as many jobs run at a
+    time, each in a process of its own on one thread. The processes end with the one that started them, however that
+    ends. They import the main module anew, so a script that calls this needs ``if __name__ == "__main__"``.
+
+    Raises:
+        Whatever a job raises; the others are stopped.
+    """
+    if min(processes, len(jobs)) > 1:
+        yield from _in_processes(jobs, min(processes, len(jobs)), watch)
+        return
+    for place, job in enumerate(jobs):
+        tell = partial(_tell, watch, _title(job, place, jobs), place, len(jobs))
+        yield job.key, job.function(*job.arguments, tell)
+
+
+def _in_processes(jobs: Sequence[Job], processes: int, watch: Watcher) -> Iterator[tuple[Any, Any]]:
+    shares = torch.zeros(len(jobs)).share_memory_()
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin)
+    try:
+        running = {pool.submit(_work, job, shares[place]): place for place, job in enumerate(jobs)}
+        while running:
+            done, _ = wait(running, timeout=_GLANCE, return_when=FIRST_COMPLETED)
+            latest = max((place for place in running.values() if shares[place] > 0), default=0)
+            watch(_title(jobs[latest], latest, jobs), float(0.9 * shares.mean()))
+            for future in sorted(done, key=running.__getitem__):
+                yield jobs[running.pop(future)].key, future.result()
+    finally:
+        shares.fill_(_STOP)
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    """One thread, no answer to the keyboard, and an end when the parent has ended."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class _Stopped(Exception):
+    """The parent wants no more."""
+
+
+def _work(job: Job, share: Tensor) -> Any:
+    def progress(done: float) -> None:
+        if float(share) == _STOP:
+            raise _Stopped
+        share.fill_(max(done, 1e-6))
+
+    progress(0)
+    result = job.function(*job.arguments, progress)
+    share.fill_(1)
+    return result
+
+
+def _tell(watch: Watcher, text: str, place: int, jobs: int, share: float) -> None:
+    watch(text, (place + 0.9 * share) / jobs)
+
+
+def _title(job: Job, place: int, jobs: Sequence[Job]) -> str:
+    return f"{job.text} ({place + 1}/{len(jobs)})"
