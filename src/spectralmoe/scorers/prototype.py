@@ -47,11 +47,9 @@ class PrototypeScorer(Scorer):
         self.prototypes = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5)
 
     def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
-        mu = self.prototypes.to(x.dtype)
-        tied = mu.square().sum(-1)
-        if self.scale != 1:
-            x = self.scale * x
-        return (2 * (x @ mu.T) - tied - x.square().sum(-1, keepdim=True)) / self.temperature
+        mu, tau = self.prototypes.to(x.dtype), self.temperature
+        bias = mu.square().sum(-1) / -tau
+        return _Affine.apply(x, mu * (2 * self.scale / tau), bias, self.scale**2 / tau)  # type: ignore[no-any-return]
 
     @property
     def matrix(self) -> Tensor:
@@ -64,3 +62,20 @@ class PrototypeScorer(Scorer):
     def lipschitz(self) -> float:
         mu = full(self.prototypes.detach())
         return float(2 * self.scale * sigma_max(mu - mu.mean(0)) / self.temperature)
+
+
+class _Affine(torch.autograd.Function):
+    """A x + b - s |x|^2 for x (N, D): one pass over the tokens beside the GEMM, in either direction."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor, s: float) -> Tensor:
+        ctx.save_for_backward(x, matrix)
+        ctx.s = s
+        y = torch.addmm(bias, x, matrix.T)
+        return y.sub_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_(), alpha=s)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, matrix = ctx.saved_tensors
+        d_x = torch.addcmul(grad @ matrix, x, grad.sum(-1, keepdim=True), value=-2 * ctx.s)
+        return d_x, grad.T @ x, grad.sum(0), None
