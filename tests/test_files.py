@@ -137,6 +137,23 @@ def test_a_place_that_cannot_be_written(tmp_path, user_error):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "loop", "folder"}
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, user_error):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with user_error(f"cannot write {path}: it is no regular file"):
+            write_whole(path, lambda _: pytest.fail("nothing is written"))
+        assert path.is_fifo()
+    assert link.is_symlink()
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "other").symlink_to(tmp_path / "file")
+    for name in ("file", "other", "new"):
+        write_json(tmp_path / name, 1)
+        assert read_json(tmp_path / name) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link", "file", "other", "new"}
+
+
 def test_make_folder_makes_parents_and_leaves_nothing_in_it(tmp_path):
     for _ in range(2):
         make_folder(tmp_path / "a" / "b")

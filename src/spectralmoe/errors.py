@@ -28,10 +28,13 @@ def one_of(kind: str, name: str, known: object) -> UserError:
 def first_line(error: Exception) -> str:
     """What another library's error says in its first line, without the full stop; its kind where it says nothing.
 
-    >>> first_line(KeyError()), first_line(OSError("no disk.\\nDetails"))
-    ('KeyError', 'no disk')
+    A first line that ends with a colon is joined with the second.
+
+    >>> first_line(KeyError()), first_line(OSError("no disk.\\nDetails")), first_line(ValueError("wrong:\\n  width 3"))
+    ('KeyError', 'no disk', 'wrong: width 3')
     """
-    return (next(iter(str(error).splitlines()), "") or type(error).__name__).rstrip(".:")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")
 
 
 def refuse_differences(start: str, wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> None:

@@ -21,10 +21,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary path beside ``path``, flush it to disk, then rename it into place.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; what stood at ``path`` is untouched.
+        UserError: the disk is full or the folder cannot be written; ``path`` is a folder, a device or a pipe. What
+            stood at ``path`` is untouched.
     """
     temporary: Path | None = None
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")  # a rename would put a file in place of a device
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
         os.close(handle)
         temporary = Path(name)

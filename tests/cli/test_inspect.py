@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import shutil
+import sys
 import time
 
 import pytest
 import torch
 
-from spectralmoe import load, record
+from spectralmoe import UserError, load, record
 from spectralmoe.cli.app import run
+from spectralmoe.cli.console import print_json
 from spectralmoe.training.data import load_data
 
 TEXT = "The gate of a mixture of experts decides who speaks. " * 60
@@ -130,6 +134,8 @@ def test_mistakes_are_one_line(network, folders, text, refused, tmp_path):
     empty.write_text("")
     latin.write_bytes(b"caf\xe9 " * 40)
     assert "config.json" in refused("inspect", tmp_path, "--text", text)
+    assert "MODEL is empty" in refused("inspect", "", "--text", text)
+    assert "is a folder; name a file" in refused("inspect", mixtral, "--text", tmp_path)
     assert "no such" in refused("inspect", tmp_path / "nothing", "--text", text)
     assert "--text" in refused("inspect", mixtral)
     assert "no text" in refused("inspect", mixtral, "--text", empty)
@@ -139,6 +145,40 @@ def test_mistakes_are_one_line(network, folders, text, refused, tmp_path):
     assert "--text" in refused("inspect", network, "--text", text)
     assert "--router-only" in refused("inspect", mixtral, "--text", text, "--router-only")
     assert "float64" in refused("inspect", mixtral, "--text", text, "--dtype", "float64")
+
+
+def test_text_from_standard_input(folders, text, refused, call, monkeypatch):
+    def stdin(raw):
+        monkeypatch.setattr("sys.stdin", raw and io.TextIOWrapper(io.BytesIO(raw)))
+
+    mixtral = folders / "mixtral"
+    stdin(b"caf\xe9 \xff")
+    assert "--text - is not UTF-8" in refused("inspect", mixtral, "--text", "-")
+    stdin(None)  # closed
+    assert "no text" in refused("inspect", mixtral, "--text", "-")
+    stdin(TEXT.replace(" ", "\r\n").encode())
+    code, out, _ = call("inspect", mixtral, "--text", "-", "--tokens", 200, "--json")
+    assert code == 0
+    assert json.loads(out)["data"]["source"] == "200 tokens of standard input"
+
+
+def test_the_folder_is_tried_before_the_run(folders, text, refused, monkeypatch):
+    monkeypatch.setattr(sys.modules["spectralmoe.cli.inspect"], "inspect_text", lambda *_, **__: pytest.fail("run"))
+    assert f"cannot write to {text}" in refused("inspect", folders / "mixtral", "--text", text, "--out", text)
+
+
+def test_a_page_that_cannot_be_made_leaves_no_half(folders, refused, monkeypatch, tmp_path):
+    def fail(*_):
+        raise UserError("no page")
+
+    monkeypatch.setattr(sys.modules["spectralmoe.cli.inspect"], "render_report", fail)
+    assert "no page" in refused("inspect", folders / "mixtral", "--router-only", "--out", tmp_path / "look")
+    assert list((tmp_path / "look").iterdir()) == []
+
+
+def test_printed_json_has_no_numbers_that_json_lacks(capsys):
+    print_json({"x": [math.nan, math.inf, 1.5]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"x": [None, None, 1.5]}
 
 
 def test_broken_models_are_one_line(folders, text, refused, tmp_path):

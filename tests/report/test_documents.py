@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +59,14 @@ def test_broken_files_are_one_line(tmp_path, user_error, name, text, words):
         lambda d: d["paths"][0].update(flows=[[0, 99, 1]]),
         lambda d: d["paths"][0].update(out=[1.0]),
         lambda d: d["findings"].append({"kind": "x", "severity": "bad", "message": "m"}),
+        lambda d: d["layers"][0]["load"].update(counts=[-1, 1, 1, 1]),
+        lambda d: d["layers"][0]["load"]["dead"].update(data=10**400),
+        lambda d: d["layers"][0]["similarity"]["matrices"].update(rows=[[{}] * 4] * 4),
+        lambda d: d["layers"][0]["similarity"]["matrices"].update(rows=[[10**400] * 4] * 4),
+        lambda d: d["layers"][0]["similarity"]["matrices"].update(rows=[[1e308, -1e308, 0, 0]] * 4),
+        lambda d: d["layers"][0]["association"]["table"][0].__setitem__(0, 10**400),
+        lambda d: d["paths"][0].update(flows=[[0, 1, 1e308], [0, 1, 1e308]]),
+        lambda d: d["data"].update(tokens=10**400),
     ],
 )
 def test_documents_that_do_not_fit_are_one_line(user_error, spoil):
@@ -62,6 +74,100 @@ def test_documents_that_do_not_fit_are_one_line(user_error, spoil):
     spoil(document)
     with user_error("here"):
         render_report([as_document(document, "here")], "t")
+
+
+def estimate(**values):
+    return {"summary": [{"router": "r", "accuracy": values}], "cells": []}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        estimate(mean="high"),
+        estimate(mean=10**400),
+        estimate(mean=1.0, half="wide"),
+        estimate(mean=1.0, values=None),
+        estimate(mean=1.0, values=["</script>"]),
+        {"touched": 1, "carried_before": 2, "reference": "x"},
+        {"touched": 1, "carried_before": 2, "reference": [1]},
+    ],
+)
+def test_comparisons_and_receipts_that_do_not_fit_are_one_line(user_error, document):
+    with user_error("here is broken"):
+        render_report([as_document(document, "here")], "t")
+
+
+def test_an_estimate_that_is_not_finite_is_no_data():
+    page = render_report([as_document(estimate(mean=math.nan, values=[1.0, math.inf, None]), "here")], "t")
+    assert "no data" in page.split('id="comparisons"')[1]
+    assert drawn(page)["comparisons"][0]["columns"] == {"accuracy": [None]}
+    page = render_report([as_document(estimate(mean=1.5, values=[1.0, math.inf, None]), "here")], "t")
+    assert drawn(page)["comparisons"][0]["columns"] == {"accuracy": [[1.5, None, [1]]]}
+
+
+def test_a_receipt_about_a_class_that_it_does_not_name_is_one_line(folder, user_error):
+    held = {**json.loads((folder / "receipt.json").read_text()), "classes": ["only"]}
+    with user_error("here is broken", "class"):
+        render_report([as_document(held, "here")], "t")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"kind": "finding", "step": 1, "finding": "text"},
+        {"kind": "step", "step": 10**400, "max_vio": 1},
+        {"kind": "step", "step": 1, "max_vio": 10**400},
+        {"kind": "load", "step": 1, "shares": {"a": [1e308, 1e308]}},
+    ],
+)
+def test_monitors_that_do_not_fit_are_one_line(tmp_path, user_error, line):
+    start = {"kind": "start", "format": 1, "title": "t", "layers": [], "every": 1}
+    (tmp_path / "m.jsonl").write_text(json.dumps(start) + "\n" + json.dumps(line) + "\n")
+    with user_error("m.jsonl is broken"):
+        render_report(read_documents([tmp_path / "m.jsonl"]), "t")
+
+
+def test_a_number_of_experts_costs_nothing_without_data(user_error):
+    bare = {"kind": "inspection", "format": 1, "model": {}}
+    layers = [{"name": f"a{i}", "layer": i, "experts": 2**16} for i in range(40)]
+    started = time.monotonic()
+    flows = {"from": 0, "to": 1, "flows": [[2**16 - 1, 3, 5], [0, 3, 2]]}
+    page = render_report([{**bare, "layers": layers, "paths": [flows]}], "t")
+    assert time.monotonic() - started < 5
+    assert drawn(page)["inspections"][0]["paths"][0]["into"][3] == 7
+    with user_error("here is broken", "experts"):
+        as_document({**bare, "layers": [{**layers[0], "experts": 10**8}]}, "here")
+
+
+def test_shares_that_are_not_finite_are_no_data():
+    for share in ([None] * 4, [], [math.nan] * 4):
+        document = inspection(2, 4)
+        document["layers"][0]["load"]["share"] = share
+        document["layers"][0]["weights"] = {"share": share}
+        render_report([as_document(document, "here")], "t")
+
+
+def drawn(page):
+    return json.loads(page.split('id="data">')[1].split("</script>")[0])
+
+
+def test_documents_of_one_title_are_told_apart(tmp_path, folder):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inspection.json").write_text(json.dumps(inspection(1, 2, title="model")))
+        shutil.copy(folder / "monitor.jsonl", tmp_path / name)
+        shutil.copy(folder / "receipt.json", tmp_path / name)
+    page = render_report(read_documents([tmp_path / "a", tmp_path / "b", folder / "other.json"]), "t")
+    sources = [str(tmp_path / name / "inspection.json") for name in ("a", "b")]
+    titles = [run["title"] for run in drawn(page)["inspections"]]
+    assert titles == [f"model ({sources[0]})", f"model ({sources[1]})", "other"]
+    assert [run["title"] for run in drawn(page)["monitors"]] == [
+        f"run a ({tmp_path / name / 'monitor.jsonl'})" for name in ("a", "b")
+    ]
+    for name in ("a", "b"):
+        assert f"seven.png ({tmp_path / name / 'receipt.json'})" in page
+    page = render_report([inspection(1, 2, title="model"), inspection(1, 2, title="model")], "t")
+    assert [run["title"] for run in drawn(page)["inspections"]] == ["model (1)", "model (2)"]
 
 
 def test_the_verb(tmp_path, capsys, folder):
@@ -82,3 +188,10 @@ def test_the_verb(tmp_path, capsys, folder):
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert out.read_bytes() == before
     assert not Path("report.html").exists()
+
+
+def test_a_pipe_is_not_replaced_by_the_page(tmp_path, capsys, folder):
+    os.mkfifo(tmp_path / "pipe")
+    assert run(["report", str(folder), "--out", str(tmp_path / "pipe")]) == 2
+    assert "no regular file" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()

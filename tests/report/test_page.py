@@ -162,3 +162,36 @@ def test_48_layers_of_128_experts(show, tmp_path):
     assert page.execute_script(BLANK_CANVASES.replace("main canvas", ".heat canvas")) == []
     assert errors(page) == []
     assert seconds < 20
+
+
+def test_kinds_and_measures_of_later_versions_stand_in_the_page(show):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    document = inspection(3, 4)
+    for layer in document["layers"]:
+        layer["stability"]["a_later_measure"] = {"value": 0.031, "data": 256, "unit": "tokens"}
+        layer["entropy"]["a.b"] = {"value": None, "data": 0, "unit": "x", "needs": 9}
+        layer["a_later_group"] = {"x": {"value": 1.0, "data": 1, "unit": "x"}}
+        layer["load"]["share"] = layer["weights"]["share"] = [None] * 4
+    plain = {"severity": "warning", "message": "none of it", "layer": None, "cure": "look", "measure": None}
+    document["findings"] = [
+        {"kind": "no_router", "layer": 1, "name": None, "severity": "severe", "message": "layer 1: a gate of zeros"},
+        {"kind": "empty_expert", **plain},
+        {
+            "kind": "later",
+            "severity": "note",
+            "message": "later",
+            "measure": {"value": None},
+            "threshold": None,
+            "x": 1,
+        },
+    ]
+    page = show([document])
+    text = one(page, "main").text
+    for words in ("no router", "empty expert", "layer 1: a gate of zeros", "a later measure", "0.031"):
+        assert words in text
+    choose(page, "#load select", "weight")
+    page.execute_script("document.querySelector('#load details').open = true")
+    WebDriverWait(page, 10).until(lambda page: all_of(page, "#load td"))
+    assert {cell.text for cell in all_of(page, "#load td")} == {"no data"}
+    assert errors(page) == []

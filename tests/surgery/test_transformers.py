@@ -136,6 +136,15 @@ def test_a_tokenizer_of_another_model(mixtral, user_error):
         encode(load_transformers(str(mixtral)), "cat", 3)
 
 
+def test_a_tokenizer_that_cannot_read_the_text(mixtral, user_error):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"cat": 5}, unk_token="?")).save(str(mixtral / "tokenizer.json"))
+    (mixtral / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with user_error(mixtral.name, "its tokenizer cannot read this text"):
+        encode(load_transformers(str(mixtral)), "dog", 3)
+
+
 @pytest.mark.parametrize("text", ["", " \n"])
 def test_no_text(text, folders, user_error):
     with user_error("no text"):
@@ -223,6 +232,33 @@ def test_a_broken_config(text, mixtral, user_error):
     (mixtral / "config.json").write_text(text)
     with user_error(str(mixtral)):
         load_transformers(str(mixtral))
+
+
+def test_a_config_value_of_another_kind_is_told_with_its_cause(mixtral, user_error):
+    change(mixtral, num_experts_per_tok="two")
+    with user_error(str(mixtral), "num_experts_per_tok", "int", "str"):
+        load_transformers(str(mixtral))
+
+
+def test_more_experts_asked_for_than_there_are(mixtral, user_error):
+    change(mixtral, num_experts_per_tok=99)
+    loaded = load_transformers(str(mixtral))
+    with user_error(mixtral.name, "cannot be run", "config.json"):
+        run(loaded, encode(loaded, TEXT, 20))
+
+
+def test_a_user_error_and_a_full_memory_pass_through_a_run(folders, monkeypatch):
+    loaded = load_transformers(str(folders / "mixtral"))
+    batches = encode(loaded, TEXT, 20)
+    for error in (UserError("mine"), torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory: x")):
+
+        def fail(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(loaded.model, "forward", fail)
+        with pytest.raises(type(error), match=str(error)) as caught:
+            run(loaded, batches)
+        assert caught.value is error
 
 
 def test_a_truncated_file(mixtral, user_error):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from spectralmoe.files import to_json
 from spectralmoe.training.loop import Watcher
 
 __all__ = ["print_json", "print_table", "watching"]
@@ -105,5 +105,5 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], key: int, fir
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on stdout."""
-    print(json.dumps(value, indent=1))
+    """One JSON value on stdout, as ``write_json`` writes it."""
+    print(to_json(value), end="")

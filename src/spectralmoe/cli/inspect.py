@@ -72,8 +72,12 @@ def inspect(
 
     spectralmoe inspect ./Mixtral-8x7B --router-only --out runs/mixtral
     """
+    if not model.strip():
+        raise UserError("MODEL is empty; name a saved model, a Hugging Face folder or hub name, or .safetensors")
     if dtype not in DTYPES:
         raise one_of("--dtype", dtype, DTYPES)
+    if out is not None:
+        make_folder(out)  # before a long run, not after it
     where, folder = pick_device(device), Path(model)
     if router_only or gates_only:
         if text or data:
@@ -92,9 +96,9 @@ def inspect(
             raise UserError("--data is for image networks of spectralmoe; give a language model text with --text FILE")
         document = inspect_text(model, where, texts=text or (), tokens=tokens, dtype=dtype, seed=seed)
     if out is not None:
-        make_folder(out)
+        page = render_report([document], document["title"])
         write_json(out / "inspection.json", document)
-        write_text(out / "report.html", render_report([document], document["title"]))
+        write_text(out / "report.html", page)
     if json:
         print_json(document)
     else:

@@ -71,13 +71,14 @@ def inspect_text(
 
 
 def _read(name: str) -> str:
-    if name == "-":
-        return sys.stdin.read()
     path = Path(name)
-    if not path.exists() or path.is_dir():
+    if name != "-" and path.is_dir():
+        raise UserError(f"--text {name} is a folder; name a file, several with --text each")
+    if name != "-" and not path.exists():
         raise UserError(f"--text {name}: no such file")
+    raw = path.read_bytes() if name != "-" else sys.stdin.buffer.read() if sys.stdin else b""
     try:
-        return path.read_text(encoding="utf-8")
+        return raw.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--text {name} is not UTF-8 text") from error
 

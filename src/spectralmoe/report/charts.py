@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from spectralmoe.report.encode import bits_that_fit, pack, short
 from spectralmoe.report.schema import Inspection, Layer, Path
-from spectralmoe.report.schema_runs import Comparison, Monitor
+from spectralmoe.report.schema_runs import Comparison, Estimate, Monitor
 
 __all__ = ["comparison_data", "inspection_data", "monitor_data"]
 
@@ -105,11 +106,12 @@ def _association(layer: Layer, layers: int) -> dict[str, Any] | None:
 
 def _path(path: Path, experts: tuple[int, int]) -> dict[str, Any]:
     """The largest flows, and the tokens of every expert on both sides, if these are known."""
-    joint = np.zeros(experts)
+    summed = np.zeros(experts[0]), np.zeros(experts[1])
     for i, j, count in path.flows:
-        joint[i, j] += count
-    known, total = path.mutual_information, joint.sum()
-    out, into = joint.sum(1) if path.out is None else path.out, joint.sum(0) if path.into is None else path.into
+        summed[0][i] += count
+        summed[1][j] += count
+    known, total = path.mutual_information, summed[0].sum()
+    out, into = summed[0] if path.out is None else path.out, summed[1] if path.into is None else path.into
     flows = sorted((flow for flow in path.flows if flow[2] > 0), key=lambda flow: -flow[2])
     return {
         "from": path.first,
@@ -125,15 +127,15 @@ def _path(path: Path, experts: tuple[int, int]) -> dict[str, Any]:
 
 def _examples(layers: Sequence[Layer]) -> tuple[dict[str, int], list[list[list[dict[str, Any]]]]]:
     """As many examples as fit: first one for the busiest expert of each layer, then for the second, and so on."""
-    kept: list[list[list[dict[str, Any]]]] = [[[] for _ in range(layer.experts)] for layer in layers]
+    kept: list[list[list[dict[str, Any]]]] = [[[] for _ in layer.examples] for layer in layers]
     order = [_busiest(layer) for layer in layers]
     room, total, shown = EXAMPLE_LETTERS, 0, 0
     deepest = max((len(held) for layer in layers for held in layer.examples), default=0)
     for depth in range(deepest):
         for rank in range(max(layer.experts for layer in layers)):
             for place, layer in enumerate(layers):
-                expert = order[place][rank] if rank < layer.experts else -1
-                if not layer.examples or expert < 0 or depth >= len(layer.examples[expert]):
+                expert = order[place][rank] if rank < len(layer.examples) else -1
+                if expert < 0 or depth >= len(layer.examples[expert]):
                     continue
                 item = layer.examples[expert][depth]
                 found = {"text": item.text[:CONTEXT], "weight": short(item.weight), "image": item.image}
@@ -149,7 +151,7 @@ def _examples(layers: Sequence[Layer]) -> tuple[dict[str, int], list[list[list[d
 
 def _busiest(layer: Layer) -> list[int]:
     counts = layer.load.counts if layer.load else [0] * layer.experts
-    return sorted(range(layer.experts), key=lambda e: -counts[e])
+    return sorted(range(len(layer.examples)), key=lambda e: -counts[e])
 
 
 def monitor_data(monitor: Monitor) -> dict[str, Any]:
@@ -204,11 +206,14 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
     return {
         "rows": [f"{row.router}, depth {row.depth}" if several else row.router for row in comparison.summary],
         "columns": {
-            key: [
-                None if (v := row.estimates.get(key)) is None else [v.get("mean"), v.get("half"), v.get("values", [])]
-                for row in comparison.summary
-            ]
+            key: [_estimate(row.estimates.get(key)) for row in comparison.summary]
             for key in comparison.columns or dict.fromkeys(key for row in comparison.summary for key in row.estimates)
         },
         "meanings": comparison.columns,
     }
+
+
+def _estimate(value: Estimate | None) -> list[Any] | None:
+    if value is None or value.mean is None or not math.isfinite(value.mean):
+        return None
+    return [value.mean, value.half, [x for x in value.values if x is not None and math.isfinite(x)]]

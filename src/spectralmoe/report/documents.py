@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from spectralmoe.instruments.monitor_log import read_monitor
 from spectralmoe.report.schema import Inspection
 from spectralmoe.report.schema_runs import Comparison, Monitor
 
-__all__ = ["Document", "ReceiptFile", "as_document", "read_documents"]
+__all__ = ["Document", "ReceiptFile", "as_document", "read_documents", "tell_apart"]
 
 NAMES = ("inspection.json", "results.json", "receipt.json")
 PICTURE, PICTURE_BYTES = "receipt.svg", 300_000
+LARGEST = 1e100
 _KINDS = "inspection.json, a monitor's .jsonl, results.json of compare, receipt.json of adapt"
 _RECEIPT: TypeAdapter[Receipt] = TypeAdapter(Receipt)
 
@@ -75,8 +77,27 @@ def as_document(value: Any, source: str) -> Document:
     Raises:
         UserError: of an unknown kind, or broken.
     """
-    with _checked(source):
+    with _checked(source, value):
         return _document(value, source)
+
+
+def tell_apart(documents: Sequence[Document]) -> list[Document]:
+    """The same documents; those of a kind that share a title get their source, or else a number, behind it."""
+    titles = Counter((document.kind, document.body.title) for document in documents)
+    places = Counter((document.kind, document.body.title, document.source) for document in documents)
+    found = []
+    for number, document in enumerate(documents, 1):
+        kind, body, source = document.kind, document.body, document.source
+        if titles[kind, body.title] > 1:
+            title = f"{body.title} ({source if places[kind, body.title, source] == 1 else number})"
+            named = replace(body, title=title) if isinstance(body, ReceiptFile) else _named(body, title)
+            document = replace(document, body=named)
+        found.append(document)
+    return found
+
+
+def _named(body: Inspection | Monitor | Comparison, title: str) -> Inspection | Monitor | Comparison:
+    return body.model_copy(update={"title": title})
 
 
 def _document(value: Any, source: str) -> Document:
@@ -123,15 +144,21 @@ def _read(path: Path) -> Document:
 def _monitor(path: Path) -> Monitor:
     start, *lines = read_monitor(path)
     held = {kind: [line for line in lines if line["kind"] == kind] for kind in ("step", "load", "finding")}
-    findings = [{**line["finding"], "step": line["step"]} for line in held["finding"] if "finding" in line]
+    findings = [
+        {**line["finding"], "step": line["step"]} if isinstance(line["finding"], dict) else line["finding"]
+        for line in held["finding"]
+        if "finding" in line
+    ]
     body = {"title": path.stem, **start, "steps": held["step"], "loads": held["load"], "findings": findings}
-    with _checked(str(path)):
+    with _checked(str(path), body):
         return Monitor.model_validate(body)
 
 
 @contextmanager
-def _checked(source: str) -> Iterator[None]:
-    """What the schema finds wrong, as one line."""
+def _checked(source: str, value: Any) -> Iterator[None]:
+    """Numbers that no chart can hold, and what the schema finds wrong, as one line."""
+    if not _drawable(value):
+        raise UserError(f"{source} is broken: it holds a number beyond {LARGEST:g}")
     try:
         yield
     except ValidationError as error:
@@ -141,11 +168,29 @@ def _checked(source: str) -> Iterator[None]:
         raise UserError(f"{source} is broken: {' '.join(text.split())[:300]}") from error
 
 
+def _drawable(value: Any) -> bool:
+    """Whether sums and products of the numbers in a JSON value stay finite; infinite ones are no data."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            left += item.values()
+        elif isinstance(item, list | tuple):
+            left += item
+        elif isinstance(item, int | float) and LARGEST < abs(item) < math.inf:
+            return False
+    return True
+
+
 def _receipt(value: Mapping[str, Any], source: str) -> ReceiptFile:
     for part in ("reference", "test"):
-        change = (value.get(part) or {}).get("interference")
+        change = held.get("interference") if isinstance(held := value.get(part), dict) else None
         if isinstance(change, dict):  # null: measured on no sample
             change |= {key: math.nan for key in ("mean", "low", "high") if change.get(key) is None}
-    return ReceiptFile(
-        str(value.get("image") or source), _RECEIPT.validate_python(dict(value)), str(value.get("model") or "")
-    )
+    receipt = _RECEIPT.validate_python(dict(value))
+    moved = [flip for held in (receipt.reference, receipt.test) if held is not None for flip in held.flipped]
+    used = {receipt.label, receipt.before.prediction, receipt.after.prediction}
+    used |= {number for flip in moved for number in (flip.label, flip.before, flip.after) if number is not None}
+    if receipt.classes and not used <= set(range(len(receipt.classes))):
+        raise UserError(f"{source} is broken: a class that is not among its {len(receipt.classes)}")
+    return ReceiptFile(str(value.get("image") or source), receipt, str(value.get("model") or ""))

@@ -29,6 +29,7 @@ TITLES: dict[str, tuple[str, str]] = {
     "geometry.stable_rank": ("stable rank", "squared Frobenius norm over squared sigma 1"),
     "geometry.effective_rank": ("effective rank", "exponential of the entropy of the spectrum"),
     "geometry.row_cosine": ("row cosine", "size of the cosine between the rows of two experts, mean"),
+    "geometry.row_spread": ("row spread", "how far the rows are from all being the same, 0 to 1; 0 routes nothing"),
     "geometry.jacobian": ("Jacobian", "spectral norm of the derivative of the scores by the token, mean on the data"),
     "similarity.output_cos2": ("outputs cos²", "squared cosine of two experts' outputs for one token, mean"),
     "similarity.cka": ("CKA", "linear centred kernel alignment of two experts' outputs, mean"),
@@ -36,6 +37,7 @@ TITLES: dict[str, tuple[str, str]] = {
     "similarity.weight_cosine": ("weights cosine", "cosine of two experts' weights, mean"),
     "stability.noise": ("flips, noise", "share of tokens whose choice changes under input noise"),
     "stability.bf16": ("flips, bf16", "share of tokens whose choice changes when the router runs in bf16"),
+    "stability.bf16_sound": ("flips, bf16, sound", "the same of a sound router of this size: what bf16 does alone"),
     "stability.near_tie": (
         "near ties",
         "share of tokens whose best expert left out scores within 1% of the last one chosen",

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import spectralmoe
 from spectralmoe.errors import UserError
 from spectralmoe.report.charts import comparison_data, inspection_data, monitor_data
-from spectralmoe.report.documents import Document, as_document
+from spectralmoe.report.documents import Document, as_document, tell_apart
 from spectralmoe.report.encode import script_json
 from spectralmoe.report.panels import make_panels
 from spectralmoe.report.schema import Inspection
@@ -39,7 +39,7 @@ def render_report(documents: Sequence[Document | Mapping[str, Any]], title: str)
     """
     if not documents:
         raise UserError("a report needs at least one document")
-    read = [found if isinstance(found, Document) else as_document(found, title) for found in documents]
+    read = tell_apart([found if isinstance(found, Document) else as_document(found, title) for found in documents])
     bodies = [document.body for document in read]
     data = {
         "inspections": [inspection_data(body) for body in bodies if isinstance(body, Inspection)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from spectralmoe.report.documents import Document, ReceiptFile
 from spectralmoe.report.measures import Cell, Column, cell, columns, compare, coverage, figure, tiles
 from spectralmoe.report.receipts import receipt_panel
 from spectralmoe.report.schema import Found, Inspection, Layer
-from spectralmoe.report.schema_runs import Comparison, Monitor
+from spectralmoe.report.schema_runs import Comparison, Estimate, Monitor
 
 __all__ = ["make_panels"]
 
@@ -234,9 +235,9 @@ def _comparison(index: int, body: Comparison) -> dict[str, Any]:
     return {"index": index, "title": body.title, "columns": heads, "rows": rows}
 
 
-def _estimate(value: Any) -> Cell:
-    if value is None or value.get("mean") is None:
+def _estimate(value: Estimate | None) -> Cell:
+    if value is None or value.mean is None or not math.isfinite(value.mean):
         return Cell("no data", "", "not measured", None)
-    mean, half, seeds = value["mean"], value.get("half"), len(value.get("values", ()))
+    mean, half, seeds = value.mean, value.half, len(value.values)
     note = f"± {figure(half)}" if half is not None else "1 seed" if seeds == 1 else ""
     return Cell(figure(mean), note, f"{mean:.6g}, {seeds} seeds", mean)

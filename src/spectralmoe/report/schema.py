@@ -16,7 +16,10 @@ _IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 
 def _matrix(value: Any) -> Any:
     """Rows of numbers as float64; null is nan."""
-    found = np.array(value, dtype=np.float64)
+    try:
+        found = np.array(value, dtype=np.float64)
+    except TypeError as error:
+        raise ValueError("not a matrix of numbers") from error
     if found.ndim != 2:
         raise ValueError("not a matrix")
     return found
@@ -30,6 +33,8 @@ def _image(value: Any) -> Any:
 
 
 Matrix = Annotated[np.ndarray, BeforeValidator(_matrix)]
+Count = Annotated[int, Field(ge=0)]
+MOST_EXPERTS = 2**16
 Severity = Literal["severe", "warning", "note"]
 
 
@@ -43,9 +48,9 @@ class Quantity(Part):
     """``Measure.as_json``: a value, and how much data it rests on."""
 
     value: float | None
-    data: int = 0
+    data: Count = 0
     unit: str = ""
-    needs: int = 1
+    needs: Count = 1
 
 
 class Group(Part):
@@ -67,10 +72,10 @@ class Group(Part):
 
 
 class Load(Group):
-    """Slots of each expert (E,)."""
+    """Slots of each expert (E,); no shares where the layer's numbers are not finite."""
 
-    counts: list[int]
-    share: list[float]
+    counts: list[Count]
+    share: list[float | None] = []
 
 
 class Geometry(Group):
@@ -97,7 +102,7 @@ class Association(Group):
     """Tokens by label and expert, labels x E."""
 
     labels: list[str]
-    table: list[list[int]]
+    table: list[list[Count]]
 
 
 class Example(Part):
@@ -113,7 +118,7 @@ class Example(Part):
 class Weights(Part):
     """Share of all combine weight that each expert carries (E,)."""
 
-    share: list[float] = []
+    share: list[float | None] = []
 
 
 class Layer(Part):
@@ -122,7 +127,7 @@ class Layer(Part):
     name: str
     layer: int
     stack: str = ""
-    experts: int = Field(ge=1)
+    experts: int = Field(ge=1, le=MOST_EXPERTS)
     top_k: int | None = None
     width: int | None = None
     load: Load | None = None
@@ -144,7 +149,7 @@ class Layer(Part):
         e, held = self.experts, self.similarity.matrices if self.similarity else Matrices()
         lengths = {
             "load.counts": len(self.load.counts) if self.load else e,
-            "load.share": len(self.load.share) if self.load else e,
+            "load.share": len(self.load.share) if self.load and self.load.share else e,
             "weights.share": len(self.weights.share) if self.weights and self.weights.share else e,
             "examples": len(self.examples) or e,
         }
@@ -204,8 +209,8 @@ class Data(Part):
     """What it was run on."""
 
     source: str = ""
-    tokens: int = 0
-    sequences: int = 0
+    tokens: Count = 0
+    sequences: Count = 0
     tokenizer: str | None = None
     notes: list[str] = []
 

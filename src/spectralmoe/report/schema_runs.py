@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from spectralmoe.report.schema import Found, Layer, Part
 
-__all__ = ["Comparison", "Monitor", "Row"]
+__all__ = ["Comparison", "Estimate", "Monitor", "Row"]
 
 
 class Shares(Part):
@@ -29,18 +28,33 @@ class Monitor(Part):
     findings: list[Found]
 
 
+class Estimate(Part):
+    """The mean of some seeds, half the width of its 95% interval, and its values."""
+
+    mean: float | None
+    half: float | None = None
+    values: list[float | None] = Field(default_factory=list)
+
+
 class Row(Part):
-    """All seeds of one row: by measure its mean, half the width of its 95% interval, and its values."""
+    """All seeds of one row, an estimate each measure."""
 
     router: str
     depth: int | None = None
 
     @property
-    def estimates(self) -> dict[str, Mapping[str, Any] | None]:
-        """Mean, half width and values of each measure."""
+    def estimates(self) -> dict[str, Estimate | None]:
+        """Every entry that is an estimate, or null."""
         return {
-            key: v for key, v in (self.model_extra or {}).items() if v is None or (isinstance(v, dict) and "mean" in v)
+            key: None if value is None else Estimate.model_validate(value)
+            for key, value in (self.model_extra or {}).items()
+            if value is None or (isinstance(value, dict) and "mean" in value)
         }
+
+    @model_validator(mode="after")
+    def _are_estimates(self) -> Self:
+        assert self.estimates is not None  # read once, so that a broken one is found when the file is read
+        return self
 
 
 class Comparison(Part):

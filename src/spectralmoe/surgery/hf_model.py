@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, first_line
 from spectralmoe.surgery.hf_layers import find_layers
 
 __all__ = ["TransformersModel", "encode", "run", "training_facts"]
@@ -50,14 +50,15 @@ def encode(loaded: TransformersModel, text: str, tokens: int) -> list[dict[str, 
     encoder gets the start token and then the text, so that it predicts each token from those before.
 
     Raises:
-        UserError: no text; no tokenizer and a vocabulary of less than 256; a tokenizer of another model.
+        UserError: no text; no tokenizer and a vocabulary of less than 256; a tokenizer that fails or is of another
+            model.
     """
     if not text.strip() or tokens < 1:
         raise UserError("there is no text to run: give at least one word, and at least one token of it")
     if loaded.tokenizer is not None:
-        found = loaded.tokenizer(text[: 16 * tokens], verbose=False)["input_ids"]  # a short read of a long text ...
+        found = _token_ids(loaded, text[: 16 * tokens])  # a short read of a long text ...
         if len(found) < tokens and len(text) > 16 * tokens:  # ... if that is enough
-            found = loaded.tokenizer(text, verbose=False)["input_ids"]
+            found = _token_ids(loaded, text)
     elif loaded.vocabulary < BYTES:
         raise UserError(
             f"{loaded.name} has no tokenizer, and its vocabulary of {loaded.vocabulary} is too small to read text as "
@@ -80,11 +81,22 @@ def encode(loaded: TransformersModel, text: str, tokens: int) -> list[dict[str, 
 
 @torch.no_grad()
 def run(loaded: TransformersModel, batches: Sequence[dict[str, Tensor]]) -> None:
-    """Run the model on batches for what a watch sees; logits of the vocabulary are left out where they can be."""
+    """Run the model on batches for what a watch sees; logits of the vocabulary are left out where they can be.
+
+    Raises:
+        UserError: the model's forward fails, as with a config that asks for more experts than there are.
+    """
     known = inspect.signature(loaded.model.forward).parameters
     options = {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if name in known}
     for batch in batches:
-        loaded.model(**batch, **options)
+        try:
+            loaded.model(**batch, **options)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, UserError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise
+            raise UserError(
+                f"{loaded.name}: the model cannot be run ({first_line(error)}); does its config.json fit its weights?"
+            ) from error
 
 
 def training_facts(model: nn.Module) -> dict[str, Any]:
@@ -108,6 +120,13 @@ def training_facts(model: nn.Module) -> dict[str, Any]:
         "output_router_logits": bool(getattr(text, "output_router_logits", False)),
         "computes_aux_loss": any("load_balancing" in name for name in used),
     }
+
+
+def _token_ids(loaded: TransformersModel, text: str) -> list[int]:
+    try:
+        return list(loaded.tokenizer(text, verbose=False)["input_ids"])
+    except Exception as error:  # a tokenizer without an unknown token raises Exception itself
+        raise UserError(f"{loaded.name}: its tokenizer cannot read this text ({first_line(error)})") from error
 
 
 def _arguments(config: Any, ids: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from spectralmoe.diagnostics import holds_moe
 from spectralmoe.diagnostics.watch import watch
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, first_line
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.surgery.hf_layers import find_layers
 from spectralmoe.surgery.hf_model import TransformersModel, encode, run, training_facts
@@ -121,7 +121,7 @@ def _call(source: str, log: list[str], function: Any, *args: Any, **options: Any
         elif "couldn't connect" in text or "is not a local folder" in text or "couldn't find them" in text:
             reason = "no such folder here, and no such model could be fetched from the hub; check the name, the network"
         else:
-            reason = f"transformers could not load it: {_first_line(error)}"
+            reason = f"transformers could not load it: {first_line(error)}"
         raise UserError(f"{source}: {reason}") from error
 
 
@@ -157,10 +157,6 @@ def _quiet() -> Iterator[list[str]]:
             logger.handlers, logger.level, logger.propagate = values
         if bars:
             settings.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def trainer_callback(path: str | Path | None = None, *, every: int = 50, layers: bool = False) -> Any:

@@ -6,7 +6,7 @@ const EVEN = [[0, "⅛"], [1 / 3, "½"], [0.5, "1"], [2 / 3, "2"], [1, "8 × eve
 const METRICS = {
   share: ["load, × even", (layer, e) => (layer.counts[e] / layer.slots) * layer.experts],
   count: ["slots", (layer, e) => layer.counts[e]],
-  weight: ["combine weight, × even", (layer, e) => (layer.weights ? layer.weights[e] * layer.experts : NaN)],
+  weight: ["combine weight, × even", (layer, e) => (layer.weights?.[e] ?? NaN) * layer.experts],
 };
 
 function loadPanel(section) {
