@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spectralmoe.surgery.hf_layers import HFLayer, find_layers
 
-__all__ = ["SICK", "healthy"]
+__all__ = ["SICK", "healthy", "matrix_of", "stacks"]
 
 
 def healthy(name: str) -> Any:
@@ -41,7 +41,7 @@ def healthy(name: str) -> Any:
             words[token, (token + place) % experts] = size
         for layer in layers:
             _experts(layer)
-            matrix = _matrix(layer)
+            matrix = matrix_of(layer)
             matrix.zero_()
             matrix[torch.arange(experts), torch.arange(experts)] = 1.0
     return model
@@ -54,7 +54,7 @@ def collapsed(name: str) -> Any:
         words = model.get_input_embeddings().weight
         words[:, -1] = 20.0
         for layer in find_layers(model):
-            matrix = _matrix(layer)
+            matrix = matrix_of(layer)
             matrix[:, -1] = -1.0
             matrix[: layer.top_k, -1] = 1.0
     return model
@@ -65,7 +65,7 @@ def identical(name: str) -> Any:
     model = healthy(name)
     with torch.no_grad():
         for layer in find_layers(model):
-            for _, values in _stacks(layer):
+            for _, values in stacks(layer):
                 for value in values[1:]:
                     value.copy_(values[0])
     return model
@@ -76,7 +76,7 @@ def tied(name: str) -> Any:
     model = healthy(name)
     with torch.no_grad():
         for layer in find_layers(model):
-            _matrix(layer).mul_(1e-3)
+            matrix_of(layer).mul_(1e-3)
     return model
 
 
@@ -87,7 +87,7 @@ def flipping(name: str) -> Any:
         words = model.get_input_embeddings().weight
         words[:, -2], words[:, -1] = 20.0, 60.0
         for layer in find_layers(model):
-            matrix = _matrix(layer)
+            matrix = matrix_of(layer)
             large = 40 + 4 * torch.randn(len(matrix), generator=torch.Generator().manual_seed(0))
             matrix.mul_(0.2)
             matrix[:, -2], matrix[:, -1] = large, -large / 3
@@ -103,12 +103,12 @@ SICK: dict[str, Callable[[str], Any]] = {
 """The kind of finding -> what makes a model have it."""
 
 
-def _matrix(layer: HFLayer) -> Tensor:
+def matrix_of(layer: HFLayer) -> Tensor:
     """The routing matrix itself."""
     return layer.router.get_parameter(layer._matrix or "")
 
 
-def _stacks(layer: HFLayer) -> list[tuple[str, list[Tensor]]]:
+def stacks(layer: HFLayer) -> list[tuple[str, list[Tensor]]]:
     """Parameter name -> that of each expert."""
     if isinstance(layer.experts, nn.ModuleList | nn.ModuleDict):
         parts = [dict(part.named_parameters()) for part in layer.experts.children() if list(part.parameters())]
@@ -119,6 +119,6 @@ def _stacks(layer: HFLayer) -> list[tuple[str, list[Tensor]]]:
 def _experts(layer: HFLayer) -> None:
     """Unlike experts that hardly change the tokens."""
     draw = torch.Generator().manual_seed(layer.number)
-    for name, values in _stacks(layer):
+    for name, values in stacks(layer):
         for value in values:
             value.copy_(torch.randn(value.shape, generator=draw) * (0.01 if "down" in name or "wo" in name else 0.3))

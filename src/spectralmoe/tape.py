@@ -171,8 +171,7 @@ def record(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[Tape]:
     Args:
         model: any module that holds MoE layers; wrapped, compiled or sharded as you like.
         keep: also keep "input" (M, D), "hidden" (M, H), "output" (M, D) of the experts, sorted by expert. Such a
-            forward uses the grouped dispatch (so a soft layer cannot keep under activation checkpointing, whose
-            second forward would save other tensors than the first: torch says so).
+            forward uses the grouped dispatch, and so does its second under activation checkpointing.
 
     With ``torch.compile`` and activation checkpointing together, compile what holds the checkpoints, not what is
     inside them, and set ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``; without it
@@ -213,7 +212,9 @@ def feed(
         replay: reuse the choices of this tape, call by call; weights are recomputed from live logits.
 
     Call backward inside the block if the model uses activation checkpointing, for the forwards of this block alone: a
-    recomputation gets the side information of the block it runs in.
+    recomputation gets the side information of the block it runs in. Where arithmetic does not repeat bit by bit, or
+    noise is not repeated, a recomputation may choose other experts than its forward, and nothing tells: around backward
+    alone, ``with feed(model, replay=tape)`` pins the choice.
 
     Raises:
         UserError: no MoE layer; a layer that the replayed tape does not hold, or that is called more often.

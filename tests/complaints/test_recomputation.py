@@ -12,7 +12,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointError
 
 from spectralmoe import Balanced, Capacity, NoisyTopK, Term, after_step, attach, feed, penalty, record
 from spectralmoe.regularizers import load_balance
@@ -195,8 +194,8 @@ def test_automodel_2635_and_3156_a_replay_pins_the_choice_of_the_recomputation(m
     elsewhere in the recomputation, and the sizes of all that follows do not fit.
 
     Here ``feed(replay=tape)`` around backward keeps the choice that the forward recorded. The unsteady arithmetic is
-    noise that the checkpoint is told not to repeat. Without the replay the gradients are those of another choice, or,
-    where the number of rows depends on it, torch stops with an error.
+    noise that the checkpoint is told not to repeat. Sizes always fit; without the replay the gradients are those of
+    another choice.
     """
 
     def selector():
@@ -215,8 +214,4 @@ def test_automodel_2635_and_3156_a_replay_pins_the_choice_of_the_recomputation(m
     x, unsteady = torch.randn(41, 16), {"use_reentrant": False, "preserve_rng_state": False}
     wanted = gradients(False)
     assert torch.equal(gradients(True, **unsteady), wanted)
-    if not bounded:
-        assert not torch.allclose(gradients(False, **unsteady), wanted, rtol=0.1)
-        return
-    with pytest.raises(CheckpointError):
-        gradients(False, **unsteady)
+    assert not torch.allclose(gradients(False, **unsteady), wanted, rtol=0.1)

@@ -28,6 +28,7 @@ from spectralmoe.diagnostics import (
     jacobian_norm,
     row_cosine,
     row_cosines,
+    row_spread,
     sigma_1,
     spectrum,
     stable_rank,
@@ -208,3 +209,16 @@ def test_jacobian_in_half_precision_in_inference_mode_and_without_tokens():
         for empty in (x[:0], torch.empty(0)):
             assert jacobian_norm(layer, empty).value is None
         assert jacobian_norm(layer, torch.full((2, D), math.nan)).value is None
+
+
+def test_row_spread_by_definition():
+    matrix = torch.randn(5, 7, dtype=torch.float64)
+    rows = matrix.tolist()
+    mean = [sum(column) / 5 for column in zip(*rows, strict=True)]
+    apart = sum((value - middle) ** 2 for row in rows for value, middle in zip(row, mean, strict=True))
+    whole = sum(value**2 for row in rows for value in row)
+    assert row_spread(matrix).value == pytest.approx((apart / whole) ** 0.5, rel=1e-9)
+    for nothing in (torch.zeros(4, 6), torch.ones(4, 6), torch.empty(4, 0)):
+        assert row_spread(nothing).value == 0
+    for unknown in (torch.randn(1, 6), torch.empty(0, 0), torch.full((4, 6), math.nan)):
+        assert row_spread(unknown).value is None

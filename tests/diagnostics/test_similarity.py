@@ -272,3 +272,12 @@ def test_copies_are_found_and_no_data_is_no_likeness():
     for matrix in (cosine_matrix(outputs[:, :0]), linear_cka(outputs[:, :0]), subspace_overlap(outputs[:, :0], 2)):
         assert matrix.shape == (5, 5)
         assert mean_offdiagonal(matrix).value is None
+
+
+def test_outputs_that_are_not_finite_have_no_subspace():
+    y = torch.randn(3, 20, 6)
+    y[1, 4, 2] = math.nan
+    found = subspace_overlap(y, 2)
+    assert found[1].isnan().all()
+    assert found[:, 1].isnan().all()
+    assert torch.equal(found[0, 2], subspace_overlap(y[[0, 2]], 2)[0, 1])

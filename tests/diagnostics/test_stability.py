@@ -19,6 +19,7 @@ from spectralmoe.diagnostics import (
     noise_flips,
     precision_flips,
     routing_radius,
+    sound_flips,
     watch,
 )
 from spectralmoe.routing import Routing
@@ -166,9 +167,8 @@ def test_margins_by_definition(seed, k, score):
     torch.manual_seed(seed)
     mask = torch.rand(20) < 0.8
     routing = Router(LinearScorer(6, 5), TopK(k, score=score))(torch.randn(20, 6, dtype=torch.float64), mask=mask)
-    for margin, row, chosen in zip(
-        margins(routing).tolist(), routing.scores.tolist(), routing.indices.tolist(), strict=True
-    ):
+    odds = routing.logits.exp()  # softmax up to what a token's scores have in common; the sigmoid's order is the same
+    for margin, row, chosen in zip(margins(routing).tolist(), odds.tolist(), routing.indices.tolist(), strict=True):
         if chosen[0] < 0:
             assert math.isnan(margin)
             continue
@@ -250,7 +250,64 @@ def test_margins_of_a_watched_layer_hold_the_selection_bias():
     with watch(layer) as seen:
         layer(torch.randn(200, 6))
     routing = seen.drain()[0].routing
-    biased = routing.logits.sigmoid() + layer.router.selector.bias
+    bias = layer.router.selector.bias
+    biased = routing.logits.sigmoid() + bias - bias.min()
     top = biased.topk(3).values
     expected = (top[:, 1] - top[:, 2]) / top[:, 1].abs()
     torch.testing.assert_close(margins(routing), expected.detach())
+
+
+def test_tokens_without_finite_logits_have_no_choice():
+    weight, x = torch.randn(6, 16), torch.randn(100, 16)
+    x[:7, 0] = float("nan")
+    assert precision_flips(Rounded(weight), x).data == 93
+    weight[2, 0] = float("nan")
+    assert precision_flips(Rounded(weight), x).value is None
+    assert noise_flips(Rounded(weight), x).value is None
+
+
+def test_flips_take_64_tokens():
+    layer, x = Rounded(torch.randn(6, 16)), torch.randn(64, 16)
+    assert precision_flips(layer, x).known
+    assert noise_flips(layer, x).known
+    for found in (precision_flips(layer, x[:63]), noise_flips(layer, x[:63]), precision_flips(layer, x[:0])):
+        assert (found.value, found.needs) == (None, 64)
+
+
+@pytest.mark.parametrize(("experts", "k"), [(8, 2), (128, 8)])
+def test_flips_of_a_sound_router_are_those_of_any_other_draw(experts, k):
+    class Sound(Rounded):
+        def route(self, x, dtype=None):
+            routing = super().route(x, dtype)
+            return Routing(routing.logits, *routing.scores.topk(k), routing.scores)
+
+    found = [precision_flips(Sound(torch.randn(experts, 48) / 7), torch.randn(2048, 48)).value for _ in range(8)]
+    sound = sound_flips(experts, k, 48, 2048)
+    spread = (sound.value / 2048) ** 0.5
+    assert abs(sound.value - sum(found) / 8) < 5 * spread
+    assert sound_flips(experts, k, 48, 2048) == sound
+    assert not sound_flips(8, 8, 48, 2048).known
+    assert not sound_flips(8, None, 48, 2048).known
+
+
+def test_large_logits_under_a_sigmoid_are_no_ties():
+    logits = torch.tensor([[60.0, 50.0, 0.0], [3.0, 2.999, 0.0]])
+    found = margins(Routing(logits, *logits.sigmoid().topk(1), logits.sigmoid()))
+    assert found.tolist() == pytest.approx([1, 1 - math.exp(-0.001)], rel=1e-3)
+    biased = logits.sigmoid() + torch.tensor([0.5, 0.5, 0.0])  # fp32 has rounded these to 1 before the bias came
+    assert margins(Routing(logits, *biased.topk(1), biased))[0] == 0
+
+
+def test_what_all_biases_have_in_common_is_no_tie():
+    layer = MoE(Router(LinearScorer(6, 5), Balanced(2)), FeedForward(5, 6, 8))
+    x = torch.randn(200, 6)
+
+    def seen(offset):
+        layer.router.selector.bias.copy_(torch.linspace(-0.2, 0.2, 5) + offset)
+        with watch(layer) as watching:
+            layer(x)
+        return watching.drain()[0].routing
+
+    near, far = seen(0.0), seen(20.0)
+    assert torch.equal(near.indices, far.indices)
+    torch.testing.assert_close(margins(far), margins(near), rtol=1e-4, atol=1e-4)

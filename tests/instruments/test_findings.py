@@ -145,3 +145,67 @@ def test_the_softmax_of_probabilities():
 
 def test_every_finding_has_a_cure():
     assert set(THRESHOLDS) - {"duplicates"} <= set(CURES)
+
+
+@pytest.mark.parametrize(
+    ("value", "data", "sound", "expected"),
+    [
+        (0.075, 2048, 0.045, []),  # 256 experts: below twice what rounding does anyway
+        (0.095, 2048, 0.045, ["precision_flip"]),
+        (0.05, 2048, 0.002, ["precision_flip"]),
+        (0.06, 64, 0.002, []),  # chance: four tokens
+        (0.30, 64, 0.002, ["precision_flip"]),
+        (0.05, 2048, None, ["precision_flip"]),
+    ],
+)
+def test_flips_are_held_against_a_sound_router_and_chance(value, data, sound, expected):
+    found = find_problems(
+        {
+            "model": {},
+            "layers": [layer(stability__bf16=measure(value, data), stability__bf16_sound=measure(sound, data))],
+        }
+    )
+    assert [item["kind"] for item in found] == expected
+    for item in found:
+        assert item["threshold"] == max(0.05, 2 * (sound or 0))
+        assert item["measure"]["value"] >= item["threshold"]
+
+
+@pytest.mark.parametrize("key", ["finite", "finite_scores"])
+def test_of_a_layer_that_is_not_finite_nothing_else_is_said(key):
+    nothing = {"value": None, "data": 0, "unit": "tokens", "needs": 64}
+    sick = layer(load__dead=measure(6.0), load__max_vio=measure(5.0), stability__near_tie=nothing, **{key: False})
+    assert kinds(sick) == ["not_finite"]
+
+
+def test_a_gate_that_tells_nothing_apart_and_empty_experts():
+    assert kinds(layer(geometry={"row_spread": measure(0.01, 8)})) == ["no_router"]
+    assert kinds(layer(geometry={"row_spread": measure(0.011, 8)})) == []
+    (found,) = find_problems({"model": {}, "layers": [layer(empty_experts=[1, 5])]})
+    assert (found["kind"], found["severity"], found["measure"]["value"]) == ("empty_expert", "severe", 2)
+    assert "(1, 5)" in found["message"]
+
+
+def test_one_expert_is_no_router_without_gradient():
+    assert kinds(layer(top_k=1, experts=1, weights__constant=True)) == []
+
+
+def test_more_tokens_are_not_advised_where_they_would_not_help():
+    few = {"value": None, "data": 3, "unit": "tokens", "needs": 64}
+    never = {"value": None, "data": 0, "unit": "tokens", "needs": 64}
+    found = find_problems({"model": {}, "layers": [layer(stability__near_tie=few), layer(stability__near_tie=never)]})
+    assert [item["message"].split()[0] for item in found] == ["no", "not"]
+    assert ["--tokens" in item["cure"] for item in found] == [True, False]
+
+
+def test_what_half_precision_hides_is_said():
+    (found,) = find_problems({"model": {"mode": "run", "dtype": "bfloat16"}, "layers": [layer()]})
+    assert (found["kind"], found["severity"]) == ("no_data", "note")
+    assert "bfloat16" in found["message"]
+    assert kinds(layer(), mode="run", dtype="float32") == []
+
+
+def test_weights_alone_are_no_clean_bill():
+    (found,) = find_problems({"model": {"mode": "router-only", "dtype": "bfloat16"}, "layers": []})
+    assert (found["kind"], found["severity"]) == ("no_data", "note")
+    assert "load" in found["message"]

@@ -140,3 +140,83 @@ def test_the_best_tokens_of_an_expert_that_none_chose_are_none():
     best = BestTokens(E, 3)
     best.add(routing)
     assert best.found == [[]] * E
+
+
+def kinds(found, **model):
+    document = inspection_document("a", model, {}, found.layers(), found.paths())
+    json.loads(to_json(document))
+    return [item["kind"] for item in document["findings"]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_broken_weight_of_an_expert_is_found(model, value):
+    with torch.no_grad():
+        model["second"][0].experts.up[1].view(-1)[5] = value
+    assert kinds(inspected(model, [(torch.randn(400, D),)])) == ["not_finite"]
+
+
+def test_tokens_that_are_no_numbers_are_no_load(model):
+    x = torch.randn(400, D)
+    x[0] = float("nan")
+    found = inspected(model, [(x,)])
+    assert kinds(found) == ["not_finite"] * 2
+    assert found.layers()[0]["finite"] is True
+    assert found.layers()[0]["weights"]["share"] == []
+    assert found.layers()[0]["stability"]["bf16"]["data"] == 399
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_a_gate_that_tells_nothing_apart(model, gate):
+    with torch.no_grad():
+        model["first"][0].router.scorer.weight[:] = gate * torch.ones(E, 1) + gate * 1e-3 * torch.randn(E, D)
+    assert "no_router" in kinds(inspected(model, [(torch.randn(400, D),)]))
+
+
+def test_an_expert_without_weights_of_its_own(model):
+    with torch.no_grad():
+        for value in model["first"][0].experts.expert_parameters(2).values():
+            value.zero_()
+    found = inspected(model, [(torch.randn(400, D),)])
+    assert found.layers()[0]["empty_experts"] == [2]
+    assert "empty_expert" in kinds(found)
+
+
+def test_twelve_tokens_tell_nothing_about_precision(model):
+    stability = inspected(model, [(torch.randn(12, D),)]).layers()[0]["stability"]
+    assert stability["bf16"] == stability["noise"] == {"value": None, "data": 12, "unit": "tokens", "needs": 64}
+
+
+def test_precision_is_judged_on_more_tokens_than_the_experts_outputs(model):
+    layer = inspected(model, [(torch.randn(1500, D),), (torch.randn(1500, D),)]).layers()[0]
+    assert layer["stability"]["bf16"]["data"] == layer["stability"]["bf16_sound"]["data"] == 2048
+    assert layer["similarity"]["output_cos2"]["data"] == 256
+
+
+def test_zero_experts_are_left_out_of_the_tables():
+    def layer():
+        return MoE(Router(LinearScorer(D, E + 2), TopK(K)), FeedForward(E, D, 16))
+
+    model = nn.ModuleDict({"first": nn.Sequential(layer()), "second": nn.Sequential(layer())})
+    found = inspected(model, [(torch.randn(4, 100, D), torch.tensor([0, 1, 1, 0]))], labels=("cat", "dog"))
+    document = inspection_document("zero", {"name": "zero", "class": "", "mode": "run"}, {"source": ""}, found.layers())
+    for entry in document["layers"]:
+        assert [len(row) for row in entry["similarity"]["matrices"]["rows"]] == [E] * E
+        assert [len(row) for row in entry["association"]["table"]] == [E] * 2
+        assert [sum(column) for column in zip(*entry["association"]["table"], strict=True)] == entry["load"]["counts"]
+    (path,) = found.paths()
+    assert len(path["out"]) == len(path["into"]) == E
+    assert all(i < E and j < E for i, j, _ in path["flows"])
+
+
+def test_a_layer_that_runs_twice_shows_the_sequences_that_there_are(model):
+    layer = model["first"][0]
+    twice = nn.Sequential(layer, layer)
+    with watch(twice) as seen:
+        inspector = Inspector(seen.layers)
+        for _ in range(3):
+            twice(torch.randn(4, 20, D))
+            inspector.add(seen.drain())
+        (found,) = inspector.layers(lambda layer, place: {"text": f"{place.sequence}"})
+    sequences = {int(item["text"]) for examples in found["examples"] for item in examples}
+    assert max(sequences) < 12
+    assert max(sequences) >= 8

@@ -446,3 +446,29 @@ def test_two_ranks_write_what_one_process_writes(tmp_path):
 
 if __name__ == "__main__":
     run_rank(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+def test_a_router_that_is_no_number_is_found_and_nothing_else_said():
+    model = Net()
+    with torch.no_grad():
+        model.moes[1].router.scorer.weight[0, 0] = float("nan")
+    with Monitor(model, every=1) as monitor:
+        for _ in range(2):
+            model(torch.randn(100, D))
+            monitor.step()
+    assert [item.kind for item in monitor.findings] == ["not_finite"] * 2  # and in the layer that reads its output
+
+
+def test_a_file_has_one_monitor_at_a_time(tmp_path, user_error):
+    path, model = tmp_path / "monitor.jsonl", Net()
+    late = Monitor(model, path, every=1)
+    with late:  # entered before the first one begins
+        with Monitor(model, path, every=1) as first:
+            model(torch.randn(N, D))
+            first.step()
+            with user_error("another monitor", str(path)):
+                late.step()
+            with user_error("another monitor", str(path)), Monitor(model, path, every=1):
+                pass
+        late.step()
+    assert [line["step"] for line in read_monitor(path) if line["kind"] == "step"] == [1, 2]

@@ -20,6 +20,7 @@ from spectralmoe.surgery.checkpoint_inspection import expert_gram, inspect_check
 from spectralmoe.surgery.checkpoint_layers import read_checkpoint
 
 E, D, F = 4, 8, 6
+PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def numbered(prefix="model.layers.0.mlp", gate="gate.weight", names=("gate_proj", "up_proj", "down_proj"), e=E):
@@ -608,3 +609,31 @@ def test_four_gigabytes_in_little_memory(tmp_path):
     above, *cosines = map(float, result.stdout.split())
     assert above < 300
     assert cosines == [1.0, 1.0]
+
+
+def test_huge_and_tiny_weights_are_finite_and_not_empty(tmp_path):
+    tensors = numbered()
+    for e, size in enumerate((1e30, 1e-30, 1.0, 0.0)):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            tensors[f"model.layers.0.mlp.experts.{e}.{name}.weight"] *= size
+    document = inspect_checkpoint(written(tmp_path, tensors))
+    layer = document["layers"][0]
+    assert (layer["finite"], layer["empty_experts"]) == (True, [3])
+    assert {item["kind"] for item in document["findings"]} == {"empty_expert", "no_data"}
+    rows = [
+        torch.cat([tensors[f"model.layers.0.mlp.experts.{e}.{n}.weight"].double().flatten() for n in PARTS])
+        for e in range(3)
+    ]
+    found = torch.tensor([row[:3] for row in layer["similarity"]["matrices"]["weights"][:3]])
+    torch.testing.assert_close(found, cosines(rows), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", [torch.zeros(E, D), torch.ones(E, 1) * torch.randn(D), torch.empty(E, 0)])
+def test_a_gate_that_tells_nothing_apart(gate, tmp_path):
+    document = inspect_checkpoint(written(tmp_path, {**numbered(), "model.layers.0.mlp.gate.weight": gate}))
+    assert "no_router" in {item["kind"] for item in document["findings"]}
+
+
+def test_what_weights_do_not_tell_is_said(tmp_path):
+    document = inspect_checkpoint(written(tmp_path, numbered()))
+    assert [item["kind"] for item in document["findings"]] == ["no_data"]

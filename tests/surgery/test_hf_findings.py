@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("transformers")
 from families import FAMILIES, batch
-from families_sick import SICK, healthy
+from families_sick import SICK, healthy, matrix_of, stacks
 
 from spectralmoe.instruments import Inspector, inspection_document
+from spectralmoe.surgery.hf_layers import find_layers
 from spectralmoe.surgery.hf_watch import watch_transformers
 
 KINDS = set(SICK)
@@ -52,3 +53,42 @@ def test_a_sickness_is_not_taken_for_another(family):
     assert "homogeneous" not in kinds["collapse"] | kinds["near_tie"] | kinds["precision_flip"]
     assert not {"collapse", "dead_experts"} & (kinds["homogeneous"] | kinds["near_tie"])
     assert not {"near_tie", "precision_flip"} & (kinds["homogeneous"] | kinds["collapse"])
+
+
+@families
+def test_one_expert_that_is_no_number_is_found(family):
+    model = healthy(family)
+    last = find_layers(model)[-1]
+    with torch.no_grad():
+        for _, values in stacks(last):
+            values[1].view(-1)[-1] = float("nan")
+    document = inspected(model)
+    found = [(item["kind"], item["name"]) for item in document["findings"]]
+    assert ("not_finite", last.name) in found
+    assert {kind for kind, _ in found} == {"not_finite"}
+
+
+@families
+@pytest.mark.parametrize("kind", ["no_router", "empty_expert"])
+def test_weights_that_were_never_trained(family, kind):
+    model = healthy(family)
+    first = find_layers(model)[0]
+    with torch.no_grad():
+        for value in [matrix_of(first)] if kind == "no_router" else [values[1] for _, values in stacks(first)]:
+            value.zero_()
+    assert (kind, first.name) in [(item["kind"], item["name"]) for item in inspected(model)["findings"]]
+
+
+def test_what_all_selection_biases_have_in_common_is_no_tie():
+    model = healthy("deepseek_v3")
+    for layer in find_layers(model):
+        layer.correction_bias.fill_(20.0)
+    assert inspected(model)["findings"] == []
+
+
+def test_large_logits_of_a_sigmoid_are_no_ties():
+    model = healthy("llama4")
+    with torch.no_grad():
+        for layer in find_layers(model):
+            matrix_of(layer).mul_(6)
+    assert "near_tie" not in {item["kind"] for item in inspected(model)["findings"]}

@@ -58,7 +58,7 @@ def deepseek(logits: Tensor, bias: Tensor, k: int, groups: int, on: int) -> tupl
     weights, indices = [], []
     for token, row in enumerate(logits):
         plain = [1 / (1 + float(torch.exp(-value))) for value in row]
-        biased = [value + float(bias[e]) for e, value in enumerate(plain)]
+        biased = [value + float(bias[e] - bias.min()) for e, value in enumerate(plain)]
         size = len(biased) // groups
         best = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
         kept = sorted(range(groups), key=lambda g: -best[g])[:on]

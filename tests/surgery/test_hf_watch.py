@@ -253,3 +253,10 @@ def test_layers_are_those_that_are_found():
     model = FAMILIES["switch"]()
     with watch_transformers(model) as watching:
         assert [layer.name for layer in watching.layers] == [layer.name for layer in find_layers(model)]
+
+
+def test_a_router_of_two_layers_is_refused(user_error):
+    model = build("mixtral")
+    model.model.layers[1].mlp.gate = model.model.layers[0].mlp.gate
+    with user_error("model.layers.0.mlp", "model.layers.1.mlp", "share"), watch_transformers(model):
+        pass

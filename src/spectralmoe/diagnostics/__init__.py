@@ -13,6 +13,7 @@ from spectralmoe.diagnostics.geometry import (
     jacobian_norm,
     row_cosine,
     row_cosines,
+    row_spread,
     sigma_1,
     spectrum,
     stable_rank,
@@ -46,6 +47,7 @@ from spectralmoe.diagnostics.stability import (
     near_ties,
     noise_flips,
     precision_flips,
+    sound_flips,
 )
 from spectralmoe.diagnostics.watch import Seen, Watch, Watched, watch
 
@@ -92,7 +94,9 @@ __all__ = [
     "routing_radius",
     "row_cosine",
     "row_cosines",
+    "row_spread",
     "sigma_1",
+    "sound_flips",
     "specialisation",
     "spectrum",
     "stable_rank",

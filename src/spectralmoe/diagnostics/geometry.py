@@ -18,7 +18,16 @@ from spectralmoe.diagnostics.measure import Measure
 from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.routing import Routing
 
-__all__ = ["effective_rank", "jacobian_norm", "row_cosine", "row_cosines", "sigma_1", "spectrum", "stable_rank"]
+__all__ = [
+    "effective_rank",
+    "jacobian_norm",
+    "row_cosine",
+    "row_cosines",
+    "row_spread",
+    "sigma_1",
+    "spectrum",
+    "stable_rank",
+]
 
 _CHUNK = 16
 _AFFINE = 1e-3
@@ -87,6 +96,21 @@ def row_cosines(matrix: Tensor) -> Tensor:
     norms = m.norm(dim=-1, keepdim=True)
     rows = m / torch.where(norms == 0, 1, norms)
     return rows @ rows.T
+
+
+def row_spread(matrix: Tensor) -> Measure:
+    r"""How far the rows are from being all the same: :math:`\|A - 1 \bar a^\top\|_F/\|A\|_F`, 0 to 1.
+
+    What all rows have in common adds the same to every logit: with a spread of 0 no token tells the experts apart. 0
+    for a zero matrix and for one without columns, no data for fewer than two rows.
+
+    >>> row_spread(torch.ones(4, 8)).value, row_spread(torch.eye(2)).value < 1
+    (0.0, True)
+    """
+    m = _exact(matrix)
+    size = m.norm()
+    spread = (m - m.mean(0)).norm() / size if size > 0 else size
+    return Measure.of(spread, len(m), "rows", needs=2)
 
 
 def jacobian_norm(layer: Watched, x: Tensor) -> Measure:

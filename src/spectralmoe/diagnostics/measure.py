@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Measure"]
+__all__ = ["TOKENS", "Measure"]
+
+TOKENS = 64
+"""Shares of tokens are judged from this many tokens on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def subspace_overlap(outputs: Tensor, rank: int) -> Tensor:
     :math:`\|V_i^\top V_j\|_F^2/r`, V (D, r) the top right singular vectors of an expert's outputs, not centred.
     1: the same subspace; random subspaces give about r/D. Hu et al., "LoRA", arXiv 2106.09685, section 7.2.
 
-    nan for an expert whose outputs (fewer than r tokens, say) do not span r directions.
+    nan for an expert whose outputs (fewer than r tokens, say) do not span r directions or are not finite.
 
     Raises:
         UserError: rank < 1.
@@ -120,6 +120,7 @@ def subspace_overlap(outputs: Tensor, rank: int) -> Tensor:
     if rank > min(n, width):
         return outputs.new_full((e, e), math.nan, dtype=torch.float64)
     y = outputs.double()
+    y = y.masked_fill(~y.isfinite().all(2).all(1)[:, None, None], 0)
     values, vectors = torch.linalg.eigh(y @ y.mT if n <= width else y.mT @ y)
     values, vectors = values[:, -rank:], vectors[:, :, -rank:]
     spanned = values[:, 0] > _RELATIVE * values[:, -1]

@@ -13,22 +13,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spectralmoe.diagnostics.measure import Measure
+from spectralmoe.diagnostics.measure import TOKENS, Measure
 from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.errors import UserError
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 
-__all__ = ["changed_between", "changed_by_noise", "margins", "near_ties", "noise_flips", "precision_flips"]
+__all__ = [
+    "changed_between",
+    "changed_by_noise",
+    "margins",
+    "near_ties",
+    "noise_flips",
+    "precision_flips",
+    "sound_flips",
+]
 
 _ROUNDING = 0.01
 
 
-def changed_between(a: Routing, b: Routing) -> Measure:
+def changed_between(a: Routing, b: Routing, needs: int = 1) -> Measure:
     """Share of tokens whose set of experts differs between two routings of the same tokens.
 
     Of two checkpoints, two precisions, two runs. 1 minus the "router saturation" of Muennighoff et al., "OLMoE", arXiv
     2409.02060, section 5.1, for one expert a token; differs: a token counts as changed when any of its experts does.
+    Tokens with logits that are not finite are left out: they have no choice.
+
+    Args:
+        needs: how many tokens it takes to say anything.
 
     Raises:
         UserError: the routings are of other numbers of tokens or experts.
@@ -42,14 +54,14 @@ def changed_between(a: Routing, b: Routing) -> Measure:
     if a.logits.shape != b.logits.shape:
         (n, e), (tokens, experts) = a.logits.shape, b.logits.shape
         raise UserError(f"changed_between: one routing has N={n}, E={e}, the other N={tokens}, E={experts}")
-    both = _whole(a) & _whole(b)
+    both = _whole(a) & _whole(b) & a.logits.isfinite().all(-1) & b.logits.isfinite().all(-1)
     changed = (_members(a) != _members(b)).any(-1)[both]
-    return Measure.of(changed.double().mean(), len(changed))
+    return Measure.of(changed.double().mean(), len(changed), needs=needs)
 
 
 @torch.no_grad()
 def noise_flips(layer: Watched, x: Tensor, noise: float = 0.05, seed: int = 0) -> Measure:
-    r"""Share of tokens whose choice changes for :math:`x + \nu\,\|x\|\,u`, u uniform on the sphere.
+    r"""Share of tokens whose choice changes for :math:`x + \nu\,\|x\|\,u`, u uniform on the sphere; of 64 or more.
 
     Args:
         x: tokens (N, D); those in half precision are routed in fp32, so that rounding takes no part.
@@ -60,17 +72,38 @@ def noise_flips(layer: Watched, x: Tensor, noise: float = 0.05, seed: int = 0) -
     """
     moved, dtype = _moved("noise_flips", x, noise, seed), _fp32_if_half(x)
     if not len(x):
-        return Measure.of(math.nan, 0)
-    return changed_between(layer.route(x.to(moved), dtype), layer.route(moved, dtype))
+        return Measure.of(math.nan, 0, needs=TOKENS)
+    return changed_between(layer.route(x.to(moved), dtype), layer.route(moved, dtype), TOKENS)
 
 
 @torch.no_grad()
 def precision_flips(layer: Watched, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Measure:
-    """Share of tokens x (N, D) whose choice in ``dtype`` is not that in fp32 (float64 for float64 tokens)."""
+    """Share of tokens x (N, D), 64 or more, whose choice in ``dtype`` is not that in fp32 (float64 stays).
+
+    A model that was loaded in half precision is taken as loaded: what rounding its weights did is not seen.
+    """
     if not len(x):
-        return Measure.of(math.nan, 0)
+        return Measure.of(math.nan, 0, needs=TOKENS)
     exact = layer.route(x.to(torch.promote_types(x.dtype, torch.float32)), _fp32_if_half(x))
-    return changed_between(exact, layer.route(x, dtype))
+    return changed_between(exact, layer.route(x, dtype), TOKENS)
+
+
+@torch.no_grad()
+def sound_flips(experts: int, top_k: int | None, width: int, tokens: int, seed: int = 0) -> Measure:
+    r"""``precision_flips`` of a sound router: what bf16 alone does with this many experts and tokens.
+
+    Linear, its rows drawn from :math:`N(0, I/D)`, its tokens from :math:`N(0, I)`. No data without a K below E.
+
+    >>> sound_flips(8, 2, 64, 2048).value < 0.01 < sound_flips(256, 8, 64, 2048).value
+    True
+    """
+    if top_k is None or top_k >= experts:
+        return Measure.of(math.nan, 0, needs=TOKENS)
+    draw = torch.Generator().manual_seed(seed)
+    x, rows = torch.randn(tokens, width, generator=draw), torch.randn(experts, width, generator=draw) / width**0.5
+    exact, rounded = F.linear(x, rows), F.linear(x.bfloat16(), rows.bfloat16()).float()
+    changed = exact.topk(top_k).indices.sort().values != rounded.topk(top_k).indices.sort().values
+    return Measure.of(changed.any(-1).double().mean(), tokens, needs=TOKENS)
 
 
 def margins(routing: Routing) -> Tensor:
@@ -79,8 +112,10 @@ def margins(routing: Routing) -> Tensor:
     .. math::
         \frac{s_{(k)} - s_{(k+1)}}{|s_{(k)}|}
 
-    s_(k) the worst chosen and s_(k+1) the best expert left out: 0 is a tie. For softmax scores,
-    :math:`1 - e^{-\Delta}` with the gap :math:`\Delta` of the logits.
+    s_(k) the worst chosen and s_(k+1) the best expert left out: 0 is a tie. For softmax scores this is
+    :math:`1 - e^{-\Delta}` with the gap :math:`\Delta` of the logits, and so it is taken where the scores are the
+    sigmoid of the logits and no more: there a large logit is no tie. With a selection bias it is one: the bias is
+    added to scores that fp32 has rounded to 1.
 
     nan for a token that lost a slot, has no expert, or has them all, and where s_(k) underflowed. nan for all when the
     scores contradict the choice of one by more than 1% (rounding to bf16 is 0.4%; such a small gap counts as a tie):
@@ -91,13 +126,14 @@ def margins(routing: Routing) -> Tensor:
     >>> margins(Routing(logits, torch.ones(2, 1), torch.tensor([[0], [2]]), logits.softmax(-1)))
     tensor([0.2000, 0.6667])
     """
-    scores, chosen = routing.scores.detach(), _members(routing)
+    scores, logits, chosen = routing.scores.detach(), routing.logits.detach(), _members(routing)
     if not scores.numel():
         return scores.new_full(scores.shape[:1], math.nan)
-    worst = scores.masked_fill(~chosen, math.inf).amin(-1)
-    best = scores.masked_fill(chosen, -math.inf).amax(-1)
-    known = _whole(routing) & ~chosen.all(-1) & (worst.abs() >= torch.finfo(scores.dtype).tiny)
-    gaps = ((worst - best) / worst.abs()).masked_fill(~known, math.nan)
+    worst, best = _edge(scores, chosen)
+    gates = (scores - logits.sigmoid()).abs().amax() <= 4 * torch.finfo(scores.dtype).eps
+    over, under = _edge(logits, chosen)
+    known = _whole(routing) & ~chosen.all(-1) & (gates | (worst.abs() >= torch.finfo(scores.dtype).tiny))
+    gaps = torch.where(gates, -torch.expm1(under - over), (worst - best) / worst.abs()).masked_fill(~known, math.nan)
     contradicted = (gaps < -_ROUNDING).any()
     return gaps.clamp_min(0).masked_fill(contradicted, math.nan)
 
@@ -144,6 +180,11 @@ def _moved(owner: str, x: Tensor, noise: float, seed: int) -> Tensor:
     draw = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     step: Tensor = noise * x.norm(dim=-1, keepdim=True) * F.normalize(draw, dim=-1).to(x)
     return x + step
+
+
+def _edge(values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The least of the values (N, E) of the chosen experts, and the largest of the others: (N,) each."""
+    return values.masked_fill(~chosen, math.inf).amin(-1), values.masked_fill(chosen, -math.inf).amax(-1)
 
 
 def _fp32_if_half(x: Tensor) -> torch.dtype | None:

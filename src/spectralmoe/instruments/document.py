@@ -52,8 +52,8 @@ def inspection_document(
 def geometry_values(matrix: Tensor | None) -> dict[str, Any]:
     """Geometry of a routing matrix; without one, no data."""
     m = torch.empty(0, 0) if matrix is None else matrix
-    functions = (geometry.sigma_1, geometry.stable_rank, geometry.effective_rank, geometry.row_cosine)
-    found: dict[str, Any] = {function.__name__: function(m).as_json() for function in functions}
+    names = ("sigma_1", "stable_rank", "effective_rank", "row_cosine", "row_spread")
+    found: dict[str, Any] = {name: getattr(geometry, name)(m).as_json() for name in names}
     return {**found, "spectrum": geometry.spectrum(m).tolist() if m.isfinite().all() else []}
 
 

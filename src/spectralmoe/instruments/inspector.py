@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = ["Describe", "Inspector"]
 
 _NUMBERS = 2**24  # in the outputs of all experts of a layer for the same tokens
 _COORDINATES = 2**20  # of an expert's weights
+_OUTPUTS = 256  # tokens that go through every expert
 _JACOBIANS, _EXAMPLES, _FLOWS, _FEWEST, _RANK = 32, 8, 3, 8, 4
 
 Describe = Callable[[Watched, Place], dict[str, Any]]
@@ -35,7 +37,8 @@ class Inspector:
     Args:
         layers: of a ``Watch``.
         labels: the names of the classes or topics, where the data has any.
-        sample: how many tokens of each layer are kept to look at its experts, at noise and at precision.
+        sample: how many tokens of each layer are kept to look at noise and at precision, the first 256 of them at its
+            experts.
         seed: of the sample and of the noise.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
@@ -50,7 +53,7 @@ class Inspector:
     """
 
     def __init__(
-        self, layers: Sequence[Watched], *, labels: Sequence[str] = (), sample: int = 256, seed: int = 0
+        self, layers: Sequence[Watched], *, labels: Sequence[str] = (), sample: int = 2048, seed: int = 0
     ) -> None:
         self._labels, self._seed = tuple(labels), seed
         self._gathered = [_Gathered(layer, sample, seed + place) for place, layer in enumerate(layers)]
@@ -58,7 +61,7 @@ class Inspector:
 
     @torch.no_grad()
     def add(self, calls: Sequence[Seen], labels: Tensor | None = None) -> None:
-        """Take the calls of one batch.
+        """Take the calls of one batch, all of the same sequences.
 
         Args:
             labels: (B,) the class of each sequence, or (N,) of each token.
@@ -69,10 +72,13 @@ class Inspector:
             place = places[id(call.layer)]
             self._gathered[place].add(call, labels, len(self._labels))
             first.setdefault(place, call.routing)
+        for item in self._gathered:
+            item.best.next_batch()
         order = sorted(first)
         for a, b in pairwise(order):
             if len(first[a].logits) == len(first[b].logits) and self._stack(a) == self._stack(b):
-                joint = paths.joint_counts(first[a], first[b]).cpu()
+                rows, columns = (self._gathered[place].layer.num_experts for place in (a, b))
+                joint = paths.joint_counts(first[a], first[b])[:rows, :columns].cpu()
                 self._joints[a, b] = self._joints[a, b] + joint if (a, b) in self._joints else joint
 
     @property
@@ -82,7 +88,8 @@ class Inspector:
 
     def layers(self, describe: Describe | None = None) -> list[dict[str, Any]]:
         """The values of every layer, with example tokens where ``describe`` tells what a token is."""
-        return [item.report(self._labels, describe, self._seed) for item in self._gathered]
+        sound = cache(stability.sound_flips)
+        return [item.report(self._labels, describe, self._seed, sound) for item in self._gathered]
 
     def paths(self) -> list[dict[str, Any]]:
         """Between each two consecutive layers: the largest flows of tokens, and their mutual information."""
@@ -117,13 +124,16 @@ class _Gathered:
         self.sample.add(call.tokens[(routing.indices >= 0).any(-1)])
         self.best.add(routing)
         if labels is not None and num_labels:
-            table = label_table(routing, labels, num_labels).cpu()
+            table = label_table(routing, labels, num_labels)[:, : self.layer.num_experts].cpu()
             self.table = table if self.table is None else self.table + table
 
     @torch.no_grad()
-    def report(self, labels: Sequence[str], describe: Describe | None, seed: int) -> dict[str, Any]:
+    def report(
+        self, labels: Sequence[str], describe: Describe | None, seed: int, sound: Callable[..., Measure]
+    ) -> dict[str, Any]:
         layer, statistics, tokens = self.layer, self.statistics, self.sample.tokens
-        matrix = layer.matrix
+        matrix, (weights, finite, empty) = layer.matrix, self.weights()
+        outputs, width = layer.num_experts if matrix is None else len(matrix), tokens.shape[-1]
         load = {"counts": statistics.counts().tolist(), "share": statistics.share().tolist()}
         return {
             "name": layer.name,
@@ -131,8 +141,10 @@ class _Gathered:
             "stack": layer.stack,
             "experts": layer.num_experts,
             "top_k": layer.top_k,
-            "width": tokens.shape[-1] if matrix is None else matrix.shape[1],
-            "finite": matrix is None or bool(matrix.isfinite().all()),
+            "width": width if matrix is None else matrix.shape[1],
+            "finite": finite and (matrix is None or bool(matrix.isfinite().all())),
+            "finite_scores": statistics.finite(),
+            "empty_experts": empty,
             "logits_are_probabilities": len(tokens) > 0 and are_probabilities(layer.raw_logits(tokens)),
             "load": {**load, **_json(statistics.load())},
             "weights": statistics.weights(),
@@ -141,22 +153,23 @@ class _Gathered:
                 **geometry_values(matrix),
                 "jacobian": geometry.jacobian_norm(layer, tokens[:_JACOBIANS]).as_json(),
             },
-            "similarity": self.similarity(matrix),
+            "similarity": self.similarity(matrix, weights),
             "stability": {
                 "noise": stability.noise_flips(layer, tokens, seed=seed).as_json(),
                 "bf16": stability.precision_flips(layer, tokens).as_json(),
+                "bf16_sound": sound(outputs, layer.top_k, width, len(tokens)).as_json(),
                 **_json(statistics.ties()),
             },
             "association": self.associated(labels),
             "examples": [self.examples(e, describe) for e in range(layer.num_experts)] if describe else [],
         }
 
-    def similarity(self, matrix: Tensor | None) -> dict[str, Any]:
+    def similarity(self, matrix: Tensor | None, weights: Tensor) -> dict[str, Any]:
         """How alike the experts are, on as many of the kept tokens as their outputs have room for."""
-        e, tokens = self.layer.num_experts, self.sample.tokens
+        e, tokens = self.layer.num_experts, self.sample.tokens[:_OUTPUTS]
         tokens = tokens[: max(_FEWEST, _NUMBERS // max(1, e * tokens.shape[-1]))]
         outputs = similarity.expert_outputs(self.layer, tokens) if len(tokens) else torch.empty(e, 0, 1)
-        weights = self.weights()
+        alike = similarity.weight_cosine(weights)
         tables = {
             "output_cos2": similarity.cosine_matrix(outputs),
             "cka": similarity.linear_cka(outputs),
@@ -165,22 +178,26 @@ class _Gathered:
         found = {name: mean_likeness(table, len(tokens), "tokens", _FEWEST) for name, table in tables.items()}
         return {
             **found,
-            "weight_cosine": mean_likeness(similarity.weight_cosine(weights), weights.shape[1], "coordinates"),
+            "weight_cosine": mean_likeness(alike, weights.shape[1], "coordinates"),
             "matrices": {
                 "output": rounded(tables["output_cos2"]),
-                "weights": rounded(similarity.weight_cosine(weights)),
-                "rows": None if matrix is None else rounded(geometry.row_cosines(matrix)),
+                "weights": rounded(alike),
+                "rows": None if matrix is None else rounded(geometry.row_cosines(matrix)[:e, :e]),
             },
         }
 
-    def weights(self) -> Tensor:
-        """Every few coordinates of each expert's weights (E, P); P = 0 where the experts differ in size."""
-        vectors = []
+    def weights(self) -> tuple[Tensor, bool, list[int]]:
+        """Every few coordinates of each expert's weights (E, P), P = 0 where the experts differ in size; whether all
+        of them are finite; the experts whose weights are all zero."""
+        vectors, finite, empty = [], True, []
         for e in range(self.layer.num_experts):
             vector = self.layer.expert_weights(e)
+            finite = finite and bool(vector.isfinite().all())
+            if len(vector) and not vector.any():
+                empty.append(e)
             vectors.append(vector[:: 1 + len(vector) // _COORDINATES].float())
         same = len({len(vector) for vector in vectors}) == 1
-        return torch.stack(vectors) if same else torch.empty(len(vectors), 0)
+        return torch.stack(vectors) if same else torch.empty(len(vectors), 0), finite, empty
 
     def associated(self, labels: Sequence[str]) -> dict[str, Any] | None:
         if self.table is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,17 +40,17 @@ def read_monitor(path: str | Path) -> list[dict[str, Any]]:
 
 
 class MonitorLog:
-    """Where a monitor writes; a file that is there is gone on with.
+    """Where a monitor writes, one at a time; a file that is there is gone on with.
 
     Raises:
-        UserError: the file is not of a monitor, or its folder cannot be written.
+        UserError: the file is not of a monitor, another one writes it, or its folder cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         make_folder(path.parent)
-        self._before = read_monitor(path) if path.exists() and path.stat().st_size else []
         self._file: TextIO | None = None
+        self._read()
 
     def begin(self, start: dict[str, Any], first: int | None) -> int:
         """Write the start, and what the file holds of steps before ``first`` (None: all); returns the last of these.
@@ -57,14 +58,25 @@ class MonitorLog:
         A run that goes on from a checkpoint does some steps again; their old lines go.
 
         Raises:
-            UserError: the file is of a model with other layers.
+            UserError: the file is of a model with other layers, or another monitor writes it.
         """
-        if self._before and self._before[0].get("layers") != start["layers"]:
+        before = self._read()  # again: another one may have gone on with it since
+        if before and before[0].get("layers") != start["layers"]:
             raise UserError(f"{self.path} holds the lines of a model with other MoE layers; choose another file")
-        kept = [line for line in self._before[1:] if first is None or line["step"] < first]
+        kept = [line for line in before[1:] if first is None or line["step"] < first]
         write_text(self.path, "".join(_text(line) for line in (start, *kept)))
         self._file = self.path.open("a", encoding="utf-8")
+        _lock(self._file)
         return max((int(line["step"]) for line in kept), default=0)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The lines that are there; refused while another monitor holds the file."""
+        if not self.path.is_file() or not self.path.stat().st_size:
+            return []
+        lines = read_monitor(self.path)
+        with self.path.open("r", encoding="utf-8") as file:
+            _lock(file)
+        return lines
 
     def write(self, line: dict[str, Any]) -> None:
         """Append ``line``."""
@@ -79,6 +91,14 @@ class MonitorLog:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _lock(file: TextIO) -> None:
+    """Hold ``file`` until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another monitor is writing to {file.name}; wait for it or choose another file") from error
 
 
 def _text(line: dict[str, Any]) -> str:

@@ -46,10 +46,13 @@ class Place:
 
 
 class BestTokens:
-    """The places of the tokens with the largest combine weight of each expert."""
+    """The places of the tokens with the largest combine weight of each expert.
+
+    A layer that a forward calls twice has the same sequences in both calls: ``next_batch`` says when others come.
+    """
 
     def __init__(self, num_experts: int, size: int) -> None:
-        self.size, self._sequences = size, 0
+        self.size, self._sequences, self._here = size, 0, 0
         self.found: list[list[tuple[float, Place]]] = [[] for _ in range(num_experts)]
 
     def add(self, routing: Routing) -> None:
@@ -71,4 +74,8 @@ class BestTokens:
                 if value > 0
             ]
             self.found[expert] = sorted(self.found[expert] + new, key=lambda pair: -pair[0])[: self.size]
-        self._sequences += sequences
+        self._here = max(self._here, sequences)
+
+    def next_batch(self) -> None:
+        """The next calls are of other sequences."""
+        self._sequences, self._here = self._sequences + self._here, 0

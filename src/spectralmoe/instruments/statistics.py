@@ -10,18 +10,15 @@ from torch import Tensor
 
 from spectralmoe.diagnostics.entropy import token_entropies
 from spectralmoe.diagnostics.load import concentration, dead_experts, gini, max_share, max_vio, min_share, per_sequence
-from spectralmoe.diagnostics.measure import Measure
+from spectralmoe.diagnostics.measure import TOKENS, Measure
 from spectralmoe.diagnostics.stability import margins
 from spectralmoe.routing import Routing
 
-__all__ = ["NEAR", "SLOTS_AN_EXPERT", "TOKENS", "LayerStatistics"]
+__all__ = ["NEAR", "SLOTS_AN_EXPERT", "LayerStatistics"]
 
 SLOTS_AN_EXPERT = 10
 """A load is judged when an even one would give each expert this many slots: an even expert is then seen as dead
 (less than one slot) with a probability of e^-10."""
-
-TOKENS = 64
-"""Shares of tokens are judged from this many tokens on."""
 
 NEAR = 0.01
 """A choice is near a tie when the best expert left out scored within this share of the worst one chosen."""
@@ -92,6 +89,10 @@ class LayerStatistics:
         """Share of the load of each expert (E,) float64; 0 without data."""
         return self.counts().double() / self.counts().sum().clamp_min(1)
 
+    def finite(self) -> bool:
+        """Whether all scores and weights were finite numbers; True without data."""
+        return bool(self.sums[: 2 * self.num_experts].isfinite().all())
+
     def load(self) -> dict[str, Measure]:
         """The measures of the load."""
         share, slots, e = self.share(), int(self.counts().sum()), self.num_experts
@@ -139,7 +140,8 @@ class LayerStatistics:
         """Share of all combine weight that each expert carries, and whether every slot's weight is the constant 1."""
         carried, filled = self.sums[self.num_experts : 2 * self.num_experts], self.number("filled")
         share = carried / carried.sum().clamp_min(1e-300)
-        return {"share": share.tolist(), "constant": filled > 0 and self.number("constant") == filled}
+        constant = filled > 0 and self.number("constant") == filled
+        return {"share": share.tolist() if share.isfinite().all() else [], "constant": constant}
 
     def _add_margins(self, values: Tensor) -> None:
         known = values.isfinite()

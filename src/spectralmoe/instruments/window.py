@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectralmoe.diagnostics.measure import TOKENS
 from spectralmoe.diagnostics.watch import Seen, Watched
-from spectralmoe.instruments.statistics import TOKENS, LayerStatistics
+from spectralmoe.instruments.statistics import LayerStatistics
 
 __all__ = ["Window", "describe"]
 
@@ -133,6 +134,7 @@ def _values(layer: Watched, row: Tensor, look: LayerStatistics) -> dict[str, Any
     sampled = look.load()
     load = {**exact.load(), **{name: sampled[name] for name in sampled if "batch" in name or "sequence" in name}}
     return {
+        "finite_scores": look.finite(),
         "load": {"share": exact.share().tolist(), **{name: value.as_json() for name, value in load.items()}},
         "entropy": {name: value.as_json() for name, value in look.entropy().items()},
         "stability": {name: value.as_json() for name, value in look.ties().items()},

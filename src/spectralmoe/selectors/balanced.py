@@ -59,7 +59,8 @@ class Balanced(Selector):
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def ranked(self, logits: Tensor) -> Tensor:
-        return self.scores(logits) + self.bias
+        """What all biases have in common changes no choice: they count from the least one."""
+        return self.scores(logits) + (self.bias - self.bias.amin())
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
         return largest(self.ranked(logits), self.k, mask)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.routing import EMPTY
 
-__all__ = ["Score", "Selector", "check_fits", "check_k", "largest", "log_scores", "share_of", "take"]
+__all__ = ["Score", "Selector", "check_fits", "check_k", "largest", "share_of", "take"]
 
 Score = Literal["softmax", "sigmoid"]
 
@@ -60,7 +60,8 @@ class Selector(nn.Module):
         """Combine weights (N, K) of the chosen experts, with gradient; 0 in an empty slot."""
         if not self.normalize:
             return take(self.scores(logits), indices)
-        chosen = take(log_scores(logits, self.score), indices).masked_fill(indices < 0, -torch.inf)
+        chosen = take(logits, indices)  # the logarithm of the scores, up to what all of a token have in common
+        chosen = (chosen if self.score == "softmax" else F.logsigmoid(chosen)).masked_fill(indices < 0, -torch.inf)
         empty = (indices < 0).all(-1, keepdim=True)
         return chosen.masked_fill(empty, 0).softmax(-1).masked_fill(indices < 0, 0)
 
@@ -71,11 +72,6 @@ class Selector(nn.Module):
 def take(values: Tensor, indices: Tensor) -> Tensor:
     """``values`` (N, E) at ``indices`` (N, K); 0 in an empty slot."""
     return values.gather(1, indices.clamp_min(0)).masked_fill(indices < 0, 0)
-
-
-def log_scores(logits: Tensor, score: Score) -> Tensor:
-    """Logarithm of the scores: renormalising there cannot underflow."""
-    return logits.log_softmax(-1) if score == "softmax" else F.logsigmoid(logits)
 
 
 def largest(values: Tensor, k: int, mask: Tensor | None) -> Tensor:

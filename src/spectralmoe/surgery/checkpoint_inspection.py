@@ -47,11 +47,13 @@ def inspect_checkpoint(path: str | Path, *, experts: bool = True) -> dict[str, A
 def expert_gram(layer: CheckpointLayer) -> tuple[Tensor, int]:
     """Inner products (E, E) of the experts' weights, float64, and how many weights an expert has.
 
-    Products of a block are taken in fp32 and summed up in float64.
+    Products of a block are taken in fp32, of weights over the largest of their expert, and summed up in float64.
     """
     gram, size = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64), 0
     for block in layer.expert_vectors():
-        gram += block @ block.T
+        largest = block.abs().amax(1)
+        rows, scale = block / torch.where(largest == 0, 1, largest)[:, None], largest.double()
+        gram += (rows @ rows.T).double() * scale[:, None] * scale
         size += block.shape[1]
     return gram, size
 
@@ -70,6 +72,7 @@ def _layer(layer: CheckpointLayer, experts: bool) -> dict[str, Any]:
         "top_k": layer.top_k,
         "width": layer.width,
         "finite": bool(known.isfinite().all() and gram.isfinite().all()),
+        "empty_experts": (gram.diagonal() == 0).nonzero().flatten().tolist() if size else None,
         "load": None,
         "entropy": None,
         "geometry": {**geometry_values(matrix), "jacobian": nothing},

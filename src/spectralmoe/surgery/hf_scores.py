@@ -77,13 +77,13 @@ def find_form(logits: Tensor, weights: Tensor, indices: Tensor, choice: Choice, 
 def choice_scores(logits: Tensor, indices: Tensor, choice: Choice, form: Form) -> Tensor:
     """The values (N, E) whose top-k the choice was, none below 0; ``logits`` are real ones.
 
-    Activation plus bias. Experts that a token could not choose, because their group was cut off, have 0. Where a bias
-    makes a value negative the token's values are lifted so that the least is 0: order and differences stay.
+    Activation plus bias. Experts that a token could not choose, because their group was cut off, have 0. A bias counts
+    from its least entry, as what all entries have in common changes no choice: order and differences stay.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
     >>> form = Form(probabilities=False, activation=1, counted=0, sure=True)
     >>> choice_scores(logits, torch.tensor([[1]]), Choice(bias=torch.tensor([-1.0, 1.0, 0.0])), form)
-    tensor([[0.0000, 1.8503, 0.6192]])
+    tensor([[0.8808, 2.7311, 1.5000]])
     """
     scores = _biased(_ACTIVATIONS[form.activation](logits), choice)
     if form.counted:
@@ -99,10 +99,7 @@ def real_logits(logits: Tensor, probabilities: bool) -> Tensor:
 
 
 def _biased(scores: Tensor, choice: Choice) -> Tensor:
-    if choice.bias is None:
-        return scores
-    scores = scores + choice.bias.to(scores)
-    return scores - scores.amin(-1, keepdim=True).clamp_max(0)
+    return scores if choice.bias is None else scores + (choice.bias - choice.bias.amin()).to(scores)
 
 
 def _groups_on(scores: Tensor, choice: Choice, counted: int) -> Tensor:

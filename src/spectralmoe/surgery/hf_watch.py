@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.diagnostics.watch import Seen, Watch
+from spectralmoe.errors import UserError
 from spectralmoe.moe import recomputing
 from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.surgery.hf_layers import HFLayer, find_layers
@@ -45,6 +46,10 @@ class _HFWatch(Watch):
         self.frames: dict[nn.Module, _Frame] = {}
         self.handles: list[RemovableHandle] = []
         self.stacks = {id(layer): _stack(model, layer) for layer in self.layers}
+        owners: dict[nn.Module, HFLayer] = {}
+        for layer in self.layers:
+            if (other := owners.setdefault(layer.router, layer)) is not layer:
+                raise UserError(f"{other.name} and {layer.name} share one router: their calls cannot be told apart")
 
     def open(self) -> None:
         """Put the hooks in."""
@@ -105,7 +110,7 @@ def watch_transformers(model: nn.Module, *, tokens: bool = True, training_only: 
         training_only: leave out the calls of routers that are in evaluation mode.
 
     Raises:
-        UserError: the model holds no MoE layer, or one of a kind that cannot be read.
+        UserError: the model holds no MoE layer, or one of a kind that cannot be read; two layers share a router.
 
     >>> gate = nn.Linear(8, 4)
     >>> gate.forward = lambda x: ((z := x @ gate.weight.T), *z.softmax(-1).topk(2))
