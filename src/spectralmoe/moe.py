@@ -95,11 +95,12 @@ class Recordable(nn.Module):
         super().__init__()
         self.router = None
         self.sinks: tuple[Sink, ...] = ()
+        self.kept: frozenset[str] = frozenset()
         self.fed: Feed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy (an average of the weights, say) has no part in the tapes and feeds of its original."""
-        return {**self.__dict__, "sinks": (), "fed": None}
+        return {**self.__dict__, "sinks": (), "kept": frozenset(), "fed": None}
 
     def leave(self, routing: Routing, kept: Kept | None = None, tokens: Tensor | None = None) -> None:
         """Leave one routing in every sink, with what else belongs to it; a recomputation leaves nothing."""
@@ -109,6 +110,15 @@ class Recordable(nn.Module):
             if self.training or not sink.training_only:
                 own = kept.only(sink.keep) if kept is not None and sink.keep else None
                 sink.chain = ((routing, own, tokens, self.training), sink.chain)
+
+    def names_to_keep(self) -> frozenset[str]:
+        """What the tapes want kept; in a recomputation what its first forward kept, whose tape may be sealed by now."""
+        if recomputing():
+            return self.kept
+        keep = frozenset(name for sink in self.sinks for name in sink.keep)
+        if keep != self.kept and torch.is_grad_enabled():
+            self.kept = keep
+        return keep
 
     def take_feed(self) -> Feed | None:
         """What ``feed`` left here, if its block is still open."""
@@ -198,8 +208,7 @@ class MoE(Recordable):
         return y + (shared if scale is None else shared * scale.to(shared.dtype))
 
     def _run(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Kept | None]:
-        keep = {name for sink in self.sinks for name in sink.keep}
-        if keep:
+        if keep := self.names_to_keep():
             return self._run_keeping(tokens, routing, keep)
         if isinstance(self.dispatch, str):
             dispatch = pick_dispatch(routing, self.experts) if self.dispatch == "auto" else DISPATCHES[self.dispatch]()
@@ -207,7 +216,7 @@ class MoE(Recordable):
             dispatch = self.dispatch
         return dispatch(tokens, routing, self.experts), None
 
-    def _run_keeping(self, tokens: Tensor, routing: Routing, keep: set[str]) -> tuple[Tensor, Kept]:
+    def _run_keeping(self, tokens: Tensor, routing: Routing, keep: frozenset[str]) -> tuple[Tensor, Kept]:
         """The grouped dispatch, step by step, with its sorted tensors kept."""
         slots = sort_slots(routing, self.experts.num_experts)
         rows = spread(tokens, slots)

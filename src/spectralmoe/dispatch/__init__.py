@@ -1,5 +1,7 @@
 """Dispatch: how tokens reach their experts. Three forms of one sum, equal in value and gradient."""
 
+import torch
+
 from spectralmoe.dispatch.base import Dispatch
 from spectralmoe.dispatch.dense import Dense
 from spectralmoe.dispatch.grouped import Grouped
@@ -13,5 +15,11 @@ DISPATCHES: dict[str, type[Dispatch]] = {"loop": Loop, "dense": Dense, "grouped"
 
 
 def pick_dispatch(routing: Routing, experts: Experts) -> Dispatch:
-    """The fastest form for this call: dense where every token uses every expert (K = E), else grouped."""
-    return Dense() if routing.soft else Grouped()
+    """The fastest form for this call: dense where every token uses every expert (K = E), else grouped.
+
+    A single token on a CPU (a decoding step) goes to its experts one after the other: there is nothing to sort.
+    """
+    if routing.soft:
+        return Dense()
+    eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    return Loop() if eager and routing.indices.shape[0] == 1 and routing.indices.device.type == "cpu" else Grouped()

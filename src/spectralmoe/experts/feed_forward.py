@@ -12,7 +12,7 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts.base import Experts
 from spectralmoe.experts.grouped_gemm import grouped_linear, row_experts
 
-__all__ = ["FeedForward"]
+__all__ = ["Activation", "FeedForward", "activate"]
 
 Activation = Literal["gelu", "relu", "swiglu"]
 
@@ -96,14 +96,14 @@ class FeedForward(Experts):
     def expert(self, x: Tensor, e: int) -> Tensor:
         up_bias = None if self.up_bias is None else self.up_bias[e].to(x.dtype)
         down_bias = None if self.down_bias is None else self.down_bias[e].to(x.dtype)
-        h = self._activate(F.linear(x, self.up[e].to(x.dtype), up_bias))
+        h = activate(self.activation, F.linear(x, self.up[e].to(x.dtype), up_bias))
         return F.linear(h, self.down[e].to(x.dtype), down_bias)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         return self.project(self.hidden(x, counts), counts)
 
     def hidden(self, x: Tensor, counts: Tensor) -> Tensor:
-        return self._activate(_add_bias(grouped_linear(x, self.up, counts), self.up_bias, counts))
+        return activate(self.activation, _add_bias(grouped_linear(x, self.up, counts), self.up_bias, counts))
 
     def project(self, hidden: Tensor, counts: Tensor) -> Tensor:
         return _add_bias(grouped_linear(hidden, self.down, counts), self.down_bias, counts)
@@ -111,22 +111,24 @@ class FeedForward(Experts):
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """Two GEMMs over all experts at once; the weights enter between them."""
         h = F.linear(x, self.up.flatten(0, 1).to(x.dtype), self._flat(self.up_bias, x.dtype))
-        h = self._activate(h.unflatten(-1, (self.num_experts, -1))) * weights.unsqueeze(-1)
+        h = activate(self.activation, h.unflatten(-1, (self.num_experts, -1))) * weights.unsqueeze(-1)
         y = h.flatten(1) @ self.down.to(x.dtype).transpose(1, 2).flatten(0, 1)
         return y if self.down_bias is None else y + weights @ self.down_bias.to(x.dtype)
 
     def expert_parameters(self, e: int) -> dict[str, Tensor]:
         return {name: parameter[e] for name, parameter in self.named_parameters(recurse=False)}
 
-    def _activate(self, h: Tensor) -> Tensor:
-        if self.activation == "swiglu":
-            gate, value = h.chunk(2, dim=-1)
-            return F.silu(gate) * value
-        return F.gelu(h) if self.activation == "gelu" else F.relu(h)
-
     @staticmethod
     def _flat(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None if bias is None else bias.flatten().to(dtype)
+
+
+def activate(activation: Activation, h: Tensor) -> Tensor:
+    """The hidden activations (..., H) from what ``up`` gives, (..., H) or (..., 2H) for swiglu."""
+    if activation == "swiglu":
+        gate, value = h.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return F.gelu(h) if activation == "gelu" else F.relu(h)
 
 
 def _uniform(*shape: int, fan_in: int | None = None) -> nn.Parameter:

@@ -1,0 +1,227 @@
+"""Gather, experts and weighted sum as one operator: what ``Grouped`` does with feed-forward banks on a CPU.
+
+The composed form (``spread`` -> experts -> ``combine``) makes a fresh tensor of all rows at every step, and on a CPU
+fresh memory costs about as much as the work between. Here a block of rows goes all the way in buffers that the next
+block uses again. Only the hidden layer before its activation is kept for the backward pass, which applies the
+activation again and writes the gradients of the experts in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spectralmoe.dispatch.blocks import cut_blocks, sort_by_expert
+from spectralmoe.experts import Experts, FeedForward
+from spectralmoe.experts.feed_forward import Activation, activate
+from spectralmoe.routing import Routing
+
+__all__ = ["can_fuse", "fused"]
+
+_BLOCK = 2**20  # numbers in the hidden layer of a block: few enough for the cache, enough rows for a GEMM
+
+
+def can_fuse(experts: Experts, x: Tensor) -> TypeGuard[FeedForward]:
+    """Whether this is a feed-forward bank that computes as defined, on a CPU, and no hook waits for its call."""
+    kind, plain = type(experts), FeedForward
+    hooks = (experts._forward_pre_hooks, experts._forward_hooks, experts._backward_pre_hooks, experts._backward_hooks)
+    return (
+        isinstance(experts, plain)
+        and (kind.forward, kind.hidden, kind.project) == (plain.forward, plain.hidden, plain.project)
+        and x.device.type == "cpu"
+        and not any(hooks)
+    )
+
+
+def fused(x: Tensor, routing: Routing, bank: FeedForward) -> Tensor:
+    """Tokens (N, D) for tokens x (N, D): what the composed form gives, up to rounding."""
+    parts = [None if part is None else part.to(x.dtype) for part in (bank.up, bank.down, bank.up_bias, bank.down_bias)]
+    inputs = (x, routing.weights, *parts)
+    keep = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in inputs)
+    return _forward(x, routing.weights, routing.indices, *parts, bank.activation, keep)[0]  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("spectralmoe::fused_experts", mutates_args=())
+def _forward(  # noqa: PLR0917 (the schema of the operator)
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output (N, D); hidden layer before the activation (N * K, H), if kept; order (N * K,); counts (E,)."""
+    order, counts = sort_by_expert(indices, up.shape[0])
+    tokens, scale = order // max(indices.shape[1], 1), weights.flatten()[order, None].to(x.dtype)
+    blocks = cut_blocks(counts.tolist(), max(up.shape[1], x.shape[1]), _BLOCK)
+    most = max((block.size for block in blocks), default=0)
+    y = torch.zeros_like(x, dtype=weights.dtype)  # bf16 rows add up in fp32
+    hidden = x.new_empty(len(order) if keep else 0, up.shape[1])
+    rows, act = x.new_empty(most, x.shape[1]), x.new_empty(most, down.shape[2])
+    before = x.new_empty(0 if keep else most, up.shape[1])
+    for block in blocks:
+        here = slice(block.start, block.start + block.size)
+        z, h = hidden[here] if keep else before[: block.size], act[: block.size]
+        own = torch.index_select(x, 0, tokens[here], out=rows[: block.size])
+        block.multiply(own, up.mT, out=z)
+        if up_bias is not None:
+            z += block.each(up_bias)
+        _activate(activation, z, out=h)
+        block.multiply(h, down.mT, out=own)
+        if down_bias is not None:
+            own += block.each(down_bias)
+        y.index_add_(0, tokens[here], own.mul_(scale[here]).to(y.dtype))
+    return y.to(x.dtype), hidden, order, counts
+
+
+@torch.library.custom_op("spectralmoe::fused_experts_backward", mutates_args=())
+def _backward(  # noqa: PLR0917 (the schema of the operator)
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    hidden: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    activation: str,
+    wants_x: bool,
+    wants_bank: bool,
+) -> list[Tensor]:
+    """The gradients of x, weights, up, down and of the biases that there are; an empty tensor for what nobody wants."""
+    tokens, scale = order // max(weights.shape[1], 1), weights.flatten()[order, None].to(x.dtype)
+    blocks = cut_blocks(counts.tolist(), max(up.shape[1], x.shape[1]), _BLOCK)
+    most = max((block.size for block in blocks), default=0)
+    d_x = x.new_zeros(x.shape if wants_x else 0, dtype=weights.dtype)
+    d_up, d_down = (torch.empty_like(part) if wants_bank else part.new_empty(0) for part in (up, down))
+    for e in (counts == 0).nonzero() if wants_bank else ():
+        d_up[e], d_down[e] = 0, 0
+    d_scale = weights.new_zeros(len(order))
+    d_up_bias, d_down_bias = (
+        None if b is None else torch.zeros_like(b, dtype=weights.dtype) for b in (up_bias, down_bias)
+    )
+    (rows, grads), (act, d_act) = x.new_empty(2, most, x.shape[1]), x.new_empty(2, most, down.shape[2])
+    for block in blocks:
+        here = slice(block.start, block.start + block.size)
+        z, h, d_h = hidden[here], act[: block.size], d_act[: block.size]
+        own = torch.index_select(x, 0, tokens[here], out=rows[: block.size])
+        g = torch.index_select(grad, 0, tokens[here], out=grads[: block.size])
+        _activate(activation, z, out=h)
+        block.multiply(g, down, out=d_h)
+        if down_bias is not None:
+            d_scale[here] = torch.linalg.vecdot(g, block.each(down_bias))
+        g.mul_(scale[here])
+        if wants_bank:
+            block.outer(g, h, out=d_down)
+        d_scale[here] += h.mul_(d_h).sum(1)
+        d_z = _activate_backward(activation, d_h.mul_(scale[here]), z)
+        if wants_bank:
+            block.outer(d_z, own, out=d_up)
+            if d_up_bias is not None and d_down_bias is not None:
+                block.add(d_z, out=d_up_bias)
+                block.add(g, out=d_down_bias)
+        if wants_x:
+            block.multiply(d_z, up, out=own)
+            d_x.index_add_(0, tokens[here], own.to(d_x.dtype))
+    d_weights = torch.zeros_like(d_scale).scatter_(0, order, d_scale).view_as(weights)
+    d_biases = [bias.to(x.dtype) for bias in (d_up_bias, d_down_bias) if bias is not None]
+    return [d_x.to(x.dtype), d_weights, d_up, d_down, *d_biases]
+
+
+def _activate(activation: str, z: Tensor, out: Tensor) -> None:
+    if activation == "gelu":
+        torch.ops.aten.gelu.out(z, out=out)
+    elif activation == "relu":
+        torch.clamp_min(z, 0, out=out)
+    else:
+        gate, value = z.chunk(2, dim=1)
+        torch.ops.aten.silu.out(gate, out=out).mul_(value)
+
+
+def _activate_backward(activation: str, d_h: Tensor, z: Tensor) -> Tensor:
+    """The gradient of z from that of the activations, which may be overwritten."""
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward.grad_input(d_h, z, grad_input=d_h)  # type: ignore[no-any-return]
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward.grad_input(d_h, z, 0, grad_input=d_h)  # type: ignore[no-any-return]
+    gate, value = z.chunk(2, dim=1)
+    return torch.cat([torch.ops.aten.silu_backward(d_h * value, gate), d_h * torch.ops.aten.silu(gate)], dim=1)
+
+
+@_forward.register_fake
+def _(x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    slots, keep = indices.numel(), rest[-1]
+    hidden = x.new_empty(slots if keep else 0, up.shape[1])
+    return torch.empty_like(x), hidden, indices.new_empty(slots), indices.new_empty(up.shape[0])
+
+
+@_backward.register_fake
+def _(grad: Tensor, x: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
+    *parts, _, _, _, _, wants_x, wants_bank = rest
+    d_bank = [torch.empty_like(part) if wants_bank else part.new_empty(0) for part in parts if part is not None]
+    return [torch.empty_like(x) if wants_x else x.new_empty(0), torch.empty_like(weights), *d_bank]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weights, _, *parts, ctx.activation, _ = inputs
+    _, *kept = output
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of what is kept
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(x, weights, *parts, *kept)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    wants_x, _, _, *wants_bank = ctx.needs_input_grad
+    saved = ctx.saved_tensors
+    d_x, d_weights, *d_bank = _backward(grad.contiguous(), *saved, ctx.activation, wants_x, any(wants_bank))
+    d_parts = d_bank if any(wants_bank) else []
+    return d_x if wants_x else None, d_weights, None, *d_parts, *[None] * (6 - len(d_parts))
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *tensors, ctx.activation, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second_gradients(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of gradients, which are rare: those of the definition, expert by expert."""
+    *inputs, _, order, counts = ctx.saved_tensors
+    with torch.enable_grad():
+        given = [None if part is None else part.detach().requires_grad_() for part in inputs]
+        grad, *parts = given
+        leaves = [part for part in parts if part is not None]
+        first = torch.autograd.grad(_definition(parts, order, counts, ctx.activation), leaves, grad, create_graph=True)
+        wanted = [i for i, d in enumerate(first) if grads[i] is not None and grads[i].shape == d.shape]
+        second = torch.autograd.grad(
+            [first[i] for i in wanted], [grad, *leaves], [grads[i] for i in wanted], allow_unused=True
+        )
+    found = iter(second)
+    return *(None if part is None else next(found) for part in given), *[None] * 6
+
+
+_backward.register_autograd(_second_gradients, setup_context=_save_backward)
+
+
+def _definition(parts: list[Any], order: Tensor, counts: Tensor, activation: Activation) -> Tensor:
+    """What ``_forward`` computes, in operations that autograd knows."""
+    x, weights, up, down, up_bias, down_bias = parts
+    y = torch.zeros_like(x)
+    for e, slots in enumerate(order[: int(counts.sum())].split(counts.tolist())):
+        tokens, scale = slots // weights.shape[1], weights.flatten()[slots, None]
+        hidden = activate(activation, F.linear(x[tokens], up[e], None if up_bias is None else up_bias[e]))
+        rows = F.linear(hidden, down[e], None if down_bias is None else down_bias[e])
+        y = y.index_add(0, tokens, (scale * rows).to(x.dtype))
+    return y

@@ -1,0 +1,187 @@
+"""The fused operator against the composed form and its own equations; ``test_dispatch`` has it against the loop."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
+from spectralmoe.dispatch import Grouped, Loop, fused, pick_dispatch
+from spectralmoe.dispatch.base import combine, sort_slots, spread
+from spectralmoe.dispatch.blocks import cut_blocks, sort_by_expert
+
+E, D, H = 5, 8, 12
+ACTIVATIONS = ["gelu", "relu", "swiglu"]
+small_blocks = pytest.mark.parametrize("numbers", [1, 40, 2**20], ids=["rows", "parts", "whole"])
+
+
+def composed(x, routing, bank):
+    """The form in parts, on any bank."""
+    slots = sort_slots(routing, bank.num_experts)
+    return combine(bank(spread(x, slots), slots.counts), routing.weights.to(x.dtype), slots)
+
+
+def make(activation="gelu", bias=False, k=2, dtype=torch.float32):
+    """A layer whose router knows a zero expert, tokens of which some are empty and masked, and what they are."""
+    layer = MoE(Router(LinearScorer(D, E + 1), TopK(k)), FeedForward(E, D, H, activation=activation, bias=bias))
+    x = torch.randn(40, D)
+    mask = torch.rand(40) < 0.8
+    x[~mask] = torch.nan
+    return layer.to(dtype), x.to(dtype), mask
+
+
+def results(layer, dispatch, x, mask, direction):
+    layer.dispatch, x = dispatch, x.clone().requires_grad_()
+    layer.zero_grad()
+    y = layer(x, mask)
+    (y * direction).sum().backward()
+    return [y, x.grad, *(p.grad for p in layer.parameters())]
+
+
+@small_blocks
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_equals_the_loop_however_it_is_cut(dtype, activation, bias, numbers, close, monkeypatch):
+    monkeypatch.setattr(fused, "_BLOCK", numbers)
+    layer, x, mask = make(activation, bias, dtype=dtype)
+    direction = torch.randn(40, D).to(dtype) / 4
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = results(copy.deepcopy(layer).to(wide), "loop", x.to(wide), mask, direction.to(wide))
+    for one, two in zip(results(layer, Grouped(), x, mask, direction), expected, strict=True):
+        close(one.to(wide), two, dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_equals_the_composed_form_and_repeats_itself(activation, close):
+    layer, x, mask = make(activation, bias=True)
+    direction = torch.randn(40, D)
+    one, again, other = (results(layer, form, x, mask, direction) for form in (Grouped(), Grouped(), composed))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    for a, b in zip(one, other, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_derivatives_of_the_operator(activation, bias, check):
+    bank = FeedForward(3, 3, 2, activation=activation, bias=bias).double()
+    indices = torch.tensor([[0, 2], [2, -1], [0, 2], [3, 0], [-1, -1]])
+    x, weights = (torch.randn(5, d, dtype=torch.float64, requires_grad=True) for d in (3, 2))
+    parts = [bank.up, bank.down, *([bank.up_bias, bank.down_bias] if bias else [])]
+
+    def run(x, weights, *parts):
+        biases = () if bias else (None, None)
+        return fused._forward(x, weights, indices, *parts, *biases, activation, True)[0]
+
+    assert check(run, (x, weights, *parts))
+
+
+def test_the_operator_keeps_the_rules_of_torch():
+    layer, _, _ = make()
+    x, weights = torch.randn(7, D, requires_grad=True), torch.rand(7, 2, requires_grad=True)
+    bank, indices = layer.experts, torch.randint(0, E, (7, 2))
+    torch.library.opcheck(fused._forward, (x, weights, indices, bank.up, bank.down, None, None, "gelu", True))
+
+
+@pytest.mark.parametrize("frozen", ["x", "experts", "router"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen, close):
+    layer, x, _ = make(bias=True)
+    x = x.nan_to_num()
+    expected = results(layer, "loop", x, None, torch.ones(40, D))
+    layer.dispatch = "grouped"
+    layer.zero_grad()
+    if frozen != "x":
+        getattr(layer, frozen).requires_grad_(False)
+    x.requires_grad_(frozen != "x")
+    layer(x).sum().backward()
+    found = [x.grad, *(p.grad for p in layer.parameters())]
+    assert sum(grad is None for grad in found) == {"x": 1, "router": 1, "experts": 4}[frozen]
+    for one, two in zip(found, expected[1:], strict=True):
+        if one is not None:
+            close(one, two)
+
+
+def test_the_backward_pass_keeps_one_hidden_layer_and_a_forward_without_gradient_none():
+    layer, x, _ = make()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x.nan_to_num())
+    assert [tuple(t.shape) for t in saved].count((80, H)) == 1
+    assert not any(t.shape == (80, D) for t in saved)
+    indices, weights = torch.zeros(40, 1, dtype=torch.int64), torch.ones(40, 1)
+    bank = layer.experts
+    assert fused._forward(x, weights, indices, bank.up, bank.down, None, None, "gelu", False)[1].numel() == 0
+
+
+class Doubled(FeedForward):
+    """A bank that is not what it inherits from."""
+
+    def forward(self, x, counts):
+        return 2 * super().forward(x, counts)
+
+
+def test_only_a_plain_bank_without_hooks_is_fused(close):
+    layer, x, _ = make()
+    bank, x = layer.experts, x.nan_to_num()
+    assert fused.can_fuse(bank, x)
+    assert not fused.can_fuse(Doubled(E, D, H), x)
+    expected, seen = layer(x), []
+    handle = bank.register_forward_hook(lambda _, args, __: seen.append(args))
+    assert not fused.can_fuse(bank, x)
+    close(layer(x), expected)
+    assert len(seen) == 1
+    handle.remove()
+    assert fused.can_fuse(bank, x)
+
+
+def test_one_graph_serves_every_load():
+    layer, graphs = make()[0], []
+    torch.compiler.reset()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    for scale in (1.0, 100.0, 0.0):
+        compiled(scale * torch.randn(40, D))
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_single_token_is_decoded_expert_by_expert(activation, close):
+    layer, x, _ = make(activation)
+    x = x.nan_to_num()[:1]
+    routing = layer.router(x)
+    assert isinstance(pick_dispatch(routing, layer.experts), Grouped)
+    with torch.no_grad():
+        assert isinstance(pick_dispatch(routing, layer.experts), Loop)
+        close(layer(x), composed(x, routing, layer.experts))
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=9), st.integers(1, 9), st.integers(1, 60))
+def test_blocks_hold_every_row_once_and_not_many_more_than_asked(counts, width, numbers):
+    blocks, most = cut_blocks(counts, width, numbers), max(numbers // width, 1)
+    assert [block.start for block in blocks] == [sum(b.size for b in blocks[:i]) for i in range(len(blocks))]
+    assert all(block.size == sum(block.sizes) and 0 < block.size <= 1.5 * most for block in blocks)
+    pieces = [piece for block in blocks for piece in zip(block.experts, block.sizes, block.begins, strict=True)]
+    assert [sum(size for e, size, _ in pieces if e == own) for own in range(len(counts))] == counts
+    assert [e for e, _, begins in pieces if begins] == [e for e, count in enumerate(counts) if count]
+    assert [e for e, _, _ in pieces] == sorted(e for e, _, _ in pieces)
+
+
+@given(st.lists(st.lists(st.integers(-1, 6), min_size=2, max_size=2), max_size=12))
+def test_slots_are_sorted_stably_and_those_without_an_expert_lie_behind(rows):
+    indices = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
+    order, counts = sort_by_expert(indices, E)
+    flat = [e if 0 <= e < E else E for row in rows for e in row]
+    assert order.tolist() == sorted(range(len(flat)), key=lambda slot: flat[slot])
+    assert counts.tolist() == [flat.count(e) for e in range(E)]
