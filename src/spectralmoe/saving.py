@@ -24,7 +24,8 @@ from spectralmoe.linalg import full
 from spectralmoe.models import MODELS
 from spectralmoe.spec import PARTS, build, describe
 from spectralmoe.surgery import Branch, ChannelsFirst
-from spectralmoe.surgery.timm import MlpCopies, VisionMoE
+from spectralmoe.surgery.replace_mlp import MlpCopies
+from spectralmoe.surgery.timm import VisionMoE
 from spectralmoe.tape import moe_layers, plain_name, unwrapped
 
 __all__ = ["FORMAT", "load", "read_config", "save"]

@@ -21,7 +21,7 @@ from spectralmoe.router import Router
 from spectralmoe.surgery.blocks import block_width, choose_blocks
 from spectralmoe.surgery.spec import BranchSpec
 
-__all__ = ["ChannelsFirst", "OnePixel", "replace_mlp"]
+__all__ = ["ChannelsFirst", "MlpCopies", "OnePixel", "replace_mlp"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,6 +54,25 @@ class OnePixel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.mlp(x[:, :, None, None])
         return y[:, :, 0, 0]
+
+
+class MlpCopies:
+    """Stands in a description for experts that have the form of the block's own MLP.
+
+    Args:
+        router: the router in front of them.
+        num_experts: how many copies of the MLP.
+    """
+
+    def __init__(self, router: Router, num_experts: int) -> None:
+        self.router, self.num_experts = router, num_experts
+
+    def layer(self, mlp: nn.Module) -> nn.Module:
+        """The layer with E copies of ``mlp``."""
+        if any(isinstance(module, nn.Conv2d) for module in mlp.modules()):
+            experts = ModuleExperts([OnePixel(copy.deepcopy(mlp)) for _ in range(self.num_experts)])
+            return ChannelsFirst(MoE(self.router, experts))
+        return MoE(self.router, ModuleExperts([copy.deepcopy(mlp) for _ in range(self.num_experts)]))
 
 
 def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] = "copy") -> Model:

@@ -6,7 +6,6 @@ forward is not touched.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from types import ModuleType
@@ -19,11 +18,10 @@ from torch.nn import functional as F
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.experts import ModuleExperts
 from spectralmoe.moe import MoE, Recordable
-from spectralmoe.router import Router
 from spectralmoe.surgery.branches import Branch, put_branch
-from spectralmoe.surgery.replace_mlp import ChannelsFirst, OnePixel
+from spectralmoe.surgery.replace_mlp import ChannelsFirst, MlpCopies
 
-__all__ = ["MlpCopies", "VisionMoE", "check_images", "vision_moe"]
+__all__ = ["VisionMoE", "check_images", "vision_moe"]
 
 OURS = {
     "num_classes": "it comes with the data",
@@ -32,25 +30,6 @@ OURS = {
     "checkpoint_path": "say checkpoint beside the arguments",
 }
 """Arguments of timm that have a place of their own here."""
-
-
-class MlpCopies:
-    """Stands in a description for experts that have the form of the block's own MLP.
-
-    Args:
-        router: the router in front of them.
-        num_experts: how many copies of the MLP.
-    """
-
-    def __init__(self, router: Router, num_experts: int) -> None:
-        self.router, self.num_experts = router, num_experts
-
-    def layer(self, mlp: nn.Module) -> nn.Module:
-        """The layer with E copies of ``mlp``."""
-        if any(isinstance(module, nn.Conv2d) for module in mlp.modules()):
-            experts = ModuleExperts([OnePixel(copy.deepcopy(mlp)) for _ in range(self.num_experts)])
-            return ChannelsFirst(MoE(self.router, experts))
-        return MoE(self.router, ModuleExperts([copy.deepcopy(mlp) for _ in range(self.num_experts)]))
 
 
 class VisionMoE(nn.Module):
