@@ -7,16 +7,11 @@ folder. The tests compare them with what one process computes.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-import traceback
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_ranks import RANKS, Ranks, work
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -43,8 +38,7 @@ from spectralmoe import (
 )
 from spectralmoe.regularizers import load_balance, orthonormality, router_z, spectral_norm, stable_rank
 
-RANKS, N, D, E, ROUNDS = 2, 20, 8, 5, 3
-SECONDS = 100
+N, D, E, ROUNDS = 20, 8, 5, 3
 ADDITIVE = {"z": Term(router_z, 0.3), "sigma": Term(spectral_norm, 0.2), "rank": Term(stable_rank, 0.1)}
 ALL = {**ADDITIVE, "balance": Term(load_balance, 0.3), "ortho": Term(orthonormality, 0.1)}
 
@@ -210,47 +204,10 @@ def ddp_training(rank, folder):
 CHECKS = (selection_bias, ddp, fsdp, fsdp_bf16, ddp_training)
 
 
-def main(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/init", rank=rank, world_size=RANKS, timeout=timedelta(seconds=SECONDS // 3)
-    )
-    results = {}
-    for check in CHECKS:
-        try:
-            results[check.__name__] = check(rank, folder)
-        except Exception:
-            results[check.__name__] = traceback.format_exc()
-            break  # the other rank may wait for this one: nothing after it can be trusted
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """``ranks(check)``: what each rank returned."""
-    folder = tmp_path_factory.mktemp("ranks")
-    source = Path(__file__).parent.parent / "src"
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment) for rank in range(RANKS)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=SECONDS)
-    finally:
-        for process in processes:
-            process.kill()
-    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
-
-    def of(check):
-        found = [result.get(check.__name__, "did not run: an earlier check failed") for result in results]
-        failed = [value for value in found if isinstance(value, str)]
-        assert not failed, "\n".join(failed)
-        return found
-
-    of.folder = folder
-    return of
+    """``ranks(check)``: what each rank found."""
+    return Ranks(__file__, tmp_path_factory.mktemp("ranks"), seconds=100)
 
 
 def all_close(one, two, close, dtype=None):
@@ -348,4 +305,4 @@ def test_ranks_stay_equal_in_training(ranks):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    work(CHECKS)

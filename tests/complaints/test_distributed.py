@@ -8,16 +8,10 @@ Threads: transformers #48205, #48687; Tutel #178, #248, #251; Megatron-LM #1498.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import traceback
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_ranks import RANKS, Ranks, work
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -39,7 +33,7 @@ from spectralmoe import (
     shard_routers,
 )
 
-RANKS, N, D, E, SECONDS = 2, 20, 8, 5, 60
+N, D, E = 20, 8, 5
 
 
 def make_net():
@@ -107,47 +101,10 @@ def global_batch(rank, folder):
 CHECKS = (gradients, files, places, global_batch)
 
 
-def main(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/init", rank=rank, world_size=RANKS, timeout=timedelta(seconds=SECONDS // 3)
-    )
-    results = {}
-    for check in CHECKS:
-        try:
-            results[check.__name__] = check(rank, folder)
-        except Exception:
-            results[check.__name__] = traceback.format_exc()
-            break  # the other rank may wait for this one: nothing after it can be trusted
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """``ranks(check)``: what each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    source = Path(__file__).parents[2] / "src"
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment) for rank in range(RANKS)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=SECONDS)
-    finally:
-        for process in processes:
-            process.kill()
-    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
-
-    def of(check):
-        found = [result.get(check.__name__, "did not run: an earlier check failed") for result in results]
-        failed = [value for value in found if isinstance(value, str)]
-        assert not failed, "\n".join(failed)
-        return found
-
-    of.folder = folder
-    return of
+    return Ranks(__file__, tmp_path_factory.mktemp("ranks"), seconds=60)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -244,4 +201,4 @@ def test_megatron_1498_counts_over_the_ranks(ranks):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    work(CHECKS)
