@@ -79,7 +79,7 @@ def test_a_hugging_face_folder_is_run_on_text(folders, text, family, call, tmp_p
     started = time.monotonic()
     code, out, _ = call("inspect", folders / family, "--text", text, "--tokens", 1000, "--out", tmp_path, "--json")
     assert code == 0
-    assert time.monotonic() - started < 30  # 10 on a machine that does nothing else
+    assert time.monotonic() - started < 10
     document = json.loads(out)
     assert document["data"]["tokens"] == 1000
     assert "bytes" in document["data"]["tokenizer"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from spectralmoe.diagnostics.measure import Measure
 from spectralmoe.diagnostics.similarity import mean_offdiagonal
 from spectralmoe.instruments.findings import find_problems
 
-__all__ = ["geometry_values", "inspection_document", "mean_likeness", "rounded"]
+__all__ = ["geometry_values", "inspection_document", "layer_names", "mean_likeness", "rounded"]
 
 FORMAT = 1
 
@@ -47,6 +47,32 @@ def inspection_document(
         "paths": list(paths),
     }
     return {**document, "findings": find_problems(document)}
+
+
+class Named(Protocol):
+    """A MoE layer that runs, or one of a checkpoint."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def stack(self) -> str: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def top_k(self) -> int | None: ...
+
+
+def layer_names(layer: Named) -> dict[str, Any]:
+    """Which layer: name, number, stack, E and K."""
+    return {
+        "name": layer.name,
+        "layer": layer.number,
+        "stack": layer.stack,
+        "experts": layer.num_experts,
+        "top_k": layer.top_k,
+    }
 
 
 def geometry_values(matrix: Tensor | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from spectralmoe.diagnostics.association import association, label_table
 from spectralmoe.diagnostics.entropy import are_probabilities
 from spectralmoe.diagnostics.measure import Measure
 from spectralmoe.diagnostics.watch import Seen, Watched
-from spectralmoe.instruments.document import geometry_values, mean_likeness, rounded
+from spectralmoe.instruments.document import geometry_values, layer_names, mean_likeness, rounded
 from spectralmoe.instruments.samples import BestTokens, Place, TokenSample
 from spectralmoe.instruments.statistics import LayerStatistics
 from spectralmoe.routing import Routing
@@ -136,11 +136,7 @@ class _Gathered:
         outputs, width = layer.num_experts if matrix is None else len(matrix), tokens.shape[-1]
         load = {"counts": statistics.counts().tolist(), "share": statistics.share().tolist()}
         return {
-            "name": layer.name,
-            "layer": layer.number,
-            "stack": layer.stack,
-            "experts": layer.num_experts,
-            "top_k": layer.top_k,
+            **layer_names(layer),
             "width": width if matrix is None else matrix.shape[1],
             "finite": finite and (matrix is None or bool(matrix.isfinite().all())),
             "finite_scores": statistics.finite(),

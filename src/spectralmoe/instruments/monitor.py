@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from spectralmoe.diagnostics.watch import Watch, watch
 from spectralmoe.errors import UserError
+from spectralmoe.instruments.document import layer_names
 from spectralmoe.instruments.findings import Finding, layer_findings
 from spectralmoe.instruments.monitor_log import FORMAT, MonitorLog
-from spectralmoe.instruments.window import Window, describe
+from spectralmoe.instruments.window import Window
 from spectralmoe.tape import unwrapped
 
 __all__ = ["Monitor", "OpenWatch"]
@@ -182,7 +183,7 @@ class Monitor:
         return arisen
 
     def _start(self) -> dict[str, Any]:
-        layers = [describe(layer) for layer in self._window.layers]
+        layers = [layer_names(layer) for layer in self._window.layers]
         return {"kind": "start", "format": FORMAT, "title": self.title, "layers": layers, "every": self.every}
 
     def _summed(self, sums: Tensor) -> Tensor:

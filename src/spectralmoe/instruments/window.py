@@ -10,23 +10,13 @@ from torch import Tensor
 
 from spectralmoe.diagnostics.measure import TOKENS
 from spectralmoe.diagnostics.watch import Seen, Watched
+from spectralmoe.instruments.document import layer_names
 from spectralmoe.instruments.statistics import LayerStatistics
 
-__all__ = ["Window", "describe"]
+__all__ = ["Window"]
 
 _SAMPLE = 4 * TOKENS
 _EXTRA = 4  # columns after those of the experts: slots with zero experts, empty slots, tokens, slots asked for
-
-
-def describe(layer: Watched) -> dict[str, Any]:
-    """Which layer: name, number, stack, E and K, for JSON."""
-    return {
-        "name": layer.name,
-        "layer": layer.number,
-        "stack": layer.stack,
-        "experts": layer.num_experts,
-        "top_k": layer.top_k,
-    }
 
 
 class Window:
@@ -65,7 +55,7 @@ class Window:
         for layer, row, ints, sums in zip(self.layers, rows, rest[::2], rest[1::2], strict=True):
             look = _empty(layer)
             look.ints, look.sums = ints.long(), sums
-            blocks.append({**describe(layer), **_values(layer, row, look)})
+            blocks.append({**layer_names(layer), **_values(layer, row, look)})
         self._start()
         return int(rows[:, -2].max()), blocks
 

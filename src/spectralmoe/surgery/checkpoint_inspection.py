@@ -12,7 +12,7 @@ from torch import Tensor
 from spectralmoe.diagnostics.geometry import row_cosines
 from spectralmoe.diagnostics.measure import Measure
 from spectralmoe.diagnostics.similarity import gram_cosine
-from spectralmoe.instruments.document import geometry_values, inspection_document, mean_likeness, rounded
+from spectralmoe.instruments.document import geometry_values, inspection_document, layer_names, mean_likeness, rounded
 from spectralmoe.surgery.checkpoint_layers import Checkpoint, CheckpointLayer, read_checkpoint
 
 __all__ = ["expert_gram", "inspect_checkpoint"]
@@ -65,11 +65,7 @@ def _layer(layer: CheckpointLayer, experts: bool) -> dict[str, Any]:
     nothing = Measure.of(math.nan, 0).as_json()
     cosines = gram_cosine(gram) if size else None
     return {
-        "name": layer.name,
-        "layer": layer.number,
-        "stack": layer.stack,
-        "experts": layer.num_experts,
-        "top_k": layer.top_k,
+        **layer_names(layer),
         "width": layer.width,
         "finite": bool(known.isfinite().all() and gram.isfinite().all()),
         "empty_experts": (gram.diagonal() == 0).nonzero().flatten().tolist() if size else None,
