@@ -14,10 +14,12 @@ from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
 from spectralmoe.dispatch import Grouped, Loop, fused, pick_dispatch
 from spectralmoe.dispatch.base import combine, sort_slots, spread
 from spectralmoe.dispatch.blocks import cut_blocks, sort_by_expert
+from spectralmoe.routing import Routing
 
 E, D, H = 5, 8, 12
 ACTIVATIONS = ["gelu", "relu", "swiglu"]
-small_blocks = pytest.mark.parametrize("numbers", [1, 40, 2**20], ids=["rows", "parts", "whole"])
+small_blocks = pytest.mark.parametrize("size", [1, 900, 2**22], ids=["rows", "parts", "whole"])
+again = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 
 
 def composed(x, routing, bank):
@@ -44,17 +46,52 @@ def results(layer, dispatch, x, mask, direction):
 
 
 @small_blocks
+@again
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_equals_the_loop_however_it_is_cut(dtype, activation, bias, numbers, close, monkeypatch):
-    monkeypatch.setattr(fused, "_BLOCK", numbers)
+def test_equals_the_loop_however_it_is_cut(dtype, activation, bias, size, recompute, close, monkeypatch):
+    monkeypatch.setattr(fused, "_BLOCK", size)
     layer, x, mask = make(activation, bias, dtype=dtype)
     direction = torch.randn(40, D).to(dtype) / 4
     wide = torch.promote_types(dtype, torch.float32)
     expected = results(copy.deepcopy(layer).to(wide), "loop", x.to(wide), mask, direction.to(wide))
-    for one, two in zip(results(layer, Grouped(), x, mask, direction), expected, strict=True):
+    found = results(layer, Grouped(recompute=recompute), x, mask, direction)
+    for one, two in zip(found, expected, strict=True):
         close(one.to(wide), two, dtype)
+
+
+@pytest.mark.parametrize("broken", [torch.inf, torch.nan])
+def test_a_broken_expert_changes_nothing_for_the_others(broken):
+    """Chosen by some tokens or by none."""
+    bank, x = FeedForward(4, D, H), torch.randn(38, D, requires_grad=True)
+    indices = torch.cat([torch.arange(26) % 2, torch.full([12], 2)])[torch.randperm(38), None]
+    with torch.no_grad():
+        bank.down[2:] = broken
+    routing = Routing(torch.zeros(38, 4), torch.ones(38, 1), indices, torch.zeros(38, 4))
+    y, sound = Grouped()(x, routing, bank), indices[:, 0] != 2
+    y[sound].square().sum().backward()
+    for found in (y[sound], x.grad[sound], bank.up.grad[:2], bank.down.grad[:2]):
+        assert found.isfinite().all()
+    assert bank.up.grad[3].count_nonzero() == 0
+
+
+class Doubled(FeedForward):
+    """A bank that is not what it inherits from."""
+
+    def forward(self, x, counts):
+        return 2 * super().forward(x, counts)
+
+
+@pytest.mark.parametrize("bank", [FeedForward, Doubled])
+def test_recomputation_keeps_no_hidden_layer(bank, close):
+    layer, x = MoE(Router(LinearScorer(D, E), TopK(2)), bank(E, D, H)), torch.randn(40, D)
+    expected, saved = results(layer, Grouped(), x, None, torch.ones(40, D)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        found = results(layer, Grouped(recompute=True), x, None, torch.ones(40, D))
+    assert not any(t.shape == (80, H) for t in saved)
+    for one, two in zip(found, expected, strict=True):
+        close(one, two)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -120,13 +157,6 @@ def test_the_backward_pass_keeps_one_hidden_layer_and_a_forward_without_gradient
     assert fused._forward(x, weights, indices, bank.up, bank.down, None, None, "gelu", False)[1].numel() == 0
 
 
-class Doubled(FeedForward):
-    """A bank that is not what it inherits from."""
-
-    def forward(self, x, counts):
-        return 2 * super().forward(x, counts)
-
-
 def test_only_a_plain_bank_without_hooks_is_fused(close):
     layer, x, _ = make()
     bank, x = layer.experts, x.nan_to_num()
@@ -167,9 +197,9 @@ def test_a_single_token_is_decoded_expert_by_expert(activation, close):
         close(layer(x), composed(x, routing, layer.experts))
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=9), st.integers(1, 9), st.integers(1, 60))
-def test_blocks_hold_every_row_once_and_not_many_more_than_asked(counts, width, numbers):
-    blocks, most = cut_blocks(counts, width, numbers), max(numbers // width, 1)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=9), st.integers(1, 60))
+def test_blocks_hold_every_row_once_and_not_many_more_than_asked(counts, most):
+    blocks = cut_blocks(counts, most)
     assert [block.start for block in blocks] == [sum(b.size for b in blocks[:i]) for i in range(len(blocks))]
     assert all(block.size == sum(block.sizes) and 0 < block.size <= 1.5 * most for block in blocks)
     pieces = [piece for block in blocks for piece in zip(block.experts, block.sizes, block.begins, strict=True)]

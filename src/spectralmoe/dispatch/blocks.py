@@ -44,9 +44,8 @@ class Block:
         return table[self.experts].repeat_interleave(torch.tensor(self.sizes), dim=0)
 
 
-def cut_blocks(counts: list[int], width: int, numbers: int) -> list[Block]:
-    """All rows in blocks of about ``numbers`` numbers, ``width`` a row; a large expert is cut into equal parts."""
-    most = max(numbers // width, 1)
+def cut_blocks(counts: list[int], most: int) -> list[Block]:
+    """All rows in blocks of about ``most`` rows; a large expert is cut into equal parts."""
     blocks: list[Block] = []
     for e, count in enumerate(counts):
         parts = max(round(count / most), min(count, 1))

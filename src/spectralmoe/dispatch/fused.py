@@ -3,7 +3,7 @@
 The composed form (``spread`` -> experts -> ``combine``) makes a fresh tensor of all rows at every step, and on a CPU
 fresh memory costs about as much as the work between. Here a block of rows goes all the way in buffers that the next
 block uses again. Only the hidden layer before its activation is kept for the backward pass, which applies the
-activation again and writes the gradients of the experts in place.
+activation again and writes the gradients of the experts in place; or not even that, and ``up`` runs again as well.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spectralmoe.dispatch.blocks import cut_blocks, sort_by_expert
+from spectralmoe.dispatch.blocks import Block, cut_blocks, sort_by_expert
 from spectralmoe.experts import Experts, FeedForward
 from spectralmoe.experts.feed_forward import Activation, activate
 from spectralmoe.routing import Routing
 
 __all__ = ["can_fuse", "fused"]
 
-_BLOCK = 2**20  # numbers in the hidden layer of a block: few enough for the cache, enough rows for a GEMM
+_BLOCK = 2**22  # bytes of hidden activations in a block: few enough for the cache, enough rows for a GEMM
 
 
 def can_fuse(experts: Experts, x: Tensor) -> TypeGuard[FeedForward]:
@@ -36,11 +36,12 @@ def can_fuse(experts: Experts, x: Tensor) -> TypeGuard[FeedForward]:
     )
 
 
-def fused(x: Tensor, routing: Routing, bank: FeedForward) -> Tensor:
+def fused(x: Tensor, routing: Routing, bank: FeedForward, *, recompute: bool = False) -> Tensor:
     """Tokens (N, D) for tokens x (N, D): what the composed form gives, up to rounding."""
     parts = [None if part is None else part.to(x.dtype) for part in (bank.up, bank.down, bank.up_bias, bank.down_bias)]
     inputs = (x, routing.weights, *parts)
-    keep = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in inputs)
+    trains = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in inputs)
+    keep = trains and not recompute
     return _forward(x, routing.weights, routing.indices, *parts, bank.activation, keep)[0]  # type: ignore[no-any-return]
 
 
@@ -59,7 +60,7 @@ def _forward(  # noqa: PLR0917 (the schema of the operator)
     """Output (N, D); hidden layer before the activation (N * K, H), if kept; order (N * K,); counts (E,)."""
     order, counts = sort_by_expert(indices, up.shape[0])
     tokens, scale = order // max(indices.shape[1], 1), weights.flatten()[order, None].to(x.dtype)
-    blocks = cut_blocks(counts.tolist(), max(up.shape[1], x.shape[1]), _BLOCK)
+    blocks = _blocks(counts, down)
     most = max((block.size for block in blocks), default=0)
     y = torch.zeros_like(x, dtype=weights.dtype)  # bf16 rows add up in fp32
     hidden = x.new_empty(len(order) if keep else 0, up.shape[1])
@@ -69,9 +70,7 @@ def _forward(  # noqa: PLR0917 (the schema of the operator)
         here = slice(block.start, block.start + block.size)
         z, h = hidden[here] if keep else before[: block.size], act[: block.size]
         own = torch.index_select(x, 0, tokens[here], out=rows[: block.size])
-        block.multiply(own, up.mT, out=z)
-        if up_bias is not None:
-            z += block.each(up_bias)
+        _lift(block, own, up, up_bias, out=z)
         _activate(activation, z, out=h)
         block.multiply(h, down.mT, out=own)
         if down_bias is not None:
@@ -98,7 +97,7 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
 ) -> list[Tensor]:
     """The gradients of x, weights, up, down and of the biases that there are; an empty tensor for what nobody wants."""
     tokens, scale = order // max(weights.shape[1], 1), weights.flatten()[order, None].to(x.dtype)
-    blocks = cut_blocks(counts.tolist(), max(up.shape[1], x.shape[1]), _BLOCK)
+    blocks = _blocks(counts, down)
     most = max((block.size for block in blocks), default=0)
     d_x = x.new_zeros(x.shape if wants_x else 0, dtype=weights.dtype)
     d_up, d_down = (torch.empty_like(part) if wants_bank else part.new_empty(0) for part in (up, down))
@@ -109,10 +108,14 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
         None if b is None else torch.zeros_like(b, dtype=weights.dtype) for b in (up_bias, down_bias)
     )
     (rows, grads), (act, d_act) = x.new_empty(2, most, x.shape[1]), x.new_empty(2, most, down.shape[2])
+    before = x.new_empty(0 if len(hidden) else most, up.shape[1])
+    d_before = d_act if up.shape[1] == down.shape[2] else x.new_empty(most, up.shape[1])
     for block in blocks:
         here = slice(block.start, block.start + block.size)
-        z, h, d_h = hidden[here], act[: block.size], d_act[: block.size]
+        z, h, d_h = hidden[here] if len(hidden) else before[: block.size], act[: block.size], d_act[: block.size]
         own = torch.index_select(x, 0, tokens[here], out=rows[: block.size])
+        if not len(hidden):
+            _lift(block, own, up, up_bias, out=z)
         g = torch.index_select(grad, 0, tokens[here], out=grads[: block.size])
         _activate(activation, z, out=h)
         block.multiply(g, down, out=d_h)
@@ -122,7 +125,7 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
         if wants_bank:
             block.outer(g, h, out=d_down)
         d_scale[here] += h.mul_(d_h).sum(1)
-        d_z = _activate_backward(activation, d_h.mul_(scale[here]), z)
+        d_z = _activate_backward(activation, d_h.mul_(scale[here]), z, h, out=d_before[: block.size])
         if wants_bank:
             block.outer(d_z, own, out=d_up)
             if d_up_bias is not None and d_down_bias is not None:
@@ -136,6 +139,13 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
     return [d_x.to(x.dtype), d_weights, d_up, d_down, *d_biases]
 
 
+def _lift(block: Block, rows: Tensor, up: Tensor, up_bias: Tensor | None, out: Tensor) -> None:
+    """The hidden layer before its activation."""
+    block.multiply(rows, up.mT, out=out)
+    if up_bias is not None:
+        out += block.each(up_bias)
+
+
 def _activate(activation: str, z: Tensor, out: Tensor) -> None:
     if activation == "gelu":
         torch.ops.aten.gelu.out(z, out=out)
@@ -146,14 +156,21 @@ def _activate(activation: str, z: Tensor, out: Tensor) -> None:
         torch.ops.aten.silu.out(gate, out=out).mul_(value)
 
 
-def _activate_backward(activation: str, d_h: Tensor, z: Tensor) -> Tensor:
-    """The gradient of z from that of the activations, which may be overwritten."""
+def _activate_backward(activation: str, d_h: Tensor, z: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
+    """The gradient of z from that of the activations; ``scratch`` is shaped like ``d_h``, ``out`` like ``z``."""
     if activation == "gelu":
-        return torch.ops.aten.gelu_backward.grad_input(d_h, z, grad_input=d_h)  # type: ignore[no-any-return]
+        return torch.ops.aten.gelu_backward.grad_input(d_h, z, grad_input=out)  # type: ignore[no-any-return]
     if activation == "relu":
-        return torch.ops.aten.threshold_backward.grad_input(d_h, z, 0, grad_input=d_h)  # type: ignore[no-any-return]
-    gate, value = z.chunk(2, dim=1)
-    return torch.cat([torch.ops.aten.silu_backward(d_h * value, gate), d_h * torch.ops.aten.silu(gate)], dim=1)
+        return torch.ops.aten.threshold_backward.grad_input(d_h, z, 0, grad_input=out)  # type: ignore[no-any-return]
+    (gate, value), (d_gate, d_value) = z.chunk(2, dim=1), out.chunk(2, dim=1)
+    torch.mul(d_h, torch.ops.aten.silu.out(gate, out=scratch), out=d_value)
+    torch.ops.aten.silu_backward.grad_input(torch.mul(d_h, value, out=scratch), gate, grad_input=d_gate)
+    return out
+
+
+def _blocks(counts: Tensor, down: Tensor) -> list[Block]:
+    """All rows in blocks whose hidden activations have about ``_BLOCK`` bytes."""
+    return cut_blocks(counts.tolist(), max(_BLOCK // (max(down.shape[1:]) * down.element_size()), 1))
 
 
 @_forward.register_fake

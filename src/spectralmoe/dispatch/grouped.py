@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from spectralmoe.dispatch.base import combine, sort_slots, spread
 from spectralmoe.dispatch.fused import can_fuse, fused
@@ -16,10 +17,27 @@ class Grouped:
     """Dropless: each expert runs on exactly the tokens that chose it, however uneven the load.
 
     Feed-forward banks on a CPU run as one operator (``dispatch.fused``).
+
+    Args:
+        recompute: keep no hidden activations for the backward pass, which makes them again: less memory, and time for
+            one more run of the experts' first half (of the whole experts where they are not one operator). The router
+            is not run again, so no choice can change.
+
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
+    >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 32), dispatch=Grouped(recompute=True))
+    >>> layer(torch.randn(10, 8)).sum().backward()
     """
+
+    def __init__(self, recompute: bool = False) -> None:
+        self.recompute = recompute
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         if can_fuse(experts, x):
-            return fused(x, routing, experts)
+            return fused(x, routing, experts, recompute=self.recompute)
         slots = sort_slots(routing, experts.num_experts)
-        return combine(experts(spread(x, slots), slots.counts), routing.weights.to(x.dtype), slots)
+        rows = spread(x, slots)
+        if self.recompute:
+            result = checkpoint(experts, rows, slots.counts, use_reentrant=False)
+        else:
+            result = experts(rows, slots.counts)
+        return combine(result, routing.weights.to(x.dtype), slots)

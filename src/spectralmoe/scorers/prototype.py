@@ -77,5 +77,5 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, matrix = ctx.saved_tensors
-        d_x = torch.addcmul(grad @ matrix, x, grad.sum(-1, keepdim=True), value=-2 * ctx.s)
+        d_x = (grad @ matrix).addcmul_(x, grad.sum(-1, keepdim=True), value=-2 * ctx.s)
         return d_x, grad.T @ x, grad.sum(0), None
