@@ -145,16 +145,15 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen, close):
             close(one, two)
 
 
-def test_the_backward_pass_keeps_one_hidden_layer_and_a_forward_without_gradient_none():
+def test_the_backward_pass_keeps_one_hidden_layer_and_the_outputs_and_a_forward_without_gradient_nothing():
     layer, x, _ = make()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x.nan_to_num())
-    assert [tuple(t.shape) for t in saved].count((80, H)) == 1
-    assert not any(t.shape == (80, D) for t in saved)
+    assert sum(t.numel() for t in saved if t.dim() == 2 and t.shape[0] == 80) == 80 * (H + D)
     indices, weights = torch.zeros(40, 1, dtype=torch.int64), torch.ones(40, 1)
     bank = layer.experts
-    assert fused._forward(x, weights, indices, bank.up, bank.down, None, None, "gelu", False)[1].numel() == 0
+    assert fused._forward(x, weights, indices, bank.up, bank.down, None, None, "gelu", False)[3].numel() == 0
 
 
 def test_only_a_plain_bank_without_hooks_is_fused(close):

@@ -2,8 +2,9 @@
 
 The composed form (``spread`` -> experts -> ``combine``) makes a fresh tensor of all rows at every step, and on a CPU
 fresh memory costs about as much as the work between. Here a block of rows goes all the way in buffers that the next
-block uses again. Only the hidden layer before its activation is kept for the backward pass, which applies the
-activation again and writes the gradients of the experts in place; or not even that, and ``up`` runs again as well.
+block uses again. Of the experts' work, the hidden layer before its activation and the output rows are kept for the
+backward pass, which applies the activation again and writes the gradients of the experts in place; or nothing is kept,
+and the experts run again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spectralmoe.dispatch.blocks import Block, cut_blocks, sort_by_expert
+from spectralmoe.dispatch.fused_passes import Bank
 from spectralmoe.experts import Experts, FeedForward
 from spectralmoe.experts.feed_forward import Activation, activate
 from spectralmoe.routing import Routing
@@ -56,27 +58,22 @@ def _forward(  # noqa: PLR0917 (the schema of the operator)
     down_bias: Tensor | None,
     activation: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output (N, D); hidden layer before the activation (N * K, H), if kept; order (N * K,); counts (E,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output (N, D); order (N * K,); counts (E,); and, if kept, what ``_run`` makes for the rows in this order."""
     order, counts = sort_by_expert(indices, up.shape[0])
     tokens, scale = order // max(indices.shape[1], 1), weights.flatten()[order, None].to(x.dtype)
-    blocks = _blocks(counts, down)
-    most = max((block.size for block in blocks), default=0)
+    bank, (blocks, most) = Bank(up, down, up_bias, down_bias, activation), _blocks(counts, down)
     y = torch.zeros_like(x, dtype=weights.dtype)  # bf16 rows add up in fp32
-    hidden = x.new_empty(len(order) if keep else 0, up.shape[1])
     rows, act = x.new_empty(most, x.shape[1]), x.new_empty(most, down.shape[2])
-    before = x.new_empty(0 if keep else most, up.shape[1])
+    kept = [x.new_empty(len(order) if keep else 0, width) for width in (up.shape[1], x.shape[1])]
+    before, outputs = kept if keep else (x.new_empty(most, up.shape[1]), rows)
     for block in blocks:
-        here = slice(block.start, block.start + block.size)
-        z, h = hidden[here] if keep else before[: block.size], act[: block.size]
-        own = torch.index_select(x, 0, tokens[here], out=rows[: block.size])
-        _lift(block, own, up, up_bias, out=z)
-        _activate(activation, z, out=h)
-        block.multiply(h, down.mT, out=own)
-        if down_bias is not None:
-            own += block.each(down_bias)
-        y.index_add_(0, tokens[here], own.mul_(scale[here]).to(y.dtype))
-    return y.to(x.dtype), hidden, order, counts
+        here, own = slice(block.start, block.start + block.size), slice(block.size)
+        place = here if keep else own
+        torch.index_select(x, 0, tokens[here], out=rows[own])
+        bank.run(block, rows[own], hidden=before[place], act=act[own], outputs=outputs[place])
+        y.index_add_(0, tokens[here], torch.mul(outputs[place], scale[here], out=rows[own]).to(y.dtype))
+    return y.to(x.dtype), order, counts, kept[0], kept[1]
 
 
 @torch.library.custom_op("spectralmoe::fused_experts_backward", mutates_args=())
@@ -88,17 +85,18 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
     down: Tensor,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
-    hidden: Tensor,
     order: Tensor,
     counts: Tensor,
+    hidden: Tensor,
+    outputs: Tensor,
     activation: str,
     wants_x: bool,
     wants_bank: bool,
 ) -> list[Tensor]:
     """The gradients of x, weights, up, down and of the biases that there are; an empty tensor for what nobody wants."""
     tokens, scale = order // max(weights.shape[1], 1), weights.flatten()[order, None].to(x.dtype)
-    blocks = _blocks(counts, down)
-    most = max((block.size for block in blocks), default=0)
+    bank, (blocks, most) = Bank(up, down, up_bias, down_bias, activation), _blocks(counts, down)
+    kept = len(hidden) > 0
     d_x = x.new_zeros(x.shape if wants_x else 0, dtype=weights.dtype)
     d_up, d_down = (torch.empty_like(part) if wants_bank else part.new_empty(0) for part in (up, down))
     for e in (counts == 0).nonzero() if wants_bank else ():
@@ -107,83 +105,56 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
     d_up_bias, d_down_bias = (
         None if b is None else torch.zeros_like(b, dtype=weights.dtype) for b in (up_bias, down_bias)
     )
-    (rows, grads), (act, d_act) = x.new_empty(2, most, x.shape[1]), x.new_empty(2, most, down.shape[2])
-    before = x.new_empty(0 if len(hidden) else most, up.shape[1])
+    (rows, grads), (act, d_act, spare) = x.new_empty(2, most, x.shape[1]), x.new_empty(3, most, down.shape[2])
+    before, after = (x.new_empty(0 if kept else most, width) for width in (up.shape[1], x.shape[1]))
     d_before = d_act if up.shape[1] == down.shape[2] else x.new_empty(most, up.shape[1])
     for block in blocks:
-        here = slice(block.start, block.start + block.size)
-        z, h, d_h = hidden[here] if len(hidden) else before[: block.size], act[: block.size], d_act[: block.size]
-        own = torch.index_select(x, 0, tokens[here], out=rows[: block.size])
-        if not len(hidden):
-            _lift(block, own, up, up_bias, out=z)
-        g = torch.index_select(grad, 0, tokens[here], out=grads[: block.size])
-        _activate(activation, z, out=h)
-        block.multiply(g, down, out=d_h)
-        if down_bias is not None:
-            d_scale[here] = torch.linalg.vecdot(g, block.each(down_bias))
+        here, own = slice(block.start, block.start + block.size), slice(block.size)
+        z, y = (hidden[here], outputs[here]) if kept else (before[own], after[own])
+        h, row = act[own], torch.index_select(x, 0, tokens[here], out=rows[own])
+        if kept:
+            bank.activate(z, spare[own], out=h)
+        else:
+            bank.run(block, row, hidden=z, act=h, outputs=y, silu=spare[own])
+        g = torch.index_select(grad, 0, tokens[here], out=grads[own])
+        d_scale[here] = y.mul(g).sum(1)
         g.mul_(scale[here])
+        d_h = d_act[own]
+        block.multiply(g, down, out=d_h)
         if wants_bank:
             block.outer(g, h, out=d_down)
-        d_scale[here] += h.mul_(d_h).sum(1)
-        d_z = _activate_backward(activation, d_h.mul_(scale[here]), z, h, out=d_before[: block.size])
+        bank.activate_backward(d_h, z, spare[own], scratch=h, out=(d_z := d_before[own]))
         if wants_bank:
-            block.outer(d_z, own, out=d_up)
+            block.outer(d_z, row, out=d_up)
             if d_up_bias is not None and d_down_bias is not None:
                 block.add(d_z, out=d_up_bias)
                 block.add(g, out=d_down_bias)
         if wants_x:
-            block.multiply(d_z, up, out=own)
-            d_x.index_add_(0, tokens[here], own.to(d_x.dtype))
+            block.multiply(d_z, up, out=row)
+            d_x.index_add_(0, tokens[here], row.to(d_x.dtype))
     d_weights = torch.zeros_like(d_scale).scatter_(0, order, d_scale).view_as(weights)
     d_biases = [bias.to(x.dtype) for bias in (d_up_bias, d_down_bias) if bias is not None]
     return [d_x.to(x.dtype), d_weights, d_up, d_down, *d_biases]
 
 
-def _lift(block: Block, rows: Tensor, up: Tensor, up_bias: Tensor | None, out: Tensor) -> None:
-    """The hidden layer before its activation."""
-    block.multiply(rows, up.mT, out=out)
-    if up_bias is not None:
-        out += block.each(up_bias)
-
-
-def _activate(activation: str, z: Tensor, out: Tensor) -> None:
-    if activation == "gelu":
-        torch.ops.aten.gelu.out(z, out=out)
-    elif activation == "relu":
-        torch.clamp_min(z, 0, out=out)
-    else:
-        gate, value = z.chunk(2, dim=1)
-        torch.ops.aten.silu.out(gate, out=out).mul_(value)
-
-
-def _activate_backward(activation: str, d_h: Tensor, z: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
-    """The gradient of z from that of the activations; ``scratch`` is shaped like ``d_h``, ``out`` like ``z``."""
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward.grad_input(d_h, z, grad_input=out)  # type: ignore[no-any-return]
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward.grad_input(d_h, z, 0, grad_input=out)  # type: ignore[no-any-return]
-    (gate, value), (d_gate, d_value) = z.chunk(2, dim=1), out.chunk(2, dim=1)
-    torch.mul(d_h, torch.ops.aten.silu.out(gate, out=scratch), out=d_value)
-    torch.ops.aten.silu_backward.grad_input(torch.mul(d_h, value, out=scratch), gate, grad_input=d_gate)
-    return out
-
-
-def _blocks(counts: Tensor, down: Tensor) -> list[Block]:
-    """All rows in blocks whose hidden activations have about ``_BLOCK`` bytes."""
-    return cut_blocks(counts.tolist(), max(_BLOCK // (max(down.shape[1:]) * down.element_size()), 1))
+def _blocks(counts: Tensor, down: Tensor) -> tuple[list[Block], int]:
+    """All rows in blocks whose hidden activations have about ``_BLOCK`` bytes, and the rows of the largest."""
+    blocks = cut_blocks(counts.tolist(), max(_BLOCK // (max(down.shape[1:]) * down.element_size()), 1))
+    return blocks, max((block.size for block in blocks), default=0)
 
 
 @_forward.register_fake
-def _(x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     slots, keep = indices.numel(), rest[-1]
-    hidden = x.new_empty(slots if keep else 0, up.shape[1])
-    return torch.empty_like(x), hidden, indices.new_empty(slots), indices.new_empty(up.shape[0])
+    kept = (x.new_empty(slots if keep else 0, width) for width in (up.shape[1], x.shape[1]))
+    return torch.empty_like(x), indices.new_empty(slots), indices.new_empty(up.shape[0]), *kept
 
 
 @_backward.register_fake
 def _(grad: Tensor, x: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
-    *parts, _, _, _, _, wants_x, wants_bank = rest
-    d_bank = [torch.empty_like(part) if wants_bank else part.new_empty(0) for part in parts if part is not None]
+    *_, wants_x, wants_bank = rest
+    bank = [part for part in rest[:4] if part is not None]
+    d_bank = [torch.empty_like(part) if wants_bank else part.new_empty(0) for part in bank]
     return [torch.empty_like(x) if wants_x else x.new_empty(0), torch.empty_like(weights), *d_bank]
 
 
@@ -215,7 +186,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _second_gradients(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
     """Gradients of gradients, which are rare: those of the definition, expert by expert."""
-    *inputs, _, order, counts = ctx.saved_tensors
+    *inputs, order, counts, _, _ = ctx.saved_tensors
     with torch.enable_grad():
         given = [None if part is None else part.detach().requires_grad_() for part in inputs]
         grad, *parts = given
@@ -226,7 +197,7 @@ def _second_gradients(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...
             [first[i] for i in wanted], [grad, *leaves], [grads[i] for i in wanted], allow_unused=True
         )
     found = iter(second)
-    return *(None if part is None else next(found) for part in given), *[None] * 6
+    return *(None if part is None else next(found) for part in given), *[None] * 7
 
 
 _backward.register_autograd(_second_gradients, setup_context=_save_backward)

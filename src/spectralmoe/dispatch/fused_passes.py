@@ -1,0 +1,60 @@
+"""The passes over a block of rows that ``fused.py`` is made of, all into buffers that are there already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectralmoe.dispatch.blocks import Block
+
+__all__ = ["Bank"]
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """The parts of a feed-forward bank.
+
+    Attributes:
+        up, down, up_bias, down_bias: as in ``FeedForward``, in the dtype of the tokens.
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: str
+
+    def run(
+        self, block: Block, rows: Tensor, *, hidden: Tensor, act: Tensor, outputs: Tensor, silu: Tensor | None = None
+    ) -> None:
+        """From rows to the hidden layer before and after its activation, and the outputs."""
+        block.multiply(rows, self.up.mT, out=hidden)
+        if self.up_bias is not None:
+            hidden += block.each(self.up_bias)
+        self.activate(hidden, silu, out=act)
+        block.multiply(act, self.down.mT, out=outputs)
+        if self.down_bias is not None:
+            outputs += block.each(self.down_bias)
+
+    def activate(self, hidden: Tensor, silu: Tensor | None, *, out: Tensor) -> None:
+        """The hidden activations; for swiglu also the silu of its gate, where there is room for it."""
+        if self.activation == "gelu":
+            torch.ops.aten.gelu.out(hidden, out=out)
+        elif self.activation == "relu":
+            torch.clamp_min(hidden, 0, out=out)
+        else:
+            gate, value = hidden.chunk(2, dim=1)
+            torch.mul(torch.ops.aten.silu.out(gate, out=out if silu is None else silu), value, out=out)
+
+    def activate_backward(self, d_act: Tensor, hidden: Tensor, silu: Tensor, *, scratch: Tensor, out: Tensor) -> None:
+        """The gradient of the hidden layer from that of the activations; ``scratch`` is shaped like ``d_act``."""
+        if self.activation == "gelu":
+            torch.ops.aten.gelu_backward.grad_input(d_act, hidden, grad_input=out)
+        elif self.activation == "relu":
+            torch.ops.aten.threshold_backward.grad_input(d_act, hidden, 0, grad_input=out)
+        else:
+            (gate, value), (d_gate, d_value) = hidden.chunk(2, dim=1), out.chunk(2, dim=1)
+            torch.mul(d_act, silu, out=d_value)
+            torch.ops.aten.silu_backward.grad_input(torch.mul(d_act, value, out=scratch), gate, grad_input=d_gate)
