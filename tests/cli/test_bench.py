@@ -40,6 +40,17 @@ def test_bench_prints_a_table_or_json(call, busy):
     assert json.loads(out)["settings"]["rounds"] == 6
 
 
+def test_memory_is_kept_when_asked_and_again_in_the_check(call, busy, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr("spectralmoe.cli.bench.keep_freed_memory", lambda: kept.append(True))
+    quick = ("--quick", "--rounds", 1, "--threads", 1, "--allow-busy", "--out", tmp_path)
+    assert call("bench", "router", *quick, "--keep-memory")[0] == 0
+    assert read_json(tmp_path / "bench.json")["settings"]["keep_memory"] is True
+    assert "freed memory kept" in (tmp_path / "bench.md").read_text()
+    assert call("bench", "--check", tmp_path / "bench.json")[0] == 0
+    assert kept == [True, True]
+
+
 def test_bench_refuses_a_busy_machine(refused, busy):
     assert "not idle at the start" in refused("bench", "router", "--quick")
 

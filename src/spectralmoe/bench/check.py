@@ -32,7 +32,8 @@ def read_stored(path: Path) -> tuple[dict[str, Any], list[str], Settings]:
     if not made["quick"] or made["device"] != "cpu":
         raise UserError(f"{path} is not of a quick run on the CPU; make one with: spectralmoe bench --quick --out DIR")
     dtypes = tuple(getattr(torch, name) for name in made["dtypes"])
-    return stored, made["suites"], Settings(torch.device("cpu"), dtypes, True, made["threads"], made["rounds"])
+    settings = Settings(torch.device("cpu"), dtypes, True, made["threads"], made["rounds"], made["keep_memory"])
+    return stored, made["suites"], settings
 
 
 def warnings(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

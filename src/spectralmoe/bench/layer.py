@@ -10,7 +10,7 @@ from spectralmoe.bench.case import Case
 from spectralmoe.bench.peers import find_peers
 from spectralmoe.bench.problem import Activation, Form, Problem, Sizes
 from spectralmoe.bench.settings import Settings
-from spectralmoe.bench.subject import as_case, spectralmoe_layer
+from spectralmoe.bench.subject import Subject, as_case, spectralmoe_layer
 
 __all__ = ["FORMS", "SHAPES", "cases"]
 
@@ -25,7 +25,7 @@ FORMS: tuple[Form, ...] = ("forward and backward", "forward")
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """GELU in the first dtype, SwiGLU (the experts of most peers) in all."""
+    """GELU in the first dtype, also compiled and recomputing; SwiGLU (the experts of most peers) in all."""
     kinds: list[tuple[Activation, torch.dtype]] = [("gelu", settings.dtypes[0])]
     kinds += [("swiglu", dtype) for dtype in settings.dtypes]
     for activation, dtype in kinds:
@@ -33,5 +33,12 @@ def cases(settings: Settings) -> Iterator[Case]:
             problem = Problem(sizes, activation, dtype, settings.device)
             peers, skipped = find_peers(problem)
             for form in FORMS:
-                subjects = [spectralmoe_layer(problem), *peers]
+                subjects = [spectralmoe_layer(problem), *_variants(problem, form, settings), *peers]
                 yield as_case("layer", problem, form, subjects, skipped, quick=settings.quick)
+
+
+def _variants(problem: Problem, form: Form, settings: Settings) -> Iterator[Subject]:
+    if problem.activation == "gelu" and not settings.quick:
+        yield spectralmoe_layer(problem, compiled=True)
+        if form != "forward":
+            yield spectralmoe_layer(problem, recompute=True)

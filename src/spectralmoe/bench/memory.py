@@ -21,5 +21,5 @@ def cases(settings: Settings) -> Iterator[Case]:
         for sizes in QUICK if settings.quick else SHAPES:
             problem = Problem(sizes, activation, settings.dtypes[0], settings.device)
             peers, skipped = find_peers(problem)
-            subjects = [spectralmoe_layer(problem), *peers]
+            subjects = [spectralmoe_layer(problem), spectralmoe_layer(problem, recompute=True), *peers]
             yield as_case("memory", problem, "forward and backward", subjects, skipped, unit="bytes")

@@ -118,6 +118,7 @@ def _head(suites: Sequence[str], settings: Settings) -> dict[str, Any]:
             "quick": settings.quick,
             "threads": settings.threads,
             "rounds": settings.rounds,
+            "keep_memory": settings.keep_memory,
         },
     }
 

@@ -16,6 +16,7 @@ class Settings:
     Attributes:
         dtypes: the first is the main one; suites that need no second use it alone.
         quick: small sizes, for a look and for the check in CI.
+        keep_memory: this process keeps what it frees (``keep_freed_memory``).
     """
 
     device: torch.device
@@ -23,3 +24,4 @@ class Settings:
     quick: bool = False
     threads: int = 2
     rounds: int = 25
+    keep_memory: bool = False

@@ -21,7 +21,8 @@ def as_markdown(result: Row) -> str:
         lines += [f"**The machine was busy (others: {result['load_of_others']:.1f} threads): not for the record.**", ""]
     about = ", ".join(f"{key} {value}" for key, value in {**machine, **result["packages"]}.items() if value is not None)
     how = f"{settings['rounds']} rounds, {settings['threads']} threads, {settings['device']}"
-    lines += [f"{about}. {how}{', quick sizes' if settings['quick'] else ''}.", "", "## Targets", ""]
+    how += ", quick sizes" * settings["quick"] + ", freed memory kept" * settings["keep_memory"]
+    lines += [f"{about}. {how}.", "", "## Targets", ""]
     lines += _table(["what", "at most", "measured", "met"], [target_cells(row) for row in result["targets"]])
     for suite in dict.fromkeys(case["suite"] for case in result["cases"]):
         lines += ["", f"## {suite}"]

@@ -15,6 +15,7 @@ from spectralmoe.bench.gate import difference
 from spectralmoe.bench.limit import Balanced, matmul_rate
 from spectralmoe.bench.memory_peak import held_bytes
 from spectralmoe.bench.problem import Form, Problem
+from spectralmoe.dispatch import Grouped
 from spectralmoe.experts import FeedForward
 from spectralmoe.moe import MoE
 from spectralmoe.router import Router
@@ -59,16 +60,18 @@ def bank(problem: Problem) -> FeedForward:
     return experts
 
 
-def spectralmoe_layer(problem: Problem) -> Subject:
-    """Our layer as it comes: ``MoE`` with dispatch="auto"."""
+def spectralmoe_layer(problem: Problem, *, recompute: bool = False, compiled: bool = False) -> Subject:
+    """Our layer: as it comes, keeping nothing of the experts' work for the gradients, or through ``torch.compile``."""
     scorer = LinearScorer(problem.sizes.d, problem.sizes.e)
     scorer.weight = nn.Parameter(problem.router)
-    layer = MoE(Router(scorer, TopK(problem.sizes.k, normalize=problem.sizes.k > 1)), experts := bank(problem))
+    router, experts = Router(scorer, TopK(problem.sizes.k, normalize=problem.sizes.k > 1)), bank(problem)
+    layer = MoE(router, experts, dispatch=Grouped(recompute=True) if recompute else "auto")
 
     def gradients() -> dict[str, Tensor | None]:
         return {"router": scorer.weight.grad, "up": experts.up.grad, "down": experts.down.grad}
 
-    return Subject("spectralmoe", layer, layer, gradients, "ours")
+    name = "spectralmoe" + ", recomputing" * recompute + ", compiled" * compiled
+    return Subject(name, layer, torch.compile(layer, fullgraph=True) if compiled else layer, gradients, "ours")
 
 
 def candidate(subject: Subject, problem: Problem, form: Form) -> Candidate:

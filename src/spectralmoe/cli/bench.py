@@ -9,6 +9,7 @@ import torch
 import typer
 
 from spectralmoe.bench import SUITES, Settings, run
+from spectralmoe.bench.allocator import keep_freed_memory
 from spectralmoe.bench.check import read_stored, warnings
 from spectralmoe.bench.show import as_markdown, target_cells
 from spectralmoe.cli.console import print_json, print_table, watching
@@ -38,6 +39,9 @@ def bench(
     allow_busy: Annotated[
         bool, typer.Option("--allow-busy", help="Measure although the machine is not idle; the result says so.")
     ] = False,
+    keep_memory: Annotated[
+        bool, typer.Option("--keep-memory", help="Let glibc keep freed memory: no candidate maps fresh pages.")
+    ] = False,
     check: Annotated[
         Path | None,
         typer.Option("--check", metavar="FILE", help="Repeat the quick run in FILE, warn of slower ratios."),
@@ -55,12 +59,16 @@ def bench(
     if check is not None:
         _check(check, json)
         return
+    if keep_memory:
+        keep_freed_memory()
     where = pick_device(device)
     names = split_names(dtype or ("bfloat16" if where.type == "cuda" else "float32,bfloat16"))
     for name in names:
         if name not in DTYPES:
             raise one_of("dtype", name, DTYPES)
-    settings = Settings(where, tuple(DTYPES[name] for name in names), quick, threads, rounds or (7 if quick else 25))
+    settings = Settings(
+        where, tuple(DTYPES[name] for name in names), quick, threads, rounds or (7 if quick else 25), keep_memory
+    )
     with watching(quiet=json) as watch:
         result = run(suites or list(SUITES), settings, out=out, allow_busy=allow_busy, watch=watch)
     if json:
@@ -77,6 +85,8 @@ def bench(
 def _check(path: Path, json: bool) -> None:
     """Slower ratios are warnings: another machine, or a neighbour, may be the reason."""
     stored, suites, settings = read_stored(path)
+    if settings.keep_memory:
+        keep_freed_memory()
     with watching(quiet=json) as watch:
         found = run(suites, settings, allow_busy=True, watch=watch)
     lines = warnings(stored, found)
