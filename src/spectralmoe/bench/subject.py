@@ -84,7 +84,8 @@ def candidate(subject: Subject, problem: Problem, form: Form) -> Candidate:
             parameter.grad = None
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        subject.module.train(training)
+        if subject.module.training != training:
+            subject.module.train(training)
         if not training:
             with torch.no_grad():
                 return x, subject.call(x)
