@@ -1,21 +1,26 @@
 # make demo    install what the comparison needs and run it at demo size
 # make test    install everything and check it: ruff, mypy, pytest
+# make speed   repeat a small benchmark and warn of ratios that have grown
 # make lint, make format, make clean
 
 PYTHON ?= python3
 DEMO ?= --depths 2 --seeds 3 --epochs 8
 PYTEST_ARGS ?=
+STORED ?= benchmarks/results/2026-11-22-bench-quick-cpu.json
 
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test speed lint format clean
 
 demo: .venv/demo.stamp
 	$(BIN)/spectralmoe compare --data mnist5k --out runs/demo $(DEMO)
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+speed: .venv/test.stamp
+	$(BIN)/spectralmoe bench --check $(STORED)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check
