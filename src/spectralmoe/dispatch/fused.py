@@ -4,7 +4,7 @@ The composed form (``spread`` -> experts -> ``combine``) makes a fresh tensor of
 fresh memory costs about as much as the work between. Here a block of rows goes all the way in buffers that the next
 block uses again. Of the experts' work, the hidden layer before its activation and the output rows are kept for the
 backward pass, which applies the activation again and writes the gradients of the experts in place; or nothing is kept,
-and the experts run again.
+and their first half runs again.
 """
 
 from __future__ import annotations
@@ -59,21 +59,22 @@ def _forward(  # noqa: PLR0917 (the schema of the operator)
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output (N, D); order (N * K,); counts (E,); and, if kept, what ``_run`` makes for the rows in this order."""
+    """Output (N, D); order (N * K,); counts (E,); and what is kept of the rows in this order: ``_kept``."""
     order, counts = sort_by_expert(indices, up.shape[0])
     tokens, scale = order // max(indices.shape[1], 1), weights.flatten()[order, None].to(x.dtype)
     bank, (blocks, most) = Bank(up, down, up_bias, down_bias, activation), _blocks(counts, down)
     y = torch.zeros_like(x, dtype=weights.dtype)  # bf16 rows add up in fp32
     rows, act = x.new_empty(most, x.shape[1]), x.new_empty(most, down.shape[2])
-    kept = [x.new_empty(len(order) if keep else 0, width) for width in (up.shape[1], x.shape[1])]
-    before, outputs = kept if keep else (x.new_empty(most, up.shape[1]), rows)
+    hidden, outputs = (x.new_empty(shape) for shape in _kept(len(order), up, down, keep))
+    before = x.new_empty(0 if keep else most, up.shape[1])
     for block in blocks:
         here, own = slice(block.start, block.start + block.size), slice(block.size)
-        place = here if keep else own
-        torch.index_select(x, 0, tokens[here], out=rows[own])
-        bank.run(block, rows[own], hidden=before[place], act=act[own], outputs=outputs[place])
-        y.index_add_(0, tokens[here], torch.mul(outputs[place], scale[here], out=rows[own]).to(y.dtype))
-    return y.to(x.dtype), order, counts, kept[0], kept[1]
+        row, z = torch.index_select(x, 0, tokens[here], out=rows[own]), hidden[here] if keep else before[own]
+        out = outputs[here] if len(outputs) else row
+        bank.lift(block, row, hidden=z, act=act[own])
+        bank.lower(block, act[own], outputs=out)
+        y.index_add_(0, tokens[here], torch.mul(out, scale[here], out=row).to(y.dtype))
+    return y.to(x.dtype), order, counts, hidden, outputs
 
 
 @torch.library.custom_op("spectralmoe::fused_experts_backward", mutates_args=())
@@ -106,21 +107,27 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
         None if b is None else torch.zeros_like(b, dtype=weights.dtype) for b in (up_bias, down_bias)
     )
     (rows, grads), (act, d_act, spare) = x.new_empty(2, most, x.shape[1]), x.new_empty(3, most, down.shape[2])
-    before, after = (x.new_empty(0 if kept else most, width) for width in (up.shape[1], x.shape[1]))
+    before = x.new_empty(0 if kept else most, up.shape[1])
     d_before = d_act if up.shape[1] == down.shape[2] else x.new_empty(most, up.shape[1])
     for block in blocks:
         here, own = slice(block.start, block.start + block.size), slice(block.size)
-        z, y = (hidden[here], outputs[here]) if kept else (before[own], after[own])
-        h, row = act[own], torch.index_select(x, 0, tokens[here], out=rows[own])
+        z, h, d_h = hidden[here] if kept else before[own], act[own], d_act[own]
+        row = torch.index_select(x, 0, tokens[here], out=rows[own])
         if kept:
             bank.activate(z, spare[own], out=h)
         else:
-            bank.run(block, row, hidden=z, act=h, outputs=y, silu=spare[own])
+            bank.lift(block, row, hidden=z, act=h, silu=spare[own])
         g = torch.index_select(grad, 0, tokens[here], out=grads[own])
-        d_scale[here] = y.mul(g).sum(1)
-        g.mul_(scale[here])
-        d_h = d_act[own]
-        block.multiply(g, down, out=d_h)
+        if len(outputs):
+            d_scale[here] = outputs[here].mul(g).sum(1)
+            block.multiply(g.mul_(scale[here]), down, out=d_h)
+        else:
+            block.multiply(g, down, out=d_h)
+            d_scale[here] = torch.mul(h, d_h).sum(1)
+            if down_bias is not None:
+                d_scale[here] += torch.linalg.vecdot(g, block.each(down_bias))
+            g.mul_(scale[here])
+            d_h.mul_(scale[here])
         if wants_bank:
             block.outer(g, h, out=d_down)
         bank.activate_backward(d_h, z, spare[own], scratch=h, out=(d_z := d_before[own]))
@@ -143,10 +150,19 @@ def _blocks(counts: Tensor, down: Tensor) -> tuple[list[Block], int]:
     return blocks, max((block.size for block in blocks), default=0)
 
 
+def _kept(rows: int, up: Tensor, down: Tensor, keep: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of what is kept: the hidden layer before its activation, and the outputs if they are narrower.
+
+    The gradient of the weights is a product of outputs with their gradient, or of activations with theirs.
+    """
+    _, width, hidden = down.shape
+    return (rows if keep else 0, up.shape[1]), (rows if keep and width <= hidden else 0, width)
+
+
 @_forward.register_fake
-def _(x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     slots, keep = indices.numel(), rest[-1]
-    kept = (x.new_empty(slots if keep else 0, width) for width in (up.shape[1], x.shape[1]))
+    kept = (x.new_empty(shape) for shape in _kept(slots, up, down, keep))
     return torch.empty_like(x), indices.new_empty(slots), indices.new_empty(up.shape[0]), *kept
 
 

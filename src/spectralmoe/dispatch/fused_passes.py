@@ -26,14 +26,15 @@ class Bank:
     down_bias: Tensor | None
     activation: str
 
-    def run(
-        self, block: Block, rows: Tensor, *, hidden: Tensor, act: Tensor, outputs: Tensor, silu: Tensor | None = None
-    ) -> None:
-        """From rows to the hidden layer before and after its activation, and the outputs."""
+    def lift(self, block: Block, rows: Tensor, *, hidden: Tensor, act: Tensor, silu: Tensor | None = None) -> None:
+        """From rows to the hidden layer before and after its activation."""
         block.multiply(rows, self.up.mT, out=hidden)
         if self.up_bias is not None:
             hidden += block.each(self.up_bias)
         self.activate(hidden, silu, out=act)
+
+    def lower(self, block: Block, act: Tensor, *, outputs: Tensor) -> None:
+        """From the activations to the outputs."""
         block.multiply(act, self.down.mT, out=outputs)
         if self.down_bias is not None:
             outputs += block.each(self.down_bias)

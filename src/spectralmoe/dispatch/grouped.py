@@ -19,8 +19,8 @@ class Grouped:
     Feed-forward banks on a CPU run as one operator (``dispatch.fused``).
 
     Args:
-        recompute: keep nothing of the experts' work for the backward pass, which runs them again: less memory and
-            more time. The router is not run again, so no choice can change.
+        recompute: keep nothing of the experts' work for the backward pass, which does it again as far as it needs it:
+            less memory and more time. The router is not run again, so no choice can change.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 32), dispatch=Grouped(recompute=True))
