@@ -28,9 +28,9 @@ def composed(x, routing, bank):
     return combine(bank(spread(x, slots), slots.counts), routing.weights.to(x.dtype), slots)
 
 
-def make(activation="gelu", bias=False, k=2, dtype=torch.float32):
+def make(activation="gelu", bias=False, k=2, dtype=torch.float32, hidden=H):
     """A layer whose router knows a zero expert, tokens of which some are empty and masked, and what they are."""
-    layer = MoE(Router(LinearScorer(D, E + 1), TopK(k)), FeedForward(E, D, H, activation=activation, bias=bias))
+    layer = MoE(Router(LinearScorer(D, E + 1), TopK(k)), FeedForward(E, D, hidden, activation=activation, bias=bias))
     x = torch.randn(40, D)
     mask = torch.rand(40) < 0.8
     x[~mask] = torch.nan
@@ -47,12 +47,13 @@ def results(layer, dispatch, x, mask, direction):
 
 @small_blocks
 @again
+@pytest.mark.parametrize("hidden", [H, D // 2], ids=["wide", "bottleneck"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_equals_the_loop_however_it_is_cut(dtype, activation, bias, size, recompute, close, monkeypatch):
+def test_equals_the_loop_however_it_is_cut(dtype, activation, bias, size, hidden, recompute, close, monkeypatch):
     monkeypatch.setattr(fused, "_BLOCK", size)
-    layer, x, mask = make(activation, bias, dtype=dtype)
+    layer, x, mask = make(activation, bias, dtype=dtype, hidden=hidden)
     direction = torch.randn(40, D).to(dtype) / 4
     wide = torch.promote_types(dtype, torch.float32)
     expected = results(copy.deepcopy(layer).to(wide), "loop", x.to(wide), mask, direction.to(wide))
