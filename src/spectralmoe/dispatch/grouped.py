@@ -22,6 +22,7 @@ class Grouped:
         recompute: keep nothing of the experts' work for the backward pass, which does it again as far as it needs it:
             less memory and more time. The router is not run again, so no choice can change.
 
+    >>> import torch
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 32), dispatch=Grouped(recompute=True))
     >>> layer(torch.randn(10, 8)).sum().backward()
