@@ -3,7 +3,7 @@
     python benchmarks/layer_profile.py --out benchmarks/results/DATE-layer-profile-cpu.json
 
 The layers of the suite `layer`, GELU, fp32, two threads, with freed memory kept (as `spectralmoe bench --keep-memory`).
-Python's own profiler times the calls; what it adds to each (about half a microsecond) is in "python".
+Python's own profiler times the calls; what it adds to each of them is mostly in "python".
 """
 
 from __future__ import annotations

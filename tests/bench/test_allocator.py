@@ -12,7 +12,8 @@ from spectralmoe.bench import allocator
 from spectralmoe.errors import UserError
 
 PAGES_OF_A_SECOND_TENSOR = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # pages of 4 KiB, whatever the machine prefers (PR_SET_THP_DISABLE)
 from spectralmoe.bench.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
