@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
 from spectralmoe.dispatch import Grouped, Loop, fused, pick_dispatch
 from spectralmoe.dispatch.base import combine, sort_slots, spread
-from spectralmoe.dispatch.blocks import cut_blocks, sort_by_expert
+from spectralmoe.dispatch.blocks import cut_blocks, lay_out, rows_at_most, sort_by_expert
 from spectralmoe.routing import Routing
 
 E, D, H = 5, 8, 12
@@ -28,11 +28,11 @@ def composed(x, routing, bank):
     return combine(bank(spread(x, slots), slots.counts), routing.weights.to(x.dtype), slots)
 
 
-def make(activation="gelu", bias=False, k=2, dtype=torch.float32, hidden=H):
+def make(activation="gelu", bias=False, k=2, dtype=torch.float32, hidden=H, tokens=40):
     """A layer whose router knows a zero expert, tokens of which some are empty and masked, and what they are."""
     layer = MoE(Router(LinearScorer(D, E + 1), TopK(k)), FeedForward(E, D, hidden, activation=activation, bias=bias))
-    x = torch.randn(40, D)
-    mask = torch.rand(40) < 0.8
+    x = torch.randn(tokens, D)
+    mask = torch.rand(tokens) < 0.8
     x[~mask] = torch.nan
     return layer.to(dtype), x.to(dtype), mask
 
@@ -62,10 +62,24 @@ def test_equals_the_loop_however_it_is_cut(dtype, activation, bias, size, hidden
         close(one.to(wide), two, dtype)
 
 
+@small_blocks
+@pytest.mark.parametrize("hidden", [H, D // 2], ids=["wide", "bottleneck"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_experts_in_16_bits_are_filled_up_and_equal_the_loop(dtype, size, hidden, close, monkeypatch):
+    monkeypatch.setattr(fused, "_BLOCK", size)
+    layer, x, mask = make(bias=True, dtype=dtype, hidden=hidden, tokens=300)
+    direction = torch.randn(300, D).to(dtype) / 16
+    expected = results(copy.deepcopy(layer).float(), "loop", x.float(), mask, direction.float())
+    assert layer.router(x.nan_to_num()).indices.flatten().bincount().max() > 96
+    for one, two in zip(results(layer, "grouped", x, mask, direction), expected, strict=True):
+        close(one.float(), two, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("broken", [torch.inf, torch.nan])
-def test_a_broken_expert_changes_nothing_for_the_others(broken):
+def test_a_broken_expert_changes_nothing_for_the_others(broken, dtype):
     """Chosen by some tokens or by none."""
-    bank, x = FeedForward(4, D, H), torch.randn(38, D, requires_grad=True)
+    bank, x = FeedForward(4, D, H).to(dtype), torch.randn(38, D, dtype=dtype, requires_grad=True)
     indices = torch.cat([torch.arange(26) % 2, torch.full([12], 2)])[torch.randperm(38), None]
     with torch.no_grad():
         bank.down[2:] = broken
@@ -197,15 +211,41 @@ def test_a_single_token_is_decoded_expert_by_expert(activation, close):
         close(layer(x), composed(x, routing, layer.experts))
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=9), st.integers(1, 60))
+loads = st.lists(st.integers(0, 30) | st.integers(0, 200), min_size=1, max_size=9)
+
+
+@given(loads, st.integers(1, 60))
 def test_blocks_hold_every_row_once_and_not_many_more_than_asked(counts, most):
     blocks = cut_blocks(counts, most)
     assert [block.start for block in blocks] == [sum(b.size for b in blocks[:i]) for i in range(len(blocks))]
-    assert all(block.size == sum(block.sizes) and 0 < block.size <= 1.5 * most for block in blocks)
+    assert all(block.size == sum(block.sizes) and 0 < block.size <= max(1.5 * most, most + 32) for block in blocks)
     pieces = [piece for block in blocks for piece in zip(block.experts, block.sizes, block.begins, strict=True)]
     assert [sum(size for e, size, _ in pieces if e == own) for own in range(len(counts))] == counts
     assert [e for e, _, begins in pieces if begins] == [e for e, count in enumerate(counts) if count]
     assert [e for e, _, _ in pieces] == sorted(e for e, _, _ in pieces)
+
+
+@given(loads, st.integers(1, 60), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_a_layout_holds_every_slot_once_and_fills_up_with_slots_of_the_same_expert(counts, most, dtype):
+    slots = sum(counts)
+    order = torch.randperm(slots)
+    layout = lay_out(order, torch.tensor(counts), most, dtype)
+    assert layout.slots[layout.real].tolist() == order.tolist()
+    assert len(layout.slots) == sum(block.size for block in layout.blocks) <= rows_at_most(slots, len(counts), dtype)
+    pieces = [piece for block in layout.blocks for piece in zip(block.experts, block.sizes, strict=True)]
+    own = iter(layout.slots.split([size for _, size in pieces]))
+    of = dict(zip(order.tolist(), torch.repeat_interleave(torch.tensor(counts)).tolist(), strict=True))
+    assert all(of[slot] == e for e, _ in pieces for slot in next(own).tolist())
+    weights = torch.rand(slots) + 1
+    assert layout.scale(weights).sum() == pytest.approx(weights.sum().item())
+    assert layout.scale(weights)[layout.real, 0].equal(weights[order])
+
+
+@given(loads)
+def test_in_16_bits_few_shapes_serve_all_loads(counts):
+    layout = lay_out(torch.arange(sum(counts)), torch.tensor(counts), 64, torch.bfloat16)
+    shapes = {size for block in layout.blocks for size in block.sizes}
+    assert shapes <= {1, 2, 4, 8, 16, *range(32, 129, 32)}
 
 
 @given(st.lists(st.lists(st.integers(-1, 6), min_size=2, max_size=2), max_size=12))

@@ -11,6 +11,7 @@ from spectralmoe.bench.peers import find_peers
 from spectralmoe.bench.problem import Activation, Form, Problem, Sizes
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.subject import Subject, as_case, spectralmoe_layer
+from spectralmoe.bench.timing import WARM_UP
 
 __all__ = ["FORMS", "SHAPES", "cases"]
 
@@ -25,12 +26,15 @@ FORMS: tuple[Form, ...] = ("forward and backward", "forward")
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """GELU in the first dtype, also compiled and recomputing; SwiGLU (the experts of most peers) in all."""
+    """GELU in the first dtype, also compiled and recomputing; SwiGLU (the experts of most peers) in all.
+
+    Other tokens in every round, as in training: in 16 bits a load that has not been met lately costs a CPU a new kernel.
+    """
     kinds: list[tuple[Activation, torch.dtype]] = [("gelu", settings.dtypes[0])]
     kinds += [("swiglu", dtype) for dtype in settings.dtypes]
     for activation, dtype in kinds:
         for sizes in QUICK if settings.quick else SHAPES:
-            problem = Problem(sizes, activation, dtype, settings.device)
+            problem = Problem(sizes, activation, dtype, settings.device, batches=settings.rounds + WARM_UP)
             peers, skipped = find_peers(problem)
             for form in FORMS:
                 subjects = [spectralmoe_layer(problem), *_variants(problem, form, settings), *peers]

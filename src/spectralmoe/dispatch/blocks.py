@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "cut_blocks", "sort_by_expert"]
+__all__ = ["Block", "Layout", "cut_blocks", "lay_out", "rows_at_most", "sort_by_expert"]
+
+_STEP = 32  # rows: what a kernel for 16-bit numbers takes at once
 
 
 @dataclass(slots=True)
@@ -44,13 +47,73 @@ class Block:
         return table[self.experts].repeat_interleave(torch.tensor(self.sizes), dim=0)
 
 
-def cut_blocks(counts: list[int], most: int) -> list[Block]:
-    """All rows in blocks of about ``most`` rows; a large expert is cut into equal parts."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the rows of a bank lie.
+
+    Attributes:
+        slots: (P,) the flat slot of each row, expert by expert; those without an expert may follow.
+        real: the rows that are not there to fill up.
+        blocks: all rows of experts.
+    """
+
+    slots: Tensor
+    real: Tensor | slice
+    blocks: list[Block]
+
+    @property
+    def most(self) -> int:
+        """Rows of the largest block."""
+        return max((block.size for block in self.blocks), default=0)
+
+    def scale(self, weights: Tensor) -> Tensor:
+        """(P, 1): the weight of each row; 0 for those that fill up."""
+        scale = weights.new_zeros(len(self.slots), 1)
+        scale[self.real] = weights.flatten()[self.slots[self.real], None]
+        return scale
+
+
+def lay_out(order: Tensor, counts: Tensor, most: int, dtype: torch.dtype) -> Layout:
+    """Rows in the order of ``sort_by_expert``, in blocks of about ``most``.
+
+    In 16 bits torch's matmuls compile a kernel for every shape that they have not met lately, and loads are new at
+    every step. There each expert's rows are filled up with the same rows again, to a power of 2 or a multiple of 32.
+    """
+    loads = counts.tolist()
+    if not _fills_up(dtype):
+        return Layout(order, slice(None), cut_blocks(loads, most))
+    heights = [_filled(load) for load in loads]
+    expert = torch.repeat_interleave(torch.tensor(heights))
+    row, load = torch.arange(len(expert)) - _starts(torch.tensor(heights))[expert], counts[expert]
+    return Layout(order[_starts(counts)[expert] + row % load], row < load, cut_blocks(heights, most))
+
+
+def rows_at_most(slots: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Rows of any layout of that many slots."""
+    return slots + (_STEP - 1) * min(slots, num_experts) if _fills_up(dtype) else slots
+
+
+def _fills_up(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _filled(load: int) -> int:
+    return -(-load // _STEP) * _STEP if load > _STEP else load and 1 << (load - 1).bit_length()
+
+
+def _starts(sizes: Tensor) -> Tensor:
+    return sizes.cumsum(0) - sizes
+
+
+def cut_blocks(heights: list[int], most: int) -> list[Block]:
+    """All rows in blocks of about ``most`` rows; a large expert is cut into parts, equal up to multiples of 32."""
     blocks: list[Block] = []
-    for e, count in enumerate(counts):
-        parts = max(round(count / most), min(count, 1))
-        for part in range(parts):
-            size = count * (part + 1) // parts - count * part // parts
+    for e, height in enumerate(heights):
+        step = 1 if height % _STEP else _STEP
+        parts = min(max(round(height / most), 1), height // step)
+        edges = [height * part // parts // step * step for part in range(parts)] + [height]
+        for part, (start, end) in enumerate(pairwise(edges)):
+            size = end - start
             if not blocks or blocks[-1].size + size > most:
                 blocks.append(Block(blocks[-1].start + blocks[-1].size if blocks else 0))
             block = blocks[-1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spectralmoe.dispatch.blocks import Block, cut_blocks, sort_by_expert
+from spectralmoe.dispatch.blocks import Layout, lay_out, rows_at_most, sort_by_expert
 from spectralmoe.dispatch.fused_passes import Bank
 from spectralmoe.experts import Experts, FeedForward
 from spectralmoe.experts.feed_forward import Activation, activate
@@ -59,15 +59,15 @@ def _forward(  # noqa: PLR0917 (the schema of the operator)
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output (N, D); order (N * K,); counts (E,); and what is kept of the rows in this order: ``_kept``."""
+    """Output (N, D); order (N * K,); counts (E,); and what is kept of the rows as they are laid out: ``_kept``."""
     order, counts = sort_by_expert(indices, up.shape[0])
-    tokens, scale = order // max(indices.shape[1], 1), weights.flatten()[order, None].to(x.dtype)
-    bank, (blocks, most) = Bank(up, down, up_bias, down_bias, activation), _blocks(counts, down)
+    bank, layout = Bank(up, down, up_bias, down_bias, activation), _layout(order, counts, down)
+    tokens, scale, most = layout.slots // max(indices.shape[1], 1), layout.scale(weights).to(x.dtype), layout.most
     y = torch.zeros_like(x, dtype=weights.dtype)  # bf16 rows add up in fp32
     rows, act = x.new_empty(most, x.shape[1]), x.new_empty(most, down.shape[2])
     hidden, outputs = (x.new_empty(shape) for shape in _kept(len(order), up, down, keep))
     before = x.new_empty(0 if keep else most, up.shape[1])
-    for block in blocks:
+    for block in layout.blocks:
         here, own = slice(block.start, block.start + block.size), slice(block.size)
         row, z = torch.index_select(x, 0, tokens[here], out=rows[own]), hidden[here] if keep else before[own]
         out = outputs[here] if len(outputs) else row
@@ -95,21 +95,21 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
     wants_bank: bool,
 ) -> list[Tensor]:
     """The gradients of x, weights, up, down and of the biases that there are; an empty tensor for what nobody wants."""
-    tokens, scale = order // max(weights.shape[1], 1), weights.flatten()[order, None].to(x.dtype)
-    bank, (blocks, most) = Bank(up, down, up_bias, down_bias, activation), _blocks(counts, down)
+    bank, layout = Bank(up, down, up_bias, down_bias, activation), _layout(order, counts, down)
+    tokens, scale, most = layout.slots // max(weights.shape[1], 1), layout.scale(weights).to(x.dtype), layout.most
     kept = len(hidden) > 0
     d_x = x.new_zeros(x.shape if wants_x else 0, dtype=weights.dtype)
     d_up, d_down = (torch.empty_like(part) if wants_bank else part.new_empty(0) for part in (up, down))
     for e in (counts == 0).nonzero() if wants_bank else ():
         d_up[e], d_down[e] = 0, 0
-    d_scale = weights.new_zeros(len(order))
+    d_scale = weights.new_zeros(len(layout.slots))
     d_up_bias, d_down_bias = (
         None if b is None else torch.zeros_like(b, dtype=weights.dtype) for b in (up_bias, down_bias)
     )
     (rows, grads), (act, d_act, spare) = x.new_empty(2, most, x.shape[1]), x.new_empty(3, most, down.shape[2])
     before = x.new_empty(0 if kept else most, up.shape[1])
     d_before = d_act if up.shape[1] == down.shape[2] else x.new_empty(most, up.shape[1])
-    for block in blocks:
+    for block in layout.blocks:
         here, own = slice(block.start, block.start + block.size), slice(block.size)
         z, h, d_h = hidden[here] if kept else before[own], act[own], d_act[own]
         row = torch.index_select(x, 0, tokens[here], out=rows[own])
@@ -139,24 +139,25 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
         if wants_x:
             block.multiply(d_z, up, out=row)
             d_x.index_add_(0, tokens[here], row.to(d_x.dtype))
-    d_weights = torch.zeros_like(d_scale).scatter_(0, order, d_scale).view_as(weights)
+    d_weights = weights.new_zeros(weights.numel())
+    d_weights[layout.slots[layout.real]] = d_scale[layout.real]
     d_biases = [bias.to(x.dtype) for bias in (d_up_bias, d_down_bias) if bias is not None]
-    return [d_x.to(x.dtype), d_weights, d_up, d_down, *d_biases]
+    return [d_x.to(x.dtype), d_weights.view_as(weights), d_up, d_down, *d_biases]
 
 
-def _blocks(counts: Tensor, down: Tensor) -> tuple[list[Block], int]:
-    """All rows in blocks whose hidden activations have about ``_BLOCK`` bytes, and the rows of the largest."""
-    blocks = cut_blocks(counts.tolist(), max(_BLOCK // (max(down.shape[1:]) * down.element_size()), 1))
-    return blocks, max((block.size for block in blocks), default=0)
+def _layout(order: Tensor, counts: Tensor, down: Tensor) -> Layout:
+    """Blocks whose hidden activations have about ``_BLOCK`` bytes."""
+    return lay_out(order, counts, max(_BLOCK // (max(down.shape[1:]) * down.element_size()), 1), down.dtype)
 
 
-def _kept(rows: int, up: Tensor, down: Tensor, keep: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+def _kept(slots: int, up: Tensor, down: Tensor, keep: bool) -> tuple[tuple[int, int], tuple[int, int]]:
     """The shapes of what is kept: the hidden layer before its activation, and the outputs if they are narrower.
 
     The gradient of the weights is a product of outputs with their gradient, or of activations with theirs.
     """
-    _, width, hidden = down.shape
-    return (rows if keep else 0, up.shape[1]), (rows if keep and width <= hidden else 0, width)
+    experts, width, hidden = down.shape
+    rows = rows_at_most(slots, experts, down.dtype) if keep else 0
+    return (rows, up.shape[1]), (rows if width <= hidden else 0, width)
 
 
 @_forward.register_fake
