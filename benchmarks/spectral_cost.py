@@ -131,7 +131,7 @@ class Trial:
 
 def cut(item: Record) -> Record:
     """The record with its scores as leaves."""
-    return replace(item, routing=replace(item.routing, scores=item.routing.scores.detach().requires_grad_()))
+    return replace(item, routing=replace(item.routing, score=item.routing.scores.detach().requires_grad_()))
 
 
 if __name__ == "__main__":

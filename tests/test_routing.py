@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectralmoe import Routing
+from spectralmoe import LinearScorer, Router, Routing, TopK
 from spectralmoe.routing import count_slots
+from spectralmoe.selectors import Capacity
 
 slots = st.lists(st.lists(st.integers(-1, 4), min_size=3, max_size=3), max_size=20)
 
@@ -53,6 +54,30 @@ def test_top_expert():
     routing = routing_of([[2, 0], [3, -1], [-1, -1], [1, 4]], [[0.1, 0.2], [0.5, 0.0], [0.0, 0.0], [0.9, 0.1]])
     assert routing.top_expert().tolist() == [0, 3, -1, 1]
     assert dataclasses.replace(routing, indices=routing.indices[:, :0]).top_expert().tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_scores_follow_from_the_logits_with_gradient_or_are_given(score, close):
+    logits = torch.randn(6, 4, requires_grad=True)
+    routing = Routing(logits, torch.ones(6, 1), torch.zeros(6, 1, dtype=torch.int64), score)
+    expected = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
+    close(routing.scores, expected.float() if score == "softmax" else (1 / (1 + (-logits.double()).exp())).float())
+    assert routing.scores.requires_grad
+    given = torch.rand(6, 4)
+    assert dataclasses.replace(routing, score=given).scores is given
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: Capacity(s, 2.0)], ids=["plain", "capacity"])
+def test_a_router_leaves_scores_to_their_readers_unless_the_selector_has_its_own(wrap):
+    class Halved(TopK):
+        def scores(self, logits):
+            return super().scores(logits) / 2
+
+    x = torch.randn(5, 8)
+    plain, own = (Router(LinearScorer(8, 4), wrap(kind(2)))(x) for kind in (TopK, Halved))
+    assert plain.score == "softmax"
+    assert torch.equal(plain.scores, plain.logits.softmax(-1))
+    assert torch.equal(own.scores, own.logits.softmax(-1) / 2)
 
 
 def test_probs_are_scores_normalised(close):

@@ -74,10 +74,10 @@ class Router(nn.Module):
                 indices = self.selector.limit(wanted, self.num_experts)
             else:
                 wanted = indices = _replayed(replay, logits, flat_mask)
-            scores, weights = self.selector.scores(logits), self.selector.weigh(logits, indices)
+            score, weights = self.selector.scored(logits), self.selector.weigh(logits, indices)
         soft = self.selector.is_soft(self.num_experts)
         asked = None if wanted is indices else (wanted >= 0).sum()
-        return Routing(logits, weights, indices, scores, flat_mask, tuple(shape), soft, asked)
+        return Routing(logits, weights, indices, score, flat_mask, tuple(shape), soft, asked)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         def keep_precision(tensor: Tensor) -> Tensor:

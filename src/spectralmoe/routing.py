@@ -9,15 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
-__all__ = ["EMPTY", "Routing", "count_slots"]
+__all__ = ["EMPTY", "Routing", "Score", "apply_score", "count_slots"]
+
+Score = Literal["softmax", "sigmoid"]
 
 EMPTY = -1
 """The index of a slot that holds no expert."""
+
+
+def apply_score(score: Score, logits: Tensor) -> Tensor:
+    """Softmax over the experts, or the sigmoid of each."""
+    return logits.softmax(-1) if score == "softmax" else logits.sigmoid()
 
 
 def count_slots(indices: Tensor, num_experts: int) -> Tensor:
@@ -37,7 +45,8 @@ class Routing:
         weights: (N, K) combine weights with gradient, same precision, 0 in an empty slot.
         indices: (N, K) int64; -1 is an empty slot; an index >= ``experts.num_experts`` is a zero expert: counted, but
             it contributes nothing to the output.
-        scores: (N, E) what the selector chose from (softmax, sigmoid, ...).
+        score: how ``scores`` follow from the logits, "softmax" or "sigmoid"; or the scores themselves, (N, E), where it
+            is in another way.
         mask: (N,) bool, True for a real token; None when all are.
         shape: the leading dimensions that N was flattened from.
         soft: every token uses every expert.
@@ -46,7 +55,7 @@ class Routing:
     Iterates as ``logits, weights, indices``.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
-    >>> r = Routing(logits, torch.ones(2, 1), torch.tensor([[0], [1]]), logits.softmax(-1))
+    >>> r = Routing(logits, torch.ones(2, 1), torch.tensor([[0], [1]]))
     >>> r.counts().tolist(), r.load().tolist()
     ([1, 1, 0], [0.5, 0.5, 0.0])
     """
@@ -54,7 +63,7 @@ class Routing:
     logits: Tensor
     weights: Tensor
     indices: Tensor
-    scores: Tensor
+    score: Tensor | Score = "softmax"
     mask: Tensor | None = None
     shape: tuple[int, ...] | None = None
     soft: bool = False
@@ -69,10 +78,15 @@ class Routing:
         return self.logits.shape[-1]
 
     @property
+    def scores(self) -> Tensor:
+        """What the selector chose from (softmax, sigmoid, ...): (N, E) with gradient; computed when it is read."""
+        return self.score if isinstance(self.score, Tensor) else apply_score(self.score, self.logits)
+
+    @property
     def probs(self) -> Tensor:
         """The scores normalised to sum 1 over the experts (N, E); 0 where all of a token underflowed."""
-        info = torch.finfo(self.scores.dtype)
-        return self.scores / self.scores.sum(-1, keepdim=True).clamp_min(info.tiny / info.eps)
+        scores, info = self.scores, torch.finfo(self.logits.dtype)
+        return scores / scores.sum(-1, keepdim=True).clamp_min(info.tiny / info.eps)
 
     def real(self, values: Tensor) -> Tensor:
         """``values`` (N, ...) averaged over the real tokens; 0 when there are none."""

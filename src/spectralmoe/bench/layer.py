@@ -28,7 +28,7 @@ FORMS: tuple[Form, ...] = ("forward and backward", "forward")
 def cases(settings: Settings) -> Iterator[Case]:
     """GELU in the first dtype, also compiled and recomputing; SwiGLU (the experts of most peers) in all.
 
-    Other tokens in every round, as in training: in 16 bits a load that has not been met lately costs a CPU a new kernel.
+    Other tokens in every round, as in training: in 16 bits a CPU needs a new kernel for loads it has not met lately.
     """
     kinds: list[tuple[Activation, torch.dtype]] = [("gelu", settings.dtypes[0])]
     kinds += [("swiglu", dtype) for dtype in settings.dtypes]

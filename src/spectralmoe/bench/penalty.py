@@ -127,7 +127,7 @@ class Trial:
         with record(self.network) as tape, torch.no_grad():
             self.network(self.images)
         return [
-            replace(item, routing=replace(item.routing, scores=item.routing.scores.detach().requires_grad_()))
+            replace(item, routing=replace(item.routing, score=item.routing.scores.detach().requires_grad_()))
             for item in tape
         ]
 

@@ -75,7 +75,8 @@ def _probs(routing: Routing) -> Tensor:
 
 def _known(routing: Routing) -> Tensor:
     """Which tokens are real and have any score (N,)."""
-    scored = (routing.scores.detach() > 0).any(-1) | routing.scores.detach().isnan().any(-1)
+    scores = routing.scores.detach()
+    scored = (scores > 0).any(-1) | scores.isnan().any(-1)
     return scored if routing.mask is None else scored & routing.mask
 
 

@@ -143,7 +143,7 @@ class _OwnWatch(Watch):
 def _ranked(item: Record) -> Routing:
     """The routing with what the choice was made from as its scores: with the selection bias, where there is one."""
     router = cast(MoE, item.layer).router
-    return replace(item.routing, scores=router.selector.ranked(item.routing.logits.detach()))
+    return replace(item.routing, score=router.selector.ranked(item.routing.logits.detach()))
 
 
 def _tokens(item: Record) -> Tensor:

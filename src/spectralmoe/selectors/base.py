@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.routing import EMPTY
+from spectralmoe.routing import EMPTY, Score, apply_score
 
 __all__ = ["Score", "Selector", "check_fits", "check_k", "largest", "share_of", "take"]
-
-Score = Literal["softmax", "sigmoid"]
 
 
 class Selector(nn.Module):
@@ -38,7 +36,11 @@ class Selector(nn.Module):
 
     def scores(self, logits: Tensor) -> Tensor:
         """What the choice is made from (N, E): softmax or sigmoid of the logits."""
-        return logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
+        return apply_score(self.score, logits)
+
+    def scored(self, logits: Tensor) -> Tensor | Score:
+        """What a ``Routing`` carries of the scores: how they follow from the logits, else themselves."""
+        return self.score if type(self).scores is Selector.scores else self.scores(logits)
 
     def ranked(self, logits: Tensor) -> Tensor:
         """What a top-k choice is the largest of (N, E): the scores, and a selection bias where there is one."""

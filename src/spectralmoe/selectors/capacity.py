@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectralmoe.errors import UserError
 from spectralmoe.routing import EMPTY
-from spectralmoe.selectors.base import Selector, share_of
+from spectralmoe.selectors.base import Score, Selector, share_of
 
 __all__ = ["Capacity"]
 
@@ -52,6 +52,9 @@ class Capacity(Selector):
 
     def scores(self, logits: Tensor) -> Tensor:
         return self.selector.scores(logits)
+
+    def scored(self, logits: Tensor) -> Tensor | Score:
+        return self.selector.scored(logits)
 
     def ranked(self, logits: Tensor) -> Tensor:
         return self.selector.ranked(logits)
