@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -23,12 +24,12 @@ class Block:
     sizes: list[int] = field(default_factory=list)  # rows of each
     begins: list[bool] = field(default_factory=list)  # whether they are its first
 
-    def multiply(self, x: Tensor, matrices: Tensor, out: Tensor) -> None:
+    def multiply(self, x: Tensor, matrices: Sequence[Tensor], out: Tensor) -> None:
         """The rows of each expert times its matrix."""
         for e, rows, result in zip(self.experts, x.split(self.sizes), out.split(self.sizes), strict=True):
             torch.mm(rows, matrices[e], out=result)
 
-    def outer(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+    def outer(self, left: Tensor, right: Tensor, out: Sequence[Tensor]) -> None:
         """Left' times right for each expert, over all of its blocks."""
         pieces = zip(self.experts, self.begins, left.split(self.sizes), right.split(self.sizes), strict=True)
         for e, begins, a, b in pieces:
@@ -107,21 +108,26 @@ def _starts(sizes: Tensor) -> Tensor:
 
 def cut_blocks(heights: list[int], most: int) -> list[Block]:
     """All rows in blocks of about ``most`` rows; a large expert is cut into parts, equal up to multiples of 32."""
-    blocks: list[Block] = []
+    blocks = [block := Block(0)]
     for e, height in enumerate(heights):
-        step = 1 if height % _STEP else _STEP
-        parts = min(max(round(height / most), 1), height // step)
-        edges = [height * part // parts // step * step for part in range(parts)] + [height]
-        for part, (start, end) in enumerate(pairwise(edges)):
-            size = end - start
-            if not blocks or blocks[-1].size + size > most:
-                blocks.append(Block(blocks[-1].start + blocks[-1].size if blocks else 0))
-            block = blocks[-1]
+        for part, size in enumerate(_parts(height, most)):
+            if block.size and block.size + size > most:
+                block = Block(block.start + block.size)
+                blocks.append(block)
             block.size += size
             block.experts.append(e)
             block.sizes.append(size)
             block.begins.append(part == 0)
-    return blocks
+    return blocks if block.size else []
+
+
+def _parts(height: int, most: int) -> list[int]:
+    if 2 * height <= 3 * most:
+        return [height] if height else []
+    step = 1 if height % _STEP else _STEP
+    parts = min(round(height / most), height // step)
+    edges = [height * part // parts // step * step for part in range(parts + 1)]
+    return [end - start for start, end in pairwise(edges)]
 
 
 def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

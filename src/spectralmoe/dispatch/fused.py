@@ -100,6 +100,7 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
     kept = len(hidden) > 0
     d_x = x.new_zeros(x.shape if wants_x else 0, dtype=weights.dtype)
     d_up, d_down = (torch.empty_like(part) if wants_bank else part.new_empty(0) for part in (up, down))
+    ups, downs, d_ups, d_downs = (stack.unbind() for stack in (up, down, d_up, d_down))
     for e in (counts == 0).nonzero() if wants_bank else ():
         d_up[e], d_down[e] = 0, 0
     d_scale = weights.new_zeros(len(layout.slots))
@@ -120,24 +121,24 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
         g = torch.index_select(grad, 0, tokens[here], out=grads[own])
         if len(outputs):
             d_scale[here] = outputs[here].mul(g).sum(1)
-            block.multiply(g.mul_(scale[here]), down, out=d_h)
+            block.multiply(g.mul_(scale[here]), downs, out=d_h)
         else:
-            block.multiply(g, down, out=d_h)
+            block.multiply(g, downs, out=d_h)
             d_scale[here] = torch.mul(h, d_h).sum(1)
             if down_bias is not None:
                 d_scale[here] += torch.linalg.vecdot(g, block.each(down_bias))
             g.mul_(scale[here])
             d_h.mul_(scale[here])
         if wants_bank:
-            block.outer(g, h, out=d_down)
+            block.outer(g, h, out=d_downs)
         bank.activate_backward(d_h, z, spare[own], scratch=h, out=(d_z := d_before[own]))
         if wants_bank:
-            block.outer(d_z, row, out=d_up)
+            block.outer(d_z, row, out=d_ups)
             if d_up_bias is not None and d_down_bias is not None:
                 block.add(d_z, out=d_up_bias)
                 block.add(g, out=d_down_bias)
         if wants_x:
-            block.multiply(d_z, up, out=row)
+            block.multiply(d_z, ups, out=row)
             d_x.index_add_(0, tokens[here], row.to(d_x.dtype))
     d_weights = weights.new_zeros(weights.numel())
     d_weights[layout.slots[layout.real]] = d_scale[layout.real]

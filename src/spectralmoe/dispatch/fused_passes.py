@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,30 +12,39 @@ from spectralmoe.dispatch.blocks import Block
 __all__ = ["Bank"]
 
 
-@dataclass(frozen=True, slots=True)
 class Bank:
     """The parts of a feed-forward bank.
 
-    Attributes:
+    Args:
         up, down, up_bias, down_bias: as in ``FeedForward``, in the dtype of the tokens.
     """
 
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-    activation: str
+    def __init__(
+        self, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, activation: str
+    ) -> None:
+        self.up, self.down, self.up_bias, self.down_bias = up, down, up_bias, down_bias
+        self.activation = activation
+
+    @cached_property
+    def upward(self) -> tuple[Tensor, ...]:
+        """Of each expert (D, H): views that are made at once, since one by one they take longer than a small GEMM."""
+        return self.up.mT.unbind()
+
+    @cached_property
+    def downward(self) -> tuple[Tensor, ...]:
+        """Of each expert (H, D)."""
+        return self.down.mT.unbind()
 
     def lift(self, block: Block, rows: Tensor, *, hidden: Tensor, act: Tensor, silu: Tensor | None = None) -> None:
         """From rows to the hidden layer before and after its activation."""
-        block.multiply(rows, self.up.mT, out=hidden)
+        block.multiply(rows, self.upward, out=hidden)
         if self.up_bias is not None:
             hidden += block.each(self.up_bias)
         self.activate(hidden, silu, out=act)
 
     def lower(self, block: Block, act: Tensor, *, outputs: Tensor) -> None:
         """From the activations to the outputs."""
-        block.multiply(act, self.down.mT, out=outputs)
+        block.multiply(act, self.downward, out=outputs)
         if self.down_bias is not None:
             outputs += block.each(self.down_bias)
 
