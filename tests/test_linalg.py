@@ -10,8 +10,8 @@ from torch.autograd import gradcheck
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from spectralmoe import linalg
 from spectralmoe.linalg import power_iteration, qr_retraction, sigma_max, spectrum, stable_rank
+from spectralmoe.sharding import assign_, full
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 9), (9, 5), (8, 8)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -142,6 +142,6 @@ def test_sharded_parameters_are_gathered_and_written_back(one_process, close):
     stable_rank(sharded).backward()
     dense = whole.clone().requires_grad_()
     stable_rank(dense).backward()
-    close(linalg.full(sharded.grad), dense.grad)
-    linalg.assign_(sharded, qr_retraction(sharded))
-    close(linalg.full(sharded).detach(), qr_retraction(whole))
+    close(full(sharded.grad), dense.grad)
+    assign_(sharded, qr_retraction(sharded))
+    close(full(sharded).detach(), qr_retraction(whole))

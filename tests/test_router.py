@@ -11,8 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record, shard_routers
-from spectralmoe.linalg import full
 from spectralmoe.regularizers import load_balance, orthonormality, spectral_norm, stable_rank
+from spectralmoe.sharding import full
 
 
 def state(module):

@@ -1,18 +1,17 @@
 """The home of the spectra: largest singular value, stable rank, retraction onto orthonormal columns.
 
-Everything accepts sharded parameters (DTensor): they are gathered first, differentiably where a gradient flows.
+Sharded parameters are gathered first, differentiably where a gradient flows (``sharding.full``).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from spectralmoe.sharding import full
 
 __all__ = [
     "EXACT_LIMIT",
-    "assign_",
-    "full",
     "power_iteration",
     "qr_retraction",
     "sigma_max",
@@ -23,19 +22,6 @@ __all__ = [
 
 EXACT_LIMIT = 128
 """Matrices whose smaller side is at most this get their spectrum exactly (an eigendecomposition of the Gram matrix)."""
-
-
-def full(x: Tensor) -> Tensor:
-    """The whole tensor behind ``x``: gathered (with gradient) when it is sharded, else ``x`` itself."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def assign_(target: Tensor, value: Tensor) -> None:
-    """Write the whole tensor ``value`` into ``target`` in place, sharding it as ``target`` is sharded."""
-    with torch.no_grad():
-        if isinstance(target, DTensor):
-            value = distribute_tensor(value, target.device_mesh, target.placements)
-        target.copy_(value)
 
 
 def top_right(matrix: Tensor) -> Tensor:

@@ -16,12 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spectralmoe.errors import UserError, first_line, refuse_differences
 from spectralmoe.files import make_folder, read_json, to_json, write_json, write_whole
-from spectralmoe.linalg import full
 from spectralmoe.models import MODELS
+from spectralmoe.sharding import full, sharded_as
 from spectralmoe.spec import PARTS, build, describe
 from spectralmoe.surgery import Branch, ChannelsFirst
 from spectralmoe.surgery.replace_mlp import MlpCopies
@@ -189,15 +188,11 @@ def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _fill(model: nn.Module, tensors: dict[str, Tensor], *, adopt_dtypes: bool) -> None:
     """Copy the tensors into ``model``, which is sharded as it likes."""
     targets = model.state_dict(keep_vars=True)
-    values = {name: _sharded_as(tensors[plain_name(name)], target) for name, target in targets.items()}
+    values = {name: sharded_as(tensors[plain_name(name)], target) for name, target in targets.items()}
     if adopt_dtypes:
         for name, target in targets.items():
             target.data = target.data.to(values[name].dtype)
     model.load_state_dict(values)
-
-
-def _sharded_as(value: Tensor, target: Tensor) -> Tensor:
-    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:

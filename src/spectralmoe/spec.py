@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from spectralmoe.dispatch import DISPATCHES
 from spectralmoe.errors import UserError, one_of
@@ -111,8 +111,9 @@ def _parameters(cls: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def _class_of(part: Any) -> Any:
-    """The class that built ``part``; FSDP2 puts one of its own and a mixin in front of it."""
-    return type(part).__mro__[2] if isinstance(part, FSDPModule) else type(part)
+    """The class that built ``part``; FSDP2, if anybody has imported it, puts one of its own and a mixin in front."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return type(part).__mro__[2] if fsdp is not None and isinstance(part, fsdp.FSDPModule) else type(part)
 
 
 def find_class(path: str) -> Any:

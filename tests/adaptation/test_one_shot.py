@@ -163,7 +163,7 @@ def test_all_mistakes_where_there_are_fewer(network, data, wrong):
 def test_a_broken_measurement_restores_the_model(network, data, untouched, monkeypatch, scope):
     from spectralmoe.adaptation import one_shot
 
-    model, calls, real = network("top2"), [], one_shot.carried
+    model, calls, real = network("top2"), [], one_shot._carries
 
     def broken(*args, **kwargs):
         calls.append(args)
@@ -171,7 +171,7 @@ def test_a_broken_measurement_restores_the_model(network, data, untouched, monke
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(one_shot, "carried", broken)
+    monkeypatch.setattr(one_shot, "_carries", broken)
     with untouched(model), pytest.raises(KeyboardInterrupt):
         one_shot_trials(model, data.test.images, data.test.labels, rule=Rule(scope=scope, lr=0.05))
 

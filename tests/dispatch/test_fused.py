@@ -205,8 +205,11 @@ def test_a_single_token_is_decoded_expert_by_expert(activation, close):
     layer, x, _ = make(activation)
     x = x.nan_to_num()[:1]
     routing = layer.router(x)
-    assert isinstance(pick_dispatch(routing, layer.experts), Grouped)
+    large = FeedForward(64, D, 1024)
+    assert isinstance(pick_dispatch(routing, layer.experts), Loop)
+    assert isinstance(pick_dispatch(routing, large), Grouped)
     with torch.no_grad():
+        assert isinstance(pick_dispatch(routing, large), Loop)
         assert isinstance(pick_dispatch(routing, layer.experts), Loop)
         close(layer(x), composed(x, routing, layer.experts))
 

@@ -48,7 +48,7 @@ def test_forward_is_the_equation(residual, centred, spare):
     model = sr_moe(5, channels=2, residual=residual, centred=centred, mean=[0.3] * 2, std=[0.2] * 2, **sizes)
     images = torch.rand(4, 2, 9, 11, dtype=torch.float64)
     model = with_statistics(model, images)
-    z = model.stem.project(model.stem.convolutions((images - 0.3) / 0.2))
+    z = model.stem.project(model.stem.convolutions((images - 0.3) / 0.2).flatten(1))
     torch.testing.assert_close(model(images), by_equation(model, z), rtol=1e-10, atol=1e-10)
     model = sr_moe(5, features=7, residual=residual, centred=centred, **sizes)
     vectors = torch.randn(6, 7, dtype=torch.float64)

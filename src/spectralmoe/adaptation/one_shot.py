@@ -141,15 +141,17 @@ def one_shot_trials(
     """
     with evaluation_mode(model), torch.no_grad():
         tail, features, labels = behind_head(model, images, labels, rule)
+        head, _ = split(model, choose_layers(model, rule.layers)[0])
         right, found = predict(tail, features) == labels, []
         order = some_wrong(right, trials, seed)
         for sample in order.tolist():
             image, label = images[sample : sample + 1].to(labels.device), labels[sample : sample + 1]
-            before = carried(model, image, label)
+            near = [head(copies) for copies in _near(image)]
+            before = _carries(tail, near, label)
             with _corrected(model, image, label, rule, guard) as done:
                 step = (predict(tail, features) == labels).int() - right.int()
                 step[sample] = 0
-                after = carried(model, image, label)
+                after = _carries(tail, near, label)
             interference = 100 * int(step.sum()) / max(len(labels) - 1, 1)
             found.append(Trial(sample, *done, interference, before, after))
             if watch is not None:
@@ -221,8 +223,15 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 @torch.no_grad()
 def carried(model: nn.Module, x: Tensor, y: Tensor, *, count: int = 32, seed: int = 0) -> Carried:
     """How far the model's answer for samples x (k, ...), y (k,) carries to copies of them that it was not given."""
-    copies, labels = noisy(x, count, seed=seed), y.repeat_interleave(count)
-    noise = float((predict(model, copies) == labels).float().mean())
-    if x.dim() != 4:
-        return Carried(noise, None)
-    return Carried(noise, float((predict(model, shifted(x)) == y.repeat_interleave(8)).float().mean()))
+    return _carries(model, _near(x, count, seed), y)
+
+
+def _near(x: Tensor, count: int = 32, seed: int = 0) -> list[Tensor]:
+    """Noisy copies of each sample and, for images, shifted ones."""
+    copies = noisy(x, count, seed=seed)
+    return [copies] if x.dim() != 4 else [copies, shifted(x)]
+
+
+def _carries(model: nn.Module, near: Sequence[Tensor], y: Tensor) -> Carried:
+    shares = [(predict(model, copies) == y.repeat_interleave(len(copies) // len(y))).float().mean() for copies in near]
+    return Carried(float(shares[0]), float(shares[1]) if len(shares) > 1 else None)

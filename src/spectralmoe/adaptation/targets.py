@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
 from spectralmoe.moe import MoE
+from spectralmoe.sharding import is_sharded
 from spectralmoe.tape import moe_layers, record
 
 __all__ = ["Target", "Weights", "choose_layers", "digest_of", "expert_target", "find_targets", "joined", "logits_of"]
@@ -52,9 +52,10 @@ class Weights:
             if gradient is None:
                 gradients.append(torch.zeros_like(view))
             else:
-                laid = gradient.new_empty_strided(stack.shape, stack.stride()).copy_(gradient)
-                offset = view.storage_offset() - stack.storage_offset()
-                gradients.append(laid.as_strided(view.shape, view.stride(), offset))
+                if gradient.stride() != stack.stride():
+                    gradient = gradient.new_empty_strided(stack.shape, stack.stride()).copy_(gradient)
+                offset = gradient.storage_offset() + view.storage_offset() - stack.storage_offset()
+                gradients.append(gradient.as_strided(view.shape, view.stride(), offset))
         return gradients
 
     @contextmanager
@@ -173,7 +174,7 @@ def expert_target(name: str, layer: MoE, expert: int) -> Target:
     Raises:
         UserError: its bank cannot adapt one expert alone.
     """
-    if any(isinstance(parameter, DTensor) for parameter in layer.experts.parameters()):
+    if any(is_sharded(parameter) for parameter in layer.experts.parameters()):
         raise UserError(f"layer {name!r} is sharded; adapt the whole model and shard it afterwards")
     with torch.no_grad():
         target = Target(name, expert, layer.experts)

@@ -17,6 +17,7 @@ from spectralmoe import linalg
 from spectralmoe.diagnostics.measure import Measure
 from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.routing import Routing
+from spectralmoe.sharding import full
 
 __all__ = [
     "effective_rank",
@@ -191,7 +192,7 @@ def _centred(values: Tensor) -> Tensor:
 
 
 def _exact(matrix: Tensor) -> Tensor:
-    return linalg.full(matrix).detach().double()
+    return full(matrix).detach().double()
 
 
 def _measure(matrix: Tensor, value: Callable[[Tensor], Tensor]) -> Measure:

@@ -15,9 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.linalg import full
 from spectralmoe.moe import MoE
 from spectralmoe.routing import Routing
+from spectralmoe.sharding import full
 from spectralmoe.tape import Record, Tape, moe_layers
 
 __all__ = ["Seen", "Watch", "Watched", "layer_number", "watch"]

@@ -24,15 +24,21 @@ class Block:
     sizes: list[int] = field(default_factory=list)  # rows of each
     begins: list[bool] = field(default_factory=list)  # whether they are its first
 
-    def multiply(self, x: Tensor, matrices: Sequence[Tensor], out: Tensor) -> None:
-        """The rows of each expert times its matrix."""
-        for e, rows, result in zip(self.experts, x.split(self.sizes), out.split(self.sizes), strict=True):
-            torch.mm(rows, matrices[e], out=result)
+    def cut(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each expert."""
+        return x.split_with_sizes(self.sizes)
+
+    def multiply(self, x: Tensor, matrices: Sequence[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
+        """The rows of each expert times its matrix, plus its row of ``bias``."""
+        for e, rows, result in zip(self.experts, self.cut(x), self.cut(out), strict=True):
+            if bias is None:
+                torch.mm(rows, matrices[e], out=result)
+            else:
+                torch.addmm(bias[e], rows, matrices[e], out=result)
 
     def outer(self, left: Tensor, right: Tensor, out: Sequence[Tensor]) -> None:
         """Left' times right for each expert, over all of its blocks."""
-        pieces = zip(self.experts, self.begins, left.split(self.sizes), right.split(self.sizes), strict=True)
-        for e, begins, a, b in pieces:
+        for e, begins, a, b in zip(self.experts, self.begins, self.cut(left), self.cut(right), strict=True):
             if begins:
                 torch.mm(a.T, b, out=out[e])
             else:
@@ -40,7 +46,7 @@ class Block:
 
     def add(self, x: Tensor, out: Tensor) -> None:
         """Add the rows of each expert to its row of ``out``."""
-        for e, rows in zip(self.experts, x.split(self.sizes), strict=True):
+        for e, rows in zip(self.experts, self.cut(x), strict=True):
             out[e] += rows.sum(0, dtype=out.dtype)
 
     def each(self, table: Tensor) -> Tensor:
@@ -69,9 +75,8 @@ class Layout:
 
     def scale(self, weights: Tensor) -> Tensor:
         """(P, 1): the weight of each row; 0 for those that fill up."""
-        scale = weights.new_zeros(len(self.slots), 1)
-        scale[self.real] = weights.flatten()[self.slots[self.real], None]
-        return scale
+        scale = weights.flatten()[self.slots, None]
+        return scale if isinstance(self.real, slice) else scale * self.real[:, None]
 
 
 def lay_out(order: Tensor, counts: Tensor, most: int, dtype: torch.dtype) -> Layout:
@@ -132,9 +137,7 @@ def _parts(height: int, most: int) -> list[int]:
 
 def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """(order, counts): the flat slots by expert, stably, those without one behind; rows of each expert."""
-    key = torch.where((indices >= 0) & (indices < num_experts), indices, num_experts).flatten()
-    if num_experts < 2**15:
+    key = indices.flatten().clamp(-1, num_experts) % (num_experts + 1)  # none of our experts: behind the last
+    if num_experts < 2**15 - 1:
         key = key.to(torch.int16)  # two passes of a counting sort
-    key, order = key.sort(stable=True)
-    ends = torch.searchsorted(key, torch.arange(num_experts, dtype=key.dtype), right=True)
-    return order, ends.diff(prepend=ends.new_zeros(1))
+    return key.argsort(stable=True), torch.bincount(key, minlength=num_experts + 1)[:num_experts]

@@ -101,8 +101,8 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
     d_x = x.new_zeros(x.shape if wants_x else 0, dtype=weights.dtype)
     d_up, d_down = (torch.empty_like(part) if wants_bank else part.new_empty(0) for part in (up, down))
     ups, downs, d_ups, d_downs = (stack.unbind() for stack in (up, down, d_up, d_down))
-    for e in (counts == 0).nonzero() if wants_bank else ():
-        d_up[e], d_down[e] = 0, 0
+    if wants_bank and len(idle := (counts == 0).nonzero()[:, 0]):
+        d_up[idle], d_down[idle] = 0, 0
     d_scale = weights.new_zeros(len(layout.slots))
     d_up_bias, d_down_bias = (
         None if b is None else torch.zeros_like(b, dtype=weights.dtype) for b in (up_bias, down_bias)

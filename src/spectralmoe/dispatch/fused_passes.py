@@ -37,16 +37,12 @@ class Bank:
 
     def lift(self, block: Block, rows: Tensor, *, hidden: Tensor, act: Tensor, silu: Tensor | None = None) -> None:
         """From rows to the hidden layer before and after its activation."""
-        block.multiply(rows, self.upward, out=hidden)
-        if self.up_bias is not None:
-            hidden += block.each(self.up_bias)
+        block.multiply(rows, self.upward, out=hidden, bias=self.up_bias)
         self.activate(hidden, silu, out=act)
 
     def lower(self, block: Block, act: Tensor, *, outputs: Tensor) -> None:
         """From the activations to the outputs."""
-        block.multiply(act, self.downward, out=outputs)
-        if self.down_bias is not None:
-            outputs += block.each(self.down_bias)
+        block.multiply(act, self.downward, out=outputs, bias=self.down_bias)
 
     def activate(self, hidden: Tensor, silu: Tensor | None, *, out: Tensor) -> None:
         """The hidden activations; for swiglu also the silu of its gate, where there is room for it."""

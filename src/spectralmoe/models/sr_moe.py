@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
 from spectralmoe.experts import FeedForward
@@ -49,14 +50,16 @@ class ConvStem(nn.Module):
             nn.Conv2d(16, 32, 3, stride=2, padding=1),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(self.GRID),
-            nn.Flatten(),
         ).to(memory_format=torch.channels_last)  # a third less time for the stem on a CPU
         self.project = nn.Linear(32 * self.GRID**2, width)
 
     def forward(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        features: Tensor = self.project(self.convolutions((images - mean) / std))
-        return features
+        grid: Tensor = self.convolutions((images - mean) / std)
+        weight = self.project.weight.unflatten(1, grid.shape[1:])
+        # channels last here too: a gradient in the other order would slow the convolutions' backward
+        read, weight = (part.permute(0, 2, 3, 1).flatten(1) for part in (grid, weight))
+        return F.linear(read, weight, self.project.bias)
 
 
 class VectorStem(nn.Module):

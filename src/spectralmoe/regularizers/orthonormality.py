@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.linalg import full
+from spectralmoe.sharding import full
 from spectralmoe.tape import Record
 
 __all__ = ["orthonormality"]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from spectralmoe import linalg
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.sharding import full
 from spectralmoe.tape import Record
 
 __all__ = ["spectral_norm", "spectral_penalty", "stable_rank"]
@@ -159,7 +160,7 @@ def _matrix(record: Record, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
         return _gates(record), None
     if not callable(matrix):
         raise one_of("matrix of a spectral term", matrix, ["router", "gates", "a function of the record"])
-    own = linalg.full(matrix(record))
+    own = full(matrix(record))
     if own.dim() != 2:
         raise UserError(f"the function given as matrix must return a matrix, got shape {tuple(own.shape)}")
     return own.to(torch.promote_types(own.dtype, torch.float32)), None
@@ -171,7 +172,7 @@ def _router(record: Record) -> tuple[Tensor, Tensor | None]:
     if matrix is None or scorer is None:
         kind = "no router" if scorer is None else type(scorer).__name__
         raise UserError(f"layer {record.name!r} ({kind}) has no routing matrix for a spectral term to look at")
-    return linalg.full(matrix), scorer.spectral_direction()
+    return full(matrix), scorer.spectral_direction()
 
 
 def _gates(record: Record) -> Tensor:

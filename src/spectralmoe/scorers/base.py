@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import EXACT_LIMIT, full, power_iteration, top_right
+from spectralmoe.linalg import EXACT_LIMIT, power_iteration, top_right
+from spectralmoe.sharding import full
 
 if TYPE_CHECKING:
     from spectralmoe.tape import Record

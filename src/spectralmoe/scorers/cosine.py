@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import full
 from spectralmoe.scorers.base import Scorer, half_space_distance
+from spectralmoe.sharding import full
 
 __all__ = ["CosineScorer"]
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import assign_, full, qr_retraction, sigma_max
+from spectralmoe.linalg import qr_retraction, sigma_max
 from spectralmoe.scorers.base import Scorer
+from spectralmoe.sharding import assign_, full
 
 if TYPE_CHECKING:
     from spectralmoe.tape import Record

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectralmoe.linalg import full, sigma_max
+from spectralmoe.linalg import sigma_max
 from spectralmoe.scorers.base import Scorer
+from spectralmoe.sharding import full
 
 __all__ = ["LinearScorer"]
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import assign_, full, qr_retraction, sigma_max
+from spectralmoe.linalg import qr_retraction, sigma_max
 from spectralmoe.scorers.base import Scorer
+from spectralmoe.sharding import assign_, full
 
 if TYPE_CHECKING:
     from spectralmoe.tape import Record

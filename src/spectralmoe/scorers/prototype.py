@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import full, sigma_max
+from spectralmoe.linalg import sigma_max
 from spectralmoe.scorers.base import Scorer
+from spectralmoe.sharding import full
 
 __all__ = ["PrototypeScorer"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import assign_
 from spectralmoe.selectors.topk import TopK
+from spectralmoe.sharding import assign_
 
 __all__ = ["SoftBalanced"]
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from spectralmoe.diagnostics.watch import Watched, layer_number
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import full
 from spectralmoe.routing import Routing
+from spectralmoe.sharding import full
 from spectralmoe.surgery.hf_routing import Returned, read_returned
 from spectralmoe.surgery.hf_scores import Choice, Form
 from spectralmoe.surgery.hf_structure import (

@@ -10,12 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_whole
-from spectralmoe.linalg import full
+from spectralmoe.sharding import full, sharded_as
 from spectralmoe.tape import unwrapped
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -60,14 +59,16 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
         model = unwrapped(model)
         targets = model.state_dict()
         weights = _under("model.", tensors)
-        model.load_state_dict({name: _as(value, targets.get(name)) for name, value in weights.items()})
+        model.load_state_dict({name: sharded_as(value, targets.get(name)) for name, value in weights.items()})
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         saved = optimizer.state_dict()
         saved["state"] = {}
         for name, value in _under("optimizer.", tensors).items():
             index, key = name.split(".", 1)
             own = parameters[int(index)]
-            saved["state"].setdefault(int(index), {})[key] = _as(value, own if own.shape == value.shape else None)
+            saved["state"].setdefault(int(index), {})[key] = sharded_as(
+                value, own if own.shape == value.shape else None
+            )
         optimizer.load_state_dict(saved)
         torch.set_rng_state(tensors["random"])
         if "random.cuda" in tensors and torch.cuda.is_available():
@@ -77,13 +78,6 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
             f"{path} is not a checkpoint of this run ({str(error).splitlines()[0]}); remove it to start over"
         ) from error
     return state
-
-
-def _as(value: Tensor, target: Tensor | None) -> Tensor:
-    """``value``, sharded as ``target`` is."""
-    if not isinstance(target, DTensor):
-        return value
-    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

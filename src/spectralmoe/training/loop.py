@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spectralmoe.diagnostics import evaluate, holds_moe
 from spectralmoe.errors import UserError
 from spectralmoe.instruments.monitor import Monitor
-from spectralmoe.linalg import full
+from spectralmoe.sharding import full
 from spectralmoe.steps import after_step, before_step, param_groups
 from spectralmoe.tape import Tape, record
 from spectralmoe.terms import Term, penalty

@@ -12,11 +12,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.linalg import full
 from spectralmoe.router import shard_routers
+from spectralmoe.sharding import full, is_sharded
 from spectralmoe.surgery import model_blocks
 from spectralmoe.surgery.timm import VisionMoE
 
@@ -100,7 +99,7 @@ class Ranks:
         """After backward: average the gradients that FSDP2 leaves to each process, those of scalars."""
         if self.kind == "fsdp2":
             for parameter in model.parameters():
-                if parameter.grad is not None and not isinstance(parameter, DTensor):
+                if parameter.grad is not None and not is_sharded(parameter):
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= self.world
 
