@@ -73,11 +73,23 @@ def test_a_router_leaves_scores_to_their_readers_unless_the_selector_has_its_own
         def scores(self, logits):
             return super().scores(logits) / 2
 
+    class HalvedCapacity(Capacity):
+        def scores(self, logits):
+            return super().scores(logits) / 2
+
     x = torch.randn(5, 8)
+    halved = Router(LinearScorer(8, 4), HalvedCapacity(TopK(2), 2.0))(x)
+    assert torch.equal(halved.scores, halved.logits.softmax(-1) / 2)
     plain, own = (Router(LinearScorer(8, 4), wrap(kind(2)))(x) for kind in (TopK, Halved))
     assert plain.score == "softmax"
     assert torch.equal(plain.scores, plain.logits.softmax(-1))
     assert torch.equal(own.scores, own.logits.softmax(-1) / 2)
+
+
+def test_probs_know_the_precision_of_the_scores(close):
+    logits = torch.zeros(2, 3, dtype=torch.float16)
+    routing = Routing(logits, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 3), 0.01))
+    close(routing.probs, torch.full((2, 3), 1 / 3))
 
 
 def test_probs_are_scores_normalised(close):

@@ -144,7 +144,7 @@ class MoE(Recordable):
     Args:
         router: scorer and selector. It may count more experts than the bank has: those are zero experts.
         experts: the bank.
-        dispatch: "auto" (dense for soft routing, else grouped), "loop", "dense", "grouped", or a callable.
+        dispatch: "auto" (``pick_dispatch``), "loop", "dense", "grouped", or a callable.
         shared: module applied to every token, added to the sum.
 
     Raises:

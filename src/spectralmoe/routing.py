@@ -45,8 +45,8 @@ class Routing:
         weights: (N, K) combine weights with gradient, same precision, 0 in an empty slot.
         indices: (N, K) int64; -1 is an empty slot; an index >= ``experts.num_experts`` is a zero expert: counted, but
             it contributes nothing to the output.
-        score: how ``scores`` follow from the logits, "softmax" or "sigmoid"; or the scores themselves, (N, E), where it
-            is in another way.
+        score: how ``scores`` follow from the logits, "softmax" or "sigmoid"; or the scores themselves, (N, E), where
+            the selector has its own.
         mask: (N,) bool, True for a real token; None when all are.
         shape: the leading dimensions that N was flattened from.
         soft: every token uses every expert.
@@ -79,13 +79,14 @@ class Routing:
 
     @property
     def scores(self) -> Tensor:
-        """What the selector chose from (softmax, sigmoid, ...): (N, E) with gradient; computed when it is read."""
+        """What the selector chose from (softmax, sigmoid, ...): (N, E) with gradient; computed at each reading."""
         return self.score if isinstance(self.score, Tensor) else apply_score(self.score, self.logits)
 
     @property
     def probs(self) -> Tensor:
         """The scores normalised to sum 1 over the experts (N, E); 0 where all of a token underflowed."""
-        scores, info = self.scores, torch.finfo(self.logits.dtype)
+        scores = self.scores
+        info = torch.finfo(scores.dtype)
         return scores / scores.sum(-1, keepdim=True).clamp_min(info.tiny / info.eps)
 
     def real(self, values: Tensor) -> Tensor:

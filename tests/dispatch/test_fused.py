@@ -135,9 +135,10 @@ def test_derivatives_of_the_operator(activation, bias, check):
     assert check(run, (x, weights, *parts))
 
 
-def test_the_operator_keeps_the_rules_of_torch():
-    layer, _, _ = make()
-    x, weights = torch.randn(7, D, requires_grad=True), torch.rand(7, 2, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_keeps_the_rules_of_torch(dtype):
+    layer = make(dtype=dtype)[0]
+    x, weights = torch.randn(7, D, dtype=dtype, requires_grad=True), torch.rand(7, 2, requires_grad=True)
     bank, indices = layer.experts, torch.randint(0, E, (7, 2))
     torch.library.opcheck(fused._forward, (x, weights, indices, bank.up, bank.down, None, None, "gelu", True))
 
@@ -185,8 +186,9 @@ def test_only_a_plain_bank_without_hooks_is_fused(close):
     assert fused.can_fuse(bank, x)
 
 
-def test_one_graph_serves_every_load():
-    layer, graphs = make()[0], []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_graph_serves_every_load(dtype):
+    layer, graphs = make(dtype=dtype)[0], []
     torch.compiler.reset()
 
     def backend(graph, inputs):
@@ -195,7 +197,7 @@ def test_one_graph_serves_every_load():
 
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
     for scale in (1.0, 100.0, 0.0):
-        compiled(scale * torch.randn(40, D))
+        compiled(scale * torch.randn(40, D, dtype=dtype))
     assert len(graphs) == 1
     torch.compiler.reset()
 
@@ -212,6 +214,42 @@ def test_a_single_token_is_decoded_expert_by_expert(activation, close):
         assert isinstance(pick_dispatch(routing, large), Loop)
         assert isinstance(pick_dispatch(routing, layer.experts), Loop)
         close(layer(x), composed(x, routing, layer.experts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_graph_serves_every_number_of_tokens(dtype):
+    layer, graphs = make(dtype=dtype)[0], []
+    torch.compiler.reset()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    for n in (3, 2, 40, 300):
+        compiled(torch.randn(n, D, dtype=dtype))
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_token_without_an_expert_has_gradients_of_zero(n):
+    layer, _, _ = make()
+    layer(torch.randn(n, D), torch.zeros(n, dtype=torch.bool)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.experts.parameters())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_single_token_meets_the_bank_as_it_is(grad, close):
+    layer, x, _ = make()
+    x = x.nan_to_num()[:1]
+    layer.experts = Doubled(E, D, H)
+    with torch.set_grad_enabled(grad):
+        close(layer(x), composed(x, layer.router(x), layer.experts))
+        layer.experts, seen = FeedForward(E, D, H), []
+        layer.experts.register_forward_hook(lambda _, args, __: seen.append(args))
+        layer(x)
+    assert len(seen) == 1
 
 
 loads = st.lists(st.integers(0, 30) | st.integers(0, 200), min_size=1, max_size=9)
@@ -235,6 +273,7 @@ def test_a_layout_holds_every_slot_once_and_fills_up_with_slots_of_the_same_expe
     layout = lay_out(order, torch.tensor(counts), most, dtype)
     assert layout.slots[layout.real].tolist() == order.tolist()
     assert len(layout.slots) == sum(block.size for block in layout.blocks) <= rows_at_most(slots, len(counts), dtype)
+    assert rows_at_most(slots, len(counts), dtype) <= (2 * slots if dtype != torch.float32 else slots)
     pieces = [piece for block in layout.blocks for piece in zip(block.experts, block.sizes, strict=True)]
     own = iter(layout.slots.split([size for _, size in pieces]))
     of = dict(zip(order.tolist(), torch.repeat_interleave(torch.tensor(counts)).tolist(), strict=True))

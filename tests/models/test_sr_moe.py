@@ -57,6 +57,16 @@ def test_forward_is_the_equation(residual, centred, spare):
     torch.testing.assert_close(model(vectors), by_equation(model, z), rtol=1e-10, atol=1e-10)
 
 
+def test_the_stem_calls_its_last_layer_and_keeps_the_order_of_its_inputs(close):
+    stem, seen = sr_moe(5, channels=2).stem, []
+    stem.project.register_forward_hook(lambda _, args, result: seen.append((args[0], result)))
+    images = torch.rand(3, 2, 9, 11)
+    features = stem(images)
+    [(read, result)] = seen
+    assert result is features
+    close(read, stem.convolutions((images - 0.5) / 0.25).flatten(1))
+
+
 def test_the_default_router_is_top_2_of_scaled_prototypes_with_a_selection_bias(close):
     router = prototype_router(16, 5).double()
     scorer, x = router.scorer, torch.randn(5, 16, dtype=torch.float64)

@@ -233,5 +233,10 @@ def _near(x: Tensor, count: int = 32, seed: int = 0) -> list[Tensor]:
 
 
 def _carries(model: nn.Module, near: Sequence[Tensor], y: Tensor) -> Carried:
-    shares = [(predict(model, copies) == y.repeat_interleave(len(copies) // len(y))).float().mean() for copies in near]
-    return Carried(float(shares[0]), float(shares[1]) if len(shares) > 1 else None)
+    shares = [_share_right(model, copies, y) for copies in near]
+    return Carried(shares[0], shares[1] if len(shares) > 1 else None)
+
+
+def _share_right(model: nn.Module, copies: Tensor, y: Tensor) -> float:
+    labels = y.repeat_interleave(len(copies) // max(len(y), 1))
+    return float((predict(model, copies) == labels).float().mean())

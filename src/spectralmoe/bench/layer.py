@@ -29,6 +29,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     """GELU in the first dtype, also compiled and recomputing; SwiGLU (the experts of most peers) in all.
 
     Other tokens in every round, as in training: in 16 bits a CPU needs a new kernel for loads it has not met lately.
+    (Work that is too short for one measurement runs several times in a round, and then meets some of them again.)
     """
     kinds: list[tuple[Activation, torch.dtype]] = [("gelu", settings.dtypes[0])]
     kinds += [("swiglu", dtype) for dtype in settings.dtypes]

@@ -1,9 +1,11 @@
 """Dispatch: how tokens reach their experts. Three forms of one sum, equal in value and gradient."""
 
 import torch
+from torch import Tensor
 
 from spectralmoe.dispatch.base import Dispatch
 from spectralmoe.dispatch.dense import Dense
+from spectralmoe.dispatch.fused import can_fuse
 from spectralmoe.dispatch.grouped import Grouped
 from spectralmoe.dispatch.loop import Loop
 from spectralmoe.experts import Experts
@@ -19,13 +21,21 @@ DISPATCHES: dict[str, type[Dispatch]] = {"loop": Loop, "dense": Dense, "grouped"
 def pick_dispatch(routing: Routing, experts: Experts) -> Dispatch:
     """The fastest form for this call: dense where every token uses every expert (K = E), else grouped.
 
-    A single token on a CPU (a decoding step, a correction) goes to its experts one after the other: there is nothing to
-    sort. Not with gradients of a large bank, of which each slot would make its own.
+    A single token of a plain bank on a CPU (a decoding step, a correction) goes to its experts one after the other:
+    there is nothing to sort.
     """
     if routing.soft:
         return Dense()
-    alone = routing.indices.shape[0] == 1 and routing.indices.device.type == "cpu"
-    if not alone or torch.compiler.is_compiling():
-        return Grouped()
-    small = not torch.is_grad_enabled() or sum(part.numel() for part in experts.parameters()) <= _SMALL
-    return Loop() if small else Grouped()
+    return Loop() if _one_by_one(routing, experts) else Grouped()
+
+
+def _one_by_one(routing: Routing, experts: Experts) -> bool:
+    indices = routing.indices
+    if torch.compiler.is_compiling() or len(indices) != 1 or type(indices) is not Tensor:
+        return False
+    if not can_fuse(experts, indices):
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    small = sum(part.numel() for part in experts.parameters()) <= _SMALL  # each slot makes gradients of the whole bank
+    return small and bool(((indices >= 0) & (indices < experts.num_experts)).any())  # without an expert it makes none

@@ -28,7 +28,9 @@ class Block:
         """The rows of each expert."""
         return x.split_with_sizes(self.sizes)
 
-    def multiply(self, x: Tensor, matrices: Sequence[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
+    def multiply(
+        self, x: Tensor, matrices: Sequence[Tensor], bias: Sequence[Tensor] | None = None, *, out: Tensor
+    ) -> None:
         """The rows of each expert times its matrix, plus its row of ``bias``."""
         for e, rows, result in zip(self.experts, self.cut(x), self.cut(out), strict=True):
             if bias is None:
@@ -60,7 +62,7 @@ class Layout:
 
     Attributes:
         slots: (P,) the flat slot of each row, expert by expert; those without an expert may follow.
-        real: the rows that are not there to fill up.
+        real: which rows are not there to fill up.
         blocks: all rows of experts.
     """
 
@@ -72,6 +74,11 @@ class Layout:
     def most(self) -> int:
         """Rows of the largest block."""
         return max((block.size for block in self.blocks), default=0)
+
+    @property
+    def end(self) -> int:
+        """All rows of experts."""
+        return self.blocks[-1].start + self.blocks[-1].size if self.blocks else 0
 
     def scale(self, weights: Tensor) -> Tensor:
         """(P, 1): the weight of each row; 0 for those that fill up."""
@@ -95,8 +102,9 @@ def lay_out(order: Tensor, counts: Tensor, most: int, dtype: torch.dtype) -> Lay
 
 
 def rows_at_most(slots: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Rows of any layout of that many slots."""
-    return slots + (_STEP - 1) * min(slots, num_experts) if _fills_up(dtype) else slots
+    """Rows of any layout of that many slots: no expert gets 31 more than it has, nor twice as many."""
+    more: int = torch.sym_min(slots, (_STEP - 1) * num_experts) if _fills_up(dtype) else 0  # type: ignore[assignment]
+    return slots + more
 
 
 def _fills_up(dtype: torch.dtype) -> bool:
@@ -129,7 +137,7 @@ def cut_blocks(heights: list[int], most: int) -> list[Block]:
 def _parts(height: int, most: int) -> list[int]:
     if 2 * height <= 3 * most:
         return [height] if height else []
-    step = 1 if height % _STEP else _STEP
+    step = 1 if height % _STEP else _STEP  # what is filled up stays so in each part
     parts = min(round(height / most), height // step)
     edges = [height * part // parts // step * step for part in range(parts + 1)]
     return [end - start for start, end in pairwise(edges)]

@@ -66,6 +66,7 @@ def _forward(  # noqa: PLR0917 (the schema of the operator)
     y = torch.zeros_like(x, dtype=weights.dtype)  # bf16 rows add up in fp32
     rows, act = x.new_empty(most, x.shape[1]), x.new_empty(most, down.shape[2])
     hidden, outputs = (x.new_empty(shape) for shape in _kept(len(order), up, down, keep))
+    hidden[layout.end :], outputs[layout.end :] = 0, 0
     before = x.new_empty(0 if keep else most, up.shape[1])
     for block in layout.blocks:
         here, own = slice(block.start, block.start + block.size), slice(block.size)

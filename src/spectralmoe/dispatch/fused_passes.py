@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -26,23 +27,23 @@ class Bank:
         self.activation = activation
 
     @cached_property
-    def upward(self) -> tuple[Tensor, ...]:
-        """Of each expert (D, H): views that are made at once, since one by one they take longer than a small GEMM."""
-        return self.up.mT.unbind()
+    def upward(self) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
+        """Of each expert (D, H) and bias: views made at once, since one by one they take longer than a small GEMM."""
+        return self.up.mT.unbind(), None if self.up_bias is None else self.up_bias.unbind()
 
     @cached_property
-    def downward(self) -> tuple[Tensor, ...]:
-        """Of each expert (H, D)."""
-        return self.down.mT.unbind()
+    def downward(self) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
+        """Of each expert (H, D) and bias."""
+        return self.down.mT.unbind(), None if self.down_bias is None else self.down_bias.unbind()
 
     def lift(self, block: Block, rows: Tensor, *, hidden: Tensor, act: Tensor, silu: Tensor | None = None) -> None:
         """From rows to the hidden layer before and after its activation."""
-        block.multiply(rows, self.upward, out=hidden, bias=self.up_bias)
+        block.multiply(rows, *self.upward, out=hidden)
         self.activate(hidden, silu, out=act)
 
     def lower(self, block: Block, act: Tensor, *, outputs: Tensor) -> None:
         """From the activations to the outputs."""
-        block.multiply(act, self.downward, out=outputs, bias=self.down_bias)
+        block.multiply(act, *self.downward, out=outputs)
 
     def activate(self, hidden: Tensor, silu: Tensor | None, *, out: Tensor) -> None:
         """The hidden activations; for swiglu also the silu of its gate, where there is room for it."""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
 from spectralmoe.experts import FeedForward
@@ -55,11 +54,12 @@ class ConvStem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        grid: Tensor = self.convolutions((images - mean) / std)
-        weight = self.project.weight.unflatten(1, grid.shape[1:])
-        # channels last here too: a gradient in the other order would slow the convolutions' backward
-        read, weight = (part.permute(0, 2, 3, 1).flatten(1) for part in (grid, weight))
-        return F.linear(read, weight, self.project.bias)
+        grid = self.convolutions((images - mean) / std)
+        # There and back: so the gradient comes in channels-last too, which the convolutions' backward wants.
+        there = grid.permute(0, 2, 3, 1).flatten(1)
+        back = there.unflatten(1, (*grid.shape[2:], grid.shape[1])).permute(0, 3, 1, 2).flatten(1)
+        features: Tensor = self.project(back)
+        return features
 
 
 class VectorStem(nn.Module):

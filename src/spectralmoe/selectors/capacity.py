@@ -54,7 +54,7 @@ class Capacity(Selector):
         return self.selector.scores(logits)
 
     def scored(self, logits: Tensor) -> Tensor | Score:
-        return self.selector.scored(logits)
+        return self.selector.scored(logits) if type(self).scores is Capacity.scores else self.scores(logits)
 
     def ranked(self, logits: Tensor) -> Tensor:
         return self.selector.ranked(logits)
