@@ -11,7 +11,6 @@ from spectralmoe.bench.peers import find_peers
 from spectralmoe.bench.problem import Activation, Form, Problem, Sizes
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.subject import Subject, as_case, spectralmoe_layer
-from spectralmoe.bench.timing import WARM_UP
 
 __all__ = ["FORMS", "SHAPES", "cases"]
 
@@ -22,20 +21,21 @@ SHAPES = (
     Sizes(8192, 128, 256, 128, 4),
 )
 QUICK = (Sizes(512, 64, 128, 8, 2), Sizes(1024, 32, 64, 32, 4))
+BATCHES = 64
 FORMS: tuple[Form, ...] = ("forward and backward", "forward")
 
 
 def cases(settings: Settings) -> Iterator[Case]:
     """GELU in the first dtype, also compiled and recomputing; SwiGLU (the experts of most peers) in all.
 
-    Other tokens in every round, as in training: in 16 bits a CPU needs a new kernel for loads it has not met lately.
-    (Work that is too short for one measurement runs several times in a round, and then meets some of them again.)
+    Other tokens in every run, as in training: in 16 bits a CPU compiles a kernel for every load that it has not met
+    lately, and keeps a thousand of them.
     """
     kinds: list[tuple[Activation, torch.dtype]] = [("gelu", settings.dtypes[0])]
     kinds += [("swiglu", dtype) for dtype in settings.dtypes]
     for activation, dtype in kinds:
         for sizes in QUICK if settings.quick else SHAPES:
-            problem = Problem(sizes, activation, dtype, settings.device, batches=settings.rounds + WARM_UP)
+            problem = Problem(sizes, activation, dtype, settings.device, batches=BATCHES)
             peers, skipped = find_peers(problem)
             for form in FORMS:
                 subjects = [spectralmoe_layer(problem), *_variants(problem, form, settings), *peers]

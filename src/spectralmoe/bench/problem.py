@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,12 +63,12 @@ class Problem:
     The router's matrix is fp32 and holds numbers that ``dtype`` has too.
 
     Args:
-        batches: how many batches of N tokens there are; work takes the next one in turn, so that with few tokens the
-            chosen experts are not in the cache already.
+        batches: how many batches of N tokens there are. Each run of any candidate takes the next one, so that it meets
+            neither experts nor kernels that another has just warmed up for it.
         weights: share those of another problem.
 
     Attributes:
-        stream: the batches, each (N, D).  x: the first.  gradient: of the output, (N, D).
+        stream: the batches, each (N, D), again and again.  x: the first.  gradient: of the output, (N, D).
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class Problem:
         else:
             self.router, self.up, self.down = weights.router, weights.up, weights.down
         tokens = self._clear_tokens(sizes.n * batches, source)
-        self.stream: Sequence[Tensor] = tokens.split(sizes.n)
-        self.x, self.gradient = self.stream[0], normal(sizes.n, d, fan_in=1)
+        self.stream = itertools.cycle(tokens.split(sizes.n))
+        self.x, self.gradient = tokens[: sizes.n], normal(sizes.n, d, fan_in=1)
 
     def title(self, form: Form) -> str:
         """The name of a case about this problem."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def _candidate(name: str, stack: Stack, kind: Kind, problems: list[Problem], *, 
         y, right = stack(leaf), _truth(twin, problems)
         y.backward(torch.ones_like(y))
         right.backward(torch.ones_like(right))
-        truth = {"output": right.detach(), "input": twin.grad}
+        truth: dict[str, Any] = {"output": right.detach(), "input": twin.grad}
         return difference({"output": y, "input": leaf.grad}, truth, torch.float32)
 
     return Candidate(name, step, kind, check=None if kind == "unlike" else check)

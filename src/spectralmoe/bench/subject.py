@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -76,8 +75,7 @@ def spectralmoe_layer(problem: Problem, *, recompute: bool = False, compiled: bo
 
 def candidate(subject: Subject, problem: Problem, form: Form) -> Candidate:
     """A subject at work on a problem."""
-    batches, parameters = itertools.cycle(problem.stream), list(subject.module.parameters())
-    training = form != "forward"
+    parameters, training = list(subject.module.parameters()), form != "forward"
 
     def reset() -> None:
         for parameter in parameters:
@@ -102,7 +100,7 @@ def candidate(subject: Subject, problem: Problem, form: Form) -> Candidate:
 
     return Candidate(
         subject.name,
-        lambda: run(next(batches)),
+        lambda: run(next(problem.stream)),
         subject.kind,
         check=None if subject.kind == "unlike" else check,
         reset=reset,
