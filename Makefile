@@ -6,7 +6,7 @@
 PYTHON ?= python3
 DEMO ?= --depths 2 --seeds 3 --epochs 8
 PYTEST_ARGS ?=
-STORED ?= benchmarks/results/2026-11-22-bench-quick-cpu.json
+STORED ?= benchmarks/results/2026-11-23-bench-quick-cpu.json
 
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
