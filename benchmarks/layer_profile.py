@@ -34,7 +34,7 @@ PARTS = {
     "weights of the rows": ("'mul_'", "'mul'", " torch.mul>", "'sum'"),
     "logits": ("_nn.linear",),
     "top-k and softmax": ("'topk'", "'softmax'"),
-    "sort": ("'sort'", "searchsorted"),
+    "sort": ("argsort", "bincount"),
     "autograd engine, router backward": ("run_backward",),
 }
 
