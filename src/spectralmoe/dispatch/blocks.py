@@ -98,7 +98,7 @@ def lay_out(order: Tensor, counts: Tensor, most: int, dtype: torch.dtype) -> Lay
     heights = [_filled(load) for load in loads]
     expert = torch.repeat_interleave(torch.tensor(heights))
     row, load = torch.arange(len(expert)) - _starts(torch.tensor(heights))[expert], counts[expert]
-    return Layout(order[_starts(counts)[expert] + row % load], row < load, cut_blocks(heights, most))
+    return Layout(order[_starts(counts)[expert] + row % load], row < load, cut_blocks(heights, most, _STEP))
 
 
 def rows_at_most(slots: int, num_experts: int, dtype: torch.dtype) -> int:
@@ -119,11 +119,15 @@ def _starts(sizes: Tensor) -> Tensor:
     return sizes.cumsum(0) - sizes
 
 
-def cut_blocks(heights: list[int], most: int) -> list[Block]:
-    """All rows in blocks of about ``most`` rows; a large expert is cut into parts, equal up to multiples of 32."""
+def cut_blocks(heights: list[int], most: int, step: int = 1) -> list[Block]:
+    """All rows in blocks of about ``most`` rows; a large expert is cut into equal parts.
+
+    Args:
+        step: parts of a height that is a multiple of it are multiples too, so that what is filled up stays so.
+    """
     blocks = [block := Block(0)]
     for e, height in enumerate(heights):
-        for part, size in enumerate(_parts(height, most)):
+        for part, size in enumerate(_parts(height, most, 1 if height % step else step)):
             if block.size and block.size + size > most:
                 block = Block(block.start + block.size)
                 blocks.append(block)
@@ -134,10 +138,9 @@ def cut_blocks(heights: list[int], most: int) -> list[Block]:
     return blocks if block.size else []
 
 
-def _parts(height: int, most: int) -> list[int]:
+def _parts(height: int, most: int, step: int) -> list[int]:
     if 2 * height <= 3 * most:
         return [height] if height else []
-    step = 1 if height % _STEP else _STEP  # what is filled up stays so in each part
     parts = min(round(height / most), height // step)
     edges = [height * part // parts // step * step for part in range(parts + 1)]
     return [end - start for start, end in pairwise(edges)]
