@@ -1,4 +1,4 @@
-"""What the tests share: seeds, tolerances, small routers made from the tables, the check of a user's error."""
+"""What the tests share: tolerances, small routers made from the tables, the check of a user's error."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 from torch import Tensor
 
 from spectralmoe import Router, TopK, UserError
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
-
-settings.register_profile("spectralmoe", derandomize=True, deadline=None, max_examples=50)
-settings.load_profile("spectralmoe")
-torch.set_num_threads(1)
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}
 """The only tolerances, relative and absolute: of the arithmetic that produced a result."""
@@ -41,29 +36,11 @@ SELECTOR_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
 SELECTOR_CASES = {**SELECTORS, "soft": TopK}
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--require-chromium", action="store_true", help="fail the tests of the HTML page where there is no Chromium"
-    )
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests that ask for ``scorer_name`` or ``selector_name`` over the tables ("soft" is TopK without k)."""
     for name, table in (("scorer_name", SCORERS), ("selector_name", SELECTOR_CASES)):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, list(table))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

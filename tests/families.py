@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from seeds import generator, shifted
 from torch import nn
 
 __all__ = ["FAMILIES", "batch", "build"]
@@ -131,7 +132,7 @@ def build(name: str, **changes: Any) -> Any:
     prefix, arguments = SPECS[name]
     config = getattr(transformers, CONFIGS.get(prefix, f"{prefix}Config"))(**{**arguments, **changes})
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         model = getattr(transformers, MODELS.get(prefix, f"{prefix}ForCausalLM"))(config).eval()
         with torch.no_grad():
             for tensor in [*model.parameters(), *_buffers(model)]:
@@ -146,7 +147,7 @@ def _buffers(model: nn.Module) -> list[torch.Tensor]:
 
 def batch(model: Any, rows: int = 2, length: int = 24, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random input ids for ``model``, without the special ones; for a decoder beside an encoder too."""
-    make = torch.Generator().manual_seed(seed)
+    make = generator(seed)
     size = model.config.vocab_size
     found = {"input_ids": torch.randint(4, size, (rows, length), generator=make)}
     if model.config.is_encoder_decoder:

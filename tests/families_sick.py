@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from families import FAMILIES
+from seeds import generator
 from torch import Tensor, nn
 
 from spectralmoe.surgery.hf_layers import HFLayer, find_layers
@@ -88,7 +89,7 @@ def flipping(name: str) -> Any:
         words[:, -2], words[:, -1] = 20.0, 60.0
         for layer in find_layers(model):
             matrix = matrix_of(layer)
-            large = 40 + 4 * torch.randn(len(matrix), generator=torch.Generator().manual_seed(0))
+            large = 40 + 4 * torch.randn(len(matrix), generator=generator(0))
             matrix.mul_(0.2)
             matrix[:, -2], matrix[:, -1] = large, -large / 3
     return model
@@ -118,7 +119,7 @@ def stacks(layer: HFLayer) -> list[tuple[str, list[Tensor]]]:
 
 def _experts(layer: HFLayer) -> None:
     """Unlike experts that hardly change the tokens."""
-    draw = torch.Generator().manual_seed(layer.number)
+    draw = generator(layer.number)
     for name, values in stacks(layer):
         for value in values:
             value.copy_(torch.randn(value.shape, generator=draw) * (0.01 if "down" in name or "wo" in name else 0.3))

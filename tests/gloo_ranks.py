@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["RANKS", "Ranks", "work"]
+__all__ = ["RANKS", "Ranks", "environment", "work"]
 
 RANKS = 2
 TESTS = Path(__file__).parent
@@ -38,16 +38,21 @@ def work(checks: Sequence[Callable[[int, Path], Any]]) -> None:
     dist.destroy_process_group()
 
 
+def environment() -> dict[str, str]:
+    """Of a process that knows the source and the modules of the tests, and meets others on this machine."""
+    paths = os.pathsep.join(map(str, (TESTS.parent / "src", TESTS)))
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
 class Ranks:
     """Runs ``script`` as both processes, for ``seconds`` at most; ``ranks(check)`` is what each rank found."""
 
     def __init__(self, script: str, folder: Path, seconds: int) -> None:
         self.folder = folder
-        paths = os.pathsep.join(map(str, (TESTS.parent / "src", TESTS)))
-        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         command = [sys.executable, script]
         processes = [
-            subprocess.Popen([*command, str(rank), str(folder), str(seconds)], env=environment) for rank in range(RANKS)
+            subprocess.Popen([*command, str(rank), str(folder), str(seconds)], env=environment())
+            for rank in range(RANKS)
         ]
         try:
             for process in processes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from seeds import shifted
 
 WORDS = ["the", "of", "expert", "token", "routing", "energy", "river", "night", "paper", "seven", "def", "return"]
 
@@ -107,7 +108,7 @@ def inspection(
     title: str = "tiny",
 ) -> dict[str, Any]:
     """An inspection document; the layers of ``sick`` have collapsed, with findings."""
-    rng, tokens = np.random.default_rng(seed), 4096 * max(experts // 8, 1)
+    rng, tokens = np.random.default_rng(shifted(seed)), 4096 * max(experts // 8, 1)
     made = [layer(rng, number, experts, labels, number in sick, tokens) for number in range(layers)]
     findings = [
         {
@@ -174,7 +175,7 @@ def monitor(
     layers: int = 4, experts: int = 8, steps: int = 30, seed: int = 0, title: str = "run"
 ) -> list[dict[str, Any]]:
     """The lines of a monitor: experts drift apart, one dies; one value has no data."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(shifted(seed))
     names = [f"model.layers.{i}.mlp" for i in range(layers)]
     about = [{"name": name, "layer": i, "stack": "", "experts": experts, "top_k": 2} for i, name in enumerate(names)]
     lines: list[dict[str, Any]] = [{"kind": "start", "format": 1, "title": title, "layers": about, "every": 50}]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo_ranks import RANKS, Ranks, work
+from seeds import generator, shifted
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -73,13 +74,13 @@ class Net(nn.Module):
 
 
 def make_net(dtype=torch.float32):
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     return Net().to(dtype)
 
 
 def batches(dtype=torch.float32):
     """(rounds, ranks, N, D)"""
-    return torch.randn(ROUNDS, RANKS, N, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(ROUNDS, RANKS, N, D, generator=generator(1)).to(dtype)
 
 
 def loss_of(net, x, terms):

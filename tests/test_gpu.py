@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from seeds import shifted
 
 from spectralmoe import (
     Balanced,
@@ -37,7 +38,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def layer(selector, dispatch, hidden=32):
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     return MoE(
         Router(LinearScorer(16, 8), SELECTORS[selector]()), FeedForward(8, 16, hidden, bias=True), dispatch=dispatch
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import shifted
 from torch import Tensor, nn
 
 from spectralmoe import FeedForward, LinearScorer, ModuleExperts, MoE, PrototypeScorer, Router, TopK
@@ -35,7 +36,7 @@ def data() -> ImageData:
 def _trained(data: ImageData) -> dict[str, nn.Module]:
     found = {}
     for name, router in ROUTERS.items():
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         model = sr_moe(10, width=16, depth=2, num_experts=4, hidden=8, spare=8, router=router, centred=name == "soft")
         train(model, data, Optimization(epochs=6, batch_size=32))
         found[name] = model.eval()
@@ -129,7 +130,7 @@ def pooled() -> Callable[..., nn.Module]:
     }
 
     def make(kind: str = "stacked", k: int | None = 2, classes: int = 4) -> nn.Module:
-        torch.manual_seed(1)
+        torch.manual_seed(shifted(1))
         return Pooled(banks[kind], k, classes).eval()
 
     return make

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from seeds import shifted
 from torch import nn
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
@@ -75,7 +76,7 @@ def test_margins_by_hand():
 
 def small(activation="relu", k=2, spare=0, bias=True):
     """A stack that is one MoE layer with a linear head on single tokens (B, 5), in float64."""
-    torch.manual_seed(3)
+    torch.manual_seed(shifted(3))
     bank = FeedForward(3, 5, 12, activation=activation, bias=bias, spare=spare)
     layer = MoE(Router(LinearScorer(5, 3), TopK(k)), bank)
     return nn.Sequential(layer, nn.Linear(5, 4)).double().eval()

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from seeds import generator, shifted
 
 from spectralmoe import LinearScorer, Router, TopK, UserError
 from spectralmoe.adaptation import Guard, adapt_one, apply_update, draw_receipt, make_receipt, receipt_lines
@@ -21,7 +22,7 @@ NAMES = ("T-shirt/top", "Trouser & <co>", "Ankle boot", "Sandal", "Sneaker")
 
 def small(features=None, channels=1):
     """An untrained network: every correction moves much."""
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     router = {"router": lambda d, e: Router(LinearScorer(d, e), TopK(2))}
     sizes = {"width": 8, "depth": 2, "num_experts": 4, "hidden": 4, "spare": 2}
     return sr_moe(5, channels=channels, features=features, **sizes, **router).eval()
@@ -29,12 +30,12 @@ def small(features=None, channels=1):
 
 @pytest.fixture
 def images():
-    return torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return torch.rand(60, 1, 8, 8, generator=generator(1))
 
 
 @pytest.fixture
 def labels(images):
-    return torch.randint(5, (len(images),), generator=torch.Generator().manual_seed(2))
+    return torch.randint(5, (len(images),), generator=generator(2))
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_sample_that_is_right_already(images, labels):
 
 
 def test_feature_vectors_have_no_shifted_copies():
-    model, x = small(features=6), torch.rand(1, 6, generator=torch.Generator().manual_seed(3))
+    model, x = small(features=6), torch.rand(1, 6, generator=generator(3))
     wrong = int(model(x).argmin())
     receipt = make_receipt(model, x, wrong, adapt_one(model, x, wrong, lr=0.2))
     assert receipt.carried_after.shifted is None
@@ -187,7 +188,7 @@ def test_mistakes(made, images):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_png(channels):
-    image = torch.rand(channels, 5, 7, generator=torch.Generator().manual_seed(channels))
+    image = torch.rand(channels, 5, 7, generator=generator(channels))
     raw, chunks = png(image), {}
     at = 8
     while at < len(raw):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from seeds import shifted
 from torch import nn
 
 from spectralmoe import UserError
@@ -239,7 +240,7 @@ def test_a_flipped_byte_is_found(network, saved, untouched):
     """Anywhere in the tensors; in the header it is found, or in a word that is not used."""
     whole, model = saved.read_bytes(), network("soft")
     tensors = 8 + int.from_bytes(whole[:8], "little")
-    draw = random.Random(0)
+    draw = random.Random(shifted(0))
     with untouched(model):
         for position in [tensors, len(whole) - 1, *(draw.randrange(tensors, len(whole)) for _ in range(10))]:
             damaged = bytearray(whole)

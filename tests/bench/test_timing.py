@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from seeds import shifted
 
 from spectralmoe.bench.timing import SAMPLE_SECONDS, SLOW, median, quiet, ratio, take_times
 
@@ -33,7 +34,7 @@ class Clock:
 def test_sides_take_turns_in_random_order_and_ratios_are_those_of_the_same_round():
     clock = Clock()
     sides = {"a": clock.side("a", lambda c: 0.01 * len(c.calls)), "b": clock.side("b", lambda c: 0.02 * len(c.calls))}
-    found = take_times(sides, 20, stopwatch=clock.stopwatch, order=random.Random(1))
+    found = take_times(sides, 20, stopwatch=clock.stopwatch, order=random.Random(shifted(1)))
     turns = [tuple(clock.calls[i : i + 2]) for i in range(4, 44, 2)]  # behind two warm-ups each
     assert set(turns) == {("a", "b"), ("b", "a")}
     assert list(found["a"]) == list(found["b"]) == list(range(20))
@@ -76,7 +77,7 @@ def test_the_interval_has_the_coverage_of_its_order_statistics(values):
 
 
 def test_the_interval_holds_the_median_in_95_of_100_samples():
-    source = random.Random(0)
+    source = random.Random(shifted(0))
     held = 0
     for _ in range(2000):
         found = median([source.lognormvariate(0.0, 1.0) for _ in range(21)])  # median 1

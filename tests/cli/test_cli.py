@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from seeds import shifted
 
 from spectralmoe.cli.app import run
 from spectralmoe.files import read_json
@@ -224,7 +225,7 @@ def test_bad_images(refused, model, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "set" / name).mkdir()
         for index in range(10):
-            np.save(tmp_path / "set" / name / f"{index}.npy", np.random.default_rng(index).random((8, 8)))
+            np.save(tmp_path / "set" / name / f"{index}.npy", np.random.default_rng(shifted(index)).random((8, 8)))
     np.save(tmp_path / "set" / "b" / "5.npy", np.full((8, 8), np.nan))
     assert "5.npy" in refused("compare", "--data", f"folder:{tmp_path / 'set'}", "--out", tmp_path / "o")
 
@@ -233,7 +234,7 @@ def test_other_images_under_the_same_name(refused, call, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "set" / name).mkdir(parents=True)
         for index in range(20):
-            np.save(tmp_path / "set" / name / f"{index}.npy", np.random.default_rng(index).random((8, 8)))
+            np.save(tmp_path / "set" / name / f"{index}.npy", np.random.default_rng(shifted(index)).random((8, 8)))
     arguments = ["compare", "--data", f"folder:{tmp_path / 'set'}", "--depths", 1, "--seeds", 1, "--epochs", 1]
     arguments += ["--trials", 1, "--routers", "linear", "--out", tmp_path / "out"]
     assert call(*arguments)[0] == 0
@@ -314,7 +315,7 @@ def _rgb(folder: Path) -> Path:
     for name in "abcdefghij":
         (folder / "rgb" / name).mkdir(parents=True)
         for index in range(10):
-            np.save(folder / "rgb" / name / f"{index}.npy", np.random.default_rng(index).random((8, 8, 3)))
+            np.save(folder / "rgb" / name / f"{index}.npy", np.random.default_rng(shifted(index)).random((8, 8, 3)))
     return folder / "rgb"
 
 
@@ -403,7 +404,7 @@ def test_brackets_and_odd_bytes_in_names(tmp_path, call):
     for name in ("one", "two"):
         (folder / name).mkdir(parents=True)
         for index in range(20):
-            np.save(folder / name / f"{index}.npy", np.random.default_rng(index).random((8, 8)))
+            np.save(folder / name / f"{index}.npy", np.random.default_rng(shifted(index)).random((8, 8)))
     options = ["--depths", 1, "--seeds", 1, "--epochs", 1, "--trials", 1, "--routers", "linear"]
     code, _, err = call("compare", "--data", f"folder:{folder}", *options, "--out", tmp_path / "out")
     assert code == 0, err

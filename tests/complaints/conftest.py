@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import shifted
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,7 +48,7 @@ def make_net() -> Callable[..., Net]:
 
     def make(selector: Callable[[], Any] = lambda: TopK(2), depth: int = 2, **checkpointing: Any) -> Net:
         with torch.random.fork_rng():
-            torch.manual_seed(1)
+            torch.manual_seed(shifted(1))
             net = Net(selector, depth)
         net.options = checkpointing or None
         return net

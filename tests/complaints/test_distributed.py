@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo_ranks import RANKS, Ranks, work
+from seeds import generator, shifted
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -37,13 +38,13 @@ N, D, E = 20, 8, 5
 
 
 def make_net():
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     return nn.Sequential(nn.Linear(D, D), MoE(Router(LinearScorer(D, E), TopK(2)), FeedForward(E, D, 16, bias=True)))
 
 
 def batches():
     """(ranks, N, D)"""
-    return torch.randn(RANKS, N, D, generator=torch.Generator().manual_seed(1))
+    return torch.randn(RANKS, N, D, generator=generator(1))
 
 
 def shard(net):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from seeds import generator
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
 from spectralmoe.diagnostics import (
@@ -28,7 +29,7 @@ seeds = st.integers(0, 10**6)
 
 
 def outputs_of(seed, experts=4, tokens=20, width=6):
-    return torch.randn(experts, tokens, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(experts, tokens, width, generator=generator(seed), dtype=torch.float64)
 
 
 def rotation(width):

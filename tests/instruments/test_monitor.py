@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_ranks import environment
+from seeds import generator, shifted
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -97,7 +99,7 @@ def train(model, batches, monitor, hand=None, parts=1):
 
 
 def batches(n, seed=0):
-    return torch.randn(n, N, D, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(n, N, D, generator=generator(seed))
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
@@ -243,7 +245,7 @@ def collapse(model, on):
             moe.router.scorer.weight.zero_()
             moe.router.scorer.weight[:K, 0] = 9.0 if on else 0.0
             if not on:
-                moe.router.scorer.weight.copy_(torch.randn(E, D, generator=torch.Generator().manual_seed(1)))
+                moe.router.scorer.weight.copy_(torch.randn(E, D, generator=generator(1)))
 
 
 def test_a_finding_is_written_when_it_arises_and_again_after_it_was_gone(tmp_path):
@@ -413,7 +415,7 @@ def test_the_reader_refuses_other_files(tmp_path, user_error, text, says):
 
 def run_rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     model = Net(False)
     with Monitor(model, folder / "ranks.jsonl", every=2, layers=True) as monitor:
         for x in batches(5):
@@ -425,10 +427,12 @@ def run_rank(rank: int, folder: Path) -> None:
 
 def test_two_ranks_write_what_one_process_writes(tmp_path):
     commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(2)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    processes = [
+        subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) for command in commands
+    ]
     errors = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     model = Net(False)
     with Monitor(model, tmp_path / "one.jsonl", every=2, layers=True) as monitor:
         for x in batches(5):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from seeds import generator
 
 from spectralmoe import FeedForward, MoE, Router, TopK, after_step, record
 from spectralmoe.training.settings import parse, read_toml
@@ -75,7 +76,7 @@ def test_a_variant_that_follows_the_covariance_does(card):
     from variants import FollowingBasis
 
     layer = MoE(Router(FollowingBasis(6, 4, momentum=0.5), TopK(1)), FeedForward(4, 6, 4))
-    draw = torch.Generator().manual_seed(0)
+    draw = generator(0)
     mixing = torch.randn(6, 6, generator=draw)
     mean, covariance = np.zeros(6), np.zeros((6, 6))
     for step in range(1, 30):

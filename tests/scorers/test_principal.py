@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from seeds import generator
 
 from spectralmoe import FeedForward, MoE, PrincipalScorer, Router, TopK, after_step, attach, param_groups, record
 
@@ -18,8 +19,8 @@ def layer(num_experts=8, **options):
 
 
 def correlated(n, seed=0, d=D):
-    draw = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(d, d, generator=torch.Generator().manual_seed(99))
+    draw = generator(seed)
+    mixing = torch.randn(d, d, generator=generator(99))
     return torch.randn(n, d, generator=draw) @ mixing + 2.0
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from seeds import shifted
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, SoftBalanced, TopK, UserError, after_step, record
 
@@ -47,7 +48,7 @@ def test_update_by_hand(counts):
 
 
 def test_after_step_moves_the_bias_by_the_load_and_evens_it():
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     layer = MoE(Router(LinearScorer(6, 4), SoftBalanced(rate=0.1, memory=0.5)), FeedForward(4, 6, 8))
     layer.router.scorer.weight.data[0] += 3
     x = torch.randn(400, 6).abs()

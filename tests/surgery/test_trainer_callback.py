@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from families import FAMILIES
+from seeds import generator, shifted
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -24,7 +25,7 @@ STEPS, BATCH, SEQUENCE, E, K, LAYERS = 6, 4, 24, 6, 2, 2
 
 
 def mixtral():
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     config = MixtralConfig(
         vocab_size=64,
         hidden_size=32,
@@ -43,7 +44,7 @@ def samples(n=STEPS * BATCH):
     """Sequences with padding at the end, of 10 to 24 tokens."""
     found = []
     for i in range(n):
-        ids = torch.randint(1, 64, (SEQUENCE,), generator=torch.Generator().manual_seed(i))
+        ids = torch.randint(1, 64, (SEQUENCE,), generator=generator(i))
         mask = (torch.arange(SEQUENCE) < 10 + i % 15).long()
         labels = torch.where(mask.bool(), ids, -100)
         found.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from seeds import shifted
 
 from spectralmoe.errors import UserError
 from spectralmoe.training import data as data_module
@@ -59,7 +60,7 @@ def save(path: Path, pixels: np.ndarray) -> Path:
 
 def fill(root: Path, counts: dict[str, int], *, shape: tuple[int, ...] = (8, 8), suffix: str = ".png") -> Path:
     """Write random, hence distinct, images: ``counts`` maps a folder below root to how many it gets."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(shifted(0))
     for folder, count in counts.items():
         (root / folder).mkdir(parents=True)
         for i in range(count):
@@ -74,7 +75,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 def write_fashion(folder: Path, train: int = 240, test: int = 50) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(shifted(1))
     for prefix, count in (("train", train), ("t10k", test)):
         write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28)))
         write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(count) % 10)
@@ -479,7 +480,7 @@ class TestReadImage:
         assert np.array_equal((image[0] * 255).round().numpy(), pixels)
 
     def test_rgb_array_round_trip(self, tmp_path: Path) -> None:
-        pixels = np.random.default_rng(0).random((6, 8, 3), np.float32)
+        pixels = np.random.default_rng(shifted(0)).random((6, 8, 3), np.float32)
         image = read_image(save(tmp_path / "x.npy", pixels), channels=3, size=(6, 8))
         assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
 
@@ -494,14 +495,14 @@ class TestReadImage:
 
     @pytest.mark.parametrize("suffix", [".png", ".npy"])
     def test_rgb_to_grey_agrees_with_pillow(self, suffix: str, tmp_path: Path) -> None:
-        pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(shifted(0)).integers(0, 256, (9, 9, 3), dtype=np.uint8)
         grey = read_image(save(tmp_path / f"x{suffix}", pixels), channels=1, size=(9, 9))
         expected = np.asarray(Image.fromarray(pixels).convert("L"), np.float32) / 255
         assert np.abs(grey[0].numpy() - expected).max() < 1 / 255
 
     @pytest.mark.parametrize("size", [(16, 12), (100, 90)])
     def test_resizing_agrees_with_pillow(self, size: tuple[int, int], tmp_path: Path) -> None:
-        pixels = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
+        pixels = np.random.default_rng(shifted(0)).integers(0, 256, (40, 50), dtype=np.uint8)
         image = read_image(save(tmp_path / "x.png", pixels), channels=1, size=size)
         expected = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR)
         assert image.shape == (1, *size)
@@ -547,7 +548,7 @@ class TestReadImage:
     @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".tif", ".webp", ".npy"])
     @pytest.mark.parametrize("kept", [0, 9, 60])
     def test_truncated_files_are_named(self, suffix: str, kept: int, tmp_path: Path) -> None:
-        pixels = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+        pixels = np.random.default_rng(shifted(0)).integers(0, 256, (32, 32), dtype=np.uint8)
         path = save(tmp_path / f"x{suffix}", pixels)
         path.write_bytes(path.read_bytes()[:kept])
         fails(str(path), "cannot read", call=lambda: read_image(path, channels=1, size=(32, 32)))

@@ -1,0 +1,72 @@
+"""Settings of a test run, of the tests and of the doctests alike: seed, threads, size; and what it says at its end."""
+
+from __future__ import annotations
+
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from seeds import set_first, shifted
+
+SLOW_SECONDS = 20
+
+hypothesis.settings.register_profile("spectralmoe", derandomize=True, deadline=None, max_examples=50)
+hypothesis.settings.load_profile("spectralmoe")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("spectralmoe")
+    group.addoption("--seed", type=int, default=0, help="where all random draws start; every seed must pass")
+    group.addoption("--threads", type=int, default=1, help="threads of torch")
+    group.addoption(
+        "--require-chromium", action="store_true", help="fail the tests of the HTML page where there is no Chromium"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    set_first(config.getoption("--seed"))
+    torch.set_num_threads(config.getoption("--threads"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return (
+        f"seed {config.getoption('--seed')}, threads {torch.get_num_threads()}, "
+        f"instructions {torch.backends.cpu.get_cpu_capability()}"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "inductor" in item.keywords and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+            item.add_marker(pytest.mark.skip(reason="torch's inductor needs a CPU with vector instructions"))
+        if shifted(0) and hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+            hypothesis.seed(shifted(0))(item.obj)
+
+
+def seed_all() -> None:
+    torch.manual_seed(shifted(0))
+    np.random.seed(shifted(0))  # noqa: NPY002
+    random.seed(shifted(0))
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """What tests share is drawn alike whichever test comes first."""
+    if fixturedef.scope != "function":
+        seed_all()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    seed_all()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the tests that take too long for the default run. It is no failure: machines differ."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    slow = {f"{r.nodeid} ({r.when})": r.duration for r in reports if getattr(r, "duration", 0) > SLOW_SECONDS}
+    for name, seconds in sorted(slow.items(), key=lambda item: -item[1]):
+        terminalreporter.line(f"over {SLOW_SECONDS} s: {seconds:.0f} s, {name}", yellow=True)
