@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("spectralmoe")
     group.addoption("--seed", type=int, default=0, help="where all random draws start; every seed must pass")
     group.addoption("--threads", type=int, default=1, help="threads of torch")
+    group.addoption("--full", nargs="?", const="1/1", help="the product of every grid, or a part: --full 2/3")
     group.addoption(
         "--require-chromium", action="store_true", help="fail the tests of the HTML page where there is no Chromium"
     )

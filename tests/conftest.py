@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from grids import pairings, pairwise, part_of
+from seeds import shifted
 from torch import Tensor
 
 from spectralmoe import Router, TopK, UserError
@@ -37,10 +40,30 @@ SELECTOR_CASES = {**SELECTORS, "soft": TopK}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that ask for ``scorer_name`` or ``selector_name`` over the tables ("soft" is TopK without k)."""
-    for name, table in (("scorer_name", SCORERS), ("selector_name", SELECTOR_CASES)):
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, list(table))
+    """Run tests over the tables that they ask for, and over the factors of their marker ``grid``.
+
+    ``scorer_name`` and ``selector_name`` stand for the tables ("soft" is TopK without k). With more than one factor
+    the default run takes a cover (tests/grids.py), and ``--full`` the product.
+    """
+    full, seed, factors = metafunc.config.getoption("--full"), shifted(0), {}
+    tables = {"scorer_name": list(SCORERS), "selector_name": list(SELECTOR_CASES)}
+    asked = tuple(name for name in tables if name in metafunc.fixturenames)
+    if len(asked) == 2:
+        pairs = itertools.product(*tables.values()) if full else pairings(*tables.values(), seed=seed)
+        factors[asked] = list(pairs)
+    elif asked:
+        factors[asked] = [(value,) for value in tables[asked[0]]]
+    for marker in metafunc.definition.iter_markers("grid"):
+        factors |= {(name,): [(value,) for value in values] for name, values in marker.kwargs.items()}
+    if not factors:
+        return
+    names = [name for group in factors for name in group]
+    rows = list(itertools.product(*factors.values())) if full else pairwise(*factors.values(), seed=seed)
+    grid = [pytest.mark.grid] if len(names) > 1 else []
+    if grid and full:
+        rows = part_of(rows, full)
+    flat = [list(itertools.chain(*row)) for row in rows]
+    metafunc.parametrize(names, [pytest.param(*row, id="-".join(map(str, row)), marks=grid) for row in flat])
 
 
 @pytest.fixture(scope="session")

@@ -88,9 +88,7 @@ CHOICES = {
     "all-experts": lambda: distinct(23, range(E), E),
 }
 
-choices = pytest.mark.parametrize("choice", CHOICES)
-banks = pytest.mark.parametrize("bank", BANKS)
-others = pytest.mark.parametrize("dispatch", [name for name in DISPATCHES if name != "loop"])
+OTHERS = [name for name in DISPATCHES if name != "loop"]
 
 
 @pytest.fixture
@@ -120,32 +118,23 @@ def check(close, gradients):
     return check
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@choices
-@banks
-@others
+@pytest.mark.grid(bank=BANKS, choice=CHOICES, dispatch=OTHERS, dtype=[torch.float32, torch.float64])
 def test_equals_the_loop(bank, choice, dispatch, dtype, check):
     check(bank, choice, dispatch, dtype)
 
 
-@choices
-@banks
-@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.grid(bank=BANKS, choice=CHOICES, dispatch=DISPATCHES)
 def test_autocast_stays_near_the_fp32_loop(bank, choice, dispatch, check):
     check(bank, choice, dispatch, torch.float32, autocast=True)
 
 
-@choices
-@banks
-@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.grid(bank=BANKS, choice=CHOICES, dispatch=DISPATCHES)
 def test_bf16_stays_near_the_fp32_loop(bank, choice, dispatch, check):
     check(bank, choice, dispatch, torch.bfloat16)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@banks
-@others
+@pytest.mark.grid(bank=BANKS, dispatch=OTHERS, autocast=[False, True])
 def test_on_a_gpu_it_is_near_the_loop_and_repeats_itself(bank, dispatch, autocast, close):
     dim, make_bank = BANKS[bank]
     indices, x = CHOICES["empty-slots"](), torch.randn(23, dim)
@@ -179,7 +168,7 @@ def test_by_hand(dispatch):
     assert y.flatten().tolist() == pytest.approx([11.0, 20.0, 0.0])
 
 
-@choices
+@pytest.mark.parametrize("choice", CHOICES)
 def test_sorted_slots_undo_each_other(choice, close):
     indices = CHOICES[choice]()
     router = Router(LinearScorer(8, E + 2), Fixed(indices))

@@ -1,0 +1,45 @@
+"""Which configurations of a grid are run: a cover of all pairs by default, the product, or a part of it, on demand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = ["pairings", "pairwise", "part_of"]
+
+
+def pairwise(*factors: Iterable[Any], seed: int = 0) -> list[tuple[Any, ...]]:
+    """Rows of the product that hold every value of each factor beside every value of each other factor.
+
+    Greedy: those that add most pairs come first. ``seed`` chooses among equals.
+    """
+    tables = [list(factor) for factor in factors]
+    rows = list(itertools.product(*(range(len(table)) for table in tables)))
+    random.Random(seed).shuffle(rows)
+    pairs = {row: set(itertools.combinations(enumerate(row), min(2, len(tables)))) for row in rows}
+    missing, cover = set().union(*pairs.values()), []
+    for gain in range(math.comb(len(tables), 2) or 1, 0, -1):
+        for row in rows:
+            if len(pairs[row] & missing) >= gain:
+                cover.append(row)
+                missing -= pairs[row]
+    return [tuple(table[i] for table, i in zip(tables, row, strict=True)) for row in sorted(cover)]
+
+
+def pairings(first: Iterable[Any], second: Iterable[Any], seed: int = 0) -> list[tuple[Any, Any]]:
+    """Every value of ``first`` with two of ``second``, chosen by ``seed``, so that none of ``second`` is left out."""
+    first, second = list(first), list(second)
+    random.Random(seed).shuffle(second)
+    rows, columns = len(first), len(second)
+    turn = math.lcm(rows, columns)  # after which the same pairs would come again
+    number = max(min(2, columns) * rows, columns)
+    return [(first[i % rows], second[(i + i // turn) % columns]) for i in range(number)]
+
+
+def part_of(rows: Sequence[Any], part: str) -> list[Any]:
+    """``part_of(rows, "2/3")``: the second of three parts, every third row."""
+    number, parts = map(int, part.split("/"))
+    return list(rows[number - 1 :: parts])
