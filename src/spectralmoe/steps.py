@@ -90,7 +90,7 @@ def attach(optimizer: Optimizer, model: nn.Module, *, group: Any = None) -> Atta
     >>> layer = MoE(Router(LinearScorer(8, 4), Balanced(2)), FeedForward(4, 8, 16))
     >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     >>> attachment = attach(optimizer, layer)
-    >>> layer(torch.randn(10, 8)).square().mean().backward()
+    >>> layer(torch.randn(9, 8)).square().mean().backward()  # 18 choices: never the same for 4 experts
     >>> optimizer.step()
     >>> bool(layer.router.selector.bias.any())
     True
