@@ -8,6 +8,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from grids import part_of
 from seeds import set_first, shifted
 
 SLOW_SECONDS = 20
@@ -20,7 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("spectralmoe")
     group.addoption("--seed", type=int, default=0, help="where all random draws start; every seed must pass")
     group.addoption("--threads", type=int, default=1, help="threads of torch")
-    group.addoption("--full", nargs="?", const="1/1", help="the product of every grid, or a part: --full 2/3")
+    group.addoption(
+        "--full",
+        nargs="?",
+        const="all",
+        help="every grid whole and the long tests too; --full 2/3 runs the second of three parts of these alone",
+    )
     group.addoption(
         "--require-chromium", action="store_true", help="fail the tests of the HTML page where there is no Chromium"
     )
@@ -38,7 +44,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    full = config.getoption("--full")
+    if full != "all":
+        apart = [item for item in items if "full" in item.keywords or (full and "grid" in item.keywords)]
+        kept = set(part_of(apart, full)) if full else set(items) - set(apart)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

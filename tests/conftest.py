@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from grids import pairings, pairwise, part_of
+from grids import pairings, pairwise
 from seeds import shifted
 from torch import Tensor
 
@@ -60,8 +60,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = [name for group in factors for name in group]
     rows = list(itertools.product(*factors.values())) if full else pairwise(*factors.values(), seed=seed)
     grid = [pytest.mark.grid] if len(names) > 1 else []
-    if grid and full:
-        rows = part_of(rows, full)
     flat = [list(itertools.chain(*row)) for row in rows]
     metafunc.parametrize(names, [pytest.param(*row, id="-".join(map(str, row)), marks=grid) for row in flat])
 

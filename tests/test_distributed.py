@@ -208,7 +208,7 @@ CHECKS = (selection_bias, ddp, fsdp, fsdp_bf16, ddp_training)
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """``ranks(check)``: what each rank found."""
-    return Ranks(__file__, tmp_path_factory.mktemp("ranks"), seconds=100)
+    return Ranks(__file__, tmp_path_factory.mktemp("ranks"), seconds=300)
 
 
 def all_close(one, two, close, dtype=None):

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import sys
-import time
 
 import pytest
 import torch
@@ -76,10 +75,8 @@ def test_a_table_and_the_findings_are_printed(network, call):
 
 @pytest.mark.parametrize("family", ["mixtral", "switch"])
 def test_a_hugging_face_folder_is_run_on_text(folders, text, family, call, tmp_path):
-    started = time.monotonic()
     code, out, _ = call("inspect", folders / family, "--text", text, "--tokens", 1000, "--out", tmp_path, "--json")
     assert code == 0
-    assert time.monotonic() - started < 10
     document = json.loads(out)
     assert document["data"]["tokens"] == 1000
     assert "bytes" in document["data"]["tokenizer"]

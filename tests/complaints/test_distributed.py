@@ -105,7 +105,7 @@ CHECKS = (gradients, files, places, global_batch)
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """``ranks(check)``: what each rank found."""
-    return Ranks(__file__, tmp_path_factory.mktemp("ranks"), seconds=60)
+    return Ranks(__file__, tmp_path_factory.mktemp("ranks"), seconds=300)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

@@ -430,7 +430,7 @@ def test_two_ranks_write_what_one_process_writes(tmp_path):
     processes = [
         subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) for command in commands
     ]
-    errors = [process.communicate(timeout=100)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     torch.manual_seed(shifted(0))
     model = Net(False)

@@ -42,7 +42,7 @@ def cells_of(folder, name="results.json"):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_tiny_run_holds_every_row_and_field(card, finished):
     cells = cells_of(finished)
     assert {cell["row"] for cell in cells} == ROWS

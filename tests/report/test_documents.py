@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -130,10 +129,9 @@ def test_monitors_that_do_not_fit_are_one_line(tmp_path, user_error, line):
 def test_a_number_of_experts_costs_nothing_without_data(user_error):
     bare = {"kind": "inspection", "format": 1, "model": {}}
     layers = [{"name": f"a{i}", "layer": i, "experts": 2**16} for i in range(40)]
-    started = time.monotonic()
     flows = {"from": 0, "to": 1, "flows": [[2**16 - 1, 3, 5], [0, 3, 2]]}
     page = render_report([{**bare, "layers": layers, "paths": [flows]}], "t")
-    assert time.monotonic() - started < 5
+    assert len(page) < 1_500_000  # 40 * 2^16 numbers would need more than twice as many characters
     assert drawn(page)["inspections"][0]["paths"][0]["into"][3] == 7
     with user_error("here is broken", "experts"):
         as_document({**bare, "layers": [{**layers[0], "experts": 10**8}]}, "here")

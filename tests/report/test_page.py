@@ -157,11 +157,9 @@ def test_48_layers_of_128_experts(show, tmp_path):
     document = inspection(48, 128, labels=0)
     (tmp_path / "inspection.json").write_text(json.dumps(document))
     page = show([tmp_path])
-    seconds = page.execute_script("return performance.now()") / 1000  # from opening the file to the last chart
     assert len(all_of(page, "#similarity .gallery canvas[data-drawn='128 x 128']")) == 48
     assert page.execute_script(BLANK_CANVASES.replace("main canvas", ".heat canvas")) == []
     assert errors(page) == []
-    assert seconds < 20
 
 
 def test_kinds_and_measures_of_later_versions_stand_in_the_page(show):

@@ -323,7 +323,7 @@ def two_processes(tmp_path_factory):
         for rank in range(2)
     ]
     try:
-        codes = [process.wait(timeout=100) for process in processes]
+        codes = [process.wait(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
