@@ -1,23 +1,38 @@
 # make demo    install what the comparison needs and run it at demo size
-# make test    install everything and check it: ruff, mypy, pytest
+# make test    install everything and check it: ruff, mypy, pytest (8 minutes on 2 cores)
+# make test-all        every grid whole, and the long tests too; PART=2/3: the second third of these alone
+# make test-portable   the tests with other instructions, threads and seeds (tests/portable.sh)
+# make coverage        the tests with the lines and branches that they reach
 # make speed   repeat a small benchmark and warn of ratios that have grown
 # make lint, make format, make clean
 
 PYTHON ?= python3
 DEMO ?= --depths 2 --seeds 3 --epochs 8
 PYTEST_ARGS ?=
+PART ?= all
 STORED ?= benchmarks/results/2026-11-23-bench-quick-cpu.json
 
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test speed lint format clean
+PYTEST = $(BIN)/pytest -n auto --dist loadfile
+
+.PHONY: demo test test-all test-portable coverage speed lint format clean
 
 demo: .venv/demo.stamp
 	$(BIN)/spectralmoe compare --data mnist5k --out runs/demo $(DEMO)
 
 test: lint
-	$(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: .venv/test.stamp
+	$(PYTEST) --full $(PART) $(PYTEST_ARGS)
+
+test-portable: .venv/test.stamp
+	tests/portable.sh $(PYTEST) $(PYTEST_ARGS)
+
+coverage: .venv/test.stamp
+	$(PYTEST) --cov --cov-report=term --cov-report=json:coverage.json $(PYTEST_ARGS)
 
 speed: .venv/test.stamp
 	$(BIN)/spectralmoe bench --check $(STORED)

@@ -46,12 +46,14 @@ def test_aot_eager(make_router, scorer_name, selector_name, close):
     check(MoE(make_router(scorer_name, selector_name, D, E), FeedForward(E, D, 8)), "aot_eager", close)
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("case", range(max(len(SCORERS), len(SELECTORS))))
 def test_inductor_takes_each_scorer_and_each_selector(make_router, close, case):
     scorer, selector = (list(table)[case % len(table)] for table in (SCORERS, SELECTORS))
     check(MoE(make_router(scorer, selector, D, E), FeedForward(E, D, 8)), "inductor", close)
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize(("hidden", "native"), [(8, True), (7, False)], ids=["grouped_mm", "own-operator"])
 def test_inductor_takes_both_grouped_paths(make_router, close, hidden, native):
     bank = FeedForward(E, D, hidden, activation="swiglu", bias=True)
@@ -65,7 +67,7 @@ def test_sizes_may_change(make_router, close, hidden):
     check(layer, "aot_eager", close, sizes=(20, 33, 50, 1, 0), masked=True)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 def test_autocast(make_router, close, backend):
     layer = MoE(make_router("linear", "topk", D, E), FeedForward(E, D, 8)).eval()
     x = torch.randn(20, D)
