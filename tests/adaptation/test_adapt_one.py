@@ -295,10 +295,10 @@ def test_a_model_without_experts(user_error):
 
 
 def test_a_bank_that_cannot_be_adapted_alone(pooled, untouched, user_error, monkeypatch):
-    model = pooled()
+    model, x = pooled(), torch.randn(1, 4, 6)
     monkeypatch.setattr(type(model.second.experts), "expert_parameters", lambda self, e: {})
     with untouched(model), user_error("'second'", "FeedForward", "cannot be adapted alone"):
-        adapt_one(model, torch.randn(1, 4, 6), int(model(torch.randn(1, 4, 6)).argmin()))
+        adapt_one(model, x, int(model(x).argmin()))
 
 
 class Stop(Exception):

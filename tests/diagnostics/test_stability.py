@@ -106,7 +106,7 @@ def test_a_layer_and_its_router_flip_alike():
 
 def test_precision_flips_are_those_of_the_rounded_router():
     weight, x = torch.randn(6, 16), torch.randn(400, 16)
-    weight[3] = weight[2] + 1e-3 * torch.randn(16)
+    weight[3:] = weight[:3] + 1e-3 * torch.randn(3, 16)  # every first choice has a rival that rounding makes its equal
     exact = (x @ weight.T).argmax(-1)
     rough = (x.bfloat16() @ weight.bfloat16().T).float().softmax(-1).topk(1).indices[:, 0]
     found = precision_flips(Rounded(weight), x)
