@@ -43,11 +43,13 @@ def _linear(experts: int) -> BranchSpec:
         blocks=f"last{MOE_BLOCKS}",
         tokens="all",
         norm=True,
+        start="authors",
     )
 
 
 def _emoe(**options: Any) -> EMoESpec:
-    return EMoESpec(experts=EXPERTS, bottleneck=BOTTLENECK, blocks=f"last{MOE_BLOCKS}", **options)
+    """EMoE; like all rows of the card it starts with random adapters, as the authors have it."""
+    return EMoESpec(experts=EXPERTS, bottleneck=BOTTLENECK, blocks=f"last{MOE_BLOCKS}", start="authors", **options)
 
 
 FEW_ROWS: dict[str, FewRow] = {

@@ -154,8 +154,15 @@ def test_adapter_has_the_compute_of_what_a_token_meets():
         settings = FewShotSettings(data="digits", experts=4, bottleneck=6, mode=mode)
         layer = recipe("adapter", settings).spec.make_moe(8)
         assert layer.experts.up.shape == (1, width, 8)
+        torch.nn.init.normal_(layer.experts.down)  # it starts at zero
         tokens = torch.randn(5, 8)
         assert torch.allclose(layer(tokens), layer.experts.expert(tokens, 0), atol=1e-6)
+
+
+def test_all_rows_start_as_the_backbone():
+    settings = FewShotSettings(data="digits", experts=4, bottleneck=6)
+    for row in ("adapter", "emoe", "emoe-faithful", "linear", "sr-moe"):
+        assert not recipe(row, settings).spec.make_moe(8).experts.down.any(), row
 
 
 def test_mistakes_are_one_line(models, refused, tmp_path):

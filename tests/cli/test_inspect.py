@@ -89,6 +89,24 @@ def test_a_hugging_face_folder_is_run_on_text(folders, text, family, call, tmp_p
         assert first["before"] + first["text"] + first["after"] in TEXT or first["text"] == "(start)"
 
 
+def test_byte_order_marks_and_line_ends_are_no_part_of_a_text(folders, call, refused, tmp_path):
+    lines = "The cat sat.\nThe dog ran.\n" * 5
+    texts = {"plain": lines.encode(), "windows": b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode()}
+    seen = {}
+    for name, raw in texts.items():
+        (tmp_path / name).write_bytes(raw)
+        code, out, _ = call("inspect", folders / "mixtral", "--text", tmp_path / name, "--json")
+        assert code == 0
+        document = json.loads(out)
+        seen[name] = document["data"]["tokens"], [layer["load"]["counts"] for layer in document["layers"]]
+    assert seen["windows"] == seen["plain"]
+    for encoding in ("utf-16", "utf-32-be", "utf-16-be"):
+        (tmp_path / encoding).write_bytes(("\ufeff" * encoding.endswith("be") + lines).encode(encoding))
+        line = refused("inspect", folders / "mixtral", "--text", tmp_path / encoding)
+        assert "UTF-16" in line
+        assert "save it as UTF-8" in line
+
+
 def test_several_texts_are_topics(folders, text, call, tmp_path):
     other = tmp_path / "digits.txt"
     other.write_text("0123456789 " * 300)

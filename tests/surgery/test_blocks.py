@@ -93,9 +93,29 @@ def test_a_model_without_blocks_is_refused(make_vision, user_error):
             choose_blocks(model, "all")
 
 
+def test_where_the_blocks_are_is_said(make_vision, user_error):
+    model = nn.ModuleDict({"backbone": make_vision("vit"), "head": nn.Linear(3, 3)})
+    with user_error(
+        "ModuleDict", "looked for .blocks, .layers", "model.backbone.blocks has 3 x Block", "pass model.back"
+    ):
+        choose_blocks(model, "all")
+
+
+def test_a_sequential_of_single_layers_is_a_block():
+    model = nn.Module()
+    block = lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))  # noqa: E731
+    model.blocks = nn.Sequential(block(), block())
+    assert list(model_blocks(model)) == ["blocks.0", "blocks.1"]
+    assert block_width("blocks.0", model.blocks[0]) == 8
+
+
 def test_a_block_without_a_width_is_refused(user_error):
-    with user_error("'blocks.0'", "width", "GELU"):
+    with user_error("'blocks.0'", "width", "GELU", "no weights at all"):
         block_width("blocks.0", nn.GELU())
+    with user_error(
+        "'blocks.0'", "(Sequential)", "holds only Embedding, Conv1d", "nn.Linear, nn.Conv2d or FeedForward"
+    ):
+        block_width("blocks.0", nn.Sequential(nn.Embedding(3, 4), nn.Conv1d(4, 4, 1)))
 
 
 def test_the_width_of_a_block_without_mlp(make_vision):

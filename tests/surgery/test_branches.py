@@ -28,16 +28,25 @@ from spectralmoe import (
 )
 from spectralmoe.regularizers import REGULARIZERS
 from spectralmoe.spec import PARTS, build, describe
-from spectralmoe.surgery import Branch, BranchSpec, EMoESpec, add_branches, choose_blocks, model_blocks, put_branch
+from spectralmoe.surgery import (
+    Branch,
+    BranchSpec,
+    EMoESpec,
+    add_branches,
+    choose_blocks,
+    model_blocks,
+    put_branch,
+    replace_mlp,
+)
 from spectralmoe.tape import moe_layers
 
 
 def small(top, k=2, **more):
-    return BranchSpec(**{"router": top(k), "experts": 4, "bottleneck": 3, "blocks": "all", **more})
+    return BranchSpec(**{"router": top(k), "experts": 4, "bottleneck": 3, "blocks": "all", "start": "authors", **more})
 
 
 def emoe(**more):
-    return EMoESpec(**{"experts": 4, "bottleneck": 3, "blocks": "all", "rank": 6, **more})
+    return EMoESpec(**{"experts": 4, "bottleneck": 3, "blocks": "all", "rank": 6, "start": "authors", **more})
 
 
 def branches_of(model):
@@ -80,6 +89,92 @@ def test_a_zero_branch_leaves_the_model_as_it_is(family, make_vision, top, image
     assert not found.unexpected_keys
     assert found.missing_keys
     assert all(".moe_branch." in name for name in found.missing_keys)
+
+
+# the start
+
+
+@pytest.mark.parametrize("spec", [emoe, small])
+@pytest.mark.parametrize("name", ["vit", "swin", "convnext_atto"])
+def test_a_model_starts_as_it_was_and_learns(spec, name, make_vision, top, images):
+    model = make_vision(name)
+    expected = model(images)
+    add_branches(model, spec(start="model", tokens="all") if spec is emoe else spec(top, start="model", tokens="all"))
+    assert torch.equal(model(images), expected)
+    branches = branches_of(model)
+    banks, scorers = ([getattr(b.moe, part) for b in branches] for part in ("experts", "router"))
+    assert all(torch.equal(bank.down, torch.zeros_like(bank.down)) for bank in banks)
+    assert all(len({tuple(row.flatten().tolist()) for row in bank.up}) == 4 for bank in banks)  # experts that differ
+    optimizer = torch.optim.SGD([p for b in branches for p in b.parameters()], lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        with record(model) as tape:
+            loss = F.cross_entropy(model.train()(images), torch.tensor([0, 1]))
+        loss.backward()
+        assert all(bank.down.grad.any() for bank in banks)
+        for parameter in [*(b.alpha for b in branches), *(bank.up for bank in banks)]:
+            assert bool(parameter.grad.any()) == (step == 1)
+        routed = [p.grad for router in scorers for p in router.parameters() if p.grad is not None]
+        assert bool(routed and any(grad.any() for grad in routed)) == (step == 1)
+        optimizer.step()
+        after_step(model, tape)
+    assert not torch.equal(model.eval()(images), expected)
+
+
+def routings_of(model, images):
+    with record(model) as tape, torch.no_grad():
+        model(images)
+    return [item.routing for item in tape]
+
+
+def test_the_authors_start_changes_the_model(make_vision, images):
+    model = make_vision("vit")
+    expected = model(images)
+    add_branches(model, EMoESpec(faithful=True, experts=4, bottleneck=3, blocks="all", rank=6))
+    assert all(branch.moe.experts.down.any() for branch in branches_of(model))
+    assert not torch.allclose(model(images), expected, atol=1e-3)
+
+
+def test_which_start_a_form_takes(top, user_error):
+    assert (EMoESpec().start, EMoESpec(faithful=True).start, BranchSpec(router=top(1)).start) == (
+        "model",
+        "authors",
+        "model",
+    )
+    assert EMoESpec(faithful=True, start="model").start == "model"
+    with user_error("start", "'zero'", "authors, model"):
+        EMoESpec(start="zero")
+    assert small(top, start="model", scale=0.0).make_moe(8).experts.down.any()  # alpha is 0: both would stand still
+
+
+# models of other libraries, which hold their blocks one level down
+
+
+def vit_of(library):
+    if library == "torchvision":
+        models = pytest.importorskip("torchvision.models")
+        return models.VisionTransformer(32, 8, 2, 2, 24, 48, num_classes=5).eval(), "model.encoder", "2 x EncoderBlock"
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=5)
+    model = transformers.ViTForImageClassification(config).eval()
+    return model, "model.vit" if hasattr(model.vit, "layers") else "model.vit.encoder", "2 x ViTLayer"
+
+
+@pytest.mark.parametrize("library", ["torchvision", "transformers"])
+@pytest.mark.parametrize("surgery", [add_branches, replace_mlp])
+def test_models_of_other_libraries(library, surgery, top, images, user_error):
+    model, part, there = vit_of(library)
+    whole = lambda: getattr(out := model(images), "logits", out)  # noqa: E731
+    expected = whole()
+    spec = BranchSpec(router=top(None), experts=4, bottleneck=3, blocks="all", prefix=1)
+    with user_error(type(model).__name__, "no blocks of its own", there, f"pass {part}"):
+        surgery(model, spec)
+    inside = model.get_submodule(part.removeprefix("model."))
+    surgery(inside, spec)
+    torch.testing.assert_close(whole(), expected, atol=1e-5, rtol=1e-5)
+    slots = [routing.indices.numel() for routing in routings_of(model, images)]
+    assert slots == [4 * 2 * (16 if surgery is add_branches else 17)] * 2  # 16 patches; an MLP sees all tokens
 
 
 @pytest.mark.parametrize("name", ["vit", "deit3", "clip", "dinov2_reg", "siglip", "dinov3", "eva02"])

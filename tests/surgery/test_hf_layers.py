@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.diagnostics.entropy import are_probabilities
+from spectralmoe.instruments import Inspector
 from spectralmoe.surgery.hf_layers import find_layers
+from spectralmoe.surgery.hf_watch import watch_transformers
 
 pytest.importorskip("transformers")
 
@@ -250,6 +252,136 @@ def test_families_that_no_code_knows(name):
         torch.testing.assert_close(output_by_parts(layer, x), output_of(layer, x), atol=1e-5, rtol=1e-4)
 
 
+# Families whose router reads more than tokens. Of the layer: a bias for the choice, optional or not.
+BIASED: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2_moe": (
+        "Lfm2Moe",
+        {"num_experts": 8, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]}
+        | {"use_expert_bias": True},
+    ),
+    "lfm2_moe_without": (
+        "Lfm2Moe",
+        {"num_experts": 8, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]}
+        | {"use_expert_bias": False},
+    ),
+    "afmoe": ("Afmoe", {"num_experts": 8, "num_shared_experts": 1, "num_dense_layers": 1}),
+    "hy_v3": ("HYV3", {"num_experts": 8}),
+    "minimax_m2": ("MiniMaxM2", {"num_local_experts": 8}),
+}
+
+
+def make(prefix: str, kind: str = "ForCausalLM", **arguments: Any) -> Any:
+    """A tiny model whose biases of the choice are large; skips where this transformers has none such."""
+    import transformers
+
+    try:
+        config = getattr(transformers, f"{prefix}Config")(**arguments)
+        model = getattr(transformers, f"{prefix}{kind}")(config).eval()
+    except AttributeError:
+        pytest.skip(f"this transformers has no {prefix}")
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith(("correction_bias", "expert_bias")):
+                value.copy_(torch.linspace(-1, 1, len(value)))
+            elif value.is_floating_point() and "inv_freq" not in name:
+                value += 0.1 * torch.randn_like(value)
+    return model
+
+
+@pytest.mark.parametrize("name", list(BIASED))
+@torch.no_grad()
+def test_a_router_gets_what_its_layer_gives_it(name):
+    prefix, arguments = BIASED[name]
+    common = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    model = make(prefix, **{**SIZES, **common, **arguments})
+    before = find_layers(model)[-1]
+    with watch_transformers(model) as watching:
+        model(input_ids=torch.randint(4, 260, (2, 30)))
+        calls = watching.drain()
+    assert before.name == calls[-1].layer.name
+    for call, layer in [*((call, call.layer) for call in calls), (calls[-1], before)]:
+        assert layer.reroutes
+        again = layer.route(call.tokens)
+        assert torch.equal(again.indices, call.routing.indices)
+        torch.testing.assert_close(again.weights, call.routing.weights, atol=1e-5, rtol=1e-4)
+        bias = layer.correction_bias
+        if bias is not None:
+            scores = (call.tokens.double() @ layer.matrix.double().T).sigmoid() + bias.double()
+            assert torch.equal(scores.topk(2).indices.sort(-1).values, again.indices.sort(-1).values)
+    assert (bias is None) == (name == "lfm2_moe_without")
+
+
+class Shifted(nn.Module):
+    """A layer that gives its router a tensor, which is optional there and has another name."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x: Tensor, offset: Tensor | None = None, k: int = 1) -> tuple[Tensor, ...]:
+            logits = x @ self.weight.T + (0 if offset is None else offset)
+            return logits, *logits.softmax(-1).topk(k)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = self.Gate(), nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.shift = nn.Parameter(torch.tensor([0.0, 0.0, 100.0, 90.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gate(x, self.shift, k=2)
+        return x
+
+
+@torch.no_grad()
+def test_optional_inputs_of_a_router_are_those_of_the_call():
+    model = nn.ModuleDict({"layers": nn.ModuleList([Shifted()])})
+    with watch_transformers(model) as watching:
+        model["layers"][0](torch.randn(20, 8))
+        watching.drain()
+    assert watching.layers[0].route(torch.randn(5, 8)).indices.tolist() == [[2, 3]] * 5
+
+
+NLLB = {
+    "vocab_size": 260,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_experts": 8,
+    "encoder_sparse_step": 1,
+    "decoder_sparse_step": 1,
+    "expert_capacity": 64,
+}
+
+
+@torch.no_grad()
+def test_a_router_that_reads_more_of_its_tokens_is_seen_but_not_run_again(user_error):
+    arguments = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8, "n_routed_experts": 8}
+    hashed = make("DeepseekV4", **{**SIZES, **arguments})
+    nllb = make("NllbMoe", "ForConditionalGeneration", **NLLB)
+    ids = torch.randint(4, 260, (2, 40))
+    for model, inputs in ((hashed, {}), (nllb, {"decoder_input_ids": ids})):
+        with watch_transformers(model) as watching:
+            model(input_ids=ids, **inputs)
+            inspector = Inspector(watching.layers)
+            calls = watching.drain()
+            inspector.add(calls)
+        assert not watching.layers[0].reroutes
+        for layer, call in zip(inspector.layers(), calls, strict=True):
+            chosen = call.routing.indices[call.routing.indices >= 0]
+            assert layer["load"]["counts"] == chosen.bincount(minlength=8).tolist()
+            if not call.layer.reroutes:
+                assert [layer["stability"][name]["value"] for name in ("noise", "bf16")] == [None, None]
+                assert layer["geometry"]["jacobian"]["value"] is None
+    first = find_layers(hashed)[0]
+    with user_error("model.layers.0.mlp", "input_ids", "beside the tokens"):
+        first.route(torch.randn(5, 32))
+
+
 # --- precision, side effects
 
 
@@ -317,6 +449,21 @@ def test_a_dense_model_has_nothing_to_see(user_error):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
     with user_error("LlamaForCausalLM", "no mixture-of-experts layer", "dense"):
         find_layers(model)
+
+
+def test_experts_that_a_part_of_the_config_names_do_not_pass_for_a_dense_model(user_error):
+    import transformers
+
+    config = transformers.DbrxConfig(
+        vocab_size=260,
+        d_model=32,
+        n_heads=4,
+        n_layers=1,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2},
+    )
+    with user_error("DbrxForCausalLM", "names 8 experts", "cannot read"):
+        find_layers(transformers.DbrxForCausalLM(config))
 
 
 def test_experts_in_an_unknown_form_do_not_pass_for_a_dense_model(user_error):

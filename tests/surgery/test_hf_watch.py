@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -244,7 +245,7 @@ def test_an_unknown_return_is_named_when_read(user_error):
     model = FAMILIES["mixtral"]()
     with watch_transformers(model) as watching:
         model(**batch(model))
-        watching.calls[1][0] = type(watching.calls[1][0])(("words",), torch.zeros(48, 32), watching.calls[1][0].frame)
+        watching.calls[1][0] = replace(watching.calls[1][0], returned=("words",))
         with user_error("model.layers.1.mlp", "cannot read"):
             watching.drain()
 

@@ -34,7 +34,7 @@ def model(dense):
     model = copy.deepcopy(dense)
     model.new_head(3)
     router = lambda dim, experts: Router(LinearScorer(dim, experts), TopK(1))  # noqa: E731
-    add_branches(model.backbone, BranchSpec(router=router, experts=2, bottleneck=4, blocks="last1"))
+    add_branches(model.backbone, BranchSpec(router=router, experts=2, bottleneck=4, blocks="last1", start="authors"))
     return model.eval()
 
 

@@ -289,7 +289,7 @@ def test_mistakes(make_vision, top, user_error):
         replace_mlp(model, spec_of(top, blocks="last9"))
     with user_error("ResNet", "no blocks"):
         replace_mlp(make_vision("resnet"), spec_of(top))
-    with user_error("'blocks.0'", "no .mlp", "add_branches"):
+    with user_error("'blocks.0'", "no .mlp", "but ", "add_branches"):
         replace_mlp(make_vision("vit_parallel"), spec_of(top))
     replace_mlp(model, spec_of(top, blocks=[1]))
     with user_error("'blocks.1'", "already"):

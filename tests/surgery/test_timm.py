@@ -34,7 +34,8 @@ def linear(top):
 
 
 def branches(**changes):
-    return BranchSpec(**{"router": linear(TopK(1)), "experts": 4, "bottleneck": 4, "blocks": "last2", **changes})
+    options = {"router": linear(TopK(1)), "experts": 4, "bottleneck": 4, "blocks": "last2", "start": "authors"}
+    return BranchSpec(**{**options, **changes})
 
 
 def tiny(**changes):
@@ -229,6 +230,6 @@ def test_importing_the_surgery_imports_neither_timm_nor_the_hub():
 
 def test_the_default_emoe_round_trip(tmp_path):
     model = tiny()
-    add_branches(model.backbone, EMoESpec(experts=4, bottleneck=4, blocks="all"))
+    add_branches(model.backbone, EMoESpec(experts=4, bottleneck=4, blocks="all", start="authors"))
     save(model, tmp_path)
     same_bits(model, load(tmp_path))

@@ -13,7 +13,9 @@ import torch
 from families import FAMILIES, SIZES, batch, build
 from safetensors.torch import load_file, save_file
 
+from spectralmoe.cli.inspect_text import inspect_text
 from spectralmoe.errors import UserError
+from spectralmoe.surgery.checkpoint_inspection import inspect_checkpoint
 from spectralmoe.surgery.hf_watch import watch_transformers
 from spectralmoe.surgery.transformers import encode, load_transformers, run, training_facts
 
@@ -205,6 +207,76 @@ def test_a_dense_model_is_refused_before_its_weights_are_read(tmp_path, user_err
         load_transformers(str(tmp_path))
 
 
+def test_the_config_chooses_no_implementation(mixtral):
+    change(mixtral, attn_implementation="someone/kernel", experts_implementation="someone", _attn_implementation="x/y")
+    loaded = load_transformers(str(mixtral))
+    assert loaded.model.config._attn_implementation in ("sdpa", "eager")
+    assert loaded.model.config._experts_implementation == "eager"
+    run(loaded, encode(loaded, TEXT, 20))
+
+
+ROTARY = {"rope_type": "default", "rope_theta": 1e4}
+TEXT_PART = {**SIZES, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+VISION_PART = {"hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
+LLAMA4_TEXT = {"num_local_experts": 4, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2}
+LLAMA4_VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+LLAMA4_VISION |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32}
+
+# model, its config's text and vision parts
+MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "Qwen3VLMoe": (
+        "Qwen3VLMoe",
+        {**TEXT_PART, "rope_parameters": {**ROTARY, "mrope_section": [2, 1, 1]}},
+        {**VISION_PART, "deepstack_visual_indexes": [0]},
+    ),
+    "Llama4": (
+        "Llama4",
+        {**TEXT_PART, **LLAMA4_TEXT, "num_experts_per_tok": 1, "rope_parameters": ROTARY},
+        {**LLAMA4_VISION, "projector_output_dim": 32},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of each multimodal family."""
+    base = tmp_path_factory.mktemp("multimodal")
+    for name, (prefix, text, vision) in MULTIMODAL.items():
+        config = getattr(transformers, f"{prefix}Config")(text_config=text, vision_config=vision)
+        getattr(transformers, f"{prefix}ForConditionalGeneration")(config).save_pretrained(base / name)
+    return base
+
+
+@pytest.mark.parametrize("name", list(MULTIMODAL))
+def test_a_multimodal_model_is_run_on_text(name, multimodal):
+    change(multimodal / name, attn_implementation="someone/kernel")
+    loaded = load_transformers(str(multimodal / name))
+    assert ("a multimodal model: it is run on text alone" in loaded.notes) == (
+        name != "Llama4"
+    )  # of that the text part
+    parts = [
+        loaded.model.config,
+        *(getattr(loaded.model.config, key, None) for key in ("text_config", "vision_config")),
+    ]
+    assert {part._attn_implementation for part in parts if part is not None} <= {"sdpa", "eager"}
+    with watch_transformers(loaded.model) as watching:
+        run(loaded, encode(loaded, TEXT, 200))
+        calls = watching.drain()
+    for layer in watching.layers:
+        assert sum(len(call.routing.indices) for call in calls if call.layer is layer) == 200
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "switch", "granitemoe", *MULTIMODAL])
+def test_layers_have_one_name_whether_a_model_is_run_or_not(name, folders, multimodal, tmp_path):
+    folder = (multimodal if name in MULTIMODAL else folders) / name
+    (tmp_path / "text").write_text(TEXT)
+    run_on = {"texts": [str(tmp_path / "text")], "tokens": 100, "dtype": "auto", "seed": 0}
+    seen = inspect_text(str(folder), torch.device("cpu"), **run_on)["layers"]
+    read = inspect_checkpoint(folder, experts=False)["layers"]
+    keys = ("name", "layer", "stack", "experts")
+    assert [[layer[key] for key in keys] for layer in seen] == [[layer[key] for key in keys] for layer in read]
+
+
 def test_an_unknown_family(mixtral, user_error):
     change(mixtral, model_type="brandnew")
     with user_error("a model family that this version of transformers does not know"):
@@ -223,7 +295,7 @@ def test_code_beside_the_weights_is_not_run(mixtral, user_error):
 
 def test_a_config_that_is_no_language_model(tmp_path, user_error):
     transformers.ViTConfig().save_pretrained(tmp_path)
-    with user_error("does not know as a language model"):
+    with user_error("'vit' is a family that transformers does not know as a language model"):
         load_transformers(str(tmp_path))
 
 

@@ -159,6 +159,18 @@ def test_fp16_without_cuda_is_one_line(data, user_error):
         train(build_vision(data, wanted), data, wanted.optimization)
 
 
+@pytest.mark.parametrize("router", ["emoe", "linear", "faithful"])
+def test_branches_start_as_the_dense_model_unless_asked_otherwise(data, router):
+    moe = {
+        "blocks": "all",
+        "bottleneck": 4,
+        **({**FAITHFUL, "start": "model"} if router == "faithful" else {"router": router}),
+    }
+    dense, images = build_vision(data, settings(moe=None)).eval(), data.test.images[:5]
+    assert torch.equal(build_vision(data, settings(moe=moe)).eval()(images), dense(images))
+    assert not torch.equal(build_vision(data, settings(moe={**moe, "start": "authors"})).eval()(images), dense(images))
+
+
 def test_replacing_mlps_by_copies_starts_as_the_dense_model(data):
     dense = build_vision(data, settings(moe=None)).eval()
     moe = build_vision(data, settings(moe={"kind": "replace_mlp", "mode": "soft", "blocks": "all", **LINEAR})).eval()
@@ -171,7 +183,8 @@ LINEAR = {"router": "linear", "experts": 3}
 
 @pytest.mark.parametrize("routers", [("linear", "prototype"), ("linear", "emoe")])
 def test_all_routers_start_with_the_same_experts_and_backbone(data, routers):
-    rows = [{**FAITHFUL, "router": "emoe"} if router == "emoe" else {**FAITHFUL, "faithful": False, "rank": None,
+    same = {**FAITHFUL, "start": "authors"}
+    rows = [{**same, "router": "emoe"} if router == "emoe" else {**same, "faithful": False, "rank": None,
             "router": router} for router in routers]  # fmt: skip
     one, two = (build_vision(data, settings(moe=row)).state_dict() for row in rows)
     for name, value in one.items():

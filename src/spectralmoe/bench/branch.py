@@ -59,7 +59,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 def _alone(form: str, settings: Settings) -> Case:
     images, tokens, dim, width, experts = QUICK if settings.quick else FULL
     options, more = FORMS[form]
-    spec = EMoESpec(bottleneck=width, experts=experts, **options)
+    spec = EMoESpec(bottleneck=width, experts=experts, start="authors", **options)
     branch = Branch(spec.make_moe(dim), norm=spec.norm).to(settings.device)
     h, gradient = (torch.randn(images, tokens, dim).to(settings.device) for _ in range(2))
     check = partial(_against_loop, branch, h[:1, :CHECKED])
@@ -80,7 +80,7 @@ def _in_vit(settings: Settings) -> Case:
         plain = VisionMoE(kind, 10, arguments={"img_size": side}).requires_grad_(False)
     except UserError as error:
         return Case("branch", name, [], settings.device, skipped={"timm": first_line(error)})
-    ours, dense, spec = copy.deepcopy(plain), copy.deepcopy(plain), EMoESpec()
+    ours, dense, spec = copy.deepcopy(plain), copy.deepcopy(plain), EMoESpec(start="authors")
     add_branches(ours.backbone, spec)
     for path, block in choose_blocks(dense.backbone, spec.blocks).items():
         adapter: Any = DenseBranch(plain.backbone.embed_dim, spec.bottleneck, spec.norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ def inspect_text(
                 inspector.add(seen.drain(), torch.full((len(ids),), topic, device=device) if labels else None)
                 sequences += list(ids.cpu())
         layers = inspector.layers(_Words(loaded, sequences))
+    for layer in layers:
+        layer["name"] = loaded.stored_names.get(layer["name"], layer["name"])
     model = {
         "name": loaded.name,
         "class": type(loaded.model).__name__,
@@ -77,10 +80,13 @@ def _read(name: str) -> str:
     if name != "-" and not path.exists():
         raise UserError(f"--text {name}: no such file")
     raw = path.read_bytes() if name != "-" else sys.stdin.buffer.read() if sys.stdin else b""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise UserError(f"--text {name} is UTF-16 or UTF-32 text by its first bytes; save it as UTF-8")
     try:
-        return raw.decode("utf-8").replace("\r\n", "\n")
+        text = raw.decode("utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
-        raise UserError(f"--text {name} is not UTF-8 text") from error
+        raise UserError(f"--text {name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class _Words:

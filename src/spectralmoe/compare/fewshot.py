@@ -110,6 +110,7 @@ def recipe(row: str, settings: FewShotSettings) -> Recipe:
         bottleneck=settings.bottleneck,
         mode=settings.mode,
         blocks=settings.blocks,
+        start="model",  # in every row
     )
     return Recipe(make_spec(wanted), router_terms(router))
 

@@ -41,6 +41,11 @@ class Watched(ABC):
     top_k: int | None
 
     @property
+    def reroutes(self) -> bool:
+        """Whether ``route`` gives tokens what the model would give them, each by itself."""
+        return True
+
+    @property
     @abstractmethod
     def matrix(self) -> Tensor | None:
         """The routing matrix (E, D), one row an expert; None where the scorer has none."""

@@ -131,7 +131,8 @@ class _Gathered:
     def report(
         self, labels: Sequence[str], describe: Describe | None, seed: int, sound: Callable[..., Measure]
     ) -> dict[str, Any]:
-        layer, statistics, tokens = self.layer, self.statistics, self.sample.tokens
+        layer, statistics = self.layer, self.statistics
+        tokens = self.sample.tokens if self.layer.reroutes else self.sample.tokens[:0]
         matrix, (weights, finite, empty) = layer.matrix, self.weights()
         outputs, width = layer.num_experts if matrix is None else len(matrix), tokens.shape[-1]
         load = {"counts": statistics.counts().tolist(), "share": statistics.share().tolist()}

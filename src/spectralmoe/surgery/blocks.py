@@ -1,13 +1,15 @@
 """The blocks of a vision model: where they are, how wide, and how their output is laid out.
 
 By the names that timm's families share, without importing timm: ``blocks`` (ViT, Eva, BEiT, Hiera, ...),
-``layers.S.blocks`` (Swin), ``stages.S.blocks`` (ConvNeXt, PVT, ...).
+``layers.S.blocks`` (Swin), ``stages.S.blocks`` (ConvNeXt, PVT, ...); those of other libraries have ``layers`` or
+``layer`` in an encoder.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from torch import nn
 
@@ -16,7 +18,8 @@ from spectralmoe.experts import FeedForward
 
 __all__ = ["block_width", "choose_blocks", "is_channels_first", "model_blocks", "prefix_tokens"]
 
-_CONTAINERS = ("blocks", "layers", "stages")
+_CONTAINERS = ("blocks", "layers", "stages", "layer")
+_LISTED = 3
 _CLASS_ATTENTION = ("blocks_token_only", "cls_attn_blocks")
 
 
@@ -24,14 +27,20 @@ def model_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """All blocks of ``model`` by their path, in the order in which they run.
 
     Raises:
-        UserError: there is none.
+        UserError: it holds none itself; says which part of it does.
     """
     for name in _CONTAINERS:
         inside = getattr(model, name, None)
         if isinstance(inside, nn.Sequential | nn.ModuleList) and len(inside):
             return dict(_flat(name, inside))
-    inside = "; its .backbone may have: pass model.backbone" if hasattr(model, "backbone") else ""
-    raise UserError(f"{type(model).__name__} has no blocks: looked for .blocks, .layers and .stages{inside}")
+    looked = f"looked for .{', .'.join(_CONTAINERS)}"
+    if not (below := _containers_below(model)):
+        raise UserError(f"{type(model).__name__} has no blocks: {looked}, in it and in its parts")
+    there = [f"model.{path} has {len(inside)} x {type(next(iter(inside))).__name__}" for path, inside in below.items()]
+    parts = " or ".join(dict.fromkeys(f"model.{path.rpartition('.')[0]}" for path in list(below)[:_LISTED]))
+    raise UserError(
+        f"{type(model).__name__} has no blocks of its own ({looked}), but {', '.join(there[:_LISTED])}: pass {parts}"
+    )
 
 
 def choose_blocks(model: nn.Module, which: str | Sequence[int]) -> dict[str, nn.Module]:
@@ -62,14 +71,22 @@ def block_width(path: str, block: nn.Module) -> int:
     Raises:
         UserError: there is no such layer.
     """
-    for module in reversed(list(getattr(block, "mlp", block).modules())):
+    inside = getattr(block, "mlp", block)
+    for module in reversed(list(inside.modules())):
         if isinstance(module, nn.Linear):
             return module.out_features
         if isinstance(module, nn.Conv2d):
             return module.out_channels
         if isinstance(module, FeedForward):
             return module.dim
-    raise UserError(f"cannot tell the width of block {path!r} ({type(block).__name__}): no linear layer in it")
+    kinds = dict.fromkeys(
+        type(module).__name__ for module in inside.modules() if next(module.parameters(False), None) is not None
+    )
+    there = f"only {', '.join(list(kinds)[:_LISTED])}" if kinds else "no weights at all"
+    raise UserError(
+        f"cannot tell the width of block {path!r} ({type(block).__name__}): it holds {there}, not one nn.Linear, "
+        "nn.Conv2d or FeedForward; where this is no whole block, pass the part of the model that holds the blocks"
+    )
 
 
 def is_channels_first(block: nn.Module) -> bool:
@@ -87,11 +104,26 @@ def prefix_tokens(model: nn.Module) -> int:
     return int(getattr(model, "num_prefix_tokens", 0))
 
 
-def _flat(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The leaves below a container: through nested containers and stages that hold ``blocks``."""
-    if isinstance(module, nn.Sequential | nn.ModuleList):
+def _containers_below(model: nn.Module) -> dict[str, nn.Sequential | nn.ModuleList]:
+    """The outermost lists of blocks in the parts of ``model``, by path, the longest first."""
+    found: dict[str, nn.Sequential | nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inner = any(path.startswith(f"{outer}.") for outer in found)
+        named = path.rpartition(".")[2] in _CONTAINERS and isinstance(module, nn.Sequential | nn.ModuleList)
+        if named and not inner and any(isinstance(part, nn.Linear) for part in module.modules()):
+            found[path] = cast("nn.Sequential | nn.ModuleList", module)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def _flat(path: str, module: nn.Module, *, top: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks below a container: through nested containers and stages that hold ``blocks``.
+
+    A ``Sequential`` of single layers inside a container is a block.
+    """
+    layers = isinstance(module, nn.Sequential) and any(not list(child.children()) for child in module)
+    if isinstance(module, nn.Sequential | nn.ModuleList) and (top or not layers):
         for name, child in module.named_children():
-            yield from _flat(f"{path}.{name}", child)
+            yield from _flat(f"{path}.{name}", child, top=False)
     elif isinstance(inside := getattr(module, "blocks", None), nn.Sequential | nn.ModuleList):
         yield from _flat(f"{path}.blocks", inside)
     else:

@@ -89,8 +89,13 @@ def add_branches(model: Model, spec: BranchSpec) -> Model:
     """Add an MoE branch behind the chosen blocks of ``model``, in place; returns ``model``.
 
     Works on timm's families with blocks (ViT, DeiT, DINO, CLIP, SigLIP, Eva, BEiT, Swin, Hiera, ConvNeXt, ...); the
-    width D is read from each block, the number of prefix tokens from ``model.num_prefix_tokens``. New parameters lie on
-    the device and in the dtype of their block (routers stay fp32) and take gradients, whatever the model's do.
+    width D is read from each block, the number of prefix tokens from ``model.num_prefix_tokens``. Of other libraries'
+    models pass the part that holds the blocks, and say the ``prefix``: ``add_branches(model.encoder, ...)`` for
+    torchvision's ViT, ``add_branches(model.vit, ...)`` for Hugging Face's. New parameters lie on the device and in the
+    dtype of their block (routers stay fp32) and take gradients, whatever the model's do.
+
+    The model computes what it did before until the first step, but for ``start="authors"``. In that step the adapters'
+    output matrices alone get a gradient from the task, then router and experts do.
 
     With class-token pooling only the class token of the last block reaches the head: a branch there with
     tokens="patches" gets no gradient. That is how the EMoE authors have it; tokens="all" cures it.
@@ -108,7 +113,8 @@ def add_branches(model: Model, spec: BranchSpec) -> Model:
     blocks = choose_blocks(model, spec.blocks)
     for path, block in blocks.items():
         _refuse_second(path, block)
-    branches = {path: _make_branch(path, block, prefix_tokens(model), spec) for path, block in blocks.items()}
+    prefix = prefix_tokens(model) if spec.prefix is None else spec.prefix
+    branches = {path: _make_branch(path, block, prefix, spec) for path, block in blocks.items()}
     for path, block in blocks.items():
         put_branch(path, block, branches[path])
     return model

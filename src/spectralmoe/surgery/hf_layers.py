@@ -27,9 +27,11 @@ from spectralmoe.surgery.hf_structure import (
     evaluating,
     experts_of,
     matrix_name,
+    named_experts,
     number_of,
     required,
     router_name,
+    stack_of,
 )
 from spectralmoe.tape import plain_name
 
@@ -52,12 +54,14 @@ class HFLayer(Watched):
 
     def __init__(self, path: str, layer: nn.Module, router: str, keep: frozenset[str] = frozenset()) -> None:
         self.path, self.name, self.number = path, plain_name(path), layer_number(path) or 0
-        self.stack = next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
+        self.stack = stack_of(path)
         self.layer, self.router, self.experts = layer, layer.get_submodule(router), layer.get_submodule("experts")
         self.num_experts = count_experts(self.experts) or 0
         self._matrix = matrix_name(self.router, self.num_experts)
         self._keep, self._prefix = keep, f"{path}.{router}."
         self._form: Form | None = None
+        self._given: dict[str, Any] | None = None
+        self._flat = False
         self.top_k = number_of((self.router, layer), "top_k", "num_experts_per_tok")
         matrix = self.matrix
         if self.top_k is None and matrix is not None and not matrix.is_meta:
@@ -102,7 +106,10 @@ class HFLayer(Watched):
         """What the router gives for tokens x (N, D), by role."""
         own = next(self.experts.parameters()).dtype
         x = x.to(dtype or (own if own.itemsize > 1 else x.dtype))
-        more = {name: value.to(dtype or value.dtype) for name, value in self._more_inputs().items()}
+        more = {
+            name: value.to(dtype) if dtype and isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in self._more_inputs().items()
+        }
         router = self._router_copy(dtype)
         try:
             found = router(x[:, None] if hasattr(router, "expert_capacity") else x, **more)
@@ -175,13 +182,38 @@ class HFLayer(Watched):
                 value.data = value.data.to(torch.float32 if kept else dtype)
         return router
 
-    def _more_inputs(self) -> dict[str, Tensor]:
-        """What the router's forward asks for beside tokens, by name from the layer."""
-        found = {name: getattr(self.layer, name, None) for name in required(self.router.forward)[1:]}
-        for name, value in found.items():
-            if not isinstance(value, Tensor):
-                raise self._unknown(f"its router needs {name!r} beside the tokens")
-        return cast(dict[str, Tensor], found)
+    def remember(self, given: dict[str, Any], flat: bool) -> None:
+        """Take what the model gave its router in a call: ``route`` gives it the same.
+
+        Args:
+            given: the arguments beside the tokens, by name.
+            flat: the tokens of all sequences came as one list.
+        """
+        self._given, self._flat = given, flat
+
+    @property
+    def reroutes(self) -> bool:
+        """False where the router reads more of a token than the token, or where tokens compete for a capacity."""
+        return not self._of_tokens() and not (self._flat and hasattr(self.router, "expert_capacity"))
+
+    def _of_tokens(self) -> list[str]:
+        """The arguments of the last call that are tensors, but no part of the layer: they belong to its tokens."""
+        tensors = {name: value for name, value in (self._given or {}).items() if isinstance(value, Tensor)}
+        parts = [*self.layer.parameters(), *self.layer.buffers()] if tensors else []
+        of_layer = {value.data_ptr() for value in parts}
+        return [name for name, value in tensors.items() if value.data_ptr() not in of_layer]
+
+    def _more_inputs(self) -> dict[str, Any]:
+        """What the router gets beside tokens: as in the last call that was seen; before one, by name from the layer."""
+        given, unknown = self._given, self._of_tokens()
+        if given is None:
+            parameters = inspect.signature(self.router.forward).parameters
+            named = {name: getattr(self.layer, name, None) for name in parameters}
+            given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+            unknown = [name for name in required(self.router.forward)[1:] if name not in given]
+        if unknown:
+            raise self._unknown(f"its router needs {unknown[0]!r} beside the tokens")
+        return given
 
     def _unknown(self, why: str) -> UserError:
         return UserError(f"{self.name} ({type(self.layer).__name__}) is of a model family it cannot read: {why}")
@@ -213,8 +245,8 @@ def find_layers(model: nn.Module) -> list[HFLayer]:
 def _why_none(model: nn.Module) -> str:
     """Dense, or experts in a form that is not known."""
     config = getattr(model, "config", None)
-    count = number_of((config,), "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") or 0
-    if count > 1:
+    count = 0 if config is None else named_experts(config.to_dict())
+    if count:
         return f" that it can read, though its config names {count} experts: it cannot read this model family"
     return ": a dense model has no router to see"
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.diagnostics.watch import Watched, layer_number
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.surgery.hf_layers import find_layers
+from spectralmoe.surgery.hf_structure import stack_of
 
-__all__ = ["TransformersModel", "encode", "run", "training_facts"]
+__all__ = ["TransformersModel", "encode", "run", "stored_names", "training_facts"]
 
+_EXPERT = re.compile(r"(.*?)\.(?!shared)[^.]*expert")
 LENGTH, ROWS = 512, 4
 """Tokens of a sequence and sequences of a batch, at most."""
 
@@ -30,12 +34,14 @@ class TransformersModel:
         tokenizer: None where its folder holds none.
         name: the folder's name, or the name on the hub.
         notes: what a reader of the results should know, a sentence each.
+        stored_names: layer's path -> what its tensors are called in the files, where that is another name.
     """
 
     model: Any
     tokenizer: Any = None
     name: str = ""
     notes: list[str] = field(default_factory=list)
+    stored_names: dict[str, str] = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:
@@ -120,6 +126,25 @@ def training_facts(model: nn.Module) -> dict[str, Any]:
         "output_router_logits": bool(getattr(text, "output_router_logits", False)),
         "computes_aux_loss": any("load_balancing" in name for name in used),
     }
+
+
+def stored_names(layers: Sequence[Watched], tensors: Iterable[str]) -> dict[str, str]:
+    """Layer's name -> its name in the files, for layers whose tensors stand there under another one.
+
+    Files keep the names of the model's authors, or those of a larger model that holds this one; ``--router-only``
+    shows them too.
+
+    Args:
+        layers: of the model.
+        tensors: names of the tensors in the files.
+    """
+    owners = {match[1] for name in tensors if (match := _EXPERT.match(name))}
+    found = {}
+    for layer in layers:
+        alike = [name for name in owners if (layer_number(name), stack_of(name)) == (layer.number, layer.stack)]
+        if layer.name not in owners and len(alike) == 1:
+            found[layer.name] = alike[0]
+    return found
 
 
 def _token_ids(loaded: TransformersModel, text: str) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +16,15 @@ __all__ = [
     "evaluating",
     "experts_of",
     "matrix_name",
+    "named_experts",
     "number_of",
     "required",
     "router_name",
+    "stack_of",
 ]
+
+
+_COUNT = re.compile(r"(?:^|_)(?:num|n)_(?:local_|routed_)?experts$")
 
 
 def count_experts(experts: nn.Module) -> int | None:
@@ -75,11 +81,29 @@ def number_of(parts: Sequence[object], *names: str) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
+def named_experts(config: Mapping[str, Any]) -> int:
+    """How many experts a config names, itself or in a part of it; 0 where it names none, or one.
+
+    >>> named_experts({"ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}})
+    8
+    """
+    for name, value in config.items():
+        count = named_experts(value) if isinstance(value, Mapping) else value if _COUNT.search(str(name)) else 0
+        if isinstance(count, int) and count > 1:
+            return count
+    return 0
+
+
 def required(function: Callable[..., Any]) -> list[str]:
     """The names of the arguments that a call must give."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
+
+
+def stack_of(path: str) -> str:
+    """ "encoder" or "decoder" where a path goes through one, else ""."""
+    return next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
 
 
 @contextmanager

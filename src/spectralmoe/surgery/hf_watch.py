@@ -34,6 +34,8 @@ class _Call:
     returned: Any
     tokens: Tensor
     frame: _Frame
+    given: dict[str, Any]
+    flat: bool
 
 
 class _HFWatch(Watch):
@@ -71,6 +73,8 @@ class _HFWatch(Watch):
         """
         found = []
         for layer, calls in zip(self.layers, self.calls, strict=True):
+            if calls:
+                layer.remember(calls[-1].given, calls[-1].flat)
             found += [
                 Seen(layer, _routing(layer, call), call.tokens if self.keep_tokens else call.tokens[:0])
                 for call in calls
@@ -83,17 +87,20 @@ class _HFWatch(Watch):
             self.frames[stack] = _frame(stack, args, kwargs)
 
     def _record(self, layer: HFLayer, calls: list[_Call]) -> Any:
-        stack = self.stacks[id(layer)]
+        stack, names = self.stacks[id(layer)], list(inspect.signature(layer.router.forward).parameters)
 
         def hook(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
             if not recomputing() and (router.training or not self.training_only):
-                tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
+                inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+                first = next(name for name, value in inputs.items() if isinstance(value, Tensor))
+                tokens = inputs.pop(first).detach()
                 frame = self.frames.get(stack, _Frame())
                 if tokens.dim() == 3:
                     frame = _Frame((tokens.shape[0], tokens.shape[1]), frame.mask)
                 parts = returned if isinstance(returned, tuple | list) else (returned,)
-                kept = tuple(part.detach() if isinstance(part, Tensor) else part for part in parts)
-                calls.append(_Call(kept, tokens.reshape(-1, tokens.shape[-1]), frame))
+                kept = tuple(map(_detached, parts))
+                given = {name: _detached(value) for name, value in inputs.items()}
+                calls.append(_Call(kept, tokens.reshape(-1, tokens.shape[-1]), frame, given, tokens.dim() == 2))
 
         return hook
 
@@ -149,6 +156,10 @@ def _frame(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
         return _Frame(shape)
     return _Frame(shape, mask.detach()[:, mask.shape[1] - shape[1] :] != 0)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 @torch.no_grad()

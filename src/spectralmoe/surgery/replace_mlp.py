@@ -81,7 +81,8 @@ def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] 
     A plain MLP (linear, GELU or ReLU, linear; no dropout) becomes a stacked ``FeedForward`` bank of the same hidden
     width, any other (inner norm, gate, 1x1 convolutions, another activation, dropout) ``ModuleExperts``. The block's
     residual path, layer scale and drop path stay. Used of ``spec``: router, experts and blocks. The new parameters
-    take gradients, whatever those of the MLP did.
+    take gradients, whatever those of the MLP did. Of other libraries' models pass the part that holds the blocks:
+    ``replace_mlp(model.encoder, ...)`` for torchvision's ViT, ``replace_mlp(model.vit, ...)`` for Hugging Face's.
 
     Args:
         init: "copy": every expert starts as the MLP, so that the model computes the same at step 0. Its router gets no
@@ -114,7 +115,10 @@ def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] 
 def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE | ChannelsFirst:
     mlp = getattr(block, "mlp", None)
     if not isinstance(mlp, nn.Module):
-        raise UserError(f"block {path!r} ({type(block).__name__}) has no .mlp to replace; use add_branches")
+        parts = ", ".join(f".{name}" for name, _ in block.named_children()) or "no parts"
+        raise UserError(
+            f"block {path!r} ({type(block).__name__}) has no .mlp to replace, but {parts}; use add_branches"
+        )
     if any(isinstance(module, MoE) for module in mlp.modules()):
         raise UserError(f"block {path!r} has experts in its .mlp already")
     router = spec.make_router(block_width(path, block))

@@ -18,11 +18,12 @@ from spectralmoe.scorers import EigenbasisScorer
 from spectralmoe.scorers.principal import PrincipalScorer
 from spectralmoe.selectors import TopK
 
-__all__ = ["BranchSpec", "EMoESpec", "Mode", "RouterFactory", "Tokens"]
+__all__ = ["BranchSpec", "EMoESpec", "Mode", "RouterFactory", "Start", "Tokens"]
 
 RouterFactory = Callable[[int, int], Router]
 Tokens = Literal["patches", "all"]
 Mode = Literal["soft", "top1", "top2"]
+Start = Literal["model", "authors"]
 
 _SELECTED: dict[str, int | None] = {"soft": None, "top1": 1, "top2": 2}
 
@@ -37,11 +38,17 @@ class BranchSpec:
         bottleneck: hidden width H of each expert, an adapter D -> H -> D.
         blocks: which blocks, see ``choose_blocks``.
         tokens: "patches" (class, distillation and register tokens bypass the branch) or "all".
+        prefix: how many such tokens there are in front; None: what the model says, ``num_prefix_tokens`` (timm), or 0.
         norm: LayerNorm without factors in front of router and experts.
         scale: start of the learnable factor alpha; 0 leaves the model as it is.
+        start: "model": the adapters' output matrices start at zero, so that the model computes what it did until the
+            first step (as in LoRA, Hu et al., arXiv 2106.09685); "authors": they start at random, as EMoE's authors
+            have it. With scale 0, which leaves the model as it is too, they start at random: of two factors at zero
+            neither gets a gradient.
 
     Raises:
-        UserError: experts or bottleneck below 1, an unknown ``tokens``, a scale that is not finite.
+        UserError: experts or bottleneck below 1, a negative prefix, an unknown ``tokens`` or ``start``, a scale that is
+            not finite.
 
     >>> from spectralmoe import LinearScorer
     >>> spec = BranchSpec(router=lambda d, e: Router(LinearScorer(d, e), TopK(1)), experts=4, bottleneck=8)
@@ -54,8 +61,10 @@ class BranchSpec:
     bottleneck: int = 192
     blocks: str | Sequence[int] = "last6"
     tokens: Tokens = "patches"
+    prefix: int | None = None
     norm: bool = False
     scale: float = 1.0
+    start: Start = "model"
 
     def __post_init__(self) -> None:
         for name, value in (("experts", self.experts), ("bottleneck", self.bottleneck)):
@@ -63,6 +72,10 @@ class BranchSpec:
                 raise UserError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
         if self.tokens not in ("patches", "all"):
             raise one_of(f"tokens of {type(self).__name__}", self.tokens, ["all", "patches"])
+        if self.start not in ("model", "authors"):
+            raise one_of(f"start of {type(self).__name__}", self.start, ["authors", "model"])
+        if self.prefix is not None and self.prefix < 0:
+            raise UserError(f"{type(self).__name__}: prefix must not be negative, got {self.prefix}")
         if not math.isfinite(self.scale):
             raise UserError(f"{type(self).__name__}: scale must be finite, got {self.scale}")
 
@@ -73,6 +86,8 @@ class BranchSpec:
     def make_moe(self, dim: int) -> MoE:
         """A new router and a new bank of adapters; under one seed the same adapters for every router."""
         experts = Adapter(self.experts, dim, self.bottleneck)
+        if self.start == "model" and self.scale != 0:
+            torch.nn.init.zeros_(experts.down)
         with torch.random.fork_rng(devices=[]):
             return MoE(self.make_router(dim), experts)
 
@@ -92,7 +107,7 @@ class EMoESpec(BranchSpec):
         rank: R; None: 128, or D where that is less (faithful); half of E, rounded up (default).
         mode: "soft", "top1" or "top2".
         tau: temperature; None: 1.0 (faithful), the scorer's own (default).
-        tokens, norm: None: "patches", False (faithful), "all", True (default).
+        tokens, norm, start: None: "patches", False, "authors" (faithful), "all", True, "model" (default).
 
     Raises:
         UserError: as ``BranchSpec``; an unknown mode. A rank above D is refused when the router is made.
@@ -104,6 +119,7 @@ class EMoESpec(BranchSpec):
     router: RouterFactory = field(init=False, repr=False, compare=False)
     tokens: Tokens = None  # type: ignore[assignment]  # until __post_init__, which knows the form
     norm: bool = None  # type: ignore[assignment]
+    start: Start = None  # type: ignore[assignment]
     faithful: bool = False
     rank: int | None = None
     mode: Mode = "top1"
@@ -117,6 +133,7 @@ class EMoESpec(BranchSpec):
             "router": partial(form, rank=self.rank, mode=self.mode, tau=self.tau),
             "tokens": ("patches" if self.faithful else "all") if self.tokens is None else self.tokens,
             "norm": not self.faithful if self.norm is None else self.norm,
+            "start": ("authors" if self.faithful else "model") if self.start is None else self.start,
         }
         for name, value in own.items():
             object.__setattr__(self, name, value)

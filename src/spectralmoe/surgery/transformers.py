@@ -18,7 +18,7 @@ from spectralmoe.diagnostics.watch import watch
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.surgery.hf_layers import find_layers
-from spectralmoe.surgery.hf_model import TransformersModel, encode, run, training_facts
+from spectralmoe.surgery.hf_model import TransformersModel, encode, run, stored_names, training_facts
 from spectralmoe.surgery.hf_watch import watch_transformers
 from spectralmoe.surgery.tensor_files import stored_tensors
 
@@ -39,7 +39,10 @@ _REPORT_LINE = re.compile(r"^(\S+)\s*\|\s*(?:MISSING|MISMATCH|CONVERSION)\b", re
 def load_transformers(
     source: str, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> TransformersModel:
-    """Load a causal or sequence-to-sequence language model with MoE: safetensors only, no code of others is run.
+    """Load a language model with MoE, causal, sequence-to-sequence or multimodal, to be run on text.
+
+    Weights come from safetensors, and no code of others is run: of the attention and the experts too it is not the
+    config that chooses the implementation (it can name a kernel of the hub), but the model's class in transformers.
 
     Args:
         source: a folder, or a name on the Hugging Face hub.
@@ -53,34 +56,48 @@ def load_transformers(
     folder = _folder(source)
     with _quiet() as log:
         config = _call(source, log, tf.AutoConfig.from_pretrained, source, trust_remote_code=False)
-        kind = tf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else tf.AutoModelForCausalLM
-        with torch.device("meta"):
-            empty = _call(source, log, kind.from_config, config, trust_remote_code=False)
+        config._attn_implementation = None  # sdpa, or eager for a family without it; of all parts of the config
+        config._experts_implementation = "eager" if torch.device(device).type == "cpu" else None
+        kind, empty = _empty_model(tf, source, config, log)
         try:
-            find_layers(empty)
+            layers = find_layers(empty)
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
-        if folder is not None:
-            stored_tensors(folder)  # all files are there, and whole
-        options = {"experts_implementation": "eager"} if torch.device(device).type == "cpu" else {}
+        stored = {} if folder is None else stored_tensors(folder)  # all files are there, and whole
         model, info = _call(
             source,
             log,
             kind.from_pretrained,
             source,
+            config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **options,
         )
         _refuse(source, sorted(info["missing_keys"]))
         tokenizer = _tokenizer(tf, source, folder, log)
     notes = ["no tokenizer in the model's folder: text is read as UTF-8 bytes"] if tokenizer is None else []
+    if kind not in (tf.AutoModelForSeq2SeqLM, tf.AutoModelForCausalLM):
+        notes.append("a multimodal model: it is run on text alone")
     if info["unexpected_keys"]:
         notes.append(f"tensors in the files that the model has no place for: {len(info['unexpected_keys'])}")
     name = source if folder is None else folder.resolve().name
-    return TransformersModel(model.to(device).eval(), tokenizer, name, notes)
+    return TransformersModel(model.to(device).eval(), tokenizer, name, notes, stored_names(layers, stored))
+
+
+def _empty_model(tf: Any, source: str, config: Any, log: list[str]) -> tuple[Any, Any]:
+    """The auto class that takes ``config`` as a model that reads text, and the model without memory."""
+    plain = tf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else tf.AutoModelForCausalLM
+    more = [getattr(tf, name, None) for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")]
+    for kind in (plain, *filter(None, more)):
+        try:
+            with torch.device("meta"):
+                return kind, _call(source, log, kind.from_config, config, trust_remote_code=False)
+        except UserError as error:
+            if "Unrecognized configuration class" not in str(error.__cause__):
+                raise
+    raise UserError(f"{source}: {config.model_type!r} is a family that transformers does not know as a language model")
 
 
 def _transformers() -> Any:
@@ -117,7 +134,7 @@ def _call(source: str, log: list[str], function: Any, *args: Any, **options: Any
         _refuse(source, sorted(set(_REPORT_LINE.findall("\n".join(log)))))
         text = str(error)
         if "does not recognize this architecture" in text or "Unrecognized" in text or "contains custom code" in text:
-            reason = "a model family that this version of transformers does not know as a language model; update it"
+            reason = "a model family that this version of transformers does not know; update it"
         elif "couldn't connect" in text or "is not a local folder" in text or "couldn't find them" in text:
             reason = "no such folder here, and no such model could be fetched from the hub; check the name, the network"
         else:

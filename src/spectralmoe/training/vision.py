@@ -46,11 +46,6 @@ class VisionMeta(ModelMeta):
     results: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
 
-    @property
-    def side(self) -> int | None:
-        height, width = self.image_size
-        return height if height == width else None
-
 
 def vision_meta(data: ImageData, settings: VisionSettings, found: Evaluation) -> dict[str, Any]:
     """What is saved beside a network: how it reads images, how it was trained, and what the test part showed."""
@@ -118,7 +113,7 @@ def make_spec(wanted: MoEParts) -> BranchSpec:
     """
     common: dict[str, Any] = {"experts": wanted.experts, "bottleneck": wanted.bottleneck, "blocks": wanted.blocks}
     if wanted.router == "emoe":
-        common |= {} if wanted.tokens is None else {"tokens": wanted.tokens}
+        common |= {"tokens": wanted.tokens, "start": wanted.start}
         return EMoESpec(faithful=wanted.faithful, rank=wanted.rank, tau=wanted.tau, mode=wanted.mode, **common)
     if wanted.router not in ROUTERS and ":" not in wanted.router:
         raise one_of("router", wanted.router, [*ROUTERS, "pkg:Class"])
@@ -126,7 +121,7 @@ def make_spec(wanted: MoEParts) -> BranchSpec:
         if getattr(wanted, key):
             raise UserError(f'moe: {key} belongs to router = "emoe", not to {wanted.router!r}')
     factory = router_factory(find_preset(wanted.router), _EXPERTS_A_TOKEN[wanted.mode])
-    return BranchSpec(router=factory, norm=True, tokens=wanted.tokens or "all", **common)
+    return BranchSpec(router=factory, norm=True, tokens=wanted.tokens or "all", start=wanted.start or "model", **common)
 
 
 def router_terms(router: str) -> Mapping[str, Term]:

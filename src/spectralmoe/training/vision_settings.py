@@ -43,6 +43,8 @@ class MoEParts(Settings):
         blocks: "all", "lastN", or indices: "1,3" or [1, 3].
         experts, bottleneck: E, and the width H of a branch's adapters.
         tokens: "patches" or "all"; None: what the router's form takes ("all", but for the faithful one).
+        start: of branches: "model" starts as the backbone itself, "authors" with random adapters; None: what the
+            router's form takes ("model", but for the faithful one).
         init: of "replace_mlp": "copy" starts as the dense model and needs mode = "soft"; "random".
     """
 
@@ -56,6 +58,7 @@ class MoEParts(Settings):
     experts: Positive = 8
     bottleneck: Positive = 192
     tokens: Literal["patches", "all"] | None = None
+    start: Literal["model", "authors"] | None = None
     init: Literal["copy", "random"] = "copy"
 
     @field_validator("blocks", mode="before")
