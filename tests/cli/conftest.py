@@ -26,7 +26,7 @@ def refused(call):
         assert code == 2, (out, err)
         *progress, line = err.splitlines()
         assert line.startswith("error: ")
-        assert all("%  " in other for other in progress), err
+        assert all("%  " in other or other.startswith("note: ") for other in progress), err
         return line
 
     return run_command

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from spectralmoe.cli.app import run
 from spectralmoe.files import read_json
@@ -102,6 +103,62 @@ def test_predict(model, call, tmp_path):
     assert [row["probability"] for row in found] == pytest.approx(expected.softmax(-1).amax(-1).tolist(), rel=1e-4)
     code, out, _ = call("predict", model, tmp_path / "0.npy")
     assert "0.npy: " in out
+
+
+def test_predict_says_what_it_converts(model, call, tmp_path):
+    np.save(tmp_path / "fits.npy", np.zeros((8, 8)))
+    assert call("predict", model, tmp_path / "fits.npy")[2] == ""
+    Image.new("RGB", (640, 480)).save(tmp_path / "photo.jpg")
+    code, out, err = call("predict", model, tmp_path / "fits.npy", tmp_path / "photo.jpg", "--json")
+    assert (code, len(json.loads(out))) == (0, 2)
+    photo = tmp_path / "photo.jpg"
+    assert err == f"note: read as 8 x 8 pixels (height x width), grey: {photo} (480 x 640, colour)\n"
+
+
+def test_predict_turns_a_photograph_upright(model, call, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+    Image.fromarray(pixels[::-1, ::-1].copy()).save(tmp_path / "phone.png", exif=exif)
+    Image.fromarray(pixels[::-1, ::-1].copy()).save(tmp_path / "turned.png")
+    files = [tmp_path / f"{name}.png" for name in ("upright", "phone", "turned")]
+    upright, phone, turned = (row["probability"] for row in json.loads(call("predict", model, *files, "--json")[1]))
+    assert phone == pytest.approx(upright, rel=1e-5)
+    assert turned != upright
+
+
+def test_the_size_of_own_images_can_be_chosen(call, refused, tmp_path):
+    for name in "ab":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(5):
+            np.save(tmp_path / "set" / name / f"{index}.npy", np.random.default_rng(index).random((70, 80)))
+    options = ["--depths", 1, "--seeds", 1, "--epochs", 1, "--trials", 1, "--routers", "linear", "--image-size", 12]
+    data = f"folder:{tmp_path / 'set'}"
+    code, _, err = call("compare", "--data", data, *options, "--out", tmp_path / "out")
+    assert code == 0
+    said = "10 images of 2 classes, split at random into 70% for training, 10% for validation and 20% for testing"
+    assert err.count(f"note: {tmp_path / 'set'}: {said}, read as 12 x 12 (stored: 70 x 80), grey\n") == 1
+    made = tmp_path / "out" / "models" / "linear-depth1-seed0"
+    assert read_json(made / "config.json")["meta"]["image_size"] == [12, 12]
+    assert call("evaluate", made)[0] == 0  # reads the folder in the model's size
+    text = f'data = "{data}"\nimage_size = 10\n[optimization]\nepochs = 1\n'
+    (tmp_path / "c.toml").write_text(text)
+    assert call("train", "--config", tmp_path / "c.toml", "--out", tmp_path / "m")[0] == 0
+    assert read_json(tmp_path / "m" / "config.json")["meta"]["image_size"] == [10, 10]
+    line = refused("compare", "--data", "digits", *options, "--out", tmp_path / "other")
+    assert "image size 12" in line
+    assert "'digits'" in line
+    (tmp_path / "c.toml").write_text(text.replace(data, "digits"))
+    assert "image size 10" in refused("train", "--config", tmp_path / "c.toml", "--out", tmp_path / "n")
+
+
+def test_a_run_of_an_earlier_version_goes_on(compared, call, tmp_path):
+    shutil.copytree(compared, tmp_path / "old")
+    settings = read_json(tmp_path / "old" / "settings.json")
+    del settings["image_size"]  # it had no such option
+    (tmp_path / "old" / "settings.json").write_text(json.dumps(settings))
+    assert call("compare", *SMALL, "--routers", "linear,sr-moe", "--out", tmp_path / "old")[0] == 0
 
 
 def test_adapt_trials_agree_with_the_comparison(compared, model, call):
@@ -225,8 +282,9 @@ def test_bad_images(refused, model, tmp_path):
         (tmp_path / "set" / name).mkdir()
         for index in range(10):
             np.save(tmp_path / "set" / name / f"{index}.npy", np.random.default_rng(index).random((8, 8)))
-    np.save(tmp_path / "set" / "b" / "5.npy", np.full((8, 8), np.nan))
-    assert "5.npy" in refused("compare", "--data", f"folder:{tmp_path / 'set'}", "--out", tmp_path / "o")
+    for index in range(8):
+        np.save(tmp_path / "set" / "b" / f"{index}.npy", np.full((8, 8), np.nan))
+    assert "0.npy" in refused("compare", "--data", f"folder:{tmp_path / 'set'}", "--out", tmp_path / "o")
 
 
 def test_other_images_under_the_same_name(refused, call, tmp_path):

@@ -9,15 +9,17 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from spectralmoe.errors import UserError
 from spectralmoe.training import data as data_module
 from spectralmoe.training.data import DATASETS, FASHION, FASHION_FILES, ImageData, Split, load_data, read_image
+from spectralmoe.training.images import conversions, probe
 
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 PUBLISHED = [81761676447, 3245750460, 52640868718]  # checksums of the parts of mnist5k
@@ -54,6 +56,28 @@ def fails(*words: str, call: Callable[[], object]) -> str:
 def save(path: Path, pixels: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, pixels) if path.suffix == ".npy" else Image.fromarray(pixels).save(path)
+    return path
+
+
+def stored_as(upright: np.ndarray, orientation: int) -> np.ndarray:
+    """The pixels (H, W, ...) that a camera stores with an EXIF ``orientation``, by the table of the EXIF standard."""
+    flipped = upright[:, ::-1]
+    return {
+        1: upright,
+        2: flipped,
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]
+
+
+def save_turned(path: Path, upright: np.ndarray, orientation: int, **options: Any) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored_as(upright, orientation))).save(path, exif=exif, **options)
     return path
 
 
@@ -384,10 +408,15 @@ class TestFolder:
     def test_64_pixels_are_kept(self, tmp_path: Path) -> None:
         assert load_data(f"folder:{fill(tmp_path, {'a': 3, 'b': 3}, shape=(64, 64, 3))}").image_size == (64, 64)
 
-    @pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy"])
+    @pytest.mark.parametrize(
+        "suffix", [".png", ".JPG", ".jfif", ".jpe", ".bmp", ".gif", ".webp", ".tiff", ".ppm", ".tga", ".jp2", ".npy"]
+    )
     def test_every_format(self, suffix: str, tmp_path: Path) -> None:
+        if suffix == ".jp2" and not features.check("jpg_2000"):
+            pytest.skip("this Pillow has no JPEG 2000")
         data = load_data(f"folder:{fill(tmp_path, {'a': 3, 'b': 3}, suffix=suffix, shape=(8, 8, 3))}")
         assert data.image_size == (8, 8)
+        assert per_class(data) == [[1, 1]] * 3
 
     def test_other_and_hidden_files_are_passed_over(self, tmp_path: Path) -> None:
         fill(tmp_path, {"a": 3, "b": 3})
@@ -396,11 +425,12 @@ class TestFolder:
             (tmp_path / extra).write_text("no image")
         assert sum(map(sum, per_class(load_data(f"folder:{tmp_path}")))) == 6
 
-    @pytest.mark.parametrize("validation", ["val", "validation"])
+    @pytest.mark.parametrize("validation", ["val", "valid", "validation", "Validation"])
     def test_given_parts_are_kept(self, validation: str, tmp_path: Path) -> None:
         counts = {"train/a": 4, "train/b": 5, f"{validation}/a": 1, f"{validation}/b": 2, "test/a": 3, "test/b": 1}
         data = load_data(f"folder:{fill(tmp_path, counts)}")
         assert per_class(data) == [[4, 5], [1, 2], [3, 1]]
+        assert f"train/ for train, {validation}/ for validation, test/ for test" in data.notes[0]
         written = [np.asarray(Image.open(path), np.float32) / 255 for path in (tmp_path / "test").glob("*/*")]
         assert {image.numpy().tobytes() for image in data.test.images} == {image.tobytes() for image in written}
 
@@ -433,6 +463,7 @@ class TestFolder:
             ({"train/a": 5, "train/b": 5, "test/a": 1}, ["class 'b' has too few", ": 0,", "test"]),
             ({"train/a": 5, "test/a": 1, "test/b": 1}, ["class 'b' has too few", ": 0,", "train"]),
             ({"train/a": 5, "val/a": 1, "validation/a": 1, "test/a": 1}, ["both val/ and validation/"]),
+            ({"train/a": 5, "Valid/a": 1, "val/a": 1, "test/a": 1}, ["both Valid/ and val/"]),
         ],
     )
     def test_unfit_folders(self, counts: dict[str, int], words: list[str], tmp_path: Path) -> None:
@@ -450,20 +481,84 @@ class TestFolder:
         path = save(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
         fails(str(path), "is not a folder", call=lambda: load_data(f"folder:{path}"))
 
-    def test_truncated_picture(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("suffix", "spoil", "reason"),
+        [
+            (".png", lambda path: path.write_bytes(path.read_bytes()[:-40]), "truncated"),
+            (".jpg", lambda path: path.write_bytes(b"not an image"), "cannot identify"),
+            (".npy", lambda path: np.save(path, np.full((8, 8), np.nan)), "NaN"),
+            (".tif", lambda path: (path.unlink(), path.symlink_to(path.parent / "nothing")), "No such file"),
+        ],
+    )
+    def test_images_that_cannot_be_read_are_named_and_passed_over(
+        self, suffix: str, spoil: Callable[[Path], object], reason: str, tmp_path: Path
+    ) -> None:
+        fill(tmp_path, {"a": 8, "b": 4}, suffix=suffix)
+        kept = {path: read_image(path, channels=1, size=(8, 8)).numpy().tobytes() for path in tmp_path.glob("*/*")}
+        for i in range(5):
+            path = tmp_path / "a" / f"{i:03}{suffix}"
+            spoil(path)
+            del kept[path]
+        data = load_data(f"folder:{tmp_path}")
+        assert sorted(images_of(data)) == sorted(kept.values())
+        assert per_class(data) == [[1, 2], [1, 1], [1, 1]]
+        (note,) = data.notes[1:]
+        assert all(word in note for word in ("passed over: 5 images", f"a/000{suffix}", f"a/002{suffix}", "2 more"))
+        assert reason in note
+        assert f"a/003{suffix}" not in note
+
+    def test_a_class_of_which_too_little_can_be_read(self, tmp_path: Path) -> None:
         path = fill(tmp_path, {"a": 3, "b": 3}) / "a" / "001.png"
         path.write_bytes(path.read_bytes()[:-40])
-        fails(str(path), "cannot read", call=lambda: load_data(f"folder:{tmp_path}"))
+        words = "class 'a' has too few", ": 2,", "passed over: 1 image ", "a/001.png", "truncated"
+        fails(str(tmp_path), *words, call=lambda: load_data(f"folder:{tmp_path}"))
 
-    def test_nan_array(self, tmp_path: Path) -> None:
-        path = fill(tmp_path, {"a": 3, "b": 3}, suffix=".npy") / "b" / "002.npy"
-        save(path, np.full((8, 8), np.nan))
-        fails(str(path), "NaN", call=lambda: load_data(f"folder:{tmp_path}"))
+    def test_nothing_can_be_read(self, tmp_path: Path) -> None:
+        for path in fill(tmp_path, {"a": 3, "b": 3}).glob("*/*"):
+            path.write_text("no image")
+        fails("no image that can be read", "000.png", call=lambda: load_data(f"folder:{tmp_path}"))
 
-    def test_dangling_link(self, tmp_path: Path) -> None:
-        path = fill(tmp_path, {"a": 3, "b": 3}) / "a" / "gone.png"
-        path.symlink_to(tmp_path / "nothing.png")
-        fails(str(path), "No such file", call=lambda: load_data(f"folder:{tmp_path}"))
+    def test_images_below_a_class_folder_belong_to_it(self, tmp_path: Path) -> None:
+        fill(tmp_path, {"a": 3, "a/2021": 4, "a/2022/may": 5, "b/2021": 6})
+        (tmp_path / "a" / "again").symlink_to(tmp_path / "a")  # a circle
+        data = load_data(f"folder:{tmp_path}")
+        written = [np.asarray(Image.open(path), np.float32) / 255 for path in tmp_path.glob("**/*.png")]
+        assert sorted(images_of(data)) == sorted(image.tobytes() for image in written)
+        assert [sum(counts) for counts in zip(*per_class(data), strict=True)] == [12, 6]
+
+    def test_what_is_passed_over_is_counted_and_named(self, tmp_path: Path) -> None:
+        fill(tmp_path, {"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1, "extra": 2, "test/a/old": 1})
+        for name in ("train/a/notes.txt", "test/b/1.heic", "train/b/x", "train/b/Thumbs.db", "labels.csv"):
+            (tmp_path / name).write_text("no image")
+        save(tmp_path / "train" / "loose.png", np.zeros((8, 8), np.uint8))
+        first, files, loose, folders = load_data(f"folder:{tmp_path}").notes
+        assert first.startswith(f"{tmp_path}: 9 images of 2 classes, split by its folders: train/ for train, test/")
+        assert "passed over: 4 files without the name of an image (test/b/1.heic, " in files
+        assert files.endswith("train/b/Thumbs.db and 1 more)")
+        assert "passed over: 1 image in no class folder (train/loose.png)" in loose
+        assert "passed over: 1 folder beside the parts (extra/)" in folders
+
+    def test_how_a_folder_was_read_is_said(self, tmp_path: Path) -> None:
+        (note,) = load_data(f"folder:{fill(tmp_path, {'a': 3, 'b': 3}, shape=(8, 6))}").notes
+        assert note == (
+            f"{tmp_path}: 6 images of 2 classes, split at random into 70% for training, 10% for validation and 20% for "
+            "testing, read as 8 x 6, grey"
+        )
+
+    def test_another_size_than_the_stored_one_is_said_with_its_cure(self, tmp_path: Path) -> None:
+        fill(tmp_path, {"a": 3}, shape=(70, 90, 3))
+        fill(tmp_path, {"b": 3}, shape=(40, 50, 3))
+        (note,) = load_data(f"folder:{tmp_path}").notes
+        words = "read as 32 x 32 (stored: 40 x 50 to 70 x 90;", "--image-size", "colour"
+        assert all(word in note for word in words)
+        chosen = load_data(f"folder:{tmp_path}", side=48)
+        assert chosen.image_size == (48, 48)
+        assert chosen.notes[0].endswith("read as 48 x 48 (stored: 40 x 50 to 70 x 90), colour")
+
+    def test_orientation_counts_for_the_size(self, tmp_path: Path) -> None:
+        fill(tmp_path, {"a": 3, "b": 3}, shape=(8, 6))
+        save_turned(tmp_path / "a" / "turned.jpg", np.zeros((8, 6), np.uint8), 6)
+        assert load_data(f"folder:{tmp_path}").image_size == (8, 6)
 
     def test_without_pillow(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fill(tmp_path, {"a": 3, "b": 3})
@@ -516,6 +611,59 @@ class TestReadImage:
         path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
         Image.new("RGB", (4, 4), "white").convert(mode).save(path)
         assert torch.equal(read_image(path, channels=3, size=(4, 4)), torch.ones(3, 4, 4))
+
+    @pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".jfif"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_an_image_is_turned_upright_by_its_exif_tag(self, suffix: str, orientation: int, tmp_path: Path) -> None:
+        upright = np.zeros((16, 24, 3), np.uint8)
+        upright[:8, :8], upright[:8, 16:], upright[8:, :8] = (240, 0, 0), (0, 240, 0), (0, 0, 240)
+        options = {".webp": {"lossless": True}, ".jfif": {"format": "JPEG", "quality": 100, "subsampling": 0}}
+        path = save_turned(tmp_path / f"x{suffix}", upright, orientation, **options.get(suffix, {}))
+        assert probe(path) == (3, (16, 24))
+        image = read_image(path, channels=3, size=(16, 24)).permute(1, 2, 0).numpy() * 255
+        assert np.abs(image - upright).max() <= (4 if suffix == ".jfif" else 0.01)
+
+    @pytest.mark.parametrize(("mode", "corner"), [("RGBA", 3), ("LA", 1)])
+    def test_transparent_parts_lie_on_white(self, mode: str, corner: int, tmp_path: Path) -> None:
+        pixels = np.full((2, 2, len(mode)), 100, np.uint8)
+        pixels[..., corner] = [[0, 255], [51, 102]]
+        path = tmp_path / "x.png"
+        Image.fromarray(pixels, mode).save(path)
+        grey = read_image(path, channels=1, size=(2, 2))[0] * 255
+        expected = [[255, 100], [255 - 0.2 * 155, 255 - 0.4 * 155]]
+        assert np.abs(grey.numpy() - np.array(expected)).max() < 1e-3
+        assert probe(path)[0] == (1 if mode == "LA" else 3)
+
+    def test_a_transparent_colour_of_a_palette_is_white(self, tmp_path: Path) -> None:
+        image = Image.new("P", (2, 1))
+        image.putpalette([10, 20, 30, 200, 100, 50])
+        image.putpixel((1, 0), 1)
+        image.save(tmp_path / "x.gif", transparency=0)
+        pixels = read_image(tmp_path / "x.gif", channels=3, size=(1, 2))[:, 0].T * 255
+        assert pixels.round().tolist() == [[255, 255, 255], [200, 100, 50]]
+
+    def test_of_several_frames_the_first(self, tmp_path: Path) -> None:
+        frames = [Image.new("L", (4, 4), value) for value in (40, 200)]
+        frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+        assert torch.equal(read_image(tmp_path / "x.gif", channels=1, size=(4, 4)), torch.full((1, 4, 4), 40 / 255))
+
+    def test_conversions_are_said_in_one_line(self, tmp_path: Path) -> None:
+        plain = save(tmp_path / "plain.png", np.zeros((28, 28), np.uint8))
+        assert conversions([plain], channels=1, size=(28, 28)) == ""
+        photo = save_turned(tmp_path / "photo.jpg", np.zeros((48, 64, 3), np.uint8), 6)
+        clear, moving = tmp_path / "clear.png", tmp_path / "moving.gif"
+        Image.new("LA", (28, 28), (0, 9)).save(clear)
+        frames = [Image.new("L", (28, 28), value) for value in (40, 200)]
+        frames[0].save(moving, save_all=True, append_images=frames[1:])
+        solid = tmp_path / "solid.png"
+        Image.new("LA", (28, 28), (0, 255)).save(solid)
+        assert conversions([plain, photo, solid, clear], channels=1, size=(28, 28)) == (
+            f"read as 28 x 28 pixels (height x width), grey: {photo} (48 x 64, colour), "
+            f"{clear} (28 x 28, grey, transparent parts on white)"
+        )
+        assert "the first of several frames" in conversions([moving], channels=1, size=(28, 28))
+        many = [save(tmp_path / f"{i}.npy", np.zeros((8, 8))) for i in range(9)]
+        assert conversions(many, channels=3, size=(8, 8)).endswith("2.npy (8 x 8, grey) and 6 more")
 
     @pytest.mark.parametrize("dtype", [np.uint8, np.int64, bool, np.float16, np.float64])
     def test_array_types(self, dtype: type, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from spectralmoe.cli.options import (
     Json,
     Out,
     Seed,
+    read_data,
+    refuse_image_size,
     see_own_modules,
     split_names,
     split_numbers,
@@ -24,7 +26,6 @@ from spectralmoe.cli.options import (
 from spectralmoe.compare import CompareSettings, run
 from spectralmoe.compare.columns import COLUMNS, show, summarise, summary_json
 from spectralmoe.errors import UserError
-from spectralmoe.training.data import load_data
 from spectralmoe.training.routers import DEFAULT_ROUTERS
 from spectralmoe.training.settings import parse, pick_device
 
@@ -43,6 +44,9 @@ def compare(
     k: Annotated[str, typer.Option(metavar="K|soft", help="Experts a token, or soft mixing of all.")] = "2",
     experts: Annotated[int, typer.Option(min=1, help="Experts a layer.")] = 8,
     train_size: Annotated[int | None, typer.Option(min=1, help="Training images; all by default.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side that the images of folder:PATH are resized to.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of training for each network.")] = 8,
     trials: Annotated[int, typer.Option(min=1, help="One-shot corrections for each network.")] = 50,
     tune: Annotated[int, typer.Option(min=0, help="Settings tried for each row on validation data; 0: none.")] = 0,
@@ -70,14 +74,15 @@ def compare(
         "seed": seed,
         "trials": trials,
     }
-    values |= {"train_size": train_size, "tune": tune, "optimization": {"epochs": epochs}}
+    values |= {"image_size": image_size, "train_size": train_size, "tune": tune, "optimization": {"epochs": epochs}}
     if k != "soft" and not (k.isdecimal() and 1 <= int(k) <= experts):
         raise UserError(f"--k {k} is neither 'soft' nor a number from 1 to {experts} (--experts)")
     values["network"] = {"k": k if k == "soft" else int(k), "num_experts": experts}
     settings = parse(CompareSettings, values, "compare")
     settings.check()
+    refuse_image_size(data, image_size)
     where = pick_device(device)
-    images = load_data(data, data_dir=data_dir, download=download)
+    images = read_data(data, data_dir, download, image_size)
     with watching(quiet=json) as watch:
         at_a_time = processes or (os.cpu_count() or 1 if where.type == "cpu" else 1)
         rows = summarise(run(settings, images, out, where, watch, processes=at_a_time))

@@ -18,6 +18,7 @@ from spectralmoe.cli.options import (
     Out,
     Seed,
     load_network,
+    read_data,
     see_own_modules,
     split_names,
     split_numbers,
@@ -26,7 +27,6 @@ from spectralmoe.compare.fewshot import FRESH_ROWS, OWN_ROWS, FewShotSettings, T
 from spectralmoe.errors import UserError
 from spectralmoe.saving import read_config
 from spectralmoe.surgery.timm import VisionMoE
-from spectralmoe.training.data import load_data
 from spectralmoe.training.fewshot import FEW_SHOT
 from spectralmoe.training.settings import parse, pick_device
 
@@ -75,7 +75,7 @@ def fewshot(
     values |= {"seeds": seeds, "seed": seed, "experts": experts, "bottleneck": bottleneck, "mode": mode}
     values |= {"blocks": blocks, "optimization": {**FEW_SHOT.model_dump(), "epochs": epochs, "lr": lr}}
     settings = parse(FewShotSettings, values, "fewshot")
-    images = load_data(data, data_dir=data_dir, download=download, side=meta.side)
+    images = read_data(data, data_dir, download, meta.side)
     with watching(quiet=json) as watch:
         summary = run_few_shot(settings, Task(network, read_config(model)["sha256"], images), out, watch)
     if json:

@@ -32,6 +32,9 @@ __all__ = [
     "Seed",
     "load_network",
     "open_data",
+    "read_data",
+    "refuse_image_size",
+    "say_notes",
     "see_own_modules",
     "split_names",
     "split_numbers",
@@ -105,7 +108,7 @@ def open_data(name: str | None, meta: ModelMeta, data_dir: Path | None, download
     Raises:
         UserError: it cannot be had, or does not fit the model.
     """
-    data = load_data(name or meta.data, data_dir=data_dir, download=download, side=meta.side)
+    data = read_data(name or meta.data, data_dir, download, meta.side)
     for what, found, wanted in (
         ("channels", data.channels, meta.channels),
         ("an image size of", data.image_size, meta.image_size),
@@ -114,3 +117,30 @@ def open_data(name: str | None, meta: ModelMeta, data_dir: Path | None, download
         if found != wanted:
             raise UserError(f"{data.name!r} does not fit the model: it has {what} {found}, the model {wanted}")
     return data
+
+
+def read_data(name: str, data_dir: Path | None, download: bool, side: int | None = None) -> ImageData:
+    """The data set called ``name``; how its files were read is said on stderr.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    data = load_data(name, data_dir=data_dir, download=download, side=side)
+    say_notes(data.notes)
+    return data
+
+
+def refuse_image_size(name: str, side: int | None) -> None:
+    """Refuse a size for a data set that comes in one size.
+
+    Raises:
+        UserError: ``side`` is given, and ``name`` is no image folder.
+    """
+    if side is not None and not name.startswith("folder:"):
+        raise UserError(f"image size {side}: only images of folder:PATH are resized, {name!r} comes in one size")
+
+
+def say_notes(notes: Sequence[str]) -> None:
+    """What a user should know, a line each on stderr."""
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)

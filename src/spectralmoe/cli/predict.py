@@ -10,11 +10,11 @@ import torch
 import typer
 
 from spectralmoe.cli.console import print_json
-from spectralmoe.cli.options import Allow, DeviceName, Json, Model, load_network
+from spectralmoe.cli.options import Allow, DeviceName, Json, Model, load_network, say_notes
 from spectralmoe.diagnostics import holds_moe
 from spectralmoe.routing import Routing
 from spectralmoe.tape import record
-from spectralmoe.training.data import read_image
+from spectralmoe.training.images import conversions, read_image
 from spectralmoe.training.settings import pick_device
 
 __all__ = ["predict"]
@@ -29,12 +29,15 @@ def predict(
 ) -> None:
     """The most likely class of each FILE, its probability, and the expert that each layer leans on.
 
+    Images are read in the size and the colours that the model was trained with; where that changes one, stderr says so.
+
     Example: spectralmoe predict runs/first/models/sr-moe-depth2-seed0 digit.png
     """
     where = pick_device(device)
     network, meta = load_network(model, where, allow)
-    height, width = meta.image_size
-    images = torch.stack([read_image(file, channels=meta.channels, size=(height, width)) for file in files])
+    images = torch.stack([read_image(file, channels=meta.channels, size=meta.image_size) for file in files])
+    if converted := conversions(files, channels=meta.channels, size=meta.image_size):
+        say_notes([converted])
     with torch.no_grad(), record(network) if holds_moe(network) else nullcontext(()) as tape:
         probabilities = network(images.to(where)).softmax(-1).cpu()
     experts = {item.name: leaning(item.routing, len(files)) for item in tape}

@@ -10,7 +10,16 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from spectralmoe.cli.console import print_json, watching
-from spectralmoe.cli.options import DataDir, DeviceName, Download, Json, Out, see_own_modules
+from spectralmoe.cli.options import (
+    DataDir,
+    DeviceName,
+    Download,
+    Json,
+    Out,
+    refuse_image_size,
+    say_notes,
+    see_own_modules,
+)
 from spectralmoe.diagnostics import Evaluation, evaluate
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json
@@ -69,6 +78,8 @@ def train(
         raise UserError("--every is how often --monitor reports; add --monitor")
     data = _images(settings, data_dir, download)
     with joined(parallel, pick_device(device)) as (ranks, where):
+        if ranks.first:
+            say_notes(data.notes)
         plan = _plan(settings, data)
         network = plan.network.to(where)
         trained = ranks.spread(network) if isinstance(network, VisionMoE) else network
@@ -131,8 +142,9 @@ def _settings(config: Path, seed: int | None, pretrained: bool) -> TrainSettings
 
 
 def _images(settings: TrainSettings | VisionSettings, data_dir: Path | None, download: bool) -> ImageData:
-    side = settings.image_size if isinstance(settings, VisionSettings) else None
-    data = load_data(settings.data, data_dir=data_dir, download=download, side=side)
+    if not isinstance(settings, VisionSettings):  # a timm model resizes the images of other data sets itself
+        refuse_image_size(settings.data, settings.image_size)
+    data = load_data(settings.data, data_dir=data_dir, download=download, side=settings.image_size)
     if settings.hold_out is not None:
         data = data.without(settings.hold_out)
     return data if settings.train_size is None else data.subset(settings.train_size)

@@ -36,6 +36,7 @@ class CompareSettings(Settings):
         routers: preset names, or ``pkg:Class`` of your own.
         depths: numbers of MoE stages.
         seeds: how many seeds, counted from ``seed``.
+        image_size: side that the images of a folder are resized to when they are read; None: see ``load_data``.
         train_size: training images; None: all.
         trials: one-shot adaptation trials a cell (all misclassified test samples where there are fewer).
         tune: settings tried for each row and depth, on the validation part; 0: the presets as they are.
@@ -46,6 +47,7 @@ class CompareSettings(Settings):
     depths: tuple[Positive, ...] = (2, 4)
     seeds: Positive = 5
     seed: Seed = 0
+    image_size: Positive | None = None
     train_size: Positive | None = None
     trials: Positive = 50
     tune: Annotated[int, Field(ge=0)] = 0

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.training.images import common_format, read_image, scan_folder
+from spectralmoe.training.folders import read_folder
+from spectralmoe.training.images import read_image
 from spectralmoe.training.sources import download_fashion, packaged_file, read_idx_pair, read_table
 
 __all__ = ["DATASETS", "ImageData", "Loader", "Split", "load_data", "read_image"]
@@ -44,7 +45,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class ImageData:
-    """A data set in three disjoint parts; ``classes`` names the labels.
+    """A data set in three disjoint parts; ``classes`` names the labels, ``notes`` says how files were read.
 
     The training part is stored in a fixed order in which every prefix holds the classes in their proportions.
 
@@ -60,6 +61,7 @@ class ImageData:
     validation: Split
     test: Split
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -120,10 +122,11 @@ def load_data(name: str, *, data_dir: Path | None = None, download: bool = False
     """Load a data set by its name in `DATASETS`, or an image folder by ``folder:PATH``.
 
     An image folder has one subfolder of image files (or ``.npy`` arrays, see `read_image`) for each class, or has
-    ``train/``, ``test/`` and perhaps ``val/`` or ``validation/`` with such subfolders. Without these parts it is
-    split 70/10/20; without a validation part an eighth of ``train/`` becomes one. The images are RGB unless all files
-    are grey, and of size 32 x 32 unless all are alike and at most 64 pixels a side, or ``side`` says otherwise. All
-    images of a set are held in memory.
+    ``train/``, ``test/`` and perhaps ``val/``, ``valid/`` or ``validation/`` with such subfolders. Without these parts
+    it is split 70/10/20; without a validation part an eighth of ``train/`` becomes one. Images in folders below a
+    class belong to it. The images are RGB unless all files are grey, and of size 32 x 32 unless all are alike and at
+    most 64 pixels a side, or ``side`` says otherwise. Files that cannot be read are passed over; ``notes`` of the data
+    says so, and how the rest was read. All images of a set are held in memory.
 
     ``data_dir`` is searched first for sets that come as files of their own; only with ``download`` is a missing one
     fetched. Raises `UserError` when the name is unknown, or the data are missing, broken or too few.
@@ -168,28 +171,23 @@ def load_fashion_mnist(data_dir: Path | None = None, download: bool = False) -> 
 
 def load_folder(root: Path, side: int | None = None) -> ImageData:
     """The images of a folder; `load_data` says how they are split and resized."""
-    classes, parts = scan_folder(root)
+    folder = read_folder(root, side)
 
-    def cut(part: str, *shares: float) -> list[tuple[list[Path], Tensor]]:
-        files = [file for group in parts[part] for file in group]
-        labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(group) for group in parts[part]]))
-        indices = _stratified(labels, shares, classes, str(root if part == "all" else root / part))
-        return [([files[i] for i in index.tolist()], labels[index]) for index in indices]
+    def cut(part: str, *shares: float) -> list[Split]:
+        images, labels = folder.parts[part]
+        source = str(root) if part == "all" else f"{root}, {part} part"
+        cuts = _stratified(labels, shares, folder.classes, source, "; ".join(folder.notes[1:]))
+        return [Split(torch.stack([images[i] for i in index.tolist()]), labels[index]) for index in cuts]
 
-    if "all" in parts:
-        cuts = cut("all", 0.7, 0.1, 0.2)
-    elif "validation" in parts:
-        cuts = cut("train", 1) + cut("validation", 1) + cut("test", 1)
+    if "all" in folder.parts:
+        splits = cut("all", 0.7, 0.1, 0.2)
+    elif "validation" in folder.parts:
+        splits = cut("train", 1) + cut("validation", 1) + cut("test", 1)
     else:
-        cuts = cut("train", 7 / 8, 1 / 8) + cut("test", 1)
-    channels, size = common_format(file for files, _ in cuts for file in files)
-    if side is not None:
-        size = (side, side)
-    train, validation, test = (
-        Split(torch.stack([read_image(file, channels=channels, size=size) for file in files]), labels)
-        for files, labels in cuts
-    )
-    return ImageData(f"folder:{root.resolve()}", train, validation, test, classes)
+        splits = cut("train", 7 / 8, 1 / 8) + cut("test", 1)
+    train, validation, test = splits
+    notes = tuple(f"{root}: {note}" for note in folder.notes)
+    return ImageData(f"folder:{root.resolve()}", train, validation, test, folder.classes, notes)
 
 
 DATASETS: dict[str, Loader] = {
@@ -207,7 +205,9 @@ def _split_table(name: str, path: Path, *, side: int, white: int, shares: Sequen
     return ImageData(name, train, validation, test, DIGITS)
 
 
-def _stratified(labels: Tensor, shares: Sequence[float], classes: Sequence[str], source: str) -> list[Tensor]:
+def _stratified(
+    labels: Tensor, shares: Sequence[float], classes: Sequence[str], source: str, about: str = ""
+) -> list[Tensor]:
     """Cut the indices of ``labels`` (N,) into parts by ``shares``, class by class, in a fixed random order.
 
     Every part holds at least one of each class, and each prefix of a part holds the classes in their proportions.
@@ -215,7 +215,8 @@ def _stratified(labels: Tensor, shares: Sequence[float], classes: Sequence[str],
     counts = labels.bincount(minlength=len(classes)).tolist()
     for name, count in zip(classes, counts, strict=True):
         if count < len(shares):
-            raise UserError(f"class {name!r} has too few images in {source!r}: {count}, needs at least {len(shares)}")
+            few = f"class {name!r} has too few images in {source!r}: {count}, needs at least {len(shares)}"
+            raise UserError(f"{few} ({about})" if about else few)
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     pieces = []
     for label, count in enumerate(counts):

@@ -1,10 +1,12 @@
-"""Image files and image folders: what is in them, and one image as a tensor."""
+"""Image files: what is stored in one, how it is converted, and one image as a tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,20 +17,22 @@ from torch.nn import functional
 from spectralmoe.errors import UserError
 from spectralmoe.training.sources import INSTALL, one_line
 
-__all__ = ["common_format", "probe", "read_image", "scan_folder"]
+__all__ = ["conversions", "is_image_name", "named", "probe", "read_image"]
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy"}
-PARTS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
-LARGEST_KEPT, RESIZED = 64, (32, 32)
 LUMA = (0.299, 0.587, 0.114)
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
+"""The EXIF tag of a camera's position, and its values that swap height and width."""
+
+_LISTED = 3
 
 
 def read_image(path: Path, *, channels: int, size: tuple[int, int]) -> Tensor:
     """Read one image as a float32 tensor (channels, H, W) in [0, 1] with (H, W) = ``size``.
 
-    ``path`` is a file that Pillow reads (the first frame, without its transparency) or a ``.npy`` array of shape
-    (H, W), (H, W, 1) or (H, W, 3): integers from 0 to 255 or floats from 0 to 1. Grey and RGB are converted into
-    each other as ``channels`` (1 or 3) asks; another size is reached by bilinear, antialiased resizing.
+    ``path`` is a file that Pillow reads or a ``.npy`` array of shape (H, W), (H, W, 1) or (H, W, 3): integers from 0
+    to 255 or floats from 0 to 1. An image is read as it is shown: turned upright by its EXIF orientation, transparent
+    parts on white, of several frames the first. Grey and RGB are converted into each other as ``channels`` (1 or 3)
+    asks; another size is reached by bilinear, antialiased resizing. `conversions` says what of this changes a file.
 
     Raises `UserError`, naming the file, when it is missing, broken, or holds pixels that are not finite or out of
     range, and when Pillow is needed but not installed.
@@ -52,66 +56,81 @@ def read_image(path: Path, *, channels: int, size: tuple[int, int]) -> Tensor:
 
 
 def probe(path: Path) -> tuple[int, tuple[int, int]]:
-    """The channels (1 for grey, else 3) and the size (H, W) of an image file, from its header alone."""
+    """The channels (1 for grey, else 3) and the size (H, W) of an image file as `read_image` finds them.
+
+    Raises `UserError`, naming the file, when it is missing or broken. Pixels are decoded only where a format hides
+    the orientation behind them.
+    """
     if path.suffix.lower() == ".npy":
         array = _read_array(path)
         return (3 if array.shape[2:] == (3,) else 1), (array.shape[0], array.shape[1])
-    pillow = _pillow(path)
-    with one_line(f"cannot read {str(path)!r}"), pillow.open(path) as image:
-        return (1 if _is_grey(image.mode) else 3), (image.height, image.width)
+    with _opened(path) as image:
+        turned = image.getexif().get(ORIENTATION) in TURNED
+        if turned and image.format == "TIFF":  # it turns itself when it is decoded
+            image.load()
+            turned = False
+        size = (image.width, image.height) if turned else (image.height, image.width)
+        return (1 if _is_grey(image.mode) else 3), size
 
 
-def common_format(paths: Iterable[Path]) -> tuple[int, tuple[int, int]]:
-    """The channels and the size (H, W) to read these files with: 1 if all are grey, their size if alike and small."""
-    channels, sizes = zip(*map(probe, paths), strict=True)
-    kept = len(set(sizes)) == 1 and max(sizes[0]) <= LARGEST_KEPT
-    return max(channels), sizes[0] if kept else RESIZED
+def conversions(files: Sequence[Path], *, channels: int, size: tuple[int, int]) -> str:
+    """One line that says which of ``files`` `read_image` converts, from what to what; "" where it converts none.
 
+    Raises `UserError`, naming the file, when one is missing or broken.
 
-def scan_folder(root: Path) -> tuple[tuple[str, ...], dict[str, list[list[Path]]]]:
-    """Find the classes of an image folder and, for each part, the sorted image files of each class.
-
-    The parts are ``train``, ``test`` and perhaps ``validation`` where ``root`` has such folders of class subfolders,
-    otherwise the single part ``all``. Whatever else lies there, and hidden files, are passed over.
-
-    Raises `UserError` when ``root`` is no folder, or has fewer than two classes, or only some of its parts.
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "digit.npy")
+    >>> np.save(path, np.ones((30, 20, 3)))
+    >>> conversions([path], channels=1, size=(28, 28)).replace(str(path), "digit.npy")
+    'read as 28 x 28 pixels (height x width), grey: digit.npy (30 x 20, colour)'
+    >>> conversions([path], channels=3, size=(30, 20))
+    ''
     """
-    if not root.is_dir():
-        raise UserError(f"image folder {str(root)!r} {'is not a folder' if root.exists() else 'does not exist'}")
-    parts = _part_folders(root)
-    classes = sorted({folder.name for part in parts.values() for folder in _subfolders(part)})
-    if not classes:
-        raise UserError(f"image folder {str(root)!r} has no class subfolders; put the images of each class in one")
-    if len(classes) == 1:
-        raise UserError(f"image folder {str(root)!r} has only one class, {classes[0]!r}; at least two are needed")
-    return tuple(classes), {part: [_images(folder / name) for name in classes] for part, folder in parts.items()}
+    changed = []
+    for file in files:
+        stored_channels, (height, width) = probe(file)
+        flattened = _flattened(file)
+        if (stored_channels, (height, width)) != (channels, size) or flattened:
+            changed.append(f"{file} ({', '.join([f'{height} x {width}', _colour(stored_channels), *flattened])})")
+    if not changed:
+        return ""
+    return f"read as {size[0]} x {size[1]} pixels (height x width), {_colour(channels)}: {named(changed)}"
 
 
-def _part_folders(root: Path) -> dict[str, Path]:
-    named = [folder for folder in _subfolders(root) if folder.name in PARTS and _subfolders(folder)]
-    parts = {PARTS[folder.name]: folder for folder in named}
-    if len(parts) < len(named):
-        raise UserError(f"image folder {str(root)!r} has both val/ and validation/; keep one of them")
-    for needed in ("train", "test"):
-        if parts and needed not in parts:
-            there = ", ".join(f"{folder.name}/" for folder in named)
-            raise UserError(f"image folder {str(root)!r} has {there} but no {needed}/ with class subfolders")
-    return parts or {"all": root}
+def named(names: Sequence[object]) -> str:
+    """The first three of ``names``, and how many more there are.
+
+    >>> named(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(str, names[:_LISTED])) + more
 
 
-def _entries(folder: Path) -> list[Path]:
-    with one_line(f"cannot list {str(folder)!r}"):
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+def is_image_name(path: Path) -> bool:
+    """Whether a file of this name can hold an image: a ``.npy`` array, or a format that the installed Pillow reads.
+
+    Raises `UserError` when Pillow is needed but not installed.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return True
+    pillow = _pillow(path)
+    return bool(suffix) and pillow.registered_extensions().get(suffix) in pillow.OPEN
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.is_dir()]
+def _colour(channels: int) -> str:
+    return "grey" if channels == 1 else "colour"
 
 
-def _images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+def _flattened(path: Path) -> list[str]:
+    """What an image has beside one layer of opaque pixels."""
+    if path.suffix.lower() == ".npy":
         return []
-    return [path for path in _entries(folder) if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    with _opened(path) as image:
+        frames = ["the first of several frames"] if getattr(image, "is_animated", False) else []
+        transparent = _has_opacity(image) and bool((_colours_and_opacity(image)[1] < 1).any())
+        return frames + (["transparent parts on white"] if transparent else [])
 
 
 def _pixels(path: Path) -> Tensor:
@@ -127,17 +146,33 @@ def _pixels(path: Path) -> Tensor:
 
 
 def _decode(path: Path) -> tuple[npt.NDArray[np.generic], int]:
-    """The raw array (H, W) or (H, W, channels) of a file, and its value for white."""
+    """The raw array (H, W) or (H, W, channels) of a file, upright and opaque, and its value for white."""
     if path.suffix.lower() == ".npy":
         array = _read_array(path)
         return (array, 255) if array.dtype.kind in "iu" else (array, 1)
-    pillow = _pillow(path)
-    with one_line(f"cannot read {str(path)!r}"), pillow.open(path) as image:
+    with _opened(path) as image:
+        from PIL import ImageOps
+
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             return np.asarray(image), 1
         if image.mode.startswith("I"):
             return np.asarray(image), 65535  # Pillow's own conversion to 8 bits would clip these
+        if _has_opacity(image):
+            colours, opacity = _colours_and_opacity(image)
+            return 255 - opacity * (255 - colours), 255
         return np.asarray(image.convert("L" if _is_grey(image.mode) else "RGB")), 255
+
+
+def _has_opacity(image: Any) -> bool:
+    """Whether an image of 8 bits has an alpha channel or a transparent colour."""
+    return image.mode != "F" and not image.mode.startswith("I") and image.has_transparency_data
+
+
+def _colours_and_opacity(image: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The colours (H, W, 1 or 3) from 0 to 255 and the opacity (H, W, 1) from 0 to 1 of a transparent image."""
+    layers = np.asarray(image.convert("RGBA"), np.float32)
+    return layers[..., : 1 if _is_grey(image.mode) else 3], layers[..., 3:] / np.float32(255)
 
 
 def _read_array(path: Path) -> npt.NDArray[np.generic]:
@@ -152,6 +187,14 @@ def _read_array(path: Path) -> npt.NDArray[np.generic]:
 
 def _is_grey(mode: str) -> bool:
     return mode in {"1", "L", "LA", "La", "F"} or mode.startswith("I")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Pillow's image in ``path``, closed afterwards; whatever Pillow raises inside becomes one line."""
+    pillow = _pillow(path)
+    with one_line(f"cannot read {str(path)!r}"), pillow.open(path) as image:
+        yield image
 
 
 def _pillow(path: Path) -> ModuleType:

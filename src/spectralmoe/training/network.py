@@ -60,7 +60,8 @@ class ModelMeta(Settings):
     @property
     def side(self) -> int | None:
         """The side that the images of a folder are resized to when they are read; None: as the folder has them."""
-        return None
+        height, width = self.image_size
+        return height if height == width else None
 
 
 def model_meta(data: ImageData, router: str, hold_out: str | None = None) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str]) -> None:
         write_json(out / SETTINGS, settings)
         return
     held = read_json(out / SETTINGS)
-    if not isinstance(held, dict) or held.keys() != settings.keys():
+    if not isinstance(held, dict) or not _same_keys(held, settings):
         raise UserError(f"{out / SETTINGS} is not from a run of this command; choose another --out")
     old, new = _flat(held), _flat(settings)
     for key in sorted(new.keys() | old.keys()):
@@ -56,6 +56,11 @@ def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str]) -> None:
                 f"{out} holds a run with {key} = {old.get(key)}, not {new.get(key)}; "
                 "go on with the same settings or choose another --out"
             )
+
+
+def _same_keys(held: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether both are settings of one command; an option of a later version is None for a run of an earlier one."""
+    return all({**held, **settings}[key] is None for key in held.keys() ^ settings.keys())
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

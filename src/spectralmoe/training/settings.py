@@ -64,12 +64,14 @@ class TrainSettings(Settings):
     """One training run, ``spectralmoe train --config F.toml``.
 
     Attributes:
+        image_size: side that the images of a folder are resized to when they are read; None: see ``load_data``.
         hold_out: name of a class that training and validation do not see; the network can be taught it later.
     """
 
     data: str
     router: str = "sr-moe"
     depth: Positive = 2
+    image_size: Positive | None = None
     train_size: Positive | None = None
     hold_out: str | None = None
     network: Network = Network()

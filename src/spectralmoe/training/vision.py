@@ -46,11 +46,6 @@ class VisionMeta(ModelMeta):
     results: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
 
-    @property
-    def side(self) -> int | None:
-        height, width = self.image_size
-        return height if height == width else None
-
 
 def vision_meta(data: ImageData, settings: VisionSettings, found: Evaluation) -> dict[str, Any]:
     """What is saved beside a network: how it reads images, how it was trained, and what the test part showed."""
