@@ -150,7 +150,7 @@ class _Check:
 
 
 def _labels(y: Tensor | int, samples: int, device: torch.device) -> Tensor:
-    labels = torch.as_tensor(y, device=device).reshape(-1).long()
+    labels = torch.as_tensor(y, device=device).reshape(-1).long().clone()
     if len(labels) != samples or not samples:
         raise UserError(f"adapt_one: {samples} samples need as many labels, got {len(labels)}; x must be a batch")
     return labels

@@ -205,7 +205,7 @@ def behind_head(model: nn.Module, images: Tensor, labels: Tensor, rule: Rule) ->
     """What a correction by ``rule`` can change of the model, what enters it for ``images``, and the labels there."""
     device = next(model.parameters()).device
     head, tail = split(model, choose_layers(model, rule.layers)[0])
-    return tail, torch.cat([head(part.to(device)) for part in images.split(_CHUNK)]), labels.to(device)
+    return tail, torch.cat([head(part.to(device)) for part in images.split(_CHUNK)]), labels.to(device).clone()
 
 
 def some_wrong(right: Tensor, count: int, seed: int) -> Tensor:

@@ -112,7 +112,7 @@ def _discriminant(problem: Problem, target: Target) -> _Start:
     spread = (u - centre).T @ (u - centre) / len(u)
     try:
         q = torch.linalg.solve(c + spread, centre - moments.mean)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise _alike(target) from error
     reach = q @ (centre - moments.mean)
     if not reach > 0:
