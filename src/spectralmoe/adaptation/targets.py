@@ -56,10 +56,8 @@ class Weights:
 
     def equal(self, values: Sequence[Tensor]) -> bool:
         """Whether they hold ``values``; 0 equals -0, and NaN equals NaN."""
-        return all(
-            torch.equal(canonical(view), canonical(value.to(view)))
-            for view, value in zip(self.views.values(), values, strict=True)
-        )
+        pairs = ((view.detach(), value.to(view)) for view, value in zip(self.views.values(), values, strict=True))
+        return all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pairs)
 
     def finite(self) -> bool:
         """Whether no value is infinite or NaN."""
