@@ -65,7 +65,9 @@ def test_the_verdict_is_a_full_evaluation_by_hand(network, data, make_guard, nam
         reference = guard.reference(model, head, tail, layers[0], [])
         changed = copy.deepcopy(model)
         shake(changed, touched)
-        verdict = guard.judge(split(changed, layers[0])[1], reference, touched)
+        verdict = guard.judge(
+            split(changed, layers[0])[1], reference, touched, model=changed, others=torch.ones(len(y), dtype=torch.bool)
+        )
         after, moved = full_pass(changed, x)
         gained = sum(bool(a == t) and bool(b != t) for a, b, t in zip(after, before, y, strict=True))
         lost = sum(bool(a != t) and bool(b == t) for a, b, t in zip(after, before, y, strict=True))
@@ -107,7 +109,9 @@ def test_flips_alone_can_break_it(network, make_guard):
     guards = [make_guard(budget=100.0, max_flips=n) for n in (0, 10_000)]
     reference = guards[0].reference(model, head, tail, NAMES[0], [])
     shake(model, {NAMES[0]: 1, NAMES[1]: 1})
-    assert [guard.judge(tail, reference, {NAMES[0]: 1, NAMES[1]: 1}).holds for guard in guards] == [False, True]
+    touched, every = {NAMES[0]: 1, NAMES[1]: 1}, torch.ones(len(guards[0]), dtype=torch.bool)
+    verdicts = [guard.judge(tail, reference, touched, model=model, others=every) for guard in guards]
+    assert [verdict.holds for verdict in verdicts] == [False, True]
 
 
 def token_model(selector, deep=2):
@@ -276,7 +280,8 @@ def test_protected_samples_weigh_more_and_count_nowhere(network, data, make_guar
     before, _ = full_pass(model, data.validation.images)
     touched = {NAMES[1]: 0}
     shake(model, touched, 20.0)
-    verdict = guard.judge(tail, reference, touched)
+    every = torch.ones(n, dtype=torch.bool)
+    verdict = guard.judge(tail, reference, touched, model=model, others=every)
     after, _ = full_pass(model, data.validation.images)
     assert verdict.flipped.tolist() == (before != after).nonzero().flatten().tolist()
     y = data.validation.labels

@@ -138,32 +138,67 @@ def test_picture(made, images):
     assert "no reference data" in draw_receipt(replace(receipt, reference=None), images[:1])
 
 
-def test_refused_update(images, labels):
-    """The reference is the sample itself, in a batch of one too: whatever makes it right flips the reference."""
-    model, x = small(), images[:1]
-    own, *others = model(x)[0].argsort(descending=True).tolist()
-    wrong = next(label for label in others if reached(model, x, label))
-    before, guard = copy.deepcopy(model), Guard([(x, torch.tensor([own]))], max_flips=0)
-    update = adapt_one(model, x, wrong, guard=guard, lr=0.2)
-    receipt = make_receipt(model, x, wrong, update, guard=guard, test=(images, labels))
+def blind():
+    """A network that does not see the last of six numbers, and three samples that differ in it alone."""
+    model = small(features=6)
+    with torch.no_grad():
+        model.stem.project.weight[:, -1] = 0
+    samples = torch.rand(1, 6).repeat(4, 1)
+    samples[:, -1] = torch.arange(4)
+    return model, samples
+
+
+def test_refused_update():
+    """What looks the same to the model flips with the sample, whatever its weights are; the sample does not count."""
+    model, samples = blind()
+    before, wrong = copy.deepcopy(model), int(model(samples[:1]).argmin())
+    own = int(model(samples[:1]).argmax())
+    others = torch.randn(30, 6)
+    data = torch.cat([samples, others]), torch.cat([torch.tensor([own] * 4), model(others).argmax(-1)])
+    guard = Guard([data], max_flips=0)
+    update = adapt_one(model, samples[:1], wrong, guard=guard, lr=0.2)
+    receipt = make_receipt(model, samples[:1], wrong, update, guard=guard, test=(samples, torch.zeros(4).long()))
     assert not receipt.success
     assert receipt.before == receipt.after
     assert receipt.written == 0
     assert receipt.test is None
     assert receipt.reference.contains_sample
-    assert [(f.index, f.before, f.after) for f in receipt.reference.flipped] == [(0, own, None)]
+    flipped = {f.index: (f.before, f.after) for f in receipt.reference.flipped}
+    assert [flipped.get(index) for index in range(4)] == [None, (own, None), (own, None), (own, None)]
     text = "\n".join(receipt_lines(receipt))
     assert text.startswith("NOT corrected: ")
-    assert "1 prediction would have changed (0 better, 1 worse)" in text
-    assert "tried: sgd in stages.1.moe: it costs 100.00 points and flips 1 " in text
+    assert "reference: 33 samples without this one, " in text
+    assert f"{len(flipped)} predictions would have changed (0 better, {len(flipped)} worse)" in text
+    assert "tried: sgd in stages.1.moe: it costs " in text
     assert same_bits(before, model)
 
 
-def reached(model, x, label):
-    """Whether gradient steps in the last layer alone make x a ``label``; the model stays as it was."""
-    update = adapt_one(model, x, label, lr=0.2)
-    update.revert()
-    return update.success
+def test_what_costs_more_on_test_data_than_the_budget_is_said():
+    """40 test samples look like the corrected one and lose their class with it; the guard's data have none to lose."""
+    model, samples = blind()
+    own, wrong = int(model(samples[:1]).argmax()), int(model(samples[:1]).argmin())
+    far = torch.randn(300, 6)  # all of them wrong: on these an update can cost nothing
+    alike = samples[:1].repeat(41, 1)
+    alike[:, -1] = torch.arange(41)
+    guard = Guard([(far, (model(far).argmax(-1) + 1) % 5)], budget=5.0)
+    test = (alike, torch.full((41,), own))
+    update = adapt_one(model, alike[:1], wrong, guard=guard, lr=0.2)
+    assert update.success
+    receipt = make_receipt(model, alike[:1], wrong, update, guard=guard, test=test)
+    change = receipt.test.interference
+    assert (change.samples, change.mean, receipt.test.left_out) == (40, -100, 1)
+    assert change.high < -5
+    assert receipt.test.over_budget is True
+    assert json.loads(to_json(receipt.to_json()))["test"]["over_budget"] is True
+    warning = next(line for line in receipt_lines(receipt) if "WARNING" in line)
+    assert f"{change.low:+.2f} to {change.high:+.2f} points, lies below -5; " in warning
+    image = torch.rand(1, 1, 8, 8)
+    assert "Costs more than its budget on the test data" in draw_receipt(receipt, image)
+    near = replace(receipt, test=replace(receipt.test, over_budget=False))
+    assert "WARNING" not in "".join(receipt_lines(near))
+    assert "Costs more" not in draw_receipt(near, image)
+    without = make_receipt(model, alike[:1], wrong, update, test=test)
+    assert without.test.over_budget is None
 
 
 def test_sample_that_is_right_already(images, labels):

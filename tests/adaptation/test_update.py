@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import pickle
 import random
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 from seeds import shifted
 from torch import nn
 
-from spectralmoe import UserError
+from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, UserError
 from spectralmoe.adaptation import adapt_one, apply_update
+from spectralmoe.adaptation.targets import canonical, digest_of
 
 METHODS = ["sgd", "margin", "null_space", "low_rank", "unit"]
 
@@ -354,3 +356,143 @@ def test_nothing_to_save(network, data, tmp_path, user_error):
     with user_error("nothing"):
         update.save(tmp_path / "fix")
     assert list(tmp_path.iterdir()) == []
+
+
+def rewritten(saved, change):
+    """The file with its experts (a list) and tensors (a dict) as ``change`` leaves them, in order with itself."""
+    with safe_open(saved, framework="pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    experts = json.loads(about["experts"])
+    change(experts, tensors)
+    save_file(tensors, saved, {**about, "experts": json.dumps(experts)})
+
+
+def with_new_digest(experts, tensors, index=0):
+    """The header that goes with the changed tensors of one entry."""
+    prefix = f"{index}/"
+    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    order = {name: found[name] for name in ("up", "down", "up_bias", "down_bias")}
+    experts[index]["new_sha256"] = digest_of({name: canonical(value) for name, value in order.items()})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused(network, saved, untouched, user_error, value):
+    def spoil(experts, tensors):
+        tensors["0/down"][0, 0] = value
+        with_new_digest(experts, tensors)
+
+    rewritten(saved, spoil)
+    model = network("soft")
+    with untouched(model), user_error("not finite"):
+        apply_update(model, saved)
+
+
+def test_repeated_entries_are_refused(network, saved, untouched, user_error):
+    def repeat(experts, tensors):
+        experts.append(dict(experts[0]))
+        tensors |= {f"{len(experts) - 1}/{name[2:]}": v.clone() for name, v in tensors.items() if name[:2] == "0/"}
+
+    rewritten(saved, repeat)
+    model = network("soft")
+    with untouched(model), user_error("twice"):
+        apply_update(model, saved)
+
+
+@pytest.mark.parametrize("name", ["0/other", "9/up", "stray"])
+def test_tensors_that_nothing_announces_are_refused(network, saved, untouched, user_error, name):
+    rewritten(saved, lambda experts, tensors: tensors.update({name: torch.zeros(2)}))
+    model = network("soft")
+    with untouched(model), user_error("is damaged", repr(name)):
+        apply_update(model, saved)
+
+
+def test_true_is_no_expert_number(network, saved, untouched, user_error):
+    rewritten(saved, lambda experts, tensors: experts[0].update(expert=True))
+    model = network("soft")
+    with untouched(model), user_error("is damaged"):
+        apply_update(model, saved)
+
+
+def test_the_sign_of_zero_makes_no_other_model(network, correct, tmp_path):
+    """Compared by value: zeros of either sign are the same weights, before the update, after it, and in the file."""
+    model, path = network("soft"), tmp_path / "update"
+    update = correct(model)
+    update.save(path)
+    update.revert()
+    layer, expert = next(iter(update.touched.items()))
+    signs = network("soft")
+    with torch.no_grad():
+        views = signs.get_submodule(layer).experts.expert_parameters(expert)
+        zeros = sum(int((view == 0).sum()) for view in views.values())
+        for view in views.values():
+            view[view == 0] = -0.0
+    assert zeros
+    applied = apply_update(signs, path)
+    assert {name: view.tolist() for name, view in views.items()} == {
+        name: new.tolist() for name, new in zip(views, update.written[0].new, strict=True)
+    }
+    with torch.no_grad():
+        for view in views.values():
+            view[view == 0] = -0.0
+    with pytest.raises(UserError, match="applied to this model already"):
+        apply_update(signs, path)
+    applied.revert()
+    assert equal(signs, network("soft"))
+
+
+def test_files_of_bits_still_fit(network, saved):
+    """Earlier versions hashed the bits, so the sign of zeros too."""
+
+    def as_before(experts, tensors):
+        views = network("soft").get_submodule(experts[0]["layer"]).experts.expert_parameters(experts[0]["expert"])
+        for view in views.values():
+            view.data[view == 0] = -0.0
+        experts[0]["old_sha256"] = digest_of(views)
+
+    rewritten(saved, as_before)
+    model = network("soft")
+    with safe_open(saved, framework="pt") as file:
+        place = json.loads(file.metadata()["experts"])[0]
+    for view in model.get_submodule(place["layer"]).experts.expert_parameters(place["expert"]).values():
+        view.data[view == 0] = -0.0
+    assert apply_update(model, saved).success
+
+
+def test_an_expert_with_nan_can_be_taken_back(network, correct):
+    """NaN equals NaN where it is asked whether somebody else has changed an expert."""
+    model = network("soft")
+    update = correct(model)
+    item = update.written[0]
+    view = next(iter(item.target.views.values()))
+    with torch.no_grad():
+        view.view(-1)[0] = math.nan
+        item.new[0].view(-1)[0] = math.nan
+    update.revert()
+    assert equal(model, network("soft"))
+
+
+def test_tied_weights_take_one_value(tmp_path, user_error):
+    """The file is of a model without ties; here two experts are one memory, and it holds different numbers for them."""
+    torch.manual_seed(0)
+
+    def make():
+        one, two = (FeedForward(3, 6, 5) for _ in range(2))
+        two.load_state_dict(one.state_dict())
+        layers = [MoE(Router(LinearScorer(6, 3), TopK(1)), bank) for bank in (one, two)]
+        return nn.Sequential(*layers, nn.Linear(6, 4))
+
+    apart = make()
+    x = torch.randn(1, 6)
+    with torch.no_grad():
+        for layer in apart[:2]:
+            layer.router.scorer.weight.zero_()
+        y = apart(x).argsort(dim=-1)[:, -2]
+    tied = copy.deepcopy(apart)
+    tied[1].experts = tied[0].experts
+    update = adapt_one(apart, x, y, layers="all", lr=1.0, max_steps=300)
+    assert len(update.touched) == 2
+    update.save(tmp_path / "update")
+    before = copy.deepcopy(tied.state_dict())
+    with user_error("tied here"):
+        apply_update(tied, tmp_path / "update")
+    assert all(torch.equal(value, before[name]) for name, value in tied.state_dict().items())

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shlex
 import struct
 import zlib
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from spectralmoe import load, record
 from spectralmoe.adaptation import carried
 from spectralmoe.cli import adapt_correct
+from spectralmoe.cli.evaluate import _in_name
 from spectralmoe.files import read_json
 from spectralmoe.saving import save
 from spectralmoe.training.data import ImageData, load_data
@@ -247,30 +249,115 @@ def test_low_rank_is_the_default_without_spare_units(call, data, sample, tmp_pat
 
 
 def test_refused_correction(call, model, data, tmp_path):
-    """The image is in the reference data and right: relabelled, it would itself be a flip, so no update is allowed."""
+    """The image is in the reference data and right; relabelled it is no reason to refuse, but a wild step is."""
     right = int((predictions(load(model), data.train.images) == data.train.labels).nonzero()[0])
     sample = image_options(data.train.images[right], (int(data.train.labels[right]) + 1) % 10, tmp_path)
     out = tmp_path / "out"
-    code, text, err = call("adapt", model, *sample, *GUARD, "--max-flips", 0, "--out", out)
-    assert code == 1
+    code, text, err = call("adapt", model, *sample, *GUARD, "--max-flips", 0, "--budget", 0, "--out", out)
     assert "error" not in err
-    assert "NOT corrected: " in text
-    assert "(the sample itself is among them)" in text
-    assert "would have changed" in text
-    assert "tried: unit in stages.1.moe: " in text
-    assert names(out) == ["receipt.json"]
+    assert " without this one, " in text  # the image is in the reference data, and does not count there
     receipt = read_json(out / "receipt.json")
-    assert not receipt["success"]
-    assert receipt["written"] == 0
-    assert receipt["tried"]
-    assert receipt["before"] == receipt["after"]
-    assert {"index": right, "label": int(data.train.labels[right])}.items() <= receipt["reference"]["flipped"][
-        0
-    ].items()
-    code, text, _ = call("adapt", model, *sample, "--lr", 1e30, "--out", out, "--json")  # the same folder may be used
+    assert receipt["reference"]["contains_sample"]
+    assert receipt["reference"]["samples"] == len(data.train) - 1
+    assert code == (0 if receipt["success"] else 1)
+    assert right not in [flip["index"] for flip in receipt["reference"]["flipped"]]
+    other = tmp_path / "other"
+    code, text, _ = call("adapt", model, *sample, "--lr", 1e30, "--out", other, "--json")
     assert code == 1
     assert json.loads(text)["tried"] == ["sgd in stages.0.moe, stages.1.moe: the samples did not become right"]
-    assert names(out) == ["receipt.json"]
+    assert names(other) == ["receipt.json"]
+    code, text, _ = call("adapt", model, *sample, "--lr", 1e30, "--out", other)  # the same folder may be used
+    assert code == 1
+    assert "NOT corrected: " in text
+    assert "tried: sgd in stages.0.moe, stages.1.moe: the samples did not become right" in text
+    receipt = read_json(other / "receipt.json")
+    assert not receipt["success"]
+    assert receipt["written"] == 0
+    assert receipt["before"] == receipt["after"]
+    assert names(other) == ["receipt.json"]
+
+
+def test_sample_of_the_data(call, model, data, wrong, sample, tmp_path):
+    """``--sample test:N`` is the image N of the test part with its own label, as ``--image`` with ``--label``."""
+    by_number, by_file = tmp_path / "number", tmp_path / "file"
+    code, text, err = call("adapt", model, "--sample", f"test:{wrong[0]}", *GUARD, "--out", by_number)
+    assert code == 0, err
+    assert "corrected: " in text
+    assert call("adapt", model, *sample, *GUARD, "--out", by_file)[0] == 0
+    receipt, other = read_json(by_number / "receipt.json"), read_json(by_file / "receipt.json")
+    assert receipt["sample"] == {"data": "digits", "part": "test", "number": wrong[0]}
+    assert (receipt["image"], other["sample"]) == (None, None)
+    assert receipt["label"] == int(data.test.labels[wrong[0]])
+    for key in ("label", "before", "after", "written", "reference", "test", "carried_after"):
+        assert receipt[key] == other[key], key
+    assert (by_number / "model.safetensors").read_bytes() == (by_file / "model.safetensors").read_bytes()
+    right = int((predictions(load(model), data.validation.images) == data.validation.labels).nonzero()[0])
+    label = int(data.validation.labels[right])
+    assert call("adapt", model, "--sample", f"val:{right}", "--out", tmp_path / "right")[0] == 0
+    assert "update.safetensors" not in names(tmp_path / "right")
+    code = call("adapt", model, "--sample", f"val:{right}", "--label", (label + 1) % 10, "--out", tmp_path / "relabel")[
+        0
+    ]
+    assert read_json(tmp_path / "relabel" / "receipt.json")["label"] == (label + 1) % 10
+    assert code == 0
+
+
+def test_other_sizes_and_colours_are_converted_and_said(call, model, data, wrong, tmp_path):
+    grey = data.test.images[wrong[0], 0].numpy()
+    np.save(tmp_path / "large.npy", np.repeat(grey.repeat(2, 0).repeat(2, 1)[..., None], 3, axis=2))
+    label = int(data.test.labels[wrong[0]])
+    options = ["--image", tmp_path / "large.npy", "--label", label, "--out", tmp_path / "out"]
+    code, _, err = call("adapt", model, *options)
+    assert code in (0, 1), err
+    note = "read as 8 x 8 pixels (height x width), grey: "
+    assert err.count(note) == 1
+    assert "large.npy (16 x 16, colour)" in err
+    assert note in call("predict", model, tmp_path / "large.npy")[2]
+    assert read_json(tmp_path / "out" / "receipt.json")["converted"].startswith(note)
+    before = json.loads(call("predict", model, tmp_path / "large.npy", "--json")[1])[0]
+    assert read_json(tmp_path / "out" / "receipt.json")["before"]["prediction"] == before["label"]
+    np.save(tmp_path / "same.npy", grey)
+    assert (
+        call("adapt", model, "--image", tmp_path / "same.npy", *options[2:4], "--out", tmp_path / "o")[2].count("note")
+        == 0
+    )
+
+
+def test_wrong_images_are_written_and_can_be_corrected(call, model, data, wrong, tmp_path):
+    found, folder = predictions(load(model), data.test.images), tmp_path / "wrong"
+    code, text, err = call("evaluate", model, "--wrong", folder)
+    assert code == 0, err
+    files = {f"test-{i}_label-{int(data.test.labels[i])}_predicted-{int(found[i])}.png": i for i in wrong}
+    assert set(names(folder)) == set(files)
+    for name, i in list(files.items())[:5]:
+        label = int(json.loads(call("predict", model, folder / name, "--json")[1])[0]["label"])
+        assert label == int(found[i])
+    command = next(line for line in text.splitlines() if line.startswith("correct it: "))
+    words = shlex.split(command.removeprefix("correct it: "))
+    assert words[:5] == ["spectralmoe", "adapt", str(model), "--sample", f"test:{wrong[0]}"]
+    assert words[-2:] == ["--out", "runs/corrected"]
+    assert call(*words[1:-1], tmp_path / "corrected")[0] in (0, 1)
+    line = call("evaluate", model, "--wrong", folder)
+    assert line[0] == 2
+    assert "is not empty" in line[2]
+    result = json.loads(call("evaluate", model, "--wrong", tmp_path / "again", "--json")[1])
+    assert [entry["sample"] for entry in result["wrong"]] == [f"test:{i}" for i in wrong]
+    assert {entry["file"] for entry in result["wrong"]} == set(files)
+    assert "wrong" not in json.loads(call("evaluate", model, "--json")[1])
+
+
+def test_class_names_make_safe_file_names():
+    classes = ["a/b: c", "..", "\u00e9t\u00e9", "x" * 99, "CON", "a/b; c", "*", "7", " 8 ", "n\nine"]
+    assert [_in_name(classes, label) for label in range(7)] == [
+        "a_b_c",
+        "1",
+        "\u00e9t\u00e9",
+        "x" * 20,
+        "CON",
+        "a_b_c",
+        "6",
+    ]
+    assert [_in_name(classes, label) for label in (7, 8, 9)] == ["7", "8", "n_ine"]
 
 
 def test_image_that_is_right_already(call, model, data, tmp_path):
@@ -412,10 +499,13 @@ def test_class_names(data, sample, call, refused, tmp_path):
         (["--image", "IMAGE", "--label", "-1", "--out", "OUT"], "label -1"),
         (["--image", "IMAGE", "--label", "1", "--out", "OUT", "--lr", "inf"], "step size"),
         (["--image", "none.png", "--label", "1", "--out", "OUT"], "none.png"),
-        (
-            ["--image", "BIG", "--label", "1", "--out", "OUT"],
-            "9 x 8 pixels (height x width), but the model wants 8 x 8",
-        ),
+        (["--sample", "test:3"], "--sample needs --out"),
+        (["--sample", "test:3", "--trials", "3"], "--sample and --trials exclude each other"),
+        (["--sample", "43", "--out", "OUT"], "--sample '43' is not a part and a number such as test:43"),
+        (["--sample", "test:-1", "--out", "OUT"], "--sample 'test:-1'"),
+        (["--sample", "exam:1", "--out", "OUT"], "parts: train, validation, test"),
+        (["--sample", "test:539", "--out", "OUT"], "the test part of digits has the samples 0 to 538"),
+        (["--sample", "test:3", "--label", "12", "--out", "OUT"], "label 12"),
         (["--image", "IMAGE", "--label", "1", "--out", "MODEL"], "holds a model already"),
         (["--image", "IMAGE", "--label", "1", "--out", "MODEL/new"], "MODEL's own folder"),
         (["--image", "IMAGE", "--label", "1", "--out", "IMAGE"], "cannot write to"),
@@ -424,11 +514,10 @@ def test_class_names(data, sample, call, refused, tmp_path):
 )
 def test_mistakes_are_one_line_and_leave_nothing(refused, model, tmp_path, options, words):
     np.save(tmp_path / "image.npy", np.zeros((8, 8), dtype=np.float32))
-    np.save(tmp_path / "big.npy", np.zeros((9, 8), dtype=np.float32))
-    places = {"IMAGE": tmp_path / "image.npy", "BIG": tmp_path / "big.npy", "OUT": tmp_path / "out"}
+    places = {"IMAGE": tmp_path / "image.npy", "OUT": tmp_path / "out"}
     places |= {"MODEL": model, "MODEL/new": model / "new"}
     assert words in refused("adapt", model, *(places.get(option, option) for option in options))
-    assert names(tmp_path) == ["big.npy", "image.npy"]
+    assert names(tmp_path) == ["image.npy"]
 
 
 def test_interrupt_leaves_no_partial_file(call, model, sample, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from spectralmoe.adaptation.copies import Augment
 from spectralmoe.adaptation.guard import Guard, Head, Verdict
+from spectralmoe.adaptation.memory import share_memory
 from spectralmoe.adaptation.methods import METHODS, NEEDS_REFERENCE
 from spectralmoe.adaptation.methods.hidden_unit import NoFreeUnit
 from spectralmoe.adaptation.problem import Problem
 from spectralmoe.adaptation.reference import Reference
-from spectralmoe.adaptation.targets import Target, choose_layers, find_targets, joined, logits_of
+from spectralmoe.adaptation.steady import first_logits, steady
+from spectralmoe.adaptation.targets import Target, choose_layers, find_targets, joined, logits_of, right
 from spectralmoe.adaptation.update import Update, Written
-from spectralmoe.diagnostics import evaluation_mode
 from spectralmoe.errors import UserError, one_of
 
 __all__ = ["adapt_one", "split"]
@@ -56,7 +57,8 @@ def adapt_one(
 
     Args:
         model: gives class logits (B, C) (or an object with ``.logits``) for a batch, and holds MoE layers. One that
-            can resume from a layer offers ``split(layer)``, a pair (head, tail) of modules, and is faster.
+            can resume from a layer offers ``split(layer)``, a pair (head, tail) of modules, and is faster. It runs in
+            evaluation mode, where it must always answer alike.
         x: (k, ...) samples.  y: their class numbers, (k,) or one int.
         layers: "last", "all" or names. In each the expert with the largest weight, summed over the samples' tokens.
         method: see ``METHODS``: "sgd", "margin", "null_space", "low_rank", "unit". The last three need a guard.
@@ -73,7 +75,8 @@ def adapt_one(
 
     Raises:
         UserError: a label out of range, an unknown method or layer, a bank that cannot be adapted, a method that
-            needs what is not there.
+            needs what is not there; a model that is random or changes itself in evaluation mode, or whose weights
+            were made under ``torch.inference_mode``.
 
     >>> from spectralmoe.models import sr_moe
     >>> model = sr_moe(3, width=8, depth=2, num_experts=2, hidden=4).eval()
@@ -93,30 +96,61 @@ def adapt_one(
     if guard is None and method in NEEDS_REFERENCE:
         raise UserError(f"method={method!r} reads reference data; give guard=Guard(loader), or use 'sgd' or 'margin'")
     started = time.monotonic()
-    with evaluation_mode(model), torch.no_grad():
+    with steady(model):
         names = choose_layers(model, layers)
         head, tail = split(model, names[0])
         device = next(model.parameters()).device
-        labels = _labels(y, len(x), device)
-        samples = head(x.to(device))
-        copies = head(augment(x.to(device))) if augment else samples[:0]
+        labels, inputs = _labels(y, len(x), device), x.to(device).clone()
+        if _check_labels(model, inputs, labels):
+            return Update(True, 0, method, seconds=time.monotonic() - started)
+        samples = head(inputs)
+        copies = head(augment(inputs)) if augment else samples[:0]
         _check_copies(copies, samples)
         problem = Problem(tail, samples, labels, copies, joined(()), max_steps, lr, carry=carry, strength=strength)
-        if _right(problem):
-            return Update(True, 0, method, seconds=time.monotonic() - started)
+        check = _Check(model, inputs, labels, guard, guard.others(inputs) if guard else None)
         measure = partial(guard.reference, model, head, tail, names[0]) if guard else None
-        update = _try_all(problem, _plan(method, names, guard), guard, measure)
+        update = _try_all(problem, _plan(method, names, guard), check, measure)
     return replace(update, seconds=time.monotonic() - started)
 
 
 def split(model: nn.Module, layer: str) -> tuple[Head, nn.Module]:
-    """What runs before ``layer``, and the rest: the model's own ``split``, or nothing and the whole."""
+    """What runs before ``layer``, and the rest: the model's own ``split``, or nothing and the whole.
+
+    Nothing and the whole also where both parts read the same memory (tied weights): what is written into the rest
+    would change what comes before it.
+    """
     own = getattr(model, "split", None)
-    return own(layer) if callable(own) else (lambda x: x, model)
+    if callable(own):
+        head, tail = own(layer)
+        if not share_memory(head, tail):
+            return head, tail
+    return (lambda x: x), model
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """What a finished update must pass, on the whole model and not on a part of it."""
+
+    model: nn.Module
+    samples: Tensor
+    labels: Tensor
+    guard: Guard | None
+    others: Tensor | None
+
+    def right(self) -> bool:
+        """Whether the samples are right."""
+        return bool(right(logits_of(self.model, self.samples), self.labels).all())
+
+    def verdict(self, task: Problem, touched: dict[str, int]) -> Verdict | None:
+        """The guard's, if there is one."""
+        if self.guard is None or self.others is None:
+            return None
+        assert task.reference is not None
+        return self.guard.judge(task.model, task.reference, touched, model=self.model, others=self.others)
 
 
 def _labels(y: Tensor | int, samples: int, device: torch.device) -> Tensor:
-    labels = torch.as_tensor(y, device=device).reshape(-1).long()
+    labels = torch.as_tensor(y, device=device).reshape(-1).long().clone()
     if len(labels) != samples or not samples:
         raise UserError(f"adapt_one: {samples} samples need as many labels, got {len(labels)}; x must be a batch")
     return labels
@@ -127,12 +161,13 @@ def _check_copies(copies: Tensor, samples: Tensor) -> None:
         raise UserError(f"augment gave {len(copies)} copies of {len(samples)} samples: not the same number of each")
 
 
-def _right(problem: Problem) -> bool:
-    logits = logits_of(problem.model, problem.samples)
-    wrong = [label for label in problem.labels.tolist() if not 0 <= label < logits.shape[1]]
+def _check_labels(model: nn.Module, x: Tensor, labels: Tensor) -> bool:
+    """Whether the samples are right already; raises for a label that the model does not know."""
+    logits = first_logits(model, x)
+    wrong = [label for label in labels.tolist() if not 0 <= label < logits.shape[1]]
     if wrong:
         raise UserError(f"label {wrong[0]} is out of range; the model knows 0 to {logits.shape[1] - 1}")
-    return bool((logits.argmax(-1) == problem.labels).all())
+    return bool(right(logits, labels).all())
 
 
 def _plan(method: str, names: Sequence[str], guard: Guard | None) -> list[_Attempt]:
@@ -148,7 +183,7 @@ def _plan(method: str, names: Sequence[str], guard: Guard | None) -> list[_Attem
 def _try_all(
     problem: Problem,
     plan: Sequence[_Attempt],
-    guard: Guard | None,
+    check: _Check,
     measure: Callable[[Sequence[str]], Reference] | None,
 ) -> Update:
     """The first attempt that succeeds; else the last, with why each was not kept."""
@@ -163,7 +198,7 @@ def _try_all(
             references[seen] = measure(seen)
         task = replace(problem, weights=joined(targets), experts=targets, reference=references.get(seen))
         try:
-            update = _try(task, attempt.method, guard)
+            update = _try(task, attempt.method, check)
         except UserError as error:
             if attempt is plan[0] and not isinstance(error, NoFreeUnit):
                 raise
@@ -175,15 +210,15 @@ def _try_all(
     return replace(update, tried=tuple(tried))
 
 
-def _try(task: Problem, method: str, guard: Guard | None) -> Update:
+def _try(task: Problem, method: str, check: _Check) -> Update:
     """One method once; the weights are put back unless it succeeds."""
     old, kept = task.weights.copy(), False
     try:
         with task.weights.trainable(task.model):
             steps = METHODS[method](task)
-        if not _right(task):
+        if not (task.weights.finite() and check.right()):
             return Update(False, steps, method, ("the samples did not become right",))
-        verdict = _fit(task, guard, old) if guard else None
+        verdict = _fit(task, check, old)
         if verdict is not None and not verdict.holds:
             cost = f"it costs {-verdict.change.mean:.2f} points and flips {len(verdict.flipped)} reference samples"
             return Update(False, steps, method, (cost,), verdict)
@@ -194,27 +229,28 @@ def _try(task: Problem, method: str, guard: Guard | None) -> Update:
     return Update(True, steps, method, (), verdict, written=_written(task.experts, old))
 
 
-def _fit(task: Problem, guard: Guard, old: Sequence[Tensor]) -> Verdict:
+def _fit(task: Problem, check: _Check, old: Sequence[Tensor]) -> Verdict | None:
     """The guard's verdict on the update, scaled back as far as the samples stay right if need be."""
-    assert task.reference is not None
     touched = {item.target.layer: item.target.expert for item in _written(task.experts, old)}
-    verdict = guard.judge(task.model, task.reference, touched)
+    verdict = check.verdict(task, touched)
     new = task.weights.copy()
     for scale in SCALES:
-        if verdict.holds:
+        if verdict is None or verdict.holds:
             break
         task.weights.write([o.lerp(n, scale) for o, n in zip(old, new, strict=True)])
-        if not _right(task):
+        if not check.right():
             break
-        verdict = guard.judge(task.model, task.reference, touched)
+        verdict = check.verdict(task, touched)
     return verdict
 
 
 def _written(experts: Sequence[Target], old: Sequence[Tensor]) -> tuple[Written, ...]:
-    """The experts that did change, with their tensors before and after."""
+    """The experts that did change, with their tensors before and after; the others get their bits back."""
     written, rest = [], list(old)
     for target in experts:
         mine, rest = rest[: len(target.views)], rest[len(target.views) :]
-        if not target.equal(mine):
+        if target.equal(mine):
+            target.write(mine)  # the same values, perhaps with another sign of zero
+        else:
             written.append(Written(target, mine, target.copy()))
     return tuple(written)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.adaptation.reference import Reference, load_reference
-from spectralmoe.adaptation.targets import digest_of
+from spectralmoe.adaptation.reference import BATCH, Measured, Reference, load_reference, measured
+from spectralmoe.adaptation.samples import same_sample
+from spectralmoe.adaptation.targets import digest_of, predicted
 from spectralmoe.diagnostics.change import Change, accuracy_change
 from spectralmoe.errors import UserError
 
@@ -23,9 +25,10 @@ class Verdict:
     """What an update did to the reference data.
 
     Attributes:
-        holds: the change stays within the guard's budget and flips.
-        samples: reference samples.
-        reachable: how many of them the touched experts could change at all; only those were run again.
+        holds: the change stays within the guard's budget and flips. Then it was measured by running the whole model
+            on all reference samples; a refusal may rest on the reachable ones alone.
+        samples: reference samples, without those that are corrected.
+        reachable: how many of them the touched experts could change at all.
         change: accuracy after minus before in percentage points, with its 95% interval.
         flipped: samples whose prediction changed: (n,) int64.
         rerouted: samples whose route through the experts changed: (n,) int64.
@@ -43,6 +46,10 @@ class Verdict:
 
 class Guard:
     """Reference data that a one-expert update must leave (nearly) as it is.
+
+    What it bounds is the cost on these data; on others the cost may be larger. A sample that is itself corrected does
+    not count among them. They are measured again when a parameter or buffer of the model has changed; after any other
+    change of the model make a new guard.
 
     Args:
         loader: batches (inputs, labels); read once and kept. They must not be test or tuning data: what is reported
@@ -64,16 +71,31 @@ class Guard:
         if not budget >= 0 or (max_flips is not None and max_flips < 0):
             raise UserError(f"Guard: budget and max_flips must not be negative, got {budget} and {max_flips}")
         self.budget, self.max_flips = budget, max_flips
-        self.samples, self.labels = load_reference(loader)
+        with torch.inference_mode(False):
+            self.samples, self.labels = load_reference(loader)
         self.protected: list[tuple[Tensor, Tensor]] = []
-        self._measured: tuple[tuple[object, ...], Reference] | None = None
+        self._measured: tuple[weakref.ref[nn.Module], tuple[object, ...], Reference] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def protect(self, x: Tensor, y: Tensor) -> None:
         """Let later updates weigh these samples x (k, ...), y (k,), corrected before, among what must stay."""
-        self.protected.append((x.detach().to(self.samples), y.detach().to(self.labels)))
+        with torch.inference_mode(False):
+            self.protected.append((x.detach().to(self.samples, copy=True), y.detach().to(self.labels, copy=True)))
+
+    def others(self, x: Tensor) -> Tensor:
+        """Which reference samples are none of x (k, ...): (N,) bool.
+
+        Raises:
+            UserError: there are no others.
+        """
+        others = torch.ones(len(self), dtype=torch.bool)
+        for sample in x:
+            others &= ~same_sample(self.samples, sample)
+        if not bool(others.any()):
+            raise UserError("the guard's reference data hold nothing but the samples to be corrected; give it more")
+        return others
 
     @torch.no_grad()
     def reference(self, model: nn.Module, head: Head, tail: nn.Module, first: str, layers: Sequence[str]) -> Reference:
@@ -81,30 +103,65 @@ class Guard:
 
         ``head`` then ``tail`` is the model, split at layer ``first``; the tokens of ``layers`` are kept.
         """
-        key = (id(model), digest_of(model.state_dict()), first, len(self.protected))
-        if self._measured is None or self._measured[0] != key or not set(layers) <= set(self._measured[1].tokens):
-            samples = torch.cat([self.samples, *(x for x, _ in self.protected)])
-            labels = torch.cat([self.labels, *(y for _, y in self.protected)])
-            device = next(model.parameters()).device
-            inputs = torch.cat([head(part.to(device)) for part in samples.split(1000)])
-            held = len(labels) - len(self)
-            self._measured = (key, Reference(tail, inputs, labels.to(device), layers, held))
-        return self._measured[1]
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        device = next(model.parameters()).device
+        autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        key = (digest_of(tensors), first, len(self.protected), autocast)
+        held = self._measured
+        if held is None or held[0]() is not model or held[1] != key or not set(layers) <= set(held[2].tokens):
+            samples, labels = self._all()
+            inputs = torch.cat([head(part.to(device)) for part in samples.split(BATCH)])
+            reference = Reference(tail, inputs, labels.to(device), layers, len(labels) - len(self))
+            self._measured = held = (weakref.ref(model), key, reference)
+        return held[2]
 
-    def judge(self, tail: nn.Module, reference: Reference, touched: dict[str, int]) -> Verdict:
-        """Run the samples that the touched experts can change, and compare with what they were."""
-        chosen = reference.reachable(touched)
-        after, labels = reference.measure(tail, chosen), reference.labels[chosen]
-        was = reference.before.logits[chosen].argmax(-1)
-        now = after.logits.argmax(-1)
+    @torch.no_grad()
+    def judge(
+        self, tail: nn.Module, reference: Reference, touched: dict[str, int], *, model: nn.Module, others: Tensor
+    ) -> Verdict:
+        """The verdict on ``model`` as it is now; ``reference`` is how its ``tail`` was.
+
+        At first only what the touched experts can reach runs through the tail, which is enough to refuse. Nothing is
+        kept before the whole model has run on all reference samples, whatever else it may read the new weights for.
+
+        Args:
+            others: the reference samples that count (N,); see ``others``.
+        """
+        reachable = reference.reachable(touched)
+        quick = self._compare(reference, reachable, reference.measure(tail, reachable), others, reachable)
+        if not quick.holds:
+            return quick
+        whole = torch.arange(len(reference), device=reachable.device)
+        return self._compare(reference, whole, measured(model, self._all()[0]), others, reachable)
+
+    def _all(self) -> tuple[Tensor, Tensor]:
+        """All samples and labels, the protected ones last."""
+        samples = torch.cat([self.samples, *(x for x, _ in self.protected)])
+        return samples, torch.cat([self.labels, *(y for _, y in self.protected)])
+
+    def _compare(
+        self, reference: Reference, chosen: Tensor, after: Measured, others: Tensor, reachable: Tensor
+    ) -> Verdict:
+        """The ``chosen`` samples (n,) after the update, against what all were before it."""
+        labels = reference.labels[chosen]
+        was, now = predicted(reference.before.logits[chosen]), predicted(after.logits)
         step = (now == labels).int() - (was == labels).int()
-        counted = chosen < len(self)
-        change = accuracy_change(step[counted], len(self))
-        flipped = chosen[counted & (was != now)]
+        protected = chosen >= len(self)
+        counts = torch.cat([others, others.new_zeros(len(reference) - len(self))]).to(chosen.device)
+        counted = counts[chosen]
+        change = accuracy_change(step[counted], int(others.sum()))
         rerouted = torch.zeros_like(counted)
-        for name, route in after.routes.items():
-            rerouted |= (route != reference.before.routes[name][chosen]).any(-1)
+        for name, route in reference.before.routes.items():
+            rerouted |= (after.routes[name] != route[chosen]).any(-1)
+        flipped, moved = chosen[counted & (was != now)], chosen[counted & rerouted]
+        within = bool(torch.isin(torch.cat([flipped, moved]), reachable).all())
         holds = change.mean >= -self.budget and (self.max_flips is None or len(flipped) <= self.max_flips)
-        lost = int((~counted & (step < 0)).sum())
-        moved = chosen[counted & rerouted]
-        return Verdict(holds, len(self), int(counted.sum()), change, flipped.cpu(), moved.cpu(), lost)
+        return Verdict(
+            holds=holds,
+            samples=int(others.sum()),
+            reachable=int((counts[reachable] if within else counts).sum()),
+            change=change,
+            flipped=flipped.cpu(),
+            rerouted=moved.cpu(),
+            lost=int((protected & (step < 0)).sum()),
+        )

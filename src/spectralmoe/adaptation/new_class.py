@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spectralmoe.adaptation.guard import Guard
 from spectralmoe.adaptation.one_shot import DEFAULT_RULE, Rule, behind_head, predict
-from spectralmoe.diagnostics import evaluation_mode
+from spectralmoe.adaptation.steady import steady
 from spectralmoe.errors import UserError
 
 __all__ = ["Shots", "add_class"]
@@ -59,7 +59,7 @@ def add_class(
     if shots > len(support):
         raise UserError(f"{shots} shots were asked for, but there are only {len(support)} images of the new class")
     draw = torch.Generator().manual_seed(seed)
-    with evaluation_mode(model), torch.no_grad():
+    with steady(model):
         tail, features, labels = behind_head(model, images, labels, rule)
         own = labels == label
         if not bool(own.any()):

@@ -21,9 +21,9 @@ from spectralmoe.adaptation.copies import Augment, noisy, shifted
 from spectralmoe.adaptation.guard import Guard
 from spectralmoe.adaptation.methods import METHODS, NEEDS_REFERENCE
 from spectralmoe.adaptation.problem import Problem
-from spectralmoe.adaptation.targets import Weights, choose_layers, logits_of
+from spectralmoe.adaptation.steady import steady
+from spectralmoe.adaptation.targets import Weights, choose_layers, logits_of, predicted
 from spectralmoe.adaptation.update import Update
-from spectralmoe.diagnostics import evaluation_mode
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.moe import MoE
 from spectralmoe.tape import moe_layers
@@ -139,13 +139,13 @@ def one_shot_trials(
     Args:
         watch: called with the share done, 0 to 1.
     """
-    with evaluation_mode(model), torch.no_grad():
+    with steady(model):
         tail, features, labels = behind_head(model, images, labels, rule)
         head, _ = split(model, choose_layers(model, rule.layers)[0])
         right, found = predict(tail, features) == labels, []
         order = some_wrong(right, trials, seed)
         for sample in order.tolist():
-            image, label = images[sample : sample + 1].to(labels.device), labels[sample : sample + 1]
+            image, label = images[sample : sample + 1].to(labels.device).clone(), labels[sample : sample + 1]
             near = [head(copies) for copies in _near(image)]
             before = _carries(tail, near, label)
             with _corrected(model, image, label, rule, guard) as done:
@@ -205,7 +205,7 @@ def behind_head(model: nn.Module, images: Tensor, labels: Tensor, rule: Rule) ->
     """What a correction by ``rule`` can change of the model, what enters it for ``images``, and the labels there."""
     device = next(model.parameters()).device
     head, tail = split(model, choose_layers(model, rule.layers)[0])
-    return tail, torch.cat([head(part.to(device)) for part in images.split(_CHUNK)]), labels.to(device)
+    return tail, torch.cat([head(part.to(device)) for part in images.split(_CHUNK)]), labels.to(device).clone()
 
 
 def some_wrong(right: Tensor, count: int, seed: int) -> Tensor:
@@ -216,8 +216,8 @@ def some_wrong(right: Tensor, count: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """Predicted classes (N,) of samples (N, ...), in chunks."""
-    return torch.cat([logits_of(model, part).argmax(-1) for part in x.split(_CHUNK)])
+    """Predicted classes (N,) of samples (N, ...), in chunks; -1 where a logit is NaN."""
+    return torch.cat([predicted(logits_of(model, part)) for part in x.split(_CHUNK)])
 
 
 @torch.no_grad()

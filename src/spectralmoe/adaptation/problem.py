@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.adaptation.reference import Reference
-from spectralmoe.adaptation.targets import Target, Weights, logits_of
+from spectralmoe.adaptation.targets import Target, Weights, logits_of, right
 
 __all__ = ["Problem", "margins"]
 
@@ -60,9 +60,8 @@ class Problem:
 
     def solved(self, logits: Tensor) -> bool:
         """Whether all samples, and enough copies, are right."""
-        right = logits.argmax(-1) == self.targets
-        k = len(self.labels)
-        return bool(right[:k].all()) and (len(right) == k or float(right[k:].float().mean()) >= self.carry)
+        solved, k = right(logits, self.targets), len(self.labels)
+        return bool(solved[:k].all()) and (len(solved) == k or float(solved[k:].float().mean()) >= self.carry)
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:

@@ -35,9 +35,10 @@ class Moved:
     """What the update did to the guard's reference samples; if it was refused, what its last attempt would have done.
 
     Attributes:
-        samples: how many there are.  reachable: how many of them the touched experts could change at all.
-        contains_sample: whether the corrected sample is one of them (it counts like any other).
-        budget, max_flips: what the guard allows.
+        samples: how many there are, without the corrected one.
+        reachable: how many of them the touched experts could change at all.
+        contains_sample: whether the corrected sample is one of the guard's (it is not counted then).
+        budget, max_flips: what the guard allows on these data; on others the cost may be larger.
         interference: accuracy after minus before, in percentage points with its 95% interval.
         flipped: predictions that changed.  rerouted: samples whose route through the experts changed.
         protected_lost: earlier corrections that are wrong now.
@@ -61,6 +62,8 @@ class Held:
     Attributes:
         left_out: how many times the corrected sample is in these data; not counted.
         accuracy_before, accuracy_after: percent.
+        over_budget: whether the update costs more on these data than the guard allows on its own, beyond chance: the
+            whole interval of the interference lies below minus the budget. None without a guard.
     """
 
     left_out: int
@@ -68,6 +71,7 @@ class Held:
     accuracy_after: float
     interference: Change
     flipped: tuple[Flip, ...]
+    over_budget: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,5 +114,18 @@ class Receipt:
         return asdict(self)
 
     def name(self, label: int) -> str:
-        """The name of a class, or its number."""
+        """The name of a class, or its number; "none" for -1, the prediction from logits that are NaN."""
+        if label < 0:
+            return "none"
         return self.classes[label] if self.classes else str(label)
+
+    @property
+    def warning(self) -> str:
+        """What a reader must not miss of the test data; "" where there is nothing."""
+        if self.reference is None or self.test is None or not self.test.over_budget:
+            return ""
+        budget, change = self.reference.budget, self.test.interference
+        return (
+            f"costs more than its budget on the test data: the whole interval, {change.low:+.2f} to {change.high:+.2f} "
+            f"points, lies below -{budget:g}; the guard bounds the cost on the reference data alone"
+        )

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from spectralmoe.adaptation.guard import Guard
 from spectralmoe.adaptation.one_shot import carried
 from spectralmoe.adaptation.receipt import Answer, Flip, Held, Moved, Receipt
-from spectralmoe.adaptation.targets import logits_of
+from spectralmoe.adaptation.samples import same_sample
+from spectralmoe.adaptation.steady import steady
+from spectralmoe.adaptation.targets import logits_of, predicted
 from spectralmoe.adaptation.update import Update
-from spectralmoe.diagnostics import accuracy_change, evaluation_mode
+from spectralmoe.diagnostics import accuracy_change
 from spectralmoe.errors import UserError
 from spectralmoe.machine import describe_machine
 
 __all__ = ["make_receipt"]
 
 BATCH = 1000
-HALF_GREY = 0.5 / 255
-"""Images that differ by less in every pixel are the same 8-bit image."""
 
 
 def make_receipt(
@@ -58,7 +58,7 @@ def make_receipt(
     device = next(model.parameters()).device
     x, label = x.to(device), torch.tensor([y], device=device)
     seen = _seen(guard, update)
-    with evaluation_mode(model), torch.no_grad():
+    with steady(model):
         after, carried_after = _answer(model, x, y), carried(model, x, label)
         flips_after = None if seen is None or not update.success else _predict(model, seen)
         test_after = _predict(model, test[0]) if test and update.written else None
@@ -82,7 +82,7 @@ def make_receipt(
         carried_before=carried_before,
         carried_after=carried_after,
         reference=None if guard is None else _moved(guard, update, x, flips_before, flips_after),
-        test=None if test is None else _held(test, x, test_before, test_after),
+        test=None if test is None else _held(test, x, test_before, test_after, guard),
         classes=tuple(classes),
         machine=describe_machine(),
     )
@@ -107,12 +107,12 @@ def _answer(model: nn.Module, x: Tensor, y: int) -> Answer:
 def _predict(model: nn.Module, x: Tensor) -> Tensor:
     """Predicted classes (N,) of samples (N, ...), on the CPU."""
     device = next(model.parameters()).device
-    parts = [logits_of(model, part.to(device)).argmax(-1).cpu() for part in x.split(BATCH)]
+    parts = [predicted(logits_of(model, part.to(device))).cpu() for part in x.split(BATCH)]
     return torch.cat(parts) if len(x) else torch.zeros(0, dtype=torch.int64)
 
 
 def _written(update: Update) -> int:
-    return sum(int((n != o).sum()) for item in update.written for n, o in zip(item.new, item.old, strict=True))
+    return sum(int(difference.ne(0).sum()) for difference in update.differences)
 
 
 def _seen(guard: Guard | None, update: Update) -> Tensor | None:
@@ -133,7 +133,7 @@ def _moved(guard: Guard, update: Update, x: Tensor, before: Tensor | None, after
     return Moved(
         samples=verdict.samples,
         reachable=verdict.reachable,
-        contains_sample=bool(_same(guard.samples, x).any()),
+        contains_sample=bool(same_sample(guard.samples, x[0]).any()),
         budget=guard.budget,
         max_flips=guard.max_flips,
         interference=verdict.change,
@@ -143,24 +143,22 @@ def _moved(guard: Guard, update: Update, x: Tensor, before: Tensor | None, after
     )
 
 
-def _held(test: tuple[Tensor, Tensor], x: Tensor, before: Tensor | None, after: Tensor | None) -> Held | None:
+def _held(
+    test: tuple[Tensor, Tensor], x: Tensor, before: Tensor | None, after: Tensor | None, guard: Guard | None
+) -> Held | None:
     if before is None or after is None:
         return None
-    own, labels = _same(test[0], x), test[1].cpu()
+    own, labels = same_sample(test[0], x[0]), test[1].cpu()
     others = own.logical_not()
     step = (after == labels).int() - (before == labels).int()
     moved = (others & (before != after)).nonzero().flatten()
     was, now = ((found == labels)[others].double().mean() for found in (before, after))
+    change = accuracy_change(step[others], int(others.sum()))
     return Held(
         left_out=int(own.sum()),
         accuracy_before=100 * float(was),
         accuracy_after=100 * float(now),
-        interference=accuracy_change(step[others], int(others.sum())),
+        interference=change,
         flipped=_flips(moved, labels[moved], before[moved], after[moved]),
+        over_budget=None if guard is None else change.high < -guard.budget,
     )
-
-
-def _same(samples: Tensor, x: Tensor) -> Tensor:
-    """(N,) bool, on the CPU: which samples are x (1, ...)."""
-    difference = (samples.cpu() - x.cpu()).abs().flatten(1)
-    return difference.amax(1) < HALF_GREY

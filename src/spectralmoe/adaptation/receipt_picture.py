@@ -123,6 +123,8 @@ def _facts(receipt: Receipt) -> list[tuple[str, str]]:
         c = held.interference
         text = f"test: {c.samples:,} samples, {len(held.flipped):,} predictions changed, "
         facts.append((text + f"interference {c.mean:+.2f} points [{c.low:+.2f}, {c.high:+.2f}]", "soft"))
+    if receipt.warning:
+        facts.append(("Costs more than its budget on the test data: the whole interval lies below it", "worse"))
     noisy = f"copies right: noisy {receipt.carried_before.noisy:.0%} before, {receipt.carried_after.noisy:.0%} after"
     if receipt.carried_before.shifted is not None and receipt.carried_after.shifted is not None:
         noisy += f"; shifted {receipt.carried_before.shifted:.0%} before, {receipt.carried_after.shifted:.0%} after"

@@ -20,6 +20,8 @@ def receipt_lines(receipt: Receipt) -> list[str]:
         lines.append(reference_line(receipt.reference, receipt.success))
     if receipt.test is not None:
         lines.append(_test_line(receipt.test))
+    if receipt.warning:
+        lines.append(f"WARNING: the correction {receipt.warning}")
     if receipt.written:
         lines.append(_copies_line(receipt.carried_before, receipt.carried_after))
     word = "tried before" if receipt.success else "tried"
@@ -50,10 +52,11 @@ def written_line(receipt: Receipt) -> str:
 def reference_line(moved: Moved, kept: bool) -> str:
     """What the guard saw."""
     could = f"{moved.reachable:,} could change" if moved.reachable < moved.samples else "all could change"
-    own = " (the sample itself is among them)" if moved.contains_sample else ""
+    own = " without this one" if moved.contains_sample else ""
     routes = f", {_count(len(moved.rerouted), 'route')} changed" if moved.rerouted else ", no route changed"
     lost = f"; {_count(moved.protected_lost, 'earlier correction')} lost" if moved.protected_lost else ""
-    limit = f"budget {moved.budget:g} points" + ("" if moved.max_flips is None else f", {moved.max_flips} flips")
+    flips = "" if moved.max_flips is None else f", {moved.max_flips} flips"
+    limit = f"budget {moved.budget:g} points{flips} on the reference data"
     verb = "changed" if kept else "would have changed"
     return (
         f"reference: {_count(moved.samples, 'sample')}{own}, {could}; "

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.adaptation.memory import shared_banks
 from spectralmoe.adaptation.targets import logits_of
 from spectralmoe.errors import UserError
 from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.tape import moe_layers, record
 
-__all__ = ["BATCH", "Measured", "Reference", "Tokens", "load_reference"]
+__all__ = ["BATCH", "Measured", "Reference", "Tokens", "load_reference", "measured"]
 
 BATCH = 1000
 PROTECTED_WEIGHT = 5.0
@@ -58,6 +59,9 @@ class Reference:
         samples: (N, ...).  labels: (N,).
         layers: layers whose tokens are kept.
         protected: how many of them, at the end, are earlier corrections: worth more, and no part of any accuracy.
+
+    Raises:
+        UserError: tokens that cannot be told apart by sample; a label that the model does not know.
     """
 
     @torch.no_grad()
@@ -71,7 +75,11 @@ class Reference:
             parts.append(part)
             for name, found in tokens.items():
                 kept.setdefault(name, []).append(Tokens(found.x, found.gates, found.owner + first))
-        self.before = _joined(parts)
+        self.before, self.shared = _joined(parts), shared_banks(model)
+        unknown = labels[(labels < 0) | (labels >= self.before.logits.shape[1])].tolist()
+        if unknown:
+            last = self.before.logits.shape[1] - 1
+            raise UserError(f"Guard: label {unknown[0]} is out of range; the model knows 0 to {last}")
         self.tokens = {
             name: Tokens(*(torch.cat([getattr(t, field) for t in found]) for field in ("x", "gates", "owner")))
             for name, found in kept.items()
@@ -90,8 +98,11 @@ class Reference:
     def reachable(self, touched: dict[str, int]) -> Tensor:
         """The samples (n,) that a change of the touched experts can change at all.
 
-        A sample none of whose tokens use a touched expert keeps every activation, layer by layer.
+        A sample none of whose tokens use a touched expert keeps every activation, layer by layer; unless something
+        else reads the memory of the layer's experts (``shared_banks``): then it is all samples.
         """
+        if not self.shared.isdisjoint(touched):
+            return torch.arange(len(self), device=self.labels.device)
         hit = torch.zeros(len(self), dtype=torch.bool, device=self.labels.device)
         for layer, expert in touched.items():
             hit |= self.before.used[layer][:, expert]
@@ -103,6 +114,13 @@ class Reference:
         if not len(chosen):
             return _rows(self.before, chosen)
         return _joined([_pass(model, self.samples[part], ())[0] for part in chosen.split(BATCH)])
+
+
+@torch.no_grad()
+def measured(model: nn.Module, samples: Tensor) -> Measured:
+    """A pass of ``model`` over all ``samples`` (N, ...), in the batches of ``Reference``."""
+    device = next(model.parameters()).device
+    return _joined([_pass(model, part.to(device), ())[0] for part in samples.split(BATCH)])
 
 
 def _pass(model: nn.Module, x: Tensor, layers: Sequence[str]) -> tuple[Measured, dict[str, Tokens]]:

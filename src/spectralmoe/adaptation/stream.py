@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spectralmoe.adaptation.guard import Guard
 from spectralmoe.adaptation.one_shot import DEFAULT_RULE, Carried, Rule, behind_head, carried, predict, some_wrong
-from spectralmoe.diagnostics import evaluation_mode
+from spectralmoe.adaptation.steady import steady
 
 __all__ = ["StreamStep", "correction_stream"]
 
@@ -56,7 +56,7 @@ def correction_stream(
     Args:
         watch: called with the share done, 0 to 1.
     """
-    with evaluation_mode(model), torch.no_grad():
+    with steady(model):
         tail, features, labels = behind_head(model, images, labels, rule)
         order = some_wrong(predict(tail, features) == labels, count, seed)
         others = torch.ones(len(labels), dtype=torch.bool, device=labels.device)

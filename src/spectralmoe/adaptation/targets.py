@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.adaptation.memory import same_elements
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
 from spectralmoe.moe import MoE
 from spectralmoe.sharding import is_sharded
 from spectralmoe.tape import moe_layers, record
 
-__all__ = ["Target", "Weights", "choose_layers", "digest_of", "expert_target", "find_targets", "joined", "logits_of"]
+__all__ = [
+    "Target",
+    "Weights",
+    "canonical",
+    "choose_layers",
+    "digest_of",
+    "expert_target",
+    "find_targets",
+    "joined",
+    "logits_of",
+    "predicted",
+    "refuse_inference",
+    "right",
+]
 
 
 class Weights:
@@ -36,22 +50,33 @@ class Weights:
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:
         """Set them, bit by bit."""
+        torch.clear_autocast_cache()  # it may hold copies of what was here
         for view, value in zip(self.views.values(), values, strict=True):
             view.copy_(value)
 
     def equal(self, values: Sequence[Tensor]) -> bool:
-        """Whether they hold ``values``, bit by bit."""
-        return all(torch.equal(view, value.to(view)) for view, value in zip(self.views.values(), values, strict=True))
+        """Whether they hold ``values``; 0 equals -0, and NaN equals NaN."""
+        pairs = ((view.detach(), value.to(view)) for view, value in zip(self.views.values(), values, strict=True))
+        return all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pairs)
+
+    def finite(self) -> bool:
+        """Whether no value is infinite or NaN."""
+        return all(bool(view.detach().isfinite().all()) for view in self.views.values())
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
-        """The gradient of ``loss`` for each view; zero where none flows."""
+        """The gradient of ``loss`` for each view; zero where none flows.
+
+        Of views that are the same memory of one parameter the first gets it all, so that a step moves it once.
+        """
         stacks = [view if view._base is None else view._base for view in self.views.values()]
         found = torch.autograd.grad(loss, stacks, allow_unused=True)
-        gradients = []
+        gradients, met = [], set[object]()
         for view, stack, gradient in zip(self.views.values(), stacks, found, strict=True):
-            if gradient is None:
+            memory = (id(stack), same_elements(view))
+            if gradient is None or memory in met:
                 gradients.append(torch.zeros_like(view))
             else:
+                met.add(memory)
                 if gradient.stride() != stack.stride():
                     gradient = gradient.new_empty_strided(stack.shape, stack.stride()).copy_(gradient)
                 offset = gradient.storage_offset() + view.storage_offset() - stack.storage_offset()
@@ -86,8 +111,24 @@ class Target(Weights):
         return Target(self.layer, self.expert, self.bank)
 
     def digest(self, values: Sequence[Tensor] | None = None) -> str:
-        """SHA-256 over names, types, shapes and bytes of the expert's tensors, or of ``values`` in their place."""
-        return digest_of(dict(zip(self.views, values or self.copy(), strict=True)))
+        """SHA-256 over names, types, shapes and values of the expert's tensors, or of ``values`` in their place."""
+        tensors = dict(zip(self.views, values or self.copy(), strict=True))
+        return digest_of({name: canonical(value) for name, value in tensors.items()})
+
+    def has_digest(self, digest: str, values: Sequence[Tensor] | None = None) -> bool:
+        """Whether ``digest`` is that of these values; or of their bits, as earlier versions wrote it."""
+        bits = digest_of(dict(zip(self.views, values or self.copy(), strict=True)))
+        return digest in (bits, self.digest(values))
+
+
+def canonical(x: Tensor) -> Tensor:
+    """The same values in one form: -0 becomes 0, every NaN the same one.
+
+    >>> canonical(torch.tensor([-0.0, 1.0]))
+    tensor([0., 1.])
+    """
+    x = x.detach()
+    return torch.where(x.isnan(), torch.full_like(x, torch.nan), x + 0) if x.is_floating_point() else x
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -122,6 +163,30 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"adapt_one needs class logits (B, C) for {len(x)} samples, but the model returned {shape}")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """The class of the largest logit (B,); -1, which no class is, where a logit is NaN.
+
+    >>> predicted(torch.tensor([[0.1, 0.7], [0.2, torch.nan]]))
+    tensor([ 1, -1])
+    """
+    return logits.argmax(-1).where(~logits.isnan().any(-1), -1)
+
+
+def right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which samples (B,) get their label."""
+    return predicted(logits) == labels
+
+
+def refuse_inference(tensors: Iterable[Tensor], what: str) -> None:
+    """Raise for weights that cannot be written.
+
+    Raises:
+        UserError: one of ``tensors`` was made under ``torch.inference_mode``.
+    """
+    if any(tensor.is_inference() for tensor in tensors):
+        raise UserError(f"{what} has weights made under torch.inference_mode, which cannot change; load it outside")
 
 
 def choose_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
@@ -176,6 +241,7 @@ def expert_target(name: str, layer: MoE, expert: int) -> Target:
     """
     if any(is_sharded(parameter) for parameter in layer.experts.parameters()):
         raise UserError(f"layer {name!r} is sharded; adapt the whole model and shard it afterwards")
+    refuse_inference(layer.experts.parameters(), f"layer {name!r}")
     with torch.no_grad():
         target = Target(name, expert, layer.experts)
     if not target.views:

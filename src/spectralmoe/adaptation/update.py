@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spectralmoe.adaptation.guard import Verdict
+from spectralmoe.adaptation.memory import same_elements
 from spectralmoe.adaptation.targets import Target, expert_target
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_whole
@@ -32,11 +34,6 @@ class Written:
     target: Target
     old: Sequence[Tensor]
     new: Sequence[Tensor]
-
-    @property
-    def change(self) -> float:
-        """Squared Euclidean norm of the difference."""
-        return sum(float((n.double() - o.double()).square().sum()) for n, o in zip(self.new, self.old, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +65,18 @@ class Update:
         return {item.target.layer: item.target.expert for item in self.written}
 
     @property
+    def differences(self) -> list[Tensor]:
+        """New minus old of the touched tensors, in double precision; tied ones, which share memory, come once."""
+        found: dict[object, Tensor] = {}
+        for item in self.written:
+            for view, old, new in zip(item.target.views.values(), item.old, item.new, strict=True):
+                found.setdefault(same_elements(view), new.double() - old.double())
+        return list(found.values())
+
+    @property
     def change(self) -> float:
         """Euclidean norm of the change of all touched tensors."""
-        return math.sqrt(sum(item.change for item in self.written))
+        return math.sqrt(sum(float(difference.square().sum()) for difference in self.differences))
 
     def revert(self) -> None:
         """Put the touched experts back, bit by bit.
@@ -92,10 +98,13 @@ class Update:
         """Write the new tensors of the touched experts, and the SHA-256 of the old ones, to one safetensors file.
 
         Raises:
-            UserError: there is nothing to keep; the file cannot be written (what stood there stays).
+            UserError: there is nothing to keep; numbers that are not finite; the file cannot be written (what stood
+                there stays).
         """
         if not self.written:
             raise UserError("this update changed nothing, so there is nothing to save")
+        if not all(bool(value.isfinite().all()) for item in self.written for value in item.new):
+            raise UserError("this update holds numbers that are not finite; it cannot be saved")
         experts, tensors = [], {}
         for index, item in enumerate(self.written):
             target = item.target
@@ -107,42 +116,55 @@ class Update:
         write_whole(Path(path), lambda temporary: save_file(tensors, temporary, about))
 
 
+@torch.inference_mode(False)
 def apply_update(model: nn.Module, path: Path | str) -> Update:
     """Apply a saved update to a model that holds the experts it was made from; the result can be reverted.
 
+    Weights are compared by value: 0 equals -0.
+
     Raises:
-        UserError: not such a file; a model without these layers or with other weights in these experts. The model is
-            untouched then.
+        UserError: not such a file, or one with repeated, contradicting or not finite entries; a model without these
+            layers or with other weights in these experts. The model is untouched then.
     """
     about, tensors = _read(Path(path))
-    layers, written = moe_layers(model), []
+    layers, written, announced = moe_layers(model), [], set[str]()
     for index, entry in enumerate(about):
         layer = layers.get(entry["layer"])
         where = f"expert {entry['expert']} of layer {entry['layer']!r}"
         if not isinstance(layer, MoE) or not 0 <= entry["expert"] < layer.experts.num_experts:
             raise UserError(f"{path} is for another model: this one has no {where}")
         target = expert_target(entry["layer"], layer, entry["expert"])
-        new = [tensors.get(f"{index}/{name}") for name in target.views]
+        names = [f"{index}/{name}" for name in target.views]
+        announced.update(names)
+        new = [tensors.get(name) for name in names]
         _check(str(path), where, target, new, entry)
         old = target.copy()
         values = [value.to(view) for value, view in zip(new, target.views.values(), strict=True) if value is not None]
         written.append(Written(target, old, values))
+    if extra := sorted(tensors.keys() - announced):
+        raise UserError(f"{path} is damaged: it holds {extra[0]!r}, which belongs to none of its experts")
     for item in written:
         item.target.write(item.new)
+    if not all(item.target.equal(item.new) for item in written):
+        for item in written:
+            item.target.write(item.old)
+        raise UserError(f"{path} does not fit this model: it writes different numbers into weights that are tied here")
     return Update(True, 0, "applied", written=tuple(written))
 
 
 def _check(path: str, where: str, target: Target, new: Sequence[Tensor | None], entry: dict[str, Any]) -> None:
-    found = target.digest()
-    if found == entry["new_sha256"]:
+    if target.has_digest(entry["new_sha256"]):
         raise UserError(f"{path} was applied to this model already: {where} holds its tensors")
-    if found != entry["old_sha256"]:
+    if not target.has_digest(entry["old_sha256"]):
         raise UserError(f"{path} is for another model: {where} has other weights than the ones it was made from")
     for value, view in zip(new, target.views.values(), strict=True):
         if value is None or value.shape != view.shape or value.dtype != view.dtype:
             raise UserError(f"{path} is damaged: the tensors of {where} are not those that it announces")
-    if target.digest([value for value in new if value is not None]) != entry["new_sha256"]:
+    values = [value for value in new if value is not None]
+    if not target.has_digest(entry["new_sha256"], values):
         raise UserError(f"{path} is damaged: the tensors of {where} do not match their SHA-256")
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise UserError(f"{path} is damaged: the tensors of {where} hold numbers that are not finite")
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -154,8 +176,12 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         kinds = {"layer": str, "expert": int, "old_sha256": str, "new_sha256": str}
         if about.get("format") != FORMAT or not experts:
             raise UserError(f"{path} is not a saved update of this version")
-        if not all(isinstance(entry[key], kind) for entry in experts for key, kind in kinds.items()):
+        if not all(type(entry[key]) is kind for entry in experts for key, kind in kinds.items()):
             raise UserError(f"{path} is damaged: its header is not that of a saved update")
+        places = [(entry["layer"], entry["expert"]) for entry in experts]
+        if repeated := [place for index, place in enumerate(places) if place in places[:index]]:
+            layer, expert = repeated[0]
+            raise UserError(f"{path} is damaged: expert {expert} of layer {layer!r} is in it twice")
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spectralmoe.cli.adapt_correct import apply_patch, correct_image
+from spectralmoe.cli.adapt_correct import apply_patch, correct
 from spectralmoe.cli.adapt_measure import measure_new_class, measure_trials
 from spectralmoe.cli.adapt_setup import Wishes
 from spectralmoe.cli.adapt_stream import run_stream
@@ -24,9 +24,14 @@ GUARDED = "Guard"
 
 def adapt(
     model: Model,
+    sample: Annotated[
+        str | None,
+        typer.Option(metavar="PART:N", help="Correct this sample of the data, such as test:43; with --out."),
+    ] = None,
     image: Annotated[Path | None, typer.Option(metavar="F", help="Correct this image; with --label and --out.")] = None,
     label: Annotated[
-        str | None, typer.Option(metavar="CLASS", help="The right class of --image, by name or number.")
+        str | None,
+        typer.Option(metavar="CLASS", help="The right class, by name or number; of --sample by default the data's."),
     ] = None,
     apply: Annotated[Path | None, typer.Option(metavar="FILE", help="Apply a saved update; with --out.")] = None,
     trials: Annotated[
@@ -96,7 +101,10 @@ def adapt(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="NAME|folder:PATH", help="Data to measure on; by default the model's own.")
+        str | None,
+        typer.Option(
+            metavar="NAME|folder:PATH", help="Data of --sample and to measure on; by default the model's own."
+        ),
     ] = None,
     data_dir: DataDir = None,
     download: Download = False,
@@ -107,7 +115,9 @@ def adapt(
 ) -> None:
     """Correct one image by one expert and show what else moved; or measure such corrections.
 
-    Examples: spectralmoe adapt MODEL --image seven.png --label 7 --guard mnist5k --out runs/corrected
+    Examples: spectralmoe adapt MODEL --sample test:43 --guard mnist5k --out runs/corrected
+
+    spectralmoe adapt MODEL --image seven.png --label 7 --guard mnist5k --out runs/corrected
 
     spectralmoe adapt MODEL --apply runs/corrected/update.safetensors --out runs/applied
 
@@ -117,9 +127,17 @@ def adapt(
 
     spectralmoe adapt MODEL --new-class 7 --shots 1,5,10 --guard mnist5k
 
-    A correction that is refused ends with exit code 1. MODEL's own folder is never written to.
+    'spectralmoe evaluate MODEL --wrong DIR' shows which samples are wrong. A correction that is refused ends with exit
+    code 1. MODEL's own folder is never written to.
     """
-    modes = {"--image": image, "--apply": apply, "--trials": trials, "--stream": stream, "--new-class": new_class}
+    modes = {
+        "--sample": sample,
+        "--image": image,
+        "--apply": apply,
+        "--trials": trials,
+        "--stream": stream,
+        "--new-class": new_class,
+    }
     _check_form([name for name, value in modes.items() if value is not None], label, out, shots)
     wishes = Wishes(
         model=model,
@@ -140,8 +158,8 @@ def adapt(
         device=device,
         json=json,
     )
-    if image is not None and label is not None and out is not None:
-        if not correct_image(wishes, image, label, out):
+    if (image or sample) is not None and out is not None:
+        if not correct(wishes, sample if image is None else image, label, out):
             raise typer.Exit(1)
     elif apply is not None and out is not None:
         apply_patch(wishes, apply, out)
@@ -160,11 +178,15 @@ def _check_form(modes: list[str], label: str | None, out: Path | None, shots: st
     mode = modes[0] if modes else "--trials"
     if mode == "--image" and (label is None or out is None):
         raise UserError("to correct one image give --image, --label and --out together")
+    if mode == "--sample" and out is None:
+        raise UserError("--sample needs --out, the folder for the corrected model and the receipt")
     if mode in ("--apply", "--stream") and out is None:
         raise UserError(f"{mode} needs --out, the folder for the changed model")
     if mode in ("--trials", "--new-class") and out is not None:
-        raise UserError(f"{mode} only measures and writes nothing: --out goes with --image, --apply or --stream")
-    if label is not None and mode != "--image":
+        raise UserError(
+            f"{mode} only measures and writes nothing: --out goes with --sample, --image, --apply or --stream"
+        )
+    if label is not None and mode not in ("--image", "--sample"):
         raise UserError("--label is the right class of an image: give --image and --out with it")
     if shots is not None and mode != "--new-class":
         raise UserError("--shots says how many samples of a new class are shown: give --new-class with it")

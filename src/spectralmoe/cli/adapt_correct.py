@@ -1,7 +1,8 @@
-"""``spectralmoe adapt --image`` and ``--apply``: one correction with its receipt, and a saved one applied."""
+"""``spectralmoe adapt --sample``, ``--image`` and ``--apply``: one correction with its receipt, or a saved one."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +13,55 @@ from torch import Tensor
 from spectralmoe.adaptation import Receipt, Update, apply_update, draw_receipt, make_receipt, receipt_lines
 from spectralmoe.cli.adapt_setup import Task, Wishes, find_label, output_folder, prepare
 from spectralmoe.cli.console import print_json, watching
+from spectralmoe.cli.options import say_notes
 from spectralmoe.errors import UserError
 from spectralmoe.files import to_json, write_text
-from spectralmoe.training.data import read_image
-from spectralmoe.training.images import probe
-from spectralmoe.training.network import ModelMeta
+from spectralmoe.training.images import conversions, read_image
 
-__all__ = ["apply_patch", "correct_image"]
+__all__ = ["apply_patch", "correct"]
 
 PATCH, RECEIPT, PICTURE = "update.safetensors", "receipt.json", "receipt.svg"
+PARTS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
-def correct_image(wishes: Wishes, file: Path, label: str, out: Path) -> bool:
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What is corrected: an image (1, C, H, W), its class, where it comes from, and how it was converted ("": not)."""
+
+    image: Tensor
+    label: int
+    about: dict[str, Any]
+    converted: str = ""
+
+
+def correct(wishes: Wishes, source: Path | str | None, label: str | None, out: Path) -> bool:
     """Correct one image; writes the receipt and, if it was kept, its picture, the patch and the corrected model.
+
+    Args:
+        source: an image file, or a sample of the data such as "test:43".
+        label: its class; None: as the data say.
 
     Returns:
         Whether the correction was kept.
 
     Raises:
-        UserError: a label that the model does not know, an image of another size, a folder that cannot be written.
+        UserError: a sample that there is not, a label that the model does not know, a folder that cannot be written.
     """
     with output_folder(out, wishes.model), watching(quiet=wishes.json) as watch:
         watch("reading model and data", 0.0)
         task = prepare(wishes)
-        y, x = find_label(label, task.meta), read_sample(file, task.meta)
+        sample = _from_file(source, label, task) if isinstance(source, Path) else _from_data(str(source), label, task)
+        x, y = sample.image, sample.label
         test, missing = _test_part(task)
         watch("correcting", 0.2)
         update = task.rule.correct(task.network, x, torch.tensor([y]), task.guard)
         watch("measuring what else moved", 0.7)
         classes = task.meta.classes
         receipt = make_receipt(task.network, x, y, update, guard=task.guard, test=test, classes=classes)
-        about: dict[str, Any] = {"model": str(wishes.model), "image": str(file), "settings": task.settings}
+        about: dict[str, Any] = {"model": str(wishes.model), **sample.about, "settings": task.settings}
         _write(task, out, x, update, receipt, about)
+    if sample.converted:
+        say_notes([sample.converted])
     if wishes.json:
         print_json({**about, **receipt.to_json()})
         return receipt.success
@@ -54,20 +72,26 @@ def correct_image(wishes: Wishes, file: Path, label: str, out: Path) -> bool:
     return receipt.success
 
 
-def read_sample(file: Path, meta: ModelMeta) -> Tensor:
-    """The image (1, C, H, W) in ``file``.
+def _from_file(file: Path, label: str | None, task: Task) -> _Sample:
+    """The image in ``file``, read as ``predict`` reads it."""
+    meta, y = task.meta, find_label(label or "", task.meta)
+    image = read_image(file, channels=meta.channels, size=meta.image_size)[None]
+    converted = conversions([file], channels=meta.channels, size=meta.image_size)
+    return _Sample(image, y, {"image": str(file), "sample": None, "converted": converted or None}, converted)
 
-    Raises:
-        UserError: unreadable, or of another size than the model's.
-    """
-    _, found = probe(file)
-    if found != meta.image_size:
-        (height, width), (h, w) = meta.image_size, found
-        raise UserError(
-            f"{file} has an image of {h} x {w} pixels (height x width), but the model wants {height} x {width}; "
-            "resize it first"
-        )
-    return read_image(file, channels=meta.channels, size=meta.image_size)[None]
+
+def _from_data(text: str, label: str | None, task: Task) -> _Sample:
+    """Sample N of a part of the data: ``text`` is PART:N."""
+    name, _, number = text.partition(":")
+    if name not in PARTS or not number.isdecimal():
+        raise UserError(f"--sample {text!r} is not a part and a number such as test:43; parts: train, validation, test")
+    data, part = task.data(task.wishes.data), PARTS[name]
+    split, index = getattr(data, part), int(number)
+    if index >= len(split):
+        raise UserError(f"--sample {text}: the {part} part of {data.name} has the samples 0 to {len(split) - 1}")
+    y = int(split.labels[index]) if label is None else find_label(label, task.meta)
+    about = {"data": data.name, "part": part, "number": index}
+    return _Sample(split.images[index : index + 1], y, {"image": None, "sample": about, "converted": None})
 
 
 def _test_part(task: Task) -> tuple[tuple[Tensor, Tensor] | None, str]:

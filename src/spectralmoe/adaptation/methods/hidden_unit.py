@@ -51,7 +51,8 @@ def unit(problem: Problem) -> int:
     """Write one spare hidden unit into the expert of the last chosen layer; returns the training steps.
 
     Raises:
-        UserError: no free unit, or no bias for its threshold; a bank without hidden units; no guard.
+        UserError: no free unit, or no bias for its threshold; a bank without hidden units; no guard, or one whose
+            data the expert cannot tell apart from each other or from the samples.
     """
     target = problem.experts[-1]
     bank = bank_of(target)
@@ -109,12 +110,25 @@ def _discriminant(problem: Problem, target: Target) -> _Start:
     c = c + RIDGE * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
     centre = u.mean(0)
     spread = (u - centre).T @ (u - centre) / len(u)
-    q = torch.linalg.solve(c + spread, centre - moments.mean)
-    q = q / (q @ (centre - moments.mean))
+    try:
+        q = torch.linalg.solve(c + spread, centre - moments.mean)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise _alike(target) from error
+    reach = q @ (centre - moments.mean)
+    if not reach > 0:
+        raise _alike(target)
+    q = q / reach
     fires = (tokens.x.double() - moments.mean) @ q
     own = fires[tokens.gates[:, target.expert] > LEAST_GATE]
     threshold = float(own.topk(min(FALSE_FIRES, len(own))).values[-1].clamp(0.5, 0.7))
     return _Start(q.float(), moments.mean.float(), threshold)
+
+
+def _alike(target: Target) -> UserError:
+    return UserError(
+        f"expert {target.expert} of layer {target.layer!r} sees all reference data alike, so method='unit' finds no "
+        "direction; give the guard other samples, or use another method"
+    )
 
 
 def _per_sample(tokens: Tokens, expert: int, samples: int) -> Tensor:
