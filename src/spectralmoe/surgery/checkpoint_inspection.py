@@ -95,7 +95,7 @@ def _model_class(checkpoint: Checkpoint) -> str:
 
 
 def _notes(checkpoint: Checkpoint, experts: bool) -> list[str]:
-    found = ["read from the weights alone: nothing was run"]
+    found = ["read from the weights alone: nothing was run", *checkpoint.notes]
     if not experts:
         return [*found, "the experts were not read"]
     for note in sorted({layer.note for layer in checkpoint.layers if layer.note}):
