@@ -185,10 +185,10 @@ def _no_layer(path: Path, tensors: Mapping[str, Stored], config: Mapping[str, An
         )
     if counts := experts_of_config(config):
         key, count = next(iter(counts.items()))
-        quantised = " Its weights are quantised." if "quantization_config" in config else ""
+        quantised = "quantised, or " if "quantization_config" in config else ""
         return UserError(
             f"{path}: config.json names experts ({key} = {count}), but no tensors are named and shaped as a router and "
-            f"experts: a family that cannot be read from its weights alone; load the model to inspect it.{quantised}"
+            f"experts: {quantised}of a family that cannot be read from its weights alone; load the model to inspect it"
         )
     return UserError(f"{path} holds no MoE layer (no experts beside a router): a dense model has no router to inspect")
 
