@@ -16,6 +16,7 @@ from torch import nn
 
 import spectralmoe
 from spectralmoe import Balanced, FeedForward, LinearScorer, ModuleExperts, MoE, Router, TopK
+from spectralmoe.report.documents import as_document
 from spectralmoe.surgery.checkpoint_inspection import expert_gram, inspect_checkpoint
 from spectralmoe.surgery.checkpoint_layers import read_checkpoint
 
@@ -675,7 +676,11 @@ def test_zero_experts(make, tmp_path, close):
     else:
         rows = vectors(tensors, lambda e: [f"{prefix}.experts.{e}.{n}.weight" for n in PARTS])
     check_values(layer, gate, rows, close)
-    assert len(inspect_checkpoint(folder)["layers"][0]["similarity"]["matrices"]["rows"]) == E + 2
+    document = inspect_checkpoint(folder)
+    shown = torch.tensor(document["layers"][0]["similarity"]["matrices"]["rows"])
+    torch.testing.assert_close(shown, cosines(gate[:E].double()), rtol=0, atol=1e-4)
+    assert "the router has 2 rows more" in document["data"]["notes"][1]
+    as_document(document, "x")  # the page takes it
 
 
 PACKED_GATES = {

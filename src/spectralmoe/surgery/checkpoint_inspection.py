@@ -80,7 +80,7 @@ def _layer(layer: CheckpointLayer, experts: bool) -> dict[str, Any]:
             "matrices": {
                 "output": None,
                 "weights": rounded(cosines),
-                "rows": rounded(None if matrix is None else row_cosines(matrix)),
+                "rows": rounded(None if matrix is None else row_cosines(matrix[: layer.num_experts])),
             },
         },
         "stability": None,
