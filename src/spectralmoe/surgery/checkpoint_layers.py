@@ -199,7 +199,8 @@ def _notes(path: Path, blocks: Sequence[Block]) -> Iterator[str]:
     wider = [block for block in blocks if block.matrix is not None and block.matrix.shape[0] > block.num_experts > 0]
     if wider:
         more = ", ".join(sorted({str(block.matrix.shape[0] - block.num_experts) for block in wider if block.matrix}))
-        yield f"the router has {more} rows more than there are experts with weights in {len(wider)} of {len(blocks)} layers"
+        count = f"{len(wider)} of {len(blocks)} layers"
+        yield f"the router has {more} rows more than there are experts with weights in {count}"
 
 
 def _layer(
