@@ -21,7 +21,7 @@ LEVELS = [
     {"moe"},
     {"tape"},
     {"steps", "terms", "regularizers", "diagnostics"},
-    {"spec", "instruments"},
+    {"spec", "instruments", "model_folder"},
     {"models", "surgery"},
     {"saving"},
     {""},  # ``import spectralmoe``: whatever the package's own __init__ does not need

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectralmoe.files import make_folder, read_json, remove_parts, to_json, write_json, write_whole
+from spectralmoe.files import exists, make_folder, read_json, remove_parts, to_json, write_json, write_whole
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -91,7 +92,7 @@ def test_the_file_stands_at_its_place_only_when_it_is_whole(tmp_path):
 
     def write(temporary):
         temporary.write_text("new")
-        assert temporary.parent == tmp_path
+        assert temporary.parent.parent == tmp_path
         assert path.read_text() == "old"
 
     write_whole(path, write)
@@ -106,10 +107,64 @@ def test_what_a_killed_write_left_can_be_swept_up(tmp_path):
     if not child:
         write_whole(tmp_path / "below" / "a", lambda _: os._exit(7))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    write_whole(tmp_path / "below" / "a", lambda temporary: temporary.write_text("whole"))
-    assert len(list((tmp_path / "below").iterdir())) == 3
+    assert len(list((tmp_path / "below").iterdir())) == 2
     remove_parts(tmp_path)
-    assert {path.name for path in (tmp_path / "below").iterdir()} == {".hidden", "a"}
+    assert {path.name for path in (tmp_path / "below").iterdir()} == {".hidden"}
+
+
+def test_the_next_write_removes_what_killed_ones_left_and_nothing_of_running_ones(tmp_path):
+    child = os.fork()
+    if not child:
+        write_whole(tmp_path / "a", lambda part: part.write_text("half") and os._exit(7))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    (tmp_path / ".a.x1.spectralmoe-part").write_text("of an earlier version")
+    assert len(list(tmp_path.iterdir())) == 2
+
+    def write(part):
+        part.write_text("slow")
+        write_json(tmp_path / "b", 1)  # another writer, while this one is at work
+        assert part.read_text() == "slow"
+        remove_parts(tmp_path)
+        assert part.read_text() == "slow"
+
+    write_whole(tmp_path / "a", write)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "slow", "b": "1\n"}
+
+
+def test_a_part_that_is_taken_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    make, made = tempfile.mkdtemp, []
+
+    def make_and_lose(**options):
+        made.append(make(**options))
+        if len(made) < 3:
+            remove_parts(tmp_path)
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_lose)
+    write_json(tmp_path / "a", 1)
+    assert len(made) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("a\0b", "null character"), ("x" * 300, "File name too long")])
+def test_names_that_no_file_system_has(name, reason, tmp_path, user_error):
+    for action in (read_json, make_folder, lambda path: write_json(path, 1), lambda path: write_json(path / "a", 1)):
+        with user_error(reason):
+            action(tmp_path / name)
+    with user_error("File name too long", "..."):
+        exists(tmp_path / ("x/" * 3000))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_of_full_length(tmp_path):
+    path = tmp_path / ("ä" * 125 + ".json")
+    write_json(path, [1])
+    assert read_json(path) == [1]
+
+
+def test_json_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a").write_bytes(b'\xef\xbb\xbf{"x": 1}')
+    assert read_json(tmp_path / "a") == {"x": 1}
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from spectralmoe import (
     TopK,
     UserError,
     load,
+    model_folder,
     save,
 )
 from spectralmoe.models import sr_moe
@@ -623,6 +626,10 @@ def test_any_value_anywhere_in_a_config(network_folder, data):
 
 def in_child(action):
     """Run ``action`` in a forked process; its exit status. Killed after 60 seconds."""
+    return end_of_child(start_child(action))
+
+
+def start_child(action):
     pid = os.fork()
     if pid == 0:
         try:
@@ -631,6 +638,10 @@ def in_child(action):
         except BaseException as error:
             os.write(2, repr(error).encode())
             os._exit(1)
+    return pid
+
+
+def end_of_child(pid):
     for _ in range(6000):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -641,7 +652,7 @@ def in_child(action):
     raise TimeoutError
 
 
-STEPS = [(os, "fsync"), (Path, "replace"), (Path, "chmod"), (tempfile, "mkstemp"), (Path, "write_text")]
+STEPS = [(os, "fsync"), (Path, "replace"), (Path, "chmod"), (tempfile, "mkdtemp"), (Path, "write_text")]
 
 
 def break_step(patch, number, after, fail):
@@ -672,35 +683,155 @@ def count_steps(layer, folder):
     return len(calls)
 
 
+CHANGES = {"os.mkdir", "os.chmod", "os.rename", "os.remove", "os.rmdir", "fcntl.flock", "os.fsync", "save_file"}
+"""Audit events of what saving does to the file system; the interpreter announces all but the last two."""
+
+
+def is_change(event, args):
+    return event in CHANGES or (event == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR)))
+
+
+def killed_at(number, model, folder, name):
+    """Save in a process that ends just before its ``number``-th call of the file system; whether it came so far."""
+
+    def announced(event, function):
+        def call(*args, **kwargs):
+            sys.audit(event)
+            return function(*args, **kwargs)
+
+        return call
+
+    def save_and_die():
+        model_folder.save_file, os.fsync = announced("save_file", save_file), announced("os.fsync", os.fsync)
+        count = iter(range(1, 10**6))
+        sys.addaudithook(lambda event, args: is_change(event, args) and next(count) == number and os._exit(77))
+        save(model, folder, meta={"name": name})
+
+    return in_child(save_and_die) == 77
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["new folder", "over a model"])
-def test_a_crash_never_leaves_a_wrong_model(tmp_path, first):
+def test_a_save_killed_anywhere_leaves_the_old_model_or_the_new(tmp_path, first):
     old, new = perturb(make_layer()), perturb(make_layer())
-    steps = count_steps(new, tmp_path / "count")
-    assert steps >= 9
-    outcomes = set()
+    outcomes, number = [], 1
+    while True:
+        folder = tmp_path / str(number)
+        if not first:
+            save(old, folder, meta={"name": "old"})
+        if not killed_at(number, new, folder, "new"):
+            break
+        result = load_or_error(folder)
+        if isinstance(result, UserError):
+            assert str(folder) in str(result)
+            outcomes.append("none")
+        else:
+            outcomes.append(read_config(folder)["meta"]["name"])
+            same(result, {"old": old, "new": new}[outcomes[-1]])
+        save(old, folder, meta={"name": "next"})  # nothing stops the next save, which clears up
+        same(load(folder), old)
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+        number += 1
+    before = "none" if first else "old"
+    change = outcomes.index("new")  # one call turns one into the other
+    assert outcomes == [before] * change + ["new"] * (number - 1 - change)
+    assert change > 10
+
+
+def test_processes_that_save_to_one_folder_at_once(tmp_path):
+    """Each of them loads whole models meanwhile, and config and weights of the last are of one save."""
+    folder, start = tmp_path / "model", tmp_path / "start"
+
+    def save_and_load(who):
+        layer = filled(who)
+        with start.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # until all are there
+        for _ in range(20):
+            save(layer, folder, meta={"who": who})
+            assert is_filled(load(folder))
+
+    with start.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        children = [start_child(lambda who=who: save_and_load(who)) for who in (1.0, 2.0, 3.0)]
+        fcntl.flock(file, fcntl.LOCK_UN)
+    assert [end_of_child(child) for child in children] == [0, 0, 0]
+    same(load(folder), filled(read_config(folder)["meta"]["who"]))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def filled(value):
+    """A layer with one number everywhere."""
+    layer = make_layer()
+    with torch.no_grad():
+        for tensor in layer.state_dict().values():
+            tensor.fill_(value)
+    return layer
+
+
+def is_filled(layer):
+    return len({float(x) for tensor in layer.state_dict().values() for x in tensor.flatten()}) == 1
+
+
+def test_another_save_between_any_two_calls_of_one(tmp_path, monkeypatch):
+    """Two saves, the second whole at each point of the first: config and weights are of the one that ended last."""
+    one, two = perturb(make_layer()), perturb(make_layer())
+    steps = count_steps(one, tmp_path / "count")
+    winners = set()
     for number in range(1, steps + 1):
-        for after in (False, True):
-            folder = tmp_path / f"{number}{after}"
-            if not first:
-                save(old, folder, meta={"name": "old"})
+        folder = tmp_path / str(number)
+        other = lambda folder=folder: in_child(lambda: save(two, folder, meta={"name": "two"}))  # noqa: E731
+        monkeypatch.setattr(model_folder, "_PATIENCE", 0.0)  # a child that waited would wait for its parent
+        with pytest.MonkeyPatch.context() as patch:
+            break_step(patch, number, False, other)
+            save(one, folder, meta={"name": "one"})
+        winners.add(read_config(folder)["meta"]["name"])
+        same(load(folder), {"one": one, "two": two}[read_config(folder)["meta"]["name"]])
+    assert winners == {"one"}
 
-            def crash(folder=folder, number=number, after=after):
-                break_step(pytest.MonkeyPatch(), number, after, lambda: os._exit(77))
-                save(new, folder, meta={"name": "new"})
 
-            assert in_child(crash) == 77
-            result = load_or_error(folder)
-            if isinstance(result, UserError):
-                assert str(folder) in str(result)
-                assert len(str(result).splitlines()) == 1
-                outcomes.add("refused")
-            else:
-                name = read_config(folder)["meta"]["name"]
-                same(result, {"old": old, "new": new}[name])
-                outcomes.add(name)
-            save(new, folder)  # a crash does not stop the next attempt
-            same(load(folder), new)
-    assert outcomes == {"refused", "new"} | (set() if first else {"old"})
+def test_a_reader_that_meets_a_save_reads_again(tmp_path, monkeypatch):
+    """A model is saved between the reading of config and weights, and again between their hash and their numbers."""
+    models = [perturb(make_layer()) for _ in range(3)]
+    save(models[0], tmp_path)
+    read, waiting = model_folder.load_file, models[1:]
+
+    def meanwhile(file):
+        if waiting:
+            save(waiting.pop(0), tmp_path)
+        return read(file)
+
+    monkeypatch.setattr(model_folder, "load_file", meanwhile)
+    same(load(tmp_path), models[2])
+
+
+def test_a_save_waits_for_another_and_says_so_in_the_end(tmp_path, user_error, monkeypatch):
+    old, new = perturb(make_layer()), perturb(make_layer())
+    save(old, tmp_path)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    monkeypatch.setattr(model_folder, "_PATIENCE", 0.05)
+    with user_error("another process", str(tmp_path), "choose another folder"):
+        save(new, tmp_path)
+    same(load(tmp_path), old)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    monkeypatch.setattr(model_folder, "_PATIENCE", 60)
+    threading.Timer(0.1, os.close, [handle]).start()
+    save(new, tmp_path)
+    same(load(tmp_path), new)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("a\0b", "null character"), ("x" * 300, "File name too long")])
+def test_names_that_no_file_system_has(saved, user_error, tmp_path, name, reason):
+    for action in (lambda path: save(saved[1], path), load, read_config):
+        with user_error(reason):
+            action(tmp_path / name)
+
+
+@pytest.mark.parametrize("digest", ["../../secret", "a" * 64, 5, None, ["a"]])
+def test_a_hash_names_no_other_file(saved, user_error, digest):
+    folder, _ = saved
+    rewrite(folder, edit=lambda config: config.update(sha256=digest))
+    with user_error("is not the file that config.json describes"):
+        load(folder)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])

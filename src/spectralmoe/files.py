@@ -1,46 +1,114 @@
-"""Files that are whole or absent: written under a temporary name, then renamed."""
+"""Files that are whole or absent: written inside a temporary folder beside their place, then renamed."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
+import shutil
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, first_line
 
-__all__ = ["make_folder", "read_json", "remove_parts", "to_json", "write_json", "write_text", "write_whole"]
+__all__ = [
+    "exists",
+    "make_folder",
+    "part_folder",
+    "publish",
+    "read_json",
+    "remove_parts",
+    "to_json",
+    "write_json",
+    "write_text",
+    "write_whole",
+    "writing",
+]
 
 _PART = ".spectralmoe-part"
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+_SHOWN = 200
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary path beside ``path``, flush it to disk, then rename it into place.
+    """Call ``write`` with a temporary path, flush what it wrote to disk, then rename it to ``path``.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; ``path`` is a folder, a device or a pipe. What
-            stood at ``path`` is untouched.
+        UserError: the disk is full or the folder cannot be written; ``path`` is a folder, a device or a pipe, or no
+            path at all. What stood at ``path`` is untouched.
     """
-    temporary: Path | None = None
+    with writing(path), part_folder(path.parent) as part:
+        write(part / path.name)
+        publish(part / path.name, path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of a block that writes ``path`` become a user's error in one line.
+
+    Raises:
+        UserError: as ``write_whole``.
+    """
+    if exists(path) and not path.is_file():  # a rename would put a file in place of a device
+        raise UserError(f"cannot write {path}: it is no regular file")
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no regular file")  # a rename would put a file in place of a device
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     except Exception as error:
-        raise _cannot_write(path, error) from error
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"cannot write {path}: {first_line(error)}") from error
+
+
+@contextmanager
+def part_folder(parent: Path) -> Iterator[Path]:
+    """A new folder inside ``parent`` for files that are being written; it is removed when the block ends.
+
+    The block holds a lock on the folder, which the system takes back when its process ends. So the folders of killed
+    writers are told from those of running ones, and are removed first.
+    """
+    for part in parent.glob(f".*{_PART}"):
+        _remove_part(part)
+    path, handle = _locked_part(parent)
+    try:
+        yield path
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+def publish(file: Path, path: Path) -> None:
+    """Flush ``file`` of a part folder to disk, give it the permissions of a new file and rename it to ``path``."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+    file.chmod(_mode_of_new_files(file.parent))
+    file.replace(path)
+
+
+def exists(path: Path) -> bool:
+    """Whether something stands at ``path``.
+
+    Raises:
+        UserError: it cannot be looked up: a name that is too long or holds a null character, a folder that may not be
+            entered.
+    """
+    try:
+        path.stat()
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is no path: it holds a null character") from error
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        name = str(path) if len(str(path)) <= _SHOWN else f"{str(path)[:_SHOWN]}..."
+        raise UserError(f"{name}: {error.strerror or error}") from error
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -70,15 +138,15 @@ def to_json(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in ``path``.
+    """The JSON value in ``path``, with or without a byte order mark.
 
     Raises:
         UserError: missing, unreadable, or not JSON.
     """
+    if not exists(path) and not path.is_symlink():
+        raise UserError(f"{path}: no such file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({str(error).splitlines()[0]})") from error
 
@@ -89,6 +157,7 @@ def make_folder(path: Path) -> None:
     Raises:
         UserError: it is a file, or cannot be written.
     """
+    exists(path)  # or why no file system could have it
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -98,18 +167,41 @@ def make_folder(path: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what writes that were killed have left below ``folder``."""
+    """Remove what writes that were killed have left in ``folder`` and below."""
     for part in folder.rglob(f".*{_PART}"):
-        part.unlink(missing_ok=True)
+        _remove_part(part)
 
 
-def _cannot_write(path: Path, error: Exception) -> Exception:
-    """A user's error for what the file system refuses; anything else stays what it is."""
-    if isinstance(error, OSError):
-        return UserError(f"cannot write {path}: {error.strerror or error}")
-    if type(error).__name__ == "SafetensorError":
-        return UserError(f"cannot write {path}: {error}")
-    return error
+def _locked_part(parent: Path) -> tuple[Path, int]:
+    """A new part folder and the handle that holds its lock."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=".", suffix=_PART, dir=parent))
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for the folder of a killed writer
+            continue
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if path.exists():
+            return path, handle
+        os.close(handle)
+
+
+def _remove_part(part: Path) -> None:
+    """Remove ``part`` unless a running process holds it or another user owns it."""
+    try:
+        handle = os.open(part, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return
+    else:
+        shutil.rmtree(part, ignore_errors=True)
+        if part.is_file():  # as earlier versions left them
+            part.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 def _finite(value: Any) -> Any:
@@ -122,7 +214,10 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _mode_of_new_files(folder: Path) -> int:
+    """The permissions that the process gives to new files (asking for the umask would change it in all threads)."""
+    handle = os.open(folder / ".mode", os.O_CREAT | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)

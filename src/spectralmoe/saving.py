@@ -1,24 +1,21 @@
 """Save a model to a folder and load it back: safetensors and JSON, nothing that runs code.
 
-``config.json`` is renamed into place last and holds the SHA-256 of ``model.safetensors``: a folder whose writing was
-interrupted is never taken for a model.
+``config.json`` holds the SHA-256 of ``model.safetensors``; the two are always of one save (``model_folder``).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError, first_line, refuse_differences
-from spectralmoe.files import make_folder, read_json, to_json, write_json, write_whole
+from spectralmoe.files import exists, read_json
+from spectralmoe.model_folder import CONFIG, WEIGHTS, read_model_folder, weights_file, write_model
 from spectralmoe.models import MODELS
 from spectralmoe.sharding import full, sharded_as
 from spectralmoe.spec import PARTS, build, describe
@@ -30,7 +27,6 @@ from spectralmoe.tape import moe_layers, plain_name, unwrapped
 __all__ = ["FORMAT", "load", "read_config", "save"]
 
 FORMAT = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TABLES: dict[str, type] = {
     **PARTS,
     **MODELS,
@@ -46,7 +42,8 @@ def save(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = 
 
     Tied tensors are written once, names are free of wrapper prefixes (DDP, ``torch.compile``). A network that cannot
     be described by a spec (a class of others) is saved all the same; ``load`` then needs ``into=``. A sharded model is
-    gathered first: every rank must call, and writes the same bytes.
+    gathered first: every rank must call, and writes the same bytes. At any time the folder holds the old model or the
+    new one, also when several processes save to it or one is killed.
 
     Args:
         meta: JSON values kept beside the model (class names, training settings, ...), see ``read_config``.
@@ -65,12 +62,7 @@ def save(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = 
         "tied": tied,
         "meta": meta or {},
     }
-    to_json(config)  # what it refuses, it refuses before the old weights are gone
-    make_folder(folder)
-    if (folder / CONFIG).exists() and not _is_ours(read_json(folder / CONFIG)):
-        raise UserError(f"{folder / CONFIG} belongs to another program; choose another folder")
-    write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    write_json(folder / CONFIG, {**config, "sha256": _sha256(folder / WEIGHTS)})
+    write_model(folder, config, tensors)
 
 
 def load(folder: str | Path, *, into: nn.Module | None = None, allow: Sequence[str] = ()) -> nn.Module:
@@ -82,23 +74,18 @@ def load(folder: str | Path, *, into: nn.Module | None = None, allow: Sequence[s
         allow: classes outside spectralmoe's tables that the folder may name, as "pkg:Class".
 
     Raises:
-        UserError: not a model folder, an interrupted or altered one, a class that was not allowed, other layers than
+        UserError: not a model folder, one whose weights were altered, a class that was not allowed, other layers than
             ``into`` has, or tensors that are missing, extra or of another shape (with the list).
     """
     folder = Path(folder)
-    config = read_config(folder)
-    shapes = _header(folder / WEIGHTS)
-    if _sha256(folder / WEIGHTS) != config.get("sha256"):
-        raise UserError(
-            f"{folder / WEIGHTS} is not the file that {CONFIG} describes: its writing was interrupted or it was changed"
-        )
+    config, tensors = read_model_folder(folder, read_config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         tied = dict(config["tied"])
         shapes |= {alias: shapes[name] for alias, name in tied.items()}
         model = unwrapped(into) if into is not None else _build(folder, config, shapes, allow)
         _check_layers(folder, model, config["layers"])
         _check_shapes(folder, model, shapes)
-        tensors = load_file(folder / WEIGHTS)
         tensors |= {alias: tensors[name] for alias, name in tied.items()}
         _fill(model, tensors, adopt_dtypes=into is None)
     except UserError:
@@ -115,20 +102,18 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         UserError: the folder holds no model that this version can read.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+    if not exists(folder / CONFIG) or not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not a model folder: it has no {CONFIG} and {WEIGHTS}")
     config = read_json(folder / CONFIG)
-    if not _is_ours(config):
+    if not isinstance(config, dict) or "spectralmoe" not in config:
         raise UserError(f"{folder} is not a model folder of spectralmoe: its {CONFIG} was written by another program")
     if config["spectralmoe"] != FORMAT:
         raise UserError(f"{folder} has format {config['spectralmoe']!r}; this version reads format {FORMAT}")
     if not isinstance(config.get("layers"), dict) or not isinstance(config.get("meta"), dict):
         raise UserError(f"{folder / CONFIG} does not describe a model (no layers)")
+    if not weights_file(folder, config).is_file():
+        raise UserError(f"{folder} is not a model folder: it has no {WEIGHTS}")
     return config
-
-
-def _is_ours(config: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(config, dict) and "spectralmoe" in config
 
 
 def _build(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], allow: Sequence[str]) -> nn.Module:
@@ -193,19 +178,6 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], *, adopt_dtypes: bool) -
         for name, target in targets.items():
             target.data = target.data.to(values[name].dtype)
     model.load_state_dict(values)
-
-
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({first_line(error)})") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _describe_layers(model: nn.Module) -> dict[str, Any]:

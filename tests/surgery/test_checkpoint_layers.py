@@ -16,6 +16,7 @@ from torch import nn
 
 import spectralmoe
 from spectralmoe import Balanced, FeedForward, LinearScorer, ModuleExperts, MoE, Router, TopK
+from spectralmoe.report.documents import as_document
 from spectralmoe.surgery.checkpoint_inspection import expert_gram, inspect_checkpoint
 from spectralmoe.surgery.checkpoint_layers import read_checkpoint
 
@@ -637,3 +638,239 @@ def test_a_gate_that_tells_nothing_apart(gate, tmp_path):
 def test_what_weights_do_not_tell_is_said(tmp_path):
     document = inspect_checkpoint(written(tmp_path, numbered()))
     assert [item["kind"] for item in document["findings"]] == ["no_data"]
+
+
+# ---------------------------------------------------------------------------------------- other families, other files
+
+
+def test_a_bias_with_two_dimensions_is_no_matrix(tmp_path, close):
+    """Ernie keeps the bias of the choice as (1, E), others a bias or a scale as (E, 1)."""
+    tensors, prefix = numbered(), "model.layers.0.mlp"
+    correction, bias = torch.randn(1, E), torch.randn(E, 1)
+    tensors[f"{prefix}.moe_statics.e_score_correction_bias"] = correction
+    tensors[f"{prefix}.gate.bias"] = bias
+    tensors[f"{prefix}.gate.temperature"] = torch.ones(1, E)
+    (layer,) = read_checkpoint(written(tmp_path, tensors)).layers
+    close(layer.matrix(), tensors[f"{prefix}.gate.weight"])
+    assert layer.correction_bias().equal(correction[0])
+    assert layer.bias().equal(bias[:, 0])
+
+
+@pytest.mark.parametrize("make", [numbered, stacked])
+def test_zero_experts(make, tmp_path, close):
+    """A router with choices that are no experts, where the config tells how many experts there are."""
+    prefix = "model.layers.0.mlp"
+    gate, bias = torch.randn(E + 2, D), torch.randn(E + 2)
+    tensors = {**make(), f"{prefix}.gate.weight": gate, f"{prefix}.gate.e_score_correction_bias": bias}
+    if make is stacked:  # as LongCat holds one of its tensors
+        tensors[f"{prefix}.experts.gate_up_proj"] = torch.randn(E + 2, 2 * F, D)
+    folder = written(tmp_path, tensors, {"n_routed_experts": E, "zero_expert_num": 2, "moe_topk": 2})
+    checkpoint = read_checkpoint(folder)
+    (layer,) = checkpoint.layers
+    assert (layer.num_experts, layer.width, layer.top_k) == (E, D, 2)
+    assert "the router has 2 rows more than there are experts" in checkpoint.notes[0]
+    assert layer.correction_bias().equal(bias)
+    if make is stacked:
+        names = (f"{prefix}.experts.down_proj", f"{prefix}.experts.gate_up_proj")
+        rows = torch.cat([tensors[name][:E].double().flatten(1) for name in names], 1)
+    else:
+        rows = vectors(tensors, lambda e: [f"{prefix}.experts.{e}.{n}.weight" for n in PARTS])
+    check_values(layer, gate, rows, close)
+    document = inspect_checkpoint(folder)
+    shown = torch.tensor(document["layers"][0]["similarity"]["matrices"]["rows"])
+    torch.testing.assert_close(shown, cosines(gate[:E].double()), rtol=0, atol=1e-4)
+    assert "the router has 2 rows more" in document["data"]["notes"][1]
+    as_document(document, "x")  # the page takes it
+
+
+PACKED_GATES = {
+    "awq": {
+        "qweight": torch.zeros(D, 1, dtype=torch.int32),
+        "scales": torch.ones(2, E),
+        "qzeros": torch.zeros(2, 1).int(),
+    },
+    "compressed-tensors": {
+        "weight_packed": torch.zeros(E, 1, dtype=torch.int32),
+        "weight_scale": torch.ones(E, 2),
+        "weight_shape": torch.tensor([E, D]),
+    },
+    "bitsandbytes 4 bit": {"weight": torch.zeros(E * D // 2, 1).byte(), "weight.absmax": torch.ones(1)},
+    "bitsandbytes 8 bit": {"weight": torch.zeros(E, D, dtype=torch.int8), "SCB": torch.ones(E)},
+    "fp8": {"weight": torch.ones(E, D).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)},
+    "mxfp4": {"weight_blocks": torch.zeros(E, 1, 4).byte(), "weight_scales": torch.zeros(E, 1).byte()},
+    "hadamard": {"qweight": torch.zeros(E, 4).byte(), "forward_hadamard_matrix": torch.randn(D, D)},
+    "trellis": {
+        "trellis": torch.zeros(1, 1, 8, dtype=torch.int16),
+        "suh": torch.ones(D),
+        "codebook": torch.randn(E, D),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PACKED_GATES)
+def test_a_quantised_gate_is_called_so_and_never_read_as_numbers(kind, tmp_path, user_error):
+    tensors = numbered()
+    del tensors["model.layers.0.mlp.gate.weight"]
+    tensors |= {f"model.layers.0.mlp.gate.{name}": value for name, value in PACKED_GATES[kind].items()}
+    with user_error("model.layers.0.mlp", "its router is quantised"):
+        read_checkpoint(written(tmp_path, tensors))
+
+
+def test_a_table_of_indices_beside_the_gate_is_not_quantised(tmp_path, close):
+    tensors = {**numbered(), "model.layers.0.mlp.gate.tid2eid": torch.zeros(20, 2, dtype=torch.int64)}
+    (layer,) = read_checkpoint(written(tmp_path, tensors)).layers
+    close(layer.matrix(), tensors["model.layers.0.mlp.gate.weight"])
+
+
+QUANTISED_EXPERTS = {
+    "other bits an expert": {
+        f"model.layers.0.mlp.experts.{e}.up_proj.{name}": value
+        for e in range(E)
+        for name, value in (
+            ("qweight", torch.zeros(1 + e % 2, D).int()),
+            ("zeros" if e else "scales", torch.ones(1, D)),
+        )
+    },
+    "stacked, E not in front": {
+        "model.layers.0.mlp.experts.gate_up_proj.qweight": torch.zeros(2, E, F).int(),
+        "model.layers.0.mlp.experts.gate_up_proj.scales": torch.ones(2, E, F),
+    },
+    "8 bits with scales in front": {
+        "model.layers.0.mlp.experts.down_proj": torch.ones(E, D, F).to(torch.float8_e4m3fn),
+        "model.layers.0.mlp.experts.down_proj_scale": torch.ones(1, E, 1),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED_EXPERTS)
+def test_no_layout_of_quantised_experts_is_called_lost(kind, tmp_path):
+    tensors = {"model.layers.0.mlp.gate.weight": torch.randn(E, D), **QUANTISED_EXPERTS[kind]}
+    checkpoint = read_checkpoint(written(tmp_path, tensors))
+    (layer,) = checkpoint.layers
+    assert (layer.num_experts, layer.width) == (E, D)
+    assert "quantised" in layer.note
+    assert list(layer.expert_vectors()) == []
+    assert checkpoint.parameters is None
+
+
+def test_quantised_experts_with_a_gap(tmp_path, user_error):
+    tensors = QUANTISED["gptq"]()
+    for name in ("qweight", "scales"):
+        del tensors[f"model.layers.0.mlp.experts.1.up_proj.{name}"]
+    with user_error("no tensor of expert 1"):
+        read_checkpoint(written(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("config", [{"base_model_name_or_path": "me/base"}, {}])
+def test_an_adapter_is_called_that(tmp_path, user_error, config):
+    adapter = {"base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight": torch.randn(2, D)}
+    folder = written(tmp_path, adapter, name="adapter_model.safetensors")
+    with user_error("adapter of PEFT"):
+        read_checkpoint(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with user_error("adapter of PEFT", *config.values()):
+        read_checkpoint(folder)
+    written(folder, numbered())  # with its model beside it
+    assert read_checkpoint(folder).layers[0].num_experts == E
+
+
+EXPERTS_IN_CONFIG = [
+    {"num_experts": 16, "is_moe": True},
+    {"text_config": {"n_routed_experts": 8}},
+    {"ffn_config": {"moe_num_experts": 8}},
+    {"thinker_config": {"text_config": {"num_local_experts": 4}}, "quantization_config": {}},
+]
+
+
+@pytest.mark.parametrize("config", EXPERTS_IN_CONFIG)
+def test_a_family_of_another_kind_is_not_called_dense(config, tmp_path, user_error):
+    tensors = {"model.layers.0.mlp.down_embed.weight": torch.randn(16, D)}
+    with user_error("config.json names experts", "_experts = ", "load the model"):
+        read_checkpoint(written(tmp_path, tensors, config))
+
+
+@pytest.mark.parametrize("config", [{"num_experts": 16384, "is_moe": False}, {"num_local_experts": 0}, {"n": 1}])
+def test_a_dense_model_of_a_family_with_experts(config, tmp_path, user_error):
+    with user_error("dense"):
+        read_checkpoint(written(tmp_path, {"model.layers.0.mlp.up_proj.weight": torch.randn(F, D)}, config))
+
+
+def test_a_whole_file_beside_an_index_was_left_by_an_earlier_save(tmp_path, close):
+    tensors = shards(tmp_path)
+    written(tmp_path, numbered(e=2))
+    checkpoint = read_checkpoint(tmp_path)
+    close(checkpoint.layers[0].matrix(), tensors["model.layers.0.mlp.gate.weight"])
+    assert "model.safetensors beside the shards" in checkpoint.notes[0]
+    assert checkpoint.notes[0] in inspect_checkpoint(tmp_path)["data"]["notes"]
+    for file in tmp_path.glob("model-*"):  # now the index is the older one
+        file.unlink()
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint.layers[0].num_experts == 2
+    assert "names no file that is there" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("name", ["/etc/a.safetensors", "../a.safetensors", "..", "", "below/a.safetensors"])
+def test_an_index_that_leaves_its_folder(name, tmp_path, user_error):
+    shards(tmp_path, index={"weight_map": {"a": name}})
+    with user_error("model.safetensors.index.json", "weight_map"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300])
+def test_names_that_no_file_system_has(name, tmp_path, user_error):
+    with user_error():
+        read_checkpoint(tmp_path / name)
+    shards(tmp_path, index={"weight_map": {"a": name}})
+    with user_error("lacks"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        (10**9).to_bytes(8, "little") + b"{}",
+        b"\xff" * 64,
+        (2).to_bytes(8, "little") + b"[]",
+        (4).to_bytes(8, "little") + b"null",
+    ],
+)
+def test_headers_that_are_none(content, tmp_path, user_error):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with user_error("model.safetensors", "not a whole safetensors file"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_config_with_a_byte_order_mark_and_nan(tmp_path):
+    written(tmp_path, numbered())
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"num_experts_per_tok": 2, "eps": NaN, "num_experts": NaN}')
+    assert read_checkpoint(tmp_path).layers[0].top_k == 2
+
+
+def test_links_as_a_cache_of_the_hub_keeps_them(tmp_path, close):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    tensors = numbered()
+    written(tmp_path / "blobs", tensors, name="1234")
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/1234")
+    (layer,) = read_checkpoint(tmp_path / "snapshot").layers
+    close(layer.matrix(), tensors["model.layers.0.mlp.gate.weight"])
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path, user_error):
+    (layer,) = read_checkpoint(written(tmp_path, numbered())).layers
+    written(tmp_path, numbered())
+    with user_error("was written while it was read"):
+        layer.matrix()
+
+
+def test_own_folder_of_a_save_that_was_killed(tmp_path, close):
+    """config.json is new, the weights have not got their plain name yet."""
+    layers = [MoE(Router(LinearScorer(D, E), TopK(2)), FeedForward(E, D, F)) for _ in range(2)]
+    spectralmoe.save(layers[0], tmp_path)
+    old = (tmp_path / "model.safetensors").read_bytes()
+    spectralmoe.save(layers[1], tmp_path)
+    digest = json.loads((tmp_path / "config.json").read_text())["sha256"]
+    (tmp_path / "model.safetensors").rename(tmp_path / f".{digest}.spectralmoe-weights")
+    (tmp_path / "model.safetensors").write_bytes(old)
+    close(read_checkpoint(tmp_path).layers[0].matrix(), layers[1].router.scorer.matrix.detach())

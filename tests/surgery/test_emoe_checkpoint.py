@@ -55,6 +55,11 @@ def test_logits(mode, golden, load_it, close):
     close(load_it(mode)(golden[0]["input.images"]), golden[0][f"output.{mode}.logits"])
 
 
+def test_weights_below_the_prefix_of_a_wrapper(golden, load_it, weights, close):
+    model = load_it(source={"state_dict_ema": {f"module.{name}": value for name, value in weights.items()}})
+    close(model(golden[0]["input.images"]), golden[0]["output.top1.logits"])
+
+
 @MODES
 @pytest.mark.parametrize("index", BLOCKS)
 def test_a_branch_alone(mode, index, golden, load_it, close):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -146,6 +147,41 @@ def test_saving_whole_after_parts_leaves_one_kind(model, dense, tmp_path):
     HubVisionMoE(model, parts_only=True).save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     same(HubVisionMoE.from_pretrained(tmp_path, backbone=dense).model, model)
+
+
+def test_a_save_that_fails_leaves_what_the_folder_held(model, dense, tmp_path, monkeypatch, user_error):
+    """Also where the two are of different kinds: what config.json says decides."""
+    HubVisionMoE(model, META, parts_only=True).save_pretrained(tmp_path)
+    other = copy.deepcopy(model)
+    torch.nn.init.ones_(other.backbone.head.weight)
+    replace = Path.replace
+
+    def full(path, target):
+        if target.name == "config.json":
+            raise OSError(28, "No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    for parts_only in (True, False):
+        with user_error("No space left on device"):
+            HubVisionMoE(other, parts_only=parts_only).save_pretrained(tmp_path)
+        same(HubVisionMoE.from_pretrained(tmp_path, backbone=dense).model, model)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "parts.safetensors"]
+    monkeypatch.undo()
+    parts = (tmp_path / "parts.safetensors").read_bytes()
+    HubVisionMoE(other).save_pretrained(tmp_path)
+    (tmp_path / "parts.safetensors").write_bytes(parts)  # left by a save that was killed at its very end
+    same(HubVisionMoE.from_pretrained(tmp_path).model, other)
+
+
+def test_push_after_saving(model, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        HubVisionMoE, "push_to_hub", lambda self, name, **options: calls.append((name, options)) or "url"
+    )
+    assert HubVisionMoE(model).save_pretrained(tmp_path / "mine", push_to_hub=True, private=True) == "url"
+    assert calls == [("mine", {"model_card_kwargs": None, "private": True})]
+    assert (tmp_path / "mine" / "README.md").exists()
 
 
 def test_push_uploads_what_save_writes(model, tmp_path, monkeypatch):

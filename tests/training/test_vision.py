@@ -238,6 +238,9 @@ def test_weights_come_from_files_and_folders(data, tmp_path, user_error):
     for name in ("w.safetensors", "w.pth", "folder"):
         network = build_vision(data, settings({"checkpoint": str(tmp_path / name)}, moe=None))
         assert bits(network.backbone) == bits(source.backbone)
+    torch.save({"state_dict_ema": {f"module._orig_mod.{k}": v for k, v in state.items()}}, tmp_path / "ema.pth")
+    network = build_vision(data, settings({"checkpoint": str(tmp_path / "ema.pth")}, moe=None))
+    assert bits(network.backbone) == bits(source.backbone)
     other = build_vision(data, settings(moe=None))
     head = bits(other.backbone.head)
     other.new_head(3)

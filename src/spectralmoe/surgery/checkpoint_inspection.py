@@ -80,7 +80,7 @@ def _layer(layer: CheckpointLayer, experts: bool) -> dict[str, Any]:
             "matrices": {
                 "output": None,
                 "weights": rounded(cosines),
-                "rows": rounded(None if matrix is None else row_cosines(matrix)),
+                "rows": rounded(None if matrix is None else row_cosines(matrix[: layer.num_experts])),
             },
         },
         "stability": None,
@@ -95,7 +95,7 @@ def _model_class(checkpoint: Checkpoint) -> str:
 
 
 def _notes(checkpoint: Checkpoint, experts: bool) -> list[str]:
-    found = ["read from the weights alone: nothing was run"]
+    found = ["read from the weights alone: nothing was run", *checkpoint.notes]
     if not experts:
         return [*found, "the experts were not read"]
     for note in sorted({layer.note for layer in checkpoint.layers if layer.note}):

@@ -20,15 +20,17 @@ from torch import Tensor
 
 from spectralmoe.diagnostics.watch import layer_number
 from spectralmoe.errors import UserError
-from spectralmoe.files import read_json
+from spectralmoe.files import exists
+from spectralmoe.model_folder import weights_file
 from spectralmoe.spec import build
+from spectralmoe.surgery.checkpoint_config import experts_of_config, read_model_config, top_k_of_config
 from spectralmoe.surgery.checkpoint_names import CORRECTION, Block, find_blocks
-from spectralmoe.surgery.tensor_files import FLOATS, Stored, stored_tensors
+from spectralmoe.surgery.tensor_files import FLOATS, Stored, passed_over, stored_in_file, stored_tensors
 
 __all__ = ["Checkpoint", "CheckpointLayer", "read_checkpoint"]
 
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_topk", "moe_k")
 _NUMBERS = 2**22
+_TRIES = 100
 _ORDER = {"": 0, "encoder": 0, "decoder": 1}
 
 
@@ -40,7 +42,7 @@ class CheckpointLayer:
         name: the layer's name in the files.
         number: the model's own layer number.
         stack: "encoder" or "decoder" in a model with both, else "".
-        num_experts: E.
+        num_experts: E, of the experts that have weights; the router may have more rows ("zero experts").
         width: D.
         top_k: K; None where the config does not tell.
         note: why there are no ``expert_vectors``, else None.
@@ -86,8 +88,9 @@ class CheckpointLayer:
                 yield block
 
     def _vector(self, correction: bool) -> Tensor | None:
+        rows = {self.num_experts} if self._block.matrix is None else {self.num_experts, self._block.matrix.shape[0]}
         for key, stored in self._block.router.items():
-            if key.endswith("bias") and stored.size == self.num_experts and correction == bool(CORRECTION.search(key)):
+            if key.endswith("bias") and stored.size in rows and correction == bool(CORRECTION.search(key)):
                 return stored.read().flatten()
         return None
 
@@ -102,6 +105,7 @@ class Checkpoint:
         dtype: what most of its numbers are stored as: "bfloat16", "float32", ...
         parameters: how many numbers it holds; None where some are packed.
         layers: in the order of the forward, an encoder's before a decoder's.
+        notes: what a reader of the results should know, a sentence each.
     """
 
     name: str
@@ -109,14 +113,16 @@ class Checkpoint:
     dtype: str
     parameters: int | None
     layers: Sequence[CheckpointLayer] = field(repr=False)
+    notes: Sequence[str] = ()
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """The MoE layers of a model folder with safetensors files, or of one such file; only headers are read yet.
 
     Raises:
-        UserError: no safetensors files, or broken ones (``tensor_files``); no MoE layer; experts without a router that
-            fits them; experts that lack tensors.
+        UserError: no safetensors files, or broken ones (``tensor_files``); an adapter without its model; no MoE layer,
+            or none of a known kind; a quantised router; experts without a router that fits them; experts that lack
+            tensors.
 
     >>> import tempfile
     >>> from safetensors.torch import save_file
@@ -128,18 +134,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     ('layers.0.mlp', 4, 8)
     """
     path = Path(path)
-    tensors, config = stored_tensors(path), _config(path)
+    tensors, config = _read(path)
     specs = config["layers"] if "spectralmoe" in config and isinstance(config.get("layers"), dict) else {}
     if specs:
         tensors |= {alias: tensors[name] for alias, name in config.get("tied", {}).items() if name in tensors}
     try:
-        blocks = find_blocks(tensors, scored=[name for name, spec in specs.items() if spec])
+        blocks = find_blocks(
+            tensors, [name for name, spec in specs.items() if spec], experts_of_config(config).values()
+        )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not blocks:
-        raise UserError(
-            f"{path} holds no MoE layer (no experts beside a router): a dense model has no router to inspect"
-        )
+        raise _no_layer(path, tensors, config)
     if not specs:
         _check_alike(path, blocks)
     layers = [_layer(block, tensors, config, specs.get(block.name), place) for place, block in enumerate(blocks)]
@@ -153,7 +159,48 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         dtype=str(FLOATS.get(kind, kind)).removeprefix("torch."),
         parameters=None if any(layer.note for layer in layers) else sum(kinds.values()),
         layers=sorted(layers, key=lambda layer: (_ORDER[layer.stack], layer.number)),
+        notes=[*_notes(path, [] if specs else blocks)],
     )
+
+
+def _read(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """Headers and config; of a folder of ``spectralmoe.save``, both of one save."""
+    config = read_model_config(path) if exists(path) else {}
+    if not path.is_dir() or "spectralmoe" not in config:
+        return stored_tensors(path), config
+    for _ in range(_TRIES):
+        tensors = stored_in_file(weights_file(path, config))
+        latest = read_model_config(path)
+        if latest == config:
+            break
+        config = latest
+    return tensors, config
+
+
+def _no_layer(path: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> UserError:
+    if any("lora_A" in key or "lora_B" in key for key in tensors):
+        return UserError(
+            f"{path} holds an adapter of PEFT, not a model: inspect the model that it was trained on, or merge the two "
+            "(merge_and_unload) and save the result"
+        )
+    if counts := experts_of_config(config):
+        key, count = next(iter(counts.items()))
+        quantised = "quantised, or " if "quantization_config" in config else ""
+        return UserError(
+            f"{path}: config.json names experts ({key} = {count}), but no tensors are named and shaped as a router and "
+            f"experts: {quantised}of a family that cannot be read from its weights alone; load the model to inspect it"
+        )
+    return UserError(f"{path} holds no MoE layer (no experts beside a router): a dense model has no router to inspect")
+
+
+def _notes(path: Path, blocks: Sequence[Block]) -> Iterator[str]:
+    if path.is_dir() and (leftover := passed_over(path)):
+        yield leftover
+    wider = [block for block in blocks if block.matrix is not None and block.matrix.shape[0] > block.num_experts > 0]
+    if wider:
+        more = ", ".join(sorted({str(block.matrix.shape[0] - block.num_experts) for block in wider if block.matrix}))
+        count = f"{len(wider)} of {len(blocks)} layers"
+        yield f"the router has {more} rows more than there are experts with weights in {count}"
 
 
 def _layer(
@@ -163,7 +210,9 @@ def _layer(
     number = place if number is None else number
     if not spec:
         width = 0 if block.matrix is None else block.matrix.shape[1]
-        return CheckpointLayer(block.name, number, stack, block.num_experts, width, _top_k(config), block.note, block)
+        return CheckpointLayer(
+            block.name, number, stack, block.num_experts, width, top_k_of_config(config), block.note, block
+        )
     try:
         scorer, top_k = spec["router"]["scorer"], spec["router"]["selector"].get("k")
         return CheckpointLayer(
@@ -208,17 +257,3 @@ def _stack(name: str, tensors: Mapping[str, Stored]) -> str:
         if found and any(f".{key}".startswith(f"{root}.{other}.") for key in tensors):
             return own
     return ""
-
-
-def _top_k(config: Mapping[str, Any]) -> int | None:
-    scopes = [config, *(config[key] for key in ("text_config", "ffn_config") if isinstance(config.get(key), dict))]
-    found = [scope[key] for scope in scopes for key in _TOP_K if isinstance(scope.get(key), int)]
-    return found[0] if found else None
-
-
-def _config(path: Path) -> dict[str, Any]:
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    config = read_json(file) if file.exists() else {}
-    if not isinstance(config, dict):
-        raise UserError(f"{file} is not the config of a model; fetch it again, or remove it")
-    return config

@@ -20,6 +20,8 @@ _PACKED = re.compile(r"scale|zero|absmax|quant|qweight|packed|g_idx")
 CORRECTION = re.compile(r"(?:correction_bias|expert_bias|selector\.bias)$")
 """Names of biases that only the choice of experts sees."""
 
+_BIAS = re.compile(r"(?:^|[._])bias$")
+_INDICES = ("I64", "BOOL")
 _LISTED = 3
 
 Named = Mapping[str, Stored]
@@ -32,9 +34,10 @@ class Block:
 
     Attributes:
         name: what their names begin with.
-        num_experts: E.
+        num_experts: E, of the experts that have weights.
         router: the router's tensors and the biases of the choice.
-        matrix: the routing matrix (E, D) among them; None where the router is not told by one matrix.
+        matrix: the routing matrix (E, D) among them, with more rows where tokens may choose no expert ("zero experts");
+            None where the router is not told by one matrix.
         parts: the experts' tensors by name, each as E pieces of one size; empty with a ``note``.
         note: why the experts cannot be read, else None.
     """
@@ -47,14 +50,17 @@ class Block:
     note: str | None
 
 
-def find_blocks(tensors: Named, scored: Collection[str] = ()) -> list[Block]:
+def find_blocks(tensors: Named, scored: Collection[str] = (), counts: Collection[int] = ()) -> list[Block]:
     """The MoE layers among ``tensors``, by name.
 
     Args:
         scored: layers whose router may be of any tensors, with at least as many outputs as there are experts.
+        counts: how many experts a layer has, as far as a config tells: a router with more rows then has choices that
+            are no experts, and nothing is lost.
 
     Raises:
-        UserError: experts without a router, or with one that does not fit them; experts that lack tensors.
+        UserError: experts without a router, or with one that does not fit them or is quantised; experts that lack
+            tensors.
     """
     names = {name for key in tensors if (name := _router_owner(key)) is not None}
     below: dict[str, dict[str, Stored]] = {name: {} for name in sorted(names)}
@@ -64,9 +70,10 @@ def find_blocks(tensors: Named, scored: Collection[str] = ()) -> list[Block]:
             below[name][key[len(name) + 1 :] if name else key] = stored
         elif not _SHARED.search(key) and (_NUMBERED.search(key) or (_STACKED.search(key) and len(stored.shape) > 2)):
             raise UserError(
-                f"{key!r} is of an expert, but no gate or router stands beside it; part of the checkpoint is lost"
+                f"{key!r} is of an expert, but no tensor beside it is named as a router is (gate, gating, wg, "
+                "router): it is lost, or of a family that names it otherwise; load the model to inspect it"
             )
-    found = (_block(name, own, name in scored) for name, own in below.items())
+    found = (_block(name, own, name in scored, counts) for name, own in below.items())
     return [block for block in found if block is not None]
 
 
@@ -88,12 +95,12 @@ def _owner(key: str, names: Collection[str]) -> str | None:
     return "" if "" in names else None
 
 
-def _block(name: str, tensors: Named, scored: bool) -> Block | None:
+def _block(name: str, tensors: Named, scored: bool, counts: Collection[int]) -> Block | None:
     """The layer ``name``; None where no experts stand beside what looked like a router."""
     where = name or "the layer"
     router = {key: t for key, t in tensors.items() if _router_owner(key) == "" or CORRECTION.search(key)}
-    found = [t for key, t in router.items() if len(t.shape) == 2 and t.kind in FLOATS and not _PACKED.search(key)]
-    matrix = found[0] if len(found) == 1 else None
+    quantised = _is_quantised(router)
+    matrix = None if quantised else _matrix(router)
     rest = {key: t for key, t in tensors.items() if key not in router and not _SHARED.search(key)}
     numbered = _numbered(rest)
     stacked = {key: t for key, t in rest.items() if _is_stacked(key, t, matrix)}
@@ -101,20 +108,47 @@ def _block(name: str, tensors: Named, scored: bool) -> Block | None:
         return None
     if matrix is None and not scored:
         held = ", ".join(f"{key} {t.kind} {list(t.shape)}" for key, t in sorted(router.items())[:_LISTED])
-        raise UserError(
-            f"{where}: load the model to inspect it; no single floating-point matrix is its router, but {held}"
-        )
+        what = "its router is quantised, not a floating-point matrix" if quantised else "no single matrix is its router"
+        raise UserError(f"{where}: load the model to inspect it; {what}: {held}")
+    rows = 0 if matrix is None else matrix.shape[0]
+    note = _note([item for own in numbered.values() for item in own.items()] or list(stacked.items()))
     if numbered:
         e = max(numbered) + 1
+    elif note:
+        e = rows
     else:
-        e = min((t.shape[0] for t in stacked.values() if len(t.shape) > 2), default=matrix.shape[0] if matrix else 0)
-    if matrix is not None and not scored and matrix.shape[0] != e:
+        e = min((t.shape[0] for t in stacked.values() if len(t.shape) > 2), default=rows)
+    if matrix is not None and not scored and rows != e and not (rows > e and e in counts):
         raise UserError(
-            f"{where}: the router has {matrix.shape[0]} rows for {e} experts; part of the checkpoint is lost"
+            f"{where}: the router has {rows} rows for {e} experts; experts are lost, or config.json does not tell "
+            "that some choices are no experts"
         )
-    note = _note([item for own in numbered.values() for item in own.items()] or list(stacked.items()))
-    parts = _numbered_parts(where, numbered, e) if numbered else _stacked_parts(where, stacked, e, note)
-    return Block(name, e, router, matrix, {} if note else parts, note)
+    if note:
+        _refuse_gaps(where, numbered, e)
+        return Block(name, e, router, matrix, {}, note)
+    parts = _numbered_parts(where, numbered, e) if numbered else _stacked_parts(where, stacked, e, rows)
+    return Block(name, e, router, matrix, parts, None)
+
+
+def _matrix(router: Named) -> Stored | None:
+    """The one matrix among a router's tensors. A bias or scale may be stored with two dimensions, (1, E) or (E, 1)."""
+    flat = [t for key, t in router.items() if len(t.shape) == 2 and t.kind in FLOATS and not _is_vector_name(key)]
+    wide = [t for t in flat if 1 not in t.shape] or flat
+    return wide[0] if len(wide) == 1 else None
+
+
+def _is_vector_name(key: str) -> bool:
+    return bool(CORRECTION.search(key) or _BIAS.search(key) or _PACKED.search(key))
+
+
+def _is_quantised(tensors: Named) -> bool:
+    """Whether numbers are packed, or need the scales beside them. Tables of indices are 64-bit integers."""
+    scaled = any("scale" in key for key in tensors)
+    return any(
+        len(t.shape) >= 2
+        and ((t.kind not in FLOATS and t.kind not in _INDICES) or (t.kind.startswith("F8") and scaled))
+        for t in tensors.values()
+    )
 
 
 def _numbered(tensors: Named) -> dict[int, dict[str, Stored]]:
@@ -151,15 +185,22 @@ def _numbered_parts(where: str, experts: Mapping[int, Named], e: int) -> dict[st
     return {part: [experts[expert][part] for expert in range(e)] for part in names if experts[0][part].shape}
 
 
-def _stacked_parts(where: str, stacked: Named, e: int, note: str | None) -> dict[str, Sequence[Stored]]:
-    """Pieces of tensors with E in front; where all are 2-D, of those with a multiple of E rows."""
-    deep = {key: t for key, t in stacked.items() if len(t.shape) > 2}
-    if odd := [f"{key} {list(t.shape)}" for key, t in deep.items() if t.shape[0] != e]:
-        raise UserError(f"{where}: {e} experts, but {odd[0]}; part of the checkpoint is lost")
-    fits = {key: t for key, t in stacked.items() if t.shape[0] == e or (not deep and e and t.shape[0] % e == 0)}
-    if note:
-        return {}
-    return {key: [t.piece(i * (t.size // e), t.size // e) for i in range(e)] for key, t in sorted(fits.items())}
+def _refuse_gaps(where: str, experts: Mapping[int, Named], e: int) -> None:
+    if lost := [str(expert) for expert in range(e) if experts and expert not in experts]:
+        raise UserError(f"{where}: no tensor of expert {', '.join(lost[:_LISTED])}; fetch or save the checkpoint again")
+
+
+def _stacked_parts(where: str, stacked: Named, e: int, rows: int) -> dict[str, Sequence[Stored]]:
+    """Pieces of tensors with E in front, or as many as the router has rows; where all are 2-D, a multiple of E rows."""
+    deep, rows = {key: t for key, t in stacked.items() if len(t.shape) > 2}, rows or e
+    if odd := [f"{key} {list(t.shape)}" for key, t in deep.items() if t.shape[0] not in (e, rows)]:
+        raise UserError(f"{where}: {e} experts, but {odd[0]}; fetch or save the checkpoint again")
+    parts: dict[str, Sequence[Stored]] = {}
+    for key, t in sorted(stacked.items()):
+        if t.shape[0] in (e, rows) or (not deep and e and t.shape[0] % e == 0):
+            size = t.size // (rows if t.shape[0] == rows else e)
+            parts[key] = [t.piece(i * size, size) for i in range(e)]
+    return parts
 
 
 def _note(experts: Sequence[tuple[str, Stored]]) -> str | None:

@@ -18,7 +18,7 @@ from spectralmoe.errors import refuse_differences
 from spectralmoe.surgery.blocks import block_width, choose_blocks, model_blocks
 from spectralmoe.surgery.branches import add_branches
 from spectralmoe.surgery.spec import EMoESpec, Mode
-from spectralmoe.surgery.weights_file import read_tensors, state_dict_of
+from spectralmoe.surgery.weights_file import read_tensors, state_dict_of, without_prefix
 
 __all__ = ["load_emoe_checkpoint"]
 
@@ -46,7 +46,7 @@ def load_emoe_checkpoint(
 
     Args:
         vit: a timm ViT built with the arguments of the checkpoint's backbone.
-        source: a state dict, alone or under one key "model" or "state_dict", or the path of a file that holds one
+        source: a state dict, alone or under a key of ``WRAPPERS``, or the path of a file that holds one
             (``read_tensors``: never run as code).
         blocks: "all", "lastN", "1,3" or a list of indices.
 
@@ -58,13 +58,13 @@ def load_emoe_checkpoint(
         faithful=True, experts=experts, rank=rank, bottleneck=bottleneck, blocks=blocks, mode=router_mode, tau=tau
     )
     found = state_dict_of(source, "the source") if isinstance(source, Mapping) else read_tensors(Path(source))
-    tensors = {name: value for name, value in found.items() if not name.endswith(_UNUSED)}
     order, chosen = list(model_blocks(vit)), choose_blocks(vit, blocks)
     prefixes = {path: f"branches.{order.index(path)}." for path in chosen}
     wanted = {f"vit.{name}": value.shape for name, value in vit.state_dict().items() if ".moe_branch." not in name}
     for path, prefix in prefixes.items():
         shapes = _branch_shapes(block_width(path, chosen[path]), spec)
         wanted |= {prefix + name: shape for name, shape in shapes.items()}
+    tensors = {name: value for name, value in without_prefix(found, wanted).items() if not name.endswith(_UNUSED)}
     given = {name: value.shape for name, value in tensors.items()}
     refuse_differences("the EMoE checkpoint does not fit the model and settings", wanted, given)
     add_branches(vit, spec)

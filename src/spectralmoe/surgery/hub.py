@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.surgery.parts import CONFIG, PARTS, load_parts, read_parts_config, refuse_others, save_parts
+from spectralmoe.files import write_text
+from spectralmoe.model_folder import CONFIG, PARTS, WEIGHTS
+from spectralmoe.surgery.parts import holds_parts, load_parts, read_parts_config, save_parts
 from spectralmoe.surgery.timm import VisionMoE
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HubVisionMoE", "model_card"]
 
-_WEIGHTS = "model.safetensors"
+_CARD = "README.md"
 
 
 def model_card(model: VisionMoE, meta: Mapping[str, Any], *, parts_only: bool = False) -> str:
@@ -83,15 +85,28 @@ def _hub_class() -> Any:
             logits: Tensor = self.model(images)
             return logits
 
-        def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-            refuse_others(Path(save_directory))  # the mixin removes any config.json first
-            found: str | None = super().save_pretrained(save_directory, **options)
-            return found
+        def save_pretrained(
+            self,
+            save_directory: str | Path,
+            *,
+            repo_id: str | None = None,
+            push_to_hub: bool = False,
+            model_card_kwargs: dict[str, Any] | None = None,
+            **options: Any,
+        ) -> str | None:
+            """Write the folder and upload it if asked; the mixin's own would remove the old config first."""
+            folder = Path(save_directory)
+            self._save_pretrained(folder)
+            if not (folder / _CARD).exists():
+                write_text(folder / _CARD, str(self.generate_model_card(**model_card_kwargs or {})))
+            if not push_to_hub:
+                return None
+            url: str = self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **options)
+            return url
 
         def _save_pretrained(self, save_directory: Path) -> None:
             write = save_parts if self.parts_only else save
             write(self.model, save_directory, meta=self.meta)
-            (save_directory / (_WEIGHTS if self.parts_only else PARTS)).unlink(missing_ok=True)
 
         def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
             data = ModelCardData(
@@ -114,11 +129,11 @@ def _hub_class() -> Any:
             folder = Path(model_id)
             if not folder.is_dir():
                 try:
-                    folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG, PARTS, _WEIGHTS], **options))
+                    folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG, PARTS, WEIGHTS], **options))
                 except Exception as error:  # no network, no such name, no right to it
                     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
                     raise UserError(f"{model_id} is no folder here and could not be fetched ({reason})") from error
-            if not (folder / PARTS).exists():
+            if not holds_parts(folder):
                 model = load(folder)
                 if not isinstance(model, VisionMoE):
                     raise UserError(f"{model_id} holds a {type(model).__name__}, not a VisionMoE")

@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.files import make_folder, read_json, write_json, write_whole
+from spectralmoe.files import read_json
+from spectralmoe.model_folder import CONFIG, PARTS, read_model_folder, weights_file, write_model
 from spectralmoe.spec import build, describe
 from spectralmoe.surgery.timm import VisionMoE
 
-__all__ = ["CONFIG", "PARTS", "backbone_sha256", "load_parts", "read_parts_config", "refuse_others", "save_parts"]
+__all__ = ["backbone_sha256", "holds_parts", "load_parts", "read_parts_config", "save_parts"]
 
-CONFIG, PARTS = "config.json", "parts.safetensors"
 _KEY, _FORMAT = "spectralmoe_parts", 1
 
 
@@ -35,7 +34,6 @@ def save_parts(model: VisionMoE, folder: str | Path, *, meta: dict[str, Any] | N
     """
     from spectralmoe.saving import TABLES
 
-    folder = Path(folder)
     own, rest = _split(model)
     config = {
         _KEY: _FORMAT,
@@ -43,12 +41,8 @@ def save_parts(model: VisionMoE, folder: str | Path, *, meta: dict[str, Any] | N
         "backbone_sha256": _digest(rest),
         "meta": meta or {},
     }
-    refuse_others(folder)
-    make_folder(folder)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in own.items()}
-    write_whole(folder / PARTS, lambda path: save_file(tensors, path))
-    digest = hashlib.sha256((folder / PARTS).read_bytes()).hexdigest()
-    write_json(folder / CONFIG, {**config, "sha256": digest})
+    write_model(Path(folder), config, tensors)
 
 
 def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -> VisionMoE:
@@ -64,11 +58,8 @@ def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -
     from spectralmoe.saving import TABLES
 
     folder = Path(folder)
-    config = read_parts_config(folder)
+    config, tensors = read_model_folder(folder, read_parts_config)
     try:
-        if hashlib.sha256((folder / PARTS).read_bytes()).hexdigest() != config["sha256"]:
-            raise UserError(f"{folder / PARTS} is not the file that {CONFIG} describes; fetch or save it again")
-        tensors = load_file(folder / PARTS)
         with torch.random.fork_rng(devices=[]):
             with torch.device("meta"):  # first without memory: a config cannot ask for more than there is
                 own, rest = _split(build(config["model"], tables=TABLES))
@@ -130,6 +121,16 @@ def _difference(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> st
     return "its weights differ (SHA-256)"
 
 
+def holds_parts(folder: Path) -> bool:
+    """Whether ``save_parts`` wrote the model that ``folder`` holds.
+
+    Raises:
+        UserError: its ``config.json`` is no JSON.
+    """
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    return isinstance(config, dict) and _KEY in config
+
+
 def read_parts_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a folder of parts; ``["meta"]`` is what ``save_parts`` was given.
 
@@ -139,12 +140,6 @@ def read_parts_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get(_KEY) != _FORMAT:
         raise UserError(f"{folder} holds no parts of a spectralmoe model of format {_FORMAT}")
+    if not weights_file(folder, config).is_file():
+        raise UserError(f"{folder} lacks {PARTS}; fetch or save it again")
     return config
-
-
-def refuse_others(folder: Path) -> None:
-    """Refuse a folder with another program's ``config.json``."""
-    if (folder / CONFIG).exists():
-        held = read_json(folder / CONFIG)
-        if not isinstance(held, dict) or not held.keys() & {_KEY, "spectralmoe"}:
-            raise UserError(f"{folder / CONFIG} belongs to another program; choose another folder")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spectralmoe.errors import UserError
+from spectralmoe.files import exists
 
-__all__ = ["WRAPPERS", "read_tensors", "state_dict_of"]
+__all__ = ["WRAPPERS", "read_tensors", "state_dict_of", "without_prefix"]
 
-WRAPPERS = ("model", "state_dict")
-"""Keys under which a state dict may lie."""
+WRAPPERS = ("model", "state_dict", "module", "model_ema", "state_dict_ema")
+"""Keys under which a state dict may lie, weights as they are before averages of them."""
+
+_KEYS = ", ".join(map(repr, WRAPPERS))
+_LISTED = 5
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The state dict in a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file (the last three by torch's loader for
-    weights alone), as it is or under one key "model" or "state_dict".
+    weights alone), as it is or under a key of ``WRAPPERS``.
 
     Raises:
         UserError: no such file, another kind of file, or one that holds more than names and tensors.
     """
-    if not path.is_file():
+    if not exists(path) or not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         raise UserError(f"{path}: the name of a weights file ends in .safetensors, .pth, .pt or .bin")
@@ -56,5 +60,23 @@ def state_dict_of(source: Any, origin: str) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     )
     if not plain:
-        raise UserError(f"{origin} holds no state dict (names and tensors), alone or under 'model' or 'state_dict'")
+        keys = [repr(key) for key in list(state)[:_LISTED]] if isinstance(state, Mapping) else []
+        inside = f"; it holds {', '.join(keys)}" if keys else ""
+        raise UserError(f"{origin} holds no state dict (names and tensors), alone or under {_KEYS}{inside}")
     return dict(state)
+
+
+def without_prefix(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """``tensors`` by the names that a model wants, where all names lie below one prefix: what a wrapper (``module.``,
+    ``_orig_mod.``) or a trainer's class (``model.``) put in front. As they are where no name is wanted below a prefix.
+
+    >>> without_prefix({"module._orig_mod.head.bias": torch.zeros(2)}, ["head.bias", "head.weight"]).keys()
+    dict_keys(['head.bias'])
+    """
+    inside = dict(tensors)
+    while inside and inside.keys().isdisjoint(wanted):
+        first = {name.partition(".")[0] for name in inside}
+        if len(first) > 1 or not all("." in name for name in inside):
+            return dict(tensors)
+        inside = {name.partition(".")[2]: value for name, value in inside.items()}
+    return inside

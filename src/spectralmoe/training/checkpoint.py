@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectralmoe.errors import UserError
-from spectralmoe.files import write_whole
+from spectralmoe.files import exists, write_whole
 from spectralmoe.sharding import full, sharded_as
 from spectralmoe.tape import unwrapped
 
@@ -50,7 +50,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
     Raises:
         UserError: the file is not a checkpoint of this run.
     """
-    if not path.exists():
+    if not exists(path):
         return None
     try:
         with safe_open(path, framework="pt") as file:

@@ -6,7 +6,7 @@ import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from spectralmoe.errors import UserError
 from spectralmoe.files import make_folder, read_json, remove_parts, write_json
@@ -27,14 +27,23 @@ def run_folder(out: Path, settings: dict[str, Any], writes: Sequence[str]) -> It
             the files without being the folder of a run.
     """
     make_folder(out)
-    with (out / LOCK).open("w") as file:
+    with _opened(out / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from error
+        except OSError as error:
+            raise UserError(f"cannot lock {out / LOCK}: {error.strerror or error}") from error
         _claim(out, settings, writes)
         remove_parts(out)
         yield
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("w")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from spectralmoe.errors import UserError, one_of, refuse_differences
 from spectralmoe.saving import load
 from spectralmoe.surgery import BranchSpec, EMoESpec, add_branches, replace_mlp
 from spectralmoe.surgery.timm import VisionMoE, check_images, vision_moe
-from spectralmoe.surgery.weights_file import read_tensors
+from spectralmoe.surgery.weights_file import read_tensors, without_prefix
 from spectralmoe.terms import Term
 from spectralmoe.training.data import ImageData
 from spectralmoe.training.network import ModelMeta, model_meta, pixel_statistics
@@ -135,7 +135,8 @@ def router_name(settings: VisionSettings) -> str:
 
 
 def load_weights(network: VisionMoE, path: Path) -> None:
-    """Fill the backbone from a file with timm's names, or from the folder of a dense ``VisionMoE``.
+    """Fill the backbone from a file with timm's names, be it below a wrapper's prefix, or from the folder of a dense
+    ``VisionMoE``.
 
     Pixel statistics come along from a folder. A classifier of another size is left as it is.
 
@@ -149,7 +150,7 @@ def load_weights(network: VisionMoE, path: Path) -> None:
         tensors = dict(source.backbone.state_dict())
         network.mean, network.std = source.mean, source.std
     else:
-        tensors = read_tensors(path)
+        tensors = without_prefix(read_tensors(path), network.backbone.state_dict().keys())
     own = network.backbone.state_dict()
     head = {id(p) for module in network.heads() for p in module.state_dict(keep_vars=True).values()}
     heads = [name for name, value in network.backbone.state_dict(keep_vars=True).items() if id(value) in head]

@@ -1,0 +1,198 @@
+"""Folders of a config and the weights that it describes: a reader sees both of one save, whatever became of the writer.
+
+``config.json`` holds the SHA-256 of the weights, and its rename alone turns the old model into the new one. A save puts
+its weights beside the old ones under a name made of their hash, renames ``config.json``, and then gives the weights
+their plain name. A save that was killed before the last step is read all the same, and finished by the next one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spectralmoe.errors import UserError, first_line
+from spectralmoe.files import exists, make_folder, part_folder, publish, read_json, to_json, write_json, writing
+
+__all__ = ["CONFIG", "PARTS", "WEIGHTS", "is_ours", "read_model_folder", "refuse_others", "weights_file", "write_model"]
+
+CONFIG, WEIGHTS, PARTS = "config.json", "model.safetensors", "parts.safetensors"
+_NAMES = {"spectralmoe": WEIGHTS, "spectralmoe_parts": PARTS}
+"""What a config names its format by -> the file of the weights."""
+
+_COMING = ".spectralmoe-weights"
+_TRIES = 100
+_PATIENCE = 60.0
+
+
+def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write ``tensors``, and ``config`` with their SHA-256, to ``folder`` in place of the model that it held.
+
+    Processes that save to one folder do so one after the other; the last one's model stays.
+
+    Raises:
+        UserError: ``config`` holds what JSON cannot; the folder cannot be written, is held by another process for too
+            long, or has a ``config.json`` of another program. The folder then holds the model that it held; if the last
+            step alone failed, the new one.
+    """
+    to_json(config)
+    make_folder(folder)
+    refuse_others(folder)
+    weights = folder / _weights_name(config)
+    with writing(weights), part_folder(folder) as part:
+        save_file(dict(tensors), part / weights.name)
+        digest = _sha256(part / weights.name)
+        with _alone(folder) as handle:
+            replaced = refuse_others(folder)
+            _finish(folder)
+            try:
+                publish(part / weights.name, _coming(folder, digest))
+                _flush(handle)
+                write_json(folder / CONFIG, {**config, "sha256": digest})
+                _finish(folder)
+            finally:
+                _finish(folder)  # or take back what an error or an interrupt left half done
+            if replaced is not None and _weights_name(replaced) != weights.name:
+                (folder / _weights_name(replaced)).unlink(missing_ok=True)
+
+
+def read_model_folder(
+    folder: Path, read_config: Callable[[Path], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of one save; if another one ends meanwhile, they are read again.
+
+    Args:
+        read_config: reads and checks ``config.json``.
+
+    Raises:
+        UserError: what ``read_config`` raises; weights that are not those that it describes, or no safetensors.
+    """
+    for _ in range(_TRIES):
+        before = _state(folder)
+        result: tuple[dict[str, Any], dict[str, Tensor]] | UserError
+        try:
+            config = read_config(folder)
+            result = config, _checked_tensors(weights_file(folder, config), config.get("sha256"))
+        except UserError as error:
+            result = error
+        if _state(folder) == before:
+            if isinstance(result, UserError):
+                raise result
+            return result
+    raise UserError(f"{folder} is written again and again while it is read; wait until the writer has ended")
+
+
+def weights_file(folder: Path, config: Mapping[str, Any]) -> Path:
+    """The weights that ``config`` describes: under their plain name, or where a killed save left them."""
+    digest = config.get("sha256")
+    coming = _coming(folder, digest) if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) else None
+    return coming if coming is not None and coming.is_file() else folder / _weights_name(config)
+
+
+def is_ours(config: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a value read from ``config.json`` is of this library."""
+    return isinstance(config, dict) and not _NAMES.keys().isdisjoint(config)
+
+
+def refuse_others(folder: Path) -> dict[str, Any] | None:
+    """The ``config.json`` of ``folder``, None without.
+
+    Raises:
+        UserError: it is of another program, or not readable.
+    """
+    if not exists(folder / CONFIG):
+        return None
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder / CONFIG} is no regular file; choose another folder")
+    config = read_json(folder / CONFIG)
+    if not is_ours(config):
+        raise UserError(f"{folder / CONFIG} belongs to another program; choose another folder")
+    return config
+
+
+def _weights_name(config: Mapping[str, Any]) -> str:
+    return next(name for key, name in _NAMES.items() if key in config)
+
+
+def _coming(folder: Path, digest: str) -> Path:
+    """Where weights wait for ``config.json`` to describe them."""
+    return folder / f".{digest}{_COMING}"
+
+
+def _finish(folder: Path) -> None:
+    """Give waiting weights that ``config.json`` describes their plain name, and remove the others."""
+    for waiting in folder.glob(f".*{_COMING}"):
+        config = refuse_others(folder)
+        if config is not None and weights_file(folder, config) == waiting:
+            waiting.replace(folder / _weights_name(config))
+        else:
+            waiting.unlink()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """A handle of ``folder`` that no other process has within the block; the system takes it from a killed one."""
+    handle, patience_ends = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > patience_ends:
+                    raise UserError(
+                        f"another process has been saving to {folder} for more than {_PATIENCE:.0f} seconds; end it or "
+                        "choose another folder"
+                    ) from None
+                time.sleep(0.01)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _flush(handle: int) -> None:
+    """Flush the names of a folder to disk, where its file system can."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def _state(folder: Path) -> list[tuple[int, ...] | None]:
+    """What changes when one of the files is replaced."""
+    found: list[tuple[int, ...] | None] = []
+    for name in (CONFIG, WEIGHTS, PARTS):
+        try:
+            stat = (folder / name).stat()
+            found.append((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        except (OSError, ValueError):
+            found.append(None)
+    return found
+
+
+def _checked_tensors(file: Path, digest: Any) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(file)
+        same = _sha256(file) == digest
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is not a whole safetensors file ({first_line(error)})") from error
+    if not same:
+        raise UserError(f"{file} is not the file that {CONFIG} describes: it was changed, or copied from elsewhere")
+    return tensors
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

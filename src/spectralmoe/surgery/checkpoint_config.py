@@ -1,0 +1,54 @@
+"""What the ``config.json`` of a model says of its experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spectralmoe.errors import UserError
+from spectralmoe.files import read_json
+
+__all__ = ["experts_of_config", "read_model_config", "top_k_of_config"]
+
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_topk", "moe_k")
+_COUNT = re.compile(r"(?:num|n)(?:_\w+)?_experts")
+_SWITCHES = ("is_moe", "use_moe")
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """The config in the folder ``path``, or beside the file ``path``; empty without.
+
+    Raises:
+        UserError: it is not the config of a model.
+    """
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    config = read_json(file) if file.exists() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not the config of a model; fetch it again, or remove it")
+    return config
+
+
+def experts_of_config(config: Mapping[str, Any]) -> dict[str, int]:
+    """What the config of a model says of its experts, in any of its parts: key -> how many, shared ones left out.
+
+    >>> experts_of_config({"ffn_config": {"moe_num_experts": 8}, "n_shared_experts": 2})
+    {'ffn_config.moe_num_experts': 8}
+    """
+    if any(config.get(switch) is False for switch in _SWITCHES):
+        return {}
+    found: dict[str, int] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": count for name, count in experts_of_config(value).items()}
+        elif _COUNT.search(key) and "shared" not in key and "per_tok" not in key and type(value) is int and value > 1:
+            found[key] = value
+    return found
+
+
+def top_k_of_config(config: Mapping[str, Any]) -> int | None:
+    """How many experts a token chooses; None where the config does not tell."""
+    scopes = [config, *(config[key] for key in ("text_config", "ffn_config") if isinstance(config.get(key), dict))]
+    found = [scope[key] for scope in scopes for key in _TOP_K if isinstance(scope.get(key), int)]
+    return found[0] if found else None
