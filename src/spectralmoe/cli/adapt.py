@@ -7,10 +7,6 @@ from typing import Annotated
 
 import typer
 
-from spectralmoe.cli.adapt_correct import apply_patch, correct_image
-from spectralmoe.cli.adapt_measure import measure_new_class, measure_trials
-from spectralmoe.cli.adapt_setup import Wishes
-from spectralmoe.cli.adapt_stream import run_stream
 from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, Seed, split_names
 from spectralmoe.errors import UserError
 
@@ -119,6 +115,11 @@ def adapt(
 
     A correction that is refused ends with exit code 1. MODEL's own folder is never written to.
     """
+    from spectralmoe.cli.adapt_correct import apply_patch, correct_image
+    from spectralmoe.cli.adapt_measure import measure_new_class, measure_trials
+    from spectralmoe.cli.adapt_setup import Wishes
+    from spectralmoe.cli.adapt_stream import run_stream
+
     modes = {"--image": image, "--apply": apply, "--trials": trials, "--stream": stream, "--new-class": new_class}
     _check_form([name for name, value in modes.items() if value is not None], label, out, shots)
     wishes = Wishes(

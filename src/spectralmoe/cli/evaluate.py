@@ -9,9 +9,6 @@ import typer
 
 from spectralmoe.cli.console import print_json, print_table
 from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, load_network, open_data
-from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
-from spectralmoe.diagnostics import evaluate as run_evaluation
-from spectralmoe.training.settings import pick_device
 
 __all__ = ["evaluate"]
 
@@ -31,6 +28,10 @@ def evaluate(
 
     Example: spectralmoe evaluate runs/first/models/sr-moe-depth2-seed0
     """
+    from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
+    from spectralmoe.diagnostics import evaluate as run_evaluation
+    from spectralmoe.training.settings import pick_device
+
     network, meta = load_network(Path(model), pick_device(device), allow)
     images = open_data(data, meta, data_dir, download)
     found = run_evaluation(network, images.test.images, images.test.labels)

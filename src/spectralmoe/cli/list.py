@@ -9,13 +9,6 @@ import typer
 
 from spectralmoe.cli.console import print_json
 from spectralmoe.cli.options import Json
-from spectralmoe.dispatch import DISPATCHES
-from spectralmoe.experts import EXPERTS
-from spectralmoe.regularizers import REGULARIZERS
-from spectralmoe.scorers import SCORERS
-from spectralmoe.selectors import SELECTORS
-from spectralmoe.training.data import DATASETS
-from spectralmoe.training.routers import ROUTERS
 
 __all__ = ["list_everything"]
 
@@ -25,6 +18,14 @@ def list_everything(json: Json = False) -> None:
 
     Example: spectralmoe list
     """
+    from spectralmoe.dispatch import DISPATCHES
+    from spectralmoe.experts import EXPERTS
+    from spectralmoe.regularizers import REGULARIZERS
+    from spectralmoe.scorers import SCORERS
+    from spectralmoe.selectors import SELECTORS
+    from spectralmoe.training.data import DATASETS
+    from spectralmoe.training.routers import ROUTERS
+
     tables = {
         "data sets": {
             **{name: _first_line(loader) for name, loader in DATASETS.items()},

@@ -6,19 +6,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
+from spectralmoe.cli.completion import complete_data, one_among
 from spectralmoe.errors import UserError
-from spectralmoe.models import ConvStem, SRMoE
-from spectralmoe.saving import load, read_config
-from spectralmoe.surgery.timm import VisionMoE
-from spectralmoe.training.data import ImageData, load_data
-from spectralmoe.training.network import ModelMeta
-from spectralmoe.training.settings import parse
-from spectralmoe.training.vision import VisionMeta
+
+if TYPE_CHECKING:
+    import torch
+
+    from spectralmoe.models import SRMoE
+    from spectralmoe.surgery.timm import VisionMoE
+    from spectralmoe.training.data import ImageData
+    from spectralmoe.training.network import ModelMeta
 
 __all__ = [
     "Allow",
@@ -40,13 +41,27 @@ __all__ = [
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that holds a saved model.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for everything that is written.")]
 Data = Annotated[
-    str, typer.Option("--data", metavar="NAME|folder:PATH", help="Data set (see 'spectralmoe list') or image folder.")
+    str,
+    typer.Option(
+        "--data",
+        metavar="NAME|folder:PATH",
+        help="Data set (see 'spectralmoe list') or image folder.",
+        autocompletion=complete_data,
+    ),
 ]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Where to look for data sets first.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a missing data set.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Random seed.")]
-DeviceName = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda",
+        help="Where to compute.",
+        autocompletion=one_among("auto", "cpu", "cuda"),
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text, errors too.")]
 Allow = Annotated[
     list[str] | None, typer.Option("--allow", metavar="PKG:CLASS", help="A class of your own that the model may use.")
 ]
@@ -83,6 +98,13 @@ def load_network(
     Raises:
         UserError: not a model folder; a model that is not an image network of spectralmoe's.
     """
+    from spectralmoe.models import ConvStem, SRMoE
+    from spectralmoe.saving import load, read_config
+    from spectralmoe.surgery.timm import VisionMoE
+    from spectralmoe.training.network import ModelMeta
+    from spectralmoe.training.settings import parse
+    from spectralmoe.training.vision import VisionMeta
+
     see_own_modules(allow or ())
     model, meta = load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
     kind: type[ModelMeta]
@@ -105,6 +127,8 @@ def open_data(name: str | None, meta: ModelMeta, data_dir: Path | None, download
     Raises:
         UserError: it cannot be had, or does not fit the model.
     """
+    from spectralmoe.training.data import load_data
+
     data = load_data(name or meta.data, data_dir=data_dir, download=download, side=meta.side)
     for what, found, wanted in (
         ("channels", data.channels, meta.channels),
