@@ -10,7 +10,7 @@ from spectralmoe.files import read_json
 
 @pytest.fixture
 def busy(monkeypatch):
-    monkeypatch.setattr(idle.os, "getloadavg", lambda: (9.0, 9.0, 9.0))
+    monkeypatch.setattr(idle.Idle, "others", lambda self: 9.0)
 
 
 @pytest.fixture

@@ -52,6 +52,8 @@ def bench(
     dispatch="loop" gives before it is timed. Other libraries that are not installed (extra: bench) are left out with
     a note.
 
+    Each case is written to --out as it ends; a run that was stopped goes on with the same command.
+
     Example: spectralmoe bench layer decode --out runs/bench
     """
     import torch
