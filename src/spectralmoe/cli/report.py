@@ -20,7 +20,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="PATH...",
-            help="inspection.json, a monitor's .jsonl, results.json, receipt.json, or folders that hold them.",
+            help="inspection.json, history.json or a monitor's .jsonl of train, results.json of compare, fewshot.json, "
+            "receipt.json, or folders that hold them.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path("report.html"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -13,6 +13,7 @@ import typer
 from spectralmoe.cli.completion import LOG_NAMES, listed, one_among
 from spectralmoe.cli.console import print_finding, print_json, watching
 from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, see_own_modules, split_names
+from spectralmoe.cli.train_settings import check, print_settings, read_settings, router_of
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json
 
@@ -91,15 +92,15 @@ def train(
     from spectralmoe.training.run_folder import run_folder
     from spectralmoe.training.settings import pick_device
 
-    settings = _settings(config, assign or (), seed, pretrained)
+    settings = read_settings(config, assign or (), seed, pretrained)
     if print_config:
-        _print_config(settings, json)
+        print_settings(settings, json)
         return
     if out is None:
         raise UserError("--out is missing: name the folder for everything that is written")
     if every is not None and not monitor:
         raise UserError("--every is how often --monitor reports; add --monitor")
-    _check(settings, parallel, allow or ())
+    check(settings, parallel, allow or ())
     wanted = split_names(log or "")
     check_logs(wanted)
     data = _images(settings, data_dir, download)
@@ -136,7 +137,10 @@ def train(
                 return
             found = evaluate(network, data.test.images, data.test.labels)
             save(network, out, meta=_meta(settings, data, found))
-            write_json(out / "history.json", {"epochs": history.epochs, "test_accuracy": found.accuracy})
+            title = f"{plan.label} on {settings.data}"
+            write_json(
+                out / "history.json", {"title": title, "epochs": history.epochs, "test_accuracy": found.accuracy}
+            )
     accuracy = found.accuracy
     if json:
         print_json({"model": str(out), "validation_accuracy": history.validation_accuracy, "test_accuracy": accuracy})
@@ -171,53 +175,6 @@ class _Plan(NamedTuple):
     label: str
 
 
-def _settings(
-    config: Path, assign: Sequence[str], seed: int | None, pretrained: bool
-) -> TrainSettings | VisionSettings:
-    from spectralmoe.training.settings import TrainSettings, parse, read_toml
-    from spectralmoe.training.toml_text import change, put
-    from spectralmoe.training.vision_settings import VisionSettings
-
-    values, source = read_toml(config), f"{config} with --set" if assign else str(config)
-    change(values, assign)
-    if seed is not None:
-        put(values, "optimization.seed", seed)
-    if "backbone" not in values:
-        if pretrained:
-            raise UserError(f"--pretrained starts a timm model, but {config} has no section [backbone]")
-        return parse(TrainSettings, values, source)
-    if pretrained:
-        put(values, "backbone.pretrained", True)
-    return parse(VisionSettings, values, source)
-
-
-def _print_config(settings: TrainSettings | VisionSettings, json: bool) -> None:
-    from spectralmoe.training.toml_text import to_toml
-
-    if json:
-        print_json(settings.model_dump(mode="json"))
-    else:
-        typer.echo(to_toml(settings), nl=False)
-
-
-def _check(settings: TrainSettings | VisionSettings, parallel: str | None, allow: Sequence[str]) -> None:
-    """What does not go together is refused before data are read, and no module is imported because a file names it."""
-    from spectralmoe.training.settings import TrainSettings
-
-    if parallel is not None and isinstance(settings, TrainSettings):
-        raise UserError("--parallel trains timm models; the settings file has no section [backbone]")
-    router = _router(settings)
-    if ":" in router and router not in allow:
-        raise UserError(f"router {router!r} is a class of your own; if you trust it, add --allow {router}")
-
-
-def _router(settings: TrainSettings | VisionSettings) -> str:
-    from spectralmoe.training.settings import TrainSettings
-    from spectralmoe.training.vision import router_name
-
-    return settings.router if isinstance(settings, TrainSettings) else router_name(settings)
-
-
 def _images(settings: TrainSettings | VisionSettings, data_dir: Path | None, download: bool) -> ImageData:
     from spectralmoe.training.data import load_data
     from spectralmoe.training.vision_settings import VisionSettings
@@ -235,7 +192,7 @@ def _plan(settings: TrainSettings | VisionSettings, data: ImageData) -> _Plan:
     from spectralmoe.training.settings import TrainSettings
     from spectralmoe.training.vision import build_vision, router_terms
 
-    router = _router(settings)
+    router = router_of(settings)
     see_own_modules([router])
     if isinstance(settings, TrainSettings):
         terms = find_preset(router).terms
