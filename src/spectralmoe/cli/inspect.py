@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from spectralmoe.cli.console import count, print_finding, print_json, print_table, say
-from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Seed
+from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Seed, refuse_outputs
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.files import make_folder, read_json, write_json, write_text
 
@@ -77,6 +77,7 @@ def inspect(
         raise UserError("MODEL is empty; name a saved model, a Hugging Face folder or hub name, or .safetensors")
     if dtype not in DTYPES:
         raise one_of("--dtype", dtype, DTYPES)
+    refuse_outputs(Path(model))
     if out is not None:
         make_folder(out)  # before a long run, not after it
     where, folder = pick_device(device), Path(model)

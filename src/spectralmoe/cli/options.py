@@ -33,10 +33,20 @@ __all__ = [
     "Seed",
     "load_network",
     "open_data",
+    "refuse_outputs",
     "see_own_modules",
     "split_names",
     "split_numbers",
 ]
+
+OUTPUTS = {
+    "inspection.json": "an inspection (see its report.html)",
+    "results.json": "a comparison (its models are the folders in {path}/models)",
+    "fewshot.json": "few-shot results (see 'spectralmoe report {path}')",
+    "bench.json": "a benchmark (see its bench.md)",
+    "training.safetensors": "a training that has not ended (start the same command again)",
+}
+"""What verbs write that is no model: a file's name -> what the folder holds."""
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that holds a saved model.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for everything that is written.")]
@@ -90,13 +100,30 @@ def see_own_modules(names: Sequence[str]) -> None:
         sys.path.insert(0, os.getcwd())
 
 
+def refuse_outputs(path: Path) -> None:
+    """Say what a folder or file of this library's is, where it stands in for a model.
+
+    Raises:
+        UserError: it was written by a verb and holds no model.
+    """
+    if path.is_file() and path.suffix in (".json", ".jsonl", ".html", ".svg", ".toml"):
+        raise UserError(f"{path} is a {path.suffix} file, not a model; name the folder of a model")
+    weights = {file.name for file in path.glob("*.safetensors")} - {"training.safetensors"}
+    if weights or (path / "config.json").is_file():
+        return
+    for name, what in OUTPUTS.items():
+        if (path / name).is_file():
+            raise UserError(f"{path} holds {what.format(path=path)}, not a model")
+
+
 def load_network(
     folder: Path, device: torch.device, allow: Sequence[str] | None
 ) -> tuple[SRMoE | VisionMoE, ModelMeta]:
     """An image network and how it reads images.
 
     Raises:
-        UserError: not a model folder; a model that is not an image network of spectralmoe's.
+        UserError: not a model folder, with what it is if this library wrote it; a model that is not an image network
+            of spectralmoe's.
     """
     from spectralmoe.models import ConvStem, SRMoE
     from spectralmoe.saving import load, read_config
@@ -105,6 +132,7 @@ def load_network(
     from spectralmoe.training.settings import parse
     from spectralmoe.training.vision import VisionMeta
 
+    refuse_outputs(folder)
     see_own_modules(allow or ())
     model, meta = load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
     kind: type[ModelMeta]

@@ -113,7 +113,7 @@ def _wanted(problem: Mapping[str, Any]) -> str:
     """What pydantic asks for, to follow "should be"."""
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return "a section"
-    return str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ").replace("a valid ", "a ")
+    return str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
 
 
 def _short(value: Any) -> str:
