@@ -94,9 +94,9 @@ def make_folder(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except FileExistsError as error:
-        raise UserError(f"{path} is a file, not a folder; name a folder that may be made") from error
+        raise UserError(f"cannot write to {path}: it is a file, not a folder; name a folder") from error
     except NotADirectoryError as error:
-        raise UserError(f"cannot make the folder {path}: a part of its path is a file") from error
+        raise UserError(f"cannot write to {path}: a part of its path is a file") from error
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
 

@@ -155,7 +155,7 @@ def test_a_file_is_no_folder(refused, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     options = ("--data", "digits", "--seeds", 1)
     line = refused("compare", *options, "--out", tmp_path / "README.md")
-    assert "README.md is a file, not a folder" in line
+    assert "README.md: it is a file, not a folder" in line
     assert "a part of its path is a file" in refused("compare", *options, "--out", tmp_path / "README.md" / "x")
     assert (tmp_path / "README.md").read_text() == "mine"
 
