@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 from spectralmoe import UserError
 
-__all__ = ["fail", "square"]
+__all__ = ["die", "fail", "square"]
 
 
 def square(number, progress):
@@ -15,10 +16,15 @@ def square(number, progress):
     return number**2, os.getpid()
 
 
+def die(number, progress):
+    """As if the kernel had killed the process for want of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def fail(number, progress):
-    """Number 1 at once; the others work for 20 s unless they are stopped."""
+    """Number 1 at once; the others work for hours unless they are stopped."""
     if number == 1:
         raise UserError("number 1 is refused")
-    for _ in range(1000):
+    for _ in range(10**6):
         time.sleep(0.02)
         progress(0.1)

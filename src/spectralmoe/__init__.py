@@ -1,25 +1,28 @@
 """Mixture-of-Experts whose routing is shaped by geometry: eigenbases, prototypes, spectra."""
 
-from spectralmoe.dispatch import Dense, Dispatch, Grouped, Loop
-from spectralmoe.errors import UserError
-from spectralmoe.experts import Adapter, Experts, FeedForward, ModuleExperts
-from spectralmoe.instruments.monitor import Monitor
-from spectralmoe.moe import MoE, Recordable
-from spectralmoe.router import Router, shard_routers
-from spectralmoe.routing import Routing
-from spectralmoe.saving import load, save
-from spectralmoe.scorers import (
-    CosineScorer,
-    EigenbasisScorer,
-    LinearScorer,
-    PrincipalScorer,
-    PrototypeScorer,
-    Scorer,
-)
-from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, SoftBalanced, TopK, TopP
-from spectralmoe.steps import after_step, attach, before_step, param_groups
-from spectralmoe.tape import Record, Tape, feed, record
-from spectralmoe.terms import Term, penalty
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spectralmoe.dispatch import Dense, Dispatch, Grouped, Loop
+    from spectralmoe.errors import UserError
+    from spectralmoe.experts import Adapter, Experts, FeedForward, ModuleExperts
+    from spectralmoe.instruments.monitor import Monitor
+    from spectralmoe.moe import MoE, Recordable
+    from spectralmoe.router import Router, shard_routers
+    from spectralmoe.routing import Routing
+    from spectralmoe.saving import load, save
+    from spectralmoe.scorers import (
+        CosineScorer,
+        EigenbasisScorer,
+        LinearScorer,
+        PrincipalScorer,
+        PrototypeScorer,
+        Scorer,
+    )
+    from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, SoftBalanced, TopK, TopP
+    from spectralmoe.steps import after_step, attach, before_step, param_groups
+    from spectralmoe.tape import Record, Tape, feed, record
+    from spectralmoe.terms import Term, penalty
 
 __version__ = "0.1.0"
 
@@ -67,3 +70,38 @@ __all__ = [
     "save",
     "shard_routers",
 ]
+
+_NAMES = {
+    "dispatch": ("Dense", "Dispatch", "Grouped", "Loop"),
+    "errors": ("UserError",),
+    "experts": ("Adapter", "Experts", "FeedForward", "ModuleExperts"),
+    "instruments.monitor": ("Monitor",),
+    "moe": ("MoE", "Recordable"),
+    "router": ("Router", "shard_routers"),
+    "routing": ("Routing",),
+    "saving": ("load", "save"),
+    "scorers": ("CosineScorer", "EigenbasisScorer", "LinearScorer", "PrincipalScorer", "PrototypeScorer", "Scorer"),
+    "selectors": ("Balanced", "Capacity", "ExpertChoice", "NoisyTopK", "Selector", "SoftBalanced", "TopK", "TopP"),
+    "steps": ("after_step", "attach", "before_step", "param_groups"),
+    "tape": ("Record", "Tape", "feed", "record"),
+    "terms": ("Term", "penalty"),
+}
+"""Module -> what the library's user finds here of it; imported when it is first asked for, with torch."""
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """A public name, or a module of the package."""
+        from importlib import import_module
+        from importlib.util import find_spec
+
+        for module, names in _NAMES.items():
+            if name in names:
+                value = globals()[name] = getattr(import_module(f"spectralmoe.{module}"), name)
+                return value
+        if not name.startswith("_") and find_spec(f"spectralmoe.{name}"):
+            return import_module(f"spectralmoe.{name}")
+        raise AttributeError(f"module 'spectralmoe' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import ClassVar
 
 __all__ = ["UserError", "first_line", "one_of", "refuse_differences"]
 
@@ -12,17 +14,26 @@ _LISTED = 5
 class UserError(ValueError):
     """A mistake that the caller can mend: one line with the wrong word, the cause and the cure.
 
-    The command line prints it without a traceback and ends with exit code 2.
+    The command line prints it without a traceback and ends with its ``exit_code``: 2, a mistake of the user's; 1 for
+    what went wrong while it ran.
     """
+
+    exit_code: ClassVar[int] = 2
 
 
 def one_of(kind: str, name: str, known: object) -> UserError:
-    """The error for an unknown ``name``: says what kind of thing it is and lists the known ones.
+    """The error for an unknown ``name``: says what kind of thing it is, which known one is near, and lists them all.
 
     >>> print(one_of("router", "liner", ["cosine", "linear"]))
-    unknown router 'liner'; known: cosine, linear
+    unknown router 'liner'; did you mean 'linear'? known: cosine, linear
+    >>> print(one_of("router", "hash", ["cosine", "linear"]))
+    unknown router 'hash'; known: cosine, linear
     """
-    return UserError(f"unknown {kind} {name!r}; known: {', '.join(sorted(map(str, known)))}")  # type: ignore[call-overload]
+    names = sorted(map(str, known))  # type: ignore[call-overload]
+    lowered = {each.lower(): each for each in names}
+    near = [lowered[each] for each in get_close_matches(str(name).lower(), lowered, n=1)]
+    guess = f"; did you mean {near[0]!r}?" if near else ";"
+    return UserError(f"unknown {kind} {name!r}{guess} known: {', '.join(names)}")
 
 
 def first_line(error: Exception) -> str:

@@ -162,6 +162,10 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+    except FileExistsError as error:
+        raise UserError(f"cannot write to {path}: it is a file, not a folder; name a folder") from error
+    except NotADirectoryError as error:
+        raise UserError(f"cannot write to {path}: a part of its path is a file") from error
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
 

@@ -1,6 +1,7 @@
 """Running suites: files, the busy machine, tables, the picture, the regression check."""
 
 import copy
+import math
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -17,7 +18,20 @@ from spectralmoe.files import read_json
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, quick=True, threads=1, rounds=6)
-IDLE = Idle(lambda: 0.0)
+
+
+class Loaded(Idle):
+    """A machine whose others keep these numbers of threads busy, look after look."""
+
+    def __init__(self, *loads):
+        super().__init__()
+        self.loads = iter(loads)
+
+    def others(self):
+        return next(self.loads, 0.0)
+
+
+IDLE = Loaded()
 
 
 @pytest.fixture
@@ -45,7 +59,8 @@ def suites(monkeypatch):
         candidates = [Candidate(n, lambda: torch.empty(256), "unlike", held=h) for n, h in (("a", 0), ("b", 2048))]
         yield Case("two", "N1", candidates, CPU, unit="bytes", baseline="a")
 
-    monkeypatch.setattr(runner, "SUITES", {"one": cases, "two": bytes_})
+    one, two = runner.Suite(cases, lambda settings: 1), runner.Suite(bytes_, lambda settings: 1)
+    monkeypatch.setattr(runner, "SUITES", {"one": one, "two": two})
 
 
 @pytest.fixture
@@ -110,15 +125,74 @@ def test_a_case_is_about_limit_best_peer_and_baseline():
 
 def test_nothing_is_reported_from_a_busy_machine(suites, tmp_path):
     with pytest.raises(UserError, match=r"not idle at the start: others keep 3\.0 threads"):
-        runner.run(["one"], SETTINGS, out=tmp_path, idle=Idle(lambda: 3.0, lambda: 0.0))
-    loads = iter([0.0, 3.0])
+        runner.run(["one"], SETTINGS, out=tmp_path, idle=Loaded(3.0))
     with pytest.raises(UserError, match="not idle during one: N1"):
-        runner.run(["one"], SETTINGS, out=tmp_path, idle=Idle(lambda: next(loads), lambda: 0.0))
+        runner.run(["one"], SETTINGS, out=tmp_path, idle=Loaded(0.0, 3.0))
     assert not (tmp_path / "bench.json").exists()
-    loads = iter([0.0, 3.0])
-    found = runner.run(["one"], SETTINGS, allow_busy=True, idle=Idle(lambda: next(loads), lambda: 0.0))
+    found = runner.run(["one"], SETTINGS, allow_busy=True, idle=Loaded(0.0, 3.0))
     assert found["busy"] is True
-    assert found["load_of_others"] == pytest.approx(3.0, abs=0.01)
+    assert found["load_of_others"] == 3.0
+
+
+def test_a_machine_that_does_not_say_is_not_idle(suites):
+    with pytest.raises(UserError, match="nothing here says whether the machine is idle"):
+        runner.run(["one"], SETTINGS, idle=Loaded(math.nan))
+    found = runner.run(["one"], SETTINGS, allow_busy=True, idle=Loaded(math.nan, 0.0))
+    assert found["busy"] is True
+
+
+def test_a_stopped_run_keeps_its_cases_and_goes_on(suites, tmp_path):
+    with pytest.raises(UserError, match="not idle during two: N1"):
+        runner.run(["one", "two"], SETTINGS, out=tmp_path, idle=Loaded(0.0, 0.25, 3.0))
+    stopped = read_json(tmp_path / "bench.json")
+    assert [case["key"] for case in stopped["cases"]] == ["one: N1"]
+    assert not stopped["complete"]
+    assert "the same command goes on" in (tmp_path / "bench.md").read_text()
+    seen = []
+    whole = runner.run(
+        ["one", "two"], SETTINGS, out=tmp_path, watch=lambda text, done, detail: seen.append((text, done)), idle=IDLE
+    )
+    assert whole["complete"]
+    assert whole["load_of_others"] == 0.25
+    assert read_json(tmp_path / "bench.json")["cases"][0] == stopped["cases"][0]  # not measured again
+    assert [case["key"] for case in whole["cases"]] == ["one: N1", "two: N1"]
+    assert {text for text, _ in seen} == {"two: N1 (2/2)"}
+    assert all(0.5 <= done <= 1 for _, done in seen)
+    assert "goes on" not in (tmp_path / "bench.md").read_text()
+
+
+def test_a_finished_run_is_measured_anew(result, tmp_path):
+    runner.run(["two"], SETTINGS, out=tmp_path / "new", idle=IDLE)
+    assert read_json(tmp_path / "new" / "bench.json")["settings"]["suites"] == ["two"]
+
+
+def test_a_stopped_run_of_another_kind_is_not_mixed_in(suites, tmp_path):
+    with pytest.raises(UserError, match="not idle"):
+        runner.run(["one", "two"], SETTINGS, out=tmp_path, idle=Loaded(0.0, 0.0, 3.0))
+    before = (tmp_path / "bench.json").read_text()
+    with pytest.raises(UserError, match=r"bench\.json holds a stopped run with other settings; remove it"):
+        runner.run(["one"], SETTINGS, out=tmp_path, idle=IDLE)
+    assert (tmp_path / "bench.json").read_text() == before
+    (tmp_path / "bench.json").write_text("[1]")
+    with pytest.raises(UserError, match="is not a result of spectralmoe bench"):
+        runner.run(["one"], SETTINGS, out=tmp_path, idle=IDLE)
+
+
+def test_progress_tells_each_gate_and_each_round(suites):
+    seen = []
+    runner.run(["one", "two"], SETTINGS, watch=lambda *told: seen.append(told), idle=IDLE)
+    shares = [done for _, done, _ in seen]
+    assert shares == sorted(shares)
+    first = [detail for text, _, detail in seen if text == "one: N1 (1/2)"]
+    assert first[:2] == ["checking ours", "checking peer <a|b>"]
+    assert first[-6:] == [f"round {number}/6" for number in range(1, 7)]
+    assert [done for text, done, detail in seen if detail == "round 6/6"] == [0.5]
+
+
+@pytest.mark.parametrize("name", ["router", "penalty", "layer", "scaling"])
+def test_every_suite_knows_how_many_cases_it_has(name):
+    suite = runner.SUITES[name]
+    assert suite.count(SETTINGS) == sum(1 for _ in suite.cases(SETTINGS))
 
 
 def test_threads_are_set_for_a_run_alone(suites):

@@ -10,7 +10,7 @@ from spectralmoe.files import read_json
 
 @pytest.fixture
 def busy(monkeypatch):
-    monkeypatch.setattr(idle.os, "getloadavg", lambda: (9.0, 9.0, 9.0))
+    monkeypatch.setattr(idle.Idle, "others", lambda self: 9.0)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_bench_prints_a_table_or_json(call, busy):
 
 def test_memory_is_kept_when_asked_and_again_in_the_check(call, busy, tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr("spectralmoe.cli.bench.keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr("spectralmoe.bench.allocator.keep_freed_memory", lambda: kept.append(True))
     quick = ("--quick", "--rounds", 1, "--threads", 1, "--allow-busy", "--out", tmp_path)
     assert call("bench", "router", *quick, "--keep-memory")[0] == 0
     assert read_json(tmp_path / "bench.json")["settings"]["keep_memory"] is True

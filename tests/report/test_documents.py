@@ -193,3 +193,77 @@ def test_a_pipe_is_not_replaced_by_the_page(tmp_path, capsys, folder):
     assert run(["report", str(folder), "--out", str(tmp_path / "pipe")]) == 2
     assert "no regular file" in capsys.readouterr().err
     assert (tmp_path / "pipe").is_fifo()
+
+
+def few_shot(*accuracies):
+    summary = [
+        {"row": row, "shots": shots, "accuracy": value}
+        for row, shots, value in zip(("emoe", "emoe", "adapter", "adapter"), (1, 5, 1, 5), accuracies, strict=True)
+    ]
+    return {"settings": {"data": "digits"}, "machine": {}, "summary": summary, "cells": []}
+
+
+def test_few_shot_results_are_a_comparison_over_shots(tmp_path):
+    value = {"mean": 41.5, "half": 2.0, "values": [41.0, 42.0]}
+    (tmp_path / "fewshot.json").write_text(json.dumps(few_shot(value, None, None, {**value, "mean": 80.0})))
+    (found,) = read_documents([tmp_path])
+    assert (found.kind, found.body.title) == ("comparison", "few-shot learning on digits")
+    page = render_report([found], "t")
+    (shown,) = drawn(page)["comparisons"]
+    assert shown["rows"] == ["emoe", "adapter"]
+    assert shown["columns"] == {
+        "1 shot": [[41.5, 2.0, [41.0, 42.0]], None],
+        "5 shots": [None, [80.0, 2.0, [41.0, 42.0]]],
+    }
+    table = page.split('id="comparisons"')[1].split("</table>")[0]
+    assert "depth" not in table
+    assert "41.5" in table
+
+
+@pytest.mark.parametrize("spoil", [lambda d: d["summary"][0].pop("row"), lambda d: d.pop("settings")])
+def test_few_shot_results_that_do_not_fit_are_one_line(user_error, spoil):
+    document = few_shot(None, None, None, None)
+    spoil(document)
+    with user_error("here is broken: not the file of a few-shot run"):
+        as_document(document, "here")
+
+
+def history(**values):
+    epochs = [
+        {"loss": 2.0, "validation_accuracy": None, "seconds": 3.0},
+        {"loss": 0.5, "validation_accuracy": 90.25, "seconds": 5.0},
+    ]
+    return {"epochs": epochs, "test_accuracy": 88.5, **values}
+
+
+def test_a_history_is_drawn_by_epoch_and_summed_up(tmp_path):
+    (tmp_path / "history.json").write_text(json.dumps(history(title="sr-moe on digits")))
+    documents = read_documents([tmp_path])
+    page = render_report(documents, "t")
+    assert drawn(page)["histories"] == [
+        {
+            "title": "sr-moe on digits",
+            "steps": [1, 2],
+            "keys": {"loss": [2.0, 0.5], "validation_accuracy": [None, 90.25]},
+        }
+    ]
+    summary = page.split('id="summary"')[1].split("</section>")[0]
+    assert "88.5%" in summary
+    assert "90.2%" in summary
+    assert "2 epochs" in summary
+    assert 'data-chart="epochs"' in page
+    assert 'data-chart="steps"' not in page
+
+
+@pytest.mark.parametrize("epochs", [[], 3, [{"loss": "low"}], {"a": 1}])
+def test_histories_that_do_not_fit_are_one_line(user_error, epochs):
+    with user_error("here is broken: epochs"):
+        as_document(history(epochs=epochs), "here")
+
+
+def test_two_histories_stand_side_by_side(show):
+    from browser_tools import all_of, errors
+
+    browser = show([history(title="a"), history(title="b")])
+    assert errors(browser) == []
+    assert len(all_of(browser, "[data-chart=epochs] .charts > div")) == 2  # loss and validation accuracy

@@ -19,7 +19,7 @@ from spectralmoe.moe import MoE
 from spectralmoe.surgery import Branch, EMoESpec, add_branches, put_branch
 from spectralmoe.surgery.blocks import choose_blocks
 
-__all__ = ["cases"]
+__all__ = ["cases", "count"]
 
 FORMS: dict[str, tuple[dict[str, Any], int]] = {
     "the authors' form": ({"faithful": True}, 64),
@@ -43,6 +43,11 @@ class DenseBranch(nn.Module):
         x = F.layer_norm(h, h.shape[-1:]) if self.norm else h
         branched: Tensor = h + self.alpha * self.down(F.gelu(self.up(x)))
         return branched
+
+
+def count(settings: Settings) -> int:
+    """How many cases there will be."""
+    return len(FORMS) + 1
 
 
 def cases(settings: Settings) -> Iterator[Case]:

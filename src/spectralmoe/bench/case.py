@@ -13,10 +13,15 @@ from spectralmoe.bench.memory_peak import peak_bytes
 from spectralmoe.bench.timing import Interval, Times, median, pick_stopwatch, ratio, take_times
 from spectralmoe.errors import first_line
 
-__all__ = ["BEST_PEER", "LIMIT", "Candidate", "Case", "Kind", "measure"]
+__all__ = ["BEST_PEER", "LIMIT", "Candidate", "Case", "Kind", "Tick", "measure"]
 
 Kind = Literal["ours", "limit", "peer", "unlike", "rate"]
 LIMIT, BEST_PEER = "limit", "best peer"
+GATES = 0.1
+"""Share of a case's progress that its gates stand for."""
+
+Tick = Callable[[float, str], object]
+"""Told the share of a case that is done, and what it does."""
 
 
 def _nothing() -> None:
@@ -78,9 +83,12 @@ class Case:
         return f"{self.suite}: {self.name}"
 
 
-def measure(case: Case, rounds: int, order: random.Random, tick: Callable[[float], None]) -> dict[str, Any]:
+def measure(case: Case, rounds: int, order: random.Random, tick: Tick) -> dict[str, Any]:
     """Gate every candidate, then measure those that passed; a JSON value."""
-    gates = {candidate.name: gate(candidate) for candidate in case.candidates}
+    gates = {}
+    for number, candidate in enumerate(case.candidates):
+        tick(GATES * number / len(case.candidates), f"checking {candidate.name}")
+        gates[candidate.name] = gate(candidate)
     passed = [candidate for candidate in case.candidates if not gates[candidate.name].startswith("failed")]
     if case.unit == "bytes":
         times = {candidate.name: {0: _bytes(candidate, case.device)} for candidate in passed}
@@ -88,7 +96,11 @@ def measure(case: Case, rounds: int, order: random.Random, tick: Callable[[float
         sides = {candidate.name: candidate.work for candidate in passed}
         fewer = [candidate.name for candidate in passed if candidate.kind in ("peer", "unlike")]
         watch = pick_stopwatch(case.device)
-        times = take_times(sides, rounds, fewer=fewer, stopwatch=watch, order=order, tick=tick)
+
+        def tell(share: float) -> None:
+            tick(GATES + (1 - GATES) * share, f"round {round(share * rounds)}/{rounds}")
+
+        times = take_times(sides, rounds, fewer=fewer, stopwatch=watch, order=order, tick=tell)
     middle = {name: median(list(values.values())) for name, values in times.items()}
     rate = max((c.flops / middle[c.name].middle for c in passed if c.kind == "rate"), default=None)
     return {

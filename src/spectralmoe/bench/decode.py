@@ -11,13 +11,18 @@ from spectralmoe.bench.problem import Problem, Sizes
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.subject import as_case, spectralmoe_layer
 
-__all__ = ["SIZES", "cases"]
+__all__ = ["SIZES", "cases", "count"]
 
 SIZES = Sizes(1, 1024, 2048, 64, 2)
 QUICK = Sizes(1, 64, 128, 16, 2)
 TOKENS = (1, 4, 16, 64)
 BATCHES = 16
 GATED = ("naive", "transformers", "torchtitan", "megablocks", "scattermoe")
+
+
+def count(settings: Settings) -> int:
+    """How many cases there will be."""
+    return len(settings.dtypes) * len(TOKENS)
 
 
 def cases(settings: Settings) -> Iterator[Case]:

@@ -12,7 +12,7 @@ from spectralmoe.bench.problem import Activation, Form, Problem, Sizes
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.subject import Subject, as_case, spectralmoe_layer
 
-__all__ = ["FORMS", "SHAPES", "cases"]
+__all__ = ["FORMS", "SHAPES", "cases", "count"]
 
 SHAPES = (
     Sizes(4096, 256, 1024, 8, 2),
@@ -23,6 +23,11 @@ SHAPES = (
 QUICK = (Sizes(512, 64, 128, 8, 2), Sizes(1024, 32, 64, 32, 4))
 BATCHES = 64
 FORMS: tuple[Form, ...] = ("forward and backward", "forward")
+
+
+def count(settings: Settings) -> int:
+    """How many cases there will be."""
+    return (1 + len(settings.dtypes)) * len(QUICK if settings.quick else SHAPES) * len(FORMS)
 
 
 def cases(settings: Settings) -> Iterator[Case]:

@@ -11,7 +11,12 @@ from spectralmoe.bench.problem import Activation, Problem
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.subject import as_case, spectralmoe_layer
 
-__all__ = ["cases"]
+__all__ = ["cases", "count"]
+
+
+def count(settings: Settings) -> int:
+    """How many cases there will be."""
+    return 2 * len(QUICK if settings.quick else SHAPES)
 
 
 def cases(settings: Settings) -> Iterator[Case]:

@@ -22,7 +22,7 @@ from spectralmoe.steps import after_step, before_step, param_groups
 from spectralmoe.tape import Record, record
 from spectralmoe.terms import Term, penalty
 
-__all__ = ["ALL", "FULL", "PLAIN", "cases", "name"]
+__all__ = ["ALL", "FULL", "PLAIN", "cases", "count", "name"]
 
 FULL = {"depth": 12, "width": 768, "num_experts": 64, "hidden": 256, "batch": 2048}
 QUICK = {"depth": 2, "width": 64, "num_experts": 16, "hidden": 32, "batch": 128}
@@ -48,6 +48,11 @@ SETS: dict[str, dict[str, Term]] = {
 def name(sizes: Mapping[str, int]) -> str:
     """Of the case."""
     return "{depth} layers, N{batch} D{width} E{num_experts} H{hidden} k2 float32 step".format(**sizes)
+
+
+def count(settings: Settings) -> int:
+    """How many cases there will be."""
+    return 1
 
 
 def cases(settings: Settings) -> Iterator[Case]:

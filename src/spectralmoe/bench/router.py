@@ -18,7 +18,7 @@ from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, Pr
 from spectralmoe.scorers.principal import PrincipalScorer
 from spectralmoe.selectors import TopK
 
-__all__ = ["FULL", "cases", "name"]
+__all__ = ["FULL", "cases", "count", "name"]
 
 FULL, QUICK = (4096, 768, 64, 128), (256, 64, 16, 32)
 """N, D, E, and R of the eigenbasis."""
@@ -29,6 +29,11 @@ def name(form: Form, sizes: tuple[int, int, int, int]) -> str:
     """Of the case."""
     n, d, e, r = sizes
     return f"N{n} D{d} E{e} k{K} r{r} float32 {form}"
+
+
+def count(settings: Settings) -> int:
+    """How many cases there will be."""
+    return len(FORMS)
 
 
 def cases(settings: Settings) -> Iterator[Case]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -19,22 +21,25 @@ from spectralmoe.bench.problem import dtype_name
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.show import as_markdown, as_picture
 from spectralmoe.bench.targets import against_targets
-from spectralmoe.errors import one_of
-from spectralmoe.files import make_folder, write_json, write_text
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.files import make_folder, read_json, write_json, write_text
 from spectralmoe.machine import describe_machine
 
 __all__ = ["SUITES", "run"]
 
-SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
-    "layer": layer.cases,
-    "router": router.cases,
-    "penalty": penalty.cases,
-    "branch": branch.cases,
-    "step": step.cases,
-    "scaling": scaling.cases,
-    "decode": decode.cases,
-    "memory": memory.cases,
+
+class Suite(NamedTuple):
+    """A suite: its cases, made one after the other, and how many there will be."""
+
+    cases: Callable[[Settings], Iterator[Case]]
+    count: Callable[[Settings], int]
+
+
+SUITES: dict[str, Suite] = {
+    module.__name__.rpartition(".")[2]: Suite(module.cases, module.count)
+    for module in (layer, router, penalty, branch, step, scaling, decode, memory)
 }
+FILE = "bench.json"
 PACKAGES = (
     "torch",
     "transformers",
@@ -51,7 +56,11 @@ PACKAGES = (
 class Watch(Protocol):
     """Who is told how far a run has come."""
 
-    def __call__(self, text: str, done: float) -> None: ...
+    def __call__(self, text: str, done: float, detail: str = "") -> None: ...
+
+
+def _nobody(text: str, done: float, detail: str = "") -> None:
+    pass
 
 
 def run(
@@ -60,48 +69,92 @@ def run(
     *,
     out: Path | None = None,
     allow_busy: bool = False,
-    watch: Watch = lambda text, done: None,
+    watch: Watch = _nobody,
     idle: Idle | None = None,
 ) -> dict[str, Any]:
     """The results of ``suites`` as one JSON value; with ``out`` also bench.json, bench.md and bench.svg in that folder.
 
-    The files are written after each suite.
+    The files are written after each case. A run that was stopped is gone on with by the same call: what it has
+    measured is not measured again. A finished one is measured anew.
 
     Args:
         allow_busy: go on where the machine is not idle; the result says so.
 
     Raises:
-        UserError: an unknown suite; a machine that is not idle; a folder that cannot be written.
+        UserError: an unknown suite; a machine that is not idle; a folder that cannot be written, or holds a stopped run
+            of another kind.
     """
     for name in suites:
         if name not in SUITES:
             raise one_of("suite", name, SUITES)
-    if out is not None:
-        make_folder(out)
     idle = idle or Idle()
     look = (lambda when: idle.others()) if allow_busy else idle.demand
-    loads, cases, order = [look("at the start")], [], random.Random(0)
     with _threads(settings.threads):
-        result = _head(suites, settings)
-        for number, name in enumerate(suites):
-            for case in SUITES[name](settings):
-                text, done = case.key, number / len(suites)
-                watch(text, done)
-                found = measure(case, settings.rounds, order, lambda share, t=text, d=done: watch(t, d))  # type: ignore[misc]
-                loads.append(look(f"during {case.key}"))
-                cases.append(found | {"load_of_others": loads[-1]})
-                del case
-            result |= {
-                "busy": max(loads) > LIMIT,
-                "load_of_others": max(loads),
-                "targets": against_targets(cases, settings),
-                "cases": cases,
-            }
+        head, total = _head(suites, settings), sum(SUITES[name].count(settings) for name in suites)
+        if out is not None:
+            make_folder(out)
+        known = {} if out is None else _stopped(out / FILE, head)
+        load = look("at the start")
+        cases: list[dict[str, Any]] = []
+        order = random.Random(0)
+        for case in (case for name in suites for case in SUITES[name].cases(settings)):
+            if case.key not in known:
+                tell = partial(_tell, watch, case.key, (len(cases), total))
+                found = measure(case, settings.rounds, order, tell)
+                known[case.key] = found | {"load_of_others": look(f"during {case.key}")}
+            cases.append(known[case.key])
+            result = _result(head, [*known.values()], load, settings, complete=len(cases) == total)
             if out is not None:
-                write_json(out / "bench.json", result)
-                write_text(out / "bench.md", as_markdown(result))
-                write_text(out / "bench.svg", as_picture(result))
+                _write(out, result)
+            del case
     return result
+
+
+def _tell(watch: Watch, text: str, place: tuple[int, int], share: float, what: str) -> None:
+    number, total = place
+    watch(f"{text} ({number + 1}/{total})", (number + share) / total, what)
+
+
+def _stopped(path: Path, head: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The cases of the stopped run in ``path``, by key; none where there is no such run."""
+    if not path.exists():
+        return {}
+    held = read_json(path)
+    if not isinstance(held, dict) or held.get("kind") != "bench" or not isinstance(held.get("cases"), list):
+        raise UserError(f"{path} is not a result of spectralmoe bench; choose another --out")
+    if held.get("complete", True):
+        return {}
+    for key, value in head.items():
+        if held.get(key) != value:
+            raise UserError(f"{path} holds a stopped run with other {key}; remove it or choose another --out")
+    return {case["key"]: case for case in held["cases"]}
+
+
+def _result(
+    head: Mapping[str, Any],
+    cases: Sequence[dict[str, Any]],
+    load: float,
+    settings: Settings,
+    *,
+    complete: bool,
+) -> dict[str, Any]:
+    """``load`` is that of others at the start; None and NaN, where nobody can say, are not idle."""
+    loads = [load, *(case["load_of_others"] for case in cases)]
+    worst = math.nan if any(one is None or math.isnan(one) for one in loads) else max(loads)
+    return {
+        **head,
+        "complete": complete,
+        "busy": not worst <= LIMIT,
+        "load_of_others": worst,
+        "targets": against_targets(cases, settings),
+        "cases": list(cases),
+    }
+
+
+def _write(out: Path, result: Mapping[str, Any]) -> None:
+    write_json(out / FILE, result)
+    write_text(out / "bench.md", as_markdown(result))
+    write_text(out / "bench.svg", as_picture(result))
 
 
 def _head(suites: Sequence[str], settings: Settings) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from spectralmoe.bench.subject import as_case, bank, candidate, spectralmoe_laye
 from spectralmoe.dispatch import pick_dispatch
 from spectralmoe.experts import Experts
 
-__all__ = ["BASE", "cases", "dispatch_name", "whole_name"]
+__all__ = ["BASE", "cases", "count", "dispatch_name", "whole_name"]
 
 BASE, QUICK = Sizes(16384, 256, 128, 8, 2), Sizes(512, 32, 32, 4, 2)
 EXPERTS, QUICK_EXPERTS = (8, 64, 256, 1024), (4, 16)
@@ -34,6 +34,11 @@ def dispatch_name(sizes: Sizes, dtype: torch.dtype) -> str:
 def whole_name(sizes: Sizes, dtype: torch.dtype) -> str:
     """Of the case of a whole layer against all of its arithmetic."""
     return f"whole layer, {sizes} {dtype_name(dtype)} forward"
+
+
+def count(settings: Settings) -> int:
+    """How many cases there will be."""
+    return 1 + len(QUICK_EXPERTS) if settings.quick else 1 + len(EXPERTS) + sum(map(len, GROWING.values()))
 
 
 def cases(settings: Settings) -> Iterator[Case]:

@@ -19,6 +19,8 @@ def as_markdown(result: Row) -> str:
     lines = ["# Benchmark", ""]
     if result["busy"]:
         lines += [f"**The machine was busy (others: {result['load_of_others']:.1f} threads): not for the record.**", ""]
+    if not result.get("complete", True):
+        lines += ["**This run was stopped: the same command goes on with it.**", ""]
     about = ", ".join(f"{key} {value}" for key, value in {**machine, **result["packages"]}.items() if value is not None)
     how = f"{settings['rounds']} rounds, {settings['threads']} threads, {settings['device']}"
     how += ", quick sizes" * settings["quick"] + ", freed memory kept" * settings["keep_memory"]

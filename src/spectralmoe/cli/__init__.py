@@ -9,8 +9,8 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 a correction was refused, 2 a mistake of the user's (one line on
-    stderr), 130 interrupted.
+    """Run the command line and exit: 0 done, 1 a correction was refused or a training diverged, 2 a mistake of the
+    user's (one line on stderr), 130 interrupted.
     """
     from spectralmoe.cli.app import run
 

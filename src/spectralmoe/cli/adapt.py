@@ -7,10 +7,6 @@ from typing import Annotated
 
 import typer
 
-from spectralmoe.cli.adapt_correct import apply_patch, correct
-from spectralmoe.cli.adapt_measure import measure_new_class, measure_trials
-from spectralmoe.cli.adapt_setup import Wishes
-from spectralmoe.cli.adapt_stream import run_stream
 from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, Seed, split_names
 from spectralmoe.errors import UserError
 
@@ -130,6 +126,11 @@ def adapt(
     'spectralmoe evaluate MODEL --wrong DIR' shows which samples are wrong. A correction that is refused ends with exit
     code 1. MODEL's own folder is never written to.
     """
+    from spectralmoe.cli.adapt_correct import apply_patch, correct
+    from spectralmoe.cli.adapt_measure import measure_new_class, measure_trials
+    from spectralmoe.cli.adapt_setup import Wishes
+    from spectralmoe.cli.adapt_stream import run_stream
+
     modes = {
         "--sample": sample,
         "--image": image,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch
 import typer
 
 import spectralmoe
@@ -27,19 +27,20 @@ from spectralmoe.errors import UserError
 __all__ = ["app", "run"]
 
 NO_MEMORY = "out of memory: use fewer images (--train-size) or a smaller network"
+NO_GPU_MEMORY = "out of GPU memory: use --device cpu, a smaller batch or a smaller network"
 INTERRUPTED = "interrupted; what was finished is kept"
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-app.command()(compare)
-app.command()(train)
-app.command()(evaluate)
-app.command()(predict)
-app.command()(adapt)
-app.command()(fewshot)
-app.command()(report)
-app.command()(inspect)
-app.command()(bench)
-app.command("list")(list_everything)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)  # [x] is no markup
+app.command(short_help="Train routers side by side under one budget.")(compare)
+app.command(short_help="Train one network from a settings file.")(train)
+app.command(short_help="Test accuracy of a model, load of its experts.")(evaluate)
+app.command(short_help="Classes of image files.")(predict)
+app.command(short_help="Correct samples by one expert; what else moves.")(adapt)
+app.command(short_help="Learn a new task from a few images a class.")(fewshot)
+app.command(short_help="One HTML page about what was measured.")(report)
+app.command(short_help="What the routers and experts of a model do.")(inspect)
+app.command(short_help="How fast the layers are.")(bench)
+app.command("list", short_help="Everything that can be named.")(list_everything)
 
 
 def _show_version(wanted: bool) -> None:
@@ -58,35 +59,45 @@ def root(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command; returns the exit code. A user's mistake is one line on stderr, never a traceback."""
+    """Run one command; returns the exit code. A user's mistake is one line on stderr, never a traceback.
+
+    With ``--json`` stdout then holds one JSON value all the same: ``{"error": the line, "exit_code": its code}``.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     try:
         result = app(list(arguments), prog_name="spectralmoe", standalone_mode=False)
-        return _fail(INTERRUPTED, code=130) if result == 130 else int(result or 0)
-    except UserError as error:
-        return _fail(str(error))
-    except torch.OutOfMemoryError:
-        return _fail("out of GPU memory: use --device cpu, a smaller batch or a smaller network")
-    except MemoryError:
-        return _fail(NO_MEMORY)
+        if result != 130:
+            return int(result or 0)
+        message, code = INTERRUPTED, 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(INTERRUPTED, code=130)
-    except OSError as error:
-        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
+        message, code = INTERRUPTED, 130
     except Exception as error:
-        if "can't allocate memory" in str(error):
-            return _fail(NO_MEMORY)
-        if hasattr(error, "format_message"):  # a usage error of the option parser
-            return _fail(error.format_message() or "no verb was given; see spectralmoe --help")
-        raise
-
-
-def _fail(message: str, code: int = 2) -> int:
+        known = _explain(error)
+        if known is None:
+            raise
+        message, code = known
     line = " ".join(message.split())
     print(f"error: {line}", file=sys.stderr)
+    if "--json" in arguments:
+        print(json.dumps({"error": line, "exit_code": code}))
     return code
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """What to tell the user, and the exit code; None for a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        return NO_GPU_MEMORY, 2
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return NO_MEMORY, 2
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file system'}: {error.strerror or error}", 2
+    if hasattr(error, "format_message"):  # a usage error of the option parser
+        return error.format_message() or "no verb was given; see spectralmoe --help", 2
+    return None

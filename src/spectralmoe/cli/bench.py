@@ -5,25 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from spectralmoe.bench import SUITES, Settings, run
-from spectralmoe.bench.allocator import keep_freed_memory
-from spectralmoe.bench.check import read_stored, warnings
-from spectralmoe.bench.show import as_markdown, target_cells
+from spectralmoe.cli.completion import SUITES, one_among
 from spectralmoe.cli.console import print_json, print_table, watching
 from spectralmoe.cli.options import DeviceName, Json, split_names
 from spectralmoe.errors import one_of
-from spectralmoe.training.settings import pick_device
 
 __all__ = ["bench"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def bench(
-    suites: Annotated[list[str] | None, typer.Argument(metavar="[SUITE]...", help="Which; by default all.")] = None,
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SUITE]...", help="Which; by default all.", autocompletion=one_among(*SUITES)),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for JSON, table and picture.")
     ] = None,
@@ -54,8 +52,17 @@ def bench(
     dispatch="loop" gives before it is timed. Other libraries that are not installed (extra: bench) are left out with
     a note.
 
+    Each case is written to --out as it ends; a run that was stopped goes on with the same command.
+
     Example: spectralmoe bench layer decode --out runs/bench
     """
+    import torch
+
+    from spectralmoe.bench import Settings, run
+    from spectralmoe.bench.allocator import keep_freed_memory
+    from spectralmoe.bench.show import as_markdown, target_cells
+    from spectralmoe.training.settings import pick_device
+
     if check is not None:
         _check(check, json)
         return
@@ -67,7 +74,12 @@ def bench(
         if name not in DTYPES:
             raise one_of("dtype", name, DTYPES)
     settings = Settings(
-        where, tuple(DTYPES[name] for name in names), quick, threads, rounds or (7 if quick else 25), keep_memory
+        where,
+        tuple(getattr(torch, name) for name in names),
+        quick,
+        threads,
+        rounds or (7 if quick else 25),
+        keep_memory,
     )
     with watching(quiet=json) as watch:
         result = run(suites or list(SUITES), settings, out=out, allow_busy=allow_busy, watch=watch)
@@ -84,6 +96,10 @@ def bench(
 
 def _check(path: Path, json: bool) -> None:
     """Slower ratios are warnings: another machine, or a neighbour, may be the reason."""
+    from spectralmoe.bench import run
+    from spectralmoe.bench.allocator import keep_freed_memory
+    from spectralmoe.bench.check import read_stored, warnings
+
     stored, suites, settings = read_stored(path)
     if settings.keep_memory:
         keep_freed_memory()

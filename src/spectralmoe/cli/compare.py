@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from spectralmoe.cli.console import print_json, print_table, watching
+from spectralmoe.cli.completion import complete_routers
+from spectralmoe.cli.console import count, over_seeds, print_json, print_table, watching
 from spectralmoe.cli.options import (
     Data,
     DataDir,
@@ -23,11 +24,8 @@ from spectralmoe.cli.options import (
     split_names,
     split_numbers,
 )
-from spectralmoe.compare import CompareSettings, run
-from spectralmoe.compare.columns import COLUMNS, show, summarise, summary_json
 from spectralmoe.errors import UserError
-from spectralmoe.training.routers import DEFAULT_ROUTERS
-from spectralmoe.training.settings import parse, pick_device
+from spectralmoe.training.names import DEFAULT_ROUTERS
 
 __all__ = ["compare"]
 
@@ -36,7 +34,12 @@ def compare(
     out: Out,
     data: Data = "mnist5k",
     routers: Annotated[
-        str, typer.Option(metavar="A,B,...", help="Presets (see 'spectralmoe list') or PKG:CLASS of your own.")
+        str,
+        typer.Option(
+            metavar="A,B,...",
+            help="Presets (see 'spectralmoe list') or PKG:CLASS of your own.",
+            autocompletion=complete_routers,
+        ),
     ] = ",".join(DEFAULT_ROUTERS),
     depths: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of MoE stages.")] = "2,4",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the interval is over them.")] = 5,
@@ -64,6 +67,10 @@ def compare(
 
     A run that was stopped goes on when it is started again with the same settings and --out.
     """
+    from spectralmoe.compare import CompareSettings, run
+    from spectralmoe.compare.columns import COLUMNS, show, summarise, summary_json
+    from spectralmoe.training.settings import parse, pick_device
+
     names = split_names(routers)
     see_own_modules(names)
     values: dict[str, Any] = {
@@ -89,7 +96,7 @@ def compare(
     if json:
         print_json(summary_json(rows))
         return
-    title = f"{data}, {settings.seeds} seeds, k = {k}: mean ± 95% interval"
+    title = f"{data}, {count(settings.seeds, 'seed')}, k = {k}: {over_seeds(settings.seeds)}"
     headings = ["router", "depth", *(column.title for column in COLUMNS)]
     fields = [[row.router, str(row.depth), *(show(c, row.values[c.key]) for c in COLUMNS)] for row in rows]
     print_table(title, headings, fields, key=2)

@@ -7,21 +7,19 @@ import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import Tensor
 
-from spectralmoe.adaptation.receipt_picture import png
 from spectralmoe.cli.console import print_json, print_table
 from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, load_network, open_data
-from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
-from spectralmoe.diagnostics import evaluate as run_evaluation
 from spectralmoe.errors import UserError
 from spectralmoe.files import make_folder, write_whole
-from spectralmoe.models import SRMoE
-from spectralmoe.training.data import Split
-from spectralmoe.training.settings import pick_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spectralmoe.training.data import Split
 
 __all__ = ["evaluate"]
 
@@ -48,6 +46,11 @@ def evaluate(
 
     spectralmoe evaluate runs/first/models/sr-moe-depth2-seed0 --wrong runs/wrong
     """
+    from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
+    from spectralmoe.diagnostics import evaluate as run_evaluation
+    from spectralmoe.models import SRMoE
+    from spectralmoe.training.settings import pick_device
+
     network, meta = load_network(Path(model), pick_device(device), allow)
     images = open_data(data, meta, data_dir, download)
     found = run_evaluation(network, images.test.images, images.test.labels)
@@ -79,6 +82,8 @@ def _write_wrong(folder: Path, test: Split, predictions: Tensor, classes: Sequen
     Raises:
         UserError: the folder holds something already, or cannot be written.
     """
+    from spectralmoe.adaptation.receipt_picture import png
+
     make_folder(folder)
     if any(folder.iterdir()):
         raise UserError(

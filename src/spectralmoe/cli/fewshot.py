@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from spectralmoe.cli.console import print_json, print_table, watching
+from spectralmoe.cli.completion import complete_few_shot_rows
+from spectralmoe.cli.console import count, over_seeds, print_json, print_table, watching
 from spectralmoe.cli.options import (
     Allow,
     Data,
@@ -23,12 +24,8 @@ from spectralmoe.cli.options import (
     split_names,
     split_numbers,
 )
-from spectralmoe.compare.fewshot import FRESH_ROWS, OWN_ROWS, FewShotSettings, Task, run_few_shot
 from spectralmoe.errors import UserError
-from spectralmoe.saving import read_config
-from spectralmoe.surgery.timm import VisionMoE
-from spectralmoe.training.fewshot import FEW_SHOT
-from spectralmoe.training.settings import parse, pick_device
+from spectralmoe.training.names import FRESH_ROWS, OWN_ROWS
 
 __all__ = ["fewshot"]
 
@@ -44,12 +41,13 @@ def fewshot(
             metavar="A,B,...",
             help=f"own, linear-probe, adapter, emoe, emoe-faithful, a router preset. "
             f"By default {','.join(FRESH_ROWS)}; for a model with branches {','.join(OWN_ROWS)}.",
+            autocompletion=complete_few_shot_rows,
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the interval is over them.")] = 3,
     seed: Seed = 0,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs over the few images.")] = FEW_SHOT.epochs,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = FEW_SHOT.lr,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs over the few images.")] = 200,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
     experts: Annotated[int, typer.Option(min=1, help="Experts a branch.")] = 8,
     bottleneck: Annotated[int, typer.Option(min=1, help="Width of an expert.")] = 32,
     mode: Annotated[str, typer.Option(metavar="soft|top1|top2", help="Experts a token.")] = "top1",
@@ -66,6 +64,12 @@ def fewshot(
 
     A run that was stopped goes on when it is started again with the same settings and --out.
     """
+    from spectralmoe.compare.fewshot import FewShotSettings, Task, run_few_shot
+    from spectralmoe.saving import read_config
+    from spectralmoe.surgery.timm import VisionMoE
+    from spectralmoe.training.fewshot import FEW_SHOT
+    from spectralmoe.training.settings import parse, pick_device
+
     network, meta = load_network(model, pick_device(device), allow)
     if not isinstance(network, VisionMoE):
         raise UserError(f"{model} is not a timm model; train one from a settings file with a section [backbone]")
@@ -83,8 +87,8 @@ def fewshot(
         return
     by_row = {row: [item for item in summary if item["row"] == row] for row in settings.rows}
     fields = [[row, *(_show(item["accuracy"]) for item in items)] for row, items in by_row.items()]
-    title = f"{data}, test accuracy %, {seeds} seeds: mean ± 95% interval"
-    print_table(title, ["row", *(f"{k} shots" for k in settings.shots)], fields)
+    title = f"{data}, test accuracy %, {count(seeds, 'seed')}: {over_seeds(seeds)}"
+    print_table(title, ["row", *(count(k, "shot") for k in settings.shots)], fields)
     typer.echo(f"table: {out / 'fewshot.json'}")
 
 

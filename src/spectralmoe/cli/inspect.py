@@ -7,15 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from spectralmoe.cli.console import print_json, print_table
-from spectralmoe.cli.inspect_images import inspect_images
-from spectralmoe.cli.inspect_text import DTYPES, inspect_text
-from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Seed
+from spectralmoe.cli.console import count, print_finding, print_json, print_table, say
+from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Seed, refuse_outputs
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.files import make_folder, read_json, write_json, write_text
-from spectralmoe.report import render_report
-from spectralmoe.surgery.checkpoint_inspection import inspect_checkpoint
-from spectralmoe.training.settings import pick_device
 
 __all__ = ["inspect"]
 
@@ -54,7 +49,7 @@ def inspect(
         bool, typer.Option("--gates-only", help="The same with the gates alone, which is quick.")
     ] = False,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="|".join(DTYPES), help="Precision to load the model in.")
+        str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="Precision to load the model in.")
     ] = "auto",
     data_dir: DataDir = None,
     download: Download = False,
@@ -72,10 +67,17 @@ def inspect(
 
     spectralmoe inspect ./Mixtral-8x7B --router-only --out runs/mixtral
     """
+    from spectralmoe.cli.inspect_images import inspect_images
+    from spectralmoe.cli.inspect_text import DTYPES, inspect_text
+    from spectralmoe.report import render_report
+    from spectralmoe.surgery.checkpoint_inspection import inspect_checkpoint
+    from spectralmoe.training.settings import pick_device
+
     if not model.strip():
         raise UserError("MODEL is empty; name a saved model, a Hugging Face folder or hub name, or .safetensors")
     if dtype not in DTYPES:
         raise one_of("--dtype", dtype, DTYPES)
+    refuse_outputs(Path(model))
     if out is not None:
         make_folder(out)  # before a long run, not after it
     where, folder = pick_device(device), Path(model)
@@ -115,17 +117,15 @@ def is_own(folder: Path) -> bool:
 def show(document: dict[str, Any], out: Path | None) -> None:
     """Findings first, then a table of the layers."""
     model, data = document["model"], document["data"]
-    typer.echo(f"{model['name']} ({model['class']}, {len(document['layers'])} MoE layers): {data['source']}")
+    layers = count(len(document["layers"]), "MoE layer")
+    say(f"{model['name']} ({model['class']}, {layers}): {data['source']}", indent="  ")
     for note in data["notes"]:
-        typer.echo(f"note: {note}")
+        say(f"note: {note}", indent="  ")
     groups: dict[tuple[str, str, str], list[str]] = {}
     for finding in document["findings"]:
         groups.setdefault((finding["severity"], finding["kind"], finding["cure"]), []).append(finding["message"])
     for (severity, kind, cure), messages in groups.items():
-        typer.echo(f"{severity:>8}  {kind.replace('_', ' ')}")
-        for message in messages:
-            typer.echo(f"{'':>8}  - {message}")
-        typer.echo(f"{'':>8}  to do: {cure}")
+        print_finding(severity, kind, messages, cure)
     if not document["findings"]:
         typer.echo("nothing found by the checks that have data")
     rows = [[layer["name"], *(cell(layer, block, key) for _, block, key in _COLUMNS)] for layer in document["layers"]]

@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 
 import typer
 
-from spectralmoe.cli.console import print_json
+from spectralmoe.cli.console import print_json, say
 from spectralmoe.cli.options import Json
-from spectralmoe.dispatch import DISPATCHES
-from spectralmoe.experts import EXPERTS
-from spectralmoe.regularizers import REGULARIZERS
-from spectralmoe.scorers import SCORERS
-from spectralmoe.selectors import SELECTORS
-from spectralmoe.training.data import DATASETS
-from spectralmoe.training.routers import ROUTERS
 
 __all__ = ["list_everything"]
+
+PLAIN = {
+    "linear": "dot product of the token with a row for each expert",
+    "cosine": "angle between the token and a key of each expert",
+    "prototype": "distance of the token to a prototype of each expert",
+    "eigenbasis": "energy of the token along orthonormal directions",
+    "principal": "share of the token's energy on each side of orthonormal directions",
+    "topk": "the k experts with the largest scores for each token; without k all of them",
+    "noisy_topk": "top-k of noisy logits in training, of the logits in evaluation",
+    "expert_choice": "each expert takes its best tokens, as many as its capacity allows",
+    "top_p": "the smallest set of experts whose scores sum to p",
+    "balanced": "top-k of scores plus a bias that evens the load; the weights never see the bias",
+    "soft_balanced": "all experts for each token, with a bias on the weights that evens the load",
+    "capacity": "another selector whose experts take a limited number of tokens",
+    "feed_forward": "networks of two layers, their weights stacked",
+    "adapter": "narrow networks to be added to the output of a frozen layer",
+    "modules": "modules of your own; slower than stacked weights",
+    "loop": "the definition: one token and one expert at a time; slow",
+    "dense": "every expert on every token; for soft routing and very small layers",
+    "grouped": "each expert on exactly the tokens that chose it, however uneven the load",
+    "spectral_norm": "penalty on the largest singular value of the routing matrix",
+    "stable_rank": "penalty on a low stable rank of the routing matrix",
+    "spectral_penalty": "both spectral penalties from one decomposition",
+    "orthonormality": "distance of the routing matrix from orthonormal rows",
+    "load_balance": "Switch load-balancing loss; 1 for a perfectly even load",
+    "router_z": "router z-loss, which keeps logits small",
+    "importance_cv2": "how unevenly the experts' importance is spread, squared",
+}
+"""The parts in plain words; one without an entry is told by its docstring, less the formulas."""
+
+_FORMULA = re.compile(r"\s*:math:`[^`]*`|``")
+_INDENT = 23
 
 
 def list_everything(json: Json = False) -> None:
@@ -25,6 +51,14 @@ def list_everything(json: Json = False) -> None:
 
     Example: spectralmoe list
     """
+    from spectralmoe.dispatch import DISPATCHES
+    from spectralmoe.experts import EXPERTS
+    from spectralmoe.regularizers import REGULARIZERS
+    from spectralmoe.scorers import SCORERS
+    from spectralmoe.selectors import SELECTORS
+    from spectralmoe.training.data import DATASETS
+    from spectralmoe.training.routers import ROUTERS
+
     tables = {
         "data sets": {
             **{name: _first_line(loader) for name, loader in DATASETS.items()},
@@ -39,15 +73,18 @@ def list_everything(json: Json = False) -> None:
         "dispatch": DISPATCHES,
         "regularizers": REGULARIZERS,
     }
-    tables |= {title: {name: _first_line(item) for name, item in part.items()} for title, part in parts.items()}
+    tables |= {
+        title: {name: PLAIN.get(name) or _first_line(item) for name, item in part.items()}
+        for title, part in parts.items()
+    }
     if json:
         print_json(tables)
         return
     for title, table in tables.items():
         typer.echo(f"{title}:")
         for name, line in table.items():
-            typer.echo(f"  {name:<20} {line}")
+            say(f"  {name:<20} {line}", indent=" " * _INDENT)
 
 
 def _first_line(item: object) -> str:
-    return (inspect.getdoc(item) or "").split("\n")[0]
+    return _FORMULA.sub("", (inspect.getdoc(item) or "").split("\n")[0])

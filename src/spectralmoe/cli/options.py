@@ -6,19 +6,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
+from spectralmoe.cli.completion import complete_data, one_among
 from spectralmoe.errors import UserError
-from spectralmoe.models import ConvStem, SRMoE
-from spectralmoe.saving import load, read_config
-from spectralmoe.surgery.timm import VisionMoE
-from spectralmoe.training.data import ImageData, load_data
-from spectralmoe.training.network import ModelMeta
-from spectralmoe.training.settings import parse
-from spectralmoe.training.vision import VisionMeta
+
+if TYPE_CHECKING:
+    import torch
+
+    from spectralmoe.models import SRMoE
+    from spectralmoe.surgery.timm import VisionMoE
+    from spectralmoe.training.data import ImageData
+    from spectralmoe.training.network import ModelMeta
 
 __all__ = [
     "Allow",
@@ -34,22 +35,46 @@ __all__ = [
     "open_data",
     "read_data",
     "refuse_image_size",
+    "refuse_outputs",
     "say_notes",
     "see_own_modules",
     "split_names",
     "split_numbers",
 ]
 
+OUTPUTS = {
+    "inspection.json": "an inspection (see its report.html)",
+    "results.json": "a comparison (its models are the folders in {path}/models)",
+    "fewshot.json": "few-shot results (see 'spectralmoe report {path}')",
+    "bench.json": "a benchmark (see its bench.md)",
+    "training.safetensors": "a training that has not ended (start the same command again)",
+}
+"""What verbs write that is no model: a file's name -> what the folder holds."""
+
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that holds a saved model.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for everything that is written.")]
 Data = Annotated[
-    str, typer.Option("--data", metavar="NAME|folder:PATH", help="Data set (see 'spectralmoe list') or image folder.")
+    str,
+    typer.Option(
+        "--data",
+        metavar="NAME|folder:PATH",
+        help="Data set (see 'spectralmoe list') or image folder.",
+        autocompletion=complete_data,
+    ),
 ]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Where to look for data sets first.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a missing data set.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Random seed.")]
-DeviceName = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda",
+        help="Where to compute.",
+        autocompletion=one_among("auto", "cpu", "cuda"),
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text, errors too.")]
 Allow = Annotated[
     list[str] | None, typer.Option("--allow", metavar="PKG:CLASS", help="A class of your own that the model may use.")
 ]
@@ -78,14 +103,39 @@ def see_own_modules(names: Sequence[str]) -> None:
         sys.path.insert(0, os.getcwd())
 
 
+def refuse_outputs(path: Path) -> None:
+    """Say what a folder or file of this library's is, where it stands in for a model.
+
+    Raises:
+        UserError: it was written by a verb and holds no model.
+    """
+    if path.is_file() and path.suffix in (".json", ".jsonl", ".html", ".svg", ".toml"):
+        raise UserError(f"{path} is a {path.suffix} file, not a model; name the folder of a model")
+    weights = {file.name for file in path.glob("*.safetensors")} - {"training.safetensors"}
+    if weights or (path / "config.json").is_file():
+        return
+    for name, what in OUTPUTS.items():
+        if (path / name).is_file():
+            raise UserError(f"{path} holds {what.format(path=path)}, not a model")
+
+
 def load_network(
     folder: Path, device: torch.device, allow: Sequence[str] | None
 ) -> tuple[SRMoE | VisionMoE, ModelMeta]:
     """An image network and how it reads images.
 
     Raises:
-        UserError: not a model folder; a model that is not an image network of spectralmoe's.
+        UserError: not a model folder, with what it is if this library wrote it; a model that is not an image network
+            of spectralmoe's.
     """
+    from spectralmoe.models import ConvStem, SRMoE
+    from spectralmoe.saving import load, read_config
+    from spectralmoe.surgery.timm import VisionMoE
+    from spectralmoe.training.network import ModelMeta
+    from spectralmoe.training.settings import parse
+    from spectralmoe.training.vision import VisionMeta
+
+    refuse_outputs(folder)
     see_own_modules(allow or ())
     model, meta = load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
     kind: type[ModelMeta]
@@ -125,6 +175,8 @@ def read_data(name: str, data_dir: Path | None, download: bool, side: int | None
     Raises:
         UserError: it cannot be had.
     """
+    from spectralmoe.training.data import load_data
+
     data = load_data(name, data_dir=data_dir, download=download, side=side)
     say_notes(data.notes)
     return data

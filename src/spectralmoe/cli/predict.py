@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 from spectralmoe.cli.console import print_json
 from spectralmoe.cli.options import Allow, DeviceName, Json, Model, load_network, say_notes
-from spectralmoe.diagnostics import holds_moe
-from spectralmoe.routing import Routing
-from spectralmoe.tape import record
-from spectralmoe.training.images import conversions, read_image
-from spectralmoe.training.settings import pick_device
+
+if TYPE_CHECKING:
+    from spectralmoe.routing import Routing
 
 __all__ = ["predict"]
 
@@ -33,6 +30,13 @@ def predict(
 
     Example: spectralmoe predict runs/first/models/sr-moe-depth2-seed0 digit.png
     """
+    import torch
+
+    from spectralmoe.diagnostics import holds_moe
+    from spectralmoe.tape import record
+    from spectralmoe.training.images import conversions, read_image
+    from spectralmoe.training.settings import pick_device
+
     where = pick_device(device)
     network, meta = load_network(model, where, allow)
     images = torch.stack([read_image(file, channels=meta.channels, size=meta.image_size) for file in files])
@@ -64,6 +68,8 @@ def predict(
 
 def leaning(routing: Routing, images: int) -> list[int]:
     """The expert with the largest sum of weights over the tokens of each image; -1 for an image without experts."""
+    import torch
+
     held = routing.indices >= 0
     weights = routing.weights.masked_fill(~held, 0)
     total = weights.new_zeros(routing.logits.shape).scatter_add(1, routing.indices.clamp_min(0), weights)

@@ -11,7 +11,6 @@ from spectralmoe.cli.console import print_json
 from spectralmoe.cli.options import Json
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_text
-from spectralmoe.report import read_documents, render_report
 
 __all__ = ["report"]
 
@@ -21,7 +20,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="PATH...",
-            help="inspection.json, a monitor's .jsonl, results.json, receipt.json, or folders that hold them.",
+            help="inspection.json, history.json or a monitor's .jsonl of train, results.json of compare, fewshot.json, "
+            "receipt.json, or folders that hold them.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path("report.html"),
@@ -34,6 +34,8 @@ def report(
 
     Example: spectralmoe report runs/inspected runs/corrected --out report.html
     """
+    from spectralmoe.report import read_documents, render_report
+
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file, for example {out / 'report.html'}")
     documents = read_documents(paths)

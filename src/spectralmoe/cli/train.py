@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from spectralmoe.cli.console import print_json, watching
+from spectralmoe.cli.completion import LOG_NAMES, listed, one_among
+from spectralmoe.cli.console import print_finding, print_json, watching
 from spectralmoe.cli.options import (
+    Allow,
     DataDir,
     DeviceName,
     Download,
     Json,
-    Out,
     refuse_image_size,
     say_notes,
     see_own_modules,
+    split_names,
 )
-from spectralmoe.diagnostics import Evaluation, evaluate
+from spectralmoe.cli.train_settings import check, print_settings, read_settings, router_of
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json
-from spectralmoe.instruments.monitor import Monitor
-from spectralmoe.models import SRMoE
-from spectralmoe.saving import save
-from spectralmoe.surgery.timm import VisionMoE
-from spectralmoe.terms import Term
-from spectralmoe.training.data import ImageData, load_data
-from spectralmoe.training.loop import train as run_training
-from spectralmoe.training.network import CHECKPOINT, build_network, model_meta
-from spectralmoe.training.parallel import joined
-from spectralmoe.training.routers import find_preset
-from spectralmoe.training.run_folder import run_folder
-from spectralmoe.training.settings import TrainSettings, parse, pick_device, read_toml
-from spectralmoe.training.vision import build_vision, router_name, router_terms, vision_meta
-from spectralmoe.training.vision_settings import VisionSettings
+
+if TYPE_CHECKING:
+    from spectralmoe.diagnostics import Evaluation
+    from spectralmoe.models import SRMoE
+    from spectralmoe.surgery.timm import VisionMoE
+    from spectralmoe.terms import Term
+    from spectralmoe.training.data import ImageData
+    from spectralmoe.training.loop import Standing, Watcher
+    from spectralmoe.training.settings import TrainSettings
+    from spectralmoe.training.vision_settings import VisionSettings
 
 __all__ = ["train"]
 
@@ -45,18 +44,39 @@ MONITOR = "monitor.jsonl"
 
 def train(
     config: Annotated[Path, typer.Option(metavar="F.toml", help="Settings of the run.")],
-    out: Out,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for everything that is written.")] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the file, such as network.k=1; repeats."),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings of the run as TOML, and train nothing.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Random seed; the file's by default.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start a timm model from timm's weights.")] = False,
     parallel: Annotated[
-        str | None, typer.Option(metavar="ddp|fsdp2", help="Share every batch among the processes of torchrun.")
+        str | None,
+        typer.Option(
+            metavar="ddp|fsdp2",
+            help="Share every batch among the processes of torchrun.",
+            autocompletion=one_among("ddp", "fsdp2"),
+        ),
     ] = None,
     monitor: Annotated[
         bool, typer.Option("--monitor", help=f"Write what the routers do to {MONITOR} in --out.")
     ] = False,
     every: Annotated[int | None, typer.Option(min=1, help="Steps between two reports of --monitor; 50.")] = None,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="csv|tensorboard|wandb",
+            help="Write each epoch's loss and validation accuracy there, too; several with commas.",
+            autocompletion=lambda incomplete: listed(incomplete, LOG_NAMES),
+        ),
+    ] = None,
     data_dir: DataDir = None,
     download: Download = False,
+    allow: Allow = None,
     device: DeviceName = "auto",
     json: Json = False,
 ) -> None:
@@ -64,18 +84,35 @@ def train(
 
     Example: spectralmoe train --config examples/train.toml --out runs/sr-moe
 
-    Example: spectralmoe train --config examples/emoe-vit.toml --out runs/emoe-vit
+    Example: spectralmoe train --config examples/emoe-vit.toml --set optimization.epochs=2 --out runs/emoe-vit
 
     --monitor writes loads, entropies and findings (dead experts, collapse, ...) while it trains, for the report.
 
-    A run that was stopped goes on when it is started again with the same file and --out. On several processes:
+    A run that was stopped goes on when it is started again with the same settings and --out. On several processes:
     torchrun --nproc-per-node 2 -m spectralmoe train --config F.toml --out DIR --parallel ddp
     """
-    settings = _settings(config, seed, pretrained)
-    if parallel is not None and not isinstance(settings, VisionSettings):
-        raise UserError("--parallel trains timm models; the settings file has no section [backbone]")
+    from spectralmoe.diagnostics import evaluate
+    from spectralmoe.instruments.monitor import Monitor
+    from spectralmoe.saving import save
+    from spectralmoe.surgery.timm import VisionMoE
+    from spectralmoe.training.logs import check_logs, open_logs
+    from spectralmoe.training.loop import train as run_training
+    from spectralmoe.training.network import CHECKPOINT
+    from spectralmoe.training.parallel import joined
+    from spectralmoe.training.run_folder import run_folder
+    from spectralmoe.training.settings import pick_device
+
+    settings = read_settings(config, assign or (), seed, pretrained)
+    if print_config:
+        print_settings(settings, json)
+        return
+    if out is None:
+        raise UserError("--out is missing: name the folder for everything that is written")
     if every is not None and not monitor:
         raise UserError("--every is how often --monitor reports; add --monitor")
+    check(settings, parallel, allow or ())
+    wanted = split_names(log or "")
+    check_logs(wanted)
     data = _images(settings, data_dir, download)
     with joined(parallel, pick_device(device)) as (ranks, where):
         if ranks.first:
@@ -90,14 +127,19 @@ def train(
             watched = (
                 Monitor(trained, out / MONITOR, every=every or 50, layers=True, title=plan.label) if monitor else None
             )
-            with watching(quiet=json or not ranks.first) as watch, watched or nullcontext():
+            with (
+                open_logs(wanted if ranks.first else (), out, plan.label) as logs,
+                watching(quiet=json or not ranks.first) as watch,
+                watched or nullcontext(),
+            ):
                 history = run_training(
                     trained,
                     data,
                     settings.optimization,
                     terms=plan.terms,
                     checkpoint=out / CHECKPOINT,
-                    progress=lambda share: watch(f"training {plan.label}", share),
+                    follow=_shown(watch, plan.label, settings.optimization.epochs),
+                    logs=logs,
                     monitor=watched,
                     ranks=ranks,
                 )
@@ -107,14 +149,34 @@ def train(
                 return
             found = evaluate(network, data.test.images, data.test.labels)
             save(network, out, meta=_meta(settings, data, found))
-            write_json(out / "history.json", {"epochs": history.epochs, "test_accuracy": found.accuracy})
+            title = f"{plan.label} on {settings.data}"
+            write_json(
+                out / "history.json", {"title": title, "epochs": history.epochs, "test_accuracy": found.accuracy}
+            )
     accuracy = found.accuracy
     if json:
         print_json({"model": str(out), "validation_accuracy": history.validation_accuracy, "test_accuracy": accuracy})
     else:
         for finding in watched.findings if watched else ():
-            typer.echo(f"{finding.severity}: {finding.message}; {finding.cure}", err=True)
-        typer.echo(f"validation {history.validation_accuracy:.2f}%, test {accuracy:.2f}%; model saved to {out}")
+            print_finding(finding.severity, finding.kind, [finding.message], finding.cure, err=True)
+        held_out = history.validation_accuracy
+        validation = "" if math.isnan(held_out) else f"validation {held_out:.2f}%, "
+        typer.echo(f"{validation}test {accuracy:.2f}%; model saved to {out}")
+
+
+def _shown(watch: Watcher, label: str, epochs: int) -> Callable[[Standing], None]:
+    """Tells ``watch`` the loss and the validation accuracy of the last epoch, and the running loss."""
+
+    def follow(standing: Standing) -> None:
+        text, finished = f"training {label}", len(standing.epochs)
+        if finished:
+            last = standing.epochs[-1]
+            text += f", epoch {finished}/{epochs}: loss {last['loss']:.3g}"
+            if not math.isnan(last["validation_accuracy"]):
+                text += f", validation {last['validation_accuracy']:.1f}%"
+        watch(text, standing.done, "" if math.isnan(standing.loss) else f"loss {standing.loss:.3g}")
+
+    return follow
 
 
 class _Plan(NamedTuple):
@@ -125,23 +187,10 @@ class _Plan(NamedTuple):
     label: str
 
 
-def _settings(config: Path, seed: int | None, pretrained: bool) -> TrainSettings | VisionSettings:
-    values = read_toml(config)
-    settings: TrainSettings | VisionSettings
-    if "backbone" in values:
-        settings = parse(VisionSettings, values, str(config))
-    else:
-        settings = parse(TrainSettings, values, str(config))
-    if seed is not None:
-        settings = settings.model_copy(update={"optimization": settings.optimization.model_copy(update={"seed": seed})})
-    if pretrained:
-        if not isinstance(settings, VisionSettings):
-            raise UserError(f"--pretrained starts a timm model, but {config} has no section [backbone]")
-        settings = settings.model_copy(update={"backbone": settings.backbone.model_copy(update={"pretrained": True})})
-    return settings
-
-
 def _images(settings: TrainSettings | VisionSettings, data_dir: Path | None, download: bool) -> ImageData:
+    from spectralmoe.training.data import load_data
+    from spectralmoe.training.vision_settings import VisionSettings
+
     if not isinstance(settings, VisionSettings):  # a timm model resizes the images of other data sets itself
         refuse_image_size(settings.data, settings.image_size)
     data = load_data(settings.data, data_dir=data_dir, download=download, side=settings.image_size)
@@ -151,18 +200,26 @@ def _images(settings: TrainSettings | VisionSettings, data_dir: Path | None, dow
 
 
 def _plan(settings: TrainSettings | VisionSettings, data: ImageData) -> _Plan:
-    if isinstance(settings, VisionSettings):
-        router = router_name(settings)
-        see_own_modules([router])
-        label = settings.backbone.name if router == "none" else f"{settings.backbone.name}, {router}"
-        return _Plan(build_vision(data, settings), router_terms(router), label)
-    see_own_modules([settings.router])
-    terms = find_preset(settings.router).terms
-    network = build_network(data, settings.network, settings.router, settings.depth, settings.optimization.seed)
-    return _Plan(network, terms, settings.router)
+    from spectralmoe.training.network import build_network
+    from spectralmoe.training.routers import find_preset
+    from spectralmoe.training.settings import TrainSettings
+    from spectralmoe.training.vision import build_vision, router_terms
+
+    router = router_of(settings)
+    see_own_modules([router])
+    if isinstance(settings, TrainSettings):
+        terms = find_preset(router).terms
+        network = build_network(data, settings.network, router, settings.depth, settings.optimization.seed)
+        return _Plan(network, terms, router)
+    label = settings.backbone.name if router == "none" else f"{settings.backbone.name}, {router}"
+    return _Plan(build_vision(data, settings), router_terms(router), label)
 
 
 def _meta(settings: TrainSettings | VisionSettings, data: ImageData, found: Evaluation) -> dict[str, Any]:
-    if isinstance(settings, VisionSettings):
-        return vision_meta(data, settings, found)
-    return model_meta(data, settings.router, settings.hold_out)
+    from spectralmoe.training.network import model_meta
+    from spectralmoe.training.settings import TrainSettings
+    from spectralmoe.training.vision import vision_meta
+
+    if isinstance(settings, TrainSettings):
+        return model_meta(data, settings.router, settings.hold_out)
+    return vision_meta(data, settings, found)

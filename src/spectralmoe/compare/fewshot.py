@@ -25,16 +25,15 @@ from spectralmoe.terms import Term
 from spectralmoe.training.data import ImageData
 from spectralmoe.training.fewshot import FEW_SHOT, draw_shots, few_shot
 from spectralmoe.training.loop import Watcher
+from spectralmoe.training.names import FRESH_ROWS, OWN_ROWS
 from spectralmoe.training.routers import ROUTERS
 from spectralmoe.training.run_folder import run_folder
-from spectralmoe.training.settings import Optimization, Positive, Seed, Settings
+from spectralmoe.training.settings import Optimization, Positive, Seed, Settings, Several
 from spectralmoe.training.vision import make_spec, router_terms
 from spectralmoe.training.vision_settings import MoEParts
 
 __all__ = ["FRESH_ROWS", "OWN_ROWS", "FewShotSettings", "Recipe", "Task", "recipe", "run_few_shot"]
 
-FRESH_ROWS = ("emoe", "linear-probe", "adapter", "linear", "linear+load_balance")
-OWN_ROWS = ("own", "linear-probe")
 FILE = "fewshot.json"
 
 
@@ -57,8 +56,8 @@ class FewShotSettings(Settings):
     """
 
     data: str
-    rows: tuple[str, ...] = FRESH_ROWS
-    shots: tuple[Positive, ...] = (1, 5, 10)
+    rows: Several[str] = FRESH_ROWS
+    shots: Several[Positive] = (1, 5, 10)
     seeds: Positive = 3
     seed: Seed = 0
     experts: Positive = 8

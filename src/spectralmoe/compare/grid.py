@@ -112,7 +112,8 @@ def _write(setup: Setup, rows: Mapping[Cell, dict[str, Any]], processes: int) ->
     }
     write_json(out / "results.json", results)
     write_text(out / "results.csv", _csv(ordered))
-    routers = f"{len(settings.routers)} routers, {settings.seeds} seeds, k = {settings.network.k}"
+    many = [(len(settings.routers), "router"), (settings.seeds, "seed")]
+    routers = ", ".join(f"{n} {what}{'' if n == 1 else 's'}" for n, what in many) + f", k = {settings.network.k}"
     write_text(out / "comparison.svg", draw(summary, f"{settings.data}: {routers}"))
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from spectralmoe.errors import UserError
 from spectralmoe.training.routers import DEFAULT_ROUTERS, find_preset
-from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings
+from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
 
 __all__ = ["Cell", "CompareSettings", "no_repeats"]
 
@@ -43,8 +43,8 @@ class CompareSettings(Settings):
     """
 
     data: str = "mnist5k"
-    routers: tuple[str, ...] = DEFAULT_ROUTERS
-    depths: tuple[Positive, ...] = (2, 4)
+    routers: Several[str] = DEFAULT_ROUTERS
+    depths: Several[Positive] = (2, 4)
     seeds: Positive = 5
     seed: Seed = 0
     image_size: Positive | None = None

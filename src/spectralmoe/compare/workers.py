@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple
@@ -14,12 +15,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spectralmoe.errors import UserError
 from spectralmoe.training.loop import Watcher
 
-__all__ = ["Job", "run_jobs"]
+__all__ = ["Job", "WorkerLost", "run_jobs"]
 
 _GLANCE = 0.3  # seconds between two looks at the progress of the processes
 _STOP = -1.0
+
+
+class WorkerLost(UserError):
+    """A process of the run ended without a word: no mistake of the user's in itself."""
+
+    exit_code = 1
 
 
 class Job(NamedTuple):
@@ -44,6 +52,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, watch: Watcher) -> Iterator[tu
     ends. They import the main module anew, so a script that calls this needs ``if __name__ == "__main__"``.
 
     Raises:
+        WorkerLost: a process was killed from outside.
         Whatever a job raises; the others are stopped.
     """
     if min(processes, len(jobs)) > 1:
@@ -65,6 +74,11 @@ def _in_processes(jobs: Sequence[Job], processes: int, watch: Watcher) -> Iterat
             watch(_title(jobs[latest], latest, jobs), float(0.9 * shares.mean()))
             for future in sorted(done, key=running.__getitem__):
                 yield jobs[running.pop(future)].key, future.result()
+    except BrokenProcessPool as error:
+        raise WorkerLost(
+            "a process was killed, perhaps for want of memory; what was finished is kept: start the same command again "
+            "to go on, with fewer --processes if that was the reason"
+        ) from error
     finally:
         shares.fill_(_STOP)
         pool.shutdown(cancel_futures=True)

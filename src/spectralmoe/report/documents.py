@@ -17,15 +17,19 @@ from spectralmoe.adaptation import Receipt
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json
 from spectralmoe.instruments.monitor_log import read_monitor
+from spectralmoe.report.runs import few_shot_comparison
 from spectralmoe.report.schema import Inspection
-from spectralmoe.report.schema_runs import Comparison, Monitor
+from spectralmoe.report.schema_runs import Comparison, History, Monitor
 
 __all__ = ["Document", "ReceiptFile", "as_document", "read_documents", "tell_apart"]
 
-NAMES = ("inspection.json", "results.json", "receipt.json")
+NAMES = ("inspection.json", "results.json", "fewshot.json", "history.json", "receipt.json")
 PICTURE, PICTURE_BYTES = "receipt.svg", 300_000
 LARGEST = 1e100
-_KINDS = "inspection.json, a monitor's .jsonl, results.json of compare, receipt.json of adapt"
+_KINDS = (
+    "inspection.json, history.json or a monitor's .jsonl of train, results.json of compare, fewshot.json, "
+    "receipt.json of adapt"
+)
 _RECEIPT: TypeAdapter[Receipt] = TypeAdapter(Receipt)
 
 
@@ -44,7 +48,7 @@ class ReceiptFile:
     picture: str | None = None
 
 
-Body = Inspection | Monitor | Comparison | ReceiptFile
+Body = Inspection | Monitor | History | Comparison | ReceiptFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class Document:
     """One thing to show.
 
     Attributes:
-        kind: "inspection", "monitor", "comparison" or "receipt".
+        kind: "inspection", "monitor", "history", "comparison" (a few-shot run too) or "receipt".
         source: the file, for people.
     """
 
@@ -96,7 +100,9 @@ def tell_apart(documents: Sequence[Document]) -> list[Document]:
     return found
 
 
-def _named(body: Inspection | Monitor | Comparison, title: str) -> Inspection | Monitor | Comparison:
+def _named(
+    body: Inspection | Monitor | History | Comparison, title: str
+) -> Inspection | Monitor | History | Comparison:
     return body.model_copy(update={"title": title})
 
 
@@ -108,13 +114,20 @@ def _document(value: Any, source: str) -> Document:
             return Document("inspection", source, Inspection.model_validate({"title": source, **value}))
         if "summary" in value and "cells" in value:
             return Document("comparison", source, _comparison(value, source))
+        if "epochs" in value and "test_accuracy" in value:
+            return Document("history", source, History.model_validate({"title": source, **value}))
         if "touched" in value and "carried_before" in value:
             return Document("receipt", source, _receipt(value, source))
     raise UserError(f"{source} is no document of this library's; a report reads {_KINDS}, or a folder with one")
 
 
 def _comparison(value: Mapping[str, Any], source: str) -> Comparison:
-    settings = value.get("settings")
+    settings, summary = value.get("settings"), value["summary"]
+    if isinstance(summary, list) and summary and isinstance(summary[0], dict) and "shots" in summary[0]:
+        try:
+            value = few_shot_comparison(value)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{source} is broken: not the file of a few-shot run") from error
     name = settings.get("data") if isinstance(settings, dict) else None
     return Comparison.model_validate({"title": f"comparison on {name}" if name else source, **value})
 

@@ -17,8 +17,9 @@ from spectralmoe.report.charts import comparison_data, inspection_data, monitor_
 from spectralmoe.report.documents import Document, as_document, tell_apart
 from spectralmoe.report.encode import script_json
 from spectralmoe.report.panels import make_panels
+from spectralmoe.report.runs import history_data
 from spectralmoe.report.schema import Inspection
-from spectralmoe.report.schema_runs import Comparison, Monitor
+from spectralmoe.report.schema_runs import Comparison, History, Monitor
 
 __all__ = ["render_report"]
 
@@ -44,6 +45,7 @@ def render_report(documents: Sequence[Document | Mapping[str, Any]], title: str)
     data = {
         "inspections": [inspection_data(body) for body in bodies if isinstance(body, Inspection)],
         "monitors": [monitor_data(body) for body in bodies if isinstance(body, Monitor)],
+        "histories": [history_data(body) for body in bodies if isinstance(body, History)],
         "comparisons": [comparison_data(body) for body in bodies if isinstance(body, Comparison)],
     }
     script = '"use strict";\n(() => {\n' + "\n".join(_text(f"{name}.js") for name in SCRIPTS) + "\n})();"
@@ -70,7 +72,8 @@ def _about(document: Document) -> str:
         held = body.model
         parts = [held.kind or held.name, held.dtype, "weights only, not run" if held.mode == "router-only" else ""]
         return f"{body.title}: {', '.join(part for part in parts if part)}"
-    return {"monitor": "training run ", "receipt": "receipt of "}.get(document.kind, "") + str(body.title)
+    kinds = {"monitor": "training run ", "history": "training of ", "receipt": "receipt of "}
+    return kinds.get(document.kind, "") + str(body.title)
 
 
 @cache

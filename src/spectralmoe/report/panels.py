@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from spectralmoe.report.documents import Document, ReceiptFile
-from spectralmoe.report.measures import Cell, Column, cell, columns, compare, coverage, figure, tiles
+from spectralmoe.report.measures import Column, cell, columns, compare, coverage, figure, tiles
 from spectralmoe.report.receipts import receipt_panel
+from spectralmoe.report.runs import comparison_panel, history_summary
 from spectralmoe.report.schema import Found, Inspection, Layer
-from spectralmoe.report.schema_runs import Comparison, Estimate, Monitor
+from spectralmoe.report.schema_runs import Comparison, History, Monitor
 
 __all__ = ["make_panels"]
 
@@ -23,11 +23,12 @@ def make_panels(documents: Sequence[Document]) -> dict[str, Any]:
     bodies = [document.body for document in documents]
     inspections = [body for body in bodies if isinstance(body, Inspection)]
     monitors = [body for body in bodies if isinstance(body, Monitor)]
+    histories = [body for body in bodies if isinstance(body, History)]
     comparisons = [body for body in bodies if isinstance(body, Comparison)]
     receipts = [body for body in bodies if isinstance(body, ReceiptFile)]
     found = [
-        _panel("summary", "Summary", "summary.html", "", bool(inspections or monitors)),
-        *_layer_panels(inspections, monitors),
+        _panel("summary", "Summary", "summary.html", "", bool(inspections or monitors or histories)),
+        *_layer_panels(inspections, monitors, bool(histories)),
         _panel(
             "comparisons",
             "Comparisons",
@@ -36,7 +37,7 @@ def make_panels(documents: Sequence[Document]) -> dict[str, Any]:
             bool(comparisons) or len(inspections) > 1,
             titles=[inspection.title for inspection in inspections],
             measures=compare(inspections) if len(inspections) > 1 else [],
-            comparisons=[_comparison(index, body) for index, body in enumerate(comparisons)],
+            comparisons=[comparison_panel(index, body) for index, body in enumerate(comparisons)],
         ),
         _panel(
             "receipts",
@@ -50,7 +51,7 @@ def make_panels(documents: Sequence[Document]) -> dict[str, Any]:
     summaries = [_summary(index, body) for index, body in enumerate(inspections)]
     return {
         "panels": [panel for panel in found if panel["shown"]],
-        "runs": [*summaries, *map(_monitor_summary, monitors)],
+        "runs": [*summaries, *map(_monitor_summary, monitors), *map(history_summary, histories)],
     }
 
 
@@ -58,7 +59,7 @@ def _panel(name: str, title: str, template: str, about: str, shown: bool, **valu
     return {"id": name, "title": title, "template": template, "about": about, "shown": shown, **values}
 
 
-def _layer_panels(inspections: Sequence[Inspection], monitors: Sequence[Monitor]) -> list[dict[str, Any]]:
+def _layer_panels(inspections: Sequence[Inspection], monitors: Sequence[Monitor], epochs: bool) -> list[dict[str, Any]]:
     def with_layer(has: Any) -> list[dict[str, Any]]:
         return _runs(inspections, lambda body: any(map(has, body.layers)))
 
@@ -70,7 +71,16 @@ def _layer_panels(inspections: Sequence[Inspection], monitors: Sequence[Monitor]
     steps = any(body.steps for body in monitors)
     return [
         _panel("load", "Load", "load.html", "Slots of each expert; 1 is an even share.", bool(loads), runs=loads),
-        _panel("training", "Through training", "training.html", "", steps or bool(history), runs=history),
+        _panel(
+            "training",
+            "Through training",
+            "training.html",
+            "",
+            epochs or steps or bool(history),
+            runs=history,
+            epochs=epochs,
+            steps=steps,
+        ),
         _panel(
             "layers",
             "Layers",
@@ -223,21 +233,3 @@ def _layer_table(index: int, body: Inspection) -> dict[str, Any]:
 
 def _row_id(index: int, place: int) -> str:
     return f"run-{index}-layer-{place}"
-
-
-def _comparison(index: int, body: Comparison) -> dict[str, Any]:
-    keys = list(body.columns or dict.fromkeys(key for row in body.summary for key in row.estimates))
-    heads = [{"title": key.replace("_", " "), "meaning": body.columns.get(key, "")} for key in keys]
-    rows = [
-        {"name": row.router, "depth": row.depth, "cells": [_estimate(row.estimates.get(key)) for key in keys]}
-        for row in body.summary
-    ]
-    return {"index": index, "title": body.title, "columns": heads, "rows": rows}
-
-
-def _estimate(value: Estimate | None) -> Cell:
-    if value is None or value.mean is None or not math.isfinite(value.mean):
-        return Cell("no data", "", "not measured", None)
-    mean, half, seeds = value.mean, value.half, len(value.values)
-    note = f"± {figure(half)}" if half is not None else "1 seed" if seeds == 1 else ""
-    return Cell(figure(mean), note, f"{mean:.6g}, {seeds} seeds", mean)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from spectralmoe.report.schema import Found, Layer, Part
 
-__all__ = ["Comparison", "Estimate", "Monitor", "Row"]
+__all__ = ["Comparison", "Estimate", "History", "Monitor", "Row"]
 
 
 class Shares(Part):
@@ -26,6 +26,22 @@ class Monitor(Part):
     steps: list[dict[str, Any]]
     loads: list[Shares]
     findings: list[Found]
+
+
+class Epoch(Part):
+    """One epoch; the accuracy is in percent."""
+
+    loss: float | None = None
+    validation_accuracy: float | None = None
+    seconds: float | None = None
+
+
+class History(Part):
+    """``history.json`` of ``spectralmoe train``."""
+
+    title: str
+    epochs: list[Epoch] = Field(min_length=1)
+    test_accuracy: float | None = None
 
 
 class Estimate(Part):

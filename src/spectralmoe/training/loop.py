@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,12 @@ from spectralmoe.tape import Tape, record
 from spectralmoe.terms import Term, penalty
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from spectralmoe.training.data import ImageData, Split
+from spectralmoe.training.logs import Log
 from spectralmoe.training.objective import Batch
 from spectralmoe.training.parallel import ALONE, Ranks
 from spectralmoe.training.settings import Optimization
 
-__all__ = ["Diverged", "History", "Watcher", "train"]
+__all__ = ["Diverged", "History", "Standing", "Watcher", "train"]
 
 _CHECKPOINT_SECONDS = 10.0
 
@@ -34,12 +35,29 @@ _CHECKPOINT_SECONDS = 10.0
 class Watcher(Protocol):
     """Who is told how far a run has come."""
 
-    def __call__(self, text: str, done: float) -> None:
-        """``text`` is what runs now, ``done`` the share of all work, 0 to 1."""
+    def __call__(self, text: str, done: float, detail: str = "") -> None:
+        """``text`` is what runs now, ``done`` the share of all work, 0 to 1; ``detail`` may change at every call."""
 
 
 class Diverged(UserError):
-    """The loss or a weight stopped being a finite number."""
+    """The loss or a weight stopped being a finite number: no mistake of the user's in itself."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a run stands after a step or an epoch.
+
+    Attributes:
+        done: share of all steps, 0 to 1.
+        epochs: those that are finished, as in ``History``.
+        loss: mean over the steps of the running epoch; NaN before its first.
+    """
+
+    done: float
+    epochs: Sequence[Mapping[str, float]]
+    loss: float
 
 
 @dataclass(slots=True)
@@ -71,6 +89,8 @@ def train(
     terms: Mapping[str, Term] | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[float], None] | None = None,
+    follow: Callable[[Standing], None] | None = None,
+    logs: Sequence[Log] = (),
     monitor: Monitor | None = None,
     ranks: Ranks = ALONE,
 ) -> History:
@@ -84,6 +104,8 @@ def train(
         terms: penalty terms.
         checkpoint: file to go on from and to write to, after each epoch and every few seconds.
         progress: called with the share done, 0 to 1.
+        follow: called after every step and every epoch with how the run stands.
+        logs: brought up to date at the start and after every epoch.
         monitor: an open monitor of ``model``, told of every step.
         ranks: the processes that train together; ``model`` is then what ``ranks.spread`` gave.
 
@@ -92,8 +114,24 @@ def train(
         UserError: the checkpoint is of another run, or cannot be written.
     """
     run = _Run(model, data, settings, dict(terms or {}), checkpoint, monitor=monitor, ranks=ranks)
+
+    def tell() -> None:
+        standing = run.standing()
+        if progress is not None:
+            progress(standing.done)
+        if follow is not None:
+            follow(standing)
+
+    def write() -> None:
+        for log in logs:
+            log.write(run.epochs)
+
+    if run.epochs:
+        write()
     while run.epoch < settings.epochs:
-        run.one_epoch(progress or (lambda share: None))
+        run.one_epoch(tell)
+        tell()
+        write()
     return History(run.epochs)
 
 
@@ -132,7 +170,11 @@ class _Run:
         """Optimizer steps done."""
         return self.epoch * self.batches + self.batch
 
-    def one_epoch(self, progress: Callable[[float], None]) -> None:
+    def standing(self) -> Standing:
+        loss = self.loss_sum / self.batch if self.batch else math.nan
+        return Standing(self.step / (self.batches * self.settings.epochs), tuple(self.epochs), loss)
+
+    def one_epoch(self, tell: Callable[[], None]) -> None:
         order = _order(len(self.data.train), self.settings.seed, self.epoch)
         self.model.train()
         started = time.monotonic()
@@ -146,7 +188,7 @@ class _Run:
                 self.check_weights()
                 self.save()
                 started = time.monotonic()
-            progress(self.step / (self.batches * self.settings.epochs))
+            tell()
         self.seconds += time.monotonic() - started
         self.check_weights()
         held_out = self.data.validation

@@ -10,7 +10,7 @@ from pydantic import Field
 from spectralmoe.models import SRMoE, sr_moe
 from spectralmoe.training.data import ImageData
 from spectralmoe.training.routers import find_preset, router_factory
-from spectralmoe.training.settings import Network, Settings
+from spectralmoe.training.settings import Network, Settings, Several
 
 __all__ = ["CHECKPOINT", "ModelMeta", "build_network", "model_meta", "pixel_statistics"]
 
@@ -51,9 +51,11 @@ class ModelMeta(Settings):
     """
 
     data: str
-    classes: tuple[str, ...]
+    classes: Several[str]
     channels: Annotated[int, Field(ge=1)]
-    image_size: tuple[Annotated[int, Field(ge=1, le=4096)], Annotated[int, Field(ge=1, le=4096)]]
+    image_size: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=4096)], Annotated[int, Field(ge=1, le=4096)]], Field(strict=False)
+    ]
     router: str
     hold_out: str | None = None
 

@@ -15,6 +15,7 @@ from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, Pr
 from spectralmoe.selectors import Balanced, Selector, SoftBalanced, TopK
 from spectralmoe.spec import describe, find_class
 from spectralmoe.terms import Term
+from spectralmoe.training.names import DEFAULT_ROUTERS
 
 __all__ = ["DEFAULT_ROUTERS", "ROUTERS", "Preset", "find_preset", "router_factory"]
 
@@ -70,8 +71,6 @@ ROUTERS: dict[str, Preset] = {
     "eigenbasis": Preset("energy shares in an orthonormal basis (EMoE, the paper's equations)", _eigenbasis),
     "emoe": Preset("energy on the sides of principal directions (EMoE, the default form)", PrincipalScorer),
 }
-
-DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
 
 _BIAS_RATE = 1e-2
 

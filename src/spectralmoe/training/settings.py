@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spectralmoe.errors import UserError, one_of
+from spectralmoe.errors import UserError, first_line, one_of
 from spectralmoe.training.objective import Objective
 
-__all__ = ["Network", "Optimization", "TrainSettings", "parse", "pick_device", "read_toml"]
+__all__ = ["Network", "Optimization", "Several", "TrainSettings", "parse", "pick_device", "read_toml"]
 
+T = TypeVar("T")
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+Several = Annotated[tuple[T, ...], Field(strict=False)]
+"""A tuple, which may come as the list that TOML and JSON have in its place."""
 
 
 class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values do not change."""
+    """Base of all settings: unknown keys are errors, values do not change, and none is taken for one of another type
+    (true is not 1, "8" is not 8).
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class Network(Settings):
@@ -79,6 +84,7 @@ class TrainSettings(Settings):
 
 
 S = TypeVar("S", bound=Settings)
+_SHOWN = 80
 
 
 def parse(kind: type[S], values: dict[str, Any], source: str) -> S:
@@ -90,23 +96,58 @@ def parse(kind: type[S], values: dict[str, Any], source: str) -> S:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *others = error.errors()
         *parents, key = map(str, first["loc"])
         if first["type"] == "extra_forbidden":
             raise UserError(f"{source}: {one_of('key', key, _known_keys(kind, parents))}") from error
-        where = ".".join(part for part in (*parents, key) if part not in _UNION_PARTS)
-        raise UserError(f"{source}: {where}: {first['msg'].lower()}, got {first['input']!r}") from error
+        where = _place(kind, first["loc"])
+        if first["type"] == "missing":
+            raise UserError(f"{source}: {where} is missing") from error
+        same = [first, *(other for other in others if _place(kind, other["loc"]) == where)]
+        wanted = " or ".join(dict.fromkeys(map(_wanted, same)))
+        cure = "; write it in quotes" if any(part["type"] == "string_type" for part in same) else ""
+        raise UserError(f"{source}: {where} should be {wanted}, got {_short(first['input'])}{cure}") from error
+    except RecursionError as error:
+        raise UserError(f"{source}: nested too deeply") from error
 
 
-_UNION_PARTS = ("constrained-int", "literal['soft']")
-"""What pydantic adds to the path of a value that may be of several types."""
+def _wanted(problem: Mapping[str, Any]) -> str:
+    """What pydantic asks for, to follow "should be"."""
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "a section"
+    return str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "something nested too deeply"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _place(kind: Any, path: Sequence[int | str]) -> str:
+    """``network.k`` or ``depths.1``, without what pydantic adds for a value that may be of several types."""
+    parts = []
+    for part in path:
+        fields = getattr(kind, "model_fields", {})
+        if part in fields:
+            kind = _section(fields[part].annotation)
+        elif fields or isinstance(part, str):
+            break
+        parts.append(str(part))
+    return ".".join(parts)
 
 
 def _known_keys(kind: Any, parents: Sequence[str]) -> list[str]:
     for parent in parents:
-        kind = kind.model_fields[parent].annotation
-        kind = next((part for part in get_args(kind) if hasattr(part, "model_fields")), kind)  # X | None
+        kind = _section(kind.model_fields[parent].annotation)
     return list(kind.model_fields)
+
+
+def _section(kind: Any) -> Any:
+    """The settings in ``X`` or ``X | None``."""
+    return next((part for part in get_args(kind) if hasattr(part, "model_fields")), kind)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -116,11 +157,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: missing, unreadable, or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a readable TOML file ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not a readable TOML file (nested too deeply)") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:  # no UTF-8, no TOML, a number of thousands of digits
+        raise UserError(f"{path}: not a readable TOML file ({first_line(error)})") from error
 
 
 def pick_device(name: str) -> torch.device:

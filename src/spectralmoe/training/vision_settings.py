@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from spectralmoe.training.objective import Objective, Precision
-from spectralmoe.training.settings import Optimization, Positive, Settings
+from spectralmoe.training.settings import Optimization, Positive, Settings, Several
 
 __all__ = ["Backbone", "MoEParts", "VisionOptimization", "VisionSettings"]
 
@@ -54,7 +54,7 @@ class MoEParts(Settings):
     rank: Positive | None = None
     tau: Annotated[float, Field(gt=0)] | None = None
     mode: Literal["soft", "top1", "top2"] = "top1"
-    blocks: str | tuple[int, ...] = "last6"
+    blocks: str | Several[int] = "last6"
     experts: Positive = 8
     bottleneck: Positive = 192
     tokens: Literal["patches", "all"] | None = None
@@ -66,7 +66,7 @@ class MoEParts(Settings):
     def _readable(cls, value: Any) -> Any:
         listed = isinstance(value, list | tuple) and all(type(index) is int for index in value)
         if not isinstance(value, str) and not listed:
-            raise ValueError('write "all", "last6", "1,3" or a list of indices')
+            raise ValueError('"all", "last6", "1,3" or a list of indices')
         return value
 
 

@@ -1,6 +1,6 @@
 // Everything is drawn where the page asks for it; printing opens what is closed and takes the light theme.
 const CHARTS = {
-  steps: stepCharts, history: historyMaps, similarity: similarityMap, spectra: spectraChart, paths: pathBands,
+  steps: stepCharts, epochs: epochCharts, history: historyMaps, similarity: similarityMap, spectra: spectraChart, paths: pathBands,
   association: associationMap, examples: exampleList, estimates: estimateCharts, layers: layerTable,
 };
 

@@ -1,11 +1,15 @@
-// Through training: the keys of the steps as lines, the load of each layer as maps.
+// Through training: the keys of the epochs and steps as lines, the load of each layer as maps.
 const KEYS = {
   max_vio: "MaxVio, mean over layers", max_vio_worst: "MaxVio, worst layer", entropy: "entropy of tokens",
   dead_experts: "dead experts", dropped: "share of slots dropped", near_tie: "share of tokens near a tie",
+  validation_accuracy: "validation accuracy, %",
 };
 
-function stepCharts(host) {
-  const runs = DATA.monitors, names = [...new Set(runs.flatMap((run) => Object.keys(run.keys)))];
+const stepCharts = (host) => curves(host, DATA.monitors, "step");
+const epochCharts = (host) => curves(host, DATA.histories, "epoch");
+
+function curves(host, runs, at) {
+  const names = [...new Set(runs.flatMap((run) => Object.keys(run.keys)))];
   const series = (name) => runs.map((run, i) => ({
     label: run.title, x: run.steps, y: run.keys[name] || run.steps.map(() => null), colour: SERIES[i % SERIES.length], dash: DASHES[i % DASHES.length],
   }));
@@ -15,11 +19,11 @@ function stepCharts(host) {
   for (const name of names) {
     const cell = el("div", {});
     grid.append(cell);
-    lineChart(cell, { title: KEYS[name] || name.replaceAll("_", " "), series: series(name), xTitle: "step", hint: " " });
+    lineChart(cell, { title: KEYS[name] || name.replaceAll("_", " "), series: series(name), xTitle: at, hint: " " });
   }
   const rows = () => runs.flatMap((run) => run.steps.map((step, i) => [
-    (runs.length > 1 ? `${run.title}, ` : "") + `step ${step}`, ...names.map((name) => figure(run.keys[name] ? run.keys[name][i] : null))]));
-  host.append(valuesTable("Values by step", () => ["step", ...names.map((name) => KEYS[name] || name)], rows).node);
+    (runs.length > 1 ? `${run.title}, ` : "") + `${at} ${step}`, ...names.map((name) => figure(run.keys[name] ? run.keys[name][i] : null))]));
+  host.append(valuesTable(`Values by ${at}`, () => [at, ...names.map((name) => KEYS[name] || name)], rows).node);
 }
 
 function historyMaps(host) {

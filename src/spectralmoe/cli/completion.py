@@ -1,0 +1,54 @@
+"""What a shell completes: names of routers, data sets, suites and other choices; nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from spectralmoe.training.names import DATA_NAMES, OWN_ROWS, ROUTER_NAMES
+
+__all__ = [
+    "LOG_NAMES",
+    "SUITES",
+    "complete_data",
+    "complete_few_shot_rows",
+    "complete_routers",
+    "listed",
+    "one_among",
+]
+
+SUITES = ("layer", "router", "penalty", "branch", "step", "scaling", "decode", "memory")
+
+LOG_NAMES = ("csv", "tensorboard", "wandb")
+
+
+def one_among(*names: str) -> Callable[[str], list[str]]:
+    """A completion of one word.
+
+    >>> one_among("cpu", "cuda")("cu")
+    ['cuda']
+    """
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+def listed(incomplete: str, names: Sequence[str]) -> list[str]:
+    """Completions of the last name of a list with commas; those that stand before are not offered again.
+
+    >>> listed("linear,co", ("linear", "cosine"))
+    ['linear,cosine']
+    """
+    before, comma, last = incomplete.rpartition(",")
+    return [before + comma + name for name in names if name.startswith(last) and name not in before.split(",")]
+
+
+def complete_routers(incomplete: str) -> list[str]:
+    """Of ``--routers``."""
+    return listed(incomplete, ROUTER_NAMES)
+
+
+def complete_few_shot_rows(incomplete: str) -> list[str]:
+    """Of ``--rows``."""
+    rows = (*OWN_ROWS, "adapter", "emoe-faithful", *ROUTER_NAMES)
+    return listed(incomplete, rows)
+
+
+complete_data = one_among(*DATA_NAMES, "folder:")

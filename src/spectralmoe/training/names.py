@@ -1,0 +1,20 @@
+"""Names that the command line shows and completes: free of torch, so that help is quick. The tables hold the same."""
+
+from __future__ import annotations
+
+__all__ = ["DATA_NAMES", "DEFAULT_ROUTERS", "FRESH_ROWS", "OWN_ROWS", "ROUTER_NAMES"]
+
+ROUTER_NAMES = (
+    "linear",
+    "linear+load_balance",
+    "linear+balanced",
+    "cosine",
+    "prototype",
+    "sr-moe",
+    "eigenbasis",
+    "emoe",
+)
+DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
+DATA_NAMES = ("digits", "fashion-mnist", "mnist5k")
+FRESH_ROWS = ("emoe", "linear-probe", "adapter", "linear", "linear+load_balance")
+OWN_ROWS = ("own", "linear-probe")

@@ -1,0 +1,74 @@
+"""Settings as TOML text, and values in them changed by ``a.b=c``."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+from spectralmoe.errors import UserError
+from spectralmoe.training.settings import Settings
+
+__all__ = ["change", "put", "to_toml"]
+
+
+def put(values: dict[str, Any], path: str, value: Any) -> None:
+    """Set ``values[a][b] = value`` for the path "a.b"; sections that are missing are made.
+
+    Raises:
+        UserError: something on the way is no section.
+
+    >>> values = {"depth": 2}
+    >>> put(values, "network.k", 1)
+    >>> values
+    {'depth': 2, 'network': {'k': 1}}
+    """
+    *sections, key = path.split(".")
+    for place, name in enumerate(sections):
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {'.'.join(sections[: place + 1])} is a value, not a section")
+    values[key] = value
+
+
+def change(values: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Apply ``a.b=c`` to ``values``; c is a TOML value, and plain text where it does not read as one.
+
+    Raises:
+        UserError: something else than an assignment.
+
+    >>> values = {"data": "digits", "network": {"k": 2}}
+    >>> change(values, ["network.k=soft", "optimization.lr=1e-3", "depth=4"])
+    >>> values
+    {'data': 'digits', 'network': {'k': 'soft'}, 'optimization': {'lr': 0.001}, 'depth': 4}
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        path = path.strip()
+        if not equals or not all(path.split(".")):
+            raise UserError(f"--set {assignment!r} is no assignment such as network.k=2")
+        put(values, path, _value(text.strip()))
+
+
+def to_toml(settings: Settings) -> str:
+    """TOML that reads back as the same settings; what is None is left out.
+
+    >>> from spectralmoe.training.settings import Network
+    >>> print(to_toml(Network(k="soft")), end="")
+    width = 64
+    num_experts = 8
+    hidden = 32
+    spare = 0
+    k = "soft"
+    """
+    import tomlkit
+
+    return tomlkit.dumps(settings.model_dump(mode="json", exclude_none=True))
+
+
+def _value(text: str) -> Any:
+    try:
+        read = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return read["value"] if read.keys() == {"value"} else text

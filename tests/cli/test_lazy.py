@@ -1,0 +1,101 @@
+"""Help, completion and ``import spectralmoe`` are quick: torch is imported where it is used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spectralmoe
+from spectralmoe.bench import SUITES
+from spectralmoe.cli import completion
+from spectralmoe.compare import fewshot
+from spectralmoe.training.data import DATASETS
+from spectralmoe.training.fewshot import FEW_SHOT
+from spectralmoe.training.logs import LOGS
+from spectralmoe.training.names import DATA_NAMES, DEFAULT_ROUTERS, FRESH_ROWS, OWN_ROWS, ROUTER_NAMES
+from spectralmoe.training.routers import ROUTERS
+
+VERBS = ("compare", "train", "evaluate", "predict", "adapt", "fewshot", "report", "inspect", "bench", "list")
+SLOW = ("torch", "numpy", "pydantic", "jinja2", "safetensors", "timm", "transformers")
+
+
+def loaded_after(code: str) -> set[str]:
+    """The slow packages that ``code`` imports in a process of its own."""
+    code = f"import sys, io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()):\n {code}\nprint(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(SLOW) & set(ran.stdout.split())
+
+
+def test_help_of_every_verb_imports_nothing_slow():
+    calls = "; ".join(f"run([*{verb!r}.split(), '--help'])" for verb in ("", *VERBS))
+    found = loaded_after(f"from spectralmoe.cli.app import run; {calls}; run(['--version'])")
+    assert found <= {"pydantic"}  # typer's own, where an option has a range
+
+
+def test_importing_the_package_imports_nothing_slow_until_a_name_is_asked_for():
+    assert loaded_after("import spectralmoe") == set()
+    assert "torch" in loaded_after("import spectralmoe; spectralmoe.MoE")
+
+
+def test_every_public_name_is_there_and_typed():
+    assert set(spectralmoe.__all__) <= set(dir(spectralmoe))
+    for name in spectralmoe.__all__:
+        assert getattr(spectralmoe, name) is not None
+    tree = ast.parse(Path(spectralmoe.__file__).read_text(encoding="utf-8"))
+    (typed,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    declared = {
+        item.module.removeprefix("spectralmoe."): tuple(alias.name for alias in item.names) for item in typed.body
+    }
+    assert declared == spectralmoe._NAMES
+    assert {name for names in declared.values() for name in names} == set(spectralmoe.__all__) - {"__version__"}
+
+
+def test_modules_are_attributes_and_a_wrong_name_is_an_attribute_error():
+    assert spectralmoe.diagnostics.__name__ == "spectralmoe.diagnostics"
+    with pytest.raises(AttributeError, match="no attribute 'Mixture'"):
+        spectralmoe.Mixture  # noqa: B018
+
+
+def test_the_names_of_help_and_completion_are_those_of_the_tables():
+    assert tuple(ROUTERS) == ROUTER_NAMES
+    assert set(DEFAULT_ROUTERS) <= set(ROUTERS)
+    assert tuple(DATASETS) == DATA_NAMES
+    assert tuple(SUITES) == completion.SUITES
+    assert tuple(LOGS) == completion.LOG_NAMES
+    for row in {*FRESH_ROWS, *OWN_ROWS, *completion.complete_few_shot_rows("")}:
+        fewshot.recipe(row, fewshot.FewShotSettings(data="digits"))
+
+
+def test_the_defaults_that_help_shows_are_those_of_the_library(call):
+    shown = " ".join(call("fewshot", "--help")[1].split())
+    assert f"[default: {FEW_SHOT.epochs}; x>=1]" in shown
+    assert f"[default: {FEW_SHOT.lr}]" in shown
+
+
+def test_lists_are_completed_name_by_name():
+    assert completion.complete_routers("li") == ["linear", "linear+load_balance", "linear+balanced"]
+    assert completion.complete_routers("linear,s") == ["linear,sr-moe"]
+    assert completion.complete_routers("sr-moe,sr") == []
+    assert completion.complete_data("f") == ["fashion-mnist", "folder:"]
+    assert completion.one_among(*completion.SUITES)("s") == ["step", "scaling"]
+
+
+def test_a_shell_gets_completions():
+    env = {
+        "_SPECTRALMOE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "spectralmoe compare --routers lin",
+        "COMP_CWORD": "3",
+    }
+    code = "from spectralmoe.cli import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**env, "PYTHONPATH": ":".join(sys.path)},
+    )
+    assert ran.stdout.split() == ["linear", "linear+load_balance", "linear+balanced"], ran.stderr
