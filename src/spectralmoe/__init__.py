@@ -4,6 +4,7 @@ from spectralmoe.dispatch import Dense, Dispatch, Grouped, Loop
 from spectralmoe.errors import UserError
 from spectralmoe.experts import Adapter, Experts, FeedForward, ModuleExperts
 from spectralmoe.instruments.monitor import Monitor
+from spectralmoe.manifold import retract
 from spectralmoe.moe import MoE, Recordable
 from spectralmoe.router import Router, shard_routers
 from spectralmoe.routing import Routing
@@ -64,6 +65,7 @@ __all__ = [
     "param_groups",
     "penalty",
     "record",
+    "retract",
     "save",
     "shard_routers",
 ]

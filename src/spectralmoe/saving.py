@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError, first_line, refuse_differences
 from spectralmoe.files import make_folder, read_json, to_json, write_json, write_whole
+from spectralmoe.manifold import warn_off_manifold
 from spectralmoe.models import MODELS
 from spectralmoe.sharding import full, sharded_as
 from spectralmoe.spec import PARTS, build, describe
@@ -46,7 +47,8 @@ def save(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = 
 
     Tied tensors are written once, names are free of wrapper prefixes (DDP, ``torch.compile``). A network that cannot
     be described by a spec (a class of others) is saved all the same; ``load`` then needs ``into=``. A sharded model is
-    gathered first: every rank must call, and writes the same bytes.
+    gathered first: every rank must call, and writes the same bytes. A basis off its manifold, as averages of weights
+    leave it, is written as it is, with a warning; ``retract(model)`` first puts it back.
 
     Args:
         meta: JSON values kept beside the model (class names, training settings, ...), see ``read_config``.
@@ -56,6 +58,7 @@ def save(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = 
             holds a ``config.json`` of another program.
     """
     folder, model = Path(folder), unwrapped(model)
+    warn_off_manifold(model)
     tensors, tied = _untied(model)
     config = {
         "spectralmoe": FORMAT,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
 from spectralmoe.files import make_folder, read_json, write_json, write_whole
+from spectralmoe.manifold import warn_off_manifold
 from spectralmoe.spec import build, describe
 from spectralmoe.surgery.timm import VisionMoE
 
@@ -36,6 +37,7 @@ def save_parts(model: VisionMoE, folder: str | Path, *, meta: dict[str, Any] | N
     from spectralmoe.saving import TABLES
 
     folder = Path(folder)
+    warn_off_manifold(model)
     own, rest = _split(model)
     config = {
         _KEY: _FORMAT,
