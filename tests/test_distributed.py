@@ -14,6 +14,7 @@ import torch.distributed as dist
 from gloo_ranks import RANKS, Ranks, work
 from seeds import generator, shifted
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +29,7 @@ from spectralmoe import (
     Router,
     Term,
     TopK,
+    UserError,
     after_step,
     attach,
     before_step,
@@ -202,7 +204,31 @@ def ddp_training(rank, folder):
     return state(net)
 
 
-CHECKS = (selection_bias, ddp, fsdp, fsdp_bf16, ddp_training)
+def uneven(rank, folder):
+    """Rank 1 has two batches more. First without the attachment in the Join, then with it."""
+    net = DistributedDataParallel(make_net(), find_unused_parameters=False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    attachment, data = attach(optimizer, net), batches()
+    refused = ""
+    try:
+        with Join([net]):
+            net(data[0, rank]).square().mean().backward()
+            optimizer.step()
+    except UserError as error:
+        refused = str(error)
+    attachment.remove()
+    net = DistributedDataParallel(make_net())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    attachment = attach(optimizer, net)
+    with Join([net, attachment]):
+        for x in data[: 1 + 2 * rank, rank]:
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+    return {"refused": refused, "state": state(net.module)}
+
+
+CHECKS = (selection_bias, ddp, fsdp, fsdp_bf16, ddp_training, uneven)
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +329,20 @@ def test_ranks_stay_equal_in_training(ranks):
     into = make_net()
     load(ranks.folder / "ddp1", into=into)
     all_equal(state(into), one)
+
+
+def test_uneven_inputs_under_join(ranks, close):
+    one, two = ranks(uneven)
+    for result in (one, two):
+        assert "Join([model, attach(optimizer, model)])" in result["refused"]
+        assert len(result["refused"].splitlines()) == 1
+    all_equal(one["state"], two["state"])
+    basis = one["state"]["blocks.1.moe.router.scorer.basis"]
+    close(basis.T @ basis, torch.eye(4))
+    moved = one["state"]["blocks.1.moe.router.selector.bias"] / 0.01
+    assert moved.any()
+    close(moved, moved.round())
+    assert moved.abs().max() <= 3
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ NAMES = [
     "param_groups",
     "penalty",
     "record",
+    "retract",
     "save",
     "shard_routers",
 ]

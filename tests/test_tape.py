@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from spectralmoe import (
+    Balanced,
     Capacity,
     FeedForward,
     LinearScorer,
@@ -21,6 +23,7 @@ from spectralmoe import (
     Term,
     TopK,
     TopP,
+    attach,
     feed,
     penalty,
     record,
@@ -734,3 +737,51 @@ def test_feed_reaches_a_compiled_model(backend):
         assert torch.equal(y[~mask], x[~mask])
     assert torch.equal(compiled(x), net(x))
     assert backend.graphs <= 3
+
+
+# Threads
+
+
+def in_a_thread(work):
+    """Run ``work()`` in a thread of its own, to its end; gives what it returned."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result(timeout=60)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_tape_and_a_feed_belong_to_their_thread(backend, compiled):
+    layer, x, mask = make_layer(), torch.randn(N, D), torch.arange(N) < 3
+    call = torch.compile(layer, backend=backend, fullgraph=True) if compiled else layer
+
+    def other():
+        with record(layer) as tape:
+            call(x + 1)
+            call(x + 2)
+        return [item.routing for item in tape]
+
+    call(x)
+    with record(layer) as own:
+        call(x)
+        with feed(layer, mask=mask):
+            theirs = in_a_thread(other)
+            call(x)
+    assert [item.routing.mask is None for item in own] == [True, False]
+    assert torch.equal(own[0].routing.logits, layer.router(x).logits)
+    assert [routing.mask for routing in theirs] == [None, None]
+    for routing, shift in zip(theirs, (1, 2), strict=True):
+        torch.testing.assert_close(routing.logits, layer.router(x + shift).logits)
+    assert not layer.sinks
+    assert not compiled or backend.graphs <= 3
+
+
+def test_attach_sees_the_training_of_every_thread():
+    layer = make_layer(Balanced(2, rate=0.01))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    attach(optimizer, layer)
+
+    def train():
+        layer(torch.randn(1, D)).sum().backward()
+        optimizer.step()
+
+    in_a_thread(train)
+    assert layer.router.selector.bias.any()

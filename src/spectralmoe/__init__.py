@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from spectralmoe.errors import UserError
     from spectralmoe.experts import Adapter, Experts, FeedForward, ModuleExperts
     from spectralmoe.instruments.monitor import Monitor
+    from spectralmoe.manifold import retract
     from spectralmoe.moe import MoE, Recordable
     from spectralmoe.router import Router, shard_routers
     from spectralmoe.routing import Routing
@@ -67,6 +68,7 @@ __all__ = [
     "param_groups",
     "penalty",
     "record",
+    "retract",
     "save",
     "shard_routers",
 ]
@@ -76,6 +78,7 @@ _NAMES = {
     "errors": ("UserError",),
     "experts": ("Adapter", "Experts", "FeedForward", "ModuleExperts"),
     "instruments.monitor": ("Monitor",),
+    "manifold": ("retract",),
     "moe": ("MoE", "Recordable"),
     "router": ("Router", "shard_routers"),
     "routing": ("Routing",),

@@ -12,8 +12,11 @@ from spectralmoe.sharding import full
 
 __all__ = [
     "EXACT_LIMIT",
+    "is_orthonormal",
+    "orthonormality_error",
     "power_iteration",
     "qr_retraction",
+    "retracted",
     "sigma_max",
     "spectrum",
     "stable_rank",
@@ -22,6 +25,9 @@ __all__ = [
 
 EXACT_LIMIT = 128
 """Matrices whose smaller side is at most this get their spectrum exactly (an eigendecomposition of the Gram matrix)."""
+
+
+_ROUNDINGS = 64
 
 
 def top_right(matrix: Tensor) -> Tensor:
@@ -88,6 +94,23 @@ def qr_retraction(basis: Tensor) -> Tensor:
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
     retracted: Tensor = (q * sign).contiguous()  # QR lays out columns, FSDP2 takes rows only
     return retracted
+
+
+def orthonormality_error(basis: Tensor) -> Tensor:
+    r"""The largest entry of :math:`|U^\top U - 1|` of ``basis`` U (D, R): a scalar, without gradient."""
+    u = full(basis.detach())
+    return (u.T @ u - torch.eye(u.shape[1], dtype=u.dtype, device=u.device)).abs().amax()
+
+
+def is_orthonormal(basis: Tensor) -> Tensor:
+    """Whether the columns of ``basis`` (D, R) are orthonormal up to rounding: a scalar bool."""
+    return orthonormality_error(basis) <= _ROUNDINGS * torch.finfo(basis.dtype).eps
+
+
+def retracted(basis: Tensor) -> Tensor:
+    """``qr_retraction``, or ``basis`` (D, R) itself, bit by bit, where its columns are orthonormal up to rounding."""
+    whole = full(basis.detach())
+    return torch.where(is_orthonormal(whole), whole, qr_retraction(whole))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +37,7 @@ class Kept:
 
 
 Entry = tuple[Routing, Kept | None, Tensor | None, bool]
-"""Routing, kept tensors, tokens for streaming statistics, whether the layer was training."""
+"""Routing, kept tensors, tokens for streaming statistics, whether the layer and its router were training."""
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class Sink:
 
     keep: tuple[str, ...] = ()
     training_only: bool = False
-    attached: bool = False  # the one of ``attach``
+    attachment: Any = None  # what ``attach`` returned, in its own sink
     chain: tuple[Entry, Any] | None = None
 
     def entries(self) -> list[Entry]:
@@ -60,7 +62,7 @@ class Sink:
         return found[::-1]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Feed:
     """Side information that ``feed`` leaves at a layer inside a model of others."""
 
@@ -86,30 +88,59 @@ class Feed:
         return self.replay[self.replayed - 1]
 
 
+class Here(threading.local):
+    """What a layer has for the calling thread alone: the sinks of the tapes that it opened, and its feed.
+
+    Values are set in ``__init__``, which runs once a thread: ``torch.compile`` does not see a default of the class
+    change. A copy starts empty.
+    """
+
+    def __init__(self) -> None:
+        self.sinks: tuple[Sink, ...] = ()
+        self.fed: Feed | None = None
+
+    def __reduce__(self) -> tuple[type[Here], tuple[()]]:
+        return Here, ()
+
+
 class Recordable(nn.Module):
-    """A layer that tapes can record and ``feed`` can reach. Forward reads ``sinks`` and ``fed``; tape.py sets them."""
+    """A layer that tapes can record and ``feed`` can reach. Forward reads what tape.py sets.
+
+    Attributes:
+        here: sinks and feed of the calling thread.
+        watching: the sinks of tapes of training alone (``attach``, ``Monitor``), whatever thread it runs in.
+        kept: what the last forward kept for its tapes.
+        ended: the last feed whose block was closed, while its thread runs no other forward.
+    """
 
     router: Router | None
 
     def __init__(self) -> None:
         super().__init__()
         self.router = None
-        self.sinks: tuple[Sink, ...] = ()
+        self.here = Here()
+        self.watching: tuple[Sink, ...] = ()
         self.kept: frozenset[str] = frozenset()
-        self.fed: Feed | None = None
+        self.ended: weakref.ref[Feed] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy (an average of the weights, say) has no part in the tapes and feeds of its original."""
-        return {**self.__dict__, "sinks": (), "kept": frozenset(), "fed": None}
+        return {**self.__dict__, "watching": (), "kept": frozenset(), "ended": None}
+
+    @property
+    def sinks(self) -> tuple[Sink, ...]:
+        """Where the calling thread leaves its routings."""
+        return (*self.watching, *self.here.sinks)
 
     def leave(self, routing: Routing, kept: Kept | None = None, tokens: Tensor | None = None) -> None:
         """Leave one routing in every sink, with what else belongs to it; a recomputation leaves nothing."""
-        if not self.sinks or recomputing():
+        if not (sinks := self.sinks) or recomputing():
             return
-        for sink in self.sinks:
+        trains = self.training and (self.router is None or self.router.training)
+        for sink in sinks:
             if self.training or not sink.training_only:
                 own = kept.only(sink.keep) if kept is not None and sink.keep else None
-                sink.chain = ((routing, own, tokens, self.training), sink.chain)
+                sink.chain = ((routing, own, tokens, trains), sink.chain)
 
     def names_to_keep(self) -> frozenset[str]:
         """What the tapes want kept; in a recomputation what its first forward kept, whose tape may be sealed by now."""
@@ -120,16 +151,24 @@ class Recordable(nn.Module):
             self.kept = keep
         return keep
 
-    def take_feed(self) -> Feed | None:
-        """What ``feed`` left here, if its block is still open."""
-        if self.fed is None or not self.fed.closed:
-            return self.fed
+    def take_feed(self, device: torch.device) -> Feed | None:
+        """What ``feed`` left here for this thread, if its block is still open.
+
+        A backward outside the block recomputes on an accelerator in a thread of autograd's own, which has no feed.
+        """
+        fed = self.here.fed
         if recomputing():
-            raise UserError(
-                "a forward inside feed() is being recomputed after its block closed (activation checkpointing); "
-                "call backward inside the 'with feed(...)' block"
-            )
-        self.fed = None
+            if fed is None and self.ended is not None and device.type != "cpu":
+                fed = self.ended()
+            if fed is not None and fed.closed:
+                raise UserError(
+                    "a forward inside feed() is being recomputed after its block closed (activation checkpointing); "
+                    "call backward inside the 'with feed(...)' block"
+                )
+            return fed
+        if fed is None or not fed.closed:
+            return fed
+        self.here.fed = self.ended = None
         return None
 
 
@@ -188,14 +227,15 @@ class MoE(Recordable):
             scale: a number that multiplies all that the layer adds; for the routed experts their N * K weights instead
                 of N * D outputs.
         """
-        fed, replay = self.take_feed(), None
+        fed, replay = self.take_feed(x.device), None
         if fed is not None:
             mask = fed.mask if mask is None else mask
             context = fed.context if context is None else context
             replay = fed.next_replay()
         routing = self.router(x, mask=mask, context=context, replay=replay)
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        seen = tokens.detach() if self.training and self.router.scorer.streams_tokens else None
+        trains = self.training and self.router.training
+        seen = tokens.detach() if trains and self.router.scorer.streams_tokens else None
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         scaled = routing if scale is None else replace(routing, weights=routing.weights * scale)

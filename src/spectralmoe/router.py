@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class Router(nn.Module):
         Args:
             mask: (...) bool, True for a real token. Other tokens get no expert and are not counted.
             context: side information for the scorer and the selector.
-            replay: reuse this routing's indices; the weights are recomputed from live logits.
+            replay: reuse this routing's indices; the weights are recomputed from live logits, and the router's own
+                choice is ``live`` of the result.
 
         Raises:
             UserError: x is not D wide; the mask or the replayed routing is of another shape.
@@ -69,15 +71,17 @@ class Router(nn.Module):
             tokens = tokens.masked_fill(~flat_mask[:, None], 0)  # padding may hold nan, which 0 * nan would spread
         with torch.autocast(device_type=x.device.type, enabled=False):
             logits = self.scorer(tokens, context=context)
+            wanted = self.selector.want(logits.detach(), mask=flat_mask, context=context)
+            indices = self.selector.limit(wanted, self.num_experts)
+            used = indices if replay is None else _replayed(replay, logits, flat_mask)
+            score, weights = self.selector.scored(logits), self.selector.weigh(logits, used)
+            soft = self.selector.is_soft(self.num_experts)
+            asked = None if wanted is indices else (wanted >= 0).sum()
+            routing = Routing(logits, weights, used, score, flat_mask, tuple(shape), soft, asked)
             if replay is None:
-                wanted = self.selector.want(logits.detach(), mask=flat_mask, context=context)
-                indices = self.selector.limit(wanted, self.num_experts)
-            else:
-                wanted = indices = _replayed(replay, logits, flat_mask)
-            score, weights = self.selector.scored(logits), self.selector.weigh(logits, indices)
-        soft = self.selector.is_soft(self.num_experts)
-        asked = None if wanted is indices else (wanted >= 0).sum()
-        return Routing(logits, weights, indices, score, flat_mask, tuple(shape), soft, asked)
+                return routing
+            live = replace(routing, weights=self.selector.weigh(logits.detach(), indices), indices=indices)
+            return replace(routing, asked=None, live=live)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ class Routing:
         shape: the leading dimensions that N was flattened from.
         soft: every token uses every expert.
         asked: slots filled before a capacity emptied some, a scalar int64; None where nothing is ever dropped.
+        live: of a replayed choice, what the router itself would have decided on the same logits (weights without
+            gradient); else None.
 
     Iterates as ``logits, weights, indices``.
 
@@ -68,6 +70,7 @@ class Routing:
     shape: tuple[int, ...] | None = None
     soft: bool = False
     asked: Tensor | None = None
+    live: Routing | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.logits, self.weights, self.indices))
@@ -76,6 +79,11 @@ class Routing:
     def num_experts(self) -> int:
         """E, as the router counts them (zero experts included)."""
         return self.logits.shape[-1]
+
+    @property
+    def unforced(self) -> Routing:
+        """What the router itself decides: ``live`` where the choice was replayed, else this routing."""
+        return self if self.live is None else self.live
 
     @property
     def scores(self) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError, first_line, refuse_differences
 from spectralmoe.files import exists, read_json
+from spectralmoe.manifold import warn_off_manifold
 from spectralmoe.model_folder import CONFIG, WEIGHTS, read_model_folder, weights_file, write_model
 from spectralmoe.models import MODELS
 from spectralmoe.sharding import full, sharded_as
@@ -43,7 +44,8 @@ def save(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = 
     Tied tensors are written once, names are free of wrapper prefixes (DDP, ``torch.compile``). A network that cannot
     be described by a spec (a class of others) is saved all the same; ``load`` then needs ``into=``. A sharded model is
     gathered first: every rank must call, and writes the same bytes. At any time the folder holds the old model or the
-    new one, also when several processes save to it or one is killed.
+    new one, also when several processes save to it or one is killed. A basis off its manifold, as averages of weights
+    leave it, is written as it is, with a warning; ``retract(model)`` first puts it back.
 
     Args:
         meta: JSON values kept beside the model (class names, training settings, ...), see ``read_config``.
@@ -53,6 +55,7 @@ def save(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = 
             holds a ``config.json`` of another program.
     """
     folder, model = Path(folder), unwrapped(model)
+    warn_off_manifold(model)
     tensors, tied = _untied(model)
     config = {
         "spectralmoe": FORMAT,

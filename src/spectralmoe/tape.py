@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -33,7 +35,7 @@ class Record:
         routing: what its router decided.
         kept: tensors asked for with ``record(keep=...)``.
         tokens: what the router read (N, D), without gradient; only in training, for scorers that stream statistics.
-        training: whether the layer was in training mode.
+        training: whether the layer and its router were in training mode.
     """
 
     name: str
@@ -97,32 +99,40 @@ class Tape:
     """The records of the forwards that ran inside ``record``, ordered by layer, then by call.
 
     A tape is sealed when it is first read and when its block ends; what runs later is not recorded, nor is a
-    recomputation during backward.
+    recomputation during backward. It belongs to the thread that opened it and sees no forward of another, but for
+    tapes of training alone (``training_only``), which belong to the model.
 
     Raises:
         UserError: on reading, when no forward was recorded.
     """
 
     def __init__(
-        self, model: nn.Module, keep: Sequence[str] = (), *, training_only: bool = False, attached: bool = False
+        self, model: nn.Module, keep: Sequence[str] = (), *, training_only: bool = False, attachment: Any = None
     ) -> None:
         keep = (keep,) if isinstance(keep, str) else tuple(keep)
         unknown = [name for name in keep if name not in KEEPABLE]
         if unknown:
             raise UserError(f"record(keep=...): unknown tensor {unknown[0]!r}; known: {', '.join(KEEPABLE)}")
         self._layers = moe_layers(model)
-        self._sinks = {name: Sink(keep, training_only, attached) for name in self._layers}
+        self._sinks = {name: Sink(keep, training_only, attachment) for name in self._layers}
+        self._training_only = training_only
         self._records: tuple[Record, ...] | None = None
 
     def open(self) -> None:
         """Start recording."""
         for name, layer in self._layers.items():
-            layer.sinks = (*layer.sinks, self._sinks[name])
+            if self._training_only:
+                layer.watching = (*layer.watching, self._sinks[name])
+            else:
+                layer.here.sinks = (*layer.here.sinks, self._sinks[name])
 
     def seal(self) -> None:
         """Stop recording."""
         for name, layer in self._layers.items():
-            layer.sinks = tuple(sink for sink in layer.sinks if sink is not self._sinks[name])
+            if self._training_only:
+                layer.watching = tuple(sink for sink in layer.watching if sink is not self._sinks[name])
+            else:
+                layer.here.sinks = tuple(sink for sink in layer.here.sinks if sink is not self._sinks[name])
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -135,7 +145,9 @@ class Tape:
                 for entry in sink.entries()
             )
         if not self._records:
-            raise UserError("the tape is empty: run the model's forward inside the 'with record(model)' block")
+            raise UserError(
+                "the tape is empty: run the model's forward inside the 'with record(model)' block, in the same thread"
+            )
         return self._records
 
     def drain(self) -> tuple[Record, ...]:
@@ -209,7 +221,12 @@ def feed(
     Args:
         mask: (...) bool, True for a real token, for every layer.
         context: side information for scorers and selectors.
-        replay: reuse the choices of this tape, call by call; weights are recomputed from live logits.
+        replay: reuse the choices of this tape, call by call; weights are recomputed from live logits. What is counted
+            of such a forward is not what was replayed: selection biases rest, and ``load_balance`` and ``Monitor`` go
+            by the choice that the router itself makes (``Routing.live``).
+
+    The block belongs to its thread: the forwards of others see nothing of it. A backward inside it runs in this thread
+    on every device.
 
     Call backward inside the block if the model uses activation checkpointing, for the forwards of this block alone: a
     recomputation gets the side information of the block it runs in. Where arithmetic does not repeat bit by bit, or
@@ -219,20 +236,23 @@ def feed(
     Raises:
         UserError: no MoE layer; a layer that the replayed tape does not hold, or that is called more often.
     """
-    layers = moe_layers(model)
+    layers, compiling = moe_layers(model), torch.compiler.is_compiling()
     feeds = {}
     for name in layers:
         routings = None if replay is None else [item.routing for item in replay.layer(name)]
         feeds[name] = Feed(mask, context, routings)
-    before = {name: layer.fed for name, layer in layers.items()}
+    before = {name: layer.here.fed for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.fed = feeds[name]
+        layer.here.fed = feeds[name]
     try:
-        yield
+        with nullcontext() if compiling else torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
         for name, layer in layers.items():
-            feeds[name].closed = True
-            layer.fed = feeds[name] if before[name] is None else before[name]
+            feeds[name].closed, outer = True, before[name]
+            layer.here.fed = feeds[name] if outer is None else outer
+            if outer is None and torch.is_grad_enabled() and not compiling:
+                layer.ended = weakref.ref(feeds[name])
 
 
 def moe_layers(model: nn.Module) -> dict[str, Recordable]:

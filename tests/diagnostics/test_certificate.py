@@ -356,3 +356,36 @@ def test_what_has_no_bound_is_refused(user_error):
         routing_radius(router, torch.randn(2, 3, D))
     with user_error("7 wide", "D=10"):
         routing_radius(router, tokens(2, 7))
+
+
+class Doubled(nn.Linear):
+    """A layer of others that calls itself linear."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked():
+    layer = nn.ReLU()
+    layer.register_forward_hook(lambda module, args, y: 5 * y)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Doubled(D, D), ("no bound is known for Doubled", "torch's own Linear")),
+        (hooked, ("ReLU", "forward hooks")),
+        (lambda: nn.utils.spectral_norm(nn.Linear(D, D)), ("Linear", "forward hooks")),
+    ],
+)
+def test_a_layer_that_does_more_than_its_class_says_is_refused(make, words, user_error):
+    with user_error("certificate", *words):
+        travel_bound(nn.Sequential(make()).double(), tokens(3))
+
+
+def test_a_parametrized_layer_is_bounded_by_the_weight_that_it_uses(close):
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(D, D).double())
+    layer.parametrizations.weight.original0.data *= 7
+    bound = travel_bound(nn.Sequential(layer), tokens(1))[1](torch.ones(1, dtype=torch.float64))
+    close(bound, torch.linalg.matrix_norm(layer.weight.detach(), 2)[None])

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import sigma_max
@@ -36,7 +37,8 @@ def travel_bound(processor: nn.Sequential, x: Tensor) -> tuple[Tensor, Travel]:
     - BatchNorm1d in evaluation: its largest factor times r.
 
     Raises:
-        UserError: a layer of another kind; BatchNorm1d in training.
+        UserError: a layer of another kind, subclasses of these included; one with forward hooks; BatchNorm1d in
+            training.
 
     >>> z, rho = travel_bound(nn.Sequential(nn.Identity(), nn.ReLU()), torch.tensor([[1.0, -2.0]]))
     >>> z.tolist(), rho(torch.tensor([0.5])).tolist()
@@ -45,7 +47,7 @@ def travel_bound(processor: nn.Sequential, x: Tensor) -> tuple[Tensor, Travel]:
     layers: list[nn.Module | None] = list(processor)
     bounds: list[Travel] = []
     for layer, following in zip(processor, [*layers[1:], None], strict=True):
-        bounds.append(_bound(layer, x, isinstance(following, nn.ReLU)))
+        bounds.append(_bound(layer, x, type(following) is nn.ReLU))
         x = layer(x)
 
     def travel(radius: Tensor) -> Tensor:
@@ -57,16 +59,21 @@ def travel_bound(processor: nn.Sequential, x: Tensor) -> tuple[Tensor, Travel]:
 
 
 def _bound(layer: nn.Module, x: Tensor, gated: bool) -> Travel:
-    if isinstance(layer, nn.Identity | nn.ReLU):
+    name, kind = type(layer).__name__, type(layer)
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise UserError(f"certificate: a {name} of the processor has forward hooks, which may change what it does")
+    if is_parametrized(layer):  # its own class, whose weight is what the forward uses
+        kind = kind.__mro__[1]
+    if kind is nn.Identity or kind is nn.ReLU:
         return lambda radius: radius
-    if isinstance(layer, nn.Linear):
+    if kind is nn.Linear and isinstance(layer, nn.Linear):
         return _active_rows(layer, x) if gated else partial(_times, sigma_max(layer.weight))
-    if isinstance(layer, nn.LayerNorm):
+    if kind is nn.LayerNorm and isinstance(layer, nn.LayerNorm):
         return _normalised(layer, x)
-    if isinstance(layer, nn.BatchNorm1d):
+    if kind is nn.BatchNorm1d and isinstance(layer, nn.BatchNorm1d):
         return partial(_times, _batch_norm_factor(layer))
-    known = "Linear, ReLU, LayerNorm, BatchNorm1d or Identity"
-    raise UserError(f"certificate: no bound is known for {type(layer).__name__} in the processor; use {known}")
+    known = "torch's own Linear, ReLU, LayerNorm, BatchNorm1d or Identity"
+    raise UserError(f"certificate: no bound is known for {name} in the processor; use {known}")
 
 
 def _times(factor: Tensor, radius: Tensor) -> Tensor:

@@ -73,8 +73,9 @@ class Seen:
 
     Attributes:
         layer: whose.
-        routing: what it decided. Its scores are what the choice was made from, selection bias included; its shape is
-            (B, S) where the tokens came in sequences; its mask is False for padding.
+        routing: what it decided itself, where another choice was replayed too. Its scores are what the choice was made
+            from, selection bias included; its shape is (B, S) where the tokens came in sequences; its mask is False
+            for padding.
         tokens: what the router read (N, D); (0, D) where the watch was opened with ``tokens=False``.
     """
 
@@ -148,7 +149,7 @@ class _OwnWatch(Watch):
 def _ranked(item: Record) -> Routing:
     """The routing with what the choice was made from as its scores: with the selection bias, where there is one."""
     router = cast(MoE, item.layer).router
-    return replace(item.routing, score=router.selector.ranked(item.routing.logits.detach()))
+    return replace(item.routing.unforced, score=router.selector.ranked(item.routing.logits.detach()))
 
 
 def _tokens(item: Record) -> Tensor:

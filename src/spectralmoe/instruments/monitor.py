@@ -18,6 +18,7 @@ from spectralmoe.instruments.document import layer_names
 from spectralmoe.instruments.findings import Finding, layer_findings
 from spectralmoe.instruments.monitor_log import FORMAT, MonitorLog
 from spectralmoe.instruments.window import Window
+from spectralmoe.movement import parallel_of, refuse_join
 from spectralmoe.tape import unwrapped
 
 __all__ = ["Monitor", "OpenWatch"]
@@ -32,6 +33,7 @@ class OpenWatch(Protocol):
 class Monitor:
     """Counts what the routers of ``model`` do while it trains; reports every ``every`` steps.
 
+    Of a replayed forward the choice counts that the router itself makes (``Routing.live``).
     Only layers in training mode count, so evaluation in between stays out; so do padding and the second forward of
     activation checkpointing. All forwards between two calls of ``step`` make one step (gradient accumulation). Loads,
     dead experts and drops are exact counts of all steps since the last report; entropy and near ties, which cost more,
@@ -135,8 +137,11 @@ class Monitor:
             step: its number, rising; None: one more than the last (of the file, where a run goes on).
 
         Raises:
-            UserError: outside the ``with`` block; a number that does not rise.
+            UserError: outside the ``with`` block; a number that does not rise; inside torch's ``Join``, where other
+                ranks may not come here.
         """
+        if _distributed() and dist.get_world_size(self.group) > 1:
+            refuse_join(parallel_of(self.model), "outside, or give each rank its own group: Monitor(..., group=...)")
         self.collect()
         if not self._begun:
             self._begin(step)

@@ -15,8 +15,9 @@ def load_balance(record: Record | Routing) -> Tensor:
     r"""Switch load-balancing loss :math:`E \sum_i f_i P_i`: 1.0 for a perfectly even load.
 
     f (E,) is ``routing.load()`` (share of filled slots, without gradient), P (E,) the mean over real tokens of the
-    normalised scores. One value a layer; 0 without a real token. Fedus et al., "Switch Transformers", arXiv
-    2101.03961, equation 4, for any k.
+    normalised scores. One value a layer; 0 without a real token. Of a replayed routing, f is the load of the choice
+    that the router itself makes: a fixed f would push the scores away from it without end. Fedus et al., "Switch
+    Transformers", arXiv 2101.03961, equation 4, for any k.
 
     >>> from spectralmoe import LinearScorer, Router, TopK
     >>> router = Router(LinearScorer(8, 4), TopK(2))
@@ -24,7 +25,7 @@ def load_balance(record: Record | Routing) -> Tensor:
     >>> round(load_balance(router(torch.randn(64, 8))).item(), 4)
     1.0
     """
-    routing = _routing(record)
+    routing = _routing(record).unforced
     return routing.num_experts * (routing.load() * routing.real(routing.probs)).sum()
 
 

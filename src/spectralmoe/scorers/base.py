@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import EXACT_LIMIT, power_iteration, top_right
-from spectralmoe.sharding import full
+from spectralmoe.linalg import EXACT_LIMIT, power_iteration, retracted, top_right
+from spectralmoe.sharding import assign_, full
 
 if TYPE_CHECKING:
     from spectralmoe.tape import Record
@@ -31,7 +31,7 @@ class Scorer(nn.Module):
     """
 
     manifold: tuple[str, ...] = ()
-    """Names of the parameters that live on a manifold: no weight decay, retracted after the step."""
+    """Names of the parameters (D, R) with orthonormal columns: no weight decay, retracted after the step."""
 
     streams_tokens = False
     """Whether records keep the tokens of training forwards, for ``statistics``."""
@@ -88,7 +88,8 @@ class Scorer(nn.Module):
     def statistics(self, records: Sequence[Record]) -> Tensor | None:
         """What the tokens of this step add to running statistics: sums, of one shape whatever the records.
 
-        ``update`` gets them summed over all ranks. None: there are none to keep.
+        ``update`` gets them summed over all ranks. None: there are none to keep. Statistics of choices, not of tokens,
+        leave out records whose choice was replayed (``record.routing.live`` is set).
         """
         return None
 
@@ -97,7 +98,19 @@ class Scorer(nn.Module):
 
     def after_step(self, records: Sequence[Record]) -> None:
         """Called once after each optimizer step, without gradient. A subclass that overrides it calls super."""
+        self.retract(trained_only=True)
         self.refresh_spectrum()
+
+    @torch.no_grad()
+    def retract(self, *, trained_only: bool = False) -> None:
+        """Put the parameters in ``manifold`` back on it, by QR; those that are on it up to rounding keep their bits.
+
+        Args:
+            trained_only: leave parameters without gradient alone.
+        """
+        for basis in (getattr(self, name) for name in self.manifold):
+            if basis.requires_grad or not trained_only:
+                assign_(basis, retracted(basis))
 
     def spectral_direction(self) -> Tensor | None:
         """Warm start of the leading right singular vector of ``matrix``; None where the spectrum is exact."""

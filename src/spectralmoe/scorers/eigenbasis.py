@@ -8,8 +8,7 @@ that momentum stays valid; so there is no orthonormality penalty, which would be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,7 @@ from torch import Tensor, nn
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import qr_retraction, sigma_max
 from spectralmoe.scorers.base import Scorer
-from spectralmoe.sharding import assign_, full
-
-if TYPE_CHECKING:
-    from spectralmoe.tape import Record
+from spectralmoe.sharding import full
 
 __all__ = ["EigenbasisScorer"]
 
@@ -99,11 +95,6 @@ class EigenbasisScorer(Scorer):
         constant = (bias[over] - bias[under])[..., None]
         coefficients = weights[over] - weights[under] + constant
         return _distance_to_quadric(energy, coefficients, self.eps * constant) / sigma_max(basis)
-
-    def after_step(self, records: Sequence[Record]) -> None:
-        if self.basis.requires_grad:  # a frozen router stays as it is, bit by bit
-            assign_(self.basis, qr_retraction(self.basis))
-        super().after_step(records)
 
 
 def _distance_to_quadric(energy: Tensor, c: Tensor, constant: Tensor) -> Tensor:

@@ -118,14 +118,9 @@ class PrincipalScorer(Scorer):
         gap = roots.gather(1, over) - roots.gather(1, under)
         return gap.clamp_min(0) / (slope * sigma_max(full(self.basis).to(x.dtype)))
 
-    @property
-    def frozen(self) -> bool:
-        """Whether nothing of the router moves: its basis takes no gradient."""
-        return not self.basis.requires_grad
-
     def statistics(self, records: Sequence[Record]) -> Tensor | None:
         """Of the tokens: their number, the sums of x - mu and of the sides and, at the first step, outer products."""
-        if self.frozen:
+        if not self.basis.requires_grad:  # a frozen basis belongs to the mean and the sizes that it was trained with
             return None
         sums = [self.mean.new_zeros(size) for size in self._sizes()]
         for item in records:
@@ -152,11 +147,6 @@ class PrincipalScorer(Scorer):
         weight = max(1 / int(self.updates), self.momentum)
         self.mean += weight * shift
         self.spread.lerp_(spread, weight).clamp_min_(_EPS)
-
-    def after_step(self, records: Sequence[Record]) -> None:
-        if self.basis.requires_grad:
-            assign_(self.basis, qr_retraction(self.basis))
-        super().after_step(records)
 
     def _sizes(self) -> list[int]:
         return [1, self.dim, 2 * self.rank, 0 if int(self.updates) else self.dim**2]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json
+from spectralmoe.manifold import warn_off_manifold
 from spectralmoe.model_folder import CONFIG, PARTS, read_model_folder, weights_file, write_model
 from spectralmoe.spec import build, describe
 from spectralmoe.surgery.timm import VisionMoE
@@ -34,6 +35,7 @@ def save_parts(model: VisionMoE, folder: str | Path, *, meta: dict[str, Any] | N
     """
     from spectralmoe.saving import TABLES
 
+    warn_off_manifold(model)
     own, rest = _split(model)
     config = {
         _KEY: _FORMAT,

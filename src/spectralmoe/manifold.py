@@ -1,0 +1,62 @@
+"""Bases that averages of weights or edits by hand have moved off their manifold: found, and put back."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from spectralmoe.errors import UserError
+from spectralmoe.linalg import is_orthonormal, orthonormality_error
+from spectralmoe.router import Router
+from spectralmoe.tape import plain_name, unwrapped
+
+__all__ = ["off_manifold", "retract", "warn_off_manifold"]
+
+
+def retract(model: nn.Module) -> None:
+    r"""Put every basis U (D, R) of the routers in ``model`` back on its manifold, :math:`U^\top U = 1`.
+
+    ``attach`` and ``after_step`` do so after each step. An average of weights (torch's ``AveragedModel``, timm's
+    ``ModelEmaV3``, checkpoints averaged by hand) is off the manifold, because a mean of orthonormal bases is not
+    orthonormal: call this before the average is evaluated or saved. A basis that lies on its manifold up to rounding
+    keeps its bits, frozen or not.
+
+    Raises:
+        UserError: no router in ``model``.
+
+    >>> import torch
+    >>> from spectralmoe import EigenbasisScorer, TopK
+    >>> router = Router(EigenbasisScorer(8, 4, rank=3), TopK(2))
+    >>> router.scorer.basis.data *= 0.9
+    >>> {name: round(error, 2) for name, error in off_manifold(router).items()}
+    {'scorer.basis': 0.19}
+    >>> retract(router)
+    >>> off_manifold(router)
+    {}
+    """
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    if not routers:
+        raise UserError(f"retract: {type(unwrapped(model)).__name__} holds no router; pass the model that holds them")
+    for router in routers:
+        router.scorer.retract()
+
+
+def off_manifold(model: nn.Module) -> dict[str, float]:
+    r"""Names of the bases that lie off their manifold by more than rounding, with :math:`\max |U^\top U - 1|`."""
+    errors = {}
+    for path, module in unwrapped(model).named_modules():
+        if isinstance(module, Router):
+            for name in module.scorer.manifold:
+                basis = getattr(module.scorer, name)
+                if not bool(is_orthonormal(basis)):
+                    errors[plain_name(f"{path}.scorer.{name}".lstrip("."))] = float(orthonormality_error(basis))
+    return errors
+
+
+def warn_off_manifold(model: nn.Module) -> None:
+    """One line of warning where a basis that is about to be written lies off its manifold."""
+    if errors := off_manifold(model):
+        name, error = max(errors.items(), key=lambda item: item[1])
+        cause = f"{name} is {error:.2g} off its manifold (an average of weights?)"
+        warnings.warn(f"{cause}; retract(model) puts it back", stacklevel=3)
