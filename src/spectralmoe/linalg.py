@@ -43,7 +43,8 @@ def power_iteration(matrix: Tensor, start: Tensor, steps: int = 1) -> Tensor:
 
     v is zero where M v is.
     """
-    m, v = _scaled(matrix.detach())[0], start.detach().to(matrix.dtype)
+    m = _scaled(matrix.detach())[0]
+    v = start.detach().to(m.dtype)
     for _ in range(steps):
         v = _unit(m.T @ _unit(m @ v))
     return v

@@ -185,8 +185,8 @@ class MoE(Recordable):
         """x (..., D) -> (..., D).
 
         Args:
-            mask: (...), True for real tokens: the others get no expert, their output is 0, and so is what they add to any
-                gradient, whatever they hold.
+            mask: (...), True for real tokens: the others get no expert, their output is 0, and so is their part
+                in every gradient, whatever they hold.
             scale: a number that multiplies all that the layer adds; for the routed experts their N * K weights instead
                 of N * D outputs.
         """
