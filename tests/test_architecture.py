@@ -13,7 +13,7 @@ SOURCE = Path(spectralmoe.__file__).parent
 
 # Low to high. A module imports from lower levels, from its own folder, and from what is named beside its level.
 LEVELS = [
-    {"errors", "sharding"},
+    {"errors", "sharding", "transforms"},
     {"files", "machine", "linalg", "routing"},
     {"scorers", "selectors", "experts"},
     {"dispatch"},

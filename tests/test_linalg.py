@@ -145,3 +145,29 @@ def test_sharded_parameters_are_gathered_and_written_back(one_process, close):
     close(full(sharded.grad), dense.grad)
     assign_(sharded, qr_retraction(sharded))
     close(full(sharded).detach(), qr_retraction(whole))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-38, 1e-25, 1e25, 1e37])
+def test_spectra_at_extreme_scale(size, dtype):
+    base = torch.randn(6, 10)
+    matrix = (base * size).to(dtype).requires_grad_()
+    u, values, vh = torch.linalg.svd(matrix.detach().double())
+    sigma, rank = spectrum(matrix)
+    assert float(sigma.detach() / values[0]) == pytest.approx(1, rel=1e-5)
+    assert float(rank.detach()) == pytest.approx(float((values / values[0]).square().sum()), rel=1e-4)
+    (slope,) = torch.autograd.grad(sigma, matrix)
+    torch.testing.assert_close(slope.double(), torch.outer(u[:, 0], vh[0]), rtol=0.02, atol=0.02)
+    start = torch.randn(10)
+    alike = power_iteration(matrix, start, 2).double(), power_iteration(base.to(dtype), start, 2).double()
+    torch.testing.assert_close(*alike, rtol=0.05, atol=0.05)
+    square = qr_retraction(matrix.mT).double()
+    torch.testing.assert_close(square.mT @ square, torch.eye(6).double(), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_has_no_spectrum(bad):
+    matrix = torch.randn(6, 10)
+    matrix[1, 2] = bad
+    for value in (*spectrum(matrix), qr_retraction(matrix.T), power_iteration(matrix, matrix[0])):
+        assert value.isnan().all()

@@ -1,5 +1,8 @@
 """The home of the spectra: largest singular value, stable rank, retraction onto orthonormal columns.
 
+Every matrix is divided by its largest entry first, so no square leaves the range of its numbers. What is not finite has
+no spectrum: nan.
+
 Sharded parameters are gathered first, differentiably where a gradient flows (``sharding.full``).
 """
 
@@ -35,7 +38,7 @@ def top_right(matrix: Tensor) -> Tensor:
 
     From the eigendecomposition of the smaller Gram matrix, in at least fp32. Without rows, any direction will do.
     """
-    m = matrix.detach()
+    m = _scaled(matrix.detach())[0].nan_to_num(0, 0, 0)
     wide = 0 < m.shape[0] <= m.shape[1]
     top: Tensor = torch.linalg.eigh(m @ m.T if wide else m.T @ m).eigenvectors[:, -1]
     return _unit(m.T @ top) if wide else top
@@ -46,9 +49,10 @@ def power_iteration(matrix: Tensor, start: Tensor, steps: int = 1) -> Tensor:
 
     v is zero where M v is.
     """
-    m, v = matrix.detach(), start.detach().to(matrix.dtype)
+    m = _scaled(matrix.detach())[0]
+    v = start.detach().to(m.dtype)
     for _ in range(steps):
-        v = _unit(m.T @ (m @ v))
+        v = _unit(m.T @ _unit(m @ v))
     return v
 
 
@@ -56,15 +60,12 @@ def sigma_max(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
     r"""Largest singular value :math:`\sigma_1 = \|M v\|` of ``matrix`` (E, D), with the gradient :math:`u v^\top`.
 
     ``direction`` is the leading right singular vector if it is known (from ``power_iteration``); left out, it is
-    found exactly. A zero matrix has value 0 and gradient 0.
+    found exactly. A zero matrix has value 0 and gradient 0; one that is not finite has value nan.
 
     >>> round(float(sigma_max(torch.diag(torch.tensor([3.0, 1.0])))), 5)
     3.0
     """
-    matrix = full(matrix)
-    v = top_right(matrix) if direction is None else direction.to(matrix.dtype)
-    u = _unit(matrix.detach() @ v)
-    return u @ (matrix @ v)
+    return spectrum(matrix, direction)[0]
 
 
 def stable_rank(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
@@ -78,10 +79,12 @@ def stable_rank(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
 
 def spectrum(matrix: Tensor, direction: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``sigma_max`` and ``stable_rank`` from one decomposition."""
-    matrix = full(matrix)
-    sigma = sigma_max(matrix, direction)
-    ratio = torch.linalg.vector_norm(matrix) / torch.where(sigma == 0, torch.ones_like(sigma), sigma)
-    return sigma, torch.where(sigma == 0, torch.zeros_like(ratio), ratio.square())
+    m, largest = _scaled(full(matrix))
+    v = top_right(m) if direction is None else direction.to(m.dtype)
+    sigma = _unit(m.detach() @ v) @ (m @ v)
+    zero = sigma == 0
+    ratio = torch.linalg.vector_norm(m) / torch.where(zero, torch.ones_like(sigma), sigma)
+    return sigma * largest, torch.where(zero, torch.zeros_like(ratio), ratio.square())
 
 
 def qr_retraction(basis: Tensor) -> Tensor:
@@ -90,9 +93,9 @@ def qr_retraction(basis: Tensor) -> Tensor:
     Plain QR may flip columns; multiplying Q by sign(diag R) makes the map continuous, so that an optimizer's
     momentum keeps its meaning from step to step.
     """
-    q, r = torch.linalg.qr(full(basis.detach()))
+    q, r = torch.linalg.qr(_scaled(full(basis.detach()))[0])
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-    retracted: Tensor = (q * sign).contiguous()  # QR lays out columns, FSDP2 takes rows only
+    retracted: Tensor = (q * sign).to(basis.dtype).contiguous()  # QR lays out columns, FSDP2 takes rows only
     return retracted
 
 
@@ -111,6 +114,18 @@ def retracted(basis: Tensor) -> Tensor:
     """``qr_retraction``, or ``basis`` (D, R) itself, bit by bit, where its columns are orthonormal up to rounding."""
     whole = full(basis.detach())
     return torch.where(is_orthonormal(whole), whole, qr_retraction(whole))
+
+
+def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``matrix``, in at least fp32, over its largest entry, and that entry (a scalar without gradient, 1 for zeros).
+
+    Both are nan throughout where an entry is not finite.
+    """
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    entries = matrix.detach()
+    largest = torch.linalg.vector_norm(entries, torch.inf) if entries.numel() else entries.new_zeros(())
+    largest = torch.where(largest == 0, 1, largest).masked_fill(~largest.isfinite(), torch.nan)
+    return matrix / largest, largest
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
+from spectralmoe.transforms import transforming
 
 __all__ = ["Feed", "Kept", "MoE", "Recordable", "Sink"]
 
@@ -223,7 +224,8 @@ class MoE(Recordable):
         """x (..., D) -> (..., D).
 
         Args:
-            mask: (...), True for real tokens: the others get no routed expert.
+            mask: (...), True for real tokens: the others get no expert, their output is 0, and so is their part
+                in every gradient, whatever they hold.
             scale: a number that multiplies all that the layer adds; for the routed experts their N * K weights instead
                 of N * D outputs.
         """
@@ -238,14 +240,15 @@ class MoE(Recordable):
         seen = tokens.detach() if trains and self.router.scorer.streams_tokens else None
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
-        scaled = routing if scale is None else replace(routing, weights=routing.weights * scale)
+        scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))
         y, kept = self._run(tokens, scaled)
         self.leave(routing, kept, seen)
         y = y if x.dim() == 2 else y.reshape(x.shape)
         if self.shared is None:
             return y
-        shared: Tensor = self.shared(x)
-        return y + (shared if scale is None else shared * scale.to(shared.dtype))
+        shared: Tensor = self.shared(_without(x, mask))
+        shared = shared if scale is None else shared * scale.to(shared.dtype)
+        return y + _without(shared, mask)
 
     def _run(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Kept | None]:
         if keep := self.names_to_keep():
@@ -258,6 +261,10 @@ class MoE(Recordable):
 
     def _run_keeping(self, tokens: Tensor, routing: Routing, keep: frozenset[str]) -> tuple[Tensor, Kept]:
         """The grouped dispatch, step by step, with its sorted tensors kept."""
+        if transforming():
+            raise UserError(
+                "record(keep=...) cannot keep tensors inside a transform of torch.func; record without keep"
+            )
         slots = sort_slots(routing, self.experts.num_experts)
         rows = spread(tokens, slots)
         hidden = self.experts.hidden(rows, slots.counts) if "hidden" in keep else None
@@ -268,3 +275,8 @@ class MoE(Recordable):
         tensors["output"] = result[0] * result[1][:, None] if isinstance(result, tuple) else result
         y = combine(result, routing.weights.to(tokens.dtype), slots)
         return y, Kept(slots, tensors)
+
+
+def _without(values: Tensor, mask: Tensor | None) -> Tensor:
+    """``values`` (..., D) with zeros where ``mask`` (...) has no real token, in value and gradient."""
+    return values if mask is None else values.masked_fill(~mask.bool().unsqueeze(-1), 0)

@@ -89,3 +89,12 @@ def test_mistakes_are_named(user_error):
         TopP(0.5, max_k=0)
     with user_error("TopP", "k=5", "E=4"):
         Router(LinearScorer(8, 4), TopP(0.5, max_k=5))
+
+
+def test_exact_ties_go_to_the_first_expert():
+    """Scores that are equal, as those of sides that a token has no energy on, are taken in the order of the experts."""
+    for experts in (8, 33, 64):
+        logits = torch.zeros(5, experts)
+        logits[:, experts // 2] = 1
+        chosen = TopP(1.0, max_k=3).choose(logits)
+        assert chosen.tolist() == [[experts // 2, 0, 1]] * 5

@@ -10,6 +10,7 @@ from spectralmoe.dispatch.grouped import Grouped
 from spectralmoe.dispatch.loop import Loop
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing
+from spectralmoe.transforms import transforming
 
 __all__ = ["DISPATCHES", "Dense", "Dispatch", "Grouped", "Loop", "pick_dispatch"]
 
@@ -24,7 +25,7 @@ def pick_dispatch(routing: Routing, experts: Experts) -> Dispatch:
     A single token of a plain bank on a CPU (a decoding step, a correction) goes to its experts one after the other:
     there is nothing to sort.
     """
-    if routing.soft:
+    if routing.soft or transforming():
         return Dense()
     return Loop() if _one_by_one(routing, experts) else Grouped()
 

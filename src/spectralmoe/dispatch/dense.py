@@ -15,6 +15,8 @@ class Dense:
     """Every expert on every token, weights 0 where it was not chosen. Best for soft routing and very small layers."""
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        if routing.mask is not None:
-            x = x.masked_fill(~routing.mask[:, None], 0)  # padding may hold nan, which 0 * nan would spread
-        return experts.mix(x, expert_weights(routing, experts.num_experts).to(x.dtype))
+        weights = expert_weights(routing, experts.num_experts).to(x.dtype)
+        if routing.mask is None:
+            return experts.mix(x, weights)
+        padding = ~routing.mask[:, None]  # it may hold nan, and its gradient too, which 0 * nan would spread
+        return experts.mix(x.masked_fill(padding, 0), weights).masked_fill(padding, 0)

@@ -206,17 +206,27 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _second_gradients(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
     """Gradients of gradients, which are rare: those of the definition, expert by expert."""
     *inputs, order, counts, _, _ = ctx.saved_tensors
+    again = torch.is_grad_enabled()  # somebody asks for third derivatives: the second stay tied to the inputs
     with torch.enable_grad():
-        given = [None if part is None else part.detach().requires_grad_() for part in inputs]
+        given = [None if part is None else _tracked(part) for part in inputs]
         grad, *parts = given
         leaves = [part for part in parts if part is not None]
         first = torch.autograd.grad(_definition(parts, order, counts, ctx.activation), leaves, grad, create_graph=True)
         wanted = [i for i, d in enumerate(first) if grads[i] is not None and grads[i].shape == d.shape]
         second = torch.autograd.grad(
-            [first[i] for i in wanted], [grad, *leaves], [grads[i] for i in wanted], allow_unused=True
+            [first[i] for i in wanted],
+            [grad, *leaves],
+            [grads[i] for i in wanted],
+            allow_unused=True,
+            create_graph=again,
         )
     found = iter(second)
     return *(None if part is None else next(found) for part in given), *[None] * 7
+
+
+def _tracked(part: Tensor) -> Tensor:
+    """``part`` under a name of its own, to be differentiated for."""
+    return part.view_as(part) if part.requires_grad else part.detach().requires_grad_()
 
 
 _backward.register_autograd(_second_gradients, setup_context=_save_backward)

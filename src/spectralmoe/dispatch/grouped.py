@@ -6,9 +6,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from spectralmoe.dispatch.base import combine, sort_slots, spread
+from spectralmoe.dispatch.dense import Dense
 from spectralmoe.dispatch.fused import can_fuse, fused
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing
+from spectralmoe.transforms import transforming
 
 __all__ = ["Grouped"]
 
@@ -16,7 +18,8 @@ __all__ = ["Grouped"]
 class Grouped:
     """Dropless: each expert runs on exactly the tokens that chose it, however uneven the load.
 
-    Feed-forward banks on a CPU run as one operator (``dispatch.fused``).
+    Feed-forward banks on a CPU run as one operator (``dispatch.fused``). Inside the transforms of ``torch.func`` the
+    dense form runs instead: it needs no number of rows on the host and no operator of our own.
 
     Args:
         recompute: keep nothing of the experts' work for the backward pass, which does it again as far as it needs it:
@@ -32,6 +35,8 @@ class Grouped:
         self.recompute = recompute
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        if transforming():
+            return Dense()(x, routing, experts)
         if can_fuse(experts, x):
             return fused(x, routing, experts, recompute=self.recompute)
         slots = sort_slots(routing, experts.num_experts)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectralmoe.dispatch.dense import Dense
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing
+from spectralmoe.transforms import transforming
 
 __all__ = ["Loop"]
 
@@ -14,10 +16,13 @@ __all__ = ["Loop"]
 class Loop:
     r"""The definition, :math:`y_t = \sum_j w_{tj} E_{i_{tj}}(x_t)`, one token and one slot at a time.
 
-    Any dtype, any bank, no speed: every other dispatch is tested against it. Reads the indices on the host.
+    Any dtype, any bank, no speed: every other dispatch is tested against it. Reads the indices on the host, so inside
+    the transforms of ``torch.func`` the dense form runs instead.
     """
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        if transforming():
+            return Dense()(x, routing, experts)
         outputs = [x[:0]]
         for token, chosen in enumerate(routing.indices.tolist()):
             row = x[token : token + 1]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spectralmoe.transforms import transforming
+
 __all__ = ["grouped_linear", "row_experts", "supports_grouped_mm"]
 
 _ROW_BYTES = 16  # grouped_mm wants rows of a multiple of 16 bytes
@@ -34,7 +36,10 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     >>> torch.allclose(y, torch.cat([x[:3] @ w[0].T, x[3:] @ w[1].T]), atol=1e-5)
     True
     """
-    weight, x = weight.to(x.dtype), x.contiguous()
+    weight = weight.to(x.dtype)
+    if transforming():
+        return _every_matrix(x, weight, counts)
+    x = x.contiguous()
     if not supports_grouped_mm(x, weight):
         return _grouped_gemm(x, weight, counts)  # type: ignore[no-any-return]
     ends = counts.cumsum(0)
@@ -54,6 +59,14 @@ def supports_grouped_mm(x: Tensor, weight: Tensor) -> bool:
 def row_experts(counts: Tensor, rows: int) -> Tensor:
     """The expert of each of ``rows`` sorted rows: (M,) int64; E for rows behind the last block."""
     return torch.searchsorted(counts.cumsum(0), torch.arange(rows, device=counts.device), right=True)
+
+
+def _every_matrix(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Each row times every matrix, and its own expert's taken: for transforms, which know all of its operations."""
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    ends = counts.cumsum(0)
+    own = (rows >= ends - counts) & (rows < ends)
+    return torch.where(own.T[..., None], x @ weight.mT, 0).sum(0)
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ class EigenbasisScorer(Scorer):
     def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
         energy = (x @ self.basis.to(x.dtype)).square()
         weights = self.gain.to(x.dtype)[:, None] * self.mask_logits.to(x.dtype).softmax(-1)
-        shares = energy @ weights / (energy.sum(-1, keepdim=True) + self.eps)  # E divisions a token instead of R
+        total = (energy.sum(-1, keepdim=True) + self.eps).clamp_min(torch.finfo(x.dtype).tiny)  # eps and x may be 0
+        shares = energy @ weights / total  # E divisions a token instead of R
         return (shares + self.bias.to(x.dtype)) / self.temperature
 
     @property

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import sigma_max
 from spectralmoe.scorers.base import Scorer
 from spectralmoe.sharding import full
+from spectralmoe.transforms import transforming
 
 __all__ = ["PrototypeScorer"]
 
@@ -49,8 +51,10 @@ class PrototypeScorer(Scorer):
 
     def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
         mu, tau = self.prototypes.to(x.dtype), self.temperature
-        bias = mu.square().sum(-1) / -tau
-        return _Affine.apply(x, mu * (2 * self.scale / tau), bias, self.scale**2 / tau)  # type: ignore[no-any-return]
+        matrix, bias, s = mu * (2 * self.scale / tau), mu.square().sum(-1) / -tau, self.scale**2 / tau
+        if transforming():
+            return F.linear(x, matrix, bias) - s * x.square().sum(-1, keepdim=True)
+        return _Affine.apply(x, matrix, bias, s)  # type: ignore[no-any-return]
 
     @property
     def matrix(self) -> Tensor:

@@ -68,7 +68,7 @@ class Capacity(Selector):
     def limit(self, wanted: Tensor, num_experts: int) -> Tensor:
         slots = wanted.T.reshape(-1)  # first choices of all tokens, then second choices
         filled = slots >= 0
-        taken = torch.nn.functional.one_hot(slots.clamp_min(0), num_experts) * filled[:, None]
+        taken = (slots[:, None] == torch.arange(num_experts, device=slots.device)).long()
         place = taken.cumsum(0).gather(1, slots.clamp_min(0)[:, None]).squeeze(1)
         late = filled & (place > share_of(filled.sum(), self.factor, num_experts))
         return wanted.masked_fill(late.view(wanted.T.shape).T, EMPTY)

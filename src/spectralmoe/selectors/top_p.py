@@ -50,7 +50,7 @@ class TopP(Selector):
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
         scores = self.scores(logits)
-        mass, indices = scores.topk(self.max_k or logits.shape[-1], dim=-1)
+        mass, indices = (part[:, : self.max_k] for part in scores.sort(dim=-1, descending=True, stable=True))
         before = (mass.cumsum(-1) - mass) / scores.sum(-1, keepdim=True)
         unused = before >= self.p
         unused[:, 0] = False
