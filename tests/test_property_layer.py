@@ -1,68 +1,144 @@
-"""Random layers against an independent loop in float64, written from the equations."""
+"""Random layers against equations written out in float64 (``layer_oracle``): choice, value and every gradient."""
 
 from __future__ import annotations
 
+import hypothesis
+import layer_oracle as oracle
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from seeds import shifted
+from torch import nn
 
-from spectralmoe import FeedForward, LinearScorer, MoE, PrototypeScorer, Router, TopK, TopP
+from spectralmoe import Adapter, FeedForward, ModuleExperts, MoE, Router
 from spectralmoe.dispatch import DISPATCHES
+from spectralmoe.scorers import SCORERS
+from spectralmoe.selectors import SELECTORS
+
+EXAMPLES, EXAMPLES_IN_FULL = 120, 4_000
+CHOICE = 1e-4  # fp32 scores that lie closer may come in either order
+VALUE = {"fp32": 1e-4, "fp64": 1e-9, "bf16": 4e-2, "autocast": 4e-2}
+GRADIENT = {"fp32": 1e-3, "fp64": 1e-8}
+BANKS = {
+    "gelu": FeedForward,
+    "relu": lambda e, d, h: FeedForward(e, d, h, activation="relu", bias=True),
+    "swiglu": lambda e, d, h: FeedForward(e, d, h, activation="swiglu", bias=True),
+    "adapter": Adapter,
+    "modules": lambda e, d, h: ModuleExperts([nn.Linear(d, d) for _ in range(e)]),
+}
 
 
-def by_hand(layer, x, mask, indices, act):
-    """sum_j w_j E_j(x) + S(x), token by token, with the choice as given: (N, D) float64."""
-    scorer, bank, shared = layer.router.scorer, layer.experts, layer.shared
-    y = torch.zeros(len(x), x.shape[1], dtype=torch.float64)
-    for t, token in enumerate(x.double()):
-        if not mask[t]:
-            continue
-        if isinstance(scorer, LinearScorer):
-            logits = torch.stack([(row.double() * token).sum() for row in scorer.weight])
-        else:
-            logits = torch.stack([-(token - row.double()).square().sum() for row in scorer.prototypes])
-        shares = (logits - logits.max()).exp()
-        shares = shares / shares.sum()
-        chosen = [e for e in indices[t].tolist() if e >= 0]
-        assert chosen, "a real token has an expert"
-        assert shares[chosen].min() >= max([p for e, p in enumerate(shares) if e not in chosen], default=0) - 1e-4
-        for e in chosen:
-            hidden = bank.up[e].double() @ token
-            if act == "swiglu":
-                gate, value = hidden.chunk(2)
-                hidden = gate / (1 + (-gate).exp()) * value
-            elif act == "relu":
-                hidden = hidden.clamp_min(0)
-            else:
-                hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
-            y[t] += shares[e] * (bank.down[e].double() @ hidden)
-        if shared is not None:
-            y[t] += shared.weight.double() @ token + shared.bias.double()
-    return y
+def draw_scorer(draw, name, dim, num_experts):
+    rank = {"eigenbasis": st.integers(1, dim), "principal": st.integers(-(-num_experts // 2), dim)}
+    options = {"linear": {"bias": True}, "cosine": {"proj_dim": draw(st.integers(1, 5)), "temperature": 0.3}}
+    chosen = {**options.get(name, {}), **({"rank": draw(rank[name])} if name in rank else {})}
+    scorer = SCORERS[name](dim, num_experts, **chosen)
+    with torch.no_grad():
+        for state in ("bias", "gain", "mean"):
+            if isinstance(getattr(scorer, state, None), torch.Tensor):
+                getattr(scorer, state).add_(0.3 * torch.randn(getattr(scorer, state).shape))
+    return scorer
+
+
+def draw_selector(draw, name, num_experts):
+    normalize, k = draw(st.booleans()), draw(st.integers(1, num_experts))
+    usual = {"normalize": normalize and k > 1, "score": draw(st.sampled_from(["softmax", "sigmoid"]))}
+    if name == "capacity":
+        return SELECTORS[name](
+            SELECTORS["topk"](max(k - 1, 1), **{**usual, "normalize": False}), draw(st.floats(0.2, 2))
+        )
+    if name == "expert_choice":
+        return SELECTORS[name](draw(st.floats(0.1, num_experts)))
+    if name == "top_p":
+        most = draw(st.none() | st.integers(2, num_experts)) if num_experts > 1 else None
+        return SELECTORS[name](draw(st.floats(0.05, 1)), max_k=most, **{**usual, "normalize": normalize})
+    if name in ("soft", "soft_balanced"):
+        return SELECTORS["topk"](None, **usual | {"normalize": normalize}) if name == "soft" else SELECTORS[name]()
+    if name == "balanced":
+        k = min(k, num_experts - 1)
+        return SELECTORS[name](k, **{**usual, "normalize": normalize and k > 1})
+    return SELECTORS[name](k, **usual)
+
+
+def draw_layer(draw):
+    """A layer and the names of its parts."""
+    scorer, bank = draw(st.sampled_from(sorted(SCORERS))), draw(st.sampled_from(sorted(BANKS)))
+    selector = draw(st.sampled_from(sorted({*SELECTORS, "soft"})))
+    least = 2 if selector in ("balanced", "capacity") else 1
+    dim, num_experts = draw(st.integers(3, 9)), draw(st.integers(least, 6))
+    torch.manual_seed(shifted(draw(st.integers(0, 2**16))))
+    router = Router(draw_scorer(draw, scorer, dim, num_experts), draw_selector(draw, selector, num_experts))
+    if isinstance(bias := getattr(router.selector, "bias", None), torch.Tensor):
+        bias.add_(0.2 * torch.randn(num_experts))
+    experts = BANKS[bank](num_experts, dim, draw(st.integers(1, 7)))
+    shared = nn.Linear(dim, dim) if draw(st.booleans()) else None
+    layer = MoE(router, experts, dispatch=draw(st.sampled_from(["auto", *DISPATCHES])), shared=shared)
+    return layer.eval(), scorer, selector, bank
+
+
+def expected(layer, scorer, selector, bank, x, mask, routing):
+    """The output (N, D) by the equations, for a choice that is checked first; and how near a ReLU came to its kink."""
+    part, tokens, kinks = layer.router.selector, x.double()[mask], []
+    logits = oracle.logits_of(scorer, layer.router.scorer, tokens)
+    chosen = routing.indices[mask].tolist()
+    if selector == "capacity":
+        wanted = part.want(routing.logits.detach(), mask=mask)[mask].tolist()
+        oracle.check_choice("topk", part.selector, oracle.scores_of(part.selector, logits).detach(), wanted, CHOICE)
+        assert chosen == oracle.bounded(wanted, part.factor, layer.router.num_experts)
+        part = part.selector
+    else:
+        oracle.check_choice(selector, part, oracle.scores_of(part, logits).detach(), chosen, CHOICE)
+    weights = oracle.weights_of(part, oracle.scores_of(part, logits), chosen)
+    rows = []
+    for token, experts, slots in zip(tokens, chosen, weights, strict=True):
+        y = torch.zeros_like(token)
+        for e, weight in zip(experts, slots, strict=True):
+            if e >= 0:
+                y = y + weight * oracle.expert_of(bank, layer.experts, token, e, kinks)
+        rows.append(
+            y if layer.shared is None else y + layer.shared.weight.double() @ token + layer.shared.bias.double()
+        )
+    real = iter(rows)
+    return torch.stack([next(real) if m else 0 * x.double()[0].nan_to_num() for m in mask.tolist()]), min(
+        kinks, default=1
+    )
+
+
+def gradients(y, probe, tensors):
+    found = torch.autograd.grad((y * probe.to(y.dtype)).sum(), tensors, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+
+
+def near(actual, wanted, tolerance):
+    size = 1 + (float(wanted.detach().abs().amax()) if wanted.numel() else 0)
+    torch.testing.assert_close(actual.double(), wanted.double(), rtol=0, atol=tolerance * size)
 
 
 def check(data):
-    draw, act = data.draw, data.draw(st.sampled_from(["gelu", "relu", "swiglu"]))
-    n, dim, experts = draw(st.integers(0, 9)), draw(st.integers(1, 9)), draw(st.integers(1, 6))
-    k, dtype = draw(st.integers(1, experts)), draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-    torch.manual_seed(draw(st.integers(0, 2**20)))
-    scorer = draw(st.sampled_from([LinearScorer, PrototypeScorer]))(dim, experts)
-    selector = TopK(k) if draw(st.booleans()) else TopP(draw(st.floats(0.1, 1)), max_k=k if k > 1 else None)
-    bank = FeedForward(experts, dim, draw(st.integers(1, 9)), activation=act)
-    shared = torch.nn.Linear(dim, dim) if draw(st.booleans()) else None
-    layer = MoE(Router(scorer, selector), bank, dispatch=draw(st.sampled_from(["auto", *DISPATCHES])), shared=shared)
-    layer = layer.to(dtype)
-    x = (torch.randn(n, dim) * draw(st.sampled_from([1e-3, 1.0, 3.0]))).to(dtype)
+    draw, precision = data.draw, data.draw(st.sampled_from(list(VALUE)))
+    layer, *names = draw_layer(draw)
+    layer.to({"fp64": torch.float64, "bf16": torch.bfloat16}.get(precision, torch.float32))
+    dtype = next(layer.experts.parameters()).dtype
+    n, dim = draw(st.integers(0, 8)), layer.router.scorer.dim
     mask = torch.rand(n) < draw(st.sampled_from([0.0, 0.5, 1.0]))
-    x[~mask] = torch.nan
-    indices = layer.router(x, mask=mask).indices
-    with torch.no_grad():
-        y, expected = layer(x, mask=mask).double(), by_hand(layer, x, mask, indices, act)
-    size = 1 + float(expected.abs().amax()) if n else 1
-    tolerance = size * {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 0.05}[dtype]
-    torch.testing.assert_close(y, expected, rtol=0, atol=tolerance)
+    x = (torch.randn(n, dim) * draw(st.sampled_from([0.01, 1.0, 4.0]))).to(dtype)
+    x = torch.where(mask[:, None], x, torch.nan).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        routing, y = layer.router(x, mask=mask), layer(x, mask=mask)
+    assert (routing.indices[~mask] == -1).all()
+    assert y.shape == x.shape
+    if not n:
+        return
+    wanted, kink = expected(layer, *names, x, mask, routing)
+    near(y, wanted, VALUE[precision])
+    if precision in GRADIENT:
+        assume(kink > CHOICE)
+        probe, tensors = torch.randn(n, dim, dtype=torch.float64), [x, *layer.parameters()]
+        for one, two in zip(gradients(y, probe, tensors), gradients(wanted, probe, tensors), strict=True):
+            near(one, two, GRADIENT[precision])
 
 
-def test_layers_are_the_loop(request):
-    examples = 3000 if request.config.getoption("--full", default=False) else 150
-    settings(max_examples=examples, deadline=None)(given(st.data())(check))()
+def test_layers_are_their_equations(request):
+    examples = EXAMPLES_IN_FULL if request.config.getoption("--full") else EXAMPLES
+    health = [hypothesis.HealthCheck.filter_too_much, hypothesis.HealthCheck.too_slow]
+    hypothesis.settings(max_examples=examples, suppress_health_check=health)(given(st.data())(check))()

@@ -1,0 +1,139 @@
+"""A layer as its equations say, in float64: one token, one expert, one sum at a time; no code of the library."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Chosen = list[list[int]]
+"""The experts of each token, in the order of its slots; -1 is an empty slot."""
+
+
+def logits_of(name: str, scorer: torch.nn.Module, x: Tensor) -> Tensor:
+    """(N, E) logits of the real tokens ``x`` (N, D)."""
+    return torch.stack([_LOGITS[name](scorer, token) for token in x]) if len(x) else x.new_zeros(0, scorer.num_experts)
+
+
+def _linear(scorer, token):
+    return torch.stack([row.double() @ token + b.double() for row, b in zip(scorer.weight, scorer.bias, strict=True)])
+
+
+def _cosine(scorer, token):
+    query = scorer.projection.double() @ token
+    keys = [key.double() for key in scorer.keys]
+    return torch.stack([key @ query / (key @ key).sqrt() / (query @ query).sqrt() for key in keys]) / scorer.temperature
+
+
+def _prototype(scorer, token):
+    far = [scorer.scale * token - mu.double() for mu in scorer.prototypes]
+    return torch.stack([-(d @ d) / scorer.temperature for d in far])
+
+
+def _eigenbasis(scorer, token):
+    z = [column.double() @ token for column in scorer.basis.T]
+    total = sum(value**2 for value in z) + scorer.eps
+    masks = [row.double().exp() / row.double().exp().sum() for row in scorer.mask_logits]
+    energy = [gain.double() * value**2 / total * mask for gain, value, mask in zip(scorer.gain, z, masks, strict=True)]
+    return (sum(energy) + scorer.bias.double()) / scorer.temperature
+
+
+def _principal(scorer, token):
+    z = [column.double() @ (token - scorer.mean.double()) for column in scorer.basis.T]
+    sides = [side for value in z for side in (value.clamp_min(0), (-value).clamp_min(0))]
+    q = [(side / usual.double()) ** 2 for side, usual in zip(sides, scorer.spread, strict=True)]
+    shares = [value / (sum(q) + 1e-6) for value in q]
+    return torch.stack([sum(shares[e :: scorer.num_experts]) for e in range(scorer.num_experts)]) / scorer.temperature
+
+
+_LOGITS = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "prototype": _prototype,
+    "eigenbasis": _eigenbasis,
+    "principal": _principal,
+}
+
+
+def scores_of(selector: torch.nn.Module, logits: Tensor) -> Tensor:
+    """What weights are taken from: softmax or sigmoid; ``SoftBalanced`` adds its bias first."""
+    if type(selector).__name__ == "SoftBalanced":
+        logits = logits + selector.bias.double()
+    if selector.score == "sigmoid":
+        return 1 / (1 + (-logits).exp())
+    shifted = (logits - logits.detach().amax(-1, keepdim=True)).exp() if len(logits) else logits
+    return shifted / shifted.sum(-1, keepdim=True)
+
+
+def weights_of(selector: torch.nn.Module, scores: Tensor, chosen: Chosen) -> list[list[Tensor | None]]:
+    """The weight of each slot; None in an empty one."""
+    weights = []
+    for row, experts in zip(scores, chosen, strict=True):
+        total = sum(row[e] for e in experts if e >= 0) if selector.normalize else 1.0
+        weights.append([None if e < 0 else row[e] / total for e in experts])
+    return weights
+
+
+def check_choice(name: str, selector: torch.nn.Module, scores: Tensor, chosen: Chosen, tolerance: float) -> None:
+    """The choice is one that the equation allows: ties, up to rounding, may go either way."""
+    n, num_experts = scores.shape
+    if name in ("soft", "soft_balanced"):
+        assert all(sorted(row) == list(range(num_experts)) for row in chosen)
+    elif name == "expert_choice":
+        places = min(math.ceil(n * selector.capacity / num_experts - 1e-9), n)
+        for e in range(num_experts):
+            taken = [t for t in range(n) if e in chosen[t]]
+            assert len(taken) == places
+            best_outside = max((float(scores[t, e]) for t in range(n) if t not in taken), default=-math.inf)
+            assert all(scores[t, e] >= best_outside - tolerance for t in taken)
+    else:
+        ranked = scores + selector.bias.double() if name == "balanced" else scores
+        for row, experts in zip(ranked, chosen, strict=True):
+            filled = [e for e in experts if e >= 0]
+            assert len(set(filled)) == len(filled)
+            best_outside = max((float(row[e]) for e in range(num_experts) if e not in filled), default=-math.inf)
+            assert all(row[e] >= best_outside - tolerance for e in filled)
+            if name == "top_p":
+                _check_mass(selector, (row / row.sum())[filled], tolerance)
+            else:
+                assert len(filled) == selector.k
+
+
+def _check_mass(selector, shares, tolerance):
+    """The smallest set with the mass p, or as many experts as there may be."""
+    assert len(shares) >= 1
+    assert shares[:-1].sum() < selector.p + tolerance or len(shares) == 1
+    most = selector.max_k if selector.max_k is not None else math.inf
+    assert shares.sum() >= selector.p - tolerance or len(shares) == most
+
+
+def bounded(wanted: Chosen, factor: float, num_experts: int) -> Chosen:
+    """Capacity: first choices of all tokens take their places first, earlier tokens before later ones."""
+    filled = sum(e >= 0 for row in wanted for e in row)
+    places, taken = math.ceil(filled * factor / num_experts - 1e-9), [0] * num_experts
+    kept = [list(row) for row in wanted]
+    for slot in range(max(map(len, wanted), default=0)):
+        for row in kept:
+            if row[slot] >= 0:
+                taken[row[slot]] += 1
+                if taken[row[slot]] > places:
+                    row[slot] = -1
+    return kept
+
+
+def expert_of(name: str, bank: torch.nn.Module, token: Tensor, e: int, kinks: list[float]) -> Tensor:
+    """E_e(x) of one token; ``kinks`` collects how near a ReLU is to its kink."""
+    if name == "modules":
+        return bank.experts[e].weight.double() @ token + bank.experts[e].bias.double()
+    up, down = bank.up[e].double(), bank.down[e].double()
+    hidden = up @ token + (0 if bank.up_bias is None else bank.up_bias[e].double())
+    if bank.activation == "swiglu":
+        gate, value = hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :]
+        hidden = gate / (1 + (-gate).exp()) * value
+    elif bank.activation == "relu":
+        kinks.extend(hidden.detach().abs().tolist())
+        hidden = torch.stack([h if h > 0 else 0 * h for h in hidden])
+    else:
+        hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    return down @ hidden + (0 if bank.down_bias is None else bank.down_bias[e].double())
