@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rows import MAIN
+from rows import DECIDING
 
 from spectralmoe.compare.statistics import estimate
 from spectralmoe.files import write_text
@@ -22,7 +22,7 @@ COLUMNS = (
     ("min_load_share", "smallest load share", 3, 1.0),
     ("stable_rank", "stable rank", 2, 1.0),
     ("noisy_after", "noisy copies right %", 0, 100.0),
-    ("shifted_after", "shifted copies right %", 0, 100.0),
+    ("shifted_two_after", "shifted copies right %", 0, 100.0),
 )
 
 
@@ -43,7 +43,7 @@ def _values(cells: Cells, row: str, dataset: str, depth: int, key: str) -> list[
 
 
 def _against_depth(cells: Cells, dataset: str) -> list[Panel]:
-    rows = [row for row in (*MAIN, "SR-MoE+guard") if any(cell["row"] == row for cell in cells)]
+    rows = [row for row in (*DECIDING, "SR-MoE+guard") if any(cell["row"] == row for cell in cells)]
     depths = sorted({cell["depth"] for cell in cells})
 
     def series(key: str) -> dict[str, list[Point]]:
@@ -81,7 +81,10 @@ def _through_training(curves: Cells) -> tuple[list[Panel], str]:
 
 def _streams(streams: Cells) -> list[Panel]:
     panels = []
-    for key, title in (("accuracy", "accuracy on the others, change in points"), ("kept_so_far", "kept so far")):
+    for key, title in (
+        ("accuracy_on_others", "accuracy on the others, change in points"),
+        ("kept_so_far", "kept so far"),
+    ):
         series: dict[str, list[Point]] = {}
         for stream in streams:
             label = f"{stream['dataset']}, depth {stream['depth']}"
@@ -90,9 +93,9 @@ def _streams(streams: Cells) -> list[Panel]:
             mine = [s for s in streams if s["dataset"] == stream["dataset"] and s["depth"] == stream["depth"]]
             for index, values in enumerate(zip(*(s[key] for s in mine), strict=False), 1):
                 mean = sum(values) / len(values)
-                start = sum(s["accuracy"][-1] - s["cost"] for s in mine) / len(mine) if key == "accuracy" else 0.0
+                start = sum(s[key][-1] - s["cost"] for s in mine) / len(mine) if key == "accuracy_on_others" else 0.0
                 series.setdefault(label, []).append((index, mean - start, 0.0))
-        panels.append(Panel(title, series, "corrections", marks=(-0.5,) if key == "accuracy" else (0.9,)))
+        panels.append(Panel(title, series, "corrections", marks=(-0.5,) if key == "accuracy_on_others" else (0.9,)))
     return panels
 
 
