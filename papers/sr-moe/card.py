@@ -1,4 +1,4 @@
-"""Regenerate the card: ``python papers/sr-moe/card.py [--quick] [--out DIR] [--jobs N]``.
+"""Regenerate the card: ``python papers/sr-moe/card.py [--quick] [--check] [--out DIR] [--jobs N]``.
 
 Each finished cell is appended to results.json at once; a rerun skips what is there. Trained networks are kept in
 ``--work`` until the card is complete.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from figures import write_figures
 from measure import run_network
-from plan import FULL, QUICK, Network, Part, Plan, networks
+from plan import CHECKED, FULL, QUICK, Network, Part, Plan, networks
 from tune import tune_row
 
+from spectralmoe.compare.evidence import check_lines
 from spectralmoe.compare.workers import Job, run_jobs
 from spectralmoe.files import make_folder, read_json, write_json
-from spectralmoe.machine import describe_machine
+from spectralmoe.machine import cpu_model, describe_machine
 
 HERE = Path(__file__).parent
 Cells = list[dict[str, Any]]
@@ -27,6 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small form on mnist5k, under 3 minutes")
     parser.add_argument(
+        "--check", action="store_true", help="run a few cells again and say whether their means lie as stored; no file"
+    )
+    parser.add_argument(
         "--out", type=Path, help="folder of the results (default: this one; runs/sr-moe-quick if quick)"
     )
     parser.add_argument("--work", type=Path, help="folder of the trained networks (default: runs/sr-moe)")
@@ -35,7 +40,11 @@ def main() -> None:
     plan = QUICK if options.quick else FULL
     out = options.out or (Path("runs/sr-moe-quick") if options.quick else HERE)
     work = options.work or (out / "models" if options.quick else Path("runs/sr-moe"))
-    run(plan, out, work, options.jobs)
+    if options.check:
+        with TemporaryDirectory() as folder:
+            print("\n".join(check(CHECKED, plan, out, Path(folder), options.jobs)))
+    else:
+        run(plan, out, work, options.jobs)
 
 
 def run(plan: Plan, out: Path, work: Path, processes: int) -> int:
@@ -63,6 +72,21 @@ def run(plan: Plan, out: Path, work: Path, processes: int) -> int:
             print(f"{network.name} {' '.join(part.ways)}", flush=True)
     write_figures(out, *(_read(out / f"{name}.json", []) for name in ("results", "curves", "streams")))
     return count
+
+
+def check(part: Part, plan: Plan, out: Path, work: Path, processes: int) -> list[str]:
+    """Run the networks of ``part`` again, trained anew in ``work``; one line for each mean.
+
+    Raises:
+        UserError: there are no stored results.
+    """
+    stored, tuned = read_json(out / "results.json"), read_json(out / "tuning.json")
+    jobs = [
+        Job(network, network.name, run_network, (network, part.ways, plan, tuned, work)) for network in networks(part)
+    ]
+    again = [cell for _, (cells, _, _) in run_jobs(jobs, processes, _quiet) for cell in cells]
+    keys = ("accuracy", "interference_mean", "min_load_share", "noisy_after", "rotated_after")
+    return [f"on {cpu_model()}:", *check_lines(stored, again, ("row", "dataset", "depth"), keys)]
 
 
 def tune(part: Part, plan: Plan, out: Path, processes: int) -> dict[str, Any]:

@@ -102,6 +102,9 @@ FULL = Plan(
     stream_reference=55_000,
 )
 
+CHECKED = Part("mnist5k", ("linear", "SR-MoE"), (2,), 10)
+"""What ``--check`` runs again."""
+
 QUICK = Plan(
     parts=(
         Part("mnist5k", (*DECIDING, "linear soft", "linear top-1", "linear+load_balance", *MORE), (2,), 1),

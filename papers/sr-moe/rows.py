@@ -91,6 +91,31 @@ GUARD, STREAM = "+guard", " in a row"
 ALL_EXPERTS, ALL_PARAMETERS = " all-experts", " all-parameters"
 """Ways to correct a network other than by gradient steps on one expert a layer: suffixes of its row's name."""
 
+BASELINES = (
+    ("linear+balanced", "linear"),
+    ("prototype+balanced", "linear+balanced"),
+    ("SR-MoE", "prototype+balanced"),
+    ("SR-MoE", "linear+balanced"),
+    ("SR-MoE", "linear"),
+    ("linear+load_balance", "linear"),
+    ("SR-MoE", "linear+load_balance"),
+    ("linear soft", "linear"),
+    ("linear top-1", "linear"),
+    ("SR-MoE", "linear soft"),
+    ("SR-MoE", "linear top-1"),
+    ("linear+spectral", "linear"),
+    ("prototype", "linear"),
+    ("SR-MoE", "prototype"),
+    ("SR-MoE", "SR-MoE spectral_norm"),
+    ("SR-MoE", "SR-MoE stable_rank"),
+    ("SR-MoE" + GUARD, "SR-MoE"),
+    ("SR-MoE" + ALL_EXPERTS, "SR-MoE"),
+    ("SR-MoE" + ALL_PARAMETERS, "SR-MoE"),
+    ("linear" + ALL_EXPERTS, "linear"),
+    ("linear" + ALL_PARAMETERS, "linear"),
+)
+"""Which rows are compared seed by seed, and with which."""
+
 
 def scaled(terms: Mapping[str, Term], strength: float) -> dict[str, Term]:
     """The terms with their weights times ``strength``."""
