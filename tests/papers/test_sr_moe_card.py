@@ -28,11 +28,15 @@ FIELDS = {"row", "dataset", "depth", "seed", "accuracy", "interference_mean", "i
 FIELDS |= {"min_load_share", "trials"}
 
 
+TINY = ("linear", "linear soft", "SR-MoE")
+
+
 @pytest.fixture(scope="module")
 def tiny(card):
+    first, *others = (part._replace(dataset="digits") for part in card.QUICK.parts)
     return replace(
         card.QUICK,
-        parts=tuple(part._replace(dataset="digits") for part in card.QUICK.parts),
+        parts=(first._replace(rows=TINY), *others),
         epochs={"digits": 1},
         train_size=300,
         trials=2,
@@ -64,6 +68,27 @@ def test_a_tiny_run_holds_every_row_and_field(finished):
     assert all(cell.keys() >= FIELDS for cell in cells)
     for name in ("interference.svg", "training.svg", "stream.svg", "RESULTS.md", "tuning.json", "curves.json"):
         assert (finished / name).stat().st_size > 200
+
+
+def test_every_row_learns(card):
+    """One step of every row: its router, its terms, and two experts a token but where the row says otherwise."""
+    from measure import build
+    from plan import FULL, QUICK
+    from rows import ROWS as TABLE
+
+    from spectralmoe import penalty, record
+    from spectralmoe.training.data import load_data
+
+    assert set(FULL.rows) == set(QUICK.rows) == set(TABLE) == ROWS - {"SR-MoE+guard"}
+    data = load_data("digits").subset(32)
+    for row in TABLE:
+        model = build(row, data, 2, 0)
+        with record(model) as tape:
+            logits = model(data.train.images)
+        (logits.square().mean() + penalty(tape, TABLE[row].terms)[0]).backward()
+        assert all(p.grad is not None for p in model.parameters())
+        used = {"linear soft": 8, "linear top-1": 1}.get(row, 2)
+        assert all(item.routing.indices.shape[1] == used for item in tape), row
 
 
 def test_every_row_is_tuned_with_as_many_tries(finished):
