@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from spectralmoe import LinearScorer, Router, Term, TopK
 from spectralmoe.files import write_whole
+from spectralmoe.machine import cpu_model
 from spectralmoe.surgery import BranchSpec, EMoESpec
 from spectralmoe.surgery.timm import VisionMoE
 from spectralmoe.training.data import ImageData, Split, load_data
@@ -114,7 +115,7 @@ def run_few(row: str, task: str, shots: int, seed: int, plan: Plan, folder: Path
     torch.set_num_threads(1)
     model, data = backbone(plan, folder), task_data(task, plan)
     accuracy = _accuracy(row, model, data, shots, lr, plan, seed, data.test)
-    return {"row": row, "task": task, "shots": shots, "seed": seed, "accuracy": accuracy}
+    return {"row": row, "task": task, "shots": shots, "seed": seed, "cpu": cpu_model(), "accuracy": accuracy}
 
 
 def _accuracy(

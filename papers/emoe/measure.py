@@ -18,6 +18,7 @@ from spectralmoe.diagnostics import dead_experts, evaluate, evaluation_mode, gin
 from spectralmoe.diagnostics.load import DEAD_SHARE
 from spectralmoe.diagnostics.similarity import output_similarity
 from spectralmoe.diagnostics.stability import changed_by_noise
+from spectralmoe.machine import cpu_model
 from spectralmoe.surgery.timm import VisionMoE, vision_moe
 from spectralmoe.tape import Record
 from spectralmoe.training.data import ImageData, load_data
@@ -73,14 +74,15 @@ def budget(lr: float, epochs: int, seed: int) -> Optimization:
     return Optimization(epochs=epochs, batch_size=BATCH, lr=lr, weight_decay=WEIGHT_DECAY, seed=seed)
 
 
-def run_cell(row: str, seed: int, plan: Plan, tuned: dict[str, Any]) -> dict[str, Any]:
-    """One cell of results.json, but for the time of a step."""
+def run_cell(row: str, seed: int, plan: Plan, tuned: dict[str, Any], step_ms: float) -> dict[str, Any]:
+    """One cell of results.json."""
     torch.set_num_threads(1)
     data = load_data(plan.dataset)
     data = data if plan.train_size is None else data.subset(plan.train_size)
     setting = Setting(*tuned[row]["setting"])
     model, _ = fit_row(row, setting, data, plan.epochs, seed)
-    return {"row": row, "seed": seed, **measure(model, data.test.images, data.test.labels)}
+    about = {"row": row, "seed": seed, "cpu": cpu_model()}
+    return {**about, **measure(model, data.test.images, data.test.labels), "step_ms": step_ms}
 
 
 def tune_row(row: str, plan: Plan) -> dict[str, Any]:

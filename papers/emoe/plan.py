@@ -73,6 +73,9 @@ FULL = Plan(
     shot_epochs=60,
 )
 
+CHECKED = ("EMoE",)
+"""The rows that ``--check`` runs again."""
+
 QUICK = Plan(
     dataset="mnist5k",
     epochs=2,

@@ -60,9 +60,9 @@ def emoe(tau: float) -> RouterFactory:
     return lambda dim, experts: EMoESpec(experts=experts, tau=tau).make_router(dim)
 
 
-def faithful(_knob: float) -> RouterFactory:
-    """The authors' form, tau 1."""
-    return lambda dim, experts: EMoESpec(faithful=True, experts=experts, rank=FAITHFUL_RANK).make_router(dim)
+def faithful(tau: float) -> RouterFactory:
+    """The authors' form; their tau is 1."""
+    return lambda dim, experts: EMoESpec(faithful=True, experts=experts, rank=FAITHFUL_RANK, tau=tau).make_router(dim)
 
 
 def balance_term(weight: float) -> Mapping[str, Term]:
@@ -75,6 +75,27 @@ ROWS: dict[str, Row] = {
     "linear": Row(linear),
     "linear+load_balance": Row(linear, balance_term, knobs=(1e-2, 3e-2)),
     "linear+balanced": Row(balanced, knobs=(1e-2, 1e-3)),
-    "EMoE faithful": Row(faithful),
+    "EMoE faithful": Row(faithful, knobs=(1.0, 0.1)),
     "EMoE": Row(emoe, knobs=(0.2, 0.1)),
 }
+
+BASELINES = (
+    ("linear", "dense"),
+    ("linear+load_balance", "linear"),
+    ("linear+balanced", "linear"),
+    ("EMoE faithful", "linear"),
+    ("EMoE", "linear"),
+    ("EMoE", "linear+load_balance"),
+    ("EMoE", "linear+balanced"),
+    ("EMoE", "EMoE faithful"),
+)
+"""Which rows are compared seed by seed, and with which."""
+
+FEW_BASELINES = (
+    ("EMoE", "linear probe"),
+    ("EMoE", "dense adapter"),
+    ("EMoE", "linear"),
+    ("EMoE", "linear+load_balance"),
+    ("EMoE", "EMoE faithful"),
+)
+"""The same of part (b)."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from spectralmoe import EigenbasisScorer, PrincipalScorer, Router, Scorer, TopK
 from spectralmoe.linalg import qr_retraction
+from spectralmoe.machine import cpu_model
 from spectralmoe.tape import Record
 from spectralmoe.training.data import load_data
 from spectralmoe.training.loop import train
@@ -147,4 +148,5 @@ def run_variant(name: str, seed: int, plan: Plan, setting: Setting) -> dict[str,
     model = build(variant.router, data, seed, variant.experts)
     train(model, data, budget(setting.lr, plan.ablation_epochs, seed))
     part = data.validation
-    return {"variant": name, "seed": seed, "experts": variant.experts, **measure(model, part.images, part.labels)}
+    about = {"variant": name, "seed": seed, "cpu": cpu_model(), "experts": variant.experts}
+    return {**about, **measure(model, part.images, part.labels)}

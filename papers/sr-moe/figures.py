@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from rows import MAIN
+from rows import BASELINES, DECIDING, GUARD
 
+from spectralmoe.adaptation import COPIES
+from spectralmoe.compare.evidence import Cells, difference, machines, select, show, show_difference
 from spectralmoe.compare.statistics import estimate
 from spectralmoe.files import write_text
 from spectralmoe.report.chart import Panel, Point, draw
-
-Cells = Sequence[Mapping[str, Any]]
 
 COLUMNS = (
     ("accuracy", "accuracy %", 2, 1.0),
@@ -21,36 +20,45 @@ COLUMNS = (
     ("success", "success %", 1, 100.0),
     ("min_load_share", "smallest load share", 3, 1.0),
     ("stable_rank", "stable rank", 2, 1.0),
-    ("noisy_after", "noisy copies right %", 0, 100.0),
-    ("shifted_after", "shifted copies right %", 0, 100.0),
 )
+CARRY = tuple((f"{key}_after", f"{kind.text} right %", 0, 100.0) for key, kind in COPIES.items())
+DIFFERENCES = (
+    ("accuracy", "accuracy", 2, 1.0),
+    ("interference_mean", "interference", 3, 1.0),
+    ("min_load_share", "smallest load share", 3, 1.0),
+)
+HEAD = """# SR-MoE: results
+
+Written by `card.py` from `results.json` and `streams.json`: mean and 95% interval over seeds. Interference in
+percentage points of test accuracy, negative is damage. Differences are paired: the same seed, so the same start and the
+same order of images, on the same processor; "separated" where their 95% interval leaves out 0. Single cells are not
+stable across processors, means over seeds are.
+
+Corrections with the guard are built from noisy copies and copies shifted by one pixel (`shifted 1 px`, so these are no
+test of how far they carry; the noise is drawn anew). No correction has seen the other kinds.
+"""
 
 
 def write_figures(out: Path, cells: Cells, curves: Cells, streams: Cells) -> None:
     """``interference.svg``, ``training.svg``, ``stream.svg`` and ``RESULTS.md``."""
     datasets = list(dict.fromkeys(cell["dataset"] for cell in cells))
-    panels = [panel for dataset in datasets for panel in _against_depth(cells, dataset)]
+    panels = [panel for dataset in datasets for panel in _against_depth(select(cells, dataset=dataset), dataset)]
     write_text(out / "interference.svg", draw(panels, "One correction: change of accuracy on all other test images"))
     write_text(out / "training.svg", draw(*_through_training(curves)))
     if streams:
         write_text(out / "stream.svg", draw(_streams(streams), "Guarded corrections in a row, none taken back"))
-    write_text(out / "RESULTS.md", "\n".join(_tables(cells, streams, datasets)) + "\n")
-
-
-def _values(cells: Cells, row: str, dataset: str, depth: int, key: str) -> list[float | None]:
-    wanted = {"row": row, "dataset": dataset, "depth": depth}
-    return [cell[key] for cell in cells if all(cell[name] == value for name, value in wanted.items())]
+    write_text(out / "RESULTS.md", "\n".join(tables(cells, streams)) + "\n")
 
 
 def _against_depth(cells: Cells, dataset: str) -> list[Panel]:
-    rows = [row for row in (*MAIN, "SR-MoE+guard") if any(cell["row"] == row for cell in cells)]
+    rows = [row for row in (*DECIDING, "SR-MoE" + GUARD) if select(cells, row=row)]
     depths = sorted({cell["depth"] for cell in cells})
 
     def series(key: str) -> dict[str, list[Point]]:
         found: dict[str, list[Point]] = {}
         for row in rows:
             for depth in depths:
-                value = estimate(_values(cells, row, dataset, depth, key))
+                value = estimate([cell[key] for cell in select(cells, row=row, depth=depth)])
                 if value is not None:
                     found.setdefault(row, []).append((depth, value.mean, value.half or 0.0))
         return found
@@ -64,15 +72,14 @@ def _through_training(curves: Cells) -> tuple[list[Panel], str]:
     panels = []
     dataset = curves[0]["dataset"] if curves else ""
     depth = max((curve["depth"] for curve in curves if curve["depth"] <= 8), default=0)
-    chosen = [curve for curve in curves if curve["dataset"] == dataset and curve["depth"] == depth]
+    chosen = [curve for curve in select(curves, dataset=dataset, depth=depth) if curve["row"] in DECIDING]
     for key, title in (
         ("min_load_share", "smallest load share"),
         ("stable_rank", "stable rank of the gate"),
     ):
         series: dict[str, list[Point]] = {}
         for row in dict.fromkeys(curve["row"] for curve in chosen):
-            mine = [curve["curve"] for curve in chosen if curve["row"] == row]
-            for points in zip(*mine, strict=False):
+            for points in zip(*(curve["curve"] for curve in select(chosen, row=row)), strict=False):
                 mean = sum(point[key] for point in points) / len(points)
                 series.setdefault(row, []).append((round(points[0]["done"], 3), mean, 0.0))
         panels.append(Panel(title, series, "share of training done"))
@@ -81,47 +88,76 @@ def _through_training(curves: Cells) -> tuple[list[Panel], str]:
 
 def _streams(streams: Cells) -> list[Panel]:
     panels = []
-    for key, title in (("accuracy", "accuracy on the others, change in points"), ("kept_so_far", "kept so far")):
+    for key, title in (
+        ("accuracy_on_others", "accuracy on the others, change in points"),
+        ("kept_so_far", "kept so far"),
+    ):
         series: dict[str, list[Point]] = {}
-        for stream in streams:
-            label = f"{stream['dataset']}, depth {stream['depth']}"
-            if label in series:
-                continue
-            mine = [s for s in streams if s["dataset"] == stream["dataset"] and s["depth"] == stream["depth"]]
-            for index, values in enumerate(zip(*(s[key] for s in mine), strict=False), 1):
-                mean = sum(values) / len(values)
-                start = sum(s["accuracy"][-1] - s["cost"] for s in mine) / len(mine) if key == "accuracy" else 0.0
-                series.setdefault(label, []).append((index, mean - start, 0.0))
-        panels.append(Panel(title, series, "corrections", marks=(-0.5,) if key == "accuracy" else (0.9,)))
+        for dataset, depth in dict.fromkeys((stream["dataset"], stream["depth"]) for stream in streams):
+            chosen, points = select(streams, dataset=dataset, depth=depth), list[Point]()
+            start = sum(s[key][-1] - s["cost"] for s in chosen) / len(chosen) if key == "accuracy_on_others" else 0.0
+            for index, values in enumerate(zip(*(s[key] for s in chosen), strict=False), 1):
+                points.append((index, sum(values) / len(values) - start, 0.0))
+            series[f"{dataset}, depth {depth}"] = points
+        panels.append(Panel(title, series, "corrections", marks=(-0.5,) if key == "accuracy_on_others" else (0.9,)))
     return panels
 
 
-def _tables(cells: Cells, streams: Cells, datasets: Sequence[str]) -> list[str]:
-    lines = ["# SR-MoE: results", "", "Written by `card.py` from `results.json` and `streams.json`: mean and 95%"]
-    lines += ["interval over seeds. Interference in percentage points of test accuracy, negative is damage.", ""]
-    for dataset in datasets:
-        lines += [f"## {dataset}", "", "| row | depth | seeds | " + " | ".join(c[1] for c in COLUMNS) + " |"]
-        lines.append("| --- " * (3 + len(COLUMNS)) + "|")
-        keys = sorted({(cell["depth"], cell["row"]) for cell in cells if cell["dataset"] == dataset})
-        for depth, row in keys:
-            seeds = len(_values(cells, row, dataset, depth, "accuracy"))
-            fields = [_field(_values(cells, row, dataset, depth, key), d, scale) for key, _, d, scale in COLUMNS]
-            lines.append(f"| {row} | {depth} | {seeds} | " + " | ".join(fields) + " |")
-        lines.append("")
+def tables(cells: Cells, streams: Cells) -> list[str]:
+    """The lines of ``RESULTS.md``."""
+    known = machines([*cells, *streams])
+    lines = [
+        *HEAD.splitlines(),
+        "",
+        "Processors: " + "; ".join(f"{_letter(cpu, known)} {cpu}" for cpu in known) + ".",
+        "",
+    ]
+    for dataset in dict.fromkeys(cell["dataset"] for cell in cells):
+        mine = select(cells, dataset=dataset)
+        lines += [f"## {dataset}", "", *_rows(mine, COLUMNS, known), ""]
+        lines += [f"### {dataset}: paired differences", "", *_differences(mine), ""]
+        measured = [cell for cell in mine if "rotated_after" in cell]
+        lines += [f"### {dataset}: how far corrections carry", "", *_rows(measured, CARRY, known), ""]
     if streams:
-        lines += ["## Corrections in a row", "", "| data | depth | seed | corrections | success % | cost | kept % |"]
-        lines.append("| --- " * 7 + "|")
-        for s in sorted(streams, key=lambda s: (s["dataset"], s["depth"], s["seed"])):
-            lines.append(
-                f"| {s['dataset']} | {s['depth']} | {s['seed']} | {s['corrections']} | {100 * s['success']:.0f} | "
-                f"{s['cost']:+.2f} | {100 * s['kept']:.0f} |"
-            )
+        lines += ["## Corrections in a row", "", *_stream_table(streams, known)]
     return lines
 
 
-def _field(values: Sequence[float | None], digits: int, scale: float) -> str:
-    value = estimate(values)
-    if value is None:
-        return "-"
-    half = f" ±{value.half * scale:.{digits}f}" if value.half else ""
-    return f"{value.mean * scale:.{digits}f}{half}"
+def _letter(cpu: str, known: Sequence[str]) -> str:
+    return "ABCDEFGH"[known.index(cpu)]
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    lines = ["| " + " | ".join(headings) + " |", "| --- " * len(headings) + "|"]
+    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+
+
+def _rows(cells: Cells, columns: Sequence[tuple[str, str, int, float]], known: Sequence[str]) -> list[str]:
+    rows = []
+    for depth, row in sorted({(cell["depth"], cell["row"]) for cell in cells}):
+        mine = select(cells, row=row, depth=depth)
+        fields = [show(estimate([cell[key] for cell in mine]), digits, scale) for key, _, digits, scale in columns]
+        rows.append([row, depth, len(mine), "".join(_letter(cpu, known) for cpu in machines(mine)), *fields])
+    return _table(["row", "depth", "seeds", "cpu", *(title for _, title, _, _ in columns)], rows)
+
+
+def _differences(cells: Cells) -> list[str]:
+    rows = []
+    for depth in sorted({cell["depth"] for cell in cells}):
+        mine = select(cells, depth=depth)
+        for row, baseline in BASELINES:
+            found = [(difference(mine, key, row, baseline), d, scale) for key, _, d, scale in DIFFERENCES]
+            if found[0][0] is not None:
+                fields = [show_difference(value, d, scale) for value, d, scale in found]
+                rows.append([row, baseline, depth, found[0][0].n, *fields])
+    return _table(["row", "minus", "depth", "seeds", *(title for _, title, _, _ in DIFFERENCES)], rows)
+
+
+def _stream_table(streams: Cells, known: Sequence[str]) -> list[str]:
+    rows = []
+    for s in sorted(streams, key=lambda s: (s["dataset"], s["depth"], s["seed"])):
+        fields = [f"{100 * s['success']:.0f}", f"{s['cost']:+.2f}", f"{100 * s['kept']:.0f}"]
+        fields += [f"{scale * s[key]:.{digits}f}" for key, _, digits, scale in CARRY]
+        rows.append([s["dataset"], s["depth"], s["seed"], _letter(s["cpu"], known), s["corrections"], *fields])
+    titles = [title for _, title, _, _ in CARRY]
+    return _table(["data", "depth", "seed", "cpu", "corrections", "success %", "cost", "kept %", *titles], rows)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from plan import BATCH, EXPERTS, HIDDEN, SPARE, WIDTH, Network, Plan, ways
-from rows import ALL_EXPERTS, ALL_PARAMETERS, GUARD, ROWS, scaled
+from plan import BATCH, EXPERTS, HIDDEN, SPARE, WIDTH, Network, Plan
+from rows import ALL_EXPERTS, ALL_PARAMETERS, GUARD, ROWS, STREAM, scaled
 
 from spectralmoe import load, record, save
-from spectralmoe.adaptation import Guard, Rule, Trial, correction_stream, neighbours, one_shot_trials
+from spectralmoe.adaptation import COPIES, Guard, Rule, Trial, correction_stream, neighbours, one_shot_trials
+from spectralmoe.adaptation.one_shot import Carried
 from spectralmoe.diagnostics import evaluate, min_share
 from spectralmoe.files import read_json, write_json
 from spectralmoe.linalg import sigma_max, stable_rank
+from spectralmoe.machine import cpu_model
 from spectralmoe.models import SRMoE, sr_moe
 from spectralmoe.tape import moe_layers
 from spectralmoe.training.data import ImageData, load_data
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
 
+Progress = Callable[[float], None]
 POINTS = 20
 MAX_STEPS = 400
 CURVE = "curve.json"
@@ -89,45 +92,48 @@ def geometry(model: SRMoE, data: ImageData) -> dict[str, float]:
     }
 
 
-def run_network(network: Network, plan: Plan, tuned: dict[str, Any], folder: Path, done: Sequence[str]) -> Any:
-    """The cells of one network that are not done yet, its curve, and its stream if it is guarded.
+def run_network(
+    network: Network, ways: Sequence[str], plan: Plan, tuned: dict[str, Any], folder: Path, progress: Progress
+) -> Any:
+    """Train a network, unless ``folder`` has it, and correct it in these ways.
 
     Returns:
-        (cells, curve, stream or None)
+        (cells, curve, streams)
     """
     torch.set_num_threads(1)
     data = load_data(network.dataset)
     if plan.train_size is not None:
         data = data.subset(plan.train_size)
     model, curve = _trained(network, plan, tuned, folder, data)
-    test, found = data.test, evaluate(model, data.test.images, data.test.labels)
-    shared = {"row": network.row, **network._asdict(), "accuracy": found.accuracy}
-    shared |= {"min_load_share": min(map(min_share, found.loads.values()))} | {
-        key: value for key, value in geometry(model, data).items() if key != "min_load_share"
-    }
-    cells, stream = [], None
-    for way in ways(network, plan):
-        if network.row + way in done:
+    found = evaluate(model, data.test.images, data.test.labels)
+    shared = {**network._asdict(), "cpu": cpu_model(), "accuracy": found.accuracy}
+    shared |= {**geometry(model, data), "min_load_share": min(map(min_share, found.loads.values()))}
+    cells, streams = [], []
+    for index, way in enumerate(ways):
+        progress(index / len(ways))
+        row = network.row + way
+        if way == STREAM:
+            streams.append({**shared, "row": row, **run_stream(_with_spare(model), network, plan, data)})
             continue
-        rule, guard = rule_of(network.row + way, tuned), None
-        if way == GUARD:
-            guard = make_guard(data, plan.reference)
-            for layer in list(moe_layers(model).values())[-1:]:
-                layer.experts.add_spare(SPARE)  # type: ignore[attr-defined]
+        guarded, rule = way == GUARD, rule_of(row, tuned)
         trials = one_shot_trials(
-            model, test.images, test.labels, trials=plan.trials, rule=rule, guard=guard, seed=network.seed
+            _with_spare(model) if guarded else model,
+            data.test.images,
+            data.test.labels,
+            trials=plan.guard_trials if guarded else plan.trials,
+            rule=rule,
+            guard=make_guard(data, plan.reference) if guarded else None,
+            seed=network.seed,
         )
-        cells.append({**shared, "row": network.row + way, **summary(trials), "rule": _plain(rule)})
-        if guard is not None and (network.seed < plan.stream_seeds):
-            stream = run_stream(
-                copy.deepcopy(model),
-                network,
-                plan,
-                data,
-                IN_A_ROW,
-                make_guard(data, plan.stream_reference, STREAM_BUDGET),
-            )
-    return cells, curve, stream
+        cells.append({**shared, "row": row, **summary(trials), "rule": _plain(rule)})
+    return cells, curve, streams
+
+
+def _with_spare(model: SRMoE) -> SRMoE:
+    """A copy with spare hidden units in the last layer."""
+    extended = copy.deepcopy(model)
+    list(moe_layers(extended).values())[-1].experts.add_spare(SPARE)  # type: ignore[attr-defined]
+    return extended
 
 
 def make_guard(data: ImageData, size: int, budget: float = 0.1) -> Guard:
@@ -166,34 +172,35 @@ def summary(trials: Sequence[Trial]) -> dict[str, Any]:
         "interference_worst": min(changes, default=None),
         "success": len(good) / len(trials) if trials else None,
         "trials": len(trials),
-        "noisy_before": _mean([t.before.noisy for t in good]),
-        "noisy_after": _mean([t.after.noisy for t in good]),
-        "shifted_before": _mean([t.before.shifted or 0.0 for t in good]),
-        "shifted_after": _mean([t.after.shifted or 0.0 for t in good]),
+        **carry([t.before for t in good], "before"),
+        **carry([t.after for t in good], "after"),
         "steps": _mean([t.steps for t in good]),
         "seconds": _mean([t.seconds for t in trials]),
         "methods": {name: sum(t.method == name for t in good) for name in sorted({t.method for t in good})},
     }
 
 
-def run_stream(model: SRMoE, network: Network, plan: Plan, data: ImageData, rule: Rule, guard: Guard) -> dict[str, Any]:
-    """Corrections in a row without taking any back."""
+def carry(shares: Sequence[Carried], when: str) -> dict[str, float]:
+    """Mean share of copies that are right, kind by kind."""
+    return {f"{kind}_{when}": _mean([share[kind] for share in shares]) for kind in COPIES}
+
+
+def run_stream(model: SRMoE, network: Network, plan: Plan, data: ImageData) -> dict[str, Any]:
+    """Guarded corrections in a row without taking any back."""
     before, images, labels = evaluate(model, data.test.images, data.test.labels), data.test.images, data.test.labels
-    steps = correction_stream(model, images, labels, count=plan.stream, rule=rule, guard=guard, seed=network.seed)
+    guard = make_guard(data, plan.stream_reference, STREAM_BUDGET)
+    steps = correction_stream(model, images, labels, count=plan.stream, rule=IN_A_ROW, guard=guard, seed=network.seed)
     others = torch.ones(len(labels), dtype=torch.bool)
     others[[step.sample for step in steps]] = False
     start = 100 * float((before.predictions == labels)[others].double().mean())
     good = [step for step in steps if step.success]
     return {
-        **network._asdict(),
-        "row": network.row + GUARD,
         "corrections": len(steps),
         "success": len(good) / len(steps),
         "cost": steps[-1].accuracy - start,
         "kept": steps[-1].kept,
-        "noisy_after": _mean([step.after.noisy for step in good]),
-        "shifted_after": _mean([step.after.shifted or 0.0 for step in good]),
-        "accuracy": [round(step.accuracy, 4) for step in steps],
+        **carry([step.after for step in good], "after"),
+        "accuracy_on_others": [round(step.accuracy, 4) for step in steps],
         "kept_so_far": [round(step.kept, 4) for step in steps],
     }
 

@@ -23,7 +23,8 @@ class Row:
     """One network of the card.
 
     Attributes:
-        router: (D, E) -> router; all rows use two experts a token, so that the gate is the only difference.
+        router: (D, E) -> router; two experts a token but in the rows that vary their number, so that the gate is the
+            only difference.
         terms: penalty terms with the weights from which tuning starts.
     """
 
@@ -34,6 +35,16 @@ class Row:
 def linear(dim: int, experts: int) -> Router:
     """The dot-product gate."""
     return Router(LinearScorer(dim, experts), TopK(K))
+
+
+def linear_soft(dim: int, experts: int) -> Router:
+    """The dot-product gate with all experts."""
+    return Router(LinearScorer(dim, experts), TopK(None))
+
+
+def linear_top1(dim: int, experts: int) -> Router:
+    """The dot-product gate with one expert a token."""
+    return Router(LinearScorer(dim, experts), TopK(1))
 
 
 def linear_balanced(dim: int, experts: int) -> Router:
@@ -61,24 +72,49 @@ def _prototypes(dim: int, experts: int) -> PrototypeScorer:
 
 ROWS: dict[str, Row] = {
     "linear": Row(linear),
+    "linear soft": Row(linear_soft),
+    "linear top-1": Row(linear_top1),
     "linear+load_balance": Row(linear, {"load_balance": LOAD}),
+    "linear+balanced": Row(linear_balanced),
     "linear+spectral": Row(linear_balanced, {"spectral_norm": NORM, "stable_rank": RANK}),
     "prototype": Row(prototype),
+    "prototype+balanced": Row(prototype_balanced),
     "SR-MoE": Row(prototype_balanced, {"spectral_norm": NORM, "stable_rank": RANK}),
     "SR-MoE spectral_norm": Row(prototype_balanced, {"spectral_norm": NORM}),
     "SR-MoE stable_rank": Row(prototype_balanced, {"stable_rank": RANK}),
 }
 
-MAIN = ("linear", "linear+load_balance", "SR-MoE")
-"""All depths and seeds; the others at two depths with fewer seeds."""
+DECIDING = ("linear", "linear+balanced", "prototype+balanced", "SR-MoE")
+"""The rows that tell bias, gate and terms apart."""
 
-GUARD, ALL_EXPERTS, ALL_PARAMETERS = "+guard", " all-experts", " all-parameters"
+GUARD, STREAM = "+guard", " in a row"
+ALL_EXPERTS, ALL_PARAMETERS = " all-experts", " all-parameters"
+"""Ways to correct a network other than by gradient steps on one expert a layer: suffixes of its row's name."""
 
-ADAPTED: dict[str, tuple[str, ...]] = {
-    "linear": ("", ALL_EXPERTS, ALL_PARAMETERS),
-    "SR-MoE": ("", GUARD, ALL_EXPERTS, ALL_PARAMETERS),
-}
-"""In how many ways each network is corrected; the others in one."""
+BASELINES = (
+    ("linear+balanced", "linear"),
+    ("prototype+balanced", "linear+balanced"),
+    ("SR-MoE", "prototype+balanced"),
+    ("SR-MoE", "linear+balanced"),
+    ("SR-MoE", "linear"),
+    ("linear+load_balance", "linear"),
+    ("SR-MoE", "linear+load_balance"),
+    ("linear soft", "linear"),
+    ("linear top-1", "linear"),
+    ("SR-MoE", "linear soft"),
+    ("SR-MoE", "linear top-1"),
+    ("linear+spectral", "linear"),
+    ("prototype", "linear"),
+    ("SR-MoE", "prototype"),
+    ("SR-MoE", "SR-MoE spectral_norm"),
+    ("SR-MoE", "SR-MoE stable_rank"),
+    ("SR-MoE" + GUARD, "SR-MoE"),
+    ("SR-MoE" + ALL_EXPERTS, "SR-MoE"),
+    ("SR-MoE" + ALL_PARAMETERS, "SR-MoE"),
+    ("linear" + ALL_EXPERTS, "linear"),
+    ("linear" + ALL_PARAMETERS, "linear"),
+)
+"""Which rows are compared seed by seed, and with which."""
 
 
 def scaled(terms: Mapping[str, Term], strength: float) -> dict[str, Term]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from measure import MAX_STEPS, fit, summary
+from measure import MAX_STEPS, Progress, fit, summary
 from plan import Plan
-from rows import ADAPTED, ALL_EXPERTS, ALL_PARAMETERS, GUARD
+from rows import ALL_EXPERTS, ALL_PARAMETERS, GUARD, STREAM
 
 from spectralmoe.adaptation import Rule, one_shot_trials
 from spectralmoe.compare.tuning import candidates
@@ -23,17 +23,17 @@ LEAST_SUCCESS = 0.95
 HAIR = 0.02
 
 
-def tune_row(row: str, plan: Plan) -> dict[str, dict[str, Any]]:
+def tune_row(row: str, plan: Plan, progress: Progress) -> dict[str, dict[str, Any]]:
     """The setting of ``row`` with the best validation accuracy, then the step size of each of its ways to correct.
 
     The first try is the row as written; the others scale learning rate and terms by the same draws for every row. The
     step size is that of ``choose`` on misclassified validation samples.
     """
     torch.set_num_threads(1)
-    dataset = plan.datasets[0]
-    data = load_data(dataset).subset(plan.tune_size)
+    data = load_data(plan.tune_on).subset(plan.tune_size)
     tries, best = [], None
-    for candidate in candidates(plan.tries):
+    for index, candidate in enumerate(candidates(plan.tries)):
+        progress(index / plan.tries)
         setting = {"lr": BASE_LR * candidate.lr, "strength": candidate.strength}
         model, accuracy, _ = fit(row, data, plan.tune_depth, 0, plan.tune_epochs, setting)
         tries.append({**setting, "validation_accuracy": accuracy})
@@ -41,9 +41,7 @@ def tune_row(row: str, plan: Plan) -> dict[str, dict[str, Any]]:
             best = (accuracy, setting, model)
     assert best is not None
     found = {}
-    for way in ADAPTED.get(row, ("",)):
-        if way == GUARD:
-            continue
+    for way in ["", *(way for way in plan.ways(row) if way not in ("", GUARD, STREAM))]:
         scope = {"": "one-expert", ALL_EXPERTS: "all-experts", ALL_PARAMETERS: "all-parameters"}[way]
         rules = []
         for lr in RULE_LRS[scope]:

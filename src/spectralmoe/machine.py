@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["describe_machine"]
+__all__ = ["cpu_model", "describe_machine"]
 
 
 def describe_machine() -> dict[str, Any]:
     """Versions and hardware, as JSON values to keep beside every figure.
 
     >>> sorted(describe_machine())
-    ['cores', 'gpu', 'python', 'system', 'threads', 'torch']
+    ['cores', 'cpu', 'gpu', 'python', 'system', 'threads', 'torch']
     """
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+@cache
+def cpu_model() -> str:
+    """The processor's name and, on Linux, its model number; its architecture where the system tells no more."""
+    if platform.system() == "Darwin":
+        name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        return name.stdout.strip() or platform.machine()
+    listing = Path("/proc/cpuinfo")
+    return _first_cpu(listing.read_text(encoding="utf-8")) if listing.exists() else platform.machine()
+
+
+def _first_cpu(listing: str) -> str:
+    """What ``/proc/cpuinfo`` says of the first processor; many processors share a name, so with the model number."""
+    fields = dict(re.findall(r"^(.+?)[ \t]*:[ \t]*(.+)$", listing.partition("\n\n")[0], re.MULTILINE))
+    name, model = fields.get("model name", platform.machine()), fields.get("model")
+    return name if model is None else f"{name}, model {model}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spectralmoe.adaptation import Rule, adapt_one, carried, one_shot_trials
+from spectralmoe.adaptation import Rule, adapt_one, carried, one_shot_trials, rotated
 
 LAYERS = {"all": (0, 1), "last": (1,)}
 
@@ -20,14 +20,29 @@ def accuracy_by_class(model, data):
 
 
 def copies_right(model, image, label):
-    """Noisy and shifted copies, built anew: sigma 0.1 from seed 0, and the eight shifts by one pixel."""
+    """The share of right copies of each kind, the copies built anew and asked one at a time."""
     noise = torch.randn(32, *image.shape, generator=torch.Generator().manual_seed(0))
-    noisy = image + 0.1 * noise
-    wide = torch.cat([image[:, :1], image, image[:, -1:]], 1)
-    wide = torch.cat([wide[:, :, :1], wide, wide[:, :, -1:]], 2)
-    shifts = [wide[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3) if (i, j) != (1, 1)]
+    mean = image.mean()
+    copies = {
+        "noisy": image + 0.1 * noise,
+        "shifted_two": shifts(image, 2),
+        "rotated": rotated(image[None], [-10, 10]),
+        "contrast": [mean + f * (image - mean) for f in (0.7, 1.3)],
+        "shifted_one": shifts(image, 1),
+    }
     with torch.no_grad():
-        return [sum(int(model(one[None]).argmax()) == label for one in many) / len(many) for many in (noisy, shifts)]
+        return {
+            kind: sum(int(model(one[None]).argmax()) == label for one in many) / len(many)
+            for kind, many in copies.items()
+        }
+
+
+def shifts(image, by):
+    """All shifts by so many pixels, the edge repeated."""
+    wide = torch.cat([image[:, :1]] * by + [image] + [image[:, -1:]] * by, 1)
+    wide = torch.cat([wide[:, :, :1]] * by + [wide] + [wide[:, :, -1:]] * by, 2)
+    places = [(i * by, j * by) for i in range(3) for j in range(3) if (i, j) != (1, 1)]
+    return [wide[:, i : i + 8, j : j + 8] for i, j in places]
 
 
 def descend(model, image, label, rule):
@@ -111,8 +126,8 @@ def test_trials_are_the_plain_loop(network, data, make_guard, untouched, name, c
         others = torch.arange(len(right)) != trial.sample
         expected = 100 * float(after[others].double().mean() - right[others].double().mean())
         assert trial.interference == pytest.approx(expected, abs=1e-6)
-        assert [trial.before.noisy, trial.before.shifted] == pytest.approx(copies_right(model, image, label))
-        assert [trial.after.noisy, trial.after.shifted] == pytest.approx(copies_right(changed, image, label))
+        assert trial.before == pytest.approx(copies_right(model, image, label))
+        assert trial.after == pytest.approx(copies_right(changed, image, label))
 
 
 def test_all_experts_of_a_model_without_split_are_those_of_the_layers(pooled):
@@ -139,7 +154,7 @@ def test_all_experts_of_a_model_without_split_are_those_of_the_layers(pooled):
         assert trial.success
         assert trial.steps == step
         assert trial.change == pytest.approx(norm**0.5, rel=1e-3)
-        assert trial.before.shifted is None
+        assert trial.before.keys() == trial.after.keys() == {"noisy"}
 
 
 def test_trials_are_those_of_the_seed(network, data):
@@ -181,15 +196,15 @@ def test_carried_counts_copies(network, data):
     for i in range(3):
         found = carried(model, data.test.images[[i]], data.test.labels[[i]])
         expected = copies_right(model, data.test.images[i], int(data.test.labels[i]))
-        assert [found.noisy, found.shifted] == pytest.approx(expected)
+        assert found == pytest.approx(expected)
 
 
 def test_carried_of_a_model_with_an_object_of_logits():
     def model(x):
         return SimpleNamespace(logits=torch.eye(3)[x.flatten(1).sum(1).round().long().clamp(0, 2)])
 
-    found = carried(model, torch.tensor([[0.0, 2.0]]), torch.tensor([2]), count=5)
-    assert (found.noisy, found.shifted) == (1.0, None)
+    found = carried(model, torch.tensor([[0.0, 2.0]]), torch.tensor([2]))
+    assert found == {"noisy": 1.0}
 
 
 def test_rules_that_do_not_fit(user_error):

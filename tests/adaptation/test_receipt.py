@@ -12,7 +12,7 @@ import torch
 from seeds import generator, shifted
 
 from spectralmoe import LinearScorer, Router, TopK, UserError
-from spectralmoe.adaptation import Guard, adapt_one, apply_update, draw_receipt, make_receipt, receipt_lines
+from spectralmoe.adaptation import COPIES, Guard, adapt_one, apply_update, draw_receipt, make_receipt, receipt_lines
 from spectralmoe.adaptation.receipt_picture import png
 from spectralmoe.files import to_json
 from spectralmoe.models import sr_moe
@@ -105,7 +105,11 @@ def test_text(made):
     kinds = f"({reference.interference.gained} better, {reference.interference.lost} worse"
     assert f"{len(reference.flipped)} predictions changed {kinds}" in text
     assert "test: 29 samples without this one; " in text
-    assert "shifted by one pixel" in text
+    shares = {kind: f"{receipt.carried_before[kind]:.0%} -> {receipt.carried_after[kind]:.0%}" for kind in COPIES}
+    assert f"copies right: noisy {shares['noisy']}, shifted 2 px {shares['shifted_two']}, rotated 10° " in text
+    assert text.endswith(
+        f"copies of the kind that carried corrections are built from: shifted 1 px {shares['shifted_one']}"
+    )
     assert max(map(len, text.splitlines())) < 260
     one = replace(reference, samples=10_000, reachable=1204, flipped=reference.flipped[:1], rerouted=(7,))
     line = receipt_lines(replace(receipt, reference=one))[2]
@@ -133,6 +137,8 @@ def test_picture(made, images):
     drawn = draw_receipt(many, images[:1], images[10:])
     assert "24 of 40 shown" in drawn
     assert drawn.count("<image") == 25
+    assert "copies right: noisy " in drawn
+    assert "carried corrections are built from: shifted 1 px " in drawn
     calm = replace(receipt, reference=replace(receipt.reference, flipped=(), rerouted=()))
     assert "none of the 50 reference samples changed" in draw_receipt(calm, images[:1], images[10:])
     assert "no reference data" in draw_receipt(replace(receipt, reference=None), images[:1])
@@ -215,8 +221,8 @@ def test_feature_vectors_have_no_shifted_copies():
     model, x = small(features=6), torch.rand(1, 6, generator=generator(3))
     wrong = int(model(x).argmin())
     receipt = make_receipt(model, x, wrong, adapt_one(model, x, wrong, lr=0.2))
-    assert receipt.carried_after.shifted is None
-    assert receipt_lines(receipt)[-1].startswith("copies that are right: noisy ")
+    assert receipt.carried_after.keys() == {"noisy"}
+    assert receipt_lines(receipt)[-1].startswith("copies right: noisy ")
     assert "shifted" not in receipt_lines(receipt)[-1]
     with pytest.raises(UserError, match=r"images of 1 or 3 channels, \(C, H, W\), not \(6,\)"):
         draw_receipt(receipt, x)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from spectralmoe import load, record
-from spectralmoe.adaptation import carried
+from spectralmoe.adaptation import COPIES, carried
 from spectralmoe.cli import adapt_correct
 from spectralmoe.cli.evaluate import _in_name
 from spectralmoe.files import read_json
@@ -110,8 +110,7 @@ def test_receipt_of_a_guarded_correction_by_hand(corrected, model, data, wrong):
         assert found["prediction"] == int(share.argmax())
         assert found["probability"] == pytest.approx(float(share.max()), rel=1e-5)
         assert found["right"] == pytest.approx(float(share[label]), rel=1e-5)
-        copies = carried(network, x, torch.tensor([label]))
-        assert receipt[f"carried_{key}"] == {"noisy": copies.noisy, "shifted": copies.shifted}
+        assert receipt[f"carried_{key}"] == carried(network, x, torch.tensor([label]))
     changed = [(a != b) for a, b in zip(old.parameters(), new.parameters(), strict=True)]
     assert receipt["written"] == sum(int(c.sum()) for c in changed)
     assert receipt["parameters"] == sum(c.numel() for c in changed)
@@ -228,7 +227,9 @@ def test_text_says_what_a_person_wants_to_know(call, model, sample, tmp_path):
         "written: expert ",
         "reference: 500 samples, ",
         "test: 538 samples without this one; ",
-        "copies that are right: noisy ",
+        "copies right: noisy ",
+        ", rotated 10° ",
+        "copies of the kind that carried corrections are built from: shifted 1 px ",
         f"written to {tmp_path / 'out'}: model, update.safetensors, receipt.json, receipt.svg",
     ):
         assert words in text
@@ -378,13 +379,15 @@ def test_trials_with_a_guard(call, model):
     changes = [trial["interference"] for trial in found["trial_list"]]
     assert found["interference"] == pytest.approx(sum(changes) / 3)
     assert found["interference_worst"] == min(changes)
-    shares = [trial["after"]["noisy"] for trial in found["trial_list"]]
-    assert found["carried_after"]["noisy"] == pytest.approx(sum(shares) / 3)
+    assert found["carried_after"].keys() == COPIES.keys()
+    for kind, share in found["carried_after"].items():
+        assert share == pytest.approx(sum(trial["after"][kind] for trial in found["trial_list"]) / 3)
     code, text, _ = call("adapt", model, "--trials", 2)
     assert code == 0
     assert "2 test samples corrected one at a time" in text
     assert "at worst" in text
     assert "copies of the corrected samples that are right: noisy " in text
+    assert "copies of the kind that carried corrections are built from: shifted 1 px " in text
 
 
 def test_stream(call, model, data, tmp_path):

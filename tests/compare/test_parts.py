@@ -12,7 +12,7 @@ from spectralmoe.compare import CompareSettings, run
 from spectralmoe.compare.columns import COLUMNS, Row, summarise
 from spectralmoe.compare.picture import draw
 from spectralmoe.compare.settings import Cell
-from spectralmoe.compare.statistics import estimate
+from spectralmoe.compare.statistics import estimate, paired
 from spectralmoe.compare.tuning import candidates
 from spectralmoe.files import read_json
 from spectralmoe.training.data import load_data
@@ -26,7 +26,7 @@ def student_cdf(t: float, df: int, steps: int = 20000) -> float:
     return 0.5 + scale * area
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 11, 31])
+@pytest.mark.parametrize("n", [2, 3, 5, 11, 31, 32, 45, 200])
 def test_interval_is_student_95(n):
     values = [float((7 * i) % 5) for i in range(n)]
     found = estimate(values)
@@ -39,6 +39,25 @@ def test_missing_values_are_left_out():
     assert estimate([None, math.nan]) is None
     assert estimate([1.0, None]).half is None
     assert estimate([1.0, None, 3.0]).n == 2
+
+
+def test_pairs_are_those_of_the_seeds_that_both_have():
+    """The rows' own intervals overlap; their differences by seed do not hold 0."""
+    a, b = {0: 10.0, 1: 20.0, 2: 31.0, 3: None, 5: 7.0}, {2: 30.0, 1: 19.1, 0: 9.0, 3: 1.0, 4: 2.0}
+    found = paired(a, b)
+    assert sorted(found.values) == pytest.approx([0.9, 1.0, 1.0])
+    assert found == estimate(found.values)
+    assert found.separated
+    assert not paired(b, {0: 9.0, 1: 19.0, 2: 30.2}).separated
+    assert not paired({0: 1.0}, {0: 0.0}).separated  # one seed tells nothing apart
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_an_interval_holds_what_lies_within_it():
+    found = estimate([1.0, 2.0, 3.0])
+    assert found.holds(1.999 + found.half)
+    assert not found.holds(2.001 + found.half)
+    assert not estimate([2.0]).holds(2.0)
 
 
 def test_cells_take_turns_and_have_their_own_folders():

@@ -1,34 +1,13 @@
-"""What the cards' tests share: a card's modules, and an executor that works here and now."""
+"""What the cards' tests share: a card's modules."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-
-
-class Here(Executor):
-    """Runs a job at once, in this process, and counts them."""
-
-    def __init__(self) -> None:
-        self.jobs = 0
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        self.jobs += 1
-        future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-@pytest.fixture(scope="session")
-def here() -> type[Here]:
-    """``here()``: an executor for a card."""
-    return Here
 
 
 @pytest.fixture(scope="module")

@@ -11,28 +11,38 @@ CARD = Path(__file__).parents[2] / "papers" / "sr-moe"
 
 ROWS = {
     "linear",
+    "linear soft",
+    "linear top-1",
     "linear+load_balance",
+    "linear+balanced",
     "linear+spectral",
     "prototype",
+    "prototype+balanced",
     "SR-MoE",
     "SR-MoE spectral_norm",
     "SR-MoE stable_rank",
     "SR-MoE+guard",
 }
-BASELINES = (" all-experts", " all-parameters")
+WIDER = (" all-experts", " all-parameters")
 FIELDS = {"row", "dataset", "depth", "seed", "accuracy", "interference_mean", "interference_worst", "success"}
 FIELDS |= {"min_load_share", "trials"}
 
 
+TINY = ("linear", "linear soft", "SR-MoE")
+
+
 @pytest.fixture(scope="module")
 def tiny(card):
+    first, *others = (part._replace(dataset="digits") for part in card.QUICK.parts)
     return replace(
         card.QUICK,
-        datasets=("digits",),
+        parts=(first._replace(rows=TINY), *others),
         epochs={"digits": 1},
         train_size=300,
         trials=2,
+        guard_trials=2,
         stream=2,
+        tune_on="digits",
         tune_size=200,
         tune_epochs=1,
         rule_trials=2,
@@ -42,9 +52,9 @@ def tiny(card):
 
 
 @pytest.fixture(scope="module")
-def finished(card, here, tiny, tmp_path_factory):
+def finished(card, tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("card")
-    card.run(tiny, out, out / "models", here())
+    card.run(tiny, out, out / "models", 1)
     return out
 
 
@@ -54,10 +64,31 @@ def cells_of(folder):
 
 def test_a_tiny_run_holds_every_row_and_field(finished):
     cells = cells_of(finished)
-    assert {cell["row"] for cell in cells} == ROWS | {row + way for row in ("linear", "SR-MoE") for way in BASELINES}
+    assert {cell["row"] for cell in cells} == ROWS | {row + way for row in ("linear", "SR-MoE") for way in WIDER}
     assert all(cell.keys() >= FIELDS for cell in cells)
     for name in ("interference.svg", "training.svg", "stream.svg", "RESULTS.md", "tuning.json", "curves.json"):
         assert (finished / name).stat().st_size > 200
+
+
+def test_every_row_learns(card):
+    """One step of every row: its router, its terms, and two experts a token but where the row says otherwise."""
+    from measure import build
+    from plan import FULL, QUICK
+    from rows import ROWS as TABLE
+
+    from spectralmoe import penalty, record
+    from spectralmoe.training.data import load_data
+
+    assert set(FULL.rows) == set(QUICK.rows) == set(TABLE) == ROWS - {"SR-MoE+guard"}
+    data = load_data("digits").subset(32)
+    for row in TABLE:
+        model = build(row, data, 2, 0)
+        with record(model) as tape:
+            logits = model(data.train.images)
+        (logits.square().mean() + penalty(tape, TABLE[row].terms)[0]).backward()
+        assert all(p.grad is not None for p in model.parameters())
+        used = {"linear soft": 8, "linear top-1": 1}.get(row, 2)
+        assert all(item.routing.indices.shape[1] == used for item in tape), row
 
 
 def test_every_row_is_tuned_with_as_many_tries(finished):
@@ -66,13 +97,11 @@ def test_every_row_is_tuned_with_as_many_tries(finished):
     assert len({len(found["rules"]) for found in tuned.values()}) == 1
 
 
-def test_a_rerun_does_only_what_is_missing(card, here, tiny, finished):
-    before, pool = cells_of(finished), here()
-    card.run(tiny, finished, finished / "models", pool)
-    assert pool.jobs == 0
+def test_a_rerun_does_only_what_is_missing(card, tiny, finished):
+    before = cells_of(finished)
+    assert card.run(tiny, finished, finished / "models", 1) == 0
     (finished / "results.json").write_text(json.dumps([c for c in before if c["row"] != "SR-MoE all-experts"]))
-    card.run(tiny, finished, finished / "models", pool)
-    assert pool.jobs == 1
+    assert card.run(tiny, finished, finished / "models", 1) == 1
     after = cells_of(finished)
     assert len(after) == len(before)
     again = next(cell for cell in after if cell["row"] == "SR-MoE all-experts")
@@ -80,9 +109,31 @@ def test_a_rerun_does_only_what_is_missing(card, here, tiny, finished):
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
 
 
+def test_check_says_which_means_lie_as_stored(card, tiny, finished, tmp_path):
+    """Held against stored seeds whose accuracies lie around the rerun's, and whose noisy copies do not."""
+    part = tiny.parts[0]._replace(rows=("linear",), seeds=1)
+    (own,) = (cell for cell in cells_of(finished) if cell["row"] == "linear")
+    stored = [
+        {**own, "seed": seed, "accuracy": own["accuracy"] + seed - 1, "noisy_after": 9 + 0.1 * seed}
+        for seed in range(3)
+    ]
+    (tmp_path / "results.json").write_text(json.dumps([*stored, {**own, "dataset": "other", "accuracy": 0.0}]))
+    (tmp_path / "tuning.json").write_bytes((finished / "tuning.json").read_bytes())
+    kept = (tmp_path / "results.json").read_bytes()
+    first, *lines = card.check(part, tiny, tmp_path, tmp_path / "work", 1)
+    assert first.startswith("on ")
+    said = {line.split()[3]: line for line in lines}
+    assert len(said) == len(lines) == 5
+    mean = f"{own['accuracy']:.4f}"
+    assert said["accuracy"] == f"linear, digits, 2: accuracy {mean} (1), stored {mean} ±2.4843 (3): within"
+    assert said["noisy_after"].endswith("stored 9.1000 ±0.2484 (3): OUTSIDE")
+    assert said["min_load_share"].endswith("(3): within")
+    assert (tmp_path / "results.json").read_bytes() == kept
+
+
 def test_committed_results_are_of_the_agreed_form():
     cells = cells_of(CARD)
-    known = ROWS | {row + way for row in ROWS for way in BASELINES}
+    known = ROWS | {row + way for row in ROWS for way in WIDER}
     keys = [(cell["row"], cell["dataset"], cell["depth"], cell["seed"]) for cell in cells]
     assert len(keys) == len(set(keys))
     for cell in cells:

@@ -1,7 +1,7 @@
 """Adaptation: change one expert, and show what else that moves."""
 
 from spectralmoe.adaptation.adapt import adapt_one
-from spectralmoe.adaptation.copies import Augment, neighbours, noisy, shifted
+from spectralmoe.adaptation.copies import COPIES, Augment, contrasted, neighbours, noisy, rotated, shifted
 from spectralmoe.adaptation.guard import Guard, Verdict
 from spectralmoe.adaptation.methods import METHODS
 from spectralmoe.adaptation.new_class import Shots, add_class
@@ -14,6 +14,7 @@ from spectralmoe.adaptation.stream import StreamStep, correction_stream
 from spectralmoe.adaptation.update import Update, apply_update
 
 __all__ = [
+    "COPIES",
     "METHODS",
     "Augment",
     "Carried",
@@ -29,6 +30,7 @@ __all__ = [
     "add_class",
     "apply_update",
     "carried",
+    "contrasted",
     "correction_stream",
     "draw_receipt",
     "make_receipt",
@@ -36,5 +38,6 @@ __all__ = [
     "noisy",
     "one_shot_trials",
     "receipt_lines",
+    "rotated",
     "shifted",
 ]

@@ -8,7 +8,7 @@ samples, restore.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.adaptation.adapt import adapt_one, split
-from spectralmoe.adaptation.copies import Augment, noisy, shifted
+from spectralmoe.adaptation.copies import Augment, copies_of
 from spectralmoe.adaptation.guard import Guard
 from spectralmoe.adaptation.methods import METHODS, NEEDS_REFERENCE
 from spectralmoe.adaptation.problem import Problem
@@ -84,15 +84,8 @@ class Rule:
 DEFAULT_RULE = Rule()
 
 
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """Share of noisy (sigma 0.1) and of one-pixel-shifted copies of a sample that are right, 0 to 1.
-
-    ``shifted`` is None for samples that are not images.
-    """
-
-    noisy: float
-    shifted: float | None
+Carried = dict[str, float]
+"""Key of ``COPIES`` -> share of the copies of that kind that are right, 0 to 1; only kinds that fit the sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +139,7 @@ def one_shot_trials(
         order = some_wrong(right, trials, seed)
         for sample in order.tolist():
             image, label = images[sample : sample + 1].to(labels.device).clone(), labels[sample : sample + 1]
-            near = [head(copies) for copies in _near(image)]
+            near = {kind: head(copies) for kind, copies in copies_of(image).items()}
             before = _carries(tail, near, label)
             with _corrected(model, image, label, rule, guard) as done:
                 step = (predict(tail, features) == labels).int() - right.int()
@@ -221,22 +214,16 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def carried(model: nn.Module, x: Tensor, y: Tensor, *, count: int = 32, seed: int = 0) -> Carried:
-    """How far the model's answer for samples x (k, ...), y (k,) carries to copies of them that it was not given."""
-    return _carries(model, _near(x, count, seed), y)
+def carried(model: nn.Module, x: Tensor, y: Tensor) -> Carried:
+    """How far the model's answer for samples x (k, ...), y (k,) carries to copies of them."""
+    return _carries(model, copies_of(x), y)
 
 
-def _near(x: Tensor, count: int = 32, seed: int = 0) -> list[Tensor]:
-    """Noisy copies of each sample and, for images, shifted ones."""
-    copies = noisy(x, count, seed=seed)
-    return [copies] if x.dim() != 4 else [copies, shifted(x)]
+def _carries(model: nn.Module, near: Mapping[str, Tensor], y: Tensor) -> Carried:
+    answers = predict(model, torch.cat(list(near.values()))).split([len(copies) for copies in near.values()])
+    return {kind: _share_right(answer, y) for kind, answer in zip(near, answers, strict=True)}
 
 
-def _carries(model: nn.Module, near: Sequence[Tensor], y: Tensor) -> Carried:
-    shares = [_share_right(model, copies, y) for copies in near]
-    return Carried(shares[0], shares[1] if len(shares) > 1 else None)
-
-
-def _share_right(model: nn.Module, copies: Tensor, y: Tensor) -> float:
-    labels = y.repeat_interleave(len(copies) // max(len(y), 1))
-    return float((predict(model, copies) == labels).float().mean())
+def _share_right(answers: Tensor, y: Tensor) -> float:
+    labels = y.repeat_interleave(len(answers) // max(len(y), 1))
+    return float((answers == labels).float().mean())

@@ -83,7 +83,7 @@ class Receipt:
         method, steps, seconds, change, touched: of the ``Update``.
         written, parameters: how many numbers of the model changed, of how many.
         label: the right class.  before, after: what the model said of the sample, and says now.
-        carried_before, carried_after: share of noisy and shifted copies of the sample that are right.
+        carried_before, carried_after: share of the copies of each kind in ``COPIES`` that are right.
         reference: on the guard's data; None without a guard, or where nothing was changed.
         test: on held-out data; None where none were given, or nothing was changed.
         classes: names of the classes; may be empty.

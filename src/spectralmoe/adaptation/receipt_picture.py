@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spectralmoe.adaptation.receipt import Flip, Receipt
-from spectralmoe.adaptation.receipt_text import sample_line
+from spectralmoe.adaptation.receipt_text import carried_lines, sample_line
 from spectralmoe.errors import UserError
 
 __all__ = ["STYLE", "draw_receipt", "png"]
@@ -125,10 +125,7 @@ def _facts(receipt: Receipt) -> list[tuple[str, str]]:
         facts.append((text + f"interference {c.mean:+.2f} points [{c.low:+.2f}, {c.high:+.2f}]", "soft"))
     if receipt.warning:
         facts.append(("Costs more than its budget on the test data: the whole interval lies below it", "worse"))
-    noisy = f"copies right: noisy {receipt.carried_before.noisy:.0%} before, {receipt.carried_after.noisy:.0%} after"
-    if receipt.carried_before.shifted is not None and receipt.carried_after.shifted is not None:
-        noisy += f"; shifted {receipt.carried_before.shifted:.0%} before, {receipt.carried_after.shifted:.0%} after"
-    return [*facts, (noisy, "soft")]
+    return [*facts, *((line, "soft") for line in carried_lines(receipt.carried_before, receipt.carried_after))]
 
 
 def _caption(receipt: Receipt, shown: int) -> str:

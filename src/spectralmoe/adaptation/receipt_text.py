@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spectralmoe.adaptation.copies import COPIES
 from spectralmoe.adaptation.one_shot import Carried
 from spectralmoe.adaptation.receipt import Flip, Held, Moved, Receipt
 from spectralmoe.diagnostics import Change
 
-__all__ = ["receipt_lines", "reference_line", "sample_line", "written_line"]
+__all__ = ["carried_lines", "receipt_lines", "reference_line", "sample_line", "written_line"]
 
 
 def receipt_lines(receipt: Receipt) -> list[str]:
@@ -23,7 +24,7 @@ def receipt_lines(receipt: Receipt) -> list[str]:
     if receipt.warning:
         lines.append(f"WARNING: the correction {receipt.warning}")
     if receipt.written:
-        lines.append(_copies_line(receipt.carried_before, receipt.carried_after))
+        lines += carried_lines(receipt.carried_before, receipt.carried_after)
     word = "tried before" if receipt.success else "tried"
     return [*lines, *(f"{word}: {attempt}" for attempt in receipt.tried)]
 
@@ -74,11 +75,20 @@ def _test_line(held: Held) -> str:
     )
 
 
-def _copies_line(before: Carried, after: Carried) -> str:
-    text = f"copies that are right: noisy {before.noisy:.0%} -> {after.noisy:.0%}"
-    if before.shifted is not None and after.shifted is not None:
-        text += f", shifted by one pixel {before.shifted:.0%} -> {after.shifted:.0%}"
-    return text
+def carried_lines(before: Carried | None, after: Carried, heading: str = "copies right") -> list[str]:
+    """Which share of the copies of each kind is right; those that ``neighbours`` makes on a line of their own."""
+
+    def shares(*, built_from: bool) -> str:
+        return ", ".join(
+            f"{COPIES[kind].text} {f'{before[kind]:.0%} -> ' if before else ''}{share:.0%}"
+            for kind, share in after.items()
+            if COPIES[kind].built_from == built_from
+        )
+
+    lines = [f"{heading}: {shares(built_from=False)}"]
+    if seen := shares(built_from=True):
+        lines.append(f"copies of the kind that carried corrections are built from: {seen}")
+    return lines
 
 
 def _flips(flips: Sequence[Flip], change: Change, verb: str = "changed") -> str:

@@ -92,7 +92,7 @@ def adapt(
         bool | None,
         typer.Option(
             "--carry/--no-carry",
-            help="Correct noisy and shifted copies with the sample; by default with a guard.",
+            help="Correct noisy copies and copies shifted by one pixel with the sample; by default with a guard.",
             rich_help_panel=HOW,
         ),
     ] = None,

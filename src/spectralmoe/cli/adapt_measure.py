@@ -9,12 +9,13 @@ from typing import Any
 import typer
 
 from spectralmoe.adaptation import Carried, Shots, Trial, add_class, one_shot_trials
+from spectralmoe.adaptation.receipt_text import carried_lines
 from spectralmoe.cli.adapt_setup import Task, Wishes, find_label, prepare
 from spectralmoe.cli.console import print_json, print_table, watching
 from spectralmoe.diagnostics import evaluate
 from spectralmoe.errors import UserError
 
-__all__ = ["carried_means", "carried_text", "mean", "measure_new_class", "measure_trials"]
+__all__ = ["carried_means", "mean", "measure_new_class", "measure_trials"]
 
 
 def measure_trials(wishes: Wishes, trials: int) -> None:
@@ -53,7 +54,10 @@ def measure_trials(wishes: Wishes, trials: int) -> None:
         f"accuracy on all others: {result['interference']:+.3f} points on average, "
         f"{result['interference_worst']:+.2f} at worst (before: {before:.2f}%)"
     )
-    typer.echo(carried_text(result["carried_before"], result["carried_after"]))
+    for line in carried_lines(
+        result["carried_before"], result["carried_after"], "copies of the corrected samples that are right"
+    ):
+        typer.echo(line)
 
 
 def _trial_summary(found: Sequence[Trial], before: float) -> dict[str, Any]:
@@ -74,18 +78,9 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def carried_means(values: Sequence[Carried]) -> dict[str, float]:
-    """Mean share of right copies, noisy and shifted."""
-    return {
-        "noisy": mean([value.noisy for value in values]),
-        "shifted": mean([value.shifted or 0.0 for value in values]),
-    }
-
-
-def carried_text(before: dict[str, float] | None, after: dict[str, float]) -> str:
-    """One line on how far corrections carry."""
-    shares = [f"{kind} {f'{before[kind]:.0%} -> ' if before else ''}{after[kind]:.0%}" for kind in ("noisy", "shifted")]
-    return f"copies of the corrected samples that are right: {', '.join(shares)}"
+def carried_means(values: Sequence[Carried]) -> Carried:
+    """Mean share of right copies of each kind."""
+    return {kind: mean([value[kind] for value in values]) for kind in values[0]}
 
 
 def measure_new_class(wishes: Wishes, name: str, shots: Sequence[int]) -> None:

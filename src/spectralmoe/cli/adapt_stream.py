@@ -13,7 +13,8 @@ import typer
 
 from spectralmoe.adaptation import StreamStep, correction_stream
 from spectralmoe.adaptation.receipt_picture import STYLE
-from spectralmoe.cli.adapt_measure import carried_means, carried_text, mean
+from spectralmoe.adaptation.receipt_text import carried_lines
+from spectralmoe.cli.adapt_measure import carried_means, mean
 from spectralmoe.cli.adapt_setup import Wishes, output_folder, prepare
 from spectralmoe.cli.console import print_json, watching
 from spectralmoe.diagnostics import evaluate
@@ -67,7 +68,8 @@ def run_stream(wishes: Wishes, count: int, out: Path) -> None:
         f"at the end; accuracy on the other {result['others']:,} test samples {first:.2f}% -> "
         f"{result['accuracy_after']:.2f}%; {result['seconds']:.2f} s each"
     )
-    typer.echo(carried_text(None, result["carried_after"]))
+    for line in carried_lines(None, result["carried_after"], "copies of the corrected samples that are right"):
+        typer.echo(line)
     typer.echo(f"written to {out}: model, {STEPS}, {PICTURE}")
 
 

@@ -1,12 +1,12 @@
-"""Mean and 95% interval over seeds."""
+"""Mean and 95% interval over seeds, and of differences between rows under the same seeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "estimate", "paired"]
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
 _T95 = (
@@ -14,6 +14,7 @@ _T95 = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
+_Z95 = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,15 @@ class Estimate:
     def n(self) -> int:
         """How many seeds."""
         return len(self.values)
+
+    @property
+    def separated(self) -> bool:
+        """Whether the interval leaves out 0: of a difference, whether the seeds tell two rows apart."""
+        return self.half is not None and abs(self.mean) > self.half
+
+    def holds(self, value: float) -> bool:
+        """Whether the interval holds ``value``."""
+        return self.half is not None and abs(value - self.mean) <= self.half
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
@@ -45,5 +55,25 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     if n == 1:
         return Estimate(mean, None, found)
     variance = sum((value - mean) ** 2 for value in found) / (n - 1)
-    t = _T95[n - 2] if n - 1 <= len(_T95) else 1.96
-    return Estimate(mean, t * math.sqrt(variance / n), found)
+    return Estimate(mean, _t95(n - 1) * math.sqrt(variance / n), found)
+
+
+def paired(a: Mapping[Hashable, float | None], b: Mapping[Hashable, float | None]) -> Estimate | None:
+    """The differences a - b under the keys (seeds) that both have; None if there are none.
+
+    Seeds that make both rows better or worse drop out, so it tells apart rows whose own intervals overlap.
+
+    >>> difference = paired({0: 5.0, 1: 7.0, 2: 9.0}, {0: 4.0, 1: 6.1, 2: 7.9})
+    >>> round(difference.mean, 3), round(difference.half, 3), difference.separated
+    (1.0, 0.248, True)
+    """
+    pairs = ((a[key], b[key]) for key in a if key in b)
+    return estimate([x - y for x, y in pairs if x is not None and y is not None])
+
+
+def _t95(df: int) -> float:
+    """The two-sided 95% quantile of Student's t; beyond the table by its expansion about the normal one."""
+    if df <= len(_T95):
+        return _T95[df - 1]
+    z = _Z95
+    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
