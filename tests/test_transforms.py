@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from spectralmoe import FeedForward, LinearScorer, ModuleExperts, MoE, Router, TopK, record
 from spectralmoe.dispatch import DISPATCHES
 from spectralmoe.experts.grouped_gemm import grouped_linear
+from spectralmoe.linalg import sigma_max, stable_rank
 from spectralmoe.regularizers import spectral_norm
 
 dispatches = pytest.mark.parametrize("dispatch", ["auto", *DISPATCHES])
@@ -148,3 +149,21 @@ def test_a_compiled_graph_without_transforms_holds_nothing_of_them(make_router):
     graphs = torch._dynamo.explain(layer)(torch.randn(5, 4)).graphs
     assert len(graphs) == 1
     assert not any("functorch" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_second_derivatives_of_spectra(shape, close):
+    """Against the singular values themselves, by reverse mode over reverse mode."""
+    matrix = torch.randn(shape, dtype=torch.float64)
+
+    def plain(m):
+        values = torch.linalg.svdvals(m)
+        return values[0] + values.square().sum() / values[0] ** 2
+
+    def ours(m):
+        return sigma_max(m) + stable_rank(m)
+
+    close(torch.func.hessian(ours)(matrix), torch.autograd.functional.hessian(plain, matrix))
+    close(torch.func.grad(ours)(matrix), torch.autograd.functional.jacobian(plain, matrix))
+    assert torch.func.grad(sigma_max)(torch.zeros(shape)).eq(0).all()
+    assert torch.func.vmap(sigma_max)(torch.full((2, *shape), torch.nan)).isnan().all()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spectralmoe.sharding import full
+from spectralmoe.transforms import transforming
 
 __all__ = [
     "EXACT_LIMIT",
@@ -62,6 +63,9 @@ def sigma_max(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
     ``direction`` is the leading right singular vector if it is known (from ``power_iteration``); left out, it is
     found exactly. A zero matrix has value 0 and gradient 0; one that is not finite has value nan.
 
+    The direction is held fixed, so a gradient of this gradient lacks a part. Second derivatives are those of
+    ``torch.func`` (``hessian``, ``jvp`` of ``grad``), where :math:`\sigma_1` comes from the eigenvalues.
+
     >>> round(float(sigma_max(torch.diag(torch.tensor([3.0, 1.0])))), 5)
     3.0
     """
@@ -80,8 +84,11 @@ def stable_rank(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
 def spectrum(matrix: Tensor, direction: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``sigma_max`` and ``stable_rank`` from one decomposition."""
     m, largest = _scaled(full(matrix))
-    v = top_right(m) if direction is None else direction.to(m.dtype)
-    sigma = _unit(m.detach() @ v) @ (m @ v)
+    if transforming():
+        sigma = _root_of_largest_eigenvalue(m)
+    else:
+        v = top_right(m) if direction is None else direction.to(m.dtype)
+        sigma = _unit(m.detach() @ v) @ (m @ v)
     zero = sigma == 0
     ratio = torch.linalg.vector_norm(m) / torch.where(zero, torch.ones_like(sigma), sigma)
     return sigma * largest, torch.where(zero, torch.zeros_like(ratio), ratio.square())
@@ -114,6 +121,13 @@ def retracted(basis: Tensor) -> Tensor:
     """``qr_retraction``, or ``basis`` (D, R) itself, bit by bit, where its columns are orthonormal up to rounding."""
     whole = full(basis.detach())
     return torch.where(is_orthonormal(whole), whole, qr_retraction(whole))
+
+
+def _root_of_largest_eigenvalue(m: Tensor) -> Tensor:
+    """sigma_1 of m (E, D) from its smaller Gram matrix, as often differentiable as the eigenvalue is simple."""
+    gram = (m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m).nan_to_num(0, 0, 0)
+    largest = torch.linalg.eigvalsh(gram)[-1]
+    return torch.where(largest > 0, torch.where(largest > 0, largest, 1).sqrt(), 0)
 
 
 def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:

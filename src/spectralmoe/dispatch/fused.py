@@ -208,7 +208,7 @@ def _second_gradients(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...
     *inputs, order, counts, _, _ = ctx.saved_tensors
     again = torch.is_grad_enabled()  # somebody asks for third derivatives: the second stay tied to the inputs
     with torch.enable_grad():
-        given = [None if part is None else _tracked(part) for part in inputs]
+        given: list[Any] = [None if part is None else _tracked(part) for part in inputs]
         grad, *parts = given
         leaves = [part for part in parts if part is not None]
         first = torch.autograd.grad(_definition(parts, order, counts, ctx.activation), leaves, grad, create_graph=True)
