@@ -157,7 +157,7 @@ def _stream_table(streams: Cells, known: Sequence[str]) -> list[str]:
     rows = []
     for s in sorted(streams, key=lambda s: (s["dataset"], s["depth"], s["seed"])):
         fields = [f"{100 * s['success']:.0f}", f"{s['cost']:+.2f}", f"{100 * s['kept']:.0f}"]
-        fields += [f"{scale * s[key]:.{digits}f}" for key, _, digits, scale in CARRY]
+        fields += [show(estimate([s.get(key)]), digits, scale) for key, _, digits, scale in CARRY]
         rows.append([s["dataset"], s["depth"], s["seed"], _letter(s["cpu"], known), s["corrections"], *fields])
     titles = [title for _, title, _, _ in CARRY]
     return _table(["data", "depth", "seed", "cpu", "corrections", "success %", "cost", "kept %", *titles], rows)

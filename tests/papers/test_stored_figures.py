@@ -119,7 +119,8 @@ def test_the_streams_of_sr_moe_results():
         columns = {"corrections": ("corrections", 1.0), "success %": ("success", 100.0), "cost": ("cost", 1.0)}
         columns |= {"kept %": ("kept", 100.0), **CARRY}
         for title, (key, scale) in columns.items():
-            assert agrees(fields[title], own[key], scale), (fields, title)
+            value = own.get(key)
+            assert fields[title] == "-" if value is None else agrees(fields[title], value, scale), (fields, title)
 
 
 def test_the_tables_of_emoe_results():
