@@ -13,6 +13,9 @@ from spectralmoe.compare.statistics import estimate
 from spectralmoe.files import write_text
 from spectralmoe.report.chart import Panel, Point, draw
 
+Column = tuple[str, str, int, float]
+"""Key of the cells, title, digits, scale."""
+
 COLUMNS = (
     ("accuracy", "accuracy %", 2, 1.0),
     ("interference_mean", "interference, mean", 3, 1.0),
@@ -115,9 +118,10 @@ def tables(cells: Cells, streams: Cells) -> list[str]:
     for dataset in dict.fromkeys(cell["dataset"] for cell in cells):
         mine = select(cells, dataset=dataset)
         lines += [f"## {dataset}", "", *_rows(mine, COLUMNS, known), ""]
-        lines += [f"### {dataset}: paired differences", "", *_differences(mine), ""]
+        lines += [f"### {dataset}: paired differences", "", *_differences(mine, BASELINES, DIFFERENCES), ""]
         measured = [cell for cell in mine if "rotated_after" in cell]
         lines += [f"### {dataset}: how far corrections carry", "", *_rows(measured, CARRY, known), ""]
+        lines += [*_differences(measured, (("SR-MoE" + GUARD, "SR-MoE"),), CARRY), ""]
     if streams:
         lines += ["## Corrections in a row", "", *_stream_table(streams, known)]
     return lines
@@ -132,7 +136,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> list[st
     return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
 
 
-def _rows(cells: Cells, columns: Sequence[tuple[str, str, int, float]], known: Sequence[str]) -> list[str]:
+def _rows(cells: Cells, columns: Sequence[Column], known: Sequence[str]) -> list[str]:
     rows = []
     for depth, row in sorted({(cell["depth"], cell["row"]) for cell in cells}):
         mine = select(cells, row=row, depth=depth)
@@ -141,23 +145,23 @@ def _rows(cells: Cells, columns: Sequence[tuple[str, str, int, float]], known: S
     return _table(["row", "depth", "seeds", "cpu", *(title for _, title, _, _ in columns)], rows)
 
 
-def _differences(cells: Cells) -> list[str]:
+def _differences(cells: Cells, pairs: Sequence[tuple[str, str]], columns: Sequence[Column]) -> list[str]:
     rows = []
     for depth in sorted({cell["depth"] for cell in cells}):
         mine = select(cells, depth=depth)
-        for row, baseline in BASELINES:
-            found = [(difference(mine, key, row, baseline), d, scale) for key, _, d, scale in DIFFERENCES]
+        for row, baseline in pairs:
+            found = [(difference(mine, key, row, baseline), d, scale) for key, _, d, scale in columns]
             if found[0][0] is not None:
                 fields = [show_difference(value, d, scale) for value, d, scale in found]
                 rows.append([row, baseline, depth, found[0][0].n, *fields])
-    return _table(["row", "minus", "depth", "seeds", *(title for _, title, _, _ in DIFFERENCES)], rows)
+    return _table(["row", "minus", "depth", "seeds", *(title for _, title, _, _ in columns)], rows)
 
 
 def _stream_table(streams: Cells, known: Sequence[str]) -> list[str]:
     rows = []
     for s in sorted(streams, key=lambda s: (s["dataset"], s["depth"], s["seed"])):
         fields = [f"{100 * s['success']:.0f}", f"{s['cost']:+.2f}", f"{100 * s['kept']:.0f}"]
-        fields += [f"{scale * s[key]:.{digits}f}" for key, _, digits, scale in CARRY]
+        fields += [show(estimate([s.get(key)]), digits, scale) for key, _, digits, scale in CARRY]
         rows.append([s["dataset"], s["depth"], s["seed"], _letter(s["cpu"], known), s["corrections"], *fields])
     titles = [title for _, title, _, _ in CARRY]
     return _table(["data", "depth", "seed", "cpu", "corrections", "success %", "cost", "kept %", *titles], rows)
