@@ -32,7 +32,7 @@ class RandomStart(PrincipalScorer):
 class FixedBasis(PrincipalScorer):
     """The basis stays at the principal directions of the first batch."""
 
-    frozen = False  # its running means go on
+    is_frozen = False  # its running means go on
 
     def __init__(self, dim: int, num_experts: int, **options: Any) -> None:
         super().__init__(dim, num_experts, **options)

@@ -50,9 +50,8 @@ def _moving(layers: dict[str, Recordable], records: Sequence[Record]) -> list[tu
 
 
 def _moves(router: Router) -> bool:
-    """Whether the router is trained: a parameter of it takes a gradient, or there is nothing that could be frozen."""
-    parameters = list(router.parameters())
-    return not parameters or any(parameter.requires_grad for parameter in parameters)
+    """Whether the router is not frozen."""
+    return not router.scorer.is_frozen or any(parameter.requires_grad for parameter in router.selector.parameters())
 
 
 def _counts(router: Router, records: Sequence[Record]) -> Tensor:

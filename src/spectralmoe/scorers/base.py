@@ -51,6 +51,15 @@ class Scorer(nn.Module):
         return logits
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether nothing moves after a step: there are parameters, and none of them takes a gradient.
+
+        A scorer that moves by statistics alone says so by ``is_frozen = False``.
+        """
+        gradients = [parameter.requires_grad for parameter in self.parameters()]
+        return bool(gradients) and not any(gradients)
+
+    @property
     def matrix(self) -> Tensor | None:
         """What the spectral terms look at, one row an expert; None where there is no such matrix."""
         return None

@@ -120,7 +120,7 @@ class PrincipalScorer(Scorer):
 
     def statistics(self, records: Sequence[Record]) -> Tensor | None:
         """Of the tokens: their number, the sums of x - mu and of the sides and, at the first step, outer products."""
-        if not self.basis.requires_grad:  # a frozen basis belongs to the mean and the sizes that it was trained with
+        if self.is_frozen:  # a frozen basis belongs to the mean and the sizes that it was trained with
             return None
         sums = [self.mean.new_zeros(size) for size in self._sizes()]
         for item in records:
