@@ -94,3 +94,25 @@ def test_mistakes_are_named(user_error):
         layer_of(experts=3)
     with user_error("Router", "9", "D=8"):
         layer_of()(torch.randn(5, 9))
+
+
+@pytest.mark.parametrize("dispatch", ["loop", "dense", "grouped"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_padding_is_inert_in_the_shared_expert_and_its_gradient(make_router, dispatch, poison, close):
+    """Whatever the padding holds, and the gradient from above has there."""
+    experts, shared = FeedForward(6, 12, 8), torch.nn.Linear(12, 12)
+    layer = MoE(make_router("linear", "topk"), experts, dispatch=dispatch, shared=shared)
+    x, mask = torch.randn(2, 20, 12), torch.arange(20).expand(2, -1) < 13
+    scale = torch.tensor(0.7, requires_grad=True)
+    found = []
+    for tokens, own in ((x.masked_fill(~mask[..., None], poison), mask), (x[mask], None)):
+        tokens.requires_grad_()
+        y = layer(tokens, mask=own, scale=scale)
+        slope = torch.ones_like(y) if own is None else torch.where(own[..., None], 1.0, torch.nan).expand_as(y)
+        grads = torch.autograd.grad(y, [tokens, scale, *layer.parameters()], slope)
+        if own is not None:
+            assert not y[~own].any()
+            assert not grads[0][~own].any()
+        found.append([y if own is None else y[own], grads[0] if own is None else grads[0][own], *grads[1:]])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)

@@ -78,7 +78,7 @@ def test_a_wrong_output_is_caught(mistake, form):
     p = problem()
     change, said = MISTAKES[mistake]
     case = Case("t", "c", [candidate(wrong(p, change), p, form)], CPU)
-    gate = measure(case, 1, random.Random(shifted(0)), lambda share: None)["candidates"][0]
+    gate = measure(case, 1, random.Random(shifted(0)), lambda *_: None)["candidates"][0]
     assert gate["gate"].startswith("failed: ")
     if not (mistake == "shape" and form != "forward"):  # there the backward refuses first
         assert said in gate["gate"]
@@ -125,7 +125,7 @@ def test_who_fails_is_never_timed_and_who_is_not_gated_never_counts():
         ],
         CPU,
     )
-    found = measure(case, 3, random.Random(shifted(0)), lambda share: None)
+    found = measure(case, 3, random.Random(shifted(0)), lambda *_: None)
     gates = {c["name"]: c["gate"] for c in found["candidates"]}
     assert gates == {
         "wrong": "failed: output is off",

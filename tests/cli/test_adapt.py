@@ -493,7 +493,7 @@ def test_class_names(data, sample, call, refused, tmp_path):
         (["--max-flips", "1"], "--max-flips is about reference data"),
         (["--guard-size", "1"], "--guard-size is about reference data"),
         (["--method", "unit"], "give --guard"),
-        (["--method", "magic"], "unknown method 'magic'; known: low_rank"),
+        (["--method", "magic"], "unknown method 'magic'"),
         (["--layers", "some"], "unknown layer 'some'"),
         (["--layers", ","], "--layers names nothing"),
         (["--guard", "mnist"], "unknown data set 'mnist'"),

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import shutil
-import sys
 
 import pytest
 import torch
@@ -178,7 +177,7 @@ def test_text_from_standard_input(folders, text, refused, call, monkeypatch):
 
 
 def test_the_folder_is_tried_before_the_run(folders, text, refused, monkeypatch):
-    monkeypatch.setattr(sys.modules["spectralmoe.cli.inspect"], "inspect_text", lambda *_, **__: pytest.fail("run"))
+    monkeypatch.setattr("spectralmoe.cli.inspect_text.inspect_text", lambda *_, **__: pytest.fail("run"))
     assert f"cannot write to {text}" in refused("inspect", folders / "mixtral", "--text", text, "--out", text)
 
 
@@ -186,7 +185,7 @@ def test_a_page_that_cannot_be_made_leaves_no_half(folders, refused, monkeypatch
     def fail(*_):
         raise UserError("no page")
 
-    monkeypatch.setattr(sys.modules["spectralmoe.cli.inspect"], "render_report", fail)
+    monkeypatch.setattr("spectralmoe.report.render_report", fail)
     assert "no page" in refused("inspect", folders / "mixtral", "--router-only", "--out", tmp_path / "look")
     assert list((tmp_path / "look").iterdir()) == []
 

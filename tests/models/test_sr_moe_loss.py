@@ -61,5 +61,5 @@ def test_a_part_without_weight_is_left_out(network):
 
 
 def test_unknown_matrix(network):
-    with pytest.raises(UserError, match="unknown matrix of sr_moe_terms 'gate'; known: both, gates"):
+    with pytest.raises(UserError, match="unknown matrix of sr_moe_terms 'gate'; did you mean 'gates'"):
         sr_moe_terms(network, matrix="gate")

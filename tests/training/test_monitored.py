@@ -137,7 +137,7 @@ def test_the_command_writes_the_file(tmp_path, capsys, monkeypatch):
     assert {(line["step"], line["finding"]["kind"]) for line in found if line["kind"] == "finding"} == {
         (4, "imbalance")
     }
-    assert said.err.count("warning: layer 0: the busiest expert carries") == 1
+    assert said.err.count("layer 0: the busiest expert carries") == 1
     before = (out / "monitor.jsonl").read_text()
     assert run([*command, "--monitor", "--every", "4"]) == 0  # a finished run goes on with nothing
     assert (out / "monitor.jsonl").read_text() == before
