@@ -84,7 +84,7 @@ def test_a_hair_beyond_the_radius_an_affine_gate_flips_and_within_it_never():
             router, x = Router(scorer.double(), TopK(k)), tokens(48)
             radius = routing_radius(router, x)
             want, step = slow_radius(router, x)
-            torch.testing.assert_close(radius, want, rtol=1e-10, atol=0)
+            torch.testing.assert_close(radius, want, rtol=1e-10, atol=1e-12)
             before = chosen(router, x)
             assert (chosen(router, x + 1.001 * radius[:, None] * step) != before).any(1).all()
             assert (chosen(router, x + 0.999 * radius[:, None] * step) == before).all()
@@ -303,7 +303,11 @@ def test_equal_experts():
     assert routing_radius(Router(twins, TopK(1)), tokens(3)).tolist() == [0] * 3
     forever = LinearScorer(2, 2, bias=True)
     forever.weight.data[:], forever.bias.data = 1, torch.tensor([1.0, 0.0])
-    assert routing_radius(Router(forever, TopK(1)), x).tolist() == [math.inf]
+    router = Router(forever, TopK(1))  # one is always ahead, until fp32 logits no longer see by how much
+    assert 1e6 < float(routing_radius(router, x)) < 2**24
+    assert len(set(router(torch.tensor([[0.0, 2.0**25]])).logits[0].tolist())) == 1
+    forever.weight.data[:] = 0
+    assert float(routing_radius(router, x)) > 1e9
 
 
 @pytest.mark.parametrize("processor", [None, nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.LayerNorm(D))])
@@ -313,7 +317,8 @@ def test_precision_and_no_tokens(processor):
         low, same = measure(router, x, processor=processor), measure(router, x.double(), processor=processor)
         assert low.dtype == torch.float32
         assert same.dtype == torch.float64
-        torch.testing.assert_close(low, same.float())
+        assert (low <= same * (1 + 1e-6)).all()
+        torch.testing.assert_close(low, same.float(), rtol=1e-4, atol=1e-4)  # less what fp32 rounds
         assert measure(router, x.bfloat16(), processor=processor).dtype == torch.float32
         assert measure(router, x[:0], processor=processor).shape == (0,)
 
