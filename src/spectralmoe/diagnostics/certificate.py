@@ -45,12 +45,14 @@ def routing_radius(router: Router, x: Tensor, *, processor: nn.Sequential | None
     ``lipschitz()``. ``Balanced`` compares :math:`p_i + b_i`, p the softmax of the logits: with the gap
     :math:`g = p_i + b_i - p_j - b_j` there
     :math:`d_{ij} = \max\big(\sqrt2\,g,\ \log(1 + g/\max(p_i, p_j))/\sqrt2\big)/L`. A tie has radius 0; soft routing
-    never changes: infinite.
+    never changes: infinite. Other radii end where tokens come near to an overflow, at norm 4e9 in fp32.
 
     With ``processor`` x is its input, and the radius is the largest r (to 0.3%, from below) for which the image
     of the ball under the processor stays within the radius found at its output (``local_bounds.travel_bound``).
 
-    Never more than the true distance, up to rounding: computed in float64, returned in fp32 (float64 if x came so).
+    Never more than the true distance of the router that computes in fp32 (float64 if x came so): what rounding may do
+    to its logits anywhere in the ball is taken off (Higham's bounds, ``Scorer.rounding``), and a choice that rounding
+    decides has radius 0. Computed in float64, returned in the router's precision.
 
     Raises:
         UserError: x not (N, D); a selector whose choice is not made by each token's largest values alone; a scorer
@@ -126,6 +128,8 @@ def _prepare(router: Router, x: Tensor, processor: nn.Sequential | None) -> tupl
         raise UserError("certificate: Balanced has a bound for softmax scores only; use score='softmax' or TopK")
     assert selector.k is not None  # that is soft
     router, processor = copy.deepcopy((router, processor))
+    if isinstance(router.selector, Balanced):  # counted from the least one, as the router rounds them
+        router.selector.bias -= router.selector.bias.amin()
     return selector.k, router.double(), processor and processor.double()
 
 
@@ -137,9 +141,7 @@ def _values(router: Router, z: Tensor) -> Tensor:
     return selector.scores(logits) + selector.bias if isinstance(selector, Balanced) else logits
 
 
-def _radius(
-    router: Router, k: int, x: Tensor, processor: nn.Sequential | None, precision: torch.dtype
-) -> Tensor:
+def _radius(router: Router, k: int, x: Tensor, processor: nn.Sequential | None, precision: torch.dtype) -> Tensor:
     if k == router.num_experts:
         return x.new_full(x.shape[:1], torch.inf)
     if processor is None:
@@ -151,8 +153,9 @@ def _radius(
 def _choice_radius(router: Router, k: int, z: Tensor, precision: torch.dtype) -> Tensor:
     order = _values(router, z).argsort(dim=-1, descending=True, stable=True)
     over, under = order[:, :k].repeat_interleave(order.shape[1] - k, 1), order[:, k:].repeat(1, k)
+    distances: Tensor | None
     if isinstance(router.selector, Balanced):
-        distances = _balanced_distance(router.scorer, router.selector, z, over, under, precision)
+        distances = _balanced_distance(router.scorer, router.selector, z, over, under, precision=precision)
     else:
         distances = router.scorer.flip_distance(z, over, under, precision=precision)
     if distances is None:
@@ -163,7 +166,7 @@ def _choice_radius(router: Router, k: int, z: Tensor, precision: torch.dtype) ->
 
 
 def _balanced_distance(
-    scorer: Scorer, selector: Balanced, z: Tensor, over: Tensor, under: Tensor, precision: torch.dtype
+    scorer: Scorer, selector: Balanced, z: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype
 ) -> Tensor:
     """Lower bound (N, P) of the distance at which the biased probabilities of two experts (N, P) may tie, rounded.
 
@@ -173,7 +176,7 @@ def _balanced_distance(
     if bound is None or error is None:
         name = type(scorer).__name__
         raise UserError(f"certificate: {name} has no lipschitz() bound, which Balanced needs; use TopK")
-    probs, bias = selector.scores(scorer(z)), selector.bias - selector.bias.amin()
+    probs, bias = selector.scores(scorer(z)), selector.bias
     one, two = probs.gather(1, over), probs.gather(1, under)
     gap, larger = one - two + bias[over] - bias[under], torch.maximum(one, two)
     moved = _moved_logits(gap, larger)

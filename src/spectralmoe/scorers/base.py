@@ -101,7 +101,7 @@ class Scorer(nn.Module):
         """
         error = self.rounding(x, precision)
         if (affine := self.affine()) is not None and error is not None:
-            return half_space_distance(*affine, x, over, under, error)
+            return half_space_distance(*affine, x, over, under, error=error)
         if (bound := self.lipschitz()) is None or error is None:
             return None
         logits = self(x)
@@ -174,7 +174,7 @@ def gamma(terms: int, precision: torch.dtype) -> float:
 
 
 def half_space_distance(
-    weight: Tensor, offset: Tensor, x: Tensor, over: Tensor, under: Tensor, error: Tensor
+    weight: Tensor, offset: Tensor, x: Tensor, over: Tensor, under: Tensor, *, error: Tensor
 ) -> Tensor:
     r"""Distance (N, P) of x (N, D) from where :math:`w_{over} x + o_{over} > w_{under} x + o_{under}` ends.
 

@@ -69,4 +69,4 @@ class CosineScorer(Scorer):
             rows, terms, sizes = rows @ projection, terms + self.dim, sizes @ projection.abs()
         zero, least = rows.new_zeros(self.num_experts), self.dim * torch.finfo(precision).tiny
         error = torch.stack([zero + least, gamma(terms, precision) * sizes.norm(dim=1), zero])
-        return half_space_distance(rows, zero, x, over, under, error)
+        return half_space_distance(rows, zero, x, over, under, error=error)

@@ -107,8 +107,8 @@ class EigenbasisScorer(Scorer):
         energy = (x @ basis).square()[:, None]
         distance = _distance_to_quadric(energy, coefficients, self.eps * constant - 2 * least)
         noise = gamma(self.dim + 1, precision) * basis.norm()
-        left = distance - noise * x.norm(dim=-1, keepdim=True)
-        return left.clamp_min(0) / (sigma_max(basis) + noise)
+        left: Tensor = (distance - noise * x.norm(dim=-1, keepdim=True)).clamp_min(0)
+        return left / (sigma_max(basis) + noise)
 
 
 def _distance_to_quadric(energy: Tensor, c: Tensor, constant: Tensor) -> Tensor:
