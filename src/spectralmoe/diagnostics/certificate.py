@@ -146,7 +146,7 @@ def _radius(router: Router, k: int, x: Tensor, processor: nn.Sequential | None, 
         return x.new_full(x.shape[:1], torch.inf)
     if processor is None:
         return _choice_radius(router, k, x, precision)
-    z, travel = travel_bound(processor, x)
+    z, travel = travel_bound(processor, x, precision)
     return _pull_back(travel, _choice_radius(router, k, z, precision))
 
 

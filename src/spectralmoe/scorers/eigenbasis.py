@@ -107,8 +107,9 @@ class EigenbasisScorer(Scorer):
         energy = (x @ basis).square()[:, None]
         distance = _distance_to_quadric(energy, coefficients, self.eps * constant - 2 * least)
         noise = gamma(self.dim + 1, precision) * basis.norm()
-        left: Tensor = (distance - noise * x.norm(dim=-1, keepdim=True)).clamp_min(0)
-        return left / (sigma_max(basis) + noise)
+        left = (distance - noise * x.norm(dim=-1, keepdim=True)).clamp_min(0)
+        radius: Tensor = left / (sigma_max(basis) + noise)
+        return radius
 
 
 def _distance_to_quadric(energy: Tensor, c: Tensor, constant: Tensor) -> Tensor:

@@ -126,8 +126,8 @@ class PrincipalScorer(Scorer):
         gap = (1 - relative) * one - (1 + relative) * two - 2 * least
         noise = gamma(self.dim + 2, precision) * basis.norm()
         size = x.norm(dim=-1, keepdim=True) + self.mean.to(x.dtype).norm()
-        left: Tensor = (gap / slope - noise * size).clamp_min(0)
-        return left / (sigma_max(basis) + noise)
+        radius: Tensor = (gap / slope - noise * size).clamp_min(0) / (sigma_max(basis) + noise)
+        return radius
 
     def statistics(self, records: Sequence[Record]) -> Tensor | None:
         """Of the tokens: their number, the sums of x - mu and of the sides and, at the first step, outer products."""

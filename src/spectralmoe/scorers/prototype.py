@@ -28,7 +28,8 @@ class PrototypeScorer(Scorer):
 
     Up to a shift common to all experts this is a linear gate with weight :math:`2 c \mu_i/\tau` and the tied bias
     :math:`-\|\mu_i\|^2/\tau` (``affine()``), so the softmax is :math:`c\,\sigma_1(\mu)/\tau`-Lipschitz. Sigmoid
-    scores see the shift and underflow for wide tokens: prefer softmax scores with this scorer.
+    scores see the shift and underflow for wide tokens: prefer softmax scores with this scorer. In fp32 the shift rounds
+    the differences of logits by about :math:`10^{-7} \|c x\|^2/\tau`: give it tokens that leave a normalisation.
 
     Args:
         temperature: tau > 0, fixed. (Learning it would undo a penalty on the prototypes' norm.)
