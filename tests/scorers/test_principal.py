@@ -192,7 +192,7 @@ def test_flip_distance_is_a_lower_bound_and_near_where_sides_meet():
         z.gather(1, over),
         (z.gather(1, over) / m[over] - z.gather(1, under) / m[under]) / (m[over] ** -2 + m[under] ** -2).sqrt(),
     )
-    assert (bound <= exact + 1e-9).all()
+    assert (bound <= exact * (1 + 1e-6)).all()
     both = z.gather(1, under) > 0
     assert torch.allclose(bound[both], exact[both])
 

@@ -18,6 +18,7 @@ from spectralmoe.diagnostics.local_bounds import Travel, travel_bound
 from spectralmoe.errors import UserError
 from spectralmoe.router import Router
 from spectralmoe.scorers import Scorer
+from spectralmoe.scorers.base import gamma
 from spectralmoe.selectors import Balanced, NoisyTopK, TopK
 
 __all__ = ["attack_distance", "routing_radius"]
@@ -28,6 +29,7 @@ _BISECTIONS = 13
 _RIVALS = 8
 _DAMPING = 0.7
 _OVERSHOOT = 1.01
+_ROOM = 0.25  # tokens up to max ** 0.25, so that no product of squares overflows
 
 
 @torch.no_grad()
@@ -43,12 +45,14 @@ def routing_radius(router: Router, x: Tensor, *, processor: nn.Sequential | None
     ``lipschitz()``. ``Balanced`` compares :math:`p_i + b_i`, p the softmax of the logits: with the gap
     :math:`g = p_i + b_i - p_j - b_j` there
     :math:`d_{ij} = \max\big(\sqrt2\,g,\ \log(1 + g/\max(p_i, p_j))/\sqrt2\big)/L`. A tie has radius 0; soft routing
-    never changes: infinite.
+    never changes: infinite. Other radii end where tokens come near to an overflow, at norm 4e9 in fp32.
 
     With ``processor`` x is its input, and the radius is the largest r (to 0.3%, from below) for which the image
     of the ball under the processor stays within the radius found at its output (``local_bounds.travel_bound``).
 
-    Never more than the true distance, up to rounding: computed in float64, returned in fp32 (float64 if x came so).
+    Never more than the true distance of the router that computes in fp32 (float64 if x came so): what rounding may do
+    to its logits anywhere in the ball is taken off (Higham's bounds, ``Scorer.rounding``), and a choice that rounding
+    decides has radius 0. Computed in float64, returned in the router's precision.
 
     Raises:
         UserError: x not (N, D); a selector whose choice is not made by each token's largest values alone; a scorer
@@ -60,9 +64,10 @@ def routing_radius(router: Router, x: Tensor, *, processor: nn.Sequential | None
     >>> routing_radius(router, torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
     tensor([1.4142, 0.0000])
     """
+    precision = torch.promote_types(x.dtype, torch.float32)
     k, router, processor = _prepare(router, x, processor)
-    parts = [_radius(router, k, part, processor) for part in x.double().split(_CHUNK)]
-    return torch.cat(parts).to(torch.promote_types(x.dtype, torch.float32))
+    parts = [_radius(router, k, part, processor, precision) for part in x.double().split(_CHUNK)]
+    return torch.cat(parts).to(precision)
 
 
 def attack_distance(
@@ -123,6 +128,8 @@ def _prepare(router: Router, x: Tensor, processor: nn.Sequential | None) -> tupl
         raise UserError("certificate: Balanced has a bound for softmax scores only; use score='softmax' or TopK")
     assert selector.k is not None  # that is soft
     router, processor = copy.deepcopy((router, processor))
+    if isinstance(router.selector, Balanced):  # counted from the least one, as the router rounds them
+        router.selector.bias -= router.selector.bias.amin()
     return selector.k, router.double(), processor and processor.double()
 
 
@@ -134,42 +141,64 @@ def _values(router: Router, z: Tensor) -> Tensor:
     return selector.scores(logits) + selector.bias if isinstance(selector, Balanced) else logits
 
 
-def _radius(router: Router, k: int, x: Tensor, processor: nn.Sequential | None) -> Tensor:
+def _radius(router: Router, k: int, x: Tensor, processor: nn.Sequential | None, precision: torch.dtype) -> Tensor:
     if k == router.num_experts:
         return x.new_full(x.shape[:1], torch.inf)
     if processor is None:
-        return _choice_radius(router, k, x)
-    z, travel = travel_bound(processor, x)
-    return _pull_back(travel, _choice_radius(router, k, z))
+        return _choice_radius(router, k, x, precision)
+    z, travel = travel_bound(processor, x, precision)
+    return _pull_back(travel, _choice_radius(router, k, z, precision))
 
 
-def _choice_radius(router: Router, k: int, z: Tensor) -> Tensor:
+def _choice_radius(router: Router, k: int, z: Tensor, precision: torch.dtype) -> Tensor:
     order = _values(router, z).argsort(dim=-1, descending=True, stable=True)
     over, under = order[:, :k].repeat_interleave(order.shape[1] - k, 1), order[:, k:].repeat(1, k)
+    distances: Tensor | None
     if isinstance(router.selector, Balanced):
-        return _balanced_distance(router.scorer, router.selector, z, over, under).amin(-1)
-    distances = router.scorer.flip_distance(z, over, under)
+        distances = _balanced_distance(router.scorer, router.selector, z, over, under, precision=precision)
+    else:
+        distances = router.scorer.flip_distance(z, over, under, precision=precision)
     if distances is None:
         name = type(router.scorer).__name__
         raise UserError(f"certificate: {name} has no bound; define its affine(), lipschitz() or flip_distance()")
-    return distances.amin(-1)
+    room = torch.finfo(precision).max ** _ROOM - z.norm(dim=-1)
+    return torch.minimum(distances.amin(-1), room).clamp_min(0)
 
 
-def _balanced_distance(scorer: Scorer, selector: Balanced, z: Tensor, over: Tensor, under: Tensor) -> Tensor:
-    r"""Lower bound (N, P) of the distance at which the biased probabilities of two experts (N, P) tie.
+def _balanced_distance(
+    scorer: Scorer, selector: Balanced, z: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype
+) -> Tensor:
+    """Lower bound (N, P) of the distance at which the biased probabilities of two experts (N, P) may tie, rounded.
 
-    In the logits the slope of p_i - p_j is at most :math:`1/\sqrt2` (the softmax Jacobian's norm is at most 1/2) and at
-    most :math:`\sqrt2\,m`, m = max(p_i, p_j), where log m in turn has a slope of at most :math:`\sqrt2`.
+    Rounding is taken off the gap: what it may amount to anywhere within the distance without it.
     """
-    if (bound := scorer.lipschitz()) is None:
+    bound, error = scorer.lipschitz(), scorer.rounding(z, precision)
+    if bound is None or error is None:
         name = type(scorer).__name__
         raise UserError(f"certificate: {name} has no lipschitz() bound, which Balanced needs; use TopK")
-    probs = selector.scores(scorer(z))
+    probs, bias = selector.scores(scorer(z)), selector.bias
     one, two = probs.gather(1, over), probs.gather(1, under)
-    gap = one - two + selector.bias[over] - selector.bias[under]
-    larger = torch.maximum(one, two).clamp_min(torch.finfo(probs.dtype).tiny)
-    local = torch.log1p(gap / larger) / 2**0.5
-    return torch.where(gap > 0, torch.maximum(2**0.5 * gap, local) / bound, 0 * gap)
+    gap, larger = one - two + bias[over] - bias[under], torch.maximum(one, two)
+    moved = _moved_logits(gap, larger)
+    size = z.norm(dim=-1, keepdim=True) + (moved / bound if bound > 0 else 0)
+    logit_error = error[0].amax() + error[1].amax() * size + error[2].amax() * size.square()
+    largest = (larger.log() + 2**0.5 * moved + 2 * logit_error).exp().clamp_max(1)
+    terms = 2 * probs.shape[1] + 12
+    rounding = (2 * largest).clamp_max(0.5) * logit_error + gamma(terms, precision) * largest
+    rounding = rounding + gamma(2, precision) * (largest + bias.amax() + 1)
+    moved = _moved_logits(gap - 2 * rounding, larger)
+    return torch.where(moved > 0, moved / bound, moved)
+
+
+def _moved_logits(gap: Tensor, larger: Tensor) -> Tensor:
+    r"""Lower bound of how far the logits move before a gap between probabilities, biased or not, is closed.
+
+    In the logits the slope of p_i - p_j is at most :math:`1/\sqrt2` (the softmax Jacobian's norm is at most 1/2) and at
+    most :math:`\sqrt2\,m`, m = max(p_i, p_j) the ``larger``, where log m in turn has a slope of at most
+    :math:`\sqrt2`.
+    """
+    local = torch.log1p(gap / larger.clamp_min(torch.finfo(larger.dtype).tiny)) / 2**0.5
+    return torch.where(gap > 0, torch.maximum(2**0.5 * gap, local), gap.clamp_min(0))
 
 
 def _pull_back(travel: Travel, reach: Tensor) -> Tensor:

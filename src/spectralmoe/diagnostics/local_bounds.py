@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import sigma_max
+from spectralmoe.scorers.base import gamma
 
 __all__ = ["Travel", "travel_bound"]
 
@@ -24,8 +25,11 @@ Travel = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def travel_bound(processor: nn.Sequential, x: Tensor) -> tuple[Tensor, Travel]:
-    r"""``processor(x)`` (N, D') and the bound :math:`\rho(r) \ge \max_{\|d\| \le r} \|f(x + d) - f(x)\|`.
+def travel_bound(processor: nn.Sequential, x: Tensor, precision: torch.dtype = torch.float64) -> tuple[Tensor, Travel]:
+    r"""``processor(x)`` (N, D') and the bound :math:`\rho(r) \ge \max_{\|d\| \le r} \|\hat f(x + d) - f(x)\|`.
+
+    :math:`\hat f` is f computed in ``precision``: at each layer what its own rounding may add is added
+    (``scorers.base.gamma``).
 
     The bounds of the layers, each at its own input u with the radius r that reaches it, are chained:
 
@@ -47,7 +51,7 @@ def travel_bound(processor: nn.Sequential, x: Tensor) -> tuple[Tensor, Travel]:
     layers: list[nn.Module | None] = list(processor)
     bounds: list[Travel] = []
     for layer, following in zip(processor, [*layers[1:], None], strict=True):
-        bounds.append(_bound(layer, x, type(following) is nn.ReLU))
+        bounds.append(_bound(layer, x, type(following) is nn.ReLU, precision))
         x = layer(x)
 
     def travel(radius: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ def travel_bound(processor: nn.Sequential, x: Tensor) -> tuple[Tensor, Travel]:
     return x, travel
 
 
-def _bound(layer: nn.Module, x: Tensor, gated: bool) -> Travel:
+def _bound(layer: nn.Module, x: Tensor, gated: bool, precision: torch.dtype) -> Travel:
     name, kind = type(layer).__name__, type(layer)
     if layer._forward_hooks or layer._forward_pre_hooks:
         raise UserError(f"certificate: a {name} of the processor has forward hooks, which may change what it does")
@@ -67,17 +71,30 @@ def _bound(layer: nn.Module, x: Tensor, gated: bool) -> Travel:
     if kind is nn.Identity or kind is nn.ReLU:
         return lambda radius: radius
     if kind is nn.Linear and isinstance(layer, nn.Linear):
-        return _active_rows(layer, x) if gated else partial(_times, sigma_max(layer.weight))
+        exact = _active_rows(layer, x) if gated else partial(_times, sigma_max(layer.weight))
+        error = gamma(layer.in_features + 2, precision)
+        return _rounded(exact, x, error * layer.weight.norm(), error * _size(layer.bias))
     if kind is nn.LayerNorm and isinstance(layer, nn.LayerNorm):
-        return _normalised(layer, x)
+        return _normalised(layer, x, precision)
     if kind is nn.BatchNorm1d and isinstance(layer, nn.BatchNorm1d):
-        return partial(_times, _batch_norm_factor(layer))
+        factor, error = _batch_norm_factor(layer), gamma(8, precision)
+        return _rounded(partial(_times, factor), x, error * factor, error * _shift(layer, factor))
     known = "torch's own Linear, ReLU, LayerNorm, BatchNorm1d or Identity"
     raise UserError(f"certificate: no bound is known for {name} in the processor; use {known}")
 
 
 def _times(factor: Tensor, radius: Tensor) -> Tensor:
     return torch.where(factor > 0, factor * radius, 0)  # 0 * inf is 0: such a layer moves nothing
+
+
+def _size(parameter: Tensor | None) -> float:
+    return 0.0 if parameter is None else float(parameter.norm())
+
+
+def _rounded(exact: Travel, x: Tensor, slope: Tensor, constant: float) -> Travel:
+    """``exact`` and a rounding error of ``slope |u| + constant`` wherever the input u lies in the ball."""
+    size = x.norm(dim=-1)
+    return lambda radius: exact(radius) + _times(slope, size + radius) + constant
 
 
 def _active_rows(layer: nn.Linear, x: Tensor) -> Travel:
@@ -95,18 +112,27 @@ def _active_rows(layer: nn.Linear, x: Tensor) -> Travel:
     return travel
 
 
-def _normalised(layer: nn.LayerNorm, x: Tensor) -> Travel:
+def _normalised(layer: nn.LayerNorm, x: Tensor, precision: torch.dtype) -> Travel:
+    """Rounding grows with the square of the size over the deviation; no output is longer than gain sqrt(D)."""
     side = float(x.shape[-1] ** 0.5)
     variance = (x - x.mean(-1, keepdim=True)).square().mean(-1)
     reach = side * (variance + layer.eps).sqrt()
     gain = 1.0 if layer.weight is None else float(layer.weight.abs().max())
+    size, constant = x.norm(dim=-1), gamma(2, precision) * _size(layer.bias)
+    error = gamma(3 * x.shape[-1] + 8, precision)
 
     def travel(radius: Tensor) -> Tensor:
         q = radius / reach
-        turn = torch.where(q <= 1, 2 * (q.asin() / 2).sin(), 2.0)
-        return side * gain * turn
+        unsure = error * (1 + (size + radius) / (reach - radius)).square()
+        turn = torch.where(q < 1, 2 * (q.asin() / 2).sin() + unsure, 2.0).clamp_max(2)
+        return side * gain * turn + constant
 
     return travel
+
+
+def _shift(layer: nn.BatchNorm1d, factor: Tensor) -> float:
+    """How long what a BatchNorm1d subtracts and adds may be, at its output."""
+    return float(factor) * _size(layer.running_mean) + _size(layer.bias)
 
 
 def _batch_norm_factor(layer: nn.BatchNorm1d) -> Tensor:

@@ -15,7 +15,7 @@ from spectralmoe.sharding import assign_, full
 if TYPE_CHECKING:
     from spectralmoe.tape import Record
 
-__all__ = ["Scorer", "half_space_distance"]
+__all__ = ["Scorer", "gamma", "half_space_distance"]
 
 _REFRESH_STEPS = 2
 
@@ -72,24 +72,50 @@ class Scorer(nn.Module):
         """A global Lipschitz constant of the logits in x, up to a shift common to all experts; None if unknown."""
         return None
 
-    def flip_distance(self, x: Tensor, over: Tensor, under: Tensor) -> Tensor | None:
+    def rounding(self, x: Tensor, precision: torch.dtype) -> Tensor | None:
+        r"""How wrong the logits are when they are computed in ``precision``: coefficients c (3, E); None if unknown.
+
+        Logit e of a token y, wherever it lies, is wrong by at most
+        :math:`c_{0e} + c_{1e}\|y\| + c_{2e}\|y\|^2`, up to a shift common to all experts. That of an inner product
+        over D terms where the scorer is affine; where it has a ``lipschitz()`` bound alone, it is taken to round as
+        such a product does: a scorer that rounds worse overrides it.
+
+        Args:
+            x: tokens (N, D) of the device and precision in which the coefficients are wanted.
+            precision: of the tokens that the router sees, float32 or float64.
+        """
+        relative, least = gamma(self.dim + 2, precision), self.dim * torch.finfo(precision).tiny
+        if (affine := self.affine()) is not None:
+            size, offset = affine[0].to(x.dtype).norm(dim=1), affine[1].to(x.dtype).abs()
+        elif (bound := self.lipschitz()) is not None:
+            offset = self(x.new_zeros(1, self.dim)).abs()[0]
+            size = torch.full_like(offset, bound)
+        else:
+            return None
+        return torch.stack([relative * offset + least, relative * size, torch.zeros_like(size)])
+
+    def flip_distance(
+        self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
+    ) -> Tensor | None:
         r"""How far x may move before logit ``under`` reaches logit ``over``: a lower bound (N, P); None if unknown.
 
         Margin over slope: exact where the scorer is affine, else
-        :math:`(s_{over} - s_{under})/(\sqrt2 L)` with L from ``lipschitz()``. A scorer with a sharper bound of its own
-        overrides it.
+        :math:`(s_{over} - s_{under})/(\sqrt2 L)` with L from ``lipschitz()``; less what ``rounding`` may do to both
+        logits. A scorer with a sharper bound of its own overrides it.
 
         Args:
-            x: tokens (N, D).
+            x: tokens (N, D), float64.
             over, under: experts (N, P), P pairs a token.
+            precision: in which the router computes the logits, float32 or float64.
         """
-        if (affine := self.affine()) is not None:
-            return half_space_distance(*affine, x, over, under)
-        if (bound := self.lipschitz()) is None:
+        error = self.rounding(x, precision)
+        if (affine := self.affine()) is not None and error is not None:
+            return half_space_distance(*affine, x, over, under, error=error)
+        if (bound := self.lipschitz()) is None or error is None:
             return None
         logits = self(x)
         gap = logits.gather(1, over) - logits.gather(1, under)
-        return torch.where(gap > 0, gap / (2**0.5 * bound), 0 * gap)
+        return _distance(gap, torch.full_like(gap, 2**0.5 * bound), x, error[:, over] + error[:, under])
 
     def before_step(self, records: Sequence[Record]) -> None:
         """Called once before each optimizer step, with what this step's forwards recorded."""
@@ -145,14 +171,34 @@ class Scorer(nn.Module):
         self.top_direction = top_right(whole) if v is None or not v.any() else v
 
 
-def half_space_distance(weight: Tensor, offset: Tensor, x: Tensor, over: Tensor, under: Tensor) -> Tensor:
+def gamma(terms: int, precision: torch.dtype) -> float:
+    r"""Relative error of a chain of so many rounded operations: :math:`nu/(1 - nu)`, u the unit roundoff.
+
+    Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1: a sum of n products is wrong by at most this
+    times the sum of the sizes, in whatever order it is taken. Here u is that of ``precision`` and of the float64 of
+    whoever checks it, together.
+    """
+    unit = terms * (torch.finfo(precision).eps + torch.finfo(torch.float64).eps) / 2
+    return unit / (1 - unit)
+
+
+def half_space_distance(
+    weight: Tensor, offset: Tensor, x: Tensor, over: Tensor, under: Tensor, *, error: Tensor
+) -> Tensor:
     r"""Distance (N, P) of x (N, D) from where :math:`w_{over} x + o_{over} > w_{under} x + o_{under}` ends.
 
-    0 for a tie, infinite where the rows w are equal and the offsets o decide.
+    Both sides may be wrong by ``error`` (3, E), coefficients as in ``Scorer.rounding``. 0 for a tie.
     """
     weight, offset = weight.to(x.dtype), offset.to(x.dtype)
     values, offsets = x @ weight.T + offset, offset.expand(x.shape[0], -1)
     slope = (weight[:, None] - weight).norm(dim=-1)[over, under]
     source = [torch.where(slope > 0, values.gather(1, e), offsets.gather(1, e)) for e in (over, under)]
-    gap = source[0] - source[1]
-    return torch.where(gap > 0, gap / slope, 0 * gap)
+    return _distance(source[0] - source[1], slope, x, error[:, over] + error[:, under])
+
+
+def _distance(gap: Tensor, slope: Tensor, x: Tensor, error: Tensor) -> Tensor:
+    r"""The largest r (N, P) with :math:`gap - slope\,r \ge c_0 + c_1 R + c_2 R^2`, R = |x| + r, c of ``error``."""
+    size = x.norm(dim=-1, keepdim=True)
+    left = gap - error[0] - error[1] * size - error[2] * size.square()
+    steep = slope + error[1] + 2 * error[2] * size
+    return torch.where(left > 0, 2 * left / (steep + (steep.square() + 4 * error[2] * left).sqrt()), left.clamp_min(0))

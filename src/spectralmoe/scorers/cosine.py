@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
-from spectralmoe.scorers.base import Scorer, half_space_distance
+from spectralmoe.scorers.base import Scorer, gamma, half_space_distance
 from spectralmoe.sharding import full
 
 __all__ = ["CosineScorer"]
@@ -55,9 +55,18 @@ class CosineScorer(Scorer):
         """The keys as the cosine sees them: rows of norm 1."""
         return F.normalize(self.keys, dim=-1)
 
-    def flip_distance(self, x: Tensor, over: Tensor, under: Tensor) -> Tensor:
-        """Exact: the factor 1/(tau |Px|) changes no order, so this is a linear gate with rows normalise(k) P."""
+    def flip_distance(
+        self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
+    ) -> Tensor:
+        """Exact: the factor 1/(tau |Px|) changes no order, so this is a linear gate with rows normalise(k) P.
+
+        Times that factor, a cosine is wrong by what the keys, the product with them and P x were rounded.
+        """
         rows = F.normalize(full(self.keys).to(x.dtype), dim=-1)
+        terms, sizes = 2 * rows.shape[1] + 8, rows.abs()
         if self.projection is not None:
-            rows = rows @ full(self.projection).to(x.dtype)
-        return half_space_distance(rows, rows.new_zeros(self.num_experts), x, over, under)
+            projection = full(self.projection).to(x.dtype)
+            rows, terms, sizes = rows @ projection, terms + self.dim, sizes @ projection.abs()
+        zero, least = rows.new_zeros(self.num_experts), self.dim * torch.finfo(precision).tiny
+        error = torch.stack([zero + least, gamma(terms, precision) * sizes.norm(dim=1), zero])
+        return half_space_distance(rows, zero, x, over, under, error=error)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import qr_retraction, sigma_max
-from spectralmoe.scorers.base import Scorer
+from spectralmoe.scorers.base import Scorer, gamma
 from spectralmoe.sharding import full
 
 __all__ = ["EigenbasisScorer"]
@@ -81,7 +81,9 @@ class EigenbasisScorer(Scorer):
         """The map from energies to logits, before the temperature: (E, R), entries gamma_j pi_jk."""
         return (self.gain[:, None] * self.mask_logits.softmax(-1)).T
 
-    def flip_distance(self, x: Tensor, over: Tensor, under: Tensor) -> Tensor:
+    def flip_distance(
+        self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
+    ) -> Tensor:
         r"""Distance from the quadric on which two logits tie, exact for an orthonormal U.
 
         Times the positive :math:`\tau(\|z\|^2 + \epsilon)`, the difference of two logits is
@@ -90,12 +92,24 @@ class EigenbasisScorer(Scorer):
         the largest value (S-lemma) of the Lagrange dual
         :math:`\sum_m \lambda c_m z_m^2/(1 + \lambda c_m) + \lambda\epsilon\delta` over the lambda >= 0 with all
         :math:`1 + \lambda c_m > 0`; every such lambda gives a lower bound.
+
+        Rounding in ``precision`` moves z by at most :math:`\eta\|x\|`, which is taken off the distance, and the c by a
+        share of what they are the difference of, which is taken off them.
         """
-        basis, bias, weights = (full(t).to(x.dtype) for t in (self.basis, self.bias, self.matrix))
+        tensors = (self.basis, self.bias, self.matrix, self.gain)
+        basis, bias, weights, gain = (full(t).to(x.dtype) for t in tensors)
+        relative, tiny = gamma(self.rank + 2 * self.num_experts + 16, precision), torch.finfo(precision).tiny
+        least = tiny * (self.rank + 4) * (gain.abs().amax() + bias.abs().amax())
+        unsure, shift = relative * bias.abs(), (bias[over] - bias[under])[..., None]
+        constant = shift - (unsure[over] + unsure[under])[..., None]
+        unsure = relative * weights.abs() + gamma(1, precision) * gain.abs()
+        coefficients = weights[over] - weights[under] - unsure[over] - unsure[under] + constant
         energy = (x @ basis).square()[:, None]
-        constant = (bias[over] - bias[under])[..., None]
-        coefficients = weights[over] - weights[under] + constant
-        return _distance_to_quadric(energy, coefficients, self.eps * constant) / sigma_max(basis)
+        distance = _distance_to_quadric(energy, coefficients, self.eps * constant - 2 * least)
+        noise = gamma(self.dim + 1, precision) * basis.norm()
+        left = (distance - noise * x.norm(dim=-1, keepdim=True)).clamp_min(0)
+        radius: Tensor = left / (sigma_max(basis) + noise)
+        return radius
 
 
 def _distance_to_quadric(energy: Tensor, c: Tensor, constant: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import qr_retraction, sigma_max
-from spectralmoe.scorers.base import Scorer
+from spectralmoe.scorers.base import Scorer, gamma
 from spectralmoe.sharding import assign_, full
 
 if TYPE_CHECKING:
@@ -105,18 +105,29 @@ class PrincipalScorer(Scorer):
         sides = torch.arange(2 * self.rank, device=self.spread.device) % self.num_experts
         return F.one_hot(sides, self.num_experts).float()
 
-    def flip_distance(self, x: Tensor, over: Tensor, under: Tensor) -> Tensor:
+    def flip_distance(
+        self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
+    ) -> Tensor:
         r"""A lower bound: :math:`f_k = (\sum_{h \bmod E = k} q_h)^{1/2}` orders the experts as the logits do.
 
         The slope of :math:`f_i - f_j` in z is at most :math:`(M_i^{-2} + M_j^{-2})^{1/2}`, M_k the smallest m of
         expert k: where z lies, each of its coordinates moves one side alone.
+
+        Rounding in ``precision`` moves z by at most :math:`\eta(\|x\| + \|\mu\|)` and each f_k by a share of it, or by
+        what underflows.
         """
-        spread, owners = self.spread.to(x.dtype), self.owners.to(x.dtype)
+        spread, owners, basis = self.spread.to(x.dtype), self.owners.to(x.dtype), full(self.basis).to(x.dtype)
         roots = ((self._sides(x) / spread).square() @ owners).sqrt()
         steepest = (owners / spread[:, None]).amax(0)
-        slope = (steepest[over].square() + steepest[under].square()).sqrt()
-        gap = roots.gather(1, over) - roots.gather(1, under)
-        return gap.clamp_min(0) / (slope * sigma_max(full(self.basis).to(x.dtype)))
+        relative = gamma(2 * self.rank + 12, precision)
+        slope = (1 + relative) * (steepest[over].square() + steepest[under].square()).sqrt()
+        one, two = roots.gather(1, over), roots.gather(1, under)
+        least = (2 * self.rank * torch.finfo(precision).tiny) ** 0.5 * (1 + roots.norm(dim=-1, keepdim=True))
+        gap = (1 - relative) * one - (1 + relative) * two - 2 * least
+        noise = gamma(self.dim + 2, precision) * basis.norm()
+        size = x.norm(dim=-1, keepdim=True) + self.mean.to(x.dtype).norm()
+        radius: Tensor = (gap / slope - noise * size).clamp_min(0) / (sigma_max(basis) + noise)
+        return radius
 
     def statistics(self, records: Sequence[Record]) -> Tensor | None:
         """Of the tokens: their number, the sums of x - mu and of the sides and, at the first step, outer products."""

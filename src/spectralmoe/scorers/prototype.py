@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import sigma_max
-from spectralmoe.scorers.base import Scorer
+from spectralmoe.scorers.base import Scorer, gamma
 from spectralmoe.sharding import full
 from spectralmoe.transforms import transforming
 
@@ -28,7 +28,8 @@ class PrototypeScorer(Scorer):
 
     Up to a shift common to all experts this is a linear gate with weight :math:`2 c \mu_i/\tau` and the tied bias
     :math:`-\|\mu_i\|^2/\tau` (``affine()``), so the softmax is :math:`c\,\sigma_1(\mu)/\tau`-Lipschitz. Sigmoid
-    scores see the shift and underflow for wide tokens: prefer softmax scores with this scorer.
+    scores see the shift and underflow for wide tokens: prefer softmax scores with this scorer. In fp32 the shift rounds
+    the differences of logits by about :math:`10^{-7} \|c x\|^2/\tau`: give it tokens that leave a normalisation.
 
     Args:
         temperature: tau > 0, fixed. (Learning it would undo a penalty on the prototypes' norm.)
@@ -63,6 +64,14 @@ class PrototypeScorer(Scorer):
     def affine(self) -> tuple[Tensor, Tensor]:
         mu = full(self.prototypes)
         return 2 * self.scale * mu / self.temperature, -mu.square().sum(-1) / self.temperature
+
+    def rounding(self, x: Tensor, precision: torch.dtype) -> Tensor:
+        """The term -|c x|^2/tau is one number for all experts, but it rounds what is added to it: c_2."""
+        matrix, bias = (t.to(x.dtype) for t in self.affine())
+        size, least = matrix.norm(dim=1), self.dim * torch.finfo(precision).tiny
+        tied = gamma(2 * self.dim + 6, precision) * bias.abs() + least
+        bend = torch.full_like(size, gamma(3, precision) * self.scale**2 / self.temperature)
+        return torch.stack([tied, gamma(self.dim + 6, precision) * size, bend])
 
     def lipschitz(self) -> float:
         mu = full(self.prototypes.detach())
