@@ -60,6 +60,8 @@ def test_instrument_examples_run(number, capsys, tmp_path, monkeypatch):
         "README.md",
         "docs/compare.md",
         "docs/adapt.md",
+        "docs/training.md",
+        "docs/certificate.md",
         "docs/vision.md",
         "docs/inspect.md",
         "docs/architecture.md",
