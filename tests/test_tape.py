@@ -417,6 +417,7 @@ def test_many_calls_in_one_tape_need_one_graph(backend):
         assert torch.equal(item.routing.indices, layer.router(x).indices)
 
 
+@pytest.mark.full
 @pytest.mark.inductor
 def test_inductor(backend, close):
     net, x = Net(depth=1), torch.randn(N, D)

@@ -106,18 +106,29 @@ def tiny(monkeypatch):
     monkeypatch.setattr(runner, "_threads", lambda count: nullcontext())  # one thread, whatever the settings say
 
 
+@pytest.mark.full
 def test_the_suites_measure_every_target(tiny):
-    settings = Settings(torch.device("cpu"), (torch.float32, torch.bfloat16), rounds=1)
-    idle = Idle(lambda: 0.0)
-    found = runner.run(["layer", "router", "penalty", "scaling", "decode", "memory"], settings, idle=idle)
+    suites = ["layer", "router", "penalty", "scaling", "decode", "memory"]
+    found = measured(suites, (torch.float32, torch.bfloat16))
     assert [row["what"] for row in found["targets"] if row["met"] is None] == [
         "compare on mnist5k (benchmarks/compare_speed.py)"
     ]
+
+
+def test_the_suites_measure(tiny):
+    found = measured(["router", "decode"], (torch.float32,))
+    assert {row["met"] for row in found["targets"]} > {None}
+
+
+def measured(suites, dtypes):
+    """The results of a run in which every candidate passes its gate and takes time."""
+    found = runner.run(suites, Settings(torch.device("cpu"), dtypes, rounds=1), idle=Idle(lambda: 0.0))
     assert len({c["key"] for c in found["cases"]}) == len(found["cases"])
     failed = [(c["key"], x) for c in found["cases"] for x in c["candidates"] if x["gate"].startswith("failed")]
     assert failed == []
     for one in found["cases"]:
         assert all(x["value"]["median"] > 0 for x in one["candidates"])
+    return found
 
 
 def test_peak_memory_is_the_same_in_every_run(tiny):

@@ -151,13 +151,14 @@ def test_themes(page):
     assert colours() == dark
 
 
-def test_48_layers_of_128_experts(show, tmp_path):
+@pytest.mark.parametrize(("layers", "experts"), [(12, 64), pytest.param(48, 128, marks=pytest.mark.full)])
+def test_many_layers_of_many_experts(layers, experts, show, tmp_path):
     path = tmp_path / "monitor.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in monitor(48, 128, 20)))
-    document = inspection(48, 128, labels=0)
+    path.write_text("".join(json.dumps(line) + "\n" for line in monitor(layers, experts, 20)))
+    document = inspection(layers, experts, labels=0)
     (tmp_path / "inspection.json").write_text(json.dumps(document))
     page = show([tmp_path])
-    assert len(all_of(page, "#similarity .gallery canvas[data-drawn='128 x 128']")) == 48
+    assert len(all_of(page, f"#similarity .gallery canvas[data-drawn='{experts} x {experts}']")) == layers
     assert page.execute_script(BLANK_CANVASES.replace("main canvas", ".heat canvas")) == []
     assert errors(page) == []
 
