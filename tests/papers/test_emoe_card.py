@@ -72,6 +72,17 @@ def test_all_rows_start_with_the_same_weights(card):
         assert row == "dense" or any(".mlp.experts.up" in name for name in shared)
 
 
+def test_both_forms_of_emoe_are_tuned_in_tau_and_alike(card):
+    from rows import ROWS as TABLE
+
+    assert {len(row.tries()) for row in TABLE.values()} == {4}
+    for name in ("EMoE", "EMoE faithful"):
+        usual, other = TABLE[name].knobs
+        assert [setting.knob for setting in TABLE[name].tries()] == [usual, usual, usual, other]
+        assert [TABLE[name].router(tau)(64, 8).scorer.temperature for tau in (usual, other)] == [usual, other]
+    assert TABLE["EMoE faithful"].knobs == (1.0, 0.1)
+
+
 def test_a_variant_that_follows_the_covariance_does(card):
     from variants import FollowingBasis
 
