@@ -15,7 +15,7 @@ def test_a_cover_holds_every_pair_once_at_least(sizes):
     rows = pairwise(*factors, seed=shifted(1))
     wanted = {pair for one, two in itertools.combinations(factors, 2) for pair in itertools.product(one, two)}
     assert {pair for row in rows for pair in itertools.combinations(row, 2)} == (wanted if all(sizes) else set())
-    assert len(rows) <= 1.5 * max([a * b for a, b in itertools.combinations(sizes, 2)], default=sizes[0])
+    assert len(rows) <= 2 * max([a * b for a, b in itertools.combinations(sizes, 2)], default=sizes[0])
     assert len(set(rows)) == len(rows)
 
 
