@@ -40,9 +40,10 @@ def draw_scorer(draw, name, dim, num_experts):
     return scorer
 
 
-def draw_selector(draw, name, num_experts):
+def draw_selector(draw, name, scorer, num_experts):
     normalize, k = draw(st.booleans()), draw(st.integers(1, num_experts))
-    usual = {"normalize": normalize and k > 1, "score": draw(st.sampled_from(["softmax", "sigmoid"]))}
+    scores = ["softmax"] if scorer == "prototype" else ["softmax", "sigmoid"]  # sigmoids of distances underflow
+    usual = {"normalize": normalize and k > 1, "score": draw(st.sampled_from(scores))}
     if name == "capacity":
         return SELECTORS[name](
             SELECTORS["topk"](max(k - 1, 1), **{**usual, "normalize": False}), draw(st.floats(0.2, 2))
@@ -67,7 +68,7 @@ def draw_layer(draw):
     least = 2 if selector in ("balanced", "capacity") else 1
     dim, num_experts = draw(st.integers(3, 9)), draw(st.integers(least, 6))
     torch.manual_seed(shifted(draw(st.integers(0, 2**16))))
-    router = Router(draw_scorer(draw, scorer, dim, num_experts), draw_selector(draw, selector, num_experts))
+    router = Router(draw_scorer(draw, scorer, dim, num_experts), draw_selector(draw, selector, scorer, num_experts))
     if isinstance(bias := getattr(router.selector, "bias", None), torch.Tensor):
         bias.add_(0.2 * torch.randn(num_experts))
     experts = BANKS[bank](num_experts, dim, draw(st.integers(1, 7)))
