@@ -15,7 +15,7 @@ STORED ?= benchmarks/results/2026-11-23-bench-quick-cpu.json
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-PYTEST = $(BIN)/pytest -n auto --dist loadfile
+PYTEST = $(BIN)/pytest -n auto --dist worksteal
 
 .PHONY: demo test test-all test-portable coverage speed lint format clean
 
