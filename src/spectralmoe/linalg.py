@@ -17,7 +17,9 @@ from spectralmoe.transforms import transforming
 __all__ = [
     "EXACT_LIMIT",
     "is_orthonormal",
+    "largest_entry",
     "orthonormality_error",
+    "over_largest",
     "power_iteration",
     "qr_retraction",
     "retracted",
@@ -121,6 +123,27 @@ def retracted(basis: Tensor) -> Tensor:
     """``qr_retraction``, or ``basis`` (D, R) itself, bit by bit, where its columns are orthonormal up to rounding."""
     whole = full(basis.detach())
     return torch.where(is_orthonormal(whole), whole, qr_retraction(whole))
+
+
+def largest_entry(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The largest absolute value along ``dim``, which stays with size 1; 1 where all are zero or there are none.
+
+    >>> largest_entry(torch.tensor([[3.0, -4.0], [0.0, 0.0]]), 1).tolist()
+    [[4.0], [1.0]]
+    """
+    if not x.numel():
+        return x.new_ones(())
+    largest = x.abs().amax(dim, keepdim=True)
+    return torch.where(largest == 0, 1, largest)
+
+
+def over_largest(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """``x`` over its largest absolute value along ``dim``, so that no product leaves the range of its numbers.
+
+    >>> over_largest(torch.tensor([1e30, -2e30]), 0).tolist()
+    [0.5, -1.0]
+    """
+    return x / largest_entry(x, dim)
 
 
 def _root_of_largest_eigenvalue(m: Tensor) -> Tensor:

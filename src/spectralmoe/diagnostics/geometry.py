@@ -93,7 +93,7 @@ def row_cosines(matrix: Tensor) -> Tensor:
     >>> row_cosines(torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])).tolist()
     [[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     """
-    m = _scaled(_exact(matrix), dim=-1)
+    m = linalg.over_largest(_exact(matrix), -1)
     norms = m.norm(dim=-1, keepdim=True)
     rows = m / torch.where(norms == 0, 1, norms)
     return rows @ rows.T
@@ -108,7 +108,7 @@ def row_spread(matrix: Tensor) -> Measure:
     >>> row_spread(torch.ones(4, 8)).value, row_spread(torch.eye(2)).value < 1
     (0.0, True)
     """
-    m = _scaled(_exact(matrix))
+    m = linalg.over_largest(_exact(matrix), (0, 1))
     size = m.norm()
     spread = (m - m.mean(0)).norm() / size if size > 0 else size
     return Measure.of(spread, len(m), "rows", needs=2)
@@ -189,14 +189,6 @@ def _small(error: Tensor, size: Tensor) -> bool:
 
 def _centred(values: Tensor) -> Tensor:
     return values - values.mean(-1, keepdim=True)
-
-
-def _scaled(m: Tensor, dim: int | None = None) -> Tensor:
-    """Over its largest entry, of the whole or of each row: squares of 1e200 are out of range."""
-    if not m.numel():
-        return m
-    largest = m.abs().amax() if dim is None else m.abs().amax(dim, keepdim=True)
-    return m / torch.where(largest == 0, 1, largest)
 
 
 def _exact(matrix: Tensor) -> Tensor:

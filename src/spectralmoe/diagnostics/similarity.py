@@ -18,6 +18,7 @@ from spectralmoe.diagnostics.measure import Measure
 from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.errors import UserError
 from spectralmoe.experts import Experts
+from spectralmoe.linalg import largest_entry, over_largest
 
 __all__ = [
     "CKA_TOKENS",
@@ -62,7 +63,7 @@ def cosine_matrix(outputs: Tensor) -> Tensor:
     1/D. A token that an expert maps to zero counts as 0. nan without tokens.
     """
     precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    rows = F.normalize(_scaled(precise, 2).transpose(0, 1), dim=-1)
+    rows = F.normalize(over_largest(precise, 2).transpose(0, 1), dim=-1)
     return (rows @ rows.mT).square().double().mean(0)
 
 
@@ -88,7 +89,7 @@ def linear_cka(outputs: Tensor, *, unbiased: bool = True) -> Tensor:
     e, n, _ = outputs.shape
     if n < CKA_TOKENS:
         return outputs.new_full((e, e), math.nan, dtype=torch.float64)
-    moved = _scaled(outputs.double(), (1, 2))
+    moved = over_largest(outputs.double(), (1, 2))
     size = moved.square().sum((1, 2))
     moved = moved - moved.mean(1, keepdim=True)
     gram = moved @ moved.mT
@@ -119,7 +120,7 @@ def subspace_overlap(outputs: Tensor, rank: int) -> Tensor:
     e, n, width = outputs.shape
     if rank > min(n, width):
         return outputs.new_full((e, e), math.nan, dtype=torch.float64)
-    y = _scaled(outputs.double(), (1, 2))
+    y = over_largest(outputs.double(), (1, 2))
     y = y.masked_fill(~y.isfinite().all(2).all(1)[:, None, None], 0)
     values, vectors = torch.linalg.eigh(y @ y.mT if n <= width else y.mT @ y)
     values, vectors = values[:, -rank:], vectors[:, :, -rank:]
@@ -138,7 +139,7 @@ def weight_cosine(weights: Tensor) -> Tensor:
     Blind to a permutation of hidden units: a low value does not say that two experts differ.
     """
     gram = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
-    largest = _largest(weights.detach(), 1).double()
+    largest = largest_entry(weights.detach(), 1).double()
     for block in weights.detach().split(max(_BLOCK // max(len(weights), 1), 1), dim=1):
         part = block.double() / largest
         gram += part @ part.T
@@ -218,19 +219,6 @@ def _upper(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of all pairs i < j."""
     i, j = torch.triu_indices(len(matrix), len(matrix), 1, device=matrix.device)
     return i, j
-
-
-def _largest(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """The largest entry along ``dim``, which stays; 1 where all are zero or there are none."""
-    if not x.numel():
-        return x.new_ones(())
-    largest = x.abs().amax(dim, keepdim=True)
-    return torch.where(largest == 0, 1, largest)
-
-
-def _scaled(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """``x`` over its largest entry along ``dim``, so that no product leaves the range of its numbers."""
-    return x / _largest(x, dim)
 
 
 def _ratio(products: Tensor, norms: Tensor) -> Tensor:
