@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from spectralmoe.experts import Adapter, Experts, FeedForward, ModuleExperts
     from spectralmoe.instruments.monitor import Monitor
     from spectralmoe.manifold import retract
-    from spectralmoe.moe import MoE, Recordable
+    from spectralmoe.moe import MoE
+    from spectralmoe.recording import Recordable
     from spectralmoe.router import Router, shard_routers
     from spectralmoe.routing import Routing
     from spectralmoe.saving import load, save

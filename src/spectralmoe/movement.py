@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spectralmoe.errors import UserError
-from spectralmoe.moe import Recordable
+from spectralmoe.recording import Recordable
 from spectralmoe.router import Router
 from spectralmoe.selectors import Selector
 from spectralmoe.tape import Record

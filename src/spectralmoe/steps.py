@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.errors import UserError
-from spectralmoe.moe import Recordable
 from spectralmoe.movement import after, before, device_of, parallel_of, refuse_join
+from spectralmoe.recording import Recordable
 from spectralmoe.router import Router
 from spectralmoe.tape import Record, Tape, moe_layers
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from spectralmoe.errors import UserError
-from spectralmoe.moe import Feed, Kept, Recordable, Sink
+from spectralmoe.recording import Feed, Kept, Recordable, Sink
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 from spectralmoe.scorers import Scorer

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.moe import Recordable
+from spectralmoe.recording import Recordable
 from spectralmoe.tape import record
 
 __all__ = ["Evaluation", "evaluate", "evaluation_mode", "holds_moe"]

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.diagnostics.watch import Seen, Watch
 from spectralmoe.errors import UserError
-from spectralmoe.moe import recomputing
+from spectralmoe.recording import recomputing
 from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.surgery.hf_layers import HFLayer, find_layers
 

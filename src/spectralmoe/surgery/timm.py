@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.experts import ModuleExperts
-from spectralmoe.moe import MoE, Recordable
+from spectralmoe.moe import MoE
+from spectralmoe.recording import Recordable
 from spectralmoe.surgery.branches import Branch, put_branch
 from spectralmoe.surgery.replace_mlp import ChannelsFirst, MlpCopies
 

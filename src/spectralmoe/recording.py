@@ -1,0 +1,175 @@
+"""What a layer must have to be recorded: sinks that open tapes put there, and the side information of ``feed``."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.dispatch.base import SortedSlots
+from spectralmoe.errors import UserError
+from spectralmoe.router import Router
+from spectralmoe.routing import Routing
+
+__all__ = ["Feed", "Kept", "Recordable", "Sink", "recomputing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Tensors of one forward, sorted by expert, with the flat (token * K + slot) of each row."""
+
+    slots: SortedSlots
+    tensors: dict[str, Tensor]
+
+    def only(self, names: tuple[str, ...]) -> Kept:
+        """The same with the named tensors alone."""
+        return Kept(self.slots, {name: self.tensors[name] for name in names})
+
+    def filled(self, rows: Tensor) -> Tensor:
+        """``rows`` without those of empty slots, which a compiled forward leaves at the end."""
+        return rows[: int(self.slots.counts.sum())]
+
+
+Entry = tuple[Routing, Kept | None, Tensor | None, bool]
+"""Routing, kept tensors, tokens for streaming statistics, whether the layer and its router were training."""
+
+
+@dataclass(slots=True)
+class Sink:
+    """Where a layer leaves its routings for one tape.
+
+    A chain of pairs (entry, earlier entries): ``torch.compile`` traces the assignment without a look at what is there
+    already (a list would give a new graph for each length; so would the earlier entries in front).
+    """
+
+    keep: tuple[str, ...] = ()
+    training_only: bool = False
+    attachment: Any = None  # what ``attach`` returned, in its own sink
+    chain: tuple[Entry, Any] | None = None
+
+    def entries(self) -> list[Entry]:
+        """What was left here, in the order of the calls."""
+        found, rest = [], self.chain
+        while rest is not None:
+            entry, rest = rest
+            found.append(entry)
+        return found[::-1]
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class Feed:
+    """Side information that ``feed`` leaves at a layer inside a model of others."""
+
+    mask: Tensor | None = None
+    context: dict[str, Any] | None = None
+    replay: list[Routing] | None = None
+    replayed: int = 0
+    closed: bool = False
+
+    def next_replay(self) -> Routing | None:
+        """The recorded routing of this call of the layer; None without a replay."""
+        if self.replay is None:
+            return None
+        if recomputing():
+            if len(self.replay) > 1:
+                raise UserError("feed(replay=...): a layer that is called several times cannot be recomputed")
+            return self.replay[0]
+        if self.replayed == len(self.replay):
+            raise UserError(
+                f"feed(replay=...): a layer is called more often than the {len(self.replay)} times recorded"
+            )
+        self.replayed += 1
+        return self.replay[self.replayed - 1]
+
+
+class Here(threading.local):
+    """What a layer has for the calling thread alone: the sinks of the tapes that it opened, and its feed.
+
+    Values are set in ``__init__``, which runs once a thread: ``torch.compile`` does not see a default of the class
+    change. A copy starts empty.
+    """
+
+    def __init__(self) -> None:
+        self.sinks: tuple[Sink, ...] = ()
+        self.fed: Feed | None = None
+
+    def __reduce__(self) -> tuple[type[Here], tuple[()]]:
+        return Here, ()
+
+
+class Recordable(nn.Module):
+    """A layer that tapes can record and ``feed`` can reach. Forward reads what tape.py sets.
+
+    Attributes:
+        here: sinks and feed of the calling thread.
+        watching: the sinks of tapes of training alone (``attach``, ``Monitor``), whatever thread it runs in.
+        kept: what the last forward kept for its tapes.
+        ended: the last feed whose block was closed, while its thread runs no other forward.
+    """
+
+    router: Router | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = None
+        self.here = Here()
+        self.watching: tuple[Sink, ...] = ()
+        self.kept: frozenset[str] = frozenset()
+        self.ended: weakref.ref[Feed] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy (an average of the weights, say) has no part in the tapes and feeds of its original."""
+        return {**self.__dict__, "watching": (), "kept": frozenset(), "ended": None}
+
+    @property
+    def sinks(self) -> tuple[Sink, ...]:
+        """Where the calling thread leaves its routings."""
+        return (*self.watching, *self.here.sinks)
+
+    def leave(self, routing: Routing, kept: Kept | None = None, tokens: Tensor | None = None) -> None:
+        """Leave one routing in every sink, with what else belongs to it; a recomputation leaves nothing."""
+        if not (sinks := self.sinks) or recomputing():
+            return
+        trains = self.training and (self.router is None or self.router.training)
+        for sink in sinks:
+            if self.training or not sink.training_only:
+                own = kept.only(sink.keep) if kept is not None and sink.keep else None
+                sink.chain = ((routing, own, tokens, trains), sink.chain)
+
+    def names_to_keep(self) -> frozenset[str]:
+        """What the tapes want kept; in a recomputation what its first forward kept, whose tape may be sealed by now."""
+        if recomputing():
+            return self.kept
+        keep = frozenset(name for sink in self.sinks for name in sink.keep)
+        if keep != self.kept and torch.is_grad_enabled():
+            self.kept = keep
+        return keep
+
+    def take_feed(self, device: torch.device) -> Feed | None:
+        """What ``feed`` left here for this thread, if its block is still open.
+
+        A backward outside the block recomputes on an accelerator in a thread of autograd's own, which has no feed.
+        """
+        fed = self.here.fed
+        if recomputing():
+            if fed is None and self.ended is not None and device.type != "cpu":
+                fed = self.ended()
+            if fed is not None and fed.closed:
+                raise UserError(
+                    "a forward inside feed() is being recomputed after its block closed (activation checkpointing); "
+                    "call backward inside the 'with feed(...)' block"
+                )
+            return fed
+        if fed is None or not fed.closed:
+            return fed
+        self.here.fed = self.ended = None
+        return None
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running, so that this forward is an activation checkpoint's second."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
