@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         Scorer,
     )
     from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, SoftBalanced, TopK, TopP
-    from spectralmoe.steps import after_step, attach, before_step, param_groups
+    from spectralmoe.steps import after_step, attach, param_groups
     from spectralmoe.tape import Record, Tape, feed, record
     from spectralmoe.terms import Term, penalty
 
@@ -63,7 +63,6 @@ __all__ = [
     "__version__",
     "after_step",
     "attach",
-    "before_step",
     "feed",
     "load",
     "param_groups",
@@ -87,7 +86,7 @@ _NAMES = {
     "saving": ("load", "save"),
     "scorers": ("CosineScorer", "EigenbasisScorer", "LinearScorer", "PrincipalScorer", "PrototypeScorer", "Scorer"),
     "selectors": ("Balanced", "Capacity", "ExpertChoice", "NoisyTopK", "Selector", "SoftBalanced", "TopK", "TopP"),
-    "steps": ("after_step", "attach", "before_step", "param_groups"),
+    "steps": ("after_step", "attach", "param_groups"),
     "tape": ("Record", "Tape", "feed", "record"),
     "terms": ("Term", "penalty"),
 }

@@ -75,6 +75,3 @@ class Capacity(Selector):
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         return self.selector.weigh(logits, indices)
-
-    def update(self, counts: Tensor) -> None:
-        self.selector.update(counts)
