@@ -43,15 +43,16 @@ PLAIN = {
 """The parts in plain words; one without an entry is told by its docstring, less the formulas."""
 
 _FORMULA = re.compile(r"\s*:math:`[^`]*`|``")
-_INDENT = 23
+_WIDTH = 20  # of the names of a table, or more
 
 
 def list_everything(json: Json = False) -> None:
-    """Data sets, router presets, and the parts that routers are made of.
+    """Data sets, router presets, the parts that routers are made of, and the values that ``inspect`` measures.
 
     Example: spectralmoe list
     """
     from spectralmoe.data.image_data import DATASETS
+    from spectralmoe.diagnostics.table import VALUES
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
     from spectralmoe.regularizers import REGULARIZERS
@@ -77,13 +78,15 @@ def list_everything(json: Json = False) -> None:
         title: {name: PLAIN.get(name) or _first_line(item) for name, item in part.items()}
         for title, part in parts.items()
     }
+    tables["values"] = {value.name: value.meaning for value in VALUES.values()}
     if json:
         print_json(tables)
         return
     for title, table in tables.items():
         typer.echo(f"{title}:")
+        width = max(_WIDTH, *map(len, table))
         for name, line in table.items():
-            say(f"  {name:<20} {line}", indent=" " * _INDENT)
+            say(f"  {name:<{width}} {line}", indent=" " * (width + 3))
 
 
 def _first_line(item: object) -> str:
