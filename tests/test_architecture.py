@@ -21,7 +21,7 @@ LEVELS = [
     {"recording"},
     {"moe", "tape"},
     {"movement"},
-    {"steps", "terms", "regularizers", "diagnostics", "manifold"},
+    {"steps", "terms", "regularizers", "diagnostics", "manifold", "compression"},
     {"spec", "instruments", "model_folder"},
     {"models", "surgery"},
     {"saving"},
