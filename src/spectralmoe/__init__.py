@@ -21,7 +21,17 @@ if TYPE_CHECKING:
         PrototypeScorer,
         Scorer,
     )
-    from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, SoftBalanced, TopK, TopP
+    from spectralmoe.selectors import (
+        Balanced,
+        Capacity,
+        ExpertChoice,
+        NoisyTopK,
+        Selector,
+        Soft,
+        SoftBalanced,
+        TopK,
+        TopP,
+    )
     from spectralmoe.steps import after_step, attach, before_step, param_groups
     from spectralmoe.tape import Record, Tape, feed, record
     from spectralmoe.terms import Term, penalty
@@ -54,6 +64,7 @@ __all__ = [
     "Routing",
     "Scorer",
     "Selector",
+    "Soft",
     "SoftBalanced",
     "Tape",
     "Term",
@@ -85,7 +96,17 @@ _NAMES = {
     "routing": ("Routing",),
     "saving": ("load", "save"),
     "scorers": ("CosineScorer", "EigenbasisScorer", "LinearScorer", "PrincipalScorer", "PrototypeScorer", "Scorer"),
-    "selectors": ("Balanced", "Capacity", "ExpertChoice", "NoisyTopK", "Selector", "SoftBalanced", "TopK", "TopP"),
+    "selectors": (
+        "Balanced",
+        "Capacity",
+        "ExpertChoice",
+        "NoisyTopK",
+        "Selector",
+        "Soft",
+        "SoftBalanced",
+        "TopK",
+        "TopP",
+    ),
     "steps": ("after_step", "attach", "before_step", "param_groups"),
     "tape": ("Record", "Tape", "feed", "record"),
     "terms": ("Term", "penalty"),
