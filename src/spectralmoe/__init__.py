@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from spectralmoe.instruments.monitor import Monitor
     from spectralmoe.manifold import retract
     from spectralmoe.moe import MoE
+    from spectralmoe.placement import Placement
     from spectralmoe.recording import Recordable
     from spectralmoe.router import Router, shard_routers
     from spectralmoe.routing import Routing
@@ -23,7 +24,17 @@ if TYPE_CHECKING:
         PrototypeScorer,
         Scorer,
     )
-    from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, SoftBalanced, TopK, TopP
+    from spectralmoe.selectors import (
+        Balanced,
+        Capacity,
+        ExpertChoice,
+        NoisyTopK,
+        Selector,
+        Soft,
+        SoftBalanced,
+        TopK,
+        TopP,
+    )
     from spectralmoe.steps import after_step, attach, param_groups
     from spectralmoe.tape import Record, Tape, feed, record
     from spectralmoe.terms import Term, penalty
@@ -46,6 +57,7 @@ __all__ = [
     "ModuleExperts",
     "Monitor",
     "NoisyTopK",
+    "Placement",
     "PrincipalScorer",
     "PrototypeScorer",
     "Record",
@@ -54,6 +66,7 @@ __all__ = [
     "Routing",
     "Scorer",
     "Selector",
+    "Soft",
     "SoftBalanced",
     "Tape",
     "Term",
@@ -80,12 +93,23 @@ _NAMES = {
     "instruments.monitor": ("Monitor",),
     "manifold": ("retract",),
     "moe": ("MoE",),
+    "placement": ("Placement",),
     "recording": ("Recordable",),
     "router": ("Router", "shard_routers"),
     "routing": ("Routing",),
     "saving": ("load", "save"),
     "scorers": ("CosineScorer", "EigenbasisScorer", "LinearScorer", "PrincipalScorer", "PrototypeScorer", "Scorer"),
-    "selectors": ("Balanced", "Capacity", "ExpertChoice", "NoisyTopK", "Selector", "SoftBalanced", "TopK", "TopP"),
+    "selectors": (
+        "Balanced",
+        "Capacity",
+        "ExpertChoice",
+        "NoisyTopK",
+        "Selector",
+        "Soft",
+        "SoftBalanced",
+        "TopK",
+        "TopP",
+    ),
     "steps": ("after_step", "attach", "param_groups"),
     "tape": ("Record", "Tape", "feed", "record"),
     "terms": ("Term", "penalty"),

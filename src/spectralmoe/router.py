@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.scorers import Scorer
 from spectralmoe.selectors import Selector
+from spectralmoe.stacks import chosen_experts
 
 __all__ = ["Router", "shard_routers"]
 
@@ -35,6 +37,7 @@ class Router(nn.Module):
         super().__init__()
         self.scorer, self.selector = scorer, selector
         selector.bind(scorer.num_experts)
+        self.soft, self.fills = selector.soft, selector.fills
 
     @property
     def num_experts(self) -> int:
@@ -76,17 +79,33 @@ class Router(nn.Module):
             tokens = tokens.masked_fill(~flat_mask[:, None], 0)  # padding may hold nan, which 0 * nan would spread
         with torch.autocast(device_type=x.device.type, enabled=False):
             logits = self.scorer(tokens, context=context)
-            wanted = self.selector.want(logits.detach(), mask=flat_mask, context=context)
+            wanted = self.selector.choose(logits.detach(), mask=flat_mask, context=context)
             indices = self.selector.limit(wanted, self.num_experts)
             used = indices if replay is None else _replayed(replay, logits, flat_mask)
             score, weights = self.selector.scored(logits), self.selector.weigh(logits, used)
-            soft = self.selector.is_soft(self.num_experts)
             asked = None if wanted is indices else (wanted >= 0).sum()
-            routing = Routing(logits, weights, used, score, flat_mask, tuple(shape), soft, asked)
+            full = self.fills and flat_mask is None and replay is None
+            routing = Routing(logits, weights, used, score, flat_mask, tuple(shape), self.soft, asked, full=full)
             if replay is None:
                 return routing
             live = replace(routing, weights=self.selector.weigh(logits.detach(), indices), indices=indices)
             return replace(routing, asked=None, live=live)
+
+    def select(self, indices: Sequence[int] | Tensor) -> Router:
+        """A router that knows the experts ``indices`` alone, in this order, in memory of its own.
+
+        It decides as this one would if no other could be chosen and had a logit of minus infinity. Only what a
+        selector takes from E itself (capacities, noise of 1/E) goes by the number that is left.
+
+        Raises:
+            UserError: no index, one out of range or twice; a scorer that cannot be cut down; a selector that cannot
+                choose among so few.
+        """
+        chosen = chosen_experts("Router.select", indices, self.num_experts)
+        if len(set(chosen)) < len(chosen):
+            raise UserError(f"Router.select: every expert may stand once, got {chosen}")
+        parts = {id(part): part.select(chosen) for part in (self.scorer, self.selector)}
+        return copy.deepcopy(self, dict(parts))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         def keep_precision(tensor: Tensor) -> Tensor:
