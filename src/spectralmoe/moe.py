@@ -16,7 +16,7 @@ from spectralmoe.placement import Placement
 from spectralmoe.recording import Kept, Recordable
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
-from spectralmoe.transforms import transforming
+from spectralmoe.torch_private import transforming
 
 __all__ = ["MoE"]
 

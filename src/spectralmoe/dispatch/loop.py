@@ -8,7 +8,7 @@ from torch import Tensor
 from spectralmoe.dispatch.dense import Dense
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing
-from spectralmoe.transforms import transforming
+from spectralmoe.torch_private import transforming
 
 __all__ = ["Loop"]
 
