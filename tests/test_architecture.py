@@ -14,9 +14,10 @@ SOURCE = Path(spectralmoe.__file__).parent
 # Low to high. A module imports from lower levels, from its own folder, and from what is named beside its level.
 LEVELS = [
     {"errors", "sharding", "transforms"},
-    {"files", "machine", "linalg", "routing"},
+    {"files", "machine", "linalg", "routing", "context"},
     {"parts"},
-    {"scorers", "selectors", "experts"},
+    {"selectors", "experts"},
+    {"scorers"},
     {"dispatch"},
     {"router"},
     {"recording"},

@@ -63,7 +63,10 @@ def draw_selector(draw, name, scorer, num_experts):
 
 def draw_layer(draw):
     """A layer and the names of its parts."""
-    scorer, bank = draw(st.sampled_from(sorted(SCORERS))), draw(st.sampled_from(sorted(BANKS)))
+    scorer, bank = (
+        draw(st.sampled_from(sorted(SCORERS.keys() - {"basis", "context"}))),
+        draw(st.sampled_from(sorted(BANKS))),
+    )
     selector = draw(st.sampled_from(sorted({*SELECTORS, "soft"})))
     least = 2 if selector in ("balanced", "capacity") else 1
     dim, num_experts = draw(st.integers(3, 9)), draw(st.integers(least, 6))

@@ -18,10 +18,14 @@ from spectralmoe.selectors import SELECTORS, Selector
 NAMES = [
     "Adapter",
     "Balanced",
+    "BasisScorer",
     "Capacity",
+    "Context",
+    "ContextScorer",
     "CosineScorer",
     "Dense",
     "Dispatch",
+    "EigenExperts",
     "EigenbasisScorer",
     "ExpertChoice",
     "Experts",
@@ -61,9 +65,9 @@ NAMES = [
 ]
 
 TABLES = {
-    "scorers": (SCORERS, "cosine eigenbasis linear principal prototype", Scorer),
+    "scorers": (SCORERS, "basis context cosine eigenbasis linear principal prototype", Scorer),
     "selectors": (SELECTORS, "balanced capacity expert_choice noisy_topk soft_balanced top_p topk", Selector),
-    "experts": (EXPERTS, "adapter feed_forward modules", Experts),
+    "experts": (EXPERTS, "adapter eigen feed_forward modules", Experts),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }
 

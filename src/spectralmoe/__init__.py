@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from spectralmoe.context import Context
     from spectralmoe.dispatch import Dense, Dispatch, Grouped, Loop
     from spectralmoe.errors import UserError
-    from spectralmoe.experts import Adapter, Experts, FeedForward, ModuleExperts
+    from spectralmoe.experts import Adapter, EigenExperts, Experts, FeedForward, ModuleExperts
     from spectralmoe.instruments.monitor import Monitor
     from spectralmoe.manifold import retract
     from spectralmoe.moe import MoE
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from spectralmoe.routing import Routing
     from spectralmoe.saving import load, save
     from spectralmoe.scorers import (
+        BasisScorer,
+        ContextScorer,
         CosineScorer,
         EigenbasisScorer,
         LinearScorer,
@@ -31,10 +34,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "Balanced",
+    "BasisScorer",
     "Capacity",
+    "Context",
+    "ContextScorer",
     "CosineScorer",
     "Dense",
     "Dispatch",
+    "EigenExperts",
     "EigenbasisScorer",
     "ExpertChoice",
     "Experts",
@@ -74,16 +81,26 @@ __all__ = [
 ]
 
 _NAMES = {
+    "context": ("Context",),
     "dispatch": ("Dense", "Dispatch", "Grouped", "Loop"),
     "errors": ("UserError",),
-    "experts": ("Adapter", "Experts", "FeedForward", "ModuleExperts"),
+    "experts": ("Adapter", "EigenExperts", "Experts", "FeedForward", "ModuleExperts"),
     "instruments.monitor": ("Monitor",),
     "manifold": ("retract",),
     "moe": ("MoE", "Recordable"),
     "router": ("Router", "shard_routers"),
     "routing": ("Routing",),
     "saving": ("load", "save"),
-    "scorers": ("CosineScorer", "EigenbasisScorer", "LinearScorer", "PrincipalScorer", "PrototypeScorer", "Scorer"),
+    "scorers": (
+        "BasisScorer",
+        "ContextScorer",
+        "CosineScorer",
+        "EigenbasisScorer",
+        "LinearScorer",
+        "PrincipalScorer",
+        "PrototypeScorer",
+        "Scorer",
+    ),
     "selectors": ("Balanced", "Capacity", "ExpertChoice", "NoisyTopK", "Selector", "SoftBalanced", "TopK", "TopP"),
     "steps": ("after_step", "attach", "param_groups"),
     "tape": ("Record", "Tape", "feed", "record"),

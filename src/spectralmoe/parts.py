@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Rows
+from spectralmoe.errors import UserError
 from spectralmoe.linalg import retracted
 from spectralmoe.sharding import assign_
 
@@ -37,6 +39,9 @@ class Part(nn.Module):
     streams_tokens = False
     """Whether records keep the tokens of training forwards, for ``statistics``; read of scorers and banks."""
 
+    reads: tuple[str, ...] = ()
+    """Names of the side information that ``read`` asks for."""
+
     @property
     def is_frozen(self) -> bool:
         """Whether nothing moves after a step: there are parameters, and none of them takes a gradient.
@@ -45,6 +50,27 @@ class Part(nn.Module):
         """
         gradients = [parameter.requires_grad for parameter in self.parameters()]
         return bool(gradients) and not any(gradients)
+
+    def read(self, context: Rows | None, name: str, tokens: int) -> Tensor:
+        """The side information ``name``, one row for each of so many tokens: (N, ...).
+
+        Raises:
+            UserError: it is not there; it has another number of rows.
+        """
+        who = type(self).__name__
+        if context is None or name not in context:
+            there = ", ".join(context or {}) or "nothing"
+            raise UserError(
+                f"{who} reads {name!r} from the context, which holds {there}; pass "
+                f"context=Context(tokens={{{name!r}: ...}}) or Context(samples=...) to the layer or to feed()"
+            )
+        value = context[name]
+        if value.shape[:1] != (tokens,):
+            raise UserError(
+                f"{who}: {name!r} of the context has shape {tuple(value.shape)}, not one row for each of {tokens} "
+                "tokens; Context(samples=...) spreads values of samples"
+            )
+        return value
 
     def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor | None:
         """What one training forward adds to running statistics: sums, of one shape whatever the tokens.

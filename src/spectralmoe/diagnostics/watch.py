@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.moe import MoE
+from spectralmoe.parts import Part
 from spectralmoe.routing import Routing
 from spectralmoe.sharding import full
 from spectralmoe.tape import Record, Tape, moe_layers
@@ -104,6 +105,11 @@ class OwnLayer(Watched):
     def __init__(self, name: str, number: int, layer: MoE) -> None:
         self.name, self.number, self.layer = name, number, layer
         self.num_experts, self.top_k = layer.experts.num_experts, getattr(layer.router.selector, "k", None)
+
+    @property
+    def reroutes(self) -> bool:
+        """Not where the router reads side information, which tokens alone do not have."""
+        return not any(part.reads for part in self.layer.router.modules() if isinstance(part, Part))
 
     @property
     def matrix(self) -> Tensor | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
+from spectralmoe.experts import Experts
 from spectralmoe.linalg import EXACT_LIMIT, power_iteration, top_right
 from spectralmoe.parts import Part
 from spectralmoe.sharding import full
@@ -37,9 +37,12 @@ class Scorer(Part):
         self.dim, self.num_experts = dim, num_experts
         self.register_buffer("top_direction", None, persistent=False)
 
-    def __call__(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def __call__(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         logits: Tensor = super().__call__(x, context=context)
         return logits
+
+    def meet(self, experts: Experts) -> None:
+        """Called once by the layer with its bank: a scorer that reads the experts keeps a reference to them."""
 
     @property
     def matrix(self) -> Tensor | None:
