@@ -69,7 +69,8 @@ class EigenExperts(Experts):
         """Two GEMMs over all experts at once; the weights enter between them."""
         coordinates = x @ self.right.to(x.dtype).transpose(0, 1).flatten(1)
         weighted = coordinates.unflatten(-1, (self.num_experts, -1)) * weights.unsqueeze(-1)
-        return weighted.flatten(1) @ self._out.to(x.dtype).transpose(1, 2).flatten(0, 1)
+        y: Tensor = weighted.flatten(1) @ self._out.to(x.dtype).transpose(1, 2).flatten(0, 1)
+        return y
 
     def expert_parameters(self, e: int) -> dict[str, Tensor]:
         return {"left": self.left[e], "scale": self.scale[e], "right": self.right[e]}

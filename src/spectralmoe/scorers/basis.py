@@ -98,7 +98,8 @@ class BasisScorer(Scorer):
                 "BasisScorer: the bank is sharded by itself; call fully_shard on its layer or block instead"
             )
         bases = full(right).to(x.dtype).transpose(0, 1).flatten(1)
-        return (x @ bases).unflatten(-1, (self.num_experts, -1))
+        coordinates: Tensor = (x @ bases).unflatten(-1, (self.num_experts, -1))
+        return coordinates
 
     def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         if self.score == "context":
