@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe import EigenbasisScorer, PrincipalScorer, Router, Scorer, TopK
+from spectralmoe.data.image_data import load_data
 from spectralmoe.linalg import qr_retraction
 from spectralmoe.machine import cpu_model
-from spectralmoe.training.data import load_data
 from spectralmoe.training.loop import train
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.data.image_data import ImageData, Split
 from spectralmoe.diagnostics import evaluate, holds_moe
 from spectralmoe.errors import UserError
 from spectralmoe.instruments.monitor import Monitor
@@ -21,7 +22,6 @@ from spectralmoe.steps import after_step, param_groups
 from spectralmoe.tape import Tape, record
 from spectralmoe.terms import Term, penalty
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
-from spectralmoe.training.data import ImageData, Split
 from spectralmoe.training.logs import Log
 from spectralmoe.training.objective import Batch
 from spectralmoe.training.parallel import ALONE, Ranks
