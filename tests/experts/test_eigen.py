@@ -85,6 +85,22 @@ def test_a_rank_outside_its_range_is_refused(user_error):
             EigenExperts(2, 8, rank)
 
 
+def test_the_mean_of_matrices_is_kept_in_eigen_form(close):
+    """Of experts within a common space of R directions the mean is exact; else it is the nearest of rank R."""
+    bank = EigenExperts(3, 6, 2).double()
+    bank.scale.data = torch.rand(3, 2, dtype=torch.float64) + 0.5
+    bank.left.data[1], bank.right.data[1] = bank.left[0].data.flip(1), bank.right[0].data
+    matrices = (bank.left @ bank.scale.diag_embed() @ bank.right.mT).detach()
+    mean = bank.averaged([[0, 1], [0, 2], [2]], [[1, 3], [1, 1], [1]])
+    found = (mean.left @ mean.scale.diag_embed() @ mean.right.mT).detach()
+    close(found[0], 0.25 * matrices[0] + 0.75 * matrices[1])
+    both = torch.linalg.svdvals((matrices[0] + matrices[2]) / 2)
+    close(torch.linalg.matrix_norm(found[1] - (matrices[0] + matrices[2]) / 2), both[2:].norm())
+    assert torch.equal(mean.right[2], bank.right[2])
+    for bases in (mean.left, mean.right):
+        assert float(orthonormality_error(bases[:2]).max()) < 1e-12
+
+
 def layer_of(*, scorer="basis", dim=16, experts=4, rank=4):
     bank = EigenExperts(experts, dim, rank)
     gate = BasisScorer(dim, experts, bank=bank, score="energy") if scorer == "basis" else LinearScorer(dim, experts)

@@ -24,6 +24,7 @@ from spectralmoe import (
     save,
     shard_routers,
 )
+from spectralmoe.compression import prune, replicate
 from spectralmoe.linalg import qr_retraction
 from spectralmoe.sharding import full
 
@@ -198,6 +199,18 @@ def outcome(forward, layer, x, context):
     """Output and gradients."""
     y = forward(x, None, context)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+
+def test_a_pruned_layer_reads_the_bases_that_are_left(close):
+    layer, x = layer_of(), torch.randn(N, D)
+    small = prune(layer, [0, 2, 3])
+    assert shares(small)
+    close(small.router(x).logits, layer.router(x).logits[:, [0, 2, 3]])
+
+
+def test_a_bank_with_other_places_is_refused(user_error):
+    with user_error("BasisScorer", "D=12, E=4", "E=5"):
+        replicate(layer_of(), [1, 2, 1, 1])
 
 
 def test_a_router_rests_where_its_bases_are_frozen():

@@ -9,6 +9,9 @@ experts apart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +74,22 @@ class EigenExperts(Experts):
         weighted = coordinates.unflatten(-1, (self.num_experts, -1)) * weights.unsqueeze(-1)
         y: Tensor = weighted.flatten(1) @ self._out.to(x.dtype).transpose(1, 2).flatten(0, 1)
         return y
+
+    @torch.no_grad()
+    def averaged(
+        self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None
+    ) -> EigenExperts:
+        """The means of the matrices W, as near as rank R comes: their leading singular vectors and values."""
+        members, shares = self._shares(groups, weights)
+        bank = cast(EigenExperts, self.select([group[0] for group in members]))
+        left, scale, right = (stack.double() for stack in (self.left, self.scale, self.right))
+        for place, (group, share) in enumerate(zip(members, shares, strict=True)):
+            if len(group) > 1:
+                parts = left[group] * (scale[group] * share.to(scale.device)[:, None])[:, None]
+                u, s, vh = torch.linalg.svd((parts @ right[group].mT).sum(0))
+                bank.left[place], bank.scale[place] = u[:, : self.rank], s[: self.rank]
+                bank.right[place] = vh[: self.rank].mT
+        return bank
 
     def expert_parameters(self, e: int) -> dict[str, Tensor]:
         return {"left": self.left[e], "scale": self.scale[e], "right": self.right[e]}

@@ -6,6 +6,7 @@ equations. Differs: a selector takes the scores as logits, and ``score="energy"`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import EigenExperts, Experts
 from spectralmoe.scorers.base import Scorer
 from spectralmoe.sharding import full, is_sharded
+from spectralmoe.stacks import chosen_experts
 
 __all__ = ["BasisScorer"]
 
@@ -75,6 +77,11 @@ class BasisScorer(Scorer):
         if self._banks and self._banks[0] is not experts:
             raise UserError("BasisScorer: reads another bank than the layer holds; give both the same one")
         self._banks = (experts,)
+
+    def select(self, indices: Sequence[int] | Tensor) -> BasisScorer:
+        """It meets the bank of these experts in the layer that it goes into."""
+        chosen = chosen_experts("BasisScorer.select", indices, self.num_experts)
+        return BasisScorer(self.dim, len(chosen), score=self.score).train(self.training)
 
     @property
     def bank(self) -> EigenExperts:

@@ -37,6 +37,8 @@ class ContextScorer(Scorer):
     torch.Size([2, 5, 16])
     """
 
+    rows = ("weight", "token_weight", "bias")
+
     def __init__(
         self, dim: int, num_experts: int, *, key: str = "severity", width: int = 1, token: bool = False
     ) -> None:
