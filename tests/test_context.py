@@ -14,13 +14,16 @@ from spectralmoe import (
     ContextScorer,
     FeedForward,
     LinearScorer,
+    ModuleExperts,
     MoE,
     Monitor,
     Router,
     TopK,
     attach,
     feed,
+    load,
     record,
+    save,
 )
 from spectralmoe.diagnostics.watch import watch
 
@@ -78,8 +81,8 @@ class Choosing(TopK):
     """Leaves out the expert that the context names."""
 
     def choose(self, logits, *, mask=None, context=None):
-        banned = self.read(context, "banned", len(logits))
-        return super().choose(logits.scatter(1, banned[:, None], -torch.inf), mask=mask)
+        banned = self.read(context, "banned", len(logits), 1)
+        return super().choose(logits.scatter(1, banned, -torch.inf), mask=mask)
 
 
 def test_scorer_selector_and_record_get_the_same_rows():
@@ -115,6 +118,59 @@ def test_tapes_of_training_do_not_hold_it():
     assert item.context is None
 
 
+class Modulated(nn.Module):
+    """An expert whose output severity turns up or down."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.strength = nn.Linear(D, D), nn.Linear(P, D)
+
+    def forward(self, rows):
+        x, severity = rows.split([D, P], -1)
+        return self.linear(x) * (1 + self.strength(severity))
+
+
+def modulated_layer(k=2):
+    bank = ModuleExperts([Modulated() for _ in range(E)], reads=("severity",))
+    return MoE(Router(LinearScorer(D, E + 1), TopK(k)), bank)  # the last one is a zero expert
+
+
+@pytest.mark.parametrize("dispatch", ["loop", "dense", "grouped", "auto"])
+def test_experts_read_it_in_every_dispatch(dispatch, same):
+    layer = modulated_layer().double()
+    layer.dispatch = dispatch
+    x, severity = (torch.randn(B, *rest, dtype=torch.float64, requires_grad=True) for rest in ((S, D), (P,)))
+    mask = torch.rand(SHAPE) < 0.8
+    y = layer(x, mask=mask, context=Context(samples={"severity": severity}))
+    routing, rows = layer.router(x, mask=mask), []
+    for b in range(B):
+        for s in range(S):
+            total = torch.zeros(D, dtype=torch.float64)
+            for weight, e in zip(routing.weights[b * S + s], routing.indices[b * S + s].tolist(), strict=True):
+                if 0 <= e < E:
+                    expert = layer.experts.experts[e]
+                    total = total + weight * expert.linear(x[b, s]) * (1 + expert.strength(severity[b]))
+            rows.append(total)
+    same(y, torch.stack(rows).unflatten(0, SHAPE), [x, severity, *layer.parameters()])
+
+
+def test_what_experts_read_is_kept_with_their_rows(user_error, tmp_path):
+    layer, x, severity = modulated_layer(), torch.randn(B, S, D), torch.randn(B, P)
+    context = Context(samples={"severity": severity})
+    with record(layer, keep=("input",)) as tape:
+        y = layer(x, context=context)
+    tokens = tape[0].order // 2
+    assert torch.equal(tape[0].input, torch.cat([x.flatten(0, 1), severity.repeat_interleave(S, 0)], 1)[tokens])
+    with user_error("ModuleExperts reads 'severity'", "holds nothing"):
+        layer(x)
+    with watch(layer) as seen:
+        layer(x, context=context)
+        (call,) = seen.drain()
+    assert call.tokens.shape == (0, D)
+    save(layer.eval(), tmp_path)
+    assert torch.equal(load(tmp_path, allow=[f"{__name__}:Modulated"])(x, context=context), y)
+
+
 def layer_of(**options):
     return MoE(Router(ContextScorer(D, E, width=P, **options), TopK(2)), FeedForward(E, D, 6))
 
@@ -125,7 +181,7 @@ def test_a_missing_name_is_one_line_with_what_is_there(user_error):
         layer(x)
     with user_error("ContextScorer reads 'severity'", "holds place, weather"):
         layer(x, context=Context(tokens={"place": x}, samples={"weather": torch.ones(B)}))
-    with user_error("ContextScorer", "'severity'", "(3, 2)", "12 tokens", "Context(samples=...)"):
+    with user_error("ContextScorer reads 'severity'", "(3, 2)", "12 tokens", "Context(samples=...)"):
         layer(x, context={"severity": torch.ones(B, P)})
 
 

@@ -106,7 +106,7 @@ class MoE(Recordable):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))
         placed = scaled if self.placement is None else self.placement(scaled)
-        y, kept = self._run(tokens, placed)
+        y, kept = self._run(self.experts.beside(tokens, rows), placed)
         self.leave(routing, kept, seen, rows)
         y = y if x.dim() == 2 else y.reshape(x.shape)
         if self.shared is None:

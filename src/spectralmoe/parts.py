@@ -51,26 +51,33 @@ class Part(nn.Module):
         gradients = [parameter.requires_grad for parameter in self.parameters()]
         return bool(gradients) and not any(gradients)
 
-    def read(self, context: Rows | None, name: str, tokens: int) -> Tensor:
-        """The side information ``name``, one row for each of so many tokens: (N, ...).
+    def read(self, context: Rows | None, name: str, tokens: int, width: int | None = None) -> Tensor:
+        """The side information ``name``, one vector a token: (N, P).
+
+        Args:
+            tokens: N.
+            width: the P that is expected; None: any.
 
         Raises:
-            UserError: it is not there; it has another number of rows.
+            UserError: it is not there, of another number of rows, or of another width.
         """
-        who = type(self).__name__
+        who = f"{type(self).__name__} reads {name!r} from the context, which"
         if context is None or name not in context:
             there = ", ".join(context or {}) or "nothing"
             raise UserError(
-                f"{who} reads {name!r} from the context, which holds {there}; pass "
-                f"context=Context(tokens={{{name!r}: ...}}) or Context(samples=...) to the layer or to feed()"
+                f"{who} holds {there}; pass context=Context(tokens={{{name!r}: ...}}) or Context(samples=...) to the "
+                "layer or to feed()"
             )
         value = context[name]
         if value.shape[:1] != (tokens,):
             raise UserError(
-                f"{who}: {name!r} of the context has shape {tuple(value.shape)}, not one row for each of {tokens} "
-                "tokens; Context(samples=...) spreads values of samples"
+                f"{who} has it in shape {tuple(value.shape)}, not as one row for each of {tokens} tokens; "
+                "Context(samples=...) spreads values of samples"
             )
-        return value
+        vectors = value.unsqueeze(-1) if value.dim() == 1 else value.flatten(1)
+        if width is not None and vectors.shape[1] != width:
+            raise UserError(f"{who} has it {vectors.shape[1]} wide, not {width}")
+        return vectors
 
     def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor | None:
         """What one training forward adds to running statistics: sums, of one shape whatever the tokens.

@@ -120,6 +120,8 @@ def test_one_line_for_each_mistake(user_error):
         BasisScorer(D, E, bank=bank, score="angle")
     with user_error("BasisScorer reads 'attended'", "holds severity"):
         BasisScorer(D, E, bank=bank)(x, context={"severity": x})
+    with user_error("BasisScorer reads 'attended'", "7 wide, not 12"):
+        BasisScorer(D, E, bank=bank)(x, context={"attended": x[:, :7]})
     with user_error("BasisScorer", "knows no bank yet"):
         BasisScorer(D, E, score="energy")(x)
     with user_error("BasisScorer", "EigenExperts", "FeedForward"):

@@ -47,7 +47,7 @@ def test_matrix_has_a_row_for_each_expert():
 def test_mistakes_are_named(user_error):
     with user_error("ContextScorer", "width must be at least 1, got 0"):
         ContextScorer(D, E, width=0)
-    with user_error("'severity' is 2 wide", "made for 3"):
+    with user_error("ContextScorer reads 'severity'", "2 wide, not 3"):
         ContextScorer(D, E, width=P)(torch.randn(N, D), context={"severity": torch.randn(N, 2)})
 
 

@@ -162,8 +162,8 @@ def _ranked(item: Record) -> Routing:
 
 
 def _tokens(item: Record) -> Tensor:
-    """What the router read, put together from what the experts got."""
-    if item.kept is None:
+    """What the router read, put together from what the experts got; nothing where experts read more than tokens."""
+    if item.kept is None or cast(MoE, item.layer).experts.reads:
         return item.routing.logits.new_empty(0, cast(MoE, item.layer).router.scorer.dim)
     tokens = torch.zeros(len(item.routing.logits), item.input.shape[-1]).to(item.input)
     tokens[item.order // max(item.routing.indices.shape[1], 1)] = item.input.detach()

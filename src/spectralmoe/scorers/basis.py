@@ -110,7 +110,7 @@ class BasisScorer(Scorer):
 
     def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         if self.score == "context":
-            attended = self.read(context, "attended", len(x)).to(x.dtype)
+            attended = self.read(context, "attended", len(x), self.dim).to(x.dtype)
             cosines: Tensor = F.cosine_similarity(self.coordinates(x), self.coordinates(attended), dim=-1)
             return cosines
         size = x.square().sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)

@@ -51,10 +51,7 @@ class ContextScorer(Scorer):
         self.bias = nn.Parameter(torch.zeros(num_experts))
 
     def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
-        c = self.read(context, self.key, len(x))
-        c = c.unsqueeze(-1) if c.dim() == 1 else c.flatten(1)
-        if c.shape[1] != self.width:
-            raise UserError(f"ContextScorer: {self.key!r} is {c.shape[1]} wide, the scorer was made for {self.width}")
+        c = self.read(context, self.key, len(x), self.width)
         logits = F.linear(c.to(x.dtype), self.weight.to(x.dtype), self.bias.to(x.dtype))
         return logits if self.token_weight is None else logits + F.linear(x, self.token_weight.to(x.dtype))
 
