@@ -25,7 +25,17 @@ if TYPE_CHECKING:
         PrototypeScorer,
         Scorer,
     )
-    from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, SoftBalanced, TopK, TopP
+    from spectralmoe.selectors import (
+        Balanced,
+        Capacity,
+        ExpertChoice,
+        NoisyTopK,
+        Selector,
+        Soft,
+        SoftBalanced,
+        TopK,
+        TopP,
+    )
     from spectralmoe.steps import after_step, attach, param_groups
     from spectralmoe.tape import Record, Tape, feed, record
     from spectralmoe.terms import Term, penalty
@@ -63,6 +73,7 @@ __all__ = [
     "Routing",
     "Scorer",
     "Selector",
+    "Soft",
     "SoftBalanced",
     "Tape",
     "Term",
@@ -105,7 +116,17 @@ _NAMES = {
         "PrototypeScorer",
         "Scorer",
     ),
-    "selectors": ("Balanced", "Capacity", "ExpertChoice", "NoisyTopK", "Selector", "SoftBalanced", "TopK", "TopP"),
+    "selectors": (
+        "Balanced",
+        "Capacity",
+        "ExpertChoice",
+        "NoisyTopK",
+        "Selector",
+        "Soft",
+        "SoftBalanced",
+        "TopK",
+        "TopP",
+    ),
     "steps": ("after_step", "attach", "param_groups"),
     "tape": ("Record", "Tape", "feed", "record"),
     "terms": ("Term", "penalty"),

@@ -38,6 +38,7 @@ class Router(nn.Module):
         super().__init__()
         self.scorer, self.selector = scorer, selector
         selector.bind(scorer.num_experts)
+        self.soft, self.fills = selector.soft, selector.fills
 
     @property
     def num_experts(self) -> int:
@@ -80,13 +81,13 @@ class Router(nn.Module):
         rows = rows_of(context, shape, mask)
         with torch.autocast(device_type=x.device.type, enabled=False):
             logits = self.scorer(tokens, context=rows)
-            wanted = self.selector.want(logits.detach(), mask=flat_mask, context=rows)
+            wanted = self.selector.choose(logits.detach(), mask=flat_mask, context=rows)
             indices = self.selector.limit(wanted, self.num_experts)
             used = indices if replay is None else _replayed(replay, logits, flat_mask)
             score, weights = self.selector.scored(logits), self.selector.weigh(logits, used)
-            soft = self.selector.is_soft(self.num_experts)
             asked = None if wanted is indices else (wanted >= 0).sum()
-            routing = Routing(logits, weights, used, score, flat_mask, tuple(shape), soft, asked)
+            full = self.fills and flat_mask is None and replay is None
+            routing = Routing(logits, weights, used, score, flat_mask, tuple(shape), self.soft, asked, full=full)
             if replay is None:
                 return routing
             live = replace(routing, weights=self.selector.weigh(logits.detach(), indices), indices=indices)
