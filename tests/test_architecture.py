@@ -15,6 +15,7 @@ SOURCE = Path(spectralmoe.__file__).parent
 LEVELS = [
     {"errors", "sharding", "transforms"},
     {"files", "machine", "linalg", "routing"},
+    {"parts"},
     {"scorers", "selectors", "experts"},
     {"dispatch"},
     {"router"},

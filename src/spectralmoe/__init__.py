@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         TopK,
         TopP,
     )
-    from spectralmoe.steps import after_step, attach, before_step, param_groups
+    from spectralmoe.steps import after_step, attach, param_groups
     from spectralmoe.tape import Record, Tape, feed, record
     from spectralmoe.terms import Term, penalty
 
@@ -74,7 +74,6 @@ __all__ = [
     "__version__",
     "after_step",
     "attach",
-    "before_step",
     "feed",
     "load",
     "param_groups",
@@ -108,7 +107,7 @@ _NAMES = {
         "TopK",
         "TopP",
     ),
-    "steps": ("after_step", "attach", "before_step", "param_groups"),
+    "steps": ("after_step", "attach", "param_groups"),
     "tape": ("Record", "Tape", "feed", "record"),
     "terms": ("Term", "penalty"),
 }

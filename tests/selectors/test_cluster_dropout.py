@@ -125,7 +125,7 @@ def draws(selector, steps):
     """Who takes part at the start and after each step."""
     found = [selector.taking_part.tolist()]
     for _ in range(steps):
-        selector.update(torch.zeros(E, dtype=torch.int64))
+        selector.after_step()
         found.append(selector.taking_part.tolist())
     return found
 

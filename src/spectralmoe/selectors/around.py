@@ -14,8 +14,9 @@ __all__ = ["Around"]
 class Around(Selector):
     """Base of selectors that change one thing about another: a subclass overrides the method that it changes.
 
-    Every method goes to ``selector``; the facts about it (``score``, ``normalize``, ``per_token``, and with ``bind``
-    ``soft`` and ``fills``) are copied. A subclass that may empty slots sets ``fills`` to False in its ``bind``.
+    Every method goes to ``selector``, which has a life of its own around the optimizer step; the facts about it
+    (``score``, ``normalize``, ``per_token``, and with ``bind`` ``soft`` and ``fills``) are copied. A subclass that may
+    empty slots sets ``fills`` to False in its ``bind``.
 
     Args:
         selector: the selector that is wrapped.
@@ -53,6 +54,3 @@ class Around(Selector):
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         return self.selector.weigh(logits, indices)
-
-    def update(self, counts: Tensor) -> None:
-        self.selector.update(counts)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.parts import Part
 from spectralmoe.routing import EMPTY, Score, apply_score
 
 __all__ = ["Score", "Selector", "check_fits", "check_k", "largest", "share_of", "take"]
 
 
-class Selector(nn.Module):
+class Selector(Part):
     """Base of all selectors. ``choose`` decides without gradient, ``weigh`` is the only differentiable path.
 
     A subclass implements ``choose`` and, where they differ from a plain gather of softmax or sigmoid scores, ``scored``
@@ -69,9 +70,6 @@ class Selector(nn.Module):
         chosen = (chosen if self.score == "softmax" else F.logsigmoid(chosen)).masked_fill(indices < 0, -torch.inf)
         empty = (indices < 0).all(-1, keepdim=True)
         return chosen.masked_fill(empty, 0).softmax(-1).masked_fill(indices < 0, 0)
-
-    def update(self, counts: Tensor) -> None:
-        """Called once after each optimizer step with the slots counted for each expert: (E,) int64."""
 
 
 def take(values: Tensor, indices: Tensor) -> Tensor:

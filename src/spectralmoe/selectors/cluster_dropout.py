@@ -99,8 +99,8 @@ class ClusterDropout(Around):
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         return super().weigh(self._offered(logits), self._emptied(indices))
 
-    def update(self, counts: Tensor) -> None:
-        super().update(counts)
+    def after_step(self) -> None:
+        super().after_step()
         self.steps += 1
         assign_(self.taking_part, self._drawn(len(self.taking_part)))
 

@@ -58,6 +58,9 @@ class SoftBalanced(Soft):
     def scored(self, logits: Tensor) -> Tensor:
         return apply_score(self.score, logits + self.bias.to(logits.dtype))
 
+    def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        return counts
+
     def update(self, counts: Tensor) -> None:
         total = counts.sum()
         if not total:
