@@ -24,7 +24,7 @@ LEVELS = [
     {"movement"},
     {"steps", "terms", "regularizers", "diagnostics", "manifold"},
     {"spec", "instruments", "model_folder"},
-    {"checkpoints", "models"},
+    {"checkpoints", "models", "optim"},
     {"hf"},
     {"vision"},
     {"saving"},
