@@ -14,15 +14,15 @@ SOURCE = Path(spectralmoe.__file__).parent
 # Low to high. A module imports from lower levels, from its own folder, and from what is named beside its level.
 LEVELS = [
     {"errors", "sharding", "transforms"},
-    {"files", "machine", "linalg", "routing"},
+    {"files", "machine", "linalg", "routing", "stacks"},
     {"parts"},
     {"scorers", "selectors", "experts"},
     {"dispatch"},
-    {"router"},
+    {"router", "placement"},
     {"recording"},
     {"moe", "tape"},
     {"movement"},
-    {"steps", "terms", "regularizers", "diagnostics", "manifold"},
+    {"steps", "terms", "regularizers", "diagnostics", "manifold", "compression"},
     {"spec", "instruments", "model_folder"},
     {"checkpoints", "models", "optim"},
     {"hf"},

@@ -33,6 +33,7 @@ NAMES = [
     "ModuleExperts",
     "Monitor",
     "NoisyTopK",
+    "Placement",
     "PrincipalScorer",
     "PrototypeScorer",
     "Record",

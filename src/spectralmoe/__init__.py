@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from spectralmoe.instruments.monitor import Monitor
     from spectralmoe.manifold import retract
     from spectralmoe.moe import MoE
+    from spectralmoe.placement import Placement
     from spectralmoe.recording import Recordable
     from spectralmoe.router import Router, shard_routers
     from spectralmoe.routing import Routing
@@ -56,6 +57,7 @@ __all__ = [
     "ModuleExperts",
     "Monitor",
     "NoisyTopK",
+    "Placement",
     "PrincipalScorer",
     "PrototypeScorer",
     "Record",
@@ -91,6 +93,7 @@ _NAMES = {
     "instruments.monitor": ("Monitor",),
     "manifold": ("retract",),
     "moe": ("MoE",),
+    "placement": ("Placement",),
     "recording": ("Recordable",),
     "router": ("Router", "shard_routers"),
     "routing": ("Routing",),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.scorers import Scorer
 from spectralmoe.selectors import Selector
+from spectralmoe.stacks import chosen_experts
 
 __all__ = ["Router", "shard_routers"]
 
@@ -88,6 +90,24 @@ class Router(nn.Module):
                 return routing
             live = replace(routing, weights=self.selector.weigh(logits.detach(), indices), indices=indices)
             return replace(routing, asked=None, live=live)
+
+    def select(self, indices: Sequence[int] | Tensor) -> Router:
+        """A router that knows the experts ``indices`` alone, in this order, in memory of its own.
+
+        It decides as this one would if no other could be chosen and had a logit of minus infinity. Only what a
+        selector takes from E itself (capacities, noise of 1/E) goes by the number that is left.
+
+        Raises:
+            UserError: no index, one out of range or twice; a scorer that cannot be cut down; a selector that cannot
+                choose among so few.
+        """
+        chosen = chosen_experts("Router.select", indices, self.num_experts)
+        if len(set(chosen)) < len(chosen):
+            raise UserError(f"Router.select: every expert may stand once, got {chosen}")
+        parts = {id(part): part.select(chosen) for part in (self.scorer, self.selector)}
+        router = copy.deepcopy(self, dict(parts))
+        router.soft, router.fills = router.selector.soft, router.selector.fills
+        return router
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from spectralmoe.dispatch import DISPATCHES
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import EXPERTS
 from spectralmoe.moe import MoE
+from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
@@ -26,7 +27,15 @@ from spectralmoe.tape import unwrapped
 
 __all__ = ["build", "describe", "find_class"]
 
-PARTS: dict[str, type] = {**SCORERS, **SELECTORS, **EXPERTS, **DISPATCHES, "router": Router, "moe": MoE}
+PARTS: dict[str, type] = {
+    **SCORERS,
+    **SELECTORS,
+    **EXPERTS,
+    **DISPATCHES,
+    "router": Router,
+    "placement": Placement,
+    "moe": MoE,
+}
 
 
 def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:

@@ -103,7 +103,8 @@ class OwnLayer(Watched):
 
     def __init__(self, name: str, number: int, layer: MoE) -> None:
         self.name, self.number, self.layer = name, number, layer
-        self.num_experts, self.top_k = layer.experts.num_experts, getattr(layer.router.selector, "k", None)
+        self.num_experts = (layer.experts if layer.placement is None else layer.router).num_experts
+        self.top_k = getattr(layer.router.selector, "k", None)
 
     @property
     def matrix(self) -> Tensor | None:
@@ -122,12 +123,14 @@ class OwnLayer(Watched):
 
     @torch.no_grad()
     def expert(self, x: Tensor, e: int) -> Tensor:
-        """By the bank's own definition of one expert."""
-        return self.layer.experts.expert(x, e)
+        """By the bank's own definition of one expert; 0 for a zero expert."""
+        slots = self.layer.slots(e)
+        return self.layer.experts.expert(x, slots[0]) if slots else torch.zeros_like(x)
 
     def expert_weights(self, e: int) -> Tensor:
         """The expert's own parameters, by name."""
-        own = self.layer.experts.expert_parameters(e)
+        slots = self.layer.slots(e)
+        own = self.layer.experts.expert_parameters(slots[0]) if slots else {}
         return torch.cat([full(own[name]).detach().flatten().float() for name in sorted(own)] or [torch.empty(0)])
 
 

@@ -34,6 +34,8 @@ class CosineScorer(Scorer):
     True
     """
 
+    rows = ("keys",)
+
     def __init__(self, dim: int, num_experts: int, *, proj_dim: int | None = None, temperature: float = 0.07) -> None:
         super().__init__(dim, num_experts)
         if not 0 < temperature < float("inf"):

@@ -28,6 +28,8 @@ class LinearScorer(Scorer):
     torch.Size([5, 4])
     """
 
+    rows = ("weight", "bias")
+
     def __init__(self, dim: int, num_experts: int, *, bias: bool = False) -> None:
         super().__init__(dim, num_experts)
         self.weight = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5)

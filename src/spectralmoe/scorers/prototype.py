@@ -41,6 +41,8 @@ class PrototypeScorer(Scorer):
     True
     """
 
+    rows = ("prototypes",)
+
     def __init__(self, dim: int, num_experts: int, *, temperature: float = 1.0, scale: float = 1.0) -> None:
         super().__init__(dim, num_experts)
         if not 0 < temperature < float("inf"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Sequence
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -15,8 +17,8 @@ class Around(Selector):
     """Base of selectors that change one thing about another: a subclass overrides the method that it changes.
 
     Every method goes to ``selector``, which has a life of its own around the optimizer step; the facts about it
-    (``score``, ``normalize``, ``per_token``, and with ``bind`` ``soft`` and ``fills``) are copied. A subclass that may
-    empty slots sets ``fills`` to False in its ``bind``.
+    (``score``, ``normalize``, ``per_token``, ``soft`` and ``fills``) are copied. A subclass that may empty slots sets
+    ``fills`` to False in its ``adopt``.
 
     Args:
         selector: the selector that is wrapped.
@@ -38,6 +40,10 @@ class Around(Selector):
 
     def bind(self, num_experts: int) -> None:
         self.selector.bind(num_experts)
+        self.adopt(num_experts)
+
+    def adopt(self, num_experts: int) -> None:
+        """Called once ``selector`` is bound to a router of E experts: check the arguments, allocate state."""
         self.soft, self.fills = self.selector.soft, self.selector.fills
 
     def scored(self, logits: Tensor) -> Tensor | Score:
@@ -54,3 +60,8 @@ class Around(Selector):
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         return self.selector.weigh(logits, indices)
+
+    def select(self, indices: Sequence[int] | Tensor) -> Self:
+        part = copy.deepcopy(self, {id(self.selector): self.selector.select(indices)})
+        part.adopt(len(indices))
+        return part

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+import copy
+from collections.abc import Sequence
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor
@@ -70,6 +72,24 @@ class Selector(Part):
         chosen = (chosen if self.score == "softmax" else F.logsigmoid(chosen)).masked_fill(indices < 0, -torch.inf)
         empty = (indices < 0).all(-1, keepdim=True)
         return chosen.masked_fill(empty, 0).softmax(-1).masked_fill(indices < 0, 0)
+
+    def select(self, indices: Sequence[int] | Tensor) -> Self:
+        """A selector for the experts ``indices`` of its router alone, in this order, with what it remembers of them.
+
+        Whatever it counts by E goes by the experts that are left; k, p and capacities stay. Every buffer is taken for
+        one number an expert; a selector that holds others overrides it.
+
+        Raises:
+            UserError: it cannot choose among so few.
+        """
+        chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+        selector = copy.deepcopy(self)
+        memory = dict(selector._buffers)
+        selector._buffers.clear()
+        selector.bind(len(chosen))
+        for name, values in memory.items():
+            selector._buffers[name] = None if values is None else values[chosen]
+        return selector
 
 
 def take(values: Tensor, indices: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts, FeedForward, ModuleExperts
 from spectralmoe.moe import MoE
+from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.vision.blocks import block_width, choose_blocks
 from spectralmoe.vision.branch_spec import BranchSpec
@@ -62,17 +63,19 @@ class MlpCopies:
     Args:
         router: the router in front of them.
         num_experts: how many copies of the MLP.
+        placement: as in ``MoE``.
     """
 
-    def __init__(self, router: Router, num_experts: int) -> None:
-        self.router, self.num_experts = router, num_experts
+    def __init__(self, router: Router, num_experts: int, placement: Placement | None = None) -> None:
+        self.router, self.num_experts, self.placement = router, num_experts, placement
 
     def layer(self, mlp: nn.Module) -> nn.Module:
         """The layer with E copies of ``mlp``."""
         if any(isinstance(module, nn.Conv2d) for module in mlp.modules()):
             experts = ModuleExperts([OnePixel(copy.deepcopy(mlp)) for _ in range(self.num_experts)])
-            return ChannelsFirst(MoE(self.router, experts))
-        return MoE(self.router, ModuleExperts([copy.deepcopy(mlp) for _ in range(self.num_experts)]))
+            return ChannelsFirst(MoE(self.router, experts, placement=self.placement))
+        experts = ModuleExperts([copy.deepcopy(mlp) for _ in range(self.num_experts)])
+        return MoE(self.router, experts, placement=self.placement)
 
 
 def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] = "copy") -> Model:
