@@ -16,6 +16,7 @@ from spectralmoe import (
     MoE,
     Placement,
     Router,
+    Soft,
     TopK,
     attach,
     load,
@@ -67,7 +68,7 @@ def slow(layer, x, mask=None):
     table=list(TABLES), dispatch=["auto", "loop", "dense", "grouped"], k=[1, 2, None], masked=[False, True]
 )
 def test_definition(table, dispatch, k, masked, same):
-    layer = layer_of(TABLES[table], TopK(k), dispatch=dispatch).double()
+    layer = layer_of(TABLES[table], Soft() if k is None else TopK(k), dispatch=dispatch).double()
     x = torch.randn(30, D, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(30) % 3 > 0 if masked else None
     same(layer(x, mask=mask), slow(layer, x, mask), [x, *layer.parameters()])

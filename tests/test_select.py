@@ -69,7 +69,7 @@ def masked_routing(router, x, mask=None):
         ranked = selector.ranked(logits.detach()).masked_fill(away, -torch.inf)
         indices = largest(ranked, selector.k, mask)
     else:
-        indices = selector.choose(logits.detach(), mask=mask)
+        indices = selector.limit(selector.choose(logits.detach(), mask=mask), E)
     indices = indices.masked_fill((indices >= 0) & away[indices.clamp_min(0)], -1)
     return indices, selector.weigh(logits, indices)
 
@@ -84,7 +84,8 @@ def test_routers_decide_as_if_the_others_had_no_logits(make_router, scorer_name,
     router = make_router(scorer_name, selector_name, D, E).double().eval()
     started(router.scorer)
     for name, values in router.selector.named_buffers():
-        values.copy_(torch.rand(E) if name.endswith("bias") else torch.full((E,), 1 / E))
+        if values.is_floating_point():
+            values.copy_(torch.rand(E) if name.endswith("bias") else torch.full((E,), 1 / E))
     x = torch.randn(2000, D, dtype=torch.float64)
     logits = router.scorer(x)[:, KEPT].sort().values
     x = x[(logits.diff().amin(1) > 1e-6).nonzero().flatten()[:40]]  # ties may go either way

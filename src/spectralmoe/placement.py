@@ -49,6 +49,7 @@ class Placement(nn.Module):
         width = max(map(len, rows))
         padded = [[*row, *[EMPTY] * (width - len(row))] for row in rows]
         self.num_experts, self.num_slots = len(rows), 1 + max(max(row) for row in padded)
+        self.fills = all(rows)
         self.register_buffer("table", torch.tensor(padded, dtype=torch.int64), persistent=False)
 
     def spec_arguments(self) -> dict[str, object]:
@@ -67,7 +68,8 @@ class Placement(nn.Module):
         else:
             replicas = (table >= 0).sum(1).clamp_min(1)
             slots = table[chosen, arrival(routing.indices, len(table)) % replicas[chosen]]
-        return replace(routing, indices=slots.masked_fill(routing.indices < 0, EMPTY))
+        slots = slots.masked_fill(routing.indices < 0, EMPTY)
+        return replace(routing, indices=slots, full=routing.full and self.fills)
 
     def check(self, num_experts: int, num_slots: int) -> None:
         """Compare with a router that knows ``num_experts`` and a bank of ``num_slots``.

@@ -16,9 +16,9 @@ __all__ = ["Around"]
 class Around(Selector):
     """Base of selectors that change one thing about another: a subclass overrides the method that it changes.
 
-    Every method goes to ``selector``; the facts about it (``score``, ``normalize``, ``per_token``, and with ``bind``
-    ``soft`` and ``fills``) are copied. At the optimizer step each of the two has a life of its own. A subclass that may
-    empty slots sets ``fills`` to False in its ``bind``.
+    Every method goes to ``selector``, which has a life of its own around the optimizer step; the facts about it
+    (``score``, ``normalize``, ``per_token``, ``soft`` and ``fills``) are copied. A subclass that may empty slots sets
+    ``fills`` to False in its ``adopt``.
 
     Args:
         selector: the selector that is wrapped.
@@ -40,6 +40,10 @@ class Around(Selector):
 
     def bind(self, num_experts: int) -> None:
         self.selector.bind(num_experts)
+        self.adopt(num_experts)
+
+    def adopt(self, num_experts: int) -> None:
+        """Called once ``selector`` is bound to a router of E experts: check the arguments, allocate state."""
         self.soft, self.fills = self.selector.soft, self.selector.fills
 
     def scored(self, logits: Tensor) -> Tensor | Score:
@@ -58,4 +62,6 @@ class Around(Selector):
         return self.selector.weigh(logits, indices)
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
-        return copy.deepcopy(self, {id(self.selector): self.selector.select(indices)})
+        part = copy.deepcopy(self, {id(self.selector): self.selector.select(indices)})
+        part.adopt(len(indices))
+        return part
