@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spectralmoe import Adapter, Balanced, Capacity, FeedForward, ModuleExperts, TopK
-from spectralmoe.experts import EXPERTS, Experts
+from spectralmoe.experts import Experts
 from spectralmoe.scorers import PrincipalScorer, Scorer
 from spectralmoe.selectors.base import largest
 from spectralmoe.spec import build, describe
@@ -168,10 +168,6 @@ def test_averaged_experts(name, close):
     even = bank.averaged([[0, 1]])
     for key, value in even.expert_parameters(0).items():
         close(value, (bank.expert_parameters(0)[key] + bank.expert_parameters(1)[key]) / 2)
-
-
-def test_every_bank_of_the_table_has_a_case_here():
-    assert set(BANKS) <= set(EXPERTS)
 
 
 def test_a_new_bank_needs_nothing(close):
