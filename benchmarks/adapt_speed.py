@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from spectralmoe.adaptation import Guard, adapt_one, neighbours
+from spectralmoe.data.image_data import load_data
 from spectralmoe.diagnostics import evaluate
 from spectralmoe.files import write_json
 from spectralmoe.machine import describe_machine
 from spectralmoe.models import sr_moe, sr_moe_terms
-from spectralmoe.training.data import load_data
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
 

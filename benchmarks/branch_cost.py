@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from spectralmoe import after_step, record
 from spectralmoe.machine import describe_machine
-from spectralmoe.surgery import Branch, EMoESpec
+from spectralmoe.vision import Branch, EMoESpec
 
 BATCH, TOKENS, D, BOTTLENECK, EXPERTS = 8, 197, 768, 192, 8
 FORMS = {

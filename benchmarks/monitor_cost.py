@@ -34,10 +34,10 @@ from torch.nn import functional as F
 
 from spectralmoe import attach, param_groups
 from spectralmoe.diagnostics.watch import watch
+from spectralmoe.hf import watch_transformers
 from spectralmoe.instruments.monitor import Monitor, OpenWatch
 from spectralmoe.machine import describe_machine
 from spectralmoe.models.sr_moe import sr_moe
-from spectralmoe.surgery import watch_transformers
 
 TARGET = 0.03
 EVERY = 50

@@ -14,7 +14,7 @@ from families import FAMILIES
 from seeds import generator
 from torch import Tensor, nn
 
-from spectralmoe.surgery.hf_layers import HFLayer, find_layers
+from spectralmoe.hf.layers import HFLayer, find_layers
 
 __all__ = ["SICK", "healthy", "matrix_of", "stacks"]
 

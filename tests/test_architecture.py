@@ -15,6 +15,7 @@ SOURCE = Path(spectralmoe.__file__).parent
 LEVELS = [
     {"errors", "sharding", "transforms"},
     {"files", "machine", "linalg", "routing", "stacks"},
+    {"parts"},
     {"scorers", "selectors", "experts"},
     {"dispatch"},
     {"router", "placement"},
@@ -23,21 +24,23 @@ LEVELS = [
     {"movement"},
     {"steps", "terms", "regularizers", "diagnostics", "manifold", "compression"},
     {"spec", "instruments", "model_folder"},
-    {"models", "surgery"},
+    {"checkpoints", "models"},
+    {"hf"},
+    {"vision"},
     {"saving"},
     {""},  # ``import spectralmoe``: whatever the package's own __init__ does not need
-    {"adaptation"},
+    {"adaptation", "data"},
     {"training", "report"},
-    {"compare", "bench"},
+    {"experiments", "bench"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 HEAVY = {"timm", "transformers", "huggingface_hub", "sklearn", "mlxtend", "PIL", "torchvision"}
 ONLY_IN = {
-    "timm": {"surgery/timm.py"},
-    "transformers": {"surgery/transformers.py", "bench/peers/transformers.py"},
-    "huggingface_hub": {"surgery/hub.py"},
+    "timm": {"vision/model.py"},
+    "transformers": {"hf/load.py", "bench/peers/transformers.py"},
+    "huggingface_hub": {"saving/hub.py"},
 }
 NOT_AT_START = HEAVY | {"typer", "rich", "pydantic"}
 

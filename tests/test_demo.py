@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from spectralmoe.cli.app import run
+from spectralmoe.data.image_data import FASHION_SYSTEM
 from spectralmoe.files import read_json
-from spectralmoe.training.data import FASHION_SYSTEM
 
 ROOT = Path(__file__).parent.parent
 

@@ -32,7 +32,6 @@ from spectralmoe import (
     UserError,
     after_step,
     attach,
-    before_step,
     load,
     penalty,
     record,
@@ -119,8 +118,6 @@ def training(net, data, *, hooked=False):
     for x in data:
         loss, tape = loss_of(net, x, ALL)
         loss.backward()
-        if not hooked:
-            before_step(net, tape)
         optimizer.step()
         if not hooked:
             after_step(net, tape)

@@ -51,7 +51,6 @@ NAMES = [
     "__version__",
     "after_step",
     "attach",
-    "before_step",
     "feed",
     "load",
     "param_groups",

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from spectralmoe.cli.app import run
+from spectralmoe.data.image_data import load_data
 from spectralmoe.tape import moe_layers
-from spectralmoe.training.data import load_data
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network
 from spectralmoe.training.settings import Network, Optimization

@@ -21,5 +21,7 @@ def test_a_plain_tensor_stays_what_it_is():
 
 
 def test_the_library_does_not_import_what_only_sharded_models_need():
-    code = "import sys, spectralmoe.cli, spectralmoe.compare; print('torch.distributed.tensor' in sys.modules)"
+    code = (
+        "import sys, spectralmoe.cli, spectralmoe.experiments.compare; print('torch.distributed.tensor' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

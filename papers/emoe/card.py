@@ -18,8 +18,8 @@ from plan import CHECKED, FULL, QUICK, Plan
 from rows import ROWS, Setting
 from variants import VARIANTS, run_variant
 
-from spectralmoe.compare.evidence import Cells, check_lines
-from spectralmoe.compare.workers import Job, run_jobs
+from spectralmoe.experiments.evidence import Cells, check_lines
+from spectralmoe.experiments.workers import Job, run_jobs
 from spectralmoe.files import make_folder, read_json, write_json
 from spectralmoe.machine import cpu_model, describe_machine
 

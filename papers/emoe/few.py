@@ -14,14 +14,14 @@ from rows import ROWS
 from safetensors.torch import load_file, save_file
 
 from spectralmoe import LinearScorer, Router, Term, TopK
+from spectralmoe.data.image_data import ImageData, Split, load_data
+from spectralmoe.experiments.few_shot.learning import draw_shots, few_shot
 from spectralmoe.files import write_whole
 from spectralmoe.machine import cpu_model
-from spectralmoe.surgery import BranchSpec, EMoESpec
-from spectralmoe.surgery.timm import VisionMoE
-from spectralmoe.training.data import ImageData, Split, load_data
-from spectralmoe.training.fewshot import draw_shots, few_shot
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.vision import BranchSpec, EMoESpec
+from spectralmoe.vision.model import VisionMoE
 
 SHOT_LRS = (1e-3, 3e-3, 1e-2)
 TUNE_SHOTS, TUNE_DRAWS = 5, 2

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rows import BASELINES, FEW_BASELINES
 
-from spectralmoe.compare.evidence import Cells, difference, machines, select, show, show_difference
-from spectralmoe.compare.statistics import estimate
+from spectralmoe.experiments.evidence import Cells, difference, machines, select, show, show_difference
+from spectralmoe.experiments.statistics import estimate
 from spectralmoe.files import write_text
 from spectralmoe.report.chart import Panel, Point, draw
 

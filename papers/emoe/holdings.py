@@ -15,9 +15,9 @@ from rows import Setting
 from torch import Tensor
 
 from spectralmoe import PrincipalScorer, record
+from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.files import write_text
 from spectralmoe.tape import Record
-from spectralmoe.training.data import ImageData, load_data
 
 SHOWN, PIXELS, GAP, LABEL, TOP = 10, 56, 6, 310, 70
 

@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spectralmoe import FeedForward, MoE, after_step, param_groups, penalty, record
+from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.diagnostics import dead_experts, evaluate, evaluation_mode, gini, holds_moe, max_vio, min_share
 from spectralmoe.diagnostics.load import DEAD_SHARE
 from spectralmoe.diagnostics.similarity import output_similarity
 from spectralmoe.diagnostics.stability import changed_by_noise
 from spectralmoe.machine import cpu_model
-from spectralmoe.surgery.timm import VisionMoE, vision_moe
 from spectralmoe.tape import Record
-from spectralmoe.training.data import ImageData, load_data
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.vision.model import VisionMoE, vision_moe
 
 SHARED_IMAGES, SHARED_TOKENS, NOISE = 500, 4000, 0.05
 TIMED_STEPS, ROUNDS = 10, 5

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from spectralmoe import Balanced, LinearScorer, Router, Term, TopK
 from spectralmoe.regularizers import load_balance
-from spectralmoe.surgery import EMoESpec
+from spectralmoe.vision import EMoESpec
 
 RouterFactory = Callable[[int, int], Router]
 LRS = (1e-3, 2e-3, 4e-3)

@@ -16,8 +16,8 @@ from measure import run_network
 from plan import CHECKED, FULL, QUICK, Network, Part, Plan, networks
 from tune import tune_row
 
-from spectralmoe.compare.evidence import check_lines
-from spectralmoe.compare.workers import Job, run_jobs
+from spectralmoe.experiments.evidence import check_lines
+from spectralmoe.experiments.workers import Job, run_jobs
 from spectralmoe.files import make_folder, read_json, write_json
 from spectralmoe.machine import cpu_model, describe_machine
 

@@ -15,13 +15,13 @@ from rows import ALL_EXPERTS, ALL_PARAMETERS, GUARD, ROWS, STREAM, scaled
 from spectralmoe import load, record, save
 from spectralmoe.adaptation import COPIES, Guard, Rule, Trial, correction_stream, neighbours, one_shot_trials
 from spectralmoe.adaptation.one_shot import Carried
+from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.diagnostics import evaluate, min_share
 from spectralmoe.files import read_json, write_json
 from spectralmoe.linalg import sigma_max, stable_rank
 from spectralmoe.machine import cpu_model
 from spectralmoe.models import SRMoE, sr_moe
 from spectralmoe.tape import moe_layers
-from spectralmoe.training.data import ImageData, load_data
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
 

@@ -21,11 +21,11 @@ from rows import BALANCE_RATE, NORM, RANK
 
 from spectralmoe import Balanced, LinearScorer, PrototypeScorer, Router, SoftBalanced, Term, TopK
 from spectralmoe.adaptation import Rule, one_shot_trials
+from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.diagnostics import evaluate
 from spectralmoe.files import read_json, write_json
 from spectralmoe.models import SRMoE, sr_moe
 from spectralmoe.regularizers import load_balance, spectral_norm, stable_rank
-from spectralmoe.training.data import ImageData, load_data
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
 

@@ -10,8 +10,8 @@ from plan import Plan
 from rows import ALL_EXPERTS, ALL_PARAMETERS, GUARD, STREAM
 
 from spectralmoe.adaptation import Rule, one_shot_trials
-from spectralmoe.compare.tuning import candidates
-from spectralmoe.training.data import load_data
+from spectralmoe.data.image_data import load_data
+from spectralmoe.experiments.compare.tuning import candidates
 
 BASE_LR = 2e-3
 RULE_LRS = {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         Scorer,
     )
     from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, SoftBalanced, TopK, TopP
-    from spectralmoe.steps import after_step, attach, before_step, param_groups
+    from spectralmoe.steps import after_step, attach, param_groups
     from spectralmoe.tape import Record, Tape, feed, record
     from spectralmoe.terms import Term, penalty
 
@@ -65,7 +65,6 @@ __all__ = [
     "__version__",
     "after_step",
     "attach",
-    "before_step",
     "feed",
     "load",
     "param_groups",
@@ -82,14 +81,15 @@ _NAMES = {
     "experts": ("Adapter", "Experts", "FeedForward", "ModuleExperts"),
     "instruments.monitor": ("Monitor",),
     "manifold": ("retract",),
-    "moe": ("MoE", "Recordable"),
+    "moe": ("MoE",),
     "placement": ("Placement",),
+    "recording": ("Recordable",),
     "router": ("Router", "shard_routers"),
     "routing": ("Routing",),
     "saving": ("load", "save"),
     "scorers": ("CosineScorer", "EigenbasisScorer", "LinearScorer", "PrincipalScorer", "PrototypeScorer", "Scorer"),
     "selectors": ("Balanced", "Capacity", "ExpertChoice", "NoisyTopK", "Selector", "SoftBalanced", "TopK", "TopP"),
-    "steps": ("after_step", "attach", "before_step", "param_groups"),
+    "steps": ("after_step", "attach", "param_groups"),
     "tape": ("Record", "Tape", "feed", "record"),
     "terms": ("Term", "penalty"),
 }

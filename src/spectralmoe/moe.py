@@ -97,8 +97,8 @@ class MoE(Recordable):
             replay = fed.next_replay()
         routing = self.router(x, mask=mask, context=context, replay=replay)
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        trains = self.training and self.router.training
-        seen = tokens.detach() if trains and self.router.scorer.streams_tokens else None
+        streams = self.router.scorer.streams_tokens or self.experts.streams_tokens
+        seen = tokens.detach() if streams and self.training and self.router.training else None
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from spectralmoe.dispatch.base import SortedSlots
 from spectralmoe.errors import UserError
+from spectralmoe.parts import Part
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 
@@ -129,6 +131,16 @@ class Recordable(nn.Module):
     def sinks(self) -> tuple[Sink, ...]:
         """Where the calling thread leaves its routings."""
         return (*self.watching, *self.here.sinks)
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """Scorer, selector, bank and the parts inside them by name, but for those of other layers inside."""
+        inside: list[tuple[str, nn.Module]] = list(self.named_children())[::-1]
+        while inside:
+            name, module = inside.pop()
+            if isinstance(module, Part):
+                yield name, module
+            if not isinstance(module, Recordable):
+                inside += [(f"{name}.{child}", value) for child, value in module.named_children()][::-1]
 
     def leave(self, routing: Routing, kept: Kept | None = None, tokens: Tensor | None = None) -> None:
         """Leave one routing in every sink, with what else belongs to it; a recomputation leaves nothing."""

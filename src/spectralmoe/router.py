@@ -43,6 +43,11 @@ class Router(nn.Module):
         """E, zero experts included."""
         return self.scorer.num_experts
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing of it moves after a step: the scorer is frozen, and no selector's parameter is trained."""
+        return self.scorer.is_frozen and not any(parameter.requires_grad for parameter in self.selector.parameters())
+
     def forward(
         self,
         x: Tensor,

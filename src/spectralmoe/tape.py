@@ -277,4 +277,4 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def plain_name(path: str) -> str:
     """The path of a module or parameter without the parts that wrappers put in."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in path.split(".") if part and part not in _WRAPPERS)

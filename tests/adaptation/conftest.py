@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from spectralmoe import FeedForward, LinearScorer, ModuleExperts, MoE, PrototypeScorer, Router, TopK
 from spectralmoe.adaptation import Guard
+from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.models import sr_moe
-from spectralmoe.training.data import ImageData, load_data
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
 

@@ -17,9 +17,9 @@ from spectralmoe import load, record
 from spectralmoe.adaptation import COPIES, carried
 from spectralmoe.cli import adapt_correct
 from spectralmoe.cli.evaluate import _in_name
+from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.files import read_json
 from spectralmoe.saving import save
-from spectralmoe.training.data import ImageData, load_data
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network, model_meta
 from spectralmoe.training.settings import Network, Optimization

@@ -89,7 +89,7 @@ def test_evaluate_agrees_with_the_comparison(compared, model, call):
 
 
 def test_predict(model, call, tmp_path):
-    from spectralmoe.training.data import load_data
+    from spectralmoe.data.image_data import load_data
 
     data = load_data("digits")
     for index in range(3):
@@ -472,7 +472,7 @@ def test_interrupt_says_so(call, tmp_path, monkeypatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spectralmoe.compare.cell.train", interrupted)
+    monkeypatch.setattr("spectralmoe.experiments.compare.cell.train", interrupted)
     code, _, err = call("compare", *SMALL, "--routers", "linear", "--processes", 1, "--out", tmp_path / "out")
     assert code == 130
     assert err.splitlines()[-1] == "error: interrupted; what was finished is kept"

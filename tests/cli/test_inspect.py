@@ -13,7 +13,7 @@ import torch
 from spectralmoe import UserError, load, record
 from spectralmoe.cli.app import run
 from spectralmoe.cli.console import print_json
-from spectralmoe.training.data import load_data
+from spectralmoe.data.image_data import load_data
 
 TEXT = "The gate of a mixture of experts decides who speaks. " * 60
 

@@ -12,9 +12,9 @@ import pytest
 import spectralmoe
 from spectralmoe.bench import SUITES
 from spectralmoe.cli import completion
-from spectralmoe.compare import fewshot
-from spectralmoe.training.data import DATASETS
-from spectralmoe.training.fewshot import FEW_SHOT
+from spectralmoe.data.image_data import DATASETS
+from spectralmoe.experiments.few_shot.grid import FewShotSettings, recipe
+from spectralmoe.experiments.few_shot.learning import FEW_SHOT
 from spectralmoe.training.logs import LOGS
 from spectralmoe.training.names import DATA_NAMES, DEFAULT_ROUTERS, FRESH_ROWS, OWN_ROWS, ROUTER_NAMES
 from spectralmoe.training.routers import ROUTERS
@@ -67,7 +67,7 @@ def test_the_names_of_help_and_completion_are_those_of_the_tables():
     assert tuple(SUITES) == completion.SUITES
     assert tuple(LOGS) == completion.LOG_NAMES
     for row in {*FRESH_ROWS, *OWN_ROWS, *completion.complete_few_shot_rows("")}:
-        fewshot.recipe(row, fewshot.FewShotSettings(data="digits"))
+        recipe(row, FewShotSettings(data="digits"))
 
 
 def test_the_defaults_that_help_shows_are_those_of_the_library(call):

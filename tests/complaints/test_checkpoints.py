@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, load, record, save
 from spectralmoe.adaptation import adapt_one, apply_update
 from spectralmoe.saving import read_config
-from spectralmoe.surgery import BranchSpec, add_branches
+from spectralmoe.vision import BranchSpec, add_branches
 
 OLD = Path(__file__).parents[1] / "golden" / "format_1"
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from spectralmoe.checkpoints.layers import read_checkpoint
+from spectralmoe.hf.language import run, training_facts
+from spectralmoe.hf.load import load_transformers
+from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.instruments.findings import find_problems
 from spectralmoe.instruments.inspector import Inspector
-from spectralmoe.surgery.checkpoint_layers import read_checkpoint
-from spectralmoe.surgery.hf_watch import watch_transformers
-from spectralmoe.surgery.transformers import load_transformers, run, training_facts
 
 pytest.importorskip("transformers")
 

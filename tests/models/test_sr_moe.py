@@ -6,7 +6,7 @@ from seeds import shifted
 from torch.nn import functional as F
 
 from spectralmoe import LinearScorer, PrototypeScorer, Router, TopK, UserError, load, record, save
-from spectralmoe.compare.cell import active_flops
+from spectralmoe.experiments.compare.cell import active_flops
 from spectralmoe.models import SRMoE, Stage, VectorStem, prototype_router, sr_moe
 
 

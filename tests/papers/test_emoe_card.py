@@ -12,7 +12,7 @@ import torch
 from seeds import generator
 
 from spectralmoe import FeedForward, MoE, Router, TopK, after_step, record
-from spectralmoe.compare.evidence import difference, select
+from spectralmoe.experiments.evidence import difference, select
 from spectralmoe.training.settings import parse, read_toml
 
 CARD = Path(__file__).parents[2] / "papers" / "emoe"
@@ -59,7 +59,7 @@ def test_all_rows_start_with_the_same_weights(card):
     from rows import ROWS as TABLE
     from rows import Setting
 
-    from spectralmoe.training.data import load_data
+    from spectralmoe.data.image_data import load_data
 
     data = load_data("mnist5k")
     networks = {row: build_row(row, Setting(1e-3, TABLE[row].knobs[0]), data, 3) for row in TABLE}

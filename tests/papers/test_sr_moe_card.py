@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from spectralmoe.compare.evidence import difference, select
+from spectralmoe.experiments.evidence import difference, select
 
 CARD = Path(__file__).parents[2] / "papers" / "sr-moe"
 
@@ -81,7 +81,7 @@ def test_every_row_learns(card):
     from rows import ROWS as TABLE
 
     from spectralmoe import penalty, record
-    from spectralmoe.training.data import load_data
+    from spectralmoe.data.image_data import load_data
 
     assert set(FULL.rows) == set(QUICK.rows) == set(TABLE) == ROWS - {"SR-MoE+guard"}
     data = load_data("digits").subset(32)

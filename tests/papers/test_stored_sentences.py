@@ -11,7 +11,7 @@ from statistics import fmean
 import pytest
 from markdown_tables import NUMBER, agrees
 
-from spectralmoe.compare.evidence import difference, select
+from spectralmoe.experiments.evidence import difference, select
 
 PAPERS = Path(__file__).parents[2] / "papers"
 LINEAR, BIASED, BARE = "linear", "linear+balanced", "prototype+balanced"

@@ -14,7 +14,7 @@ from seeds import shifted
 from synthetic_documents import inspection, monitor
 
 from spectralmoe.adaptation import adapt_one, make_receipt
-from spectralmoe.compare.columns import COLUMNS, summarise, summary_json
+from spectralmoe.experiments.compare.columns import COLUMNS, summarise, summary_json
 from spectralmoe.files import write_json
 from spectralmoe.models import sr_moe
 from spectralmoe.report import read_documents, render_report

@@ -73,14 +73,12 @@ def test_by_hand():
     assert float(route(logits, selector).dropped()) == pytest.approx(2 / 6)
 
 
-def test_scores_weights_and_updates_are_the_inner_selectors():
+def test_scores_and_weights_are_the_inner_selectors():
     inner = Balanced(2, normalize=False, rate=0.5)
     router = Router(LinearScorer(8, 4), Capacity(inner, 1.0))
     routing = router(torch.randn(30, 8))
     assert torch.equal(routing.scores, inner.scores(routing.logits))
     assert torch.equal(routing.weights, inner.weigh(routing.logits, routing.indices))
-    router.selector.update(torch.tensor([3, 1, 0, 0]))
-    assert inner.bias.tolist() == [-0.5, 0.0, 0.5, 0.5]
 
 
 def test_no_token_drops_nothing():

@@ -14,10 +14,10 @@ import torch
 
 torch.set_num_threads(1)  # forked children cannot share a pool of threads
 from seeds import shifted
-from spectralmoe.compare import CompareSettings, run
+from spectralmoe.experiments.compare import CompareSettings, run
 from spectralmoe import UserError
 from spectralmoe.files import read_json
-from spectralmoe.training.data import load_data
+from spectralmoe.data.image_data import load_data
 from spectralmoe.saving import load
 import spectralmoe.training.loop as loop
 

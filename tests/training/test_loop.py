@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from spectralmoe import Term, UserError
+from spectralmoe.data.image_data import ImageData, Split, load_data
 from spectralmoe.diagnostics import evaluate
 from spectralmoe.files import read_json
 from spectralmoe.regularizers import spectral_norm
-from spectralmoe.training.data import ImageData, Split, load_data
 from spectralmoe.training.loop import Diverged, train
 from spectralmoe.training.network import build_network
 from spectralmoe.training.routers import ROUTERS, find_preset

@@ -12,10 +12,10 @@ import torch
 
 from spectralmoe import record
 from spectralmoe.cli.app import run
+from spectralmoe.data.image_data import load_data
 from spectralmoe.instruments.cures import THRESHOLDS
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.instruments.monitor_log import read_monitor
-from spectralmoe.training.data import load_data
 from spectralmoe.training.loop import Diverged, train
 from spectralmoe.training.network import build_network
 from spectralmoe.training.settings import Network, Optimization

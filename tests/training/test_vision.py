@@ -17,9 +17,9 @@ from seeds import shifted
 
 from spectralmoe import UserError, load, save
 from spectralmoe.cli.app import run
+from spectralmoe.data.image_data import load_data
 from spectralmoe.files import read_json
 from spectralmoe.tape import moe_layers
-from spectralmoe.training.data import load_data
 from spectralmoe.training.loop import train
 from spectralmoe.training.objective import Batch, Objective
 from spectralmoe.training.settings import parse

@@ -16,8 +16,8 @@ from spectralmoe.bench.gate import difference
 from spectralmoe.bench.settings import Settings
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.moe import MoE
-from spectralmoe.surgery import Branch, EMoESpec, add_branches, put_branch
-from spectralmoe.surgery.blocks import choose_blocks
+from spectralmoe.vision import Branch, EMoESpec, add_branches, put_branch
+from spectralmoe.vision.blocks import choose_blocks
 
 __all__ = ["cases", "count"]
 
@@ -77,7 +77,7 @@ def _alone(form: str, settings: Settings) -> Case:
 
 
 def _in_vit(settings: Settings) -> Case:
-    from spectralmoe.surgery.timm import VisionMoE
+    from spectralmoe.vision.model import VisionMoE
 
     kind, side, batch = ("vit_tiny_patch16_224", 64, 1) if settings.quick else ("vit_base_patch16_224", 224, 2)
     name = f"{kind}, {side} pixels, six branches, B{batch} float32 forward and backward"

@@ -14,9 +14,9 @@ from spectralmoe.adaptation import Receipt, Update, apply_update, draw_receipt, 
 from spectralmoe.cli.adapt_setup import Task, Wishes, find_label, output_folder, prepare
 from spectralmoe.cli.console import print_json, watching
 from spectralmoe.cli.options import say_notes
+from spectralmoe.data.image_files import conversions, read_image
 from spectralmoe.errors import UserError
 from spectralmoe.files import to_json, write_text
-from spectralmoe.training.images import conversions, read_image
 
 __all__ = ["apply_patch", "correct"]
 

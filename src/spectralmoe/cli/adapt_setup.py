@@ -12,13 +12,13 @@ from spectralmoe.adaptation import METHODS, Guard, Rule, neighbours
 from spectralmoe.adaptation.methods import NEEDS_REFERENCE
 from spectralmoe.adaptation.targets import choose_layers
 from spectralmoe.cli.options import load_network, open_data, split_names
+from spectralmoe.data.image_data import ImageData
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import FeedForward
 from spectralmoe.files import make_folder
 from spectralmoe.models import SRMoE
 from spectralmoe.moe import MoE
 from spectralmoe.saving import read_config, save
-from spectralmoe.training.data import ImageData
 from spectralmoe.training.network import ModelMeta
 from spectralmoe.training.settings import pick_device
 

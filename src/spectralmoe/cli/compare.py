@@ -67,8 +67,8 @@ def compare(
 
     A run that was stopped goes on when it is started again with the same settings and --out.
     """
-    from spectralmoe.compare import CompareSettings, run
-    from spectralmoe.compare.columns import COLUMNS, show, summarise, summary_json
+    from spectralmoe.experiments.compare import CompareSettings, run
+    from spectralmoe.experiments.compare.columns import COLUMNS, show, summarise, summary_json
     from spectralmoe.training.settings import parse, pick_device
 
     names = split_names(routers)

@@ -19,7 +19,7 @@ from spectralmoe.files import make_folder, write_whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spectralmoe.training.data import Split
+    from spectralmoe.data.image_data import Split
 
 __all__ = ["evaluate"]
 

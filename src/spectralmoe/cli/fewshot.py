@@ -64,11 +64,11 @@ def fewshot(
 
     A run that was stopped goes on when it is started again with the same settings and --out.
     """
-    from spectralmoe.compare.fewshot import FewShotSettings, Task, run_few_shot
+    from spectralmoe.experiments.few_shot.grid import FewShotSettings, Task, run_few_shot
+    from spectralmoe.experiments.few_shot.learning import FEW_SHOT
     from spectralmoe.saving import read_config
-    from spectralmoe.surgery.timm import VisionMoE
-    from spectralmoe.training.fewshot import FEW_SHOT
     from spectralmoe.training.settings import parse, pick_device
+    from spectralmoe.vision.model import VisionMoE
 
     network, meta = load_network(model, pick_device(device), allow)
     if not isinstance(network, VisionMoE):

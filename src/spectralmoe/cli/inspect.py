@@ -67,10 +67,10 @@ def inspect(
 
     spectralmoe inspect ./Mixtral-8x7B --router-only --out runs/mixtral
     """
+    from spectralmoe.checkpoints.inspection import inspect_checkpoint
     from spectralmoe.cli.inspect_images import inspect_images
     from spectralmoe.cli.inspect_text import DTYPES, inspect_text
     from spectralmoe.report import render_report
-    from spectralmoe.surgery.checkpoint_inspection import inspect_checkpoint
     from spectralmoe.training.settings import pick_device
 
     if not model.strip():

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from spectralmoe.adaptation.receipt_picture import png
 from spectralmoe.cli.options import load_network, open_data
+from spectralmoe.data.image_data import Split
 from spectralmoe.diagnostics import evaluation_mode, watch
 from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.instruments import Inspector, inspection_document
 from spectralmoe.instruments.samples import Place
-from spectralmoe.training.data import Split
 
 __all__ = ["inspect_images"]
 

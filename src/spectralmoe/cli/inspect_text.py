@@ -13,10 +13,11 @@ from torch import Tensor
 
 from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.errors import UserError
+from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
+from spectralmoe.hf.load import load_transformers
+from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.instruments import Inspector, inspection_document
 from spectralmoe.instruments.samples import Place
-from spectralmoe.surgery.hf_watch import watch_transformers
-from spectralmoe.surgery.transformers import TransformersModel, encode, load_transformers, run, training_facts
 
 __all__ = ["DTYPES", "inspect_text"]
 

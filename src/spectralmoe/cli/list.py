@@ -51,12 +51,12 @@ def list_everything(json: Json = False) -> None:
 
     Example: spectralmoe list
     """
+    from spectralmoe.data.image_data import DATASETS
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
     from spectralmoe.regularizers import REGULARIZERS
     from spectralmoe.scorers import SCORERS
     from spectralmoe.selectors import SELECTORS
-    from spectralmoe.training.data import DATASETS
     from spectralmoe.training.routers import ROUTERS
 
     tables = {

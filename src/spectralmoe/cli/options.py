@@ -16,10 +16,10 @@ from spectralmoe.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from spectralmoe.data.image_data import ImageData
     from spectralmoe.models import SRMoE
-    from spectralmoe.surgery.timm import VisionMoE
-    from spectralmoe.training.data import ImageData
     from spectralmoe.training.network import ModelMeta
+    from spectralmoe.vision.model import VisionMoE
 
 __all__ = [
     "Allow",
@@ -130,10 +130,10 @@ def load_network(
     """
     from spectralmoe.models import ConvStem, SRMoE
     from spectralmoe.saving import load, read_config
-    from spectralmoe.surgery.timm import VisionMoE
     from spectralmoe.training.network import ModelMeta
     from spectralmoe.training.settings import parse
     from spectralmoe.training.vision import VisionMeta
+    from spectralmoe.vision.model import VisionMoE
 
     refuse_outputs(folder)
     see_own_modules(allow or ())
@@ -175,7 +175,7 @@ def read_data(name: str, data_dir: Path | None, download: bool, side: int | None
     Raises:
         UserError: it cannot be had.
     """
-    from spectralmoe.training.data import load_data
+    from spectralmoe.data.image_data import load_data
 
     data = load_data(name, data_dir=data_dir, download=download, side=side)
     say_notes(data.notes)

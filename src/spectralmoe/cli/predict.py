@@ -32,9 +32,9 @@ def predict(
     """
     import torch
 
+    from spectralmoe.data.image_files import conversions, read_image
     from spectralmoe.diagnostics import holds_moe
     from spectralmoe.tape import record
-    from spectralmoe.training.images import conversions, read_image
     from spectralmoe.training.settings import pick_device
 
     where = pick_device(device)

@@ -28,14 +28,14 @@ from spectralmoe.errors import UserError
 from spectralmoe.files import write_json
 
 if TYPE_CHECKING:
+    from spectralmoe.data.image_data import ImageData
     from spectralmoe.diagnostics import Evaluation
     from spectralmoe.models import SRMoE
-    from spectralmoe.surgery.timm import VisionMoE
     from spectralmoe.terms import Term
-    from spectralmoe.training.data import ImageData
     from spectralmoe.training.loop import Standing, Watcher
     from spectralmoe.training.settings import TrainSettings
     from spectralmoe.training.vision_settings import VisionSettings
+    from spectralmoe.vision.model import VisionMoE
 
 __all__ = ["train"]
 
@@ -92,15 +92,15 @@ def train(
     torchrun --nproc-per-node 2 -m spectralmoe train --config F.toml --out DIR --parallel ddp
     """
     from spectralmoe.diagnostics import evaluate
+    from spectralmoe.experiments.run_folder import run_folder
     from spectralmoe.instruments.monitor import Monitor
     from spectralmoe.saving import save
-    from spectralmoe.surgery.timm import VisionMoE
     from spectralmoe.training.logs import check_logs, open_logs
     from spectralmoe.training.loop import train as run_training
     from spectralmoe.training.network import CHECKPOINT
     from spectralmoe.training.parallel import joined
-    from spectralmoe.training.run_folder import run_folder
     from spectralmoe.training.settings import pick_device
+    from spectralmoe.vision.model import VisionMoE
 
     settings = read_settings(config, assign or (), seed, pretrained)
     if print_config:
@@ -188,7 +188,7 @@ class _Plan(NamedTuple):
 
 
 def _images(settings: TrainSettings | VisionSettings, data_dir: Path | None, download: bool) -> ImageData:
-    from spectralmoe.training.data import load_data
+    from spectralmoe.data.image_data import load_data
     from spectralmoe.training.vision_settings import VisionSettings
 
     if not isinstance(settings, VisionSettings):  # a timm model resizes the images of other data sets itself

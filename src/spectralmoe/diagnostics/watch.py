@@ -1,6 +1,6 @@
 """What the instruments see of any model: its MoE layers, and what each did in a run.
 
-A model of this library is watched by ``watch``; a Hugging Face model by ``spectralmoe.surgery.watch_transformers``,
+A model of this library is watched by ``watch``; a Hugging Face model by ``spectralmoe.hf.watch_transformers``,
 which gives the same two things: layers (``Watched``) and calls (``Seen``).
 """
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectralmoe.errors import UserError
+from spectralmoe.parts import Part
 from spectralmoe.stacks import chosen_experts, copy_with
 
 __all__ = ["Experts"]
 
 
-class Experts(nn.Module):
+class Experts(Part):
     """Base of all expert banks. A subclass must define ``expert``; the rest has slow, correct defaults.
 
     A bank whose experts have a hidden layer defines ``hidden`` and ``project`` as well, so that the hidden

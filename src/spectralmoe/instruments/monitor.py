@@ -25,7 +25,7 @@ __all__ = ["Monitor", "OpenWatch"]
 
 
 class OpenWatch(Protocol):
-    """How a watch is opened: ``diagnostics.watch``, or ``surgery.watch_transformers`` for a Hugging Face model."""
+    """How a watch is opened: ``diagnostics.watch``, or ``hf.watch_transformers`` for a Hugging Face model."""
 
     def __call__(self, model: nn.Module, *, tokens: bool, training_only: bool) -> AbstractContextManager[Watch]: ...
 
@@ -48,7 +48,7 @@ class Monitor:
         layers: also write the share of the load of each expert of each layer.
         group: process group to sum over; None: the default group.
         title: of the run; None: the model's class.
-        watching: how to watch the model; for a Hugging Face model ``spectralmoe.surgery.watch_transformers``.
+        watching: how to watch the model; for a Hugging Face model ``spectralmoe.hf.watch_transformers``.
 
     Attributes:
         last: the last report, None before the first: step, tokens, max_vio (mean over the layers) and max_vio_worst,

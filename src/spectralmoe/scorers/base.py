@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import EXACT_LIMIT, power_iteration, retracted, top_right
-from spectralmoe.sharding import assign_, full
+from spectralmoe.linalg import EXACT_LIMIT, power_iteration, top_right
+from spectralmoe.parts import Part
+from spectralmoe.sharding import full
 from spectralmoe.stacks import chosen_experts, copy_with
-
-if TYPE_CHECKING:
-    from spectralmoe.tape import Record
 
 __all__ = ["Scorer", "gamma", "half_space_distance"]
 
 _REFRESH_STEPS = 2
 
 
-class Scorer(nn.Module):
+class Scorer(Part):
     """Base of all scorers: ``forward(x (N, D), *, context=None) -> logits (N, E)``.
 
     A subclass keeps every constructor argument as an attribute of the same name (saving reads the spec back from
@@ -30,12 +28,6 @@ class Scorer(nn.Module):
     Raises:
         UserError: ``dim`` or ``num_experts`` is not a positive integer.
     """
-
-    manifold: tuple[str, ...] = ()
-    """Names of the parameters (D, R) with orthonormal columns: no weight decay, retracted after the step."""
-
-    streams_tokens = False
-    """Whether records keep the tokens of training forwards, for ``statistics``."""
 
     rows: tuple[str, ...] = ()
     """Names of the parameters and buffers with one row an expert, where a logit reads its own rows alone."""
@@ -75,15 +67,6 @@ class Scorer(nn.Module):
         scorer = copy_with(self, tensors)
         scorer.num_experts, scorer.top_direction = len(chosen), None
         return scorer
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether nothing moves after a step: there are parameters, and none of them takes a gradient.
-
-        A scorer that moves by statistics alone says so by ``is_frozen = False``.
-        """
-        gradients = [parameter.requires_grad for parameter in self.parameters()]
-        return bool(gradients) and not any(gradients)
 
     @property
     def matrix(self) -> Tensor | None:
@@ -143,35 +126,9 @@ class Scorer(nn.Module):
         gap = logits.gather(1, over) - logits.gather(1, under)
         return _distance(gap, torch.full_like(gap, 2**0.5 * bound), x, error[:, over] + error[:, under])
 
-    def before_step(self, records: Sequence[Record]) -> None:
-        """Called once before each optimizer step, with what this step's forwards recorded."""
-
-    def statistics(self, records: Sequence[Record]) -> Tensor | None:
-        """What the tokens of this step add to running statistics: sums, of one shape whatever the records.
-
-        ``update`` gets them summed over all ranks. None: there are none to keep. Statistics of choices, not of tokens,
-        leave out records whose choice was replayed (``record.routing.live`` is set).
-        """
-        return None
-
-    def update(self, statistics: Tensor) -> None:
-        """Called once after each optimizer step, before ``after_step``, where there are statistics."""
-
-    def after_step(self, records: Sequence[Record]) -> None:
-        """Called once after each optimizer step, without gradient. A subclass that overrides it calls super."""
-        self.retract(trained_only=True)
+    def after_step(self) -> None:
+        super().after_step()
         self.refresh_spectrum()
-
-    @torch.no_grad()
-    def retract(self, *, trained_only: bool = False) -> None:
-        """Put the parameters in ``manifold`` back on it, by QR; those that are on it up to rounding keep their bits.
-
-        Args:
-            trained_only: leave parameters without gradient alone.
-        """
-        for basis in (getattr(self, name) for name in self.manifold):
-            if basis.requires_grad or not trained_only:
-                assign_(basis, retracted(basis))
 
     def spectral_direction(self) -> Tensor | None:
         """Warm start of the leading right singular vector of ``matrix``; None where the spectrum is exact."""

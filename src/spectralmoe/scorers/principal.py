@@ -11,7 +11,7 @@ each of these is worth stands in the card ``papers/emoe``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from spectralmoe.linalg import qr_retraction, sigma_max
 from spectralmoe.scorers.base import Scorer, gamma
 from spectralmoe.sharding import assign_, full
 from spectralmoe.stacks import chosen_experts
-
-if TYPE_CHECKING:
-    from spectralmoe.tape import Record
 
 __all__ = ["PrincipalScorer"]
 
@@ -148,22 +145,15 @@ class PrincipalScorer(Scorer):
         radius: Tensor = (gap / slope - noise * size).clamp_min(0) / (sigma_max(basis) + noise)
         return radius
 
-    def statistics(self, records: Sequence[Record]) -> Tensor | None:
+    def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor | None:
         """Of the tokens: their number, the sums of x - mu and of the sides and, at the first step, outer products."""
         if self.is_frozen:  # a frozen basis belongs to the mean and the sizes that it was trained with
             return None
-        sums = [self.mean.new_zeros(size) for size in self._sizes()]
-        for item in records:
-            if item.tokens is None:
-                continue
-            x = item.tokens if item.routing.mask is None else item.tokens[item.routing.mask]
-            x = x.to(self.mean.dtype)
-            sums[0] += len(x)
-            sums[1] += x.sum(0) - len(x) * self.mean
-            sums[2] += self._sides(x).sum(0)
-            if len(sums[3]):
-                centred = x - self.mean
-                sums[3] += (centred.T @ centred).flatten()
+        x = tokens.to(self.mean.dtype)
+        sums = [self.mean.new_tensor([len(x)]), x.sum(0) - len(x) * self.mean, self._sides(x).sum(0)]
+        if not int(self.updates):
+            centred = x - self.mean
+            sums.append((centred.T @ centred).flatten())
         return torch.cat(sums)
 
     def update(self, statistics: Tensor) -> None:

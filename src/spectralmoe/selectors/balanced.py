@@ -65,6 +65,9 @@ class Balanced(Selector):
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
         return largest(self.ranked(logits), self.k, mask)
 
+    def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        return counts
+
     def update(self, counts: Tensor) -> None:
         behind = counts.sum() - counts * counts.numel()
         assign_(self.bias, self.bias + self.rate * behind.sign())

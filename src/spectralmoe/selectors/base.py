@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.parts import Part
 from spectralmoe.routing import EMPTY, Score, apply_score
 
 __all__ = ["Score", "Selector", "check_fits", "check_k", "largest", "share_of", "take"]
 
 
-class Selector(nn.Module):
+class Selector(Part):
     """Base of all selectors. ``choose`` decides without gradient, ``weigh`` is the only differentiable path.
 
     A subclass implements ``choose`` and, where they differ from a plain gather of the scores, ``scores`` and
@@ -86,9 +87,6 @@ class Selector(nn.Module):
         for name, values in memory.items():
             selector._buffers[name] = None if values is None else values[chosen]
         return selector
-
-    def update(self, counts: Tensor) -> None:
-        """Called once after each optimizer step with the slots counted for each expert: (E,) int64."""
 
 
 def take(values: Tensor, indices: Tensor) -> Tensor:

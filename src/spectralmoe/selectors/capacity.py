@@ -80,6 +80,3 @@ class Capacity(Selector):
 
     def select(self, indices: Sequence[int] | Tensor) -> Capacity:
         return copy.deepcopy(self, {id(self.selector): self.selector.select(indices)})
-
-    def update(self, counts: Tensor) -> None:
-        self.selector.update(counts)

@@ -57,6 +57,9 @@ class SoftBalanced(TopK):
     def scores(self, logits: Tensor) -> Tensor:
         return super().scores(logits + self.bias.to(logits.dtype))
 
+    def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        return counts
+
     def update(self, counts: Tensor) -> None:
         total = counts.sum()
         if not total:

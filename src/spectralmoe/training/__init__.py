@@ -1,1 +1,1 @@
-"""Training: data sets, the loop and its settings."""
+"""Training: the loop, its settings, and what it is run on."""

@@ -13,15 +13,15 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.data.image_data import ImageData, Split
 from spectralmoe.diagnostics import evaluate, holds_moe
 from spectralmoe.errors import UserError
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.sharding import full
-from spectralmoe.steps import after_step, before_step, param_groups
+from spectralmoe.steps import after_step, param_groups
 from spectralmoe.tape import Tape, record
 from spectralmoe.terms import Term, penalty
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
-from spectralmoe.training.data import ImageData, Split
 from spectralmoe.training.logs import Log
 from spectralmoe.training.objective import Batch
 from spectralmoe.training.parallel import ALONE, Ranks
@@ -214,8 +214,6 @@ class _Run:
         self.scaler.scale(loss).backward()
         self.ranks.reduce(self.model)
         self.scaler.unscale_(self.optimizer)
-        if tape is not None:
-            before_step(self.model, tape)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if tape is not None:

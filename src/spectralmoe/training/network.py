@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from spectralmoe.data.image_data import ImageData
 from spectralmoe.models import SRMoE, sr_moe
-from spectralmoe.training.data import ImageData
 from spectralmoe.training.routers import find_preset, router_factory
 from spectralmoe.training.settings import Network, Settings, Several
 

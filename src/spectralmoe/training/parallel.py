@@ -16,8 +16,8 @@ from torch import nn
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.router import shard_routers
 from spectralmoe.sharding import full, is_sharded
-from spectralmoe.surgery import model_blocks
-from spectralmoe.surgery.timm import VisionMoE
+from spectralmoe.vision import model_blocks
+from spectralmoe.vision.model import VisionMoE
 
 __all__ = ["ALONE", "Ranks", "joined"]
 

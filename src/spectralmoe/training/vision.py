@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from spectralmoe.checkpoints.weights_file import read_tensors, without_prefix
+from spectralmoe.data.image_data import ImageData
 from spectralmoe.diagnostics import Evaluation
 from spectralmoe.errors import UserError, one_of, refuse_differences
 from spectralmoe.saving import load
-from spectralmoe.surgery import BranchSpec, EMoESpec, add_branches, replace_mlp
-from spectralmoe.surgery.timm import VisionMoE, check_images, vision_moe
-from spectralmoe.surgery.weights_file import read_tensors, without_prefix
 from spectralmoe.terms import Term
-from spectralmoe.training.data import ImageData
 from spectralmoe.training.network import ModelMeta, model_meta, pixel_statistics
 from spectralmoe.training.routers import ROUTERS, find_preset, router_factory
 from spectralmoe.training.vision_settings import MoEParts, VisionSettings
+from spectralmoe.vision import BranchSpec, EMoESpec, add_branches, replace_mlp
+from spectralmoe.vision.model import VisionMoE, check_images, vision_moe
 
 __all__ = [
     "VisionMeta",

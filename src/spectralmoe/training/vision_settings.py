@@ -38,7 +38,7 @@ class MoEParts(Settings):
     Attributes:
         kind: "branches" behind the blocks, or "replace_mlp": experts in place of their MLPs.
         router: "emoe", or the name of a preset (``spectralmoe list``).
-        faithful, rank, tau: of "emoe" alone, see ``spectralmoe.surgery.EMoESpec``.
+        faithful, rank, tau: of "emoe" alone, see ``spectralmoe.vision.EMoESpec``.
         mode: "soft", or how many experts a token.
         blocks: "all", "lastN", or indices: "1,3" or [1, 3].
         experts, bottleneck: E, and the width H of a branch's adapters.

@@ -1,0 +1,1 @@
+"""Weights that others saved: files of tensors, and the routers and experts in them, read without a model."""

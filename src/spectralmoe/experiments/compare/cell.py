@@ -1,0 +1,90 @@
+"""One cell of a comparison: train a network, measure it, adapt it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spectralmoe.adaptation import Trial, one_shot_trials
+from spectralmoe.data.image_data import ImageData
+from spectralmoe.diagnostics import dead_experts, evaluate, gini, max_vio, min_share
+from spectralmoe.experiments.compare.settings import Cell
+from spectralmoe.experiments.compare.setup import Setup, Tuned
+from spectralmoe.linalg import sigma_max, stable_rank
+from spectralmoe.models import SRMoE
+from spectralmoe.moe import MoE
+from spectralmoe.saving import save
+from spectralmoe.tape import moe_layers
+from spectralmoe.training.loop import History, train
+from spectralmoe.training.network import CHECKPOINT, model_meta
+
+__all__ = ["active_flops", "run_cell"]
+
+
+def run_cell(cell: Cell, tuned: Tuned, setup: Setup, progress: Callable[[float], None]) -> dict[str, Any]:
+    """Train, measure and adapt one network; its model goes to ``models/CELL``, its row comes back as JSON values."""
+    settings, data, folder = setup.settings, setup.data, setup.out / "models" / cell.name
+    network, budget, terms = setup.recipe(cell, tuned)
+    folder.mkdir(parents=True, exist_ok=True)
+    history = train(network, data, budget, terms=terms, checkpoint=folder / CHECKPOINT, progress=progress)
+    save(network, folder, meta=model_meta(data, cell.router))
+    row = {**cell._asdict(), "tuned": tuned._asdict(), **_measures(network, data, history)}
+    images, labels = data.test.images, data.test.labels
+    row |= _adaptation(one_shot_trials(network, images, labels, trials=settings.trials, seed=cell.seed))
+    return row
+
+
+def active_flops(model: nn.Module, image: torch.Tensor) -> int:
+    """Floating-point operations of one forward for one image (C, H, W): only the experts that it uses count."""
+    counted = copy.deepcopy(model).cpu().eval()
+    for layer in moe_layers(counted).values():
+        if isinstance(layer, MoE):
+            layer.dispatch = "loop"
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        counted(image[None])
+    return int(counter.get_total_flops())
+
+
+def _measures(network: SRMoE, data: ImageData, history: History) -> dict[str, Any]:
+    found = evaluate(network, data.test.images, data.test.labels)
+    loads = list(found.loads.values())
+    matrices = [
+        m.detach()
+        for layer in moe_layers(network).values()
+        if layer.router and (m := layer.router.scorer.matrix) is not None
+    ]
+    return {
+        "accuracy": found.accuracy,
+        "validation_accuracy": history.validation_accuracy,
+        "max_vio": max(map(max_vio, loads)),
+        "gini": max(map(gini, loads)),
+        "dead_experts": sum(map(dead_experts, loads)),
+        "min_load_share": min(map(min_share, loads)),
+        "sigma_1": _mean([float(sigma_max(m)) for m in matrices]),
+        "stable_rank": _mean([float(stable_rank(m)) for m in matrices]),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "active_flops": active_flops(network, data.test.images[0]),
+        "seconds_per_epoch": history.seconds_per_epoch,
+        "epochs": history.epochs,
+        "loads": {name: load.tolist() for name, load in found.loads.items()},
+    }
+
+
+def _adaptation(trials: Sequence[Trial]) -> dict[str, Any]:
+    return {
+        "interference": _mean([trial.interference for trial in trials]),
+        "interference_worst": min((trial.interference for trial in trials), default=None),
+        "success": _mean([float(trial.success) for trial in trials]),
+        "trials": len(trials),
+        "trial_list": [asdict(trial) for trial in trials],
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

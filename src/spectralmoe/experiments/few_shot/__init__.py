@@ -1,0 +1,1 @@
+"""Several ways to learn a task from few images, on the same frozen backbone and the same images."""

@@ -1,0 +1,16 @@
+"""MoE models of Hugging Face's transformers: load one, run it on text, watch its routers, monitor its training."""
+
+from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
+from spectralmoe.hf.load import load_transformers
+from spectralmoe.hf.trainer import trainer_callback
+from spectralmoe.hf.watch import watch_transformers
+
+__all__ = [
+    "TransformersModel",
+    "encode",
+    "load_transformers",
+    "run",
+    "trainer_callback",
+    "training_facts",
+    "watch_transformers",
+]

@@ -1,0 +1,257 @@
+"""MoE layers of Hugging Face models, found by structure: no family is named and transformers is not imported.
+
+A layer is a module with a child ``experts`` (stacked parameters of three dimensions, or a module for each expert) and
+a router beside it. Their forwards are the models' own (https://github.com/huggingface/transformers, Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from spectralmoe.diagnostics.watch import Watched, layer_number
+from spectralmoe.errors import UserError
+from spectralmoe.hf.routing import Returned, read_returned
+from spectralmoe.hf.scores import Choice, Form
+from spectralmoe.hf.structure import (
+    correction_bias,
+    count_experts,
+    evaluating,
+    experts_of,
+    matrix_name,
+    named_experts,
+    number_of,
+    required,
+    router_name,
+    stack_of,
+)
+from spectralmoe.routing import Routing
+from spectralmoe.sharding import full
+from spectralmoe.tape import plain_name
+
+__all__ = ["HFLayer", "find_layers"]
+
+
+class HFLayer(Watched):
+    """A MoE layer of a Hugging Face model.
+
+    Args:
+        path: of the layer in the model.
+        layer: the module that holds router and experts.
+        router: name of the router among the layer's children.
+        keep: parts of parameter names that transformers leaves in fp32 when it loads in half precision.
+
+    Attributes:
+        router: the router's module.
+        experts: the experts' module.
+    """
+
+    def __init__(self, path: str, layer: nn.Module, router: str, keep: frozenset[str] = frozenset()) -> None:
+        self.path, self.name, self.number = path, plain_name(path), layer_number(path) or 0
+        self.stack = stack_of(path)
+        self.layer, self.router, self.experts = layer, layer.get_submodule(router), layer.get_submodule("experts")
+        self.num_experts = count_experts(self.experts) or 0
+        self._matrix = matrix_name(self.router, self.num_experts)
+        self._keep, self._prefix = keep, f"{path}.{router}."
+        self._form: Form | None = None
+        self._given: dict[str, Any] | None = None
+        self._flat = False
+        self.top_k = number_of((self.router, layer), "top_k", "num_experts_per_tok")
+        matrix = self.matrix
+        if self.top_k is None and matrix is not None and not matrix.is_meta:
+            self.top_k = self.returned(matrix[:1]).indices.shape[1]
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """The router's matrix; None where it has several layers."""
+        return None if self._matrix is None else full(self.router.get_parameter(self._matrix)).detach()
+
+    @property
+    def correction_bias(self) -> Tensor | None:
+        """What is added to the scores for the choice alone (E,); None without."""
+        found = correction_bias((self.router, self.layer), self.num_experts)
+        return None if found is None else full(found).detach().flatten()
+
+    def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
+        """By a copy of the router without hooks: an open watch sees nothing of it, and a forward that changes its own
+        module (Switch casts the matrix) changes the copy alone.
+
+        Where a capacity drops tokens of a sequence, each token here is a sequence of its own: none is dropped.
+
+        Raises:
+            UserError: the router returns something unknown, or needs more than tokens.
+        """
+        return self.routing(self.returned(x, dtype))
+
+    def routing(self, returned: Returned) -> Routing:
+        """What the router returned, as our ``Routing``."""
+        groups = number_of((self.router, self.layer), "num_group", "n_group") or 1
+        choice = Choice(self.correction_bias, groups, number_of((self.router, self.layer), "topk_group") or groups)
+        form = self._form or returned.form(choice)
+        self._form = form if form.sure else None  # found once: a step of training does not wait for it
+        return returned.routing(choice, form)
+
+    @torch.no_grad()
+    def raw_logits(self, x: Tensor) -> Tensor:
+        """What the router returns as logits, which may be probabilities."""
+        return self.returned(x).logits
+
+    def returned(self, x: Tensor, dtype: torch.dtype | None = None) -> Returned:
+        """What the router gives for tokens x (N, D), by role."""
+        own = next(self.experts.parameters()).dtype
+        x = x.to(dtype or (own if own.itemsize > 1 else x.dtype))
+        more = {
+            name: value.to(dtype) if dtype and isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in self._more_inputs().items()
+        }
+        router = self._router_copy(dtype)
+        try:
+            found = router(x[:, None] if hasattr(router, "expert_capacity") else x, **more)
+        except ValueError:  # it unpacks (B, S, D)
+            found = router(x[None], **more)
+        return self.read(found, x)
+
+    def read(self, found: Any, tokens: Tensor) -> Returned:
+        """What the router returned for ``tokens`` (N, D), by role.
+
+        Raises:
+            UserError: it is something unknown.
+        """
+        choose = getattr(self.layer, "route_tokens_to_experts", None)
+        if isinstance(found, Tensor) and choose is not None:  # a router of logits alone: the layer chooses
+            found = (found, *choose(found))
+        returned = read_returned(found, self.num_experts, lambda: self._raw_logits(tokens), self.top_k)
+        if returned is None:
+            raise self._unknown(f"its router returns {_shapes(found)}, not logits, weights and indices")
+        return returned
+
+    @torch.no_grad()
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        """By the experts' own forward, the plain loop of transformers: no grouped kernel, any precision."""
+        experts = self.experts
+        x = x.to(next(experts.parameters()).dtype)
+        with evaluating(experts):
+            if isinstance(experts, nn.ModuleList | nn.ModuleDict):
+                return cast(Tensor, experts_of(experts)[e](x))
+            forward = inspect.unwrap(type(experts).forward)
+            if len(inspect.signature(forward).parameters) == 2:  # each expert gets its own tokens, whole (Llama 4)
+                alone: dict[str, Any] = {name: value[e : e + 1] for name, value in self._stacked()}
+                return cast(Tensor, functional_call(experts, alone, (x,)))
+            indices = torch.full((len(x), 1), e, device=x.device)
+            return cast(Tensor, forward(experts, x, indices, torch.ones_like(indices, dtype=x.dtype)))
+
+    def expert_weights(self, e: int) -> Tensor:
+        """Its parameters by name, biases too."""
+        if isinstance(self.experts, nn.ModuleList | nn.ModuleDict):
+            own: dict[str, Tensor] = dict(experts_of(self.experts)[e].named_parameters())
+        else:
+            own = {name: full(value)[e] for name, value in self._stacked()}
+        return torch.cat([full(own[name]).detach().flatten().float() for name in sorted(own)])
+
+    def _stacked(self) -> list[tuple[str, Tensor]]:
+        """The parameters of all experts, by name: the first dimension is E."""
+        return [(name, value) for name, value in self.experts.named_parameters() if value.shape[0] == self.num_experts]
+
+    def _raw_logits(self, x: Tensor) -> Tensor | None:
+        """The routing matrix on tokens; None where it reads something else."""
+        matrix = self.matrix
+        if matrix is None or matrix.shape[1] != x.shape[-1]:
+            return None
+        bias = getattr(self.router, "bias", None)
+        bias = full(bias).detach().float() if isinstance(bias, Tensor) and bias.numel() == len(matrix) else None
+        return F.linear(x.float(), matrix.float(), bias)
+
+    def _router_copy(self, dtype: torch.dtype | None) -> nn.Module:
+        """A copy free of hooks, in evaluation mode; with ``dtype``, as a model loaded in it has it."""
+        hooks = {
+            id(value): type(value)()
+            for module in self.router.modules()
+            for name, value in vars(module).items()
+            if name.endswith("_hooks") and isinstance(value, dict)
+        }
+        router = copy.deepcopy(self.router, hooks).eval()
+        for name, value in [*router.named_parameters(), *router.named_buffers()]:
+            kept = dtype is not None and dtype.itemsize == 2 and any(part in self._prefix + name for part in self._keep)
+            if dtype is not None and value.is_floating_point():
+                value.data = value.data.to(torch.float32 if kept else dtype)
+        return router
+
+    def remember(self, given: dict[str, Any], flat: bool) -> None:
+        """Take what the model gave its router in a call: ``route`` gives it the same.
+
+        Args:
+            given: the arguments beside the tokens, by name.
+            flat: the tokens of all sequences came as one list.
+        """
+        self._given, self._flat = given, flat
+
+    @property
+    def reroutes(self) -> bool:
+        """False where the router reads more of a token than the token, or where tokens compete for a capacity."""
+        return not self._of_tokens() and not (self._flat and hasattr(self.router, "expert_capacity"))
+
+    def _of_tokens(self) -> list[str]:
+        """The arguments of the last call that are tensors, but no part of the layer: they belong to its tokens."""
+        tensors = {name: value for name, value in (self._given or {}).items() if isinstance(value, Tensor)}
+        parts = [*self.layer.parameters(), *self.layer.buffers()] if tensors else []
+        of_layer = {value.data_ptr() for value in parts}
+        return [name for name, value in tensors.items() if value.data_ptr() not in of_layer]
+
+    def _more_inputs(self) -> dict[str, Any]:
+        """What the router gets beside tokens: as in the last call that was seen; before one, by name from the layer."""
+        given, unknown = self._given, self._of_tokens()
+        if given is None:
+            parameters = inspect.signature(self.router.forward).parameters
+            named = {name: getattr(self.layer, name, None) for name in parameters}
+            given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+            unknown = [name for name in required(self.router.forward)[1:] if name not in given]
+        if unknown:
+            raise self._unknown(f"its router needs {unknown[0]!r} beside the tokens")
+        return given
+
+    def _unknown(self, why: str) -> UserError:
+        return UserError(f"{self.name} ({type(self.layer).__name__}) is of a model family it cannot read: {why}")
+
+
+def find_layers(model: nn.Module) -> list[HFLayer]:
+    """The MoE layers of ``model`` in the order of its modules; dense layers in between do not matter.
+
+    Raises:
+        UserError: there is none; experts without a router that can be told.
+    """
+    lists = [getattr(module, "_keep_in_fp32_modules_strict", None) or () for module in model.modules()]
+    keep, found = frozenset(part for names in lists for part in names), []
+    for path, module in model.named_modules():
+        experts = dict(module.named_children()).get("experts")
+        count = None if experts is None else count_experts(experts)
+        if count is None:
+            continue
+        router = router_name(module, count)
+        if router is None:
+            kind = type(module).__name__
+            raise UserError(f"{path} ({kind}) is of a model family it cannot read: no router for {count} experts")
+        found.append(HFLayer(path, module, router, keep))
+    if not found:
+        raise UserError(f"{type(model).__name__} holds no mixture-of-experts layer{_why_none(model)}")
+    return found
+
+
+def _why_none(model: nn.Module) -> str:
+    """Dense, or experts in a form that is not known."""
+    config = getattr(model, "config", None)
+    count = 0 if config is None else named_experts(config.to_dict())
+    if count:
+        return f" that it can read, though its config names {count} experts: it cannot read this model family"
+    return ": a dense model has no router to see"
+
+
+def _shapes(found: Any) -> str:
+    parts = found if isinstance(found, tuple | list) else [found]
+    kinds = [f"{part.dtype} {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    return ", ".join(kinds).replace("torch.", "") or "nothing"

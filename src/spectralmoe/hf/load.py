@@ -1,0 +1,171 @@
+"""Load a Hugging Face language model. transformers is imported here alone, inside functions."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectralmoe.checkpoints.tensor_files import stored_tensors
+from spectralmoe.errors import UserError, first_line
+from spectralmoe.hf.language import TransformersModel, stored_names
+from spectralmoe.hf.layers import find_layers
+
+__all__ = ["import_transformers", "load_transformers"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "*.tiktoken",
+)
+_LISTED = 3
+_REPORT_LINE = re.compile(r"^(\S+)\s*\|\s*(?:MISSING|MISMATCH|CONVERSION)\b", re.MULTILINE)
+
+
+def load_transformers(
+    source: str, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> TransformersModel:
+    """Load a language model with MoE, causal, sequence-to-sequence or multimodal, to be run on text.
+
+    Weights come from safetensors, and no code of others is run: of the attention and the experts too it is not the
+    config that chooses the implementation (it can name a kernel of the hub), but the model's class in transformers.
+
+    Args:
+        source: a folder, or a name on the Hugging Face hub.
+        dtype: precision of the weights; None: as they were saved.
+
+    Raises:
+        UserError: transformers is not installed; ``source`` is no model, holds no MoE, is of an unknown family, lacks
+            tensors or is damaged. A dense model is refused before its weights are read.
+    """
+    tf = import_transformers()
+    folder = _folder(source)
+    with _quiet() as log:
+        config = _call(source, log, tf.AutoConfig.from_pretrained, source, trust_remote_code=False)
+        config._attn_implementation = None  # sdpa, or eager for a family without it; of all parts of the config
+        config._experts_implementation = "eager" if torch.device(device).type == "cpu" else None
+        kind, empty = _empty_model(tf, source, config, log)
+        try:
+            layers = find_layers(empty)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        stored = {} if folder is None else stored_tensors(folder)  # all files are there, and whole
+        model, info = _call(
+            source,
+            log,
+            kind.from_pretrained,
+            source,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        _refuse(source, sorted(info["missing_keys"]))
+        tokenizer = _tokenizer(tf, source, folder, log)
+    notes = ["no tokenizer in the model's folder: text is read as UTF-8 bytes"] if tokenizer is None else []
+    if kind not in (tf.AutoModelForSeq2SeqLM, tf.AutoModelForCausalLM):
+        notes.append("a multimodal model: it is run on text alone")
+    if info["unexpected_keys"]:
+        notes.append(f"tensors in the files that the model has no place for: {len(info['unexpected_keys'])}")
+    name = source if folder is None else folder.resolve().name
+    return TransformersModel(model.to(device).eval(), tokenizer, name, notes, stored_names(layers, stored))
+
+
+def _empty_model(tf: Any, source: str, config: Any, log: list[str]) -> tuple[Any, Any]:
+    """The auto class that takes ``config`` as a model that reads text, and the model without memory."""
+    plain = tf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else tf.AutoModelForCausalLM
+    more = [getattr(tf, name, None) for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")]
+    for kind in (plain, *filter(None, more)):
+        try:
+            with torch.device("meta"):
+                return kind, _call(source, log, kind.from_config, config, trust_remote_code=False)
+        except UserError as error:
+            if "Unrecognized configuration class" not in str(error.__cause__):
+                raise
+    raise UserError(f"{source}: {config.model_type!r} is a family that transformers does not know as a language model")
+
+
+def import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("this needs transformers; install it with 'pip install spectralmoe[hf]'") from error
+    return transformers
+
+
+def _folder(source: str) -> Path | None:
+    """The local folder that ``source`` names; None for a name on the hub."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{source} is not a model folder: it holds no config.json")
+        return path
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise UserError(f"{source}: no such model folder (a name on the hub has the form owner/model)")
+    return None
+
+
+def _tokenizer(tf: Any, source: str, folder: Path | None, log: list[str]) -> Any:
+    if folder is not None and not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
+        return None
+    return _call(source, log, tf.AutoTokenizer.from_pretrained, source, trust_remote_code=False)
+
+
+def _call(source: str, log: list[str], function: Any, *args: Any, **options: Any) -> Any:
+    """``function(...)`` of transformers with its many kinds of errors as one of ours, in one line."""
+    try:
+        return function(*args, **options)
+    except Exception as error:
+        _refuse(source, sorted(set(_REPORT_LINE.findall("\n".join(log)))))
+        text = str(error)
+        if "does not recognize this architecture" in text or "Unrecognized" in text or "contains custom code" in text:
+            reason = "a model family that this version of transformers does not know; update it"
+        elif "couldn't connect" in text or "is not a local folder" in text or "couldn't find them" in text:
+            reason = "no such folder here, and no such model could be fetched from the hub; check the name, the network"
+        else:
+            reason = f"transformers could not load it: {first_line(error)}"
+        raise UserError(f"{source}: {reason}") from error
+
+
+def _refuse(source: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        raise UserError(
+            f"{source}: tensors are missing or do not fit: {', '.join(names[:_LISTED])}{more}; the files are not whole "
+            "or not of this config"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """What transformers has to say goes into a list, progress bars nowhere; all is as before after the block."""
+    from transformers.utils import logging as settings
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    bars = settings.is_progress_bar_enabled()
+    settings.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for logger in loggers:
+        logger.handlers, logger.level, logger.propagate = [handler], logging.WARNING, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield said
+    finally:
+        for logger, values in zip(loggers, before, strict=True):
+            logger.handlers, logger.level, logger.propagate = values
+        if bars:
+            settings.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,75 @@
+"""The monitor inside the ``Trainer`` of transformers."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from spectralmoe.diagnostics import holds_moe
+from spectralmoe.diagnostics.watch import watch
+from spectralmoe.errors import UserError
+from spectralmoe.hf.load import import_transformers
+from spectralmoe.hf.watch import watch_transformers
+from spectralmoe.instruments.monitor import Monitor
+
+__all__ = ["trainer_callback"]
+
+
+def trainer_callback(path: str | Path | None = None, *, every: int = 50, layers: bool = False) -> Any:
+    """A ``TrainerCallback`` that runs a ``Monitor`` in transformers' ``Trainer``: for ``Trainer(callbacks=[...])``.
+
+    It works with gradient accumulation and checkpointing, and sums over the ranks of a distributed run. What the
+    Trainer logs beside the loss gets the values of the last report, as "moe/max_vio" and so on (``Monitor.last``).
+    Callbacks that are told first, those of ``report_to``, see them only behind this one:
+    ``trainer.callback_handler.callbacks.insert(0, callback)``.
+
+    The hooks go when the training ends. Where it may fail, use ``with trainer_callback(...) as callback:``.
+
+    Args:
+        path, every, layers: as for ``Monitor``; steps are the Trainer's.
+
+    Raises:
+        UserError: transformers or accelerate is not installed; what ``Monitor`` raises, when the training begins.
+    """
+    tf = import_transformers()
+    if find_spec("accelerate") is None:
+        raise UserError("the Trainer of transformers needs accelerate; install it with 'pip install accelerate'")
+
+    class MonitorCallback(tf.TrainerCallback):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.stack = ExitStack()
+            self.monitor: Any = None
+            self.logged: Any = None
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.stack.__exit__(*error)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.stack.close()  # of a training that failed
+            watching = watch if holds_moe(model) else watch_transformers
+            self.monitor = Monitor(model, path, every=every, layers=layers, watching=watching)
+            self.stack.enter_context(self.monitor)
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.monitor.collect()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.monitor.step(state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            last = self.monitor.last if self.monitor else None
+            if last is not None and last is not self.logged and "loss" in logs:
+                self.logged = last
+                found = {f"moe/{key}": value for key, value in last.items() if key != "step" and value is not None}
+                logs.update(found)
+                state.log_history[-1].update(found)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.stack.close()
+
+    return MonitorCallback()

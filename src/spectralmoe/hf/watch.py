@@ -1,0 +1,182 @@
+"""Watch the routers of a Hugging Face model: what they read and returned, as the model ran it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from spectralmoe.diagnostics.watch import Seen, Watch
+from spectralmoe.errors import UserError
+from spectralmoe.hf.layers import HFLayer, find_layers
+from spectralmoe.recording import recomputing
+from spectralmoe.routing import EMPTY, Routing
+
+__all__ = ["watch_transformers"]
+
+
+@dataclass(slots=True)
+class _Frame:
+    """What the stack around some layers was called with: (B, S) and which of its tokens are real."""
+
+    shape: tuple[int, int] | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    returned: Any
+    tokens: Tensor
+    frame: _Frame
+    given: dict[str, Any]
+    flat: bool
+
+
+class _HFWatch(Watch):
+    """Keeps what passed the routers; ``drain`` sorts it out, so that a step of training pays for a list alone."""
+
+    def __init__(self, model: nn.Module, tokens: bool, training_only: bool) -> None:
+        self.keep_tokens, self.training_only = tokens, training_only
+        self.layers: list[HFLayer] = find_layers(model)
+        self.calls: list[list[_Call]] = [[] for _ in self.layers]
+        self.frames: dict[nn.Module, _Frame] = {}
+        self.handles: list[RemovableHandle] = []
+        self.stacks = {id(layer): _stack(model, layer) for layer in self.layers}
+        owners: dict[nn.Module, HFLayer] = {}
+        for layer in self.layers:
+            if (other := owners.setdefault(layer.router, layer)) is not layer:
+                raise UserError(f"{other.name} and {layer.name} share one router: their calls cannot be told apart")
+
+    def open(self) -> None:
+        """Put the hooks in."""
+        for stack in set(self.stacks.values()):
+            self.handles.append(stack.register_forward_pre_hook(self._enter, with_kwargs=True))
+        for layer, calls in zip(self.layers, self.calls, strict=True):
+            self.handles.append(layer.router.register_forward_hook(self._record(layer, calls), with_kwargs=True))
+
+    def close(self) -> None:
+        """Take the hooks out."""
+        for handle in self.handles:
+            handle.remove()
+
+    def drain(self) -> list[Seen]:
+        """See ``Watch``.
+
+        Raises:
+            UserError: a router returned something unknown.
+        """
+        found = []
+        for layer, calls in zip(self.layers, self.calls, strict=True):
+            if calls:
+                layer.remember(calls[-1].given, calls[-1].flat)
+            found += [
+                Seen(layer, _routing(layer, call), call.tokens if self.keep_tokens else call.tokens[:0])
+                for call in calls
+            ]
+            calls.clear()
+        return found
+
+    def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not recomputing():
+            self.frames[stack] = _frame(stack, args, kwargs)
+
+    def _record(self, layer: HFLayer, calls: list[_Call]) -> Any:
+        stack, names = self.stacks[id(layer)], list(inspect.signature(layer.router.forward).parameters)
+
+        def hook(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
+            if not recomputing() and (router.training or not self.training_only):
+                inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+                first = next(name for name, value in inputs.items() if isinstance(value, Tensor))
+                tokens = inputs.pop(first).detach()
+                frame = self.frames.get(stack, _Frame())
+                if tokens.dim() == 3:
+                    frame = _Frame((tokens.shape[0], tokens.shape[1]), frame.mask)
+                parts = returned if isinstance(returned, tuple | list) else (returned,)
+                kept = tuple(map(_detached, parts))
+                given = {name: _detached(value) for name, value in inputs.items()}
+                calls.append(_Call(kept, tokens.reshape(-1, tokens.shape[-1]), frame, given, tokens.dim() == 2))
+
+        return hook
+
+
+@contextmanager
+def watch_transformers(model: nn.Module, *, tokens: bool = True, training_only: bool = False) -> Iterator[Watch]:
+    """Watch the MoE layers of a Hugging Face model, whatever runs it: ``model(...)``, ``generate``, a trainer.
+
+    The hooks change no output and are gone after the block. Padding, by the attention mask that the model was called
+    with, has no expert in the routings; recomputation under gradient checkpointing is not seen.
+
+    Args:
+        tokens: give what the routers read.
+        training_only: leave out the calls of routers that are in evaluation mode.
+
+    Raises:
+        UserError: the model holds no MoE layer, or one of a kind that cannot be read; two layers share a router.
+
+    >>> gate = nn.Linear(8, 4)
+    >>> gate.forward = lambda x: ((z := x @ gate.weight.T), *z.softmax(-1).topk(2))
+    >>> layer = nn.ModuleDict({"gate": gate, "experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(4))})
+    >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": layer})])})
+    >>> with watch_transformers(model) as seen:
+    ...     logits, weights, indices = gate(torch.randn(10, 8))
+    >>> call = seen.drain()[0]
+    >>> call.layer.name, bool((call.routing.indices == indices).all())
+    ('layers.0.mlp', True)
+    """
+    seen = _HFWatch(model, tokens, training_only)
+    seen.open()
+    try:
+        yield seen
+    finally:
+        seen.close()
+
+
+def _stack(model: nn.Module, layer: HFLayer) -> nn.Module:
+    """The module that holds the numbered layers: ``model`` of ``model.layers.3.mlp``. It is called with the mask."""
+    parts = layer.path.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), 1)
+    return model.get_submodule(".".join(parts[: max(first - 1, 0)]))
+
+
+def _frame(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Frame:
+    """Shape and mask from the arguments of a call; a mask that is longer than the input has the cached tokens first."""
+    names = list(inspect.signature(stack.forward).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+        return _Frame()
+    shape, mask = (tokens.shape[0], tokens.shape[1]), given.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
+        return _Frame(shape)
+    return _Frame(shape, mask.detach()[:, mask.shape[1] - shape[1] :] != 0)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+@torch.no_grad()
+def _routing(layer: HFLayer, call: _Call) -> Routing:
+    found = call.returned if len(call.returned) > 1 else call.returned[0]
+    routing = layer.routing(layer.read(found, call.tokens))
+    count, (shape, mask) = len(routing.indices), (call.frame.shape, call.frame.mask)
+    if shape is None or shape[0] * shape[1] != count:
+        return routing
+    routing = replace(routing, shape=shape)
+    if mask is None or mask.numel() != count:
+        return routing
+    real = mask.reshape(-1).to(routing.indices.device)
+    return replace(
+        routing,
+        mask=real,
+        indices=routing.indices.masked_fill(~real[:, None], EMPTY),
+        weights=routing.weights * real[:, None],
+        asked=None if routing.asked is None else real.sum() * routing.indices.shape[1],
+    )

@@ -1,0 +1,144 @@
+"""The trained parts of a ``VisionMoE`` alone: its MoE parts and head in a file of a few megabytes.
+
+``parts.safetensors`` holds the tensors, ``config.json`` the description of the network and the SHA-256 of the backbone
+that they belong to. Nothing in either runs code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from spectralmoe.errors import UserError
+from spectralmoe.files import read_json
+from spectralmoe.manifold import warn_off_manifold
+from spectralmoe.model_folder import CONFIG, PARTS, read_model_folder, weights_file, write_model
+from spectralmoe.saving.tables import TABLES
+from spectralmoe.spec import build, describe
+from spectralmoe.vision.model import VisionMoE
+
+__all__ = ["backbone_sha256", "holds_parts", "load_parts", "read_parts_config", "save_parts"]
+
+_KEY, _FORMAT = "spectralmoe_parts", 1
+
+
+def save_parts(model: VisionMoE, folder: str | Path, *, meta: dict[str, Any] | None = None) -> None:
+    """Write the MoE parts and the head of ``model`` to ``folder``, without the rest of the backbone.
+
+    Raises:
+        UserError: the folder cannot be written, or holds the ``config.json`` of something else.
+    """
+    warn_off_manifold(model)
+    own, rest = _split(model)
+    config = {
+        _KEY: _FORMAT,
+        "model": describe(model, tables=TABLES),
+        "backbone_sha256": _digest(rest),
+        "meta": meta or {},
+    }
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in own.items()}
+    write_model(Path(folder), config, tensors)
+
+
+def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -> VisionMoE:
+    """The model whose parts ``save_parts`` wrote to ``folder``, on the backbone given, in evaluation mode.
+
+    Args:
+        backbone: a timm model, a ``VisionMoE`` or a state dict with timm's names; what it holds of MoE parts and head
+            is not used. It is copied.
+
+    Raises:
+        UserError: not such a folder; another backbone than the parts were trained on.
+    """
+    folder = Path(folder)
+    config, tensors = read_model_folder(folder, read_parts_config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):  # first without memory: a config cannot ask for more than there is
+                own, rest = _split(build(config["model"], tables=TABLES))
+            given = _own_names(backbone)
+            used = {name: given[name] for name in rest if name in given}
+            if _digest(used) != config["backbone_sha256"]:
+                what = _difference(rest, used)
+                raise UserError(f"{folder} holds parts for another backbone than the one given: {what}")
+            if {name: value.shape for name, value in own.items()} != {n: value.shape for n, value in tensors.items()}:
+                raise UserError(f"{folder / PARTS} holds other tensors than {CONFIG} describes")
+            model: VisionMoE = build(config["model"], tables=TABLES)
+        values = {**used, **tensors}
+        for name, target in model.state_dict(keep_vars=True).items():
+            target.data = target.data.to(values[name].dtype)
+        model.load_state_dict(values)
+    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{folder} does not hold the parts of a model ({reason})") from error
+    return model.eval()
+
+
+def backbone_sha256(model: VisionMoE) -> str:
+    """The SHA-256 of all weights of ``model`` but those of its MoE parts and its head: names, types and bytes."""
+    return _digest(_split(model)[1])
+
+
+def _split(model: VisionMoE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state dict in two: MoE parts and head, and the rest."""
+    state = model.state_dict(keep_vars=True)
+    trained = [*model.parts().values(), *model.heads()]
+    ids = {id(value) for part in trained for value in part.state_dict(keep_vars=True).values()}
+    own = {name: value for name, value in state.items() if id(value) in ids}
+    return own, {name: value for name, value in state.items() if name not in own}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _own_names(backbone: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a backbone by their names in a ``VisionMoE``."""
+    inside = backbone.backbone if isinstance(backbone, VisionMoE) else backbone
+    state = inside.state_dict() if isinstance(inside, nn.Module) else inside
+    return {f"backbone.{name}": value for name, value in state.items()}
+
+
+def _difference(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    missing = sorted(wanted.keys() - given.keys())
+    if missing:
+        return f"it has no {missing[0].removeprefix('backbone.')!r}"
+    misshaped = [name for name, value in wanted.items() if value.shape != given[name].shape]
+    if misshaped:
+        return f"{misshaped[0].removeprefix('backbone.')!r} has another shape"
+    return "its weights differ (SHA-256)"
+
+
+def holds_parts(folder: Path) -> bool:
+    """Whether ``save_parts`` wrote the model that ``folder`` holds.
+
+    Raises:
+        UserError: its ``config.json`` is no JSON.
+    """
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    return isinstance(config, dict) and _KEY in config
+
+
+def read_parts_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder of parts; ``["meta"]`` is what ``save_parts`` was given.
+
+    Raises:
+        UserError: it is not such a folder.
+    """
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or config.get(_KEY) != _FORMAT:
+        raise UserError(f"{folder} holds no parts of a spectralmoe model of format {_FORMAT}")
+    if not weights_file(folder, config).is_file():
+        raise UserError(f"{folder} lacks {PARTS}; fetch or save it again")
+    return config

@@ -1,0 +1,20 @@
+"""What a saved folder may be built of, by name: the parts of an MoE layer, whole networks, and what holds layers."""
+
+from __future__ import annotations
+
+from spectralmoe.models import MODELS
+from spectralmoe.spec import PARTS
+from spectralmoe.vision.branches import Branch
+from spectralmoe.vision.model import VisionMoE
+from spectralmoe.vision.replace_mlp import ChannelsFirst, MlpCopies
+
+__all__ = ["TABLES"]
+
+TABLES: dict[str, type] = {
+    **PARTS,
+    **MODELS,
+    "vision_moe": VisionMoE,
+    "branch": Branch,
+    "channels_first": ChannelsFirst,
+    "mlp_copies": MlpCopies,
+}

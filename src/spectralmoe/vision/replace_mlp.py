@@ -1,0 +1,240 @@
+"""Experts in place of a block's MLP, that start as the MLP itself.
+
+Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", arXiv 2212.05055, here
+without noise or capacity: at step 0 the model computes what the dense one did.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+from typing import Literal, NamedTuple, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.experts import Experts, FeedForward, ModuleExperts
+from spectralmoe.moe import MoE
+from spectralmoe.placement import Placement
+from spectralmoe.router import Router
+from spectralmoe.vision.blocks import block_width, choose_blocks
+from spectralmoe.vision.branch_spec import BranchSpec
+
+__all__ = ["ChannelsFirst", "MlpCopies", "OnePixel", "replace_mlp"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class ChannelsFirst(nn.Module):
+    """An MoE layer inside a block that works on (B, D, H, W).
+
+    >>> from spectralmoe import LinearScorer, TopK
+    >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
+    >>> ChannelsFirst(layer)(torch.randn(2, 8, 3, 3)).shape
+    torch.Size([2, 8, 3, 3])
+    """
+
+    def __init__(self, moe: MoE) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.moe(x.permute(0, 2, 3, 1))
+        return y.permute(0, 3, 1, 2)
+
+
+class OnePixel(nn.Module):
+    """A convolutional MLP on (B, D, H, W) as an expert on rows (M, D): each row is an image of one pixel."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(x[:, :, None, None])
+        return y[:, :, 0, 0]
+
+
+class MlpCopies:
+    """Stands in a description for experts that have the form of the block's own MLP.
+
+    Args:
+        router: the router in front of them.
+        num_experts: how many copies of the MLP.
+        placement: as in ``MoE``.
+    """
+
+    def __init__(self, router: Router, num_experts: int, placement: Placement | None = None) -> None:
+        self.router, self.num_experts, self.placement = router, num_experts, placement
+
+    def layer(self, mlp: nn.Module) -> nn.Module:
+        """The layer with E copies of ``mlp``."""
+        if any(isinstance(module, nn.Conv2d) for module in mlp.modules()):
+            experts = ModuleExperts([OnePixel(copy.deepcopy(mlp)) for _ in range(self.num_experts)])
+            return ChannelsFirst(MoE(self.router, experts, placement=self.placement))
+        experts = ModuleExperts([copy.deepcopy(mlp) for _ in range(self.num_experts)])
+        return MoE(self.router, experts, placement=self.placement)
+
+
+def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] = "copy") -> Model:
+    """Put experts in place of the ``.mlp`` of the chosen blocks of ``model``, in place; returns ``model``.
+
+    A plain MLP (linear, GELU or ReLU, linear; no dropout) becomes a stacked ``FeedForward`` bank of the same hidden
+    width, any other (inner norm, gate, 1x1 convolutions, another activation, dropout) ``ModuleExperts``. The block's
+    residual path, layer scale and drop path stay. Used of ``spec``: router, experts and blocks. The new parameters
+    take gradients, whatever those of the MLP did. Of other libraries' models pass the part that holds the blocks:
+    ``replace_mlp(model.encoder, ...)`` for torchvision's ViT, ``replace_mlp(model.vit, ...)`` for Hugging Face's.
+
+    Args:
+        init: "copy": every expert starts as the MLP, so that the model computes the same at step 0. Its router gets no
+            gradient from the task until the experts differ. "random": every expert starts afresh.
+
+    Raises:
+        UserError: no blocks, or none such; a block without ``.mlp``, or with experts there; an MLP that mixes tokens;
+            with "copy" a router whose weights do not sum to 1.
+
+    >>> from spectralmoe import LinearScorer, TopK
+    >>> model = nn.Module()
+    >>> model.blocks = nn.ModuleList([nn.Module()])
+    >>> model.blocks[0].mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    >>> x = torch.randn(5, 8)
+    >>> y = model.blocks[0].mlp(x)
+    >>> router = lambda d, e: Router(LinearScorer(d, e), TopK(2, normalize=True))
+    >>> model = replace_mlp(model, BranchSpec(router=router, experts=4, blocks="all"))
+    >>> torch.allclose(model.blocks[0].mlp(x), y, atol=1e-6)
+    True
+    """
+    if init not in ("copy", "random"):
+        raise one_of("init of replace_mlp", init, ["copy", "random"])
+    blocks = choose_blocks(model, spec.blocks)
+    layers = {path: _make_layer(path, block, spec, init) for path, block in blocks.items()}
+    for path, block in blocks.items():
+        block.mlp = layers[path]
+    return model
+
+
+def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE | ChannelsFirst:
+    mlp = getattr(block, "mlp", None)
+    if not isinstance(mlp, nn.Module):
+        parts = ", ".join(f".{name}" for name, _ in block.named_children()) or "no parts"
+        raise UserError(
+            f"block {path!r} ({type(block).__name__}) has no .mlp to replace, but {parts}; use add_branches"
+        )
+    if any(isinstance(module, MoE) for module in mlp.modules()):
+        raise UserError(f"block {path!r} has experts in its .mlp already")
+    router = spec.make_router(block_width(path, block))
+    if init == "copy" and not _sums_to_one(router):
+        raise UserError(
+            "replace_mlp(init='copy'): the router's weights must sum to 1 for the model to stay as it is; use soft "
+            "routing, TopK(), or normalised top-k with k >= 2, TopK(2, normalize=True)"
+        )
+    if not _works_on_lone_tokens(mlp, router.scorer.dim):
+        raise UserError(
+            f"block {path!r}: its .mlp ({type(mlp).__name__}) mixes tokens or takes more than them, so experts cannot "
+            "take its place; use add_branches"
+        )
+    bank = _bank_of_copies(mlp, spec.experts)
+    if init == "random":
+        _start_afresh(bank)
+    own = next(mlp.parameters())
+    moe = MoE(router, bank.requires_grad_()).to(own.device, own.dtype)
+    return (ChannelsFirst(moe) if _is_convolutional(mlp) else moe).train(mlp.training)
+
+
+def _sums_to_one(router: Router) -> bool:
+    selector = router.selector
+    return selector.normalize or (selector.is_soft(router.num_experts) and selector.score == "softmax")
+
+
+def _bank_of_copies(mlp: nn.Module, experts: int) -> Experts:
+    plain = _plain(mlp)
+    if plain is not None:
+        return _stacked(plain, experts)
+    copies = [copy.deepcopy(mlp) for _ in range(experts)]
+    return ModuleExperts([OnePixel(one) for one in copies] if _is_convolutional(mlp) else copies)
+
+
+class _Plain(NamedTuple):
+    up: nn.Linear | nn.Conv2d
+    activation: Literal["gelu", "relu"]
+    down: nn.Linear | nn.Conv2d
+
+
+def _plain(mlp: nn.Module) -> _Plain | None:
+    """The parts of a linear, GELU or ReLU, linear network; None for any other."""
+    parts = [part for part in mlp.children() if not _does_nothing(part)]
+    if len(parts) != 3:
+        return None
+    up, act, down = parts
+    activation = _activation(act)
+    if activation is None or not _is_linear(up) or not _is_linear(down):
+        return None
+    fits = up.weight.shape[0] == down.weight.shape[1] and (up.bias is None) == (down.bias is None)
+    return _Plain(up, activation, down) if fits else None
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
+    pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear) or pointwise
+
+
+def _activation(act: nn.Module) -> Literal["gelu", "relu"] | None:
+    """What ``act`` computes, found by trying: libraries have classes of their own for GELU, exact or not."""
+    if next(act.parameters(), None) is not None:
+        return None
+    x = torch.linspace(-6, 6, 101)
+    y = act(x.clone())
+    if torch.allclose(y, F.gelu(x), atol=1e-6):
+        return "gelu"
+    return "relu" if torch.equal(y, F.relu(x)) else None
+
+
+def _is_convolutional(mlp: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv2d) for module in mlp.modules())
+
+
+@torch.no_grad()
+def _stacked(plain: _Plain, experts: int) -> FeedForward:
+    """E copies of a plain MLP as one bank; a 1x1 convolution is a linear layer."""
+    up, down = plain.up.weight.flatten(1), plain.down.weight.flatten(1)
+    bank = FeedForward(
+        experts, up.shape[1], up.shape[0], activation=plain.activation, bias=plain.up.bias is not None
+    ).to(up.device, up.dtype)
+    own = ((bank.up, up), (bank.down, down), (bank.up_bias, plain.up.bias), (bank.down_bias, plain.down.bias))
+    for parameter, value in own:
+        if parameter is not None and value is not None:
+            parameter.copy_(value)
+    return bank
+
+
+@torch.no_grad()
+def _works_on_lone_tokens(mlp: nn.Module, dim: int) -> bool:
+    """Whether an expert gives row by row what ``mlp`` gives for an image of 2 x 2 tokens, under random weights."""
+    random = torch.Generator().manual_seed(0)  # its own: the caller's random numbers stay as they are
+    whole = copy.deepcopy(mlp).cpu().float().eval()
+    for parameter in whole.parameters():
+        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=random))
+    rows = torch.randn(4, dim, generator=random)
+    image = rows.view(1, 2, 2, dim)
+    try:
+        y = whole(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if _is_convolutional(mlp) else whole(image)
+        return torch.allclose(y.reshape(4, dim), _bank_of_copies(whole, 1).expert(rows, 0), rtol=1e-3, atol=1e-3)
+    except Exception:  # whatever the MLP's own code says to lone rows, or to a call without its other inputs
+        return False
+
+
+def _start_afresh(bank: Experts) -> None:
+    """Initial weights instead of the copied ones."""
+    if isinstance(bank, FeedForward):
+        bias = bank.up_bias is not None
+        fresh = FeedForward(bank.num_experts, bank.dim, bank.width, activation=bank.activation, bias=bias)
+        bank.load_state_dict(fresh.state_dict())
+    for module in bank.modules():
+        if isinstance(reset := getattr(module, "reset_parameters", None), MethodType):
+            reset()
