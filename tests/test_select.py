@@ -130,6 +130,7 @@ def test_a_bounded_selector_keeps_its_inner_one(make_router):
     outer = Capacity(TopK(1), 2.0)
     outer.selector = router.selector
     assert outer.select([5, 0, 3]).selector.bias.tolist() == [5.0, 0.0, 3.0]
+    assert router.selector.bias.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 @pytest.mark.parametrize("name", BANKS)

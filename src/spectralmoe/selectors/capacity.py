@@ -5,8 +5,6 @@ Lepikhin et al., "GShard", arXiv 2006.16668, section 2.2; Fedus et al., "Switch 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,6 +75,3 @@ class Capacity(Selector):
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         return self.selector.weigh(logits, indices)
-
-    def select(self, indices: Sequence[int] | Tensor) -> Capacity:
-        return copy.deepcopy(self, {id(self.selector): self.selector.select(indices)})
