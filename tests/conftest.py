@@ -34,19 +34,18 @@ SELECTOR_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "top_p": lambda: {"p": 0.5},
     "balanced": lambda: {"k": 2},
     "capacity": lambda: {"selector": TopK(2), "factor": 1.0},
-    "soft": lambda: {"k": None},
+    "cluster_dropout": lambda: {"selector": TopK(2), "groups": 1},
 }
-SELECTOR_CASES = {**SELECTORS, "soft": TopK}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests over the tables that they ask for, and over the factors of their marker ``grid``.
 
-    ``scorer_name`` and ``selector_name`` stand for the tables ("soft" is TopK without k). With more than one factor
-    the default run takes a cover (tests/grids.py), and ``--full`` the product.
+    ``scorer_name`` and ``selector_name`` stand for the tables. With more than one factor the default run takes a cover
+    (tests/grids.py), and ``--full`` the product.
     """
     full, seed, factors = metafunc.config.getoption("--full"), shifted(0), {}
-    tables = {"scorer_name": list(SCORERS), "selector_name": list(SELECTOR_CASES)}
+    tables = {"scorer_name": list(SCORERS), "selector_name": list(SELECTORS)}
     asked = tuple(name for name in tables if name in metafunc.fixturenames)
     if len(asked) == 2:
         pairs = itertools.product(*tables.values()) if full else pairings(*tables.values(), seed=seed)
@@ -79,7 +78,7 @@ def make_selector() -> Callable[..., Any]:
     """``make_selector(name)``: a selector from the table."""
 
     def make(name: str) -> Any:
-        return SELECTOR_CASES[name](**SELECTOR_ARGUMENTS.get(name, dict)())
+        return SELECTORS[name](**SELECTOR_ARGUMENTS.get(name, dict)())
 
     return make
 

@@ -16,6 +16,7 @@ from spectralmoe import (
     MoE,
     Placement,
     Router,
+    Soft,
     TopK,
     attach,
     load,
@@ -67,7 +68,7 @@ def slow(layer, x, mask=None):
     table=list(TABLES), dispatch=["auto", "loop", "dense", "grouped"], k=[1, 2, None], masked=[False, True]
 )
 def test_definition(table, dispatch, k, masked, same):
-    layer = layer_of(TABLES[table], TopK(k), dispatch=dispatch).double()
+    layer = layer_of(TABLES[table], TopK(k) if k else Soft(), dispatch=dispatch).double()
     x = torch.randn(30, D, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(30) % 3 > 0 if masked else None
     same(layer(x, mask=mask), slow(layer, x, mask), [x, *layer.parameters()])
@@ -248,3 +249,22 @@ def test_sizes_must_fit(user_error):
         layer_of([[0], [1], [2], [3], [6]])
     with user_error("placement", "list"):
         MoE(Router(LinearScorer(D, E), TopK(2)), FeedForward(6, D, 12), placement=[[0]] * 5)
+
+
+def test_zero_experts_leave_slots_empty(close):
+    """The router fills all slots, and as many experts as places; yet not every slot has a row."""
+    layer = MoE(
+        Router(LinearScorer(D, E), TopK(2)),
+        FeedForward(E, D, 12),
+        placement=Placement(TABLES["zero"]),
+        dispatch="grouped",
+    )
+    x = torch.randn(20, D)
+    routing = layer.router(x)
+    assert routing.full
+    assert not layer.placement(routing).full
+    assert Placement(TABLES["merged"])(routing).full
+    with record(layer, keep=("output",)) as tape:  # the composed form
+        y = layer(x)
+    assert len(tape[0].output) == int((layer.placement(routing).indices >= 0).sum())
+    close(y, layer(x))

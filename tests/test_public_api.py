@@ -42,6 +42,7 @@ NAMES = [
     "Routing",
     "Scorer",
     "Selector",
+    "Soft",
     "SoftBalanced",
     "Tape",
     "Term",
@@ -63,7 +64,11 @@ NAMES = [
 
 TABLES = {
     "scorers": (SCORERS, "cosine eigenbasis linear principal prototype", Scorer),
-    "selectors": (SELECTORS, "balanced capacity expert_choice noisy_topk soft_balanced top_p topk", Selector),
+    "selectors": (
+        SELECTORS,
+        "balanced capacity cluster_dropout expert_choice noisy_topk soft soft_balanced top_p topk",
+        Selector,
+    ),
     "experts": (EXPERTS, "adapter feed_forward modules", Experts),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }

@@ -22,7 +22,17 @@ if TYPE_CHECKING:
         PrototypeScorer,
         Scorer,
     )
-    from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, SoftBalanced, TopK, TopP
+    from spectralmoe.selectors import (
+        Balanced,
+        Capacity,
+        ExpertChoice,
+        NoisyTopK,
+        Selector,
+        Soft,
+        SoftBalanced,
+        TopK,
+        TopP,
+    )
     from spectralmoe.steps import after_step, attach, param_groups
     from spectralmoe.tape import Record, Tape, feed, record
     from spectralmoe.terms import Term, penalty
@@ -56,6 +66,7 @@ __all__ = [
     "Routing",
     "Scorer",
     "Selector",
+    "Soft",
     "SoftBalanced",
     "Tape",
     "Term",
@@ -88,7 +99,17 @@ _NAMES = {
     "routing": ("Routing",),
     "saving": ("load", "save"),
     "scorers": ("CosineScorer", "EigenbasisScorer", "LinearScorer", "PrincipalScorer", "PrototypeScorer", "Scorer"),
-    "selectors": ("Balanced", "Capacity", "ExpertChoice", "NoisyTopK", "Selector", "SoftBalanced", "TopK", "TopP"),
+    "selectors": (
+        "Balanced",
+        "Capacity",
+        "ExpertChoice",
+        "NoisyTopK",
+        "Selector",
+        "Soft",
+        "SoftBalanced",
+        "TopK",
+        "TopP",
+    ),
     "steps": ("after_step", "attach", "param_groups"),
     "tape": ("Record", "Tape", "feed", "record"),
     "terms": ("Term", "penalty"),

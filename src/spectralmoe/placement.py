@@ -49,6 +49,7 @@ class Placement(nn.Module):
         width = max(map(len, rows))
         padded = [[*row, *[EMPTY] * (width - len(row))] for row in rows]
         self.num_experts, self.num_places = len(rows), 1 + max(max(row) for row in padded)
+        self.complete = all(rows)  # no zero experts
         self.register_buffer("table", torch.tensor(padded, dtype=torch.int64), persistent=False)
 
     def spec_arguments(self) -> dict[str, object]:
@@ -70,7 +71,8 @@ class Placement(nn.Module):
         else:
             replicas = (table >= 0).sum(1).clamp_min(1)
             places = table[chosen, arrival(routing.indices, len(table)) % replicas[chosen]]
-        return replace(routing, indices=places.masked_fill(routing.indices < 0, EMPTY))
+        placed = places.masked_fill(routing.indices < 0, EMPTY)
+        return replace(routing, indices=placed, full=routing.full and self.complete)
 
     def check(self, num_experts: int, num_places: int) -> None:
         """Compare with a router that knows ``num_experts`` and a bank of ``num_places``.

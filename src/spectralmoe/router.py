@@ -37,6 +37,7 @@ class Router(nn.Module):
         super().__init__()
         self.scorer, self.selector = scorer, selector
         selector.bind(scorer.num_experts)
+        self.soft, self.fills = selector.soft, selector.fills
 
     @property
     def num_experts(self) -> int:
@@ -78,13 +79,13 @@ class Router(nn.Module):
             tokens = tokens.masked_fill(~flat_mask[:, None], 0)  # padding may hold nan, which 0 * nan would spread
         with torch.autocast(device_type=x.device.type, enabled=False):
             logits = self.scorer(tokens, context=context)
-            wanted = self.selector.want(logits.detach(), mask=flat_mask, context=context)
+            wanted = self.selector.choose(logits.detach(), mask=flat_mask, context=context)
             indices = self.selector.limit(wanted, self.num_experts)
             used = indices if replay is None else _replayed(replay, logits, flat_mask)
             score, weights = self.selector.scored(logits), self.selector.weigh(logits, used)
-            soft = self.selector.is_soft(self.num_experts)
             asked = None if wanted is indices else (wanted >= 0).sum()
-            routing = Routing(logits, weights, used, score, flat_mask, tuple(shape), soft, asked)
+            full = self.fills and flat_mask is None and replay is None
+            routing = Routing(logits, weights, used, score, flat_mask, tuple(shape), self.soft, asked, full=full)
             if replay is None:
                 return routing
             live = replace(routing, weights=self.selector.weigh(logits.detach(), indices), indices=indices)
@@ -104,7 +105,9 @@ class Router(nn.Module):
         if len(set(chosen)) < len(chosen):
             raise UserError(f"Router.select: every expert may stand once, got {chosen}")
         parts = {id(part): part.select(chosen) for part in (self.scorer, self.selector)}
-        return copy.deepcopy(self, dict(parts))
+        router = copy.deepcopy(self, dict(parts))
+        router.soft, router.fills = router.selector.soft, router.selector.fills
+        return router
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         def keep_precision(tensor: Tensor) -> Tensor:

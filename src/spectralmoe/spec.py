@@ -74,6 +74,8 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
         allow: classes outside the tables that may be built, as "pkg:Class".
         tables: name -> class; the parts of an MoE layer by default.
 
+    Specs that earlier versions wrote are built too.
+
     Raises:
         UserError: a type that is neither in a table nor allowed; arguments that its constructor does not take.
 
@@ -86,6 +88,7 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
         return spec
     if "type" not in spec:
         return {name: build(value, allow=allow, tables=tables) for name, value in spec.items()}
+    spec = _of_today(spec)
     kind = spec["type"]
     cls: Any = (tables or PARTS).get(kind) if isinstance(kind, str) else None
     if cls is None:
@@ -97,6 +100,13 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
         cls = find_class(kind)
     arguments = {name: build(value, allow=allow, tables=tables) for name, value in spec.items() if name != "type"}
     return call(cls, kind, arguments)
+
+
+def _of_today(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``spec`` in the words of this version: soft routing was once top-k with k null."""
+    if spec["type"] == "topk" and spec.get("k", 0) is None:
+        return {"type": "soft", **{name: value for name, value in spec.items() if name not in ("type", "k")}}
+    return spec
 
 
 def call(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:

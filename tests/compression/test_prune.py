@@ -18,6 +18,7 @@ from spectralmoe import (
     MoE,
     Placement,
     Router,
+    Soft,
     TopK,
     load,
     record,
@@ -42,7 +43,7 @@ def slow(layer, x, kept):
         logits = layer.router.scorer(token[None])[0][kept]
         scores = logits.softmax(-1) if selector.score == "softmax" else logits.sigmoid()
         ranked = scores.detach() + (selector.bias[kept] if isinstance(selector, Balanced) else 0)
-        chosen = sorted(range(len(kept)), key=lambda i: -float(ranked[i]))[: selector.k]
+        chosen = sorted(range(len(kept)), key=lambda i: -float(ranked[i]))[: getattr(selector, "k", None)]
         total = scores[chosen].sum() if selector.normalize else 1.0
         rows.append(sum(scores[i] / total * layer.experts.expert(token[None], kept[i])[0] for i in chosen))
     return torch.stack(rows)
@@ -54,7 +55,7 @@ def slow(layer, x, kept):
     dispatch=["auto", "loop"],
 )
 def test_the_layer_computes_what_it_did_without_the_others(selector, kept, dispatch, close):
-    chosen = {"topk": TopK(2), "normalized": TopK(2, normalize=True), "soft": TopK(), "balanced": Balanced(2)}[selector]
+    chosen = {"topk": TopK(2), "normalized": TopK(2, normalize=True), "soft": Soft(), "balanced": Balanced(2)}[selector]
     layer = layer_of(chosen, dispatch=dispatch).double()
     if selector == "balanced":
         layer.router.selector.bias.copy_(torch.rand(E))
@@ -145,7 +146,9 @@ def test_reap_keeps_the_largest_weighted_outputs(placement, masked):
                 if e >= 0:
                     place = layer.places(e)[taken[e] % len(layer.places(e))]
                     taken[e] += 1
-                    sums[e] += float(routing.weights[t, j] * layer.experts.expert(x[t : t + 1], place).norm())
+                    sums[e] += float(
+                        routing.weights[t, j].detach() * layer.experts.expert(x[t : t + 1], place).detach().norm()
+                    )
                     counts[e] += 1
     saliency = [s / max(c, 1) for s, c in zip(sums, counts, strict=True)]
     best = sorted(sorted(range(E), key=lambda e: -saliency[e])[:3])
@@ -155,7 +158,7 @@ def test_reap_keeps_the_largest_weighted_outputs(placement, masked):
 
 @pytest.mark.parametrize("k", [2, None], ids=["top-2", "soft"])
 def test_removal_is_the_change_of_the_output(k):
-    layer, x = layer_of(TopK(k)), torch.randn(40, D)
+    layer, x = layer_of(Soft() if k is None else TopK(k)), torch.randn(40, D)
     with record(layer, keep=("input",)) as tape:
         y = layer(x[:25]), layer(x[25:])
     with torch.no_grad():

@@ -6,14 +6,16 @@ import pytest
 import torch
 from seeds import generator
 
-from spectralmoe import FeedForward, LinearScorer, MoE, Placement, Router, TopK, load, record, save
+from spectralmoe import FeedForward, LinearScorer, MoE, Placement, Router, Soft, TopK, load, record, save
 from spectralmoe.compression import replicas_by_load, replicate
 
 D, E = 12, 5
 
 
 def layer_of(*, experts=E, k=2, **options):
-    return MoE(Router(LinearScorer(D, experts), TopK(k)), FeedForward(E, D, 8, bias=True), **options)
+    return MoE(
+        Router(LinearScorer(D, experts), Soft() if k is None else TopK(k)), FeedForward(E, D, 8, bias=True), **options
+    )
 
 
 @pytest.mark.grid(copies=[[2, 1, 4, 1, 1], [1] * E, [3] * E], k=[1, 2, None], dispatch=["auto", "loop", "grouped"])

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from spectralmoe import Balanced, LinearScorer, ModuleExperts, Router, TopK, after_step, load, record, save
+from spectralmoe import Balanced, LinearScorer, ModuleExperts, Router, Soft, TopK, after_step, load, record, save
 from spectralmoe.compression import merge, prune, replicate
 from spectralmoe.tape import moe_layers
 from spectralmoe.vision import BranchSpec, EMoESpec, add_branches, replace_mlp
@@ -57,7 +57,7 @@ def test_round_trip_is_bitwise(family, kind, tmp_path, monkeypatch):
     name, arguments, channels = SMALL[family]
     model = VisionMoE(name, 5, channels=channels, arguments=arguments, mean=[0.3], std=[0.2])
     if kind in ("mlp", "both"):
-        replace_mlp(model.backbone, branches(router=linear(TopK()), blocks="last1"))
+        replace_mlp(model.backbone, branches(router=linear(Soft()), blocks="last1"))
     if kind in ("branches", "both"):
         add_branches(model.backbone, branches())
     with torch.no_grad():
@@ -241,7 +241,7 @@ def test_the_default_emoe_round_trip(tmp_path):
 def test_parts_that_were_merged_replicated_and_pruned_round_trip(family, tmp_path):
     name, arguments, channels = SMALL[family]
     model = VisionMoE(name, 5, channels=channels, arguments=arguments)
-    replace_mlp(model.backbone, branches(router=linear(TopK()), blocks="last1"), init="random")
+    replace_mlp(model.backbone, branches(router=linear(Soft()), blocks="last1"), init="random")
     add_branches(model.backbone, branches(router=linear(TopK(1))))
     model.eval()
     images = torch.rand(2, channels, 28, 28)

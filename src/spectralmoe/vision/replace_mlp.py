@@ -128,7 +128,7 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
     if init == "copy" and not _sums_to_one(router):
         raise UserError(
             "replace_mlp(init='copy'): the router's weights must sum to 1 for the model to stay as it is; use soft "
-            "routing, TopK(), or normalised top-k with k >= 2, TopK(2, normalize=True)"
+            "routing, Soft(), or normalised top-k with k >= 2, TopK(2, normalize=True)"
         )
     if not _works_on_lone_tokens(mlp, router.scorer.dim):
         raise UserError(
@@ -144,8 +144,7 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
 
 
 def _sums_to_one(router: Router) -> bool:
-    selector = router.selector
-    return selector.normalize or (selector.is_soft(router.num_experts) and selector.score == "softmax")
+    return router.selector.normalize or (router.soft and router.selector.score == "softmax")
 
 
 def _bank_of_copies(mlp: nn.Module, experts: int) -> Experts:
