@@ -16,6 +16,7 @@ from spectralmoe.cli.app import run
 from spectralmoe.files import read_json
 
 SMALL = ["--data", "digits", "--depths", "1", "--seeds", "2", "--epochs", "2", "--train-size", "200", "--trials", "5"]
+SMALL += ["--columns", "accuracy,interference"]  # few panels are quick to draw
 
 
 EXPLOSIVE = """

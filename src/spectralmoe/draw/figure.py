@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["KINDS", "write_figure"]
+__all__ = ["KINDS", "write_figure", "write_figures"]
 
 KINDS = ("svg", "pdf", "png")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7440", "#666666")
@@ -41,8 +41,24 @@ _STYLE: dict[str, Any] = {
 }
 _METADATA: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 _PER_LINE = 4
-_ROW, _HEAD, _WIDTH, _LINES_HEIGHT = 0.2, 0.85, 1.9, 2.4  # inches
+_ROW, _HEAD, _LETTER, _WIDTH, _LINES_WIDTH, _LINES_HEIGHT = 0.2, 0.85, 0.065, 1.7, 3.2, 2.4  # inches
 _BETTER = {"higher": "higher is better", "lower": "lower is better", "": ""}
+
+
+def write_figures(
+    folder: Path, figures: Mapping[str, Sequence[Panel]], *, per_line: int = _PER_LINE, names: Sequence[str] = ()
+) -> tuple[list[Path], list[str]]:
+    """Write each figure that has panels under its name: the paths, and why it could not be drawn, a line each.
+
+    What was measured is worth keeping without pictures, so a missing matplotlib or a full disk is no error here.
+    """
+    written: list[Path] = []
+    try:
+        for name, panels in figures.items():
+            written += write_figure(folder / name, panels, per_line=per_line, names=names) if panels else []
+    except UserError as error:
+        return written, [str(error)]
+    return written, []
 
 
 def write_figure(
@@ -82,7 +98,7 @@ def _drawn(panels: Sequence[Panel], columns: int, colours: Mapping[str, int]) ->
 
     lines = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     heights = [max(map(_height, line)) for line in lines]
-    figure = Figure(figsize=(columns * _WIDTH * (1.6 if isinstance(panels[0], Lines) else 1), sum(heights)))
+    figure = Figure(figsize=(_width(panels, columns), sum(heights)))
     figure.set_layout_engine("constrained")
     grid = figure.subplots(len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for line, axes in zip(lines, grid, strict=True):
@@ -99,6 +115,13 @@ def _drawn(panels: Sequence[Panel], columns: int, colours: Mapping[str, int]) ->
     if isinstance(panels[0], Lines):
         _legend(figure, grid.flat, columns)
     return figure
+
+
+def _width(panels: Sequence[Panel], columns: int) -> float:
+    labels = [mark.label for panel in panels if isinstance(panel, Intervals) for mark in panel.marks]
+    if not labels:
+        return columns * _LINES_WIDTH
+    return _LETTER * max(map(len, labels)) + columns * (_WIDTH if columns > 1 else 1.6 * _WIDTH)
 
 
 def _height(panel: Panel) -> float:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from spectralmoe.draw.figure import write_figure
+from spectralmoe.draw.figure import write_figures
 from spectralmoe.draw.panels import Intervals, Mark
-from spectralmoe.errors import UserError, one_of
+from spectralmoe.errors import one_of
 from spectralmoe.experiments.compare.columns import (
     COLUMNS,
     Column,
@@ -112,13 +112,7 @@ def write_pictures(out: Path, rows: Sequence[Row], shown: Shown) -> tuple[list[P
             for c in (told_apart if compared else ())
         ],
     }
-    written: list[Path] = []
-    try:
-        for name, panels in figures.items():
-            written += write_figure(out / name, panels, names=[row.router for row in measured]) if panels else []
-    except UserError as error:
-        return written, [str(error)]
-    return written, []
+    return write_figures(out, figures, names=[row.router for row in measured])
 
 
 def _varies(column: Column, rows: Sequence[Row]) -> bool:
