@@ -26,7 +26,10 @@ SCORER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "linear": {"bias": True},
     "cosine": {"proj_dim": 5, "temperature": 0.3},
     "eigenbasis": {"rank": 5, "temperature": 0.1},
+    "basis": {"score": "energy"},
 }
+NOT_ALONE = {"basis", "context"}
+"""Scorers that need more than tokens, a bank or a context: they have tests of their own instead."""
 SELECTOR_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "topk": lambda: {"k": 2},
     "noisy_topk": lambda: {"k": 2},
@@ -41,11 +44,11 @@ SELECTOR_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests over the tables that they ask for, and over the factors of their marker ``grid``.
 
-    ``scorer_name`` and ``selector_name`` stand for the tables. With more than one factor the default run takes a cover
-    (tests/grids.py), and ``--full`` the product.
+    ``scorer_name`` and ``selector_name`` stand for the tables (the scorers ``NOT_ALONE`` are left out). With more than
+    one factor the default run takes a cover (tests/grids.py), and ``--full`` the product.
     """
     full, seed, factors = metafunc.config.getoption("--full"), shifted(0), {}
-    tables = {"scorer_name": list(SCORERS), "selector_name": list(SELECTORS)}
+    tables = {"scorer_name": [name for name in SCORERS if name not in NOT_ALONE], "selector_name": list(SELECTORS)}
     asked = tuple(name for name in tables if name in metafunc.fixturenames)
     if len(asked) == 2:
         pairs = itertools.product(*tables.values()) if full else pairings(*tables.values(), seed=seed)

@@ -18,10 +18,14 @@ from spectralmoe.selectors import SELECTORS, Selector
 NAMES = [
     "Adapter",
     "Balanced",
+    "BasisScorer",
     "Capacity",
+    "Context",
+    "ContextScorer",
     "CosineScorer",
     "Dense",
     "Dispatch",
+    "EigenExperts",
     "EigenbasisScorer",
     "ExpertChoice",
     "Experts",
@@ -63,13 +67,13 @@ NAMES = [
 ]
 
 TABLES = {
-    "scorers": (SCORERS, "cosine eigenbasis linear principal prototype", Scorer),
+    "scorers": (SCORERS, "basis context cosine eigenbasis linear principal prototype", Scorer),
     "selectors": (
         SELECTORS,
         "balanced capacity cluster_dropout expert_choice noisy_topk soft soft_balanced top_p topk",
         Selector,
     ),
-    "experts": (EXPERTS, "adapter feed_forward modules", Experts),
+    "experts": (EXPERTS, "adapter eigen feed_forward modules", Experts),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }
 

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 from spectralmoe.version import __version__
 
 if TYPE_CHECKING:
+    from spectralmoe.context import Context
     from spectralmoe.dispatch import Dense, Dispatch, Grouped, Loop
     from spectralmoe.errors import UserError
-    from spectralmoe.experts import Adapter, Experts, FeedForward, ModuleExperts
+    from spectralmoe.experts import Adapter, EigenExperts, Experts, FeedForward, ModuleExperts
     from spectralmoe.instruments.monitor import Monitor
     from spectralmoe.manifold import retract
     from spectralmoe.moe import MoE
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from spectralmoe.routing import Routing
     from spectralmoe.saving import load, save
     from spectralmoe.scorers import (
+        BasisScorer,
+        ContextScorer,
         CosineScorer,
         EigenbasisScorer,
         LinearScorer,
@@ -42,10 +45,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Balanced",
+    "BasisScorer",
     "Capacity",
+    "Context",
+    "ContextScorer",
     "CosineScorer",
     "Dense",
     "Dispatch",
+    "EigenExperts",
     "EigenbasisScorer",
     "ExpertChoice",
     "Experts",
@@ -87,9 +94,10 @@ __all__ = [
 ]
 
 _NAMES = {
+    "context": ("Context",),
     "dispatch": ("Dense", "Dispatch", "Grouped", "Loop"),
     "errors": ("UserError",),
-    "experts": ("Adapter", "Experts", "FeedForward", "ModuleExperts"),
+    "experts": ("Adapter", "EigenExperts", "Experts", "FeedForward", "ModuleExperts"),
     "instruments.monitor": ("Monitor",),
     "manifold": ("retract",),
     "moe": ("MoE",),
@@ -98,7 +106,16 @@ _NAMES = {
     "router": ("Router", "shard_routers"),
     "routing": ("Routing",),
     "saving": ("load", "save"),
-    "scorers": ("CosineScorer", "EigenbasisScorer", "LinearScorer", "PrincipalScorer", "PrototypeScorer", "Scorer"),
+    "scorers": (
+        "BasisScorer",
+        "ContextScorer",
+        "CosineScorer",
+        "EigenbasisScorer",
+        "LinearScorer",
+        "PrincipalScorer",
+        "PrototypeScorer",
+        "Scorer",
+    ),
     "selectors": (
         "Balanced",
         "Capacity",

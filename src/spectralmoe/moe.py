@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Context, Rows, rows_of
 from spectralmoe.dispatch import DISPATCHES, Dispatch, pick_dispatch
 from spectralmoe.dispatch.base import combine, sort_slots, spread
 from spectralmoe.errors import UserError, one_of
@@ -27,7 +27,7 @@ class MoE(Recordable):
     Args:
         router: scorer and selector. It may count more experts than the bank has: those are zero experts.
         experts: the bank.
-        placement: which slots of the bank hold each expert of the router; None: slot e is expert e.
+        placement: which places of the bank hold each expert of the router; None: place e is expert e.
         dispatch: "auto" (``pick_dispatch``), "loop", "dense", "grouped", or a callable.
         shared: module applied to every token, added to the sum.
 
@@ -68,18 +68,19 @@ class MoE(Recordable):
             )
         self.router, self.experts, self.dispatch, self.shared = router, experts, dispatch, shared
         self.placement = placement
+        router.scorer.meet(experts)
 
-    def slots(self, e: int) -> list[int]:
-        """The slots of the bank that hold expert ``e`` of the router: none for a zero expert."""
+    def places(self, e: int) -> list[int]:
+        """The places of the bank that hold expert ``e`` of the router: none for a zero expert."""
         if self.placement is not None:
-            return self.placement.slots(e)
+            return self.placement.places(e)
         return [e] if 0 <= e < self.experts.num_experts else []
 
     def forward(
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        context: dict[str, Any] | None = None,
+        context: Context | Rows | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
         """x (..., D) -> (..., D).
@@ -87,6 +88,7 @@ class MoE(Recordable):
         Args:
             mask: (...), True for real tokens: the others get no expert, their output is 0, and so is their part
                 in every gradient, whatever they hold.
+            context: side information that parts read by name: a ``Context``, or its rows (N, ...).
             scale: a number that multiplies all that the layer adds; for the routed experts their N * K weights instead
                 of N * D outputs.
         """
@@ -95,7 +97,8 @@ class MoE(Recordable):
             mask = fed.mask if mask is None else mask
             context = fed.context if context is None else context
             replay = fed.next_replay()
-        routing = self.router(x, mask=mask, context=context, replay=replay)
+        rows = rows_of(context, x.shape[:-1], mask)
+        routing = self.router(x, mask=mask, context=rows, replay=replay)
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         streams = self.router.scorer.streams_tokens or self.experts.streams_tokens
         seen = tokens.detach() if streams and self.training and self.router.training else None
@@ -103,8 +106,8 @@ class MoE(Recordable):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))
         placed = scaled if self.placement is None else self.placement(scaled)
-        y, kept = self._run(tokens, placed)
-        self.leave(routing, kept, seen)
+        y, kept = self._run(self.experts.beside(tokens, rows), placed)
+        self.leave(routing, kept, seen, rows)
         y = y if x.dim() == 2 else y.reshape(x.shape)
         if self.shared is None:
             return y

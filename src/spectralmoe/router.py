@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Context, Rows, rows_of
 from spectralmoe.errors import UserError
 from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.scorers import Scorer
@@ -54,14 +55,14 @@ class Router(nn.Module):
         x: Tensor,
         *,
         mask: Tensor | None = None,
-        context: dict[str, Any] | None = None,
+        context: Context | Rows | None = None,
         replay: Routing | None = None,
     ) -> Routing:
         """Route x (..., D).
 
         Args:
             mask: (...) bool, True for a real token. Other tokens get no expert and are not counted.
-            context: side information for the scorer and the selector.
+            context: side information for the scorer and the selector: a ``Context``, or its rows (N, ...) by name.
             replay: reuse this routing's indices; the weights are recomputed from live logits, and the router's own
                 choice is ``live`` of the result.
 
@@ -77,9 +78,10 @@ class Router(nn.Module):
         flat_mask = None if mask is None else mask.reshape(-1).bool()
         if flat_mask is not None:
             tokens = tokens.masked_fill(~flat_mask[:, None], 0)  # padding may hold nan, which 0 * nan would spread
+        rows = rows_of(context, shape, mask)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            logits = self.scorer(tokens, context=context)
-            wanted = self.selector.choose(logits.detach(), mask=flat_mask, context=context)
+            logits = self.scorer(tokens, context=rows)
+            wanted = self.selector.choose(logits.detach(), mask=flat_mask, context=rows)
             indices = self.selector.limit(wanted, self.num_experts)
             used = indices if replay is None else _replayed(replay, logits, flat_mask)
             score, weights = self.selector.scored(logits), self.selector.weigh(logits, used)
@@ -105,7 +107,9 @@ class Router(nn.Module):
         if len(set(chosen)) < len(chosen):
             raise UserError(f"Router.select: every expert may stand once, got {chosen}")
         parts = {id(part): part.select(chosen) for part in (self.scorer, self.selector)}
-        return copy.deepcopy(self, dict(parts))
+        router = copy.deepcopy(self, dict(parts))
+        router.soft, router.fills = router.selector.soft, router.selector.fills
+        return router
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ def list_everything(json: Json = False) -> None:
     from spectralmoe.diagnostics.table import VALUES
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
+    from spectralmoe.optim import OPTIMIZERS, SCHEDULES
     from spectralmoe.regularizers import REGULARIZERS
     from spectralmoe.scorers import SCORERS
     from spectralmoe.selectors import SELECTORS
@@ -80,6 +81,8 @@ def list_everything(json: Json = False) -> None:
         title: {name: PLAIN.get(name) or _first_line(item) for name, item in part.items()}
         for title, part in parts.items()
     }
+    tables["optimizers"] = {name: _first_line(item) for name, item in OPTIMIZERS.items()}
+    tables["schedules"] = {name: _first_line(item) for name, item in SCHEDULES.items()}
     tables["values"] = {value.name: value.meaning for value in VALUES.values()}
     if json:
         print_json(tables)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.parts import Part
 from spectralmoe.stacks import chosen_experts, copy_with
@@ -18,7 +19,8 @@ class Experts(Part):
     """Base of all expert banks. A subclass must define ``expert``; the rest has slow, correct defaults.
 
     A bank whose experts have a hidden layer defines ``hidden`` and ``project`` as well, so that the hidden
-    activations can be recorded.
+    activations can be recorded. The rows of a bank that names side information in ``reads`` are D + P wide: what it
+    reads stands behind the token, in that order.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -26,6 +28,11 @@ class Experts(Part):
         if num_experts < 1:
             raise UserError(f"{type(self).__name__}: num_experts must be at least 1, got {num_experts}")
         self.num_experts = num_experts
+
+    def beside(self, x: Tensor, context: Rows | None) -> Tensor:
+        """Tokens x (N, D) with what the bank ``reads`` of the context behind them: (N, D + P)."""
+        read = [self.read(context, name, len(x)).to(x.dtype) for name in self.reads]
+        return torch.cat([x, *read], -1) if read else x
 
     def expert(self, x: Tensor, e: int) -> Tensor:
         """The definition: expert ``e`` applied to x (M, D) -> (M, D)."""
@@ -40,7 +47,7 @@ class Experts(Part):
         sizes = counts.tolist()
         blocks = x.split([*sizes, x.shape[0] - sum(sizes)])
         outputs = [self.expert(block, e) for e, block in enumerate(blocks[:-1])]
-        return torch.cat([*outputs, torch.zeros_like(blocks[-1])])
+        return torch.cat([*outputs, outputs[0].new_zeros(len(blocks[-1]), *outputs[0].shape[1:])])
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """The dense form: sum_e weights[:, e] * expert_e(x), for x (N, D) and weights (N, E)."""
@@ -69,7 +76,7 @@ class Experts(Part):
         entry an expert; a bank that holds others overrides both.
 
         Raises:
-            UserError: no index, or one out of range; a tensor that is no such stack; a sharded bank.
+            UserError: no index, or one out of range; a tensor that is no such stack.
 
         >>> from spectralmoe import FeedForward
         >>> bank = FeedForward(4, dim=8, hidden=16)

@@ -18,15 +18,18 @@ __all__ = ["ModuleExperts"]
 class ModuleExperts(Experts):
     """A bank of given modules, each mapping (M, D) to (M, D). Slower than stacked weights: one call an expert.
 
+    Args:
+        reads: names of side information that the modules get behind the token: they map (M, D + P) to (M, D) then.
+
     >>> import torch
     >>> bank = ModuleExperts([nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh())])
     >>> bank(torch.randn(5, 8), torch.tensor([3, 2])).shape
     torch.Size([5, 8])
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], *, reads: Sequence[str] = ()) -> None:
         super().__init__(len(modules))
-        self.experts = nn.ModuleList(modules)
+        self.experts, self.reads = nn.ModuleList(modules), tuple(reads)
 
     def spec_arguments(self) -> dict[str, object]:
         """Constructor arguments that are not attributes of the same name."""

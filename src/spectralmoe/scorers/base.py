@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
+from spectralmoe.experts import Experts
 from spectralmoe.linalg import EXACT_LIMIT, power_iteration, top_right
 from spectralmoe.parts import Part
 from spectralmoe.sharding import full
@@ -42,9 +44,12 @@ class Scorer(Part):
         self.dim, self.num_experts = dim, num_experts
         self.register_buffer("top_direction", None, persistent=False)
 
-    def __call__(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def __call__(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         logits: Tensor = super().__call__(x, context=context)
         return logits
+
+    def meet(self, experts: Experts) -> None:
+        """Called once by the layer with its bank: a scorer that reads the experts keeps a reference to them."""
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
         """A scorer of the experts ``indices`` alone, in this order: what is left has the logits that it had.

@@ -9,11 +9,11 @@ that momentum stays valid; so there is no orthonormality penalty, which would be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import qr_retraction, sigma_max
 from spectralmoe.scorers.base import Scorer, gamma
@@ -71,7 +71,7 @@ class EigenbasisScorer(Scorer):
         energy = (x @ self.basis.to(x.dtype)).square()
         return energy / (energy.sum(-1, keepdim=True) + self.eps)
 
-    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         energy = (x @ self.basis.to(x.dtype)).square()
         weights = self.gain.to(x.dtype)[:, None] * self.mask_logits.to(x.dtype).softmax(-1)
         total = (energy.sum(-1, keepdim=True) + self.eps).clamp_min(torch.finfo(x.dtype).tiny)  # eps and x may be 0

@@ -11,12 +11,12 @@ each of these is worth stands in the card ``papers/emoe``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import qr_retraction, sigma_max
 from spectralmoe.scorers.base import Scorer, gamma
@@ -98,7 +98,7 @@ class PrincipalScorer(Scorer):
         q = (self._sides(x) / self.spread.to(x.dtype)).square()
         return q / (q.sum(-1, keepdim=True) + _EPS)
 
-    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         shares = self.energies(x)
         if self.sides is not None or 2 * self.rank > self.num_experts:
             shares = shares @ self.owners.to(x.dtype)
