@@ -97,7 +97,7 @@ class MoE(Recordable):
             mask = fed.mask if mask is None else mask
             context = fed.context if context is None else context
             replay = fed.next_replay()
-        rows = rows_of(context, x.shape[:-1], mask)
+        rows = rows_of(context, x, mask)
         routing = self.router(x, mask=mask, context=rows, replay=replay)
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         streams = self.router.scorer.streams_tokens or self.experts.streams_tokens
