@@ -25,7 +25,7 @@ LEVELS = [
     {"movement"},
     {"steps", "terms", "regularizers", "diagnostics", "manifold", "compression"},
     {"spec", "instruments", "model_folder"},
-    {"checkpoints", "models"},
+    {"checkpoints", "models", "optim"},
     {"hf"},
     {"vision"},
     {"saving"},

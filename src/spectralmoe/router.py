@@ -107,7 +107,9 @@ class Router(nn.Module):
         if len(set(chosen)) < len(chosen):
             raise UserError(f"Router.select: every expert may stand once, got {chosen}")
         parts = {id(part): part.select(chosen) for part in (self.scorer, self.selector)}
-        return copy.deepcopy(self, dict(parts))
+        router = copy.deepcopy(self, dict(parts))
+        router.soft, router.fills = router.selector.soft, router.selector.fills
+        return router
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router
+from spectralmoe.placement import Placement
 
 E, D = 6, 16
 KNOWN = {"topk", "noisy_topk", "balanced", "soft", "soft_balanced"}
@@ -59,6 +60,21 @@ def test_a_mask_a_replay_or_a_zero_expert_may_leave_slots_without_rows(make_sele
     assert routing.full
     assert not layer.router(x, replay=routing).full
     assert asked(layer_of(make_selector("topk"), zero_experts=2)) == 1
+
+
+@pytest.mark.parametrize(
+    ("table", "times"),
+    [([[5], [4], [3], [2], [1], [0]], 0), ([[0, 5], [1], [2], [3], [4], [0]], 0), ([[0], [1], [], [3], [4], [5]], 1)],
+    ids=["moved", "replicas", "zero expert"],
+)
+def test_placed_experts(make_selector, table, times, same):
+    router = Router(LinearScorer(D, E), make_selector("topk"))
+    layer = MoE(router, Composed(E, D, 32), dispatch="grouped", placement=Placement(table))
+    assert asked(layer) == times
+    x = torch.randn(20, D, dtype=torch.float64, requires_grad=True)
+    y = layer.double()(x)
+    layer.dispatch = "loop"
+    same(y, layer(x), [x, *layer.parameters()])
 
 
 @pytest.mark.parametrize("zero_experts", [0, 2])

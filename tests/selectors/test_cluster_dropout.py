@@ -125,7 +125,7 @@ def draws(selector, steps):
     """Who takes part at the start and after each step."""
     found = [selector.taking_part.tolist()]
     for _ in range(steps):
-        selector.update(torch.zeros(E, dtype=torch.int64))
+        selector.after_step()
         found.append(selector.taking_part.tolist())
     return found
 
@@ -174,6 +174,16 @@ def test_it_moves_at_the_step_only(hooked):
         seen.append(tuple(selector.taking_part.tolist()))
     assert int(selector.steps) == 8
     assert len(set(seen)) > 2
+
+
+def test_a_part_of_the_experts_keeps_the_seed_and_is_drawn_for_itself(user_error):
+    router = Router(LinearScorer(E, E), ClusterDropout(TopK(1), 2, interval=1))
+    router.selector.after_step()
+    part = router.select([7, 0, 3, 4]).selector
+    assert (part.seed, part.steps) == (router.selector.seed, 1)
+    assert part.taking_part.view(2, 2).sum(-1).tolist() == [1, 1]
+    with user_error("ClusterDropout", "groups=2", "E=3"):
+        router.select([1, 2, 3])
 
 
 def test_mistakes_are_named(user_error):

@@ -59,6 +59,7 @@ def list_everything(json: Json = False) -> None:
     from spectralmoe.data.image_data import DATASETS
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
+    from spectralmoe.optim import OPTIMIZERS, SCHEDULES
     from spectralmoe.regularizers import REGULARIZERS
     from spectralmoe.scorers import SCORERS
     from spectralmoe.selectors import SELECTORS
@@ -82,6 +83,8 @@ def list_everything(json: Json = False) -> None:
         title: {name: PLAIN.get(name) or _first_line(item) for name, item in part.items()}
         for title, part in parts.items()
     }
+    tables["optimizers"] = {name: _first_line(item) for name, item in OPTIMIZERS.items()}
+    tables["schedules"] = {name: _first_line(item) for name, item in SCHEDULES.items()}
     if json:
         print_json(tables)
         return

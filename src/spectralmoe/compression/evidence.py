@@ -126,5 +126,5 @@ def _gates(routing: Routing, experts: list[int], num_experts: int) -> Tensor:
 
 def _output(layer: MoE, e: int, x: Tensor) -> Tensor:
     """Expert ``e`` of the router on tokens (N, D)."""
-    slots = layer.slots(e)
-    return layer.experts.expert(x, slots[0]) if slots else torch.zeros_like(x)
+    places = layer.places(e)
+    return layer.experts.expert(x, places[0]) if places else torch.zeros_like(x)

@@ -59,7 +59,7 @@ def sort_slots(routing: Routing, num_experts: int) -> SortedSlots:
     counts = count_slots(flat, num_experts)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     rows = order.shape[0]
-    if not (torch.compiler.is_compiling() or (routing.full and routing.num_experts == num_experts)):
+    if not (torch.compiler.is_compiling() or (routing.full and routing.num_experts <= num_experts)):
         rows = int(counts.sum())
         order, place = order[:rows], place.clamp_max(rows)
     return SortedSlots(order, place, counts, routing.indices.shape[1], rows == flat.shape[0])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
@@ -16,9 +14,9 @@ __all__ = ["Around"]
 class Around(Selector):
     """Base of selectors that change one thing about another: a subclass overrides the method that it changes.
 
-    Every method goes to ``selector``; the facts about it (``score``, ``normalize``, ``per_token``, and with ``bind``
-    ``soft`` and ``fills``) are copied. At the optimizer step each of the two has a life of its own. A subclass that may
-    empty slots sets ``fills`` to False in its ``bind``.
+    Every method goes to ``selector``, which has a life of its own around the optimizer step; the facts about it
+    (``score``, ``normalize``, ``per_token``, ``soft`` and ``fills``) are copied. A subclass that may empty slots sets
+    ``fills`` to False in its ``bind``.
 
     Args:
         selector: the selector that is wrapped.
@@ -56,6 +54,3 @@ class Around(Selector):
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         return self.selector.weigh(logits, indices)
-
-    def select(self, indices: Sequence[int] | Tensor) -> Self:
-        return copy.deepcopy(self, {id(self.selector): self.selector.select(indices)})

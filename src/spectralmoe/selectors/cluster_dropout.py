@@ -67,6 +67,11 @@ class ClusterDropout(Around):
         self.groups, self.rate, self.interval = groups, rate, interval
 
     def bind(self, num_experts: int) -> None:
+        if "seed" in self._buffers:
+            raise UserError("ClusterDropout: this selector belongs to another router already; give each router its own")
+        super().bind(num_experts)
+        if self.soft:
+            raise UserError("ClusterDropout: soft routing makes no choice to leave experts out of; use TopK")
         if any(isinstance(part, Balanced) for part in self.selector.modules()):
             raise UserError(
                 "ClusterDropout: the bias of Balanced would run away while an expert is out; use TopK and the term "
@@ -78,11 +83,6 @@ class ClusterDropout(Around):
             raise UserError(
                 f"ClusterDropout: rate={self.rate} leaves none of the {num_experts // self.groups} experts of a group"
             )
-        if "seed" in self._buffers:
-            raise UserError("ClusterDropout: this selector belongs to another router already; give each router its own")
-        super().bind(num_experts)
-        if self.soft:
-            raise UserError("ClusterDropout: soft routing makes no choice to leave experts out of; use TopK")
         self.fills = False
         self.register_buffer("seed", torch.randint(2**62, ()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -101,12 +101,13 @@ class ClusterDropout(Around):
         return super().weigh(self._offered(logits), self._emptied(indices))
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
-        raise UserError("ClusterDropout: some experts of a group make no group; prune a layer with its inner selector")
+        """The same with as many groups, whose experts are drawn anew."""
+        selector = super().select(indices)
+        selector.taking_part = selector._drawn(len(selector.taking_part))
+        return selector
 
-    def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        return counts.new_zeros(())  # nothing but that there was a step
-
-    def update(self, statistics: Tensor) -> None:
+    def after_step(self) -> None:
+        super().after_step()
         self.steps += 1
         assign_(self.taking_part, self._drawn(len(self.taking_part)))
 
