@@ -41,6 +41,7 @@ from spectralmoe import (
     shard_routers,
 )
 from spectralmoe.regularizers import load_balance, orthonormality, router_z, spectral_norm, stable_rank
+from spectralmoe.selectors import ClusterDropout
 
 N, D, E, ROUNDS = 20, 8, 5, 3
 ADDITIVE = {"z": Term(router_z, 0.3), "sigma": Term(spectral_norm, 0.2), "rank": Term(stable_rank, 0.1)}
@@ -253,7 +254,20 @@ def shared_bases(rank, folder):
     return found | {"state": state(net), "shared": net.blocks[0].moe.router.scorer.bank is net.blocks[0].moe.experts}
 
 
-CHECKS = (selection_bias, ddp, fsdp, fsdp_bf16, ddp_training, uneven, shared_bases)
+def expert_draws(rank, folder):
+    """Who takes part at each step, on ranks that were seeded differently and see different data."""
+    torch.manual_seed(shifted(rank))
+    layer = MoE(Router(LinearScorer(D, E), ClusterDropout(TopK(1), 1, interval=1)), FeedForward(E, D, 4))
+    parallel, drawn = DistributedDataParallel(layer), []
+    for _ in range(6):
+        drawn.append(layer.router.selector.taking_part.clone())
+        with record(layer) as tape:
+            parallel(torch.randn(5, D)).sum().backward()
+        after_step(layer, tape)
+    return drawn
+
+
+CHECKS = (selection_bias, ddp, fsdp, fsdp_bf16, ddp_training, uneven, shared_bases, expert_draws)
 
 
 @pytest.fixture(scope="module")
@@ -354,6 +368,12 @@ def test_ranks_stay_equal_in_training(ranks):
     into = make_net()
     load(ranks.folder / "ddp1", into=into)
     all_equal(state(into), one)
+
+
+def test_all_ranks_leave_the_same_experts_out(ranks):
+    one, two = ranks(expert_draws)
+    assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
+    assert len({tuple(each.tolist()) for each in one}) > 1
 
 
 def test_uneven_inputs_under_join(ranks, close):
