@@ -7,6 +7,7 @@ folder. The tests compare them with what one process computes.
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,10 +41,12 @@ from spectralmoe import (
     save,
     shard_routers,
 )
+from spectralmoe.optim import make_optimizer
 from spectralmoe.regularizers import load_balance, orthonormality, router_z, spectral_norm, stable_rank
 from spectralmoe.selectors import ClusterDropout
 
 N, D, E, ROUNDS = 20, 8, 5, 3
+RATES = SimpleNamespace(lr=0.01, weight_decay=0.1)
 ADDITIVE = {"z": Term(router_z, 0.3), "sigma": Term(spectral_norm, 0.2), "rank": Term(stable_rank, 0.1)}
 ALL = {**ADDITIVE, "balance": Term(load_balance, 0.3), "ortho": Term(orthonormality, 0.1)}
 
@@ -267,7 +270,28 @@ def expert_draws(rank, folder):
     return drawn
 
 
-CHECKS = (selection_bias, ddp, fsdp, fsdp_bf16, ddp_training, uneven, shared_bases, expert_draws)
+def sharded_muon(rank, folder):
+    """Three steps on joined data with sharded matrices and experts; the whole parameters."""
+    net = shard(make_net())
+    optimizer = make_optimizer("muon", net, RATES)
+    for data in batches():
+        optimizer.zero_grad()
+        (net(data.flatten(0, 1)).square().mean()).backward()
+        optimizer.step()
+    return {name: whole(parameter) for name, parameter in net.named_parameters()}
+
+
+CHECKS = (
+    selection_bias,
+    ddp,
+    fsdp,
+    fsdp_bf16,
+    ddp_training,
+    uneven,
+    shared_bases,
+    expert_draws,
+    sharded_muon,
+)
 
 
 @pytest.fixture(scope="module")
@@ -374,6 +398,17 @@ def test_all_ranks_leave_the_same_experts_out(ranks):
     one, two = ranks(expert_draws)
     assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
     assert len({tuple(each.tolist()) for each in one}) > 1
+
+
+def test_muon_moves_sharded_matrices_as_whole_ones(ranks, close):
+    net = make_net()
+    optimizer = make_optimizer("muon", net, RATES)
+    for data in batches():
+        optimizer.zero_grad()
+        net(data.flatten(0, 1)).square().mean().backward()
+        optimizer.step()
+    for found in ranks(sharded_muon):
+        all_close(found, dict(net.named_parameters()), close)
 
 
 def test_uneven_inputs_under_join(ranks, close):
