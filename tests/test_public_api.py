@@ -63,7 +63,7 @@ NAMES = [
 TABLES = {
     "scorers": (SCORERS, "cosine eigenbasis linear principal prototype", Scorer),
     "selectors": (SELECTORS, "balanced capacity expert_choice noisy_topk soft_balanced top_p topk", Selector),
-    "experts": (EXPERTS, "adapter feed_forward modules", Experts),
+    "experts": (EXPERTS, "adapter confident conv feed_forward modules", Experts),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }
 
@@ -82,7 +82,9 @@ def test_tables(folder):
 
 
 def test_regularizers():
-    names = "importance_cv2 load_balance orthonormality router_z spectral_norm spectral_penalty stable_rank"
+    names = (
+        "importance_cv2 load_balance orthonormality output_overlap router_z spectral_norm spectral_penalty stable_rank"
+    )
     assert sorted(REGULARIZERS) == names.split()
     assert all(function.__name__ == name for name, function in REGULARIZERS.items())
 

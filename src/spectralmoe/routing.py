@@ -108,6 +108,20 @@ class Routing:
         """Filled slots of real tokens for each expert: (E,) int64, exact."""
         return count_slots(self.indices, self.num_experts)
 
+    def gates(self) -> Tensor:
+        """The combine weights of every expert: (N, E) with gradient, 0 for an expert that does not serve the token."""
+        dense = self.weights.new_zeros(self.weights.shape[0], self.num_experts + 1)
+        return dense.scatter_add(1, self._slots(), self.weights)[:, :-1]
+
+    def members(self) -> Tensor:
+        """Whether each expert serves each token: (N, E) bool."""
+        dense = torch.zeros(self.indices.shape[0], self.num_experts + 1, dtype=torch.bool, device=self.indices.device)
+        return dense.scatter(1, self._slots(), True)[:, :-1]
+
+    def _slots(self) -> Tensor:
+        """The expert of each slot; E where there is none."""
+        return torch.where((self.indices >= 0) & (self.indices < self.num_experts), self.indices, self.num_experts)
+
     def load(self) -> Tensor:
         """Share of the load that each expert carries: (E,), precise as the logits; sums to 1, 0 without a real token.
 

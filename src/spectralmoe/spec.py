@@ -23,10 +23,11 @@ from spectralmoe.router import Router
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.tape import unwrapped
+from spectralmoe.units import UNITS
 
 __all__ = ["build", "describe", "find_class"]
 
-PARTS: dict[str, type] = {**SCORERS, **SELECTORS, **EXPERTS, **DISPATCHES, "router": Router, "moe": MoE}
+PARTS: dict[str, type] = {**SCORERS, **SELECTORS, **EXPERTS, **DISPATCHES, **UNITS, "router": Router, "moe": MoE}
 
 
 def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:

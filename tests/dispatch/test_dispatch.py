@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmoe import Adapter, FeedForward, LinearScorer, ModuleExperts, MoE, Router, Selector, TopK
+from spectralmoe import Adapter, Experts, FeedForward, LinearScorer, ModuleExperts, MoE, Router, Selector, TopK
 from spectralmoe.dispatch import DISPATCHES, Dense, Grouped, pick_dispatch
-from spectralmoe.dispatch.base import combine, expert_weights, sort_slots, spread
+from spectralmoe.dispatch.base import combine, sort_slots, spread
+from spectralmoe.experts import Answer, ConfidentExperts
 
 E = 4  # experts of the banks; routers know two more, which are zero experts
 
@@ -27,23 +28,23 @@ class Fixed(Selector):
 
 
 class Gained(FeedForward):
-    """A bank that returns (y, gain)."""
+    """A bank with a gain."""
 
     def __init__(self, dim, hidden):
         super().__init__(E, dim, hidden)
         self.scale = nn.Parameter(torch.randn(dim))
 
-    def expert(self, x, e):
-        return super().expert(x, e) * self.gain(x)[:, None]
+    def answer(self, x, e):
+        return Answer(super().expert(x, e), (x @ self.scale.to(x.dtype)).sigmoid())
 
-    def forward(self, x, counts):
-        return super().forward(x, counts), self.gain(x)
+    expert, forward, mix = Experts.expert, Experts.forward, Experts.mix
 
-    def mix(self, x, weights):
-        return super().mix(x, weights * self.gain(x)[:, None])
 
-    def gain(self, x):
-        return (x @ self.scale.to(x.dtype)).sigmoid()
+def confident(dim, hidden):
+    bank = ConfidentExperts(FeedForward(E, dim, hidden))
+    nn.init.normal_(bank.direction)
+    nn.init.normal_(bank.bias)
+    return bank
 
 
 def modules(dim):
@@ -60,6 +61,7 @@ BANKS = {
     "modules": (8, lambda: ModuleExperts(modules(8))),
     "gain": (8, lambda: Gained(8, 12)),
     "gain-odd": (7, lambda: Gained(7, 5)),
+    "confident": (8, lambda: confident(8, 12)),
 }
 
 
@@ -191,7 +193,7 @@ def test_sorted_slots_undo_each_other(choice, close):
     assert slots.counts.tolist() == [flat.count(e) for e in range(E)]
     rows = spread(x, slots)
     assert torch.equal(rows, x[[s // indices.shape[1] for s in expected]])
-    close(combine(rows, routing.weights, slots), x * expert_weights(routing, E).sum(-1, keepdim=True))
+    close(combine(rows, routing.weights, slots), x * routing.gates()[:, :E].sum(-1, keepdim=True))
 
 
 def test_soft_routing_is_mixed_and_the_rest_is_sorted():

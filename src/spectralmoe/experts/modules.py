@@ -12,7 +12,7 @@ __all__ = ["ModuleExperts"]
 
 
 class ModuleExperts(Experts):
-    """A bank of given modules, each mapping (M, D) to (M, D). Slower than stacked weights: one call an expert.
+    """A bank of given modules, each mapping rows (M, *S) to rows of that shape: one call an expert, which takes longer.
 
     >>> import torch
     >>> bank = ModuleExperts([nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh())])
