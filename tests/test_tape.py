@@ -20,6 +20,7 @@ from spectralmoe import (
     MoE,
     Router,
     Scorer,
+    Soft,
     Term,
     TopK,
     TopP,
@@ -29,6 +30,7 @@ from spectralmoe import (
     record,
     shard_routers,
 )
+from spectralmoe.experts import Answer, Experts
 from spectralmoe.regularizers import load_balance, output_overlap, router_z, spectral_norm
 from spectralmoe.tape import moe_layers
 
@@ -58,7 +60,7 @@ class Net(nn.Module):
 
     def __init__(self, reentrant=None, depth=2, soft=False):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(TopK() if soft else None) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(Soft() if soft else None) for _ in range(depth))
         self.reentrant = reentrant
 
     def forward(self, x):
@@ -482,12 +484,10 @@ KEEP = ("input", "hidden", "output")
 class Gained(ModuleExperts):
     """A bank that hands out each row's gain."""
 
-    def expert(self, x, e):
-        return super().expert(x, e) * x.sum(-1, keepdim=True)
+    expert = Experts.expert
 
-    def forward(self, x, counts):
-        gain = x.sum(-1)
-        return super().forward(x, counts) / gain[:, None], gain
+    def answer(self, x, e):
+        return Answer(ModuleExperts.expert(self, x, e), x.sum(-1))
 
 
 def banks():
@@ -521,7 +521,7 @@ SELECTORS = {
     "topk": lambda: TopK(2),
     "top_p": lambda: TopP(0.5),
     "capacity": lambda: Capacity(TopK(2), 0.6),
-    "soft": TopK,
+    "soft": Soft,
 }
 
 

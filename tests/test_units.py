@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmoe import FeedForward, LinearScorer, ModuleExperts, MoE, Router, TopK, load, record, save
+from spectralmoe import FeedForward, LinearScorer, ModuleExperts, MoE, Router, Soft, TopK, load, record, save
 from spectralmoe.dispatch import DISPATCHES
 from spectralmoe.experts import ConvExperts
 from spectralmoe.units import Pixel, Sample, Token
@@ -35,7 +35,7 @@ def slow(layer, x, mask, scale=1.0):
 
 
 @dispatches
-@pytest.mark.parametrize("selector", [TopK(1), TopK(2), TopK()], ids=["one", "two", "soft"])
+@pytest.mark.parametrize("selector", [TopK(1), TopK(2), Soft()], ids=["one", "two", "soft"])
 def test_whole_images(dispatch, selector, same):
     layer = images_layer(dispatch, selector, nn.Conv2d(C, C, 1))
     x = torch.randn(B, C, 6, 5, dtype=torch.float64, requires_grad=True)

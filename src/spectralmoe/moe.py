@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Context, Rows, rows_of
 from spectralmoe.dispatch import DISPATCHES, Dispatch, pick_dispatch
 from spectralmoe.dispatch.base import Kept
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
+from spectralmoe.placement import Placement
 from spectralmoe.recording import KEEPABLE, Recordable
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
@@ -29,13 +30,14 @@ class MoE(Recordable):
     Args:
         router: scorer and selector. It may count more experts than the bank has: those are zero experts.
         experts: the bank.
+        placement: which places of the bank hold each expert of the router; None: place e is expert e.
         dispatch: "auto" (``pick_dispatch``), "loop", "dense", "grouped", or a callable.
         shared: module applied to every token, added to the sum.
         unit: what is routed: ``Token()``, the default, ``Pixel()`` or ``Sample()`` (``spectralmoe.units``).
 
     Raises:
-        UserError: unknown dispatch; fewer experts in the router than in the bank; in forward, rows of a shape that the
-            bank does not take.
+        UserError: unknown dispatch; fewer experts in the router than in the bank; a placement of other sizes; in
+            forward, rows of a shape that the bank does not take.
 
     >>> from spectralmoe import FeedForward, LinearScorer, TopK
     >>> layer = MoE(Router(LinearScorer(16, 4), TopK(2)), FeedForward(4, dim=16, hidden=32))
@@ -52,6 +54,7 @@ class MoE(Recordable):
         *,
         dispatch: str | Dispatch | Plain = "auto",
         shared: nn.Module | None = None,
+        placement: Placement | None = None,
         unit: Unit | None = None,
     ) -> None:
         super().__init__()
@@ -62,11 +65,17 @@ class MoE(Recordable):
             raise UserError(f"MoE: the router reads tokens of width D={router.scorer.dim}, the experts {experts.dim}")
         if isinstance(dispatch, str) and dispatch not in ("auto", *DISPATCHES):
             raise one_of("dispatch", dispatch, ["auto", *DISPATCHES])
-        if router.num_experts < experts.num_experts:
+        if not isinstance(placement, Placement | None):
+            raise UserError(f"MoE: placement takes a Placement, got {type(placement).__name__}")
+        if placement is not None:
+            placement.check(router.num_experts, experts.num_experts)
+        elif router.num_experts < experts.num_experts:
             raise UserError(
                 f"MoE: the router knows E={router.num_experts} experts, but the bank holds {experts.num_experts}"
             )
-        self.router, self.experts, self.dispatch, self.shared, self.unit = router, experts, dispatch, shared, unit
+        self.router, self.experts, self.dispatch, self.shared = router, experts, dispatch, shared
+        self.placement, self.unit = placement, unit
+        router.scorer.meet(experts)
 
     def spec_arguments(self) -> dict[str, object]:
         """Constructor arguments that are not attributes of the same name."""
@@ -77,11 +86,17 @@ class MoE(Recordable):
         """The names of what ``record`` can keep of this layer."""
         return (*KEEPABLE, *self.experts.says)
 
+    def places(self, e: int) -> list[int]:
+        """The places of the bank that hold expert ``e`` of the router: none for a zero expert."""
+        if self.placement is not None:
+            return self.placement.places(e)
+        return [e] if 0 <= e < self.experts.num_experts else []
+
     def forward(
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        context: dict[str, Any] | None = None,
+        context: Context | Rows | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
         """x (..., D) -> (..., D), or as the unit lays it out.
@@ -89,6 +104,7 @@ class MoE(Recordable):
         Args:
             mask: (...), True for real tokens: the others get no expert, their output is 0, and so is their part
                 in every gradient, whatever they hold.
+            context: side information that parts read by name: a ``Context``, or its rows (N, ...).
             scale: a number that multiplies all that the layer adds; for the routed experts their N * K weights instead
                 of N * D outputs.
         """
@@ -97,32 +113,35 @@ class MoE(Recordable):
             mask = fed.mask if mask is None else mask
             context = fed.context if context is None else context
             replay = fed.next_replay()
-        queries, rows = self.unit.split(x)
-        leading = queries.dim() - 1
-        routing = self.router(queries, mask=mask, context=context, replay=replay)
+        queries, units = self.unit.split(x)
+        leading = queries.shape[:-1]
+        side = rows_of(context, leading, mask)
+        routing = self.router(queries, mask=mask, context=side, replay=replay)
         names = self.names_to_keep()
         seen = self._seen(queries, names)
         scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))
-        y, kept = self._run(self._flat(rows, leading), scaled, names - {"tokens"})
-        self.leave(routing, kept, seen)
-        y = y if leading == 1 else y.reshape(rows.shape)
+        placed = scaled if self.placement is None else self.placement(scaled)
+        rows = self.experts.beside(self._rows(units, len(leading)), side)
+        y, kept = self._run(rows, placed, names - {"tokens"})
+        self.leave(routing, kept, seen, side)
+        y = y if len(leading) == 1 else y.reshape(units.shape)
         if self.shared is None:
             return self.unit.join(y)
-        shared: Tensor = self.shared(_without(rows, mask))
+        shared: Tensor = self.shared(_without(units, mask))
         shared = shared if scale is None else shared * scale.to(shared.dtype)
         return self.unit.join(y + _without(shared, mask))
 
-    def _flat(self, rows: Tensor, leading: int) -> Tensor:
-        """Rows (N, *S) from (*L, *S), in the precision of autocast."""
-        shape = rows.shape[leading:]
+    def _rows(self, units: Tensor, leading: int) -> Tensor:
+        """Rows (N, *S) from units (*L, *S), in the precision of autocast."""
+        shape = units.shape[leading:]
         if self.experts.row_dims not in (None, len(shape)):
             raise UserError(
                 f"MoE: {type(self.experts).__name__} takes rows of {self.experts.row_dims} dimensions, but "
                 f"unit={type(self.unit).__name__} gives it rows of shape {tuple(shape)}"
             )
-        if torch.is_autocast_enabled(rows.device.type):
-            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-        return rows if leading == 1 else rows.reshape(-1, *shape)
+        if torch.is_autocast_enabled(units.device.type):
+            units = units.to(torch.get_autocast_dtype(units.device.type))
+        return units if leading == 1 else units.reshape(-1, *shape)
 
     def _seen(self, queries: Tensor, names: frozenset[str]) -> Tensor | None:
         """What the records get of what the router read; a copy where a tape asks, which may be read much later."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Rows
+from spectralmoe.errors import UserError
 from spectralmoe.linalg import retracted
 from spectralmoe.sharding import assign_
 
@@ -37,6 +39,9 @@ class Part(nn.Module):
     streams_tokens = False
     """Whether records keep the tokens of training forwards, for ``statistics``; read of scorers and banks."""
 
+    reads: tuple[str, ...] = ()
+    """Names of the side information that ``read`` asks for."""
+
     @property
     def is_frozen(self) -> bool:
         """Whether nothing moves after a step: there are parameters, and none of them takes a gradient.
@@ -45,6 +50,34 @@ class Part(nn.Module):
         """
         gradients = [parameter.requires_grad for parameter in self.parameters()]
         return bool(gradients) and not any(gradients)
+
+    def read(self, context: Rows | None, name: str, tokens: int, width: int | None = None) -> Tensor:
+        """The side information ``name``, one vector a token: (N, P).
+
+        Args:
+            tokens: N.
+            width: the P that is expected; None: any.
+
+        Raises:
+            UserError: it is not there, of another number of rows, or of another width.
+        """
+        who = f"{type(self).__name__} reads {name!r} from the context, which"
+        if context is None or name not in context:
+            there = ", ".join(context or {}) or "nothing"
+            raise UserError(
+                f"{who} holds {there}; pass context=Context(tokens={{{name!r}: ...}}) or Context(samples=...) to the "
+                "layer or to feed()"
+            )
+        value = context[name]
+        if value.shape[:1] != (tokens,):
+            raise UserError(
+                f"{who} has it in shape {tuple(value.shape)}, not as one row for each of {tokens} tokens; "
+                "Context(samples=...) spreads values of samples"
+            )
+        vectors = value.unsqueeze(-1) if value.dim() == 1 else value.flatten(1)
+        if width is not None and vectors.shape[1] != width:
+            raise UserError(f"{who} has it {vectors.shape[1]} wide, not {width}")
+        return vectors
 
     def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor | None:
         """What one training forward adds to running statistics: sums, of one shape whatever the tokens.

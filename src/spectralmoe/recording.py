@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Context, Rows
 from spectralmoe.dispatch.base import Kept
 from spectralmoe.errors import UserError
 from spectralmoe.parts import Part
@@ -22,8 +23,8 @@ __all__ = ["KEEPABLE", "Feed", "Recordable", "Sink", "recomputing"]
 KEEPABLE = ("tokens", "input", "hidden", "output")
 """What ``record`` can keep of any layer."""
 
-Entry = tuple[Routing, Kept | None, Tensor | None, bool]
-"""Routing, kept tensors, the tokens that the router read, whether the layer and its router were training."""
+Entry = tuple[Routing, Kept | None, Tensor | None, bool, Rows | None]
+"""Routing, kept tensors, the tokens that the router read, whether layer and router were training, side information."""
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Feed:
     """Side information that ``feed`` leaves at a layer inside a model of others."""
 
     mask: Tensor | None = None
-    context: dict[str, Any] | None = None
+    context: Context | Rows | None = None
     replay: list[Routing] | None = None
     replayed: int = 0
     closed: bool = False
@@ -133,7 +134,9 @@ class Recordable(nn.Module):
             if not isinstance(module, Recordable):
                 inside += [(f"{name}.{child}", value) for child, value in module.named_children()][::-1]
 
-    def leave(self, routing: Routing, kept: Kept | None = None, tokens: Tensor | None = None) -> None:
+    def leave(
+        self, routing: Routing, kept: Kept | None = None, tokens: Tensor | None = None, context: Rows | None = None
+    ) -> None:
         """Leave one routing in every sink, with what else belongs to it; a recomputation leaves nothing."""
         if not (sinks := self.sinks) or recomputing():
             return
@@ -141,7 +144,8 @@ class Recordable(nn.Module):
         for sink in sinks:
             if self.training or not sink.training_only:
                 own = kept.only(sink.keep) if kept is not None and sink.keep else None
-                sink.chain = ((routing, own, tokens, trains), sink.chain)
+                rows = None if sink.training_only else context  # such tapes last: they hold what they need alone
+                sink.chain = ((routing, own, tokens, trains, rows), sink.chain)
 
     def names_to_keep(self) -> frozenset[str]:
         """What the tapes want kept; in a recomputation what its first forward kept, whose tape may be sealed by now."""

@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmoe import Adapter, Experts, FeedForward, LinearScorer, ModuleExperts, MoE, Router, Selector, TopK
+from spectralmoe import (
+    Adapter,
+    EigenExperts,
+    Experts,
+    FeedForward,
+    LinearScorer,
+    ModuleExperts,
+    MoE,
+    Router,
+    Selector,
+    Soft,
+    TopK,
+)
 from spectralmoe.dispatch import DISPATCHES, Dense, Grouped, pick_dispatch
 from spectralmoe.dispatch.base import combine, sort_slots, spread
 from spectralmoe.experts import Answer, ConfidentExperts
@@ -59,6 +71,8 @@ BANKS = {
     "gelu-bias-odd": (7, lambda: FeedForward(E, 7, 5, bias=True)),
     "adapter": (8, lambda: Adapter(E, 8, 4)),
     "modules": (8, lambda: ModuleExperts(modules(8))),
+    "eigen": (8, lambda: EigenExperts(E, 8, 4)),
+    "eigen-odd": (7, lambda: EigenExperts(E, 7, 3)),
     "gain": (8, lambda: Gained(8, 12)),
     "gain-odd": (7, lambda: Gained(7, 5)),
     "confident": (8, lambda: confident(8, 12)),
@@ -198,5 +212,5 @@ def test_sorted_slots_undo_each_other(choice, close):
 
 def test_soft_routing_is_mixed_and_the_rest_is_sorted():
     bank, x = FeedForward(E, 8, 8), torch.randn(5, 8)
-    assert isinstance(pick_dispatch(Router(LinearScorer(8, E), TopK())(x), bank), Dense)
+    assert isinstance(pick_dispatch(Router(LinearScorer(8, E), Soft())(x), bank), Dense)
     assert isinstance(pick_dispatch(Router(LinearScorer(8, E), TopK(2))(x), bank), Grouped)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmoe import FeedForward, LinearScorer, ModuleExperts, MoE, Router, Term, TopK, TopP, penalty, record
+from spectralmoe import FeedForward, LinearScorer, ModuleExperts, MoE, Router, Soft, Term, TopK, TopP, penalty, record
 from spectralmoe.regularizers import output_overlap
 
 D, E, N = 6, 4, 20
@@ -47,7 +47,7 @@ def slow(layer, x, mask, form):
 
 @forms
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("selector", [TopK(3), TopP(0.9), TopK()], ids=["topk", "top_p", "soft"])
+@pytest.mark.parametrize("selector", [TopK(3), TopP(0.9), Soft()], ids=["topk", "top_p", "soft"])
 def test_equation(form, masked, selector, same):
     layer, x = make_layer(selector).double(), torch.randn(N, D, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(N) % 3 > 0 if masked else None

@@ -15,7 +15,7 @@ class Dense(Dispatch):
     """Every expert on every token, weights 0 where it was not chosen. Best for soft routing and very small layers."""
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        weights = routing.gates()[:, : experts.num_experts].to(x.dtype)
+        weights = routing.gates(experts.num_experts).to(x.dtype)
         if routing.mask is None:
             return experts.mix(x, weights)
         padding = per_row(~routing.mask, x)  # it may hold nan, and its gradient too, which 0 * nan would spread

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.parts import Part
+from spectralmoe.stacks import chosen_experts, copy_with
 
 __all__ = ["Answer", "Experts", "per_row"]
 
@@ -37,7 +39,9 @@ class Experts(Part):
     """Base of all expert banks. A subclass must define ``expert`` or ``answer``; the rest has slow, correct defaults.
 
     Rows are (M, D), or (M, *S) where the layer routes wider units (``spectralmoe.units``). A bank whose experts have a
-    hidden layer defines ``hidden`` and ``project`` as well, so that the hidden activations can be recorded.
+    hidden layer defines ``hidden`` and ``project`` as well, so that the hidden activations can be recorded. The rows of
+    a bank that names side information in ``reads`` are D + P wide: what it reads stands behind the token, as ``reads``
+    has it.
     """
 
     row_dims: int | None = None
@@ -51,6 +55,11 @@ class Experts(Part):
         if num_experts < 1:
             raise UserError(f"{type(self).__name__}: num_experts must be at least 1, got {num_experts}")
         self.num_experts = num_experts
+
+    def beside(self, x: Tensor, context: Rows | None) -> Tensor:
+        """Tokens x (N, D) with what the bank ``reads`` of the context behind them: (N, D + P)."""
+        read = [self.read(context, name, len(x)).to(x.dtype) for name in self.reads]
+        return torch.cat([x, *read], -1) if read else x
 
     def expert(self, x: Tensor, e: int) -> Tensor:
         """The definition: expert ``e`` applied to x (M, *S) -> (M, *S), gain included."""
@@ -115,6 +124,80 @@ class Experts(Part):
             raise UserError(f"{type(self).__name__} does not say what its experts cost; define costs()")
         numbers = [sum(part.numel() for part in parts if part.dim() > 1) for parts in owned]
         return 2 * torch.tensor(numbers, dtype=torch.float64)
+
+    def select(self, indices: Sequence[int] | Tensor) -> Experts:
+        """A bank of the experts ``indices``, in this order, in memory of its own and with the same bits.
+
+        An expert may stand several times. As ``averaged``, this takes every parameter and buffer for a stack of one
+        entry an expert; a bank that holds others overrides both.
+
+        Raises:
+            UserError: no index, or one out of range; a tensor that is no such stack.
+
+        >>> from spectralmoe import FeedForward
+        >>> bank = FeedForward(4, dim=8, hidden=16)
+        >>> torch.equal(bank.select([2, 0]).up[0], bank.up[2])
+        True
+        """
+        chosen = chosen_experts(f"{type(self).__name__}.select", indices, self.num_experts)
+        return self._restacked(lambda stack: stack[chosen], len(chosen))
+
+    def averaged(self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Experts:
+        r"""A bank of one expert a group, with the weighted means of the members' tensors.
+
+        .. math:: \theta_g = \sum_{i \in g} w_{gi} \theta_i \Big/ \sum_{i \in g} w_{gi}
+
+        Computed in float64. An expert may be in several groups, or in none; a group of one keeps its values.
+
+        Args:
+            groups: the members of each group.
+            weights: one number for each member, not negative; None: all alike.
+
+        Raises:
+            UserError: as ``select``; an empty group; weights that do not go with the groups, or are all 0 in one.
+        """
+        members, shares = self._shares(groups, weights)
+
+        def mean(stack: Tensor) -> Tensor:
+            if not stack.is_floating_point():
+                raise UserError(f"{type(self).__name__}.averaged: a buffer of {stack.dtype} has no mean")
+            means = [
+                torch.tensordot(share.to(stack.device), stack[group].double(), 1)
+                for group, share in zip(members, shares, strict=True)
+            ]
+            return torch.stack(means)
+
+        return self._restacked(mean, len(members))
+
+    def _shares(
+        self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None
+    ) -> tuple[list[list[int]], list[Tensor]]:
+        """The members of each group, and their weights (n,) with sum 1."""
+        owner = f"{type(self).__name__}.averaged"
+        members = [chosen_experts(owner, group, self.num_experts) for group in groups]
+        given = [[1.0] * len(group) for group in members] if weights is None else weights
+        if not members or [len(row) for row in given] != [len(group) for group in members]:
+            raise UserError(f"{owner}: needs at least one group, and a weight for each of its members")
+        shares = [torch.tensor(row, dtype=torch.float64) for row in given]
+        for group, share in zip(members, shares, strict=True):
+            if not (share.isfinite().all() and (share >= 0).all() and share.sum() > 0):
+                raise UserError(
+                    f"{owner}: weights must be finite, not negative and not all 0; {group} has {share.tolist()}"
+                )
+        return members, [share / share.sum() for share in shares]
+
+    def _restacked(self, change: Callable[[Tensor], Tensor], num_experts: int) -> Experts:
+        """A copy of ``num_experts`` experts, with ``change`` done to every stack."""
+        stacks = [*self.named_parameters(), *self.named_buffers()]
+        for name, stack in stacks:
+            if not stack.dim() or len(stack) != self.num_experts:
+                raise UserError(
+                    f"{type(self).__name__} cannot be taken apart: {name!r} of shape {tuple(stack.shape)} is no stack "
+                    f"of E={self.num_experts} experts"
+                )
+        bank = copy_with(self, {stack: change(stack.detach()) for _, stack in stacks})
+        bank.num_experts = num_experts
+        return bank
 
 
 def per_row(values: Tensor, rows: Tensor) -> Tensor:

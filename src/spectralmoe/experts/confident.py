@@ -8,6 +8,7 @@ residual path and the norm behind it stay with the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,16 @@ class ConfidentExperts(Experts):
     def costs(self, shape: Sequence[int] = ()) -> Tensor:
         """Floating-point operations of each expert on one row (E,): the bank's, and the confidence."""
         return self.experts.costs(shape) + 2 * self.dim
+
+    def select(self, indices: Sequence[int] | Tensor) -> Experts:
+        bank = cast(ConfidentExperts, super().select(indices))
+        bank.experts = self.experts.select(indices)
+        return bank
+
+    def averaged(self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Experts:
+        bank = cast(ConfidentExperts, super().averaged(groups, weights))
+        bank.experts = self.experts.averaged(groups, weights)
+        return bank
 
     def _sorted(self, result: Tensor | Answer, counts: Tensor) -> Answer:
         """The bank's result on rows sorted by expert, weighed."""

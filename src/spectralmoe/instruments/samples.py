@@ -61,7 +61,7 @@ class BestTokens:
         sequences = routing.shape[0] if routing.shape is not None and len(routing.shape) > 1 else n
         if not n:
             return
-        top = routing.gates().detach()[:, :e].T.topk(min(self.size, n), dim=1)
+        top = routing.gates(e).detach().T.topk(min(self.size, n), dim=1)
         length = n // sequences
         for expert, (values, rows) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
             new = [

@@ -143,8 +143,15 @@ def _bound(spec: Any, limit: int, folder: Path) -> None:
 def _check_layers(folder: Path, model: nn.Module, expected: dict[str, Any]) -> None:
     found = _describe_layers(model)
     for name in sorted(found.keys() | expected.keys()):
-        if _said(found.get(name)) != _said(expected.get(name)):
+        if _given(found.get(name)) != _given(expected.get(name)):
             raise UserError(f"{folder} holds other MoE layers than the model: layer {name!r} differs")
+
+
+def _given(spec: Any) -> Any:
+    """A description without the arguments that are None: an older folder does not know all that there are today."""
+    if isinstance(spec, dict):
+        return {name: _given(value) for name, value in spec.items() if value is not None}
+    return [_given(value) for value in spec] if isinstance(spec, list) else spec
 
 
 def _check_shapes(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -171,13 +178,6 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], *, adopt_dtypes: bool) -
         for name, target in targets.items():
             target.data = target.data.to(values[name].dtype)
     model.load_state_dict(values)
-
-
-def _said(spec: Any) -> Any:
-    """``spec`` without arguments that are None, which a folder of an earlier version may not name."""
-    if isinstance(spec, dict):
-        return {name: _said(value) for name, value in spec.items() if value is not None}
-    return [_said(item) for item in spec] if isinstance(spec, list) else spec
 
 
 def _describe_layers(model: nn.Module) -> dict[str, Any]:

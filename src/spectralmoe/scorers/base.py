@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
+from spectralmoe.experts import Experts
 from spectralmoe.linalg import EXACT_LIMIT, power_iteration, top_right
 from spectralmoe.parts import Part
 from spectralmoe.sharding import full
+from spectralmoe.stacks import chosen_experts, copy_with
 
 __all__ = ["Scorer", "gamma", "half_space_distance"]
 
@@ -27,6 +31,9 @@ class Scorer(Part):
         UserError: ``dim`` or ``num_experts`` is not a positive integer.
     """
 
+    rows: tuple[str, ...] = ()
+    """Names of the parameters and buffers with one row an expert, where a logit reads its own rows alone."""
+
     top_direction: Tensor | None
 
     def __init__(self, dim: int, num_experts: int) -> None:
@@ -37,9 +44,34 @@ class Scorer(Part):
         self.dim, self.num_experts = dim, num_experts
         self.register_buffer("top_direction", None, persistent=False)
 
-    def __call__(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def __call__(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         logits: Tensor = super().__call__(x, context=context)
         return logits
+
+    def meet(self, experts: Experts) -> None:
+        """Called once by the layer with its bank: a scorer that reads the experts keeps a reference to them."""
+
+    def select(self, indices: Sequence[int] | Tensor) -> Self:
+        """A scorer of the experts ``indices`` alone, in this order: what is left has the logits that it had.
+
+        Takes the ``rows`` of these experts; a scorer whose logits depend on more than their rows overrides it.
+
+        Raises:
+            UserError: no index, or one out of range; a scorer that names no rows.
+        """
+        if not self.rows:
+            raise UserError(
+                f"{type(self).__name__} cannot be cut down to some of its experts: it names no rows of theirs"
+            )
+        stacks = [stack for name in self.rows if (stack := getattr(self, name)) is not None]
+        chosen = chosen_experts(f"{type(self).__name__}.select", indices, self.num_experts)
+        return self._cut(chosen, {stack: stack.detach()[chosen] for stack in stacks})
+
+    def _cut(self, chosen: list[int], tensors: Mapping[Tensor, Tensor]) -> Self:
+        """A copy for the chosen experts, with other tensors in the place of some."""
+        scorer = copy_with(self, tensors)
+        scorer.num_experts, scorer.top_direction = len(chosen), None
+        return scorer
 
     @property
     def matrix(self) -> Tensor | None:

@@ -10,16 +10,18 @@ each of these is worth stands in the card ``papers/emoe``.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import qr_retraction, sigma_max
 from spectralmoe.scorers.base import Scorer, gamma
 from spectralmoe.sharding import assign_, full
+from spectralmoe.stacks import chosen_experts
 
 __all__ = ["PrincipalScorer"]
 
@@ -43,6 +45,7 @@ class PrincipalScorer(Scorer):
         rank: R <= D, with 2R >= E; None: half as many as experts, rounded up, so that each expert owns one side.
         temperature: tau > 0.
         momentum: how fast mu and m follow, 0 to 1; the first 1/momentum steps count alike.
+        sides: the expert of each of the 2R sides, -1 for a side that is nobody's; None: h mod E.
 
     Raises:
         UserError: an argument out of range.
@@ -68,6 +71,7 @@ class PrincipalScorer(Scorer):
         rank: int | None = None,
         temperature: float = 0.2,
         momentum: float = 0.005,
+        sides: Sequence[int] | None = None,
     ) -> None:
         super().__init__(dim, num_experts)
         rank = (num_experts + 1) // 2 if rank is None else rank
@@ -78,7 +82,12 @@ class PrincipalScorer(Scorer):
             raise UserError(f"PrincipalScorer: temperature must be positive, got {temperature}")
         if not 0 < momentum <= 1:
             raise UserError(f"PrincipalScorer: momentum must be above 0 and at most 1, got {momentum}")
+        if sides is not None and (len(sides) != 2 * rank or not set(sides) <= set(range(-1, num_experts))):
+            raise UserError(
+                f"PrincipalScorer: sides must name an expert below E={num_experts} or -1, 2R={2 * rank} times"
+            )
         self.rank, self.temperature, self.momentum = rank, temperature, momentum
+        self.sides = None if sides is None else list(sides)
         self.basis = nn.Parameter(qr_retraction(torch.randn(dim, rank)))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("spread", torch.ones(2 * rank))
@@ -89,17 +98,28 @@ class PrincipalScorer(Scorer):
         q = (self._sides(x) / self.spread.to(x.dtype)).square()
         return q / (q.sum(-1, keepdim=True) + _EPS)
 
-    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         shares = self.energies(x)
-        if 2 * self.rank > self.num_experts:
+        if self.sides is not None or 2 * self.rank > self.num_experts:
             shares = shares @ self.owners.to(x.dtype)
         return shares / self.temperature
 
     @property
     def owners(self) -> Tensor:
-        """The expert of each side: (2R, E), a single 1 in each row."""
-        sides = torch.arange(2 * self.rank, device=self.spread.device) % self.num_experts
-        return F.one_hot(sides, self.num_experts).float()
+        """The expert of each side: (2R, E), a single 1 in each row; none for a side that is nobody's."""
+        if self.sides is None:
+            sides = torch.arange(2 * self.rank, device=self.spread.device) % self.num_experts
+            return F.one_hot(sides, self.num_experts).float()
+        sides = torch.tensor(self.sides, device=self.spread.device)
+        return F.one_hot(sides + 1, self.num_experts + 1)[:, 1:].float()
+
+    def select(self, indices: Sequence[int] | Tensor) -> PrincipalScorer:
+        """The sides of the experts that are gone become nobody's, and go on taking their share of the energy."""
+        chosen = chosen_experts("PrincipalScorer.select", indices, self.num_experts)
+        sides = self.owners.argmax(1).where(self.owners.any(1), -1).tolist()
+        scorer = self._cut(chosen, {})
+        scorer.sides = [chosen.index(side) if side in chosen else -1 for side in sides]
+        return scorer
 
     def flip_distance(
         self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64

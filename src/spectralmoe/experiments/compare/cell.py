@@ -51,9 +51,9 @@ def active_flops(model: nn.Module, image: Tensor) -> int:
     with torch.no_grad(), record(counted, keep="input") as tape:
         counted(image[None])
     for item in tape:
-        if isinstance(item.layer, MoE):
+        if isinstance(item.layer, MoE) and item.kept is not None:
             costs = item.layer.experts.costs(item.input.shape[1:])
-            total += float(item.routing.counts()[: len(costs)].to(costs) @ costs)
+            total += float(item.kept.slots.counts.to(costs) @ costs)
             item.layer.dispatch = _nothing
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         counted(image[None])
