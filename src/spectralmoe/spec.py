@@ -24,6 +24,7 @@ from spectralmoe.router import Router
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.tape import unwrapped
+from spectralmoe.units import UNITS
 
 __all__ = ["build", "describe", "find_class", "of_today"]
 
@@ -32,6 +33,7 @@ PARTS: dict[str, type] = {
     **SELECTORS,
     **EXPERTS,
     **DISPATCHES,
+    **UNITS,
     "router": Router,
     "placement": Placement,
     "moe": MoE,
