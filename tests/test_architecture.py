@@ -14,7 +14,7 @@ SOURCE = Path(spectralmoe.__file__).parent
 # Low to high. A module imports from lower levels, from its own folder, and from what is named beside its level.
 LEVELS = [
     {"errors", "sharding", "transforms"},
-    {"files", "machine", "linalg", "routing"},
+    {"files", "machine", "linalg", "routing", "formula"},
     {"scorers", "selectors", "experts"},
     {"dispatch"},
     {"router"},
@@ -23,8 +23,8 @@ LEVELS = [
     {"movement"},
     {"steps", "terms", "regularizers", "diagnostics", "manifold"},
     {"spec", "instruments", "model_folder"},
-    {"checkpoints", "models"},
-    {"hf"},
+    {"checkpoints", "models", "naming"},
+    {"hf", "presets"},
     {"vision"},
     {"saving"},
     {""},  # ``import spectralmoe``: whatever the package's own __init__ does not need

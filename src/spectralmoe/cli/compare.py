@@ -19,12 +19,12 @@ from spectralmoe.cli.options import (
     Out,
     Seed,
     read_data,
+    read_k,
     refuse_image_size,
     see_own_modules,
     split_names,
     split_numbers,
 )
-from spectralmoe.errors import UserError
 from spectralmoe.training.names import DEFAULT_ROUTERS
 
 __all__ = ["compare"]
@@ -36,8 +36,10 @@ def compare(
     routers: Annotated[
         str,
         typer.Option(
+            "--routers",
+            "--router",
             metavar="A,B,...",
-            help="Presets (see 'spectralmoe list') or PKG:CLASS of your own.",
+            help="Presets or tables of parts (see 'spectralmoe list'), or PKG:OBJECT of your own.",
             autocompletion=complete_routers,
         ),
     ] = ",".join(DEFAULT_ROUTERS),
@@ -82,9 +84,7 @@ def compare(
         "trials": trials,
     }
     values |= {"image_size": image_size, "train_size": train_size, "tune": tune, "optimization": {"epochs": epochs}}
-    if k != "soft" and not (k.isdecimal() and 1 <= int(k) <= experts):
-        raise UserError(f"--k {k} is neither 'soft' nor a number from 1 to {experts} (--experts)")
-    values["network"] = {"k": k if k == "soft" else int(k), "num_experts": experts}
+    values["network"] = {"k": read_k(k, experts), "num_experts": experts}
     settings = parse(CompareSettings, values, "compare")
     settings.check()
     refuse_image_size(data, image_size)

@@ -42,29 +42,34 @@ PLAIN = {
 }
 """The parts in plain words; one without an entry is told by its docstring, less the formulas."""
 
+HINT = (
+    'A router is a preset, or a table of parts and their arguments: {scorer="prototype", selector="top_p", p=0.7}, '
+    '{preset="sr-moe", rate=1e-3}, {scorer="linear", terms={load_balance=0.01}}.'
+)
+
 _FORMULA = re.compile(r"\s*:math:`[^`]*`|``")
 _INDENT = 23
 
 
 def list_everything(json: Json = False) -> None:
-    """Data sets, router presets, and the parts that routers are made of.
+    """Data sets, presets, and the parts that networks are made of.
 
     Example: spectralmoe list
     """
     from spectralmoe.data.image_data import DATASETS
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
+    from spectralmoe.presets import PRESETS
     from spectralmoe.regularizers import REGULARIZERS
     from spectralmoe.scorers import SCORERS
     from spectralmoe.selectors import SELECTORS
-    from spectralmoe.training.routers import ROUTERS
 
     tables = {
         "data sets": {
             **{name: _first_line(loader) for name, loader in DATASETS.items()},
             "folder:PATH": "an image folder",
         },
-        "routers": {name: preset.summary for name, preset in ROUTERS.items()},
+        "presets": {name: row["summary"] for name, row in PRESETS.items()},
     }
     parts: dict[str, Mapping[str, object]] = {
         "scorers": SCORERS,
@@ -84,6 +89,7 @@ def list_everything(json: Json = False) -> None:
         typer.echo(f"{title}:")
         for name, line in table.items():
             say(f"  {name:<20} {line}", indent=" " * _INDENT)
+    say(HINT)
 
 
 def _first_line(item: object) -> str:

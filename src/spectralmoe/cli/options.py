@@ -34,6 +34,7 @@ __all__ = [
     "load_network",
     "open_data",
     "read_data",
+    "read_k",
     "refuse_image_size",
     "refuse_outputs",
     "say_notes",
@@ -81,8 +82,37 @@ Allow = Annotated[
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """``"a, b"`` -> ``("a", "b")``."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    """``"a, b"`` -> ``("a", "b")``; a table in braces is one name, whatever commas it holds.
+
+    >>> split_names('linear, {scorer = "prototype", p = 0.7}')
+    ('linear', '{scorer = "prototype", p = 0.7}')
+    """
+    names, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif depth and letter in "\"'":
+            quote = letter
+        else:
+            depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and depth <= 0 and not quote:
+            names.append("")
+        else:
+            names[-1] += letter
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def read_k(text: str, experts: int) -> int | str:
+    """Experts a token: a number, or "soft".
+
+    Raises:
+        UserError: neither, or more than there are.
+    """
+    if text == "soft":
+        return text
+    if not (text.isdecimal() and 1 <= int(text) <= experts):
+        raise UserError(f"--k {text} is neither 'soft' nor a number from 1 to {experts} (--experts)")
+    return int(text)
 
 
 def split_numbers(option: str, text: str) -> tuple[int, ...]:

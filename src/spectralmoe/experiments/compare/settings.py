@@ -9,7 +9,8 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from spectralmoe.errors import UserError
-from spectralmoe.training.routers import DEFAULT_ROUTERS, find_preset
+from spectralmoe.presets import find_preset
+from spectralmoe.training.names import DEFAULT_ROUTERS
 from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
 
 __all__ = ["Cell", "CompareSettings", "no_repeats"]
@@ -33,7 +34,7 @@ class CompareSettings(Settings):
 
     Attributes:
         data: name of a data set, or ``folder:PATH``.
-        routers: preset names, or ``pkg:Class`` of your own.
+        routers: names of presets, tables as text, or ``pkg:object`` of your own; see ``find_preset``.
         depths: numbers of MoE stages.
         seeds: how many seeds, counted from ``seed``.
         image_size: side that the images of a folder are resized to when they are read; None: see ``load_data``.
@@ -58,15 +59,16 @@ class CompareSettings(Settings):
         """Refuse what would fail after hours, before anything runs.
 
         Raises:
-            UserError: an unknown or repeated router; more experts a token than there are.
+            UserError: an unknown or repeated router, or one whose parts do not fit this network; more experts a token
+                than there are.
         """
         no_repeats("--routers", self.routers)
         no_repeats("--depths", self.depths)
-        k, experts = self.network.top_k, self.network.num_experts
-        if k is not None and k > experts:
+        k, experts = self.network.k, self.network.num_experts
+        if k != "soft" and k > experts:
             raise UserError(f"--k {k} experts a token were asked for, but there are only {experts}")
         for name in self.routers:
-            find_preset(name)
+            find_preset(name).check(self.network.width, experts, self.network.hidden, k=k, spare=self.network.spare)
 
     def cells(self) -> list[Cell]:
         """All cells; the rows take turns, so that a stopped run holds every row alike."""
