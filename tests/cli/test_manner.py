@@ -373,7 +373,7 @@ def test_the_settings_file_of_the_docs_says_parts_in_sections(tmp_path, call):
 
 def test_a_router_of_the_command_line_stands_for_that_of_the_file(call, refused, config, tmp_path, monkeypatch):
     table = '{scorer = "cosine", temperature = 0.2}'
-    code, out, err = call("train", "--config", config, "--router", table, "--out", tmp_path / "o", "--json")
+    code, _, err = call("train", "--config", config, "--router", table, "--out", tmp_path / "o", "--json")
     assert code == 0, err
     assert json.loads((tmp_path / "o" / "config.json").read_text())["meta"]["router"] == table
     (layer,) = json.loads((tmp_path / "o" / "config.json").read_text())["layers"].values()
