@@ -16,6 +16,7 @@ from spectralmoe import (
     MoE,
     PrototypeScorer,
     Router,
+    Soft,
     Term,
     TopK,
     TopP,
@@ -29,9 +30,9 @@ pytestmark = pytest.mark.gpu
 
 SELECTORS = {
     "top2": lambda: TopK(2),
-    "soft": TopK,
+    "soft": Soft,
     "expert_choice": lambda: ExpertChoice(2.0),
-    "top_p": lambda: TopP(0.5),
+    "topp": lambda: TopP(0.5),
     "capacity": lambda: Capacity(TopK(2), 1.0),
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}

@@ -60,8 +60,8 @@ def read_table(text: str) -> dict[str, Any]:
     Raises:
         UserError: something else.
 
-    >>> read_table('{scorer = "prototype", selector = "top_p", p = 0.7}')
-    {'scorer': 'prototype', 'selector': 'top_p', 'p': 0.7}
+    >>> read_table('{scorer = "prototype", selector = "topp", p = 0.7}')
+    {'scorer': 'prototype', 'selector': 'topp', 'p': 0.7}
     """
     example = 'a table such as {scorer = "prototype", selector = "topk"}, names in quotes'
     try:

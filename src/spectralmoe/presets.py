@@ -11,7 +11,9 @@ import torch
 
 from spectralmoe.errors import UserError, first_line, one_of
 from spectralmoe.experts import Experts
+from spectralmoe.moe import MoE
 from spectralmoe.naming import Table, named, own_names, part_class, read_part, read_table, read_term, shown
+from spectralmoe.parts import Part
 from spectralmoe.router import Router
 from spectralmoe.scorers import Scorer
 from spectralmoe.spec import build, describe, find_class, parameters_of
@@ -87,7 +89,7 @@ class Preset:
     summary: str
     scorer: Table
     selector: Table = field(default_factory=lambda: {"type": "topk"})
-    soft: Table | None = field(default_factory=lambda: {"type": "topk", "k": None})
+    soft: Table | None = field(default_factory=lambda: {"type": "soft"})
     experts: Table | None = None
     k: K | None = None
     terms: Mapping[str, Term] = field(default_factory=dict)
@@ -115,14 +117,21 @@ class Preset:
         return Router(scorer, selector)
 
     def check(self, dim: int, num_experts: int, hidden: int, *, k: K, spare: int = 0) -> None:
-        """Build router and experts once, so that what does not fit the sizes of a network shows before it runs.
+        """Build a layer once, so that what does not fit the sizes of a network shows before it runs.
 
         Raises:
-            UserError: as ``make_router`` and ``make_experts``.
+            UserError: as ``make_router``, ``make_experts`` and ``MoE``; a part that reads side information.
         """
-        with torch.random.fork_rng(devices=[]):
-            self.make_router(dim, num_experts, k=k)
-            self.make_experts(num_experts, dim, hidden, spare)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                router = self.make_router(dim, num_experts, k=k)
+                layer = MoE(router, self.make_experts(num_experts, dim, hidden, spare))
+            for part in layer.modules():
+                if isinstance(part, Part) and part.reads:
+                    who = f"{type(part).__name__} reads {part.reads[0]!r} from the context"
+                    raise UserError(f"{who}, and this network gives none")
+        except UserError as error:
+            raise UserError(f"router {self.summary!r}: {error}") from error
 
     def routers(self, k: K) -> Callable[[int, int], Router]:
         """(D, E) -> a new router, with ``k`` experts a token."""
@@ -148,7 +157,7 @@ def find_preset(row: str | Table) -> Preset:
     """The row that a name or a table stands for.
 
     Args:
-        row: a name in ``PRESETS``; a table, or its text ``{scorer = "prototype", selector = "top_p", p = 0.7}``;
+        row: a name in ``PRESETS``; a table, or its text ``{scorer = "prototype", selector = "topp", p = 0.7}``;
             ``pkg:object`` of a user's own: a scorer's class, a table, a ``Preset``, or a function that returns one.
             Keys of a table are those of ``Preset`` and ``preset``, a row to start from; what is left are arguments
             of its parts, each for the one part that takes it.

@@ -20,6 +20,7 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import EXPERTS
 from spectralmoe.formula import evaluate, is_formula
 from spectralmoe.moe import MoE
+from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
@@ -27,7 +28,15 @@ from spectralmoe.tape import unwrapped
 
 __all__ = ["build", "check_arguments", "describe", "find_class", "parameters_of"]
 
-PARTS: dict[str, type] = {**SCORERS, **SELECTORS, **EXPERTS, **DISPATCHES, "router": Router, "moe": MoE}
+PARTS: dict[str, type] = {
+    **SCORERS,
+    **SELECTORS,
+    **EXPERTS,
+    **DISPATCHES,
+    "router": Router,
+    "placement": Placement,
+    "moe": MoE,
+}
 
 
 def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
@@ -74,6 +83,8 @@ def build(
         sizes: of the network around it (``dim``, ``num_experts``, ...): arguments that the spec leaves out, and names
             in its formulas (``"= min(128, dim)"``). None: a spec without formulas.
 
+    Specs that earlier versions wrote are built too.
+
     Raises:
         UserError: a type that is neither in a table nor allowed; arguments that its constructor does not take.
 
@@ -90,6 +101,7 @@ def build(
         return spec
     if "type" not in spec:
         return {name: build(value, allow=allow, tables=tables, sizes=sizes) for name, value in spec.items()}
+    spec = _of_today(spec)
     kind = spec["type"]
     cls: Any = (tables or PARTS).get(kind) if isinstance(kind, str) else None
     if cls is None:
@@ -105,6 +117,15 @@ def build(
     arguments = {**filled_in, **arguments}
     check_arguments(cls, kind, arguments)
     return cls(**arguments)
+
+
+def _of_today(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``spec`` in the words of this version: soft routing was once top-k with k null, and top-p had another name."""
+    if spec["type"] == "top_p":
+        return {**spec, "type": "topp"}
+    if spec["type"] == "topk" and spec.get("k", 0) is None:
+        return {"type": "soft", **{name: value for name, value in spec.items() if name not in ("type", "k")}}
+    return spec
 
 
 def check_arguments(cls: Any, kind: str, arguments: Collection[str]) -> None:

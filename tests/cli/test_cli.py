@@ -212,7 +212,7 @@ def test_routers_of_your_own(call, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    parts = '{scorer="linear", selector="top_p", p=0.7}'
+    parts = '{scorer="linear", selector="topp", p=0.7}'
     code, _, err = call("compare", *SMALL, "--routers", f"mine:Signs,{parts}", "--out", tmp_path / "out")
     assert code == 0, err
     assert {cell["router"] for cell in read_json(tmp_path / "out" / "results.json")["cells"]} == {"mine:Signs", parts}

@@ -361,7 +361,7 @@ def test_the_settings_file_of_the_docs_says_parts_in_sections(tmp_path, call):
     preset = find_preset(settings.row)
     assert (preset.scorer["type"], preset.selector, preset.experts["activation"]) == (
         "prototype",
-        {"type": "top_p", "p": 0.7},
+        {"type": "topp", "p": 0.7},
         "swiglu",
     )
     assert preset.terms["load_balance"].weight == 0.01

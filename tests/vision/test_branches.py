@@ -268,7 +268,7 @@ def test_the_two_forms():
     one_change = BranchSpec.of("emoe-faithful", tokens="all", norm=True)  # for an ablation
     assert (one_change.tokens, one_change.norm) == ("all", True)
     assert faithful.make_router(32).scorer.rank == 32
-    assert BranchSpec.of("emoe", k="soft").make_router(32).selector.is_soft(8)
+    assert BranchSpec.of("emoe", k="soft").make_router(32).soft
     router = pickle.loads(pickle.dumps(emoe(rank=5, tau=0.3))).make_router(32)
     assert (router.scorer.rank, router.scorer.temperature) == (5, 0.3)
 

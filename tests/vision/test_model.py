@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from spectralmoe import Balanced, LinearScorer, Router, TopK, after_step, load, record, save
+from spectralmoe import Balanced, LinearScorer, Router, Soft, TopK, after_step, load, record, save
 from spectralmoe.vision import BranchSpec, add_branches, replace_mlp
 from spectralmoe.vision.model import VisionMoE, check_images, vision_moe
 
@@ -55,7 +55,7 @@ def test_round_trip_is_bitwise(family, kind, tmp_path, monkeypatch):
     name, arguments, channels = SMALL[family]
     model = VisionMoE(name, 5, channels=channels, arguments=arguments, mean=[0.3], std=[0.2])
     if kind in ("mlp", "both"):
-        replace_mlp(model.backbone, branches(router=linear(TopK()), blocks="last1"))
+        replace_mlp(model.backbone, branches(router=linear(Soft()), blocks="last1"))
     if kind in ("branches", "both"):
         add_branches(model.backbone, branches())
     with torch.no_grad():
