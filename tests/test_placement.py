@@ -1,4 +1,4 @@
-"""Placement: the router's experts and the bank's slots; everything but the dispatch speaks of experts."""
+"""Placement: the router's experts and the bank's places; everything but the dispatch speaks of experts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectralmoe import (
     Balanced,
@@ -30,7 +31,7 @@ from spectralmoe.spec import build, describe
 
 D, E = 8, 5
 
-TABLES = {  # of five experts on a bank of six slots
+TABLES = {  # of five experts on a bank of six places
     "moved": [[3], [0], [5], [1], [2]],
     "merged": [[0], [1], [0], [2], [1]],
     "zero": [[], [4], [0], [], [1]],
@@ -49,15 +50,15 @@ def layer_of(table, selector=None, **options):
 
 
 def slow(layer, x, mask=None):
-    """y_t = sum_j w_tj E_s(x_t), s the slots of expert i_tj in turn."""
+    """y_t = sum_j w_tj E_s(x_t), s the places of expert i_tj in turn."""
     taken, rows = [0] * E, []
     routing = layer.router(x, mask=mask)
     for t, chosen in enumerate(routing.indices.tolist()):
         y = torch.zeros_like(x[t])
         for j, e in enumerate(chosen):
-            slots = [s for s in layer.placement.table[e].tolist() if s >= 0] if e >= 0 else []
-            if slots:
-                y = y + routing.weights[t, j] * layer.experts.expert(x[t : t + 1], slots[taken[e] % len(slots)])[0]
+            places = [s for s in layer.placement.table[e].tolist() if s >= 0] if e >= 0 else []
+            if places:
+                y = y + routing.weights[t, j] * layer.experts.expert(x[t : t + 1], places[taken[e] % len(places)])[0]
             if e >= 0:
                 taken[e] += 1
         rows.append(y)
@@ -68,17 +69,17 @@ def slow(layer, x, mask=None):
     table=list(TABLES), dispatch=["auto", "loop", "dense", "grouped"], k=[1, 2, None], masked=[False, True]
 )
 def test_definition(table, dispatch, k, masked, same):
-    layer = layer_of(TABLES[table], Soft() if k is None else TopK(k), dispatch=dispatch).double()
+    layer = layer_of(TABLES[table], TopK(k) if k else Soft(), dispatch=dispatch).double()
     x = torch.randn(30, D, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(30) % 3 > 0 if masked else None
     same(layer(x, mask=mask), slow(layer, x, mask), [x, *layer.parameters()])
 
 
 def test_by_hand():
-    """Identity experts times their slot: tokens of expert 1 go to slots 1 and 2 in turn, those of expert 2 nowhere."""
+    """Experts that multiply by their place: tokens of expert 1 go to places 1 and 2 in turn, those of 2 nowhere."""
     bank = nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(3)])
-    for slot, module in enumerate(bank):
-        module.weight.data = (slot + 1) * torch.eye(2)
+    for place, module in enumerate(bank):
+        module.weight.data = (place + 1) * torch.eye(2)
     layer = MoE(Router(LinearScorer(2, 3), TopK(1)), ModuleExperts(list(bank)), placement=Placement([[0], [1, 2], []]))
     layer.router.scorer.weight.data = torch.tensor([[50.0, 0.0], [0.0, 50.0], [-50.0, -50.0]])
     x = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [-1.0, -1.0], [0.0, 1.0]])
@@ -89,9 +90,9 @@ def test_replicas_share_the_load_evenly():
     layer = layer_of(TABLES["replicated"])
     for n in (0, 1, 40, 101):
         routing = layer.router(torch.randn(n, D))
-        slots, counts = layer.placement(routing).indices, routing.counts()
+        places, counts = layer.placement(routing).indices, routing.counts()
         for e, row in enumerate(TABLES["replicated"]):
-            loads = [int(((routing.indices == e) & (slots == slot)).sum()) for slot in row]
+            loads = [int(((routing.indices == e) & (places == place)).sum()) for place in row]
             assert not row or (max(loads) - min(loads) <= 1 and sum(loads) == int(counts[e]))
 
 
@@ -114,6 +115,30 @@ def test_the_identity_changes_no_bit():
     x = torch.randn(20, D)
     assert plain.placement is None
     assert torch.equal(plain(x), placed(x))
+
+
+class Operators(TorchDispatchMode):
+    """Collects the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_fast_path_stays_and_a_table_of_one_column_costs_a_gather():
+    x, names = torch.randn(20, D), {}
+    for table in (None, [[e] for e in range(E)], TABLES["replicated"]):
+        layer = layer_of(table) if table else MoE(Router(LinearScorer(D, E), TopK(2)), FeedForward(E, D, 12))
+        with Operators() as operators:
+            layer(x)
+        assert operators.names.count("spectralmoe::fused_experts") == 1
+        names[str(table)] = operators.names
+    none, identity, replicas = (len(each) for each in names.values())
+    assert none < identity <= none + 6 < replicas
 
 
 def test_records_and_selection_biases_speak_of_experts():
@@ -209,8 +234,8 @@ def test_one_expert_is_found_in_its_slot(user_error):
     x = torch.randn(1, D)
     e = int(layer.router(x).indices)
     (target,) = find_targets(layer, x, [""])
-    assert (target.expert, target.slot) == (e, TABLES["moved"][e][0])
-    assert target.views["up"].data_ptr() == layer.experts.up[target.slot].data_ptr()
+    assert (target.expert, target.place) == (e, TABLES["moved"][e][0])
+    assert target.views["up"].data_ptr() == layer.experts.up[target.place].data_ptr()
     for table, expert in (("merged", 0), ("replicated", 2), ("replicated", 1)):
         with user_error("layer 'x'", f"expert {expert}", "adapted alone"):
             expert_target("x", layer_of(TABLES[table]), expert)
@@ -234,7 +259,7 @@ def test_a_zero_expert_is_no_target():
         ([[0], [1.5]], ["from 0 on", "expert 1"]),
         ([[-1, 0]], ["before any -1", "expert 0"]),
         ([[2], [3, 3]], ["once each", "expert 1"]),
-        ([[], [-1]], ["no expert has a slot"]),
+        ([[], [-1]], ["no expert has a place"]),
     ],
 )
 def test_tables_of_another_form_are_refused(table, words, user_error):
@@ -245,7 +270,26 @@ def test_tables_of_another_form_are_refused(table, words, user_error):
 def test_sizes_must_fit(user_error):
     with user_error("4 rows", "E=5"):
         layer_of([[0]] * 4)
-    with user_error("slot 6", "holds 6"):
+    with user_error("place 6", "holds 6"):
         layer_of([[0], [1], [2], [3], [6]])
     with user_error("placement", "list"):
         MoE(Router(LinearScorer(D, E), TopK(2)), FeedForward(6, D, 12), placement=[[0]] * 5)
+
+
+def test_zero_experts_leave_slots_empty(close):
+    """The router fills all slots, and as many experts as places; yet not every slot has a row."""
+    layer = MoE(
+        Router(LinearScorer(D, E), TopK(2)),
+        FeedForward(E, D, 12),
+        placement=Placement(TABLES["zero"]),
+        dispatch="grouped",
+    )
+    x = torch.randn(20, D)
+    routing = layer.router(x)
+    assert routing.full
+    assert not layer.placement(routing).full
+    assert Placement(TABLES["merged"])(routing).full
+    with record(layer, keep=("output",)) as tape:  # the composed form
+        y = layer(x)
+    assert len(tape[0].output) == int((layer.placement(routing).indices >= 0).sum())
+    close(y, layer(x))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 import torch
 
 from spectralmoe.data.image_data import load_data
-from spectralmoe.experiments.compare.settings import CompareSettings
+from spectralmoe.experiments.compare.settings import Cell, CompareSettings
 from spectralmoe.experiments.compare.setup import Setup, Tuned
 from spectralmoe.experts import EXPERTS, ModuleExperts
 from spectralmoe.naming import own_names, read_table, shown
@@ -20,6 +21,7 @@ from spectralmoe.spec import parameters_of
 from spectralmoe.tape import moe_layers, record
 from spectralmoe.terms import penalty
 from spectralmoe.training.loop import train
+from spectralmoe.training.settings import parse
 
 SIZES = {"width": 12, "num_experts": 4, "hidden": 8}
 
@@ -288,3 +290,15 @@ def test_presets_are_plain_values():
     for name, row in PRESETS.items():
         assert read_table(shown(row)) == row, name
         assert find_preset(shown(row)) == find_preset(name)
+
+
+def test_a_comparison_takes_tables_and_names_their_folders():
+    table = {"scorer": {"type": "linear", "bias": True}, "k": 1}
+    settings = parse(CompareSettings, {"routers": ["linear", table, {**table, "k": 2}]}, "F.toml")
+    assert settings.routers[1] == '{scorer = {type = "linear", bias = true}, k = 1}'
+    names = [Cell(router, 2, 0).name for router in settings.routers]
+    assert names[0] == "linear-depth2-seed0"
+    assert re.fullmatch(r"scorer_type_linear_bias_true_k_1-[0-9a-f]{8}-depth2-seed0", names[1])
+    assert len(set(names)) == 3
+    settings.check()
+    assert len(Cell(shown({"scorer": "x" * 500}), 2, 0).name) < 100

@@ -27,7 +27,7 @@ class MoE(Recordable):
     Args:
         router: scorer and selector. It may count more experts than the bank has: those are zero experts.
         experts: the bank.
-        placement: which slots of the bank hold each expert of the router; None: slot e is expert e.
+        placement: which places of the bank hold each expert of the router; None: place e is expert e.
         dispatch: "auto" (``pick_dispatch``), "loop", "dense", "grouped", or a callable.
         shared: module applied to every token, added to the sum.
 
@@ -70,10 +70,10 @@ class MoE(Recordable):
         self.placement = placement
         router.scorer.meet(experts)
 
-    def slots(self, e: int) -> list[int]:
-        """The slots of the bank that hold expert ``e`` of the router: none for a zero expert."""
+    def places(self, e: int) -> list[int]:
+        """The places of the bank that hold expert ``e`` of the router: none for a zero expert."""
         if self.placement is not None:
-            return self.placement.slots(e)
+            return self.placement.places(e)
         return [e] if 0 <= e < self.experts.num_experts else []
 
     def forward(

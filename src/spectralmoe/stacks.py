@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.sharding import is_sharded
 
 __all__ = ["chosen_experts", "copy_with"]
 
@@ -39,14 +38,9 @@ def copy_with(module: Module, tensors: Mapping[Tensor, Tensor]) -> Module:
     """A copy of ``module`` that holds other tensors in the place of some: old parameter or buffer -> new values.
 
     A parameter stays one, of its dtype, and takes a gradient if the old one did.
-
-    Raises:
-        UserError: the module is sharded.
     """
     memo: dict[int, object] = {}
     for old, new in tensors.items():
-        if is_sharded(old):
-            raise UserError(f"this {type(module).__name__} is sharded; change the whole model and shard it afterwards")
         new = new.to(old.dtype)
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     return copy.deepcopy(module, memo)

@@ -144,9 +144,11 @@ def test_reap_keeps_the_largest_weighted_outputs(placement, masked):
         for t, chosen in enumerate(routing.indices.tolist()):
             for j, e in enumerate(chosen):
                 if e >= 0:
-                    slot = layer.slots(e)[taken[e] % len(layer.slots(e))]
+                    place = layer.places(e)[taken[e] % len(layer.places(e))]
                     taken[e] += 1
-                    sums[e] += float(routing.weights[t, j] * layer.experts.expert(x[t : t + 1], slot).norm())
+                    sums[e] += float(
+                        routing.weights[t, j].detach() * layer.experts.expert(x[t : t + 1], place).detach().norm()
+                    )
                     counts[e] += 1
     saliency = [s / max(c, 1) for s, c in zip(sums, counts, strict=True)]
     best = sorted(sorted(range(E), key=lambda e: -saliency[e])[:3])
@@ -246,3 +248,12 @@ def test_mistakes_are_named(user_error):
 def test_largest_is_what_the_slow_form_sorts():
     values = torch.rand(5, 4, generator=generator(0))
     assert largest(values, 2, None).tolist() == values.argsort(1, descending=True)[:, :2].tolist()
+
+
+def test_sharded_layers_are_named(one_process, user_error):
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(layer_of())
+    fully_shard(model[0])
+    with user_error("prune", "layer '0' is sharded", "shard it afterwards"):
+        prune(model, 3)

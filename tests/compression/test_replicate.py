@@ -48,17 +48,17 @@ def test_the_busiest_get_the_slots_and_their_loads_are_even():
         loads = [count / number for count, number in zip(counts, numbers, strict=True)]
         numbers[loads.index(max(loads))] += 1
     many = replicate(layer, 4, evidence=tape)
-    assert [len(many.slots(e)) for e in range(E)] == numbers
+    assert [len(many.places(e)) for e in range(E)] == numbers
     routing = many.router(x)
-    slots = many.placement(routing).indices
+    places = many.placement(routing).indices
     for e in range(E):
-        loads = [int((slots == slot).sum()) for slot in many.slots(e)]
+        loads = [int((places == place).sum()) for place in many.places(e)]
         assert sum(loads) == counts[e]
         assert max(loads) - min(loads) <= 1
 
 
 def test_greedy_is_best_for_the_busiest_slot():
-    """No other way to add the slots makes the largest load a slot smaller."""
+    """No other way to add the places makes the largest load a place smaller."""
     counts = torch.randint(0, 100, (3,), generator=generator(1))
     best = min(
         max(int(c) / (1 + n) for c, n in zip(counts, added, strict=True))
@@ -72,22 +72,22 @@ def test_greedy_is_best_for_the_busiest_slot():
 def test_replicas_are_parameters_of_their_own(tmp_path):
     layer, x = layer_of().eval(), torch.randn(40, D)
     many = replicate(layer, [3, 1, 1, 1, 1])
-    first, *others = many.slots(0)
-    for slot in others:
-        assert torch.equal(many.experts.up[slot], many.experts.up[first])
+    first, *others = many.places(0)
+    for place in others:
+        assert torch.equal(many.experts.up[place], many.experts.up[first])
     many.experts.down.data[others[0]].mul_(1.01)  # quantised, say
     save(many, tmp_path)
     assert torch.equal(load(tmp_path)(x), many(x))
     many(x).sum().backward()
-    assert all(bool(many.experts.up.grad[slot].any()) for slot in many.slots(0))
+    assert all(bool(many.experts.up.grad[place].any()) for place in many.places(0))
 
 
 def test_mistakes_are_named(user_error):
     layer = layer_of()
     for copies, words in (
         ([1, 1], ["E=5", "2 numbers"]),
-        ([0, 1, 1, 1, 1], ["slots of expert 0", "from 1", "got 0"]),
-        ([1, 1.5, 1, 1, 1], ["slots of expert 1", "got 1.5"]),
+        ([0, 1, 1, 1, 1], ["places of expert 0", "from 1", "got 0"]),
+        ([1, 1.5, 1, 1, 1], ["places of expert 1", "got 1.5"]),
         (-1, ["added", "got -1"]),
         (2, ["no evidence"]),
         ({"x": 2}, ["unknown layer of replicate", "'x'"]),
@@ -99,6 +99,6 @@ def test_mistakes_are_named(user_error):
     with user_error("replicate", "another model"):
         replicate(layer_of(), 2, evidence=tape)
     zero = layer_of(placement=Placement([[0], [1], [2], [3], []]))
-    with user_error("slots of expert 4", "from 0 to 0", "got 2"):
+    with user_error("places of expert 4", "from 0 to 0", "got 2"):
         replicate(zero, [1, 1, 1, 1, 2])
-    assert replicate(zero, [1, 2, 1, 1, 0]).slots(4) == []
+    assert replicate(zero, [1, 2, 1, 1, 0]).places(4) == []

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Allow",
+    "Assign",
     "Data",
     "DataDir",
     "DeviceName",
@@ -76,6 +77,10 @@ DeviceName = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text, errors too.")]
+Assign = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as network.k=1; repeats."),
+]
 Allow = Annotated[
     list[str] | None, typer.Option("--allow", metavar="PKG:CLASS", help="A class of your own that the model may use.")
 ]
@@ -102,16 +107,16 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names if name.strip())
 
 
-def read_k(text: str, experts: int) -> int | str:
+def read_k(text: str) -> int | str:
     """Experts a token: a number, or "soft".
 
     Raises:
-        UserError: neither, or more than there are.
+        UserError: neither.
     """
     if text == "soft":
         return text
-    if not (text.isdecimal() and 1 <= int(text) <= experts):
-        raise UserError(f"--k {text} is neither 'soft' nor a number from 1 to {experts} (--experts)")
+    if not (text.isdecimal() and int(text)):
+        raise UserError(f"--k {text} is neither 'soft' nor a number of experts a token")
     return int(text)
 
 

@@ -13,6 +13,7 @@ from spectralmoe.experts import Experts
 from spectralmoe.moe import MoE
 from spectralmoe.placement import Placement
 from spectralmoe.router import Router
+from spectralmoe.sharding import is_sharded
 from spectralmoe.tape import moe_layers, unwrapped
 
 __all__ = ["edited", "layers_of", "rebuilt", "whole_number"]
@@ -24,11 +25,14 @@ def layers_of(owner: str, model: nn.Module) -> dict[str, MoE]:
     """The MoE layers of ``model`` that are this library's.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; one is sharded.
     """
     layers = {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
     if not layers:
         raise UserError(f"{owner}: {type(unwrapped(model)).__name__} holds no MoE of this library")
+    for name, layer in layers.items():
+        if any(is_sharded(parameter) for parameter in layer.parameters()):
+            raise UserError(f"{owner}: layer {name!r} is sharded; {owner} the whole model and shard it afterwards")
     return layers
 
 
@@ -59,7 +63,7 @@ def edited(
 
 
 def rebuilt(layer: MoE, experts: Experts, table: Sequence[Sequence[int]], router: Router | None = None) -> MoE:
-    """A copy of ``layer`` with another bank, in which expert e of the router has the slots ``table[e]``.
+    """A copy of ``layer`` with another bank, in which expert e of the router has the places ``table[e]``.
 
     Args:
         router: None: a copy of the layer's own.

@@ -67,7 +67,7 @@ def merge(
     known = Evidence("merge", layers, evidence, seed)
 
     def merged(name: str, layer: MoE, groups: Groups) -> MoE:
-        networks = [e for e in range(layer.router.num_experts) if layer.slots(e)]
+        networks = [e for e in range(layer.router.num_experts) if layer.places(e)]
         if isinstance(groups, int):
             number = whole_number("merge", f"the networks of layer {name!r}", groups, 1, len(networks))
             if by is None:
@@ -109,24 +109,24 @@ def _disjoint(layer: MoE, groups: Sequence[Sequence[int]]) -> list[list[int]]:
     for e in members:
         if members.count(e) > 1:
             raise UserError(f"merge: groups must not overlap, but expert {e} is named {members.count(e)} times")
-        if not layer.slots(e):
+        if not layer.places(e):
             raise UserError(f"merge: expert {e} is a zero expert, which has no network to merge")
     return chosen
 
 
 def _merged(layer: MoE, groups: list[list[int]], saliency: Tensor) -> MoE:
-    """One network a group; experts that no group names stay with those that share their slots already."""
+    """One network a group; experts that no group names stay with those that share their places already."""
     rest: dict[tuple[int, ...], list[int]] = {}
     for e in range(layer.router.num_experts):
-        if layer.slots(e) and not any(e in group for group in groups):
-            rest.setdefault(tuple(layer.slots(e)), []).append(e)
+        if layer.places(e) and not any(e in group for group in groups):
+            rest.setdefault(tuple(layer.places(e)), []).append(e)
     networks = sorted([*groups, *rest.values()], key=min)
-    slots, weights = [], []
+    members, weights = [], []
     for group in networks:
-        shares = saliency[group] if saliency[group].any() else torch.ones(len(group))
-        owners = [(e, share) for e, share in zip(group, shares.tolist(), strict=True)]
-        slots.append([slot for e, _ in owners for slot in layer.slots(e)])
-        weights.append([share / len(layer.slots(e)) for e, share in owners for _ in layer.slots(e)])
-    place = {e: [number] for number, group in enumerate(networks) for e in group}
-    table = [place.get(e, []) for e in range(layer.router.num_experts)]
-    return rebuilt(layer, layer.experts.averaged(slots, weights), table)
+        shares = (saliency[group] if saliency[group].any() else torch.ones(len(group))).tolist()
+        places = [layer.places(e) for e in group]
+        members.append([place for row in places for place in row])
+        weights.append([share / len(row) for share, row in zip(shares, places, strict=True) for _ in row])
+    network_of = {e: [number] for number, group in enumerate(networks) for e in group}
+    table = [network_of.get(e, []) for e in range(layer.router.num_experts)]
+    return rebuilt(layer, layer.experts.averaged(members, weights), table)

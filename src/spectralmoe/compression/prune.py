@@ -88,9 +88,9 @@ def _without_others(layer: MoE, kept: list[int]) -> MoE:
     if kept == list(range(layer.router.num_experts)):
         return copy.deepcopy(layer)
     router = layer.router.select(kept)
-    rows = [layer.slots(e) for e in kept]
-    slots = list(dict.fromkeys(slot for row in rows for slot in row))
-    if not slots:
+    rows = [layer.places(e) for e in kept]
+    places = list(dict.fromkeys(place for row in rows for place in row))
+    if not places:
         raise UserError(f"prune: the experts {kept} are all zero experts; keep one that computes something")
-    table = [[slots.index(slot) for slot in row] for row in rows]
-    return rebuilt(layer, layer.experts.select(slots), table, router)
+    table = [[places.index(place) for place in row] for row in rows]
+    return rebuilt(layer, layer.experts.select(places), table, router)

@@ -1,7 +1,7 @@
-"""Replicating: busy experts get several slots of the bank, which take their tokens in turn.
+"""Replicating: busy experts get several places of the bank, which take their tokens in turn.
 
 The first half of "Replicate-and-Quantize" (R&Q), arXiv 2602.19938, which replicates the busiest expert of a layer.
-Differs: more than one slot may be added, each to the expert with the largest load a slot, as DeepSeek's EPLB does
+Differs: more than one place may be added, each to the expert with the largest load per place, as DeepSeek's EPLB does
 (github.com/deepseek-ai/EPLB, MIT).
 """
 
@@ -23,24 +23,24 @@ __all__ = ["replicas_by_load", "replicate"]
 Model = TypeVar("Model", bound=nn.Module)
 Copies = int | Sequence[int]
 
-_MOST = 2**16  # slots added to a layer
+_MOST = 2**16  # places added to a layer
 
 
 def replicate(model: Model, copies: Copies | Mapping[str, Copies], *, evidence: Iterable[Record] = ()) -> Model:
     """A copy of ``model`` whose busy experts have replicas; the model stays as it is.
 
-    The layer computes what it did: router and choices stay, and each forward deals an expert's tokens out to its slots
+    The layer computes what it did: router and choices stay, and each forward deals an expert's tokens out to its places
     in turn (``Placement``), so that their loads differ by one at most. For inference: training would let replicas
     drift apart.
 
     Args:
         model: an ``MoE``, or a model that holds some.
-        copies: how many slots each layer gets, for the experts that are busiest (``replicas_by_load``); or how many
-            slots each expert is to have, one number an expert; or layer name -> one or the other.
-        evidence: the tape of calibration data, for a number of slots.
+        copies: how many places each layer gets, for the experts that are busiest (``replicas_by_load``); or how many
+            places each expert is to have, one number an expert; or layer name -> one or the other.
+        evidence: the tape of calibration data, for a number of places.
 
     Raises:
-        UserError: not one number an expert, one below the slots that it has; zero experts; evidence that is missing or
+        UserError: not one number an expert, one below the places that it has; zero experts; evidence that is missing or
             of another model.
 
     >>> import torch
@@ -53,9 +53,9 @@ def replicate(model: Model, copies: Copies | Mapping[str, Copies], *, evidence: 
     known = Evidence("replicate", layers, evidence, 0)
 
     def replicated(name: str, layer: MoE, copies: Copies) -> MoE:
-        rows = [layer.slots(e) for e in range(layer.router.num_experts)]
+        rows = [layer.places(e) for e in range(layer.router.num_experts)]
         if isinstance(copies, int):
-            more = whole_number("replicate", f"the slots added to layer {name!r}", copies, 0, _MOST)
+            more = whole_number("replicate", f"the places added to layer {name!r}", copies, 0, _MOST)
             copies = replicas_by_load(known.counts(name, layer), [len(row) for row in rows], more) if more else ()
         elif len(copies) != len(rows):
             raise UserError(
@@ -64,7 +64,7 @@ def replicate(model: Model, copies: Copies | Mapping[str, Copies], *, evidence: 
         order, table = list(range(layer.experts.num_experts)), [list(row) for row in rows]
         for e, number in enumerate(copies):
             least = len(rows[e])
-            whole_number("replicate", f"the slots of expert {e}", number, least, _MOST if least else 0)
+            whole_number("replicate", f"the places of expert {e}", number, least, _MOST if least else 0)
             for _ in range(number - least):
                 table[e].append(len(order))
                 order.append(rows[e][0])
@@ -73,18 +73,18 @@ def replicate(model: Model, copies: Copies | Mapping[str, Copies], *, evidence: 
     return edited("replicate", model, layers, copies, replicated)
 
 
-def replicas_by_load(counts: Tensor, slots: Sequence[int], more: int) -> list[int]:
-    """How many slots each expert has after ``more`` were added one by one, each where the load a slot is largest.
+def replicas_by_load(counts: Tensor, places: Sequence[int], more: int) -> list[int]:
+    """How many places each expert has after ``more`` were added one by one, each where the load per place is largest.
 
     Args:
         counts: the load of each expert (E,).
-        slots: how many it has; experts without any get none.
+        places: how many it has; experts without any get none.
 
     >>> import torch
     >>> replicas_by_load(torch.tensor([90, 50, 10]), [1, 1, 1], 3)
     [3, 2, 1]
     """
-    numbers, loads = list(slots), counts.tolist()
+    numbers, loads = list(places), counts.tolist()
     for _ in range(more):
         busiest = max(range(len(numbers)), key=lambda e: loads[e] / numbers[e] if numbers[e] else -1.0)
         numbers[busiest] += 1

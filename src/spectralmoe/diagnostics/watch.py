@@ -130,13 +130,13 @@ class OwnLayer(Watched):
     @torch.no_grad()
     def expert(self, x: Tensor, e: int) -> Tensor:
         """By the bank's own definition of one expert; 0 for a zero expert."""
-        slots = self.layer.slots(e)
-        return self.layer.experts.expert(x, slots[0]) if slots else torch.zeros_like(x)
+        places = self.layer.places(e)
+        return self.layer.experts.expert(x, places[0]) if places else torch.zeros_like(x)
 
     def expert_weights(self, e: int) -> Tensor:
         """The expert's own parameters, by name."""
-        slots = self.layer.slots(e)
-        own = self.layer.experts.expert_parameters(slots[0]) if slots else {}
+        places = self.layer.places(e)
+        own = self.layer.experts.expert_parameters(places[0]) if places else {}
         return torch.cat([full(own[name]).detach().flatten().float() for name in sorted(own)] or [torch.empty(0)])
 
 

@@ -76,7 +76,7 @@ class Experts(Part):
         entry an expert; a bank that holds others overrides both.
 
         Raises:
-            UserError: no index, or one out of range; a tensor that is no such stack; a sharded bank.
+            UserError: no index, or one out of range; a tensor that is no such stack.
 
         >>> from spectralmoe import FeedForward
         >>> bank = FeedForward(4, dim=8, hidden=16)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +16,7 @@ class Around(Selector):
 
     Every method goes to ``selector``, which has a life of its own around the optimizer step; the facts about it
     (``score``, ``normalize``, ``per_token``, ``soft`` and ``fills``) are copied. A subclass that may empty slots sets
-    ``fills`` to False in its ``adopt``.
+    ``fills`` to False in its ``bind``.
 
     Args:
         selector: the selector that is wrapped.
@@ -40,10 +38,6 @@ class Around(Selector):
 
     def bind(self, num_experts: int) -> None:
         self.selector.bind(num_experts)
-        self.adopt(num_experts)
-
-    def adopt(self, num_experts: int) -> None:
-        """Called once ``selector`` is bound to a router of E experts: check the arguments, allocate state."""
         self.soft, self.fills = self.selector.soft, self.selector.fills
 
     def scored(self, logits: Tensor) -> Tensor | Score:
@@ -60,8 +54,3 @@ class Around(Selector):
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         return self.selector.weigh(logits, indices)
-
-    def select(self, indices: Sequence[int] | Tensor) -> Self:
-        part = copy.deepcopy(self, {id(self.selector): self.selector.select(indices)})
-        part.adopt(len(indices))
-        return part

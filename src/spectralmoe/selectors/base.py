@@ -76,19 +76,21 @@ class Selector(Part):
     def select(self, indices: Sequence[int] | Tensor) -> Self:
         """A selector for the experts ``indices`` of its router alone, in this order, with what it remembers of them.
 
-        Whatever it counts by E goes by the experts that are left; k, p and capacities stay. Every buffer is taken for
-        one number an expert; a selector that holds others overrides it.
+        Whatever it counts by E goes by the experts that are left; k, p and capacities stay. A buffer with dimensions,
+        its own or of a selector inside it, is taken for one entry an expert; others stay.
 
         Raises:
             UserError: it cannot choose among so few.
         """
         chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
         selector = copy.deepcopy(self)
-        memory = dict(selector._buffers)
-        selector._buffers.clear()
+        memories = [(module, dict(module._buffers)) for module in selector.modules()]
+        for module, _ in memories:
+            module._buffers.clear()
         selector.bind(len(chosen))
-        for name, values in memory.items():
-            selector._buffers[name] = None if values is None else values[chosen]
+        for module, memory in memories:
+            for name, values in memory.items():
+                module._buffers[name] = values[chosen] if values is not None and values.dim() else values
         return selector
 
 

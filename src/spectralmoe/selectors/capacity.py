@@ -43,8 +43,8 @@ class Capacity(Around):
         self.factor, self.per_token = factor, False
         self.normalize = False  # the weights of a token that loses all its experts sum to 0
 
-    def adopt(self, num_experts: int) -> None:
-        super().adopt(num_experts)
+    def bind(self, num_experts: int) -> None:
+        super().bind(num_experts)
         if self.soft:
             raise UserError("Capacity: soft routing has no choice to bound; use a selector with k below E")
         self.fills = False

@@ -7,7 +7,8 @@ a resumed run, draw the same.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -69,9 +70,6 @@ class ClusterDropout(Around):
         if "seed" in self._buffers:
             raise UserError("ClusterDropout: this selector belongs to another router already; give each router its own")
         super().bind(num_experts)
-
-    def adopt(self, num_experts: int) -> None:
-        super().adopt(num_experts)
         if self.soft:
             raise UserError("ClusterDropout: soft routing makes no choice to leave experts out of; use TopK")
         if any(isinstance(part, Balanced) for part in self.selector.modules()):
@@ -86,9 +84,8 @@ class ClusterDropout(Around):
                 f"ClusterDropout: rate={self.rate} leaves none of the {num_experts // self.groups} experts of a group"
             )
         self.fills = False
-        if "seed" not in self._buffers:
-            self.register_buffer("seed", torch.randint(2**62, ()))
-            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seed", torch.randint(2**62, ()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("taking_part", self._drawn(num_experts))
 
     def scored(self, logits: Tensor) -> Tensor | Score:
@@ -102,6 +99,12 @@ class ClusterDropout(Around):
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         return super().weigh(self._offered(logits), self._emptied(indices))
+
+    def select(self, indices: Sequence[int] | Tensor) -> Self:
+        """The same with as many groups, whose experts are drawn anew."""
+        selector = super().select(indices)
+        selector.taking_part = selector._drawn(len(selector.taking_part))
+        return selector
 
     def after_step(self) -> None:
         super().after_step()

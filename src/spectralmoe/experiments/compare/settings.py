@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from spectralmoe.errors import UserError
+from spectralmoe.naming import shown
 from spectralmoe.presets import find_preset
 from spectralmoe.training.names import DEFAULT_ROUTERS
 from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
 
-__all__ = ["Cell", "CompareSettings", "no_repeats"]
+__all__ = ["GROWS", "Cell", "CompareSettings", "no_repeats"]
+
+GROWS = ("routers", "depths", "seeds")
+"""Settings that change no cell that is there: a comparison may grow by them."""
 
 
 class Cell(NamedTuple):
@@ -25,8 +30,16 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A folder name."""
-        return f"{re.sub(r'[^A-Za-z0-9+_.-]', '_', self.router)}-depth{self.depth}-seed{self.seed}"
+        """A folder name; that of a table is its words and a digest."""
+        router = re.sub(r"[^A-Za-z0-9+_.-]", "_", self.router)
+        if self.router.startswith("{"):
+            digest = hashlib.sha256(self.router.encode()).hexdigest()[:8]
+            router = f"{'_'.join(re.findall(r'[A-Za-z0-9+.-]+', self.router))[:60]}-{digest}"
+        return f"{router}-depth{self.depth}-seed{self.seed}"
+
+
+def _text(row: object) -> object:
+    return shown(row) if isinstance(row, dict) else row
 
 
 class CompareSettings(Settings):
@@ -34,7 +47,7 @@ class CompareSettings(Settings):
 
     Attributes:
         data: name of a data set, or ``folder:PATH``.
-        routers: names of presets, tables as text, or ``pkg:object`` of your own; see ``find_preset``.
+        routers: names of presets, tables (kept as text), or ``pkg:object`` of your own; see ``find_preset``.
         depths: numbers of MoE stages.
         seeds: how many seeds, counted from ``seed``.
         image_size: side that the images of a folder are resized to when they are read; None: see ``load_data``.
@@ -44,7 +57,7 @@ class CompareSettings(Settings):
     """
 
     data: str = "mnist5k"
-    routers: Several[str] = DEFAULT_ROUTERS
+    routers: Several[Annotated[str, BeforeValidator(_text)]] = DEFAULT_ROUTERS
     depths: Several[Positive] = (2, 4)
     seeds: Positive = 5
     seed: Seed = 0
@@ -66,7 +79,7 @@ class CompareSettings(Settings):
         no_repeats("--depths", self.depths)
         k, experts = self.network.k, self.network.num_experts
         if k != "soft" and k > experts:
-            raise UserError(f"--k {k} experts a token were asked for, but there are only {experts}")
+            raise UserError(f"--k {k} is no number of experts a token from 1 to {experts} (--experts)")
         for name in self.routers:
             find_preset(name).check(self.network.width, experts, self.network.hidden, k=k, spare=self.network.spare)
 
