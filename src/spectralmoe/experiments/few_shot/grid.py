@@ -101,7 +101,7 @@ def recipe(row: str, settings: FewShotSettings) -> Recipe:
     if row == "adapter":
         active = {"soft": settings.experts, "top1": 1, "top2": 2}[settings.mode]
         spec = BranchSpec(
-            router=lambda dim, experts: Router(LinearScorer(dim, experts), TopK()),  # one expert: its weight is 1
+            router=lambda dim, experts: Router(LinearScorer(dim, experts), TopK(1)),  # one expert: its weight is 1
             experts=1,
             bottleneck=active * settings.bottleneck,
             blocks=settings.blocks,
