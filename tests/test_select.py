@@ -117,6 +117,13 @@ def test_selectors_that_cannot_choose_among_so_few(make_router, user_error):
             router.select(indices)
 
 
+def test_selecting_draws_nothing(make_router, selector_name):
+    router = make_router("linear", selector_name, D, E)
+    before = torch.get_rng_state()
+    router.select(KEPT)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_scorer_that_names_no_rows(user_error):
     class Own(Scorer):
         pass

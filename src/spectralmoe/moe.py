@@ -97,8 +97,8 @@ class MoE(Recordable):
             mask = fed.mask if mask is None else mask
             context = fed.context if context is None else context
             replay = fed.next_replay()
-        rows = rows_of(context, x.shape[:-1], mask)
-        routing = self.router(x, mask=mask, context=rows, replay=replay)
+        side = rows_of(context, x, mask)
+        routing = self.router(x, mask=mask, context=side, replay=replay)
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         streams = self.router.scorer.streams_tokens or self.experts.streams_tokens
         seen = tokens.detach() if streams and self.training and self.router.training else None
@@ -106,8 +106,8 @@ class MoE(Recordable):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))
         placed = scaled if self.placement is None else self.placement(scaled)
-        y, kept = self._run(self.experts.beside(tokens, rows), placed)
-        self.leave(routing, kept, seen, rows)
+        y, kept = self._run(self.experts.beside(tokens, side), placed)
+        self.leave(routing, kept, seen, side)
         y = y if x.dim() == 2 else y.reshape(x.shape)
         if self.shared is None:
             return y
