@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from spectralmoe import TopK
-from spectralmoe.experts import EXPERTS
+from spectralmoe.experts import EXPERTS, Experts, FeedForward
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 
@@ -43,7 +43,11 @@ def make_bank(name: str, dim: int = 8, num_experts: int = 4) -> Any:
     def modules() -> list[nn.Module]:
         return [nn.Sequential(nn.Linear(dim, 5), nn.Tanh(), nn.Linear(5, dim)) for _ in range(num_experts)]
 
-    return _made(EXPERTS[name], dim=dim, num_experts=num_experts, modules=modules)
+    def experts() -> Experts:
+        return FeedForward(num_experts, dim, 6)
+
+    sizes = {"dim": dim, "channels": dim, "num_experts": num_experts}
+    return _made(EXPERTS[name], **sizes, modules=modules, experts=experts)
 
 
 def _made(cls: Any, **sizes: Any) -> Any:
