@@ -19,6 +19,8 @@ PLAIN = {
     "prototype": "distance of the token to a prototype of each expert",
     "eigenbasis": "energy of the token along orthonormal directions",
     "principal": "share of the token's energy on each side of orthonormal directions",
+    "context": "a linear gate on a named vector beside the token",
+    "basis": "how much of the token lies in the basis of each expert; for the bank eigen",
     "topk": "the k experts with the largest scores for each token",
     "noisy_topk": "top-k of noisy logits in training, of the logits in evaluation",
     "expert_choice": "each expert takes its best tokens, as many as its capacity allows",
@@ -30,7 +32,8 @@ PLAIN = {
     "cluster_dropout": "another selector, some experts of each group left out in training",
     "feed_forward": "networks of two layers, their weights stacked",
     "adapter": "narrow networks to be added to the output of a frozen layer",
-    "modules": "modules of your own; slower than stacked weights",
+    "eigen": "matrices kept as singular vectors and values",
+    "modules": "modules of your own, in Python alone; slower than stacked weights",
     "loop": "the definition: one token and one expert at a time; slow",
     "dense": "every expert on every token; for soft routing and very small layers",
     "grouped": "each expert on exactly the tokens that chose it, however uneven the load",
@@ -82,7 +85,7 @@ def list_everything(json: Json = False) -> None:
         "regularizers": REGULARIZERS,
     }
     tables |= {
-        title: {name: PLAIN.get(name) or _first_line(item) for name, item in part.items()}
+        title: {name: (PLAIN.get(name) or _first_line(item)) + _arguments(title, item) for name, item in part.items()}
         for title, part in parts.items()
     }
     tables["optimizers"] = {name: _first_line(item) for name, item in OPTIMIZERS.items()}
@@ -95,6 +98,18 @@ def list_everything(json: Json = False) -> None:
         for name, line in table.items():
             say(f"  {name:<20} {line}", indent=" " * _INDENT)
     say(HINT)
+
+
+def _arguments(title: str, part: object) -> str:
+    """What a table may say of a part: its arguments, less those that the network gives."""
+    from spectralmoe.naming import FILLED_IN
+    from spectralmoe.spec import parameters_of
+
+    if title == "dispatch":  # which is not chosen by name
+        return ""
+    names = list(parameters_of(part))[1 if title == "regularizers" else 0 :]
+    free = [name for name in names if name not in FILLED_IN]
+    return f" ({', '.join(free)})" if free else ""
 
 
 def _first_line(item: object) -> str:
