@@ -14,7 +14,7 @@ SOURCE = Path(spectralmoe.__file__).parent
 # Low to high. A module imports from lower levels, from its own folder, and from what is named beside its level.
 LEVELS = [
     {"errors", "sharding", "transforms"},
-    {"files", "machine", "linalg", "routing", "stacks", "context", "formula"},
+    {"files", "machine", "linalg", "routing", "stacks", "context", "formula", "units"},
     {"parts", "draw"},
     {"selectors", "experts"},
     {"scorers"},

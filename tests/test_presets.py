@@ -11,7 +11,7 @@ import torch
 from spectralmoe.data.image_data import load_data
 from spectralmoe.experiments.compare.settings import Cell, CompareSettings
 from spectralmoe.experiments.compare.setup import Setup, Tuned
-from spectralmoe.experts import EXPERTS, ModuleExperts
+from spectralmoe.experts import EXPERTS
 from spectralmoe.naming import own_names, read_table, shown
 from spectralmoe.presets import PRESETS, Preset, find_preset
 from spectralmoe.regularizers import REGULARIZERS
@@ -26,35 +26,36 @@ from spectralmoe.training.settings import parse
 SIZES = {"width": 12, "num_experts": 4, "hidden": 8}
 
 NEEDED = {
-    "eigenbasis": "rank = 6",
-    "expert_choice": "capacity = 1.0",
-    "topp": "p = 0.7",
-    "capacity": "factor = 1.25",
-    "cluster_dropout": "groups = 2",
-    "eigen": "rank = 3",
+    "eigenbasis": {"rank": 6},
+    "expert_choice": {"capacity": 1.0},
+    "topp": {"p": 0.7},
+    "capacity": {"factor": 1.25},
+    "cluster_dropout": {"groups": 2},
+    "eigen": {"rank": 3},
 }
 """What an entry needs besides its name."""
 
-ROWS = {"basis": '{scorer = {type = "basis", score = "energy"}, experts = "eigen", rank = 3}'}
+TOGETHER = {"basis": {"scorer": {"type": "basis", "score": "energy"}, "experts": "eigen", "rank": 3}}
 """Entries that work with certain others alone."""
+
+NOT_HERE = {"context", "modules", "conv"}
+"""Entries that need more than tokens or names: side information, modules that are given, maps."""
+
+
+def part(kind, table, name):
+    """An entry by name; one that wraps another of its kind gets the first of the table."""
+    inner = {kind: next(iter(table))} if kind in parameters_of(table[name]) else {}
+    return {kind: {"type": name, **inner}, **NEEDED.get(name, {})}
 
 
 def rows():
-    """Each scorer with top-k, each selector with a linear scorer, each term and bank by name, each preset."""
+    """Each preset, each scorer with top-k, each selector, bank and term with a linear scorer."""
     yield from PRESETS
-    for name in SCORERS:
-        if name != "context":  # images have none
-            yield ROWS.get(name) or f'{{scorer = "{name}", {NEEDED.get(name, "")}}}'.replace(", }", "}")
-    for name in SELECTORS:
-        around = ', selector = "topk"' if "selector" in parameters_of(SELECTORS[name]) else ""
-        yield f'{{scorer = "linear", selector = {{type = "{name}"{around}}}, {NEEDED.get(name, "")}}}'.replace(
-            ", }", "}"
-        )
+    for kind, table in (("scorer", SCORERS), ("selector", SELECTORS), ("experts", EXPERTS)):
+        for name in table.keys() - NOT_HERE:
+            yield shown(TOGETHER.get(name) or {"scorer": "linear", **part(kind, table, name)})
     for name in REGULARIZERS:
-        yield f'{{scorer = "linear", terms = {{{name} = 0.1}}}}'
-    for name, bank in EXPERTS.items():
-        if bank is not ModuleExperts:  # which is made of given modules
-            yield f'{{scorer = "linear", experts = "{name}", {NEEDED.get(name, "")}}}'.replace(", }", "}")
+        yield shown({"scorer": "linear", "terms": {name: 0.1}})
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def setup_of(data, tmp_path, *names, **changes):
     return Setup(settings, data, tmp_path, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("row", list(rows()))
+@pytest.mark.parametrize("row", sorted(rows()))
 def test_every_entry_of_the_tables_trains_in_a_comparison_by_name(row, data, tmp_path):
     setup = setup_of(data, tmp_path, row)
     (cell,) = setup.settings.cells()
@@ -199,6 +200,7 @@ def test_a_row_that_cannot_be_is_one_line(row, words, user_error):
         ('{scorer = "eigenbasis", rank = "= dims"}', 2, ("'= dims'", "did you mean 'dim'?")),
         ('{scorer = "linear", k = 5}', 2, ("k=5", "E=4")),
         ('{scorer = "basis"}', 2, ("EigenExperts", "FeedForward")),
+        ('{scorer = "linear", experts = "conv", channels = 12}', 2, ("unit=Token", "rows of shape")),
         ('{scorer = "context"}', 2, ("ContextScorer reads 'severity'", "this network gives none")),
         ('{scorer = "linear", experts = {type = "feed_forward", activation = "gulu"}}', 2, ("did you mean 'gelu'?",)),
     ],

@@ -117,10 +117,10 @@ class Preset:
         return Router(scorer, selector)
 
     def check(self, dim: int, num_experts: int, hidden: int, *, k: K, spare: int = 0) -> None:
-        """Build a layer once, so that what does not fit the sizes of a network shows before it runs.
+        """Build a layer and run two tokens, so that what does not fit the sizes of a network shows before it runs.
 
         Raises:
-            UserError: as ``make_router``, ``make_experts`` and ``MoE``; a part that reads side information.
+            UserError: as ``make_router``, ``make_experts`` and ``MoE``; a part that reads side information, or fails.
         """
         try:
             with torch.random.fork_rng(devices=[]):
@@ -130,8 +130,12 @@ class Preset:
                 if isinstance(part, Part) and part.reads:
                     who = f"{type(part).__name__} reads {part.reads[0]!r} from the context"
                     raise UserError(f"{who}, and this network gives none")
+            with torch.no_grad():
+                layer.eval()(torch.zeros(2, dim))
         except UserError as error:
             raise UserError(f"router {self.summary!r}: {error}") from error
+        except Exception as error:  # of a part of the user's own
+            raise UserError(f"router {self.summary!r} does not work on two tokens: {first_line(error)}") from error
 
     def routers(self, k: K) -> Callable[[int, int], Router]:
         """(D, E) -> a new router, with ``k`` experts a token."""

@@ -25,14 +25,16 @@ from spectralmoe.router import Router
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.tape import unwrapped
+from spectralmoe.units import UNITS
 
-__all__ = ["build", "check_arguments", "describe", "find_class", "parameters_of"]
+__all__ = ["build", "check_arguments", "describe", "find_class", "of_today", "parameters_of"]
 
 PARTS: dict[str, type] = {
     **SCORERS,
     **SELECTORS,
     **EXPERTS,
     **DISPATCHES,
+    **UNITS,
     "router": Router,
     "placement": Placement,
     "moe": MoE,
@@ -101,7 +103,7 @@ def build(
         return spec
     if "type" not in spec:
         return {name: build(value, allow=allow, tables=tables, sizes=sizes) for name, value in spec.items()}
-    spec = _of_today(spec)
+    spec = of_today(spec)
     kind = spec["type"]
     cls: Any = (tables or PARTS).get(kind) if isinstance(kind, str) else None
     if cls is None:
@@ -119,7 +121,7 @@ def build(
     return cls(**arguments)
 
 
-def _of_today(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+def of_today(spec: Mapping[str, Any]) -> Mapping[str, Any]:
     """``spec`` in the words of this version: soft routing was once top-k with k null, and top-p had another name."""
     if spec["type"] == "top_p":
         return {**spec, "type": "topp"}

@@ -224,7 +224,7 @@ def test_one_seed_is_one_and_has_no_interval(call, tmp_path):
     assert code == 0
     assert "digits, 1 seed, k = 2" in out
     assert "±" not in out
-    assert "1 router, 1 seed, k = 2" in (tmp_path / "o" / "comparison.svg").read_text()
+    assert "Paired differences" not in (tmp_path / "o" / "table.md").read_text()
 
 
 @pytest.mark.parametrize("width", [60, 80])
