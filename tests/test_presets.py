@@ -163,6 +163,7 @@ def test_values_follow_from_the_sizes_of_the_network():
         ('{scorer = "linear"}\nx = 1', ("is not a table",)),
         ("{}", ("has no scorer", 'scorer = "linear"')),
         ('{preset = "liner"}', ("unknown router 'liner'",)),
+        ("{preset = [1]}", ("router [1] is neither a name nor a table",)),
         ('{scorer = "prototyp"}', ("unknown scorer 'prototyp'", "did you mean 'prototype'?")),
         ('{scorer = "topk"}', ("scorer 'topk'", "a name of the selectors", "the scorers are linear")),
         ('{scorer = "linear", experts = "linear"}', ("a name of the scorers", "feed_forward")),
@@ -180,6 +181,7 @@ def test_values_follow_from_the_sizes_of_the_network():
         ('{scorer = "linear", k = true}', ("k = true", "soft")),
         ('{scorer = "linear", terms = {load_balence = 0.1}}', ("unknown term", "did you mean 'load_balance'?")),
         ('{scorer = "linear", terms = {load_balance = {}}}', ("'load_balance' needs a weight",)),
+        ('{scorer = "linear", terms = {load_balance = nan}}', ("'load_balance' needs a weight",)),
         ('{scorer = "linear", terms = {load_balance = "much"}}', ("'load_balance' needs a weight",)),
         ('{scorer = "linear", terms = {spectral_norm = {weight = 1, bond = 2}}}', ("'bond'", "did you mean 'bound'?")),
         ('{scorer = "linear", terms = {router_z = {weight = 1, reduce = "max"}}}', ("reduce", "mean, sum")),
@@ -239,6 +241,8 @@ ROW = {"scorer": "prototype", "terms": {"router_z": 1e-3}, "summary": "a row of 
 PRESET = find_preset("cosine")
 def row():
     return {"preset": "linear", "k": 1}
+def broken():
+    return {"scorer": unknown}
 SIZE = 3
 """
 
@@ -276,6 +280,8 @@ def test_objects_of_your_own_that_do_not_fit(mine, user_error):
         find_preset({"scorer": "linear", "selector": f"{mine}:Norms"})
     with user_error("term", "is not a function"):
         find_preset({"scorer": "linear", "terms": {"mine": {"type": f"{mine}:SIZE", "weight": 1}}})
+    with user_error(f"'{mine}:broken' fails when it is called", "unknown"):
+        find_preset(f"{mine}:broken")
     with user_error("needs the argument 'factor'"):
         find_preset(f"{mine}:Scaled")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -199,7 +200,7 @@ def read_term(name: str, value: Any, start: Term | None = None) -> Term:
     fn = _regularizer(options.pop("type", name)) if start is None else start.fn
     fields = {key: options.pop(key) for key in _TERM if key in options}
     weight = fields.get("weight", start.weight if start else None)
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise UserError(f"term {name!r} needs a weight, such as {_key(name)} = 0.01")
     known = list(parameters_of(fn))[1:]
     for argument in options:
