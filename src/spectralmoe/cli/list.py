@@ -53,15 +53,16 @@ HINT = (
 )
 
 _FORMULA = re.compile(r"\s*:math:`[^`]*`|``")
-_INDENT = 23
+_WIDTH = 20  # of the names of a table, or more
 
 
 def list_everything(json: Json = False) -> None:
-    """Data sets, presets, and the parts that networks are made of.
+    """Data sets, router presets, the parts that networks are made of, and the values that ``inspect`` measures.
 
     Example: spectralmoe list
     """
     from spectralmoe.data.image_data import DATASETS
+    from spectralmoe.diagnostics.table import VALUES
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
     from spectralmoe.optim import OPTIMIZERS, SCHEDULES
@@ -90,13 +91,15 @@ def list_everything(json: Json = False) -> None:
     }
     tables["optimizers"] = {name: _first_line(item) for name, item in OPTIMIZERS.items()}
     tables["schedules"] = {name: _first_line(item) for name, item in SCHEDULES.items()}
+    tables["values"] = {value.name: value.meaning for value in VALUES.values()}
     if json:
         print_json(tables)
         return
     for title, table in tables.items():
         typer.echo(f"{title}:")
+        width = max(_WIDTH, *map(len, table))
         for name, line in table.items():
-            say(f"  {name:<20} {line}", indent=" " * _INDENT)
+            say(f"  {name:<{width}} {line}", indent=" " * (width + 3))
     say(HINT)
 
 
