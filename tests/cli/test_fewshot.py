@@ -158,8 +158,8 @@ def test_shots_are_drawn_from_the_training_part_by_seed():
 
 
 def test_adapter_has_the_compute_of_what_a_token_meets():
-    for mode, width in (("top1", 6), ("top2", 12), ("soft", 24)):
-        settings = FewShotSettings(data="digits", experts=4, bottleneck=6, mode=mode)
+    for k, width in ((1, 6), (2, 12), ("soft", 24)):
+        settings = FewShotSettings(data="digits", experts=4, bottleneck=6, k=k)
         layer = recipe("adapter", settings).spec.make_moe(8)
         assert layer.experts.up.shape == (1, width, 8)
         torch.nn.init.normal_(layer.experts.down)  # it starts at zero
@@ -197,7 +197,8 @@ def test_mistakes_are_one_line(models, refused, tmp_path):
         ("img_size = 8", "img_size = 12", "refuses images of 8 x 8"),
         ("patch_size = 4", "patch_sise = 4", "refuses its arguments"),
         ('router = "emoe"', 'router = "emo"', "unknown router 'emo'"),
-        ('mode = "top1"', 'mode = "top9"', "moe.mode"),
+        ("k = 1", 'k = "top1"', "moe.k"),
+        ("k = 1", 'mode = "top1"', 'moe.mode is no more; say k = 1, k = 2 or k = "soft"'),
         ("bottleneck = 32", "bottleneck = 0", "moe.bottleneck"),
         ('blocks = "last2"', 'blocks = "last22"', "last22"),
         ("label_smoothing", "label_smoothness", "unknown key 'label_smoothness'"),

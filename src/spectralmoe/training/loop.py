@@ -207,7 +207,10 @@ class _Run:
             group["lr"] = self.scheduled(rate)
         batch = self.objective.mixed(Batch(split.images[chosen], split.labels[chosen]), (self.settings.seed, self.step))
         part = batch.part(self.ranks.share(len(chosen)), self.device)
-        with record(self.model) if self.routed else nullcontext() as tape, self.objective.autocast(self.device):
+        with (
+            record(self.model, terms=self.terms) if self.routed else nullcontext() as tape,
+            self.objective.autocast(self.device),
+        ):
             logits = self.model(part.images)
         loss = self.ranks.weight(len(chosen)) * self.objective.loss(logits, part) + self.extra(tape)
         value = self.ranks.mean(float(loss.detach()))
