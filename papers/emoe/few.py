@@ -20,6 +20,7 @@ from spectralmoe.files import write_whole
 from spectralmoe.machine import cpu_model
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks import ImageTask
 from spectralmoe.vision import BranchSpec, EMoESpec
 from spectralmoe.vision.model import VisionMoE
 
@@ -89,7 +90,7 @@ def backbone(plan: Plan, folder: Path) -> VisionMoE:
         model.load_state_dict(load_file(path))
         return model.eval()
     known = replace(data, train=train_part, validation=validation, test=test, classes=data.classes[:SEEN])
-    train(model, known, budget(2e-3, plan.backbone_epochs, 0))
+    train(model, ImageTask(known), budget(2e-3, plan.backbone_epochs, 0))
     write_whole(path, lambda temporary: save_file(model.state_dict(), temporary))
     return model.eval()
 

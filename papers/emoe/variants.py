@@ -19,6 +19,7 @@ from spectralmoe.linalg import qr_retraction
 from spectralmoe.machine import cpu_model
 from spectralmoe.tape import Record
 from spectralmoe.training.loop import train
+from spectralmoe.training.tasks import ImageTask
 
 
 class RandomStart(PrincipalScorer):
@@ -146,7 +147,7 @@ def run_variant(name: str, seed: int, plan: Plan, setting: Setting) -> dict[str,
     data = load_data(plan.dataset).subset(plan.ablation_size)
     variant = VARIANTS[name]
     model = build(variant.router, data, seed, variant.experts)
-    train(model, data, budget(setting.lr, plan.ablation_epochs, seed))
+    train(model, ImageTask(data), budget(setting.lr, plan.ablation_epochs, seed))
     part = data.validation
     about = {"variant": name, "seed": seed, "cpu": cpu_model(), "experts": variant.experts}
     return {**about, **measure(model, part.images, part.labels)}

@@ -23,6 +23,7 @@ from spectralmoe.saving import save
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network, model_meta
 from spectralmoe.training.settings import Network, Optimization
+from spectralmoe.training.tasks import ImageTask
 
 WRITTEN = ["config.json", "model.safetensors", "receipt.json", "receipt.svg", "update.safetensors"]
 GUARD = ["--guard", "digits"]
@@ -39,7 +40,7 @@ def model(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapt") / "model"
     some = data.subset(300)
     network = build_network(some, Network(width=16, num_experts=4, hidden=8, spare=8, k=2), "prototype", 2, seed=0)
-    train(network, some, Optimization(epochs=6, batch_size=32))
+    train(network, ImageTask(some), Optimization(epochs=6, batch_size=32))
     save(network, folder, meta=model_meta(data, "prototype"))
     return folder
 

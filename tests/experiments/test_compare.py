@@ -16,6 +16,7 @@ from spectralmoe.experiments.compare.settings import Cell
 from spectralmoe.experiments.compare.tuning import candidates
 from spectralmoe.experiments.statistics import estimate, paired
 from spectralmoe.files import read_json
+from spectralmoe.training.tasks import ImageTask
 
 
 def student_cdf(t: float, df: int, steps: int = 20000) -> float:
@@ -81,14 +82,14 @@ def test_tuning_picks_by_validation_and_gives_every_row_the_same_number(tmp_path
         data="digits", routers=("linear", "sr-moe"), depths=(1,), seeds=1, trials=2, tune=3,
         network={"width": 16, "num_experts": 4, "hidden": 8}, optimization={"epochs": 2},
     )  # fmt: skip
-    rows = run(settings, data, tmp_path, torch.device("cpu"), lambda text, done: None)
+    rows = run(settings, ImageTask(data), tmp_path, torch.device("cpu"), lambda text, done: None)
     tried = read_json(tmp_path / "tuning.json")
     for row in rows:
         own = [t for t in tried if t["router"] == row["router"]]
         assert len(own) == 3
-        best = max(own, key=lambda t: t["validation_accuracy"])
+        best = max(own, key=lambda t: t["validation"])
         assert row["tuned"] == {"lr": best["lr"], "strength": best["strength"]}
-        assert row["validation_accuracy"] == pytest.approx(best["validation_accuracy"])  # same seed, same setting
+        assert row["validation_accuracy"] == pytest.approx(best["validation"])  # same seed, same setting
 
 
 def test_picture_is_valid_svg_with_every_row_and_column():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectralmoe.adaptation import Receipt, Update, apply_update, draw_receipt, make_receipt, receipt_lines
 from spectralmoe.cli.adapt_setup import Task, Wishes, find_label, output_folder, prepare
-from spectralmoe.cli.console import print_json, watching
+from spectralmoe.cli.console import print_json, show_progress
 from spectralmoe.cli.options import say_notes
 from spectralmoe.data.image_files import conversions, read_image
 from spectralmoe.errors import UserError
@@ -47,15 +47,15 @@ def correct(wishes: Wishes, source: Path | str | None, label: str | None, out: P
     Raises:
         UserError: a sample that there is not, a label that the model does not know, a folder that cannot be written.
     """
-    with output_folder(out, wishes.model), watching(quiet=wishes.json) as watch:
-        watch("reading model and data", 0.0)
+    with output_folder(out, wishes.model), show_progress(quiet=wishes.json) as progress:
+        progress("reading model and data", 0.0)
         task = prepare(wishes)
         sample = _from_file(source, label, task) if isinstance(source, Path) else _from_data(str(source), label, task)
         x, y = sample.image, sample.label
         test, missing = _test_part(task)
-        watch("correcting", 0.2)
+        progress("correcting", 0.2)
         update = task.rule.correct(task.network, x, torch.tensor([y]), task.guard)
-        watch("measuring what else moved", 0.7)
+        progress("measuring what else moved", 0.7)
         classes = task.meta.classes
         receipt = make_receipt(task.network, x, y, update, guard=task.guard, test=test, classes=classes)
         about: dict[str, Any] = {"model": str(wishes.model), **sample.about, "settings": task.settings}

@@ -11,7 +11,7 @@ import typer
 from spectralmoe.adaptation import Carried, Shots, Trial, add_class, one_shot_trials
 from spectralmoe.adaptation.receipt_text import carried_lines
 from spectralmoe.cli.adapt_setup import Task, Wishes, find_label, prepare
-from spectralmoe.cli.console import print_json, print_table, watching
+from spectralmoe.cli.console import print_json, print_table, show_progress
 from spectralmoe.diagnostics import evaluate
 from spectralmoe.errors import UserError
 
@@ -24,8 +24,8 @@ def measure_trials(wishes: Wishes, trials: int) -> None:
     Raises:
         UserError: the model makes no mistake on the test part.
     """
-    with watching(quiet=wishes.json) as watch:
-        watch("reading model and data", 0.0)
+    with show_progress(quiet=wishes.json) as progress:
+        progress("reading model and data", 0.0)
         task = prepare(wishes)
         test = task.data(wishes.data).test
         before = evaluate(task.network, test.images, test.labels).accuracy
@@ -37,7 +37,7 @@ def measure_trials(wishes: Wishes, trials: int) -> None:
             rule=task.rule,
             guard=task.guard,
             seed=wishes.seed,
-            watch=lambda share: watch("correcting one at a time", share),
+            progress=lambda share: progress("correcting one at a time", share),
         )
     if not found:
         raise UserError("the model makes no mistake on the test part: there is nothing to correct")
@@ -89,11 +89,11 @@ def measure_new_class(wishes: Wishes, name: str, shots: Sequence[int]) -> None:
     Raises:
         UserError: no such class; fewer training images of it than shots.
     """
-    with watching(quiet=wishes.json) as watch:
-        watch("reading model and data", 0.0)
+    with show_progress(quiet=wishes.json) as progress:
+        progress("reading model and data", 0.0)
         task = prepare(wishes, new_class=name)
         label = find_label(name, task.meta, "--new-class")
-        rows = _teach(task, label, shots, lambda share: watch("teaching the class", share))
+        rows = _teach(task, label, shots, lambda share: progress("teaching the class", share))
     held_out = task.meta.hold_out == task.meta.classes[label]
     if wishes.json:
         about = {"class": task.meta.classes[label], "held_out": held_out, "settings": task.settings}
@@ -108,13 +108,13 @@ def measure_new_class(wishes: Wishes, name: str, shots: Sequence[int]) -> None:
     print_table(f"{title}; {len(rows[0])} draws each", headings, [_fields(_shots_summary(row)) for row in rows])
 
 
-def _teach(task: Task, label: int, shots: Sequence[int], watch: Callable[[float], None]) -> list[list[Shots]]:
+def _teach(task: Task, label: int, shots: Sequence[int], progress: Callable[[float], None]) -> list[list[Shots]]:
     data, rows = task.data(task.wishes.data), []
     support = data.train.images[data.train.labels == label]
     if max(shots) > len(support):
         raise UserError(f"--shots {max(shots)}: the training part has only {len(support)} images of this class")
     for done, k in enumerate(shots):
-        watch(done / len(shots))
+        progress(done / len(shots))
         rows.append(
             add_class(
                 task.network,

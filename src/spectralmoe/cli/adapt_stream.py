@@ -16,7 +16,7 @@ from spectralmoe.adaptation.receipt_picture import STYLE
 from spectralmoe.adaptation.receipt_text import carried_lines
 from spectralmoe.cli.adapt_measure import carried_means, mean
 from spectralmoe.cli.adapt_setup import Wishes, output_folder, prepare
-from spectralmoe.cli.console import print_json, watching
+from spectralmoe.cli.console import print_json, show_progress
 from spectralmoe.diagnostics import evaluate
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json, write_text
@@ -34,8 +34,8 @@ def run_stream(wishes: Wishes, count: int, out: Path) -> None:
     Raises:
         UserError: the model makes no mistake on the test part; a folder that cannot be written.
     """
-    with output_folder(out, wishes.model), watching(quiet=wishes.json) as watch:
-        watch("reading model and data", 0.0)
+    with output_folder(out, wishes.model), show_progress(quiet=wishes.json) as progress:
+        progress("reading model and data", 0.0)
         task = prepare(wishes)
         test = task.data(wishes.data).test
         before = evaluate(task.network, test.images, test.labels).predictions
@@ -47,7 +47,7 @@ def run_stream(wishes: Wishes, count: int, out: Path) -> None:
             rule=task.rule,
             guard=task.guard,
             seed=wishes.seed,
-            watch=lambda share: watch("correcting in a row", share),
+            progress=lambda share: progress("correcting in a row", share),
         )
         if not steps:
             raise UserError("the model makes no mistake on the test part: there is nothing to correct")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from spectralmoe.cli.completion import complete_routers
-from spectralmoe.cli.console import count, over_seeds, print_json, print_table, watching
+from spectralmoe.cli.console import count, over_seeds, print_json, print_table, show_progress
 from spectralmoe.cli.options import (
     Data,
     DataDir,
@@ -18,8 +18,7 @@ from spectralmoe.cli.options import (
     Json,
     Out,
     Seed,
-    read_data,
-    refuse_image_size,
+    say_notes,
     see_own_modules,
     split_names,
     split_numbers,
@@ -70,6 +69,7 @@ def compare(
     from spectralmoe.experiments.compare import CompareSettings, run
     from spectralmoe.experiments.compare.columns import COLUMNS, show, summarise, summary_json
     from spectralmoe.training.settings import parse, pick_device
+    from spectralmoe.training.tasks import open_task
 
     names = split_names(routers)
     see_own_modules(names)
@@ -87,12 +87,12 @@ def compare(
     values["network"] = {"k": k if k == "soft" else int(k), "num_experts": experts}
     settings = parse(CompareSettings, values, "compare")
     settings.check()
-    refuse_image_size(data, image_size)
     where = pick_device(device)
-    images = read_data(data, data_dir, download, image_size)
-    with watching(quiet=json) as watch:
+    task = open_task(settings.run_of(settings.cells()[0]), data_dir, download)
+    say_notes(task.notes)
+    with show_progress(quiet=json) as progress:
         at_a_time = processes or (os.cpu_count() or 1 if where.type == "cpu" else 1)
-        rows = summarise(run(settings, images, out, where, watch, processes=at_a_time))
+        rows = summarise(run(settings, task, out, where, progress, processes=at_a_time))
     if json:
         print_json(summary_json(rows))
         return

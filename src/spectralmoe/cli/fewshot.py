@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from spectralmoe.cli.completion import complete_few_shot_rows
-from spectralmoe.cli.console import count, over_seeds, print_json, print_table, watching
+from spectralmoe.cli.console import count, over_seeds, print_json, print_table, show_progress
 from spectralmoe.cli.options import (
     Allow,
     Data,
@@ -80,8 +80,8 @@ def fewshot(
     values |= {"blocks": blocks, "optimization": {**FEW_SHOT.model_dump(), "epochs": epochs, "lr": lr}}
     settings = parse(FewShotSettings, values, "fewshot")
     images = read_data(data, data_dir, download, meta.side)
-    with watching(quiet=json) as watch:
-        summary = run_few_shot(settings, Task(network, read_config(model)["sha256"], images), out, watch)
+    with show_progress(quiet=json) as progress:
+        summary = run_few_shot(settings, Task(network, read_config(model)["sha256"], images), out, progress)
     if json:
         print_json(summary)
         return

@@ -11,9 +11,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectralmoe.errors import UserError, first_line, one_of
-from spectralmoe.training.objective import Objective
+from spectralmoe.training.precision import Precision
 
-__all__ = ["Network", "Optimization", "Several", "TrainSettings", "parse", "pick_device", "read_toml"]
+__all__ = ["Network", "Optimization", "Several", "parse", "pick_device", "read_toml"]
 
 T = TypeVar("T")
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -50,7 +50,12 @@ class Network(Settings):
 
 
 class Optimization(Settings):
-    """How a network is trained: AdamW with a cosine schedule after a linear warm-up."""
+    """How a network is trained: AdamW with a cosine schedule after a linear warm-up.
+
+    Attributes:
+        label_smoothing, mixup: of tasks that classify images, see ``ImageTask``.
+        precision: "fp32"; "bf16" or "fp16" (CUDA only, with a scaled loss) by autocast.
+    """
 
     epochs: Positive = 8
     batch_size: Positive = 128
@@ -58,29 +63,9 @@ class Optimization(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     seed: Seed = 0
-
-    @property
-    def objective(self) -> Objective:
-        """What a step minimises."""
-        return Objective()
-
-
-class TrainSettings(Settings):
-    """One training run, ``spectralmoe train --config F.toml``.
-
-    Attributes:
-        image_size: side that the images of a folder are resized to when they are read; None: see ``load_data``.
-        hold_out: name of a class that training and validation do not see; the network can be taught it later.
-    """
-
-    data: str
-    router: str = "sr-moe"
-    depth: Positive = 2
-    image_size: Positive | None = None
-    train_size: Positive | None = None
-    hold_out: str | None = None
-    network: Network = Network()
-    optimization: Optimization = Optimization()
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    precision: Precision = "fp32"
 
 
 S = TypeVar("S", bound=Settings)
@@ -97,6 +82,8 @@ def parse(kind: type[S], values: dict[str, Any], source: str) -> S:
         return kind.model_validate(values)
     except ValidationError as error:
         first, *others = error.errors()
+        if not first["loc"]:  # the settings do not go together
+            raise UserError(f"{source}: {_wanted(first)}") from error
         *parents, key = map(str, first["loc"])
         if first["type"] == "extra_forbidden":
             raise UserError(f"{source}: {one_of('key', key, _known_keys(kind, parents))}") from error

@@ -7,64 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 
 from spectralmoe.checkpoints.weights_file import read_tensors, without_prefix
 from spectralmoe.data.image_data import ImageData
-from spectralmoe.diagnostics import Evaluation
 from spectralmoe.errors import UserError, one_of, refuse_differences
 from spectralmoe.saving import load
 from spectralmoe.terms import Term
-from spectralmoe.training.network import ModelMeta, model_meta, pixel_statistics
+from spectralmoe.training.network import pixel_statistics
 from spectralmoe.training.routers import ROUTERS, find_preset, router_factory
-from spectralmoe.training.vision_settings import MoEParts, VisionSettings
+from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.vision_settings import Backbone, MoEParts
 from spectralmoe.vision import BranchSpec, EMoESpec, add_branches, replace_mlp
 from spectralmoe.vision.model import VisionMoE, check_images, vision_moe
 
 __all__ = [
-    "VisionMeta",
     "add_parts",
     "build_vision",
     "load_weights",
     "make_spec",
-    "router_name",
     "router_terms",
-    "vision_meta",
 ]
 
 _EXPERTS_A_TOKEN = {"soft": None, "top1": 1, "top2": 2}
 
 
-class VisionMeta(ModelMeta):
-    """What a saved ``VisionMoE`` needs to be used on images, and what is known of it.
-
-    Attributes:
-        results: measured after training.
-        settings: of the run that trained it.
-    """
-
-    results: dict[str, Any] = Field(default_factory=dict)
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-
-def vision_meta(data: ImageData, settings: VisionSettings, found: Evaluation) -> dict[str, Any]:
-    """What is saved beside a network: how it reads images, how it was trained, and what the test part showed."""
-    loads = {name: [round(share, 4) for share in load.tolist()] for name, load in found.loads.items()}
-    meta = VisionMeta(
-        **model_meta(data, router_name(settings), settings.hold_out),
-        results={"test_accuracy": round(found.accuracy, 2), "test_images": len(data.test), "loads": loads},
-        settings=settings.model_dump(mode="json"),
-    )
-    return meta.model_dump(mode="json")
-
-
-def build_vision(data: ImageData, settings: VisionSettings) -> VisionMoE:
-    """The network of a run; under one seed all routers start with the same backbone and head.
+def build_vision(data: ImageData, wanted: Backbone, settings: TrainSettings) -> VisionMoE:
+    """The network of a run on the backbone; under one seed all routers start with the same backbone and head.
 
     Raises:
         UserError: what timm or the MoE parts refuse; weights that are missing or do not fit.
     """
-    wanted = settings.backbone
     if wanted.pretrained and wanted.checkpoint is not None:
         raise UserError("backbone: pretrained and checkpoint are two sources of the same weights; keep one")
     torch.manual_seed(settings.optimization.seed)
@@ -127,11 +99,6 @@ def make_spec(wanted: MoEParts) -> BranchSpec:
 def router_terms(router: str) -> Mapping[str, Term]:
     """The penalty terms that belong to a router, or to none."""
     return {} if router == "none" else find_preset(router).terms
-
-
-def router_name(settings: VisionSettings) -> str:
-    """The router's name, or "none" for a dense backbone."""
-    return "none" if settings.moe is None else settings.moe.router
 
 
 def load_weights(network: VisionMoE, path: Path) -> None:

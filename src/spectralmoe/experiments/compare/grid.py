@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from spectralmoe.data.image_data import ImageData
 from spectralmoe.errors import UserError
 from spectralmoe.experiments.compare.cell import run_cell
 from spectralmoe.experiments.compare.columns import COLUMNS, summarise, summary_json
@@ -22,8 +21,9 @@ from spectralmoe.experiments.run_folder import run_folder
 from spectralmoe.experiments.workers import Job, run_jobs
 from spectralmoe.files import read_json, write_json, write_text
 from spectralmoe.machine import describe_machine
-from spectralmoe.training.loop import Watcher
+from spectralmoe.training.loop import Progress
 from spectralmoe.training.network import CHECKPOINT
+from spectralmoe.training.tasks import Task
 
 __all__ = ["run"]
 
@@ -31,7 +31,7 @@ WRITES = ("results.json", "results.csv", "comparison.svg", TRIED, "models")
 
 
 def run(
-    settings: CompareSettings, data: ImageData, out: Path, device: torch.device, watch: Watcher, *, processes: int = 1
+    settings: CompareSettings, task: Task, out: Path, device: torch.device, progress: Progress, *, processes: int = 1
 ) -> list[dict[str, Any]]:
     """Run all cells of ``settings`` that ``out`` does not hold yet, and write its results.
 
@@ -45,19 +45,17 @@ def run(
         UserError: as ``run_folder``; settings that cannot work; a damaged results file.
     """
     settings.check()
-    if settings.train_size is not None:
-        data = data.subset(settings.train_size)
-    setup = Setup(settings, data, out, device)
-    with run_folder(out, {**settings.model_dump(mode="json"), "images": data.fingerprint}, WRITES):
+    setup = Setup(settings, task, out, device)
+    with run_folder(out, {**settings.model_dump(mode="json"), "images": task.fingerprint}, WRITES):
         rows = _finished(out)
         cells = settings.cells()
-        for _, tried in run_jobs(_tuning(setup), processes, watch):
+        for _, tried in run_jobs(_tuning(setup), processes, progress):
             note(tried, setup)
-        for cell, row in run_jobs(_training(setup, rows), processes, watch):
+        for cell, row in run_jobs(_training(setup, rows), processes, progress):
             rows[cell] = row
             _write(setup, rows, processes)
             (out / "models" / cell.name / CHECKPOINT).unlink(missing_ok=True)
-        watch("done", 1.0)
+        progress("done", 1.0)
         _write(setup, rows, processes)
     return [rows[cell] for cell in cells]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
 from spectralmoe.errors import UserError
 from spectralmoe.training.routers import DEFAULT_ROUTERS, find_preset
-from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
+from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several, parse
+from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.vision_settings import Backbone, MoEParts
 
 __all__ = ["Cell", "CompareSettings", "no_repeats"]
 
@@ -32,14 +34,17 @@ class CompareSettings(Settings):
     """What is compared, on which data, under which budget. Every row gets the same.
 
     Attributes:
-        data: name of a data set, or ``folder:PATH``.
+        data: name of a data set, ``folder:PATH``, or ``KIND:NAME`` of another task.
         routers: preset names, or ``pkg:Class`` of your own.
-        depths: numbers of MoE stages.
+        depths: numbers of MoE stages; of a timm model, its last N blocks get the experts.
         seeds: how many seeds, counted from ``seed``.
         image_size: side that the images of a folder are resized to when they are read; None: see ``load_data``.
-        train_size: training images; None: all.
+        train_size: training samples; None: all.
         trials: one-shot adaptation trials a cell (all misclassified test samples where there are fewer).
         tune: settings tried for each row and depth, on the validation part; 0: the presets as they are.
+        network: sizes of an SR-MoE network, and experts a layer and a token of any.
+        backbone: a timm model in its place.
+        moe: the form of its MoE parts; router, blocks and numbers of experts are those of the row and of ``network``.
     """
 
     data: str = "mnist5k"
@@ -52,6 +57,8 @@ class CompareSettings(Settings):
     trials: Positive = 50
     tune: Annotated[int, Field(ge=0)] = 0
     network: Network = Network()
+    backbone: Backbone | None = None
+    moe: MoEParts | None = None
     optimization: Optimization = Optimization()
 
     def check(self) -> None:
@@ -67,6 +74,28 @@ class CompareSettings(Settings):
             raise UserError(f"--k {k} experts a token were asked for, but there are only {experts}")
         for name in self.routers:
             find_preset(name)
+
+    def run_of(self, cell: Cell, lr: float = 1.0) -> TrainSettings:
+        """The training run of one cell.
+
+        Args:
+            lr: factor on the learning rate.
+        """
+        optimization = self.optimization.model_copy(update={"seed": cell.seed, "lr": self.optimization.lr * lr})
+        values: dict[str, Any] = {"data": self.data, "image_size": self.image_size, "train_size": self.train_size}
+        values["optimization"] = optimization
+        if self.backbone is None:
+            return TrainSettings(**values, router=cell.router, depth=cell.depth, network=self.network)
+        form = self.moe or MoEParts(kind="replace_mlp", init="random", bottleneck=self.network.hidden)
+        mode = "soft" if self.network.k == "soft" else f"top{self.network.k}"
+        of_row = {
+            "router": cell.router,
+            "blocks": f"last{cell.depth}",
+            "experts": self.network.num_experts,
+            "mode": mode,
+        }
+        moe = parse(MoEParts, {**form.model_dump(), **of_row}, "compare")
+        return TrainSettings(**values, backbone=self.backbone, moe=moe)
 
     def cells(self) -> list[Cell]:
         """All cells; the rows take turns, so that a stopped run holds every row alike."""

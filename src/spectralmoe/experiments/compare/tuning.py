@@ -19,14 +19,14 @@ TRIED = "tuning.json"
 
 
 class Try(NamedTuple):
-    """One candidate on one row, and what it reached on the validation part (percent)."""
+    """One candidate on one row, and what the task's metric is for it on the validation part."""
 
     router: str
     depth: int
     candidate: int
     lr: float
     strength: float
-    validation_accuracy: float | None  # None: it diverged
+    validation: float | None  # None: it diverged
 
 
 def candidates(count: int) -> list[Tuned]:
@@ -54,12 +54,12 @@ def untried(cells: Sequence[Cell], setup: Setup) -> list[tuple[Cell, int]]:
 def try_candidate(cell: Cell, index: int, setup: Setup, progress: Callable[[float], None]) -> Try:
     """Train candidate ``index`` on the row of ``cell``."""
     candidate = candidates(setup.settings.tune)[index]
-    network, budget, terms = setup.recipe(cell, candidate)
+    network, run, terms = setup.recipe(cell, candidate)
     try:
-        accuracy = train(network, setup.data, budget, terms=terms, progress=progress).validation_accuracy
+        history = train(network, setup.task, run.optimization, terms=terms, progress=progress)
     except Diverged:
         return Try(cell.router, cell.depth, index, *candidate, None)
-    return Try(cell.router, cell.depth, index, *candidate, accuracy)
+    return Try(cell.router, cell.depth, index, *candidate, history.validation)
 
 
 def note(tried: Try, setup: Setup) -> None:
@@ -69,9 +69,10 @@ def note(tried: Try, setup: Setup) -> None:
 
 
 def best_setting(cell: Cell, setup: Setup) -> Tuned:
-    """The candidate with the best validation accuracy in this cell's row; the preset where nothing was tuned."""
+    """The candidate that is best on the validation part in this cell's row; the preset where nothing was tuned."""
     row = [one for one in _read(setup.out / TRIED) if (one.router, one.depth) == (cell.router, cell.depth)]
-    best = max(row, key=lambda one: -1 if one.validation_accuracy is None else one.validation_accuracy, default=None)
+    whole = [one for one in row if one.validation is not None]
+    best = max(whole or row, key=lambda one: setup.task.metric.rank(one.validation or 0.0), default=None)
     return Tuned() if best is None else Tuned(best.lr, best.strength)
 
 

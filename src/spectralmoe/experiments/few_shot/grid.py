@@ -23,7 +23,7 @@ from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
 from spectralmoe.selectors import TopK
 from spectralmoe.terms import Term
-from spectralmoe.training.loop import Watcher
+from spectralmoe.training.loop import Progress
 from spectralmoe.training.names import FRESH_ROWS, OWN_ROWS
 from spectralmoe.training.routers import ROUTERS
 from spectralmoe.training.settings import Optimization, Positive, Seed, Settings, Several
@@ -122,7 +122,7 @@ class Task(NamedTuple):
     data: ImageData
 
 
-def run_few_shot(settings: FewShotSettings, task: Task, out: Path, watch: Watcher) -> list[dict[str, Any]]:
+def run_few_shot(settings: FewShotSettings, task: Task, out: Path, progress: Progress) -> list[dict[str, Any]]:
     """Run all cells (row, shots, seed) that ``out/fewshot.json`` does not hold yet; returns the summary.
 
     Raises:
@@ -137,9 +137,9 @@ def run_few_shot(settings: FewShotSettings, task: Task, out: Path, watch: Watche
         for index, cell in enumerate(wanted):
             if cell not in done:
                 text = f"{cell.row}, {cell.shots} shots, seed {cell.seed}"
-                cells.append(_run_cell(cell, settings, task, partial(_tell, watch, text, index, len(wanted))))
+                cells.append(_run_cell(cell, settings, task, partial(_tell, progress, text, index, len(wanted))))
                 _write(out, settings, cells)
-        watch("done", 1.0)
+        progress("done", 1.0)
     return _summary(settings, cells)
 
 
@@ -169,8 +169,8 @@ def _run_cell(cell: Cell, settings: FewShotSettings, task: Task, progress: Calla
     return {**cell._asdict(), "accuracy": accuracy, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _tell(watch: Watcher, text: str, index: int, cells: int, share: float) -> None:
-    watch(text, (index + 0.9 * share) / cells)
+def _tell(progress: Progress, text: str, index: int, cells: int, share: float) -> None:
+    progress(text, (index + 0.9 * share) / cells)
 
 
 def _finished(path: Path) -> list[dict[str, Any]]:
