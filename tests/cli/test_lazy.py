@@ -19,7 +19,20 @@ from spectralmoe.training.logs import LOGS
 from spectralmoe.training.names import DATA_NAMES, DEFAULT_ROUTERS, FRESH_ROWS, OWN_ROWS, ROUTER_NAMES
 from spectralmoe.training.routers import ROUTERS
 
-VERBS = ("compare", "train", "evaluate", "predict", "adapt", "fewshot", "report", "inspect", "bench", "list")
+VERBS = (
+    "compare",
+    "train",
+    "evaluate",
+    "predict",
+    "adapt",
+    "adapt correct",
+    "adapt apply",
+    "fewshot",
+    "report",
+    "inspect",
+    "bench",
+    "list",
+)
 SLOW = ("torch", "numpy", "pydantic", "jinja2", "safetensors", "timm", "transformers")
 
 
