@@ -113,7 +113,12 @@ def test_a_run_that_goes_on_has_each_step_once(data, tmp_path, monkeypatch):
 
 def test_what_led_to_a_divergence_is_written(data, tmp_path, monkeypatch):
     network = build_network(data, SMALL, "linear", 2, seed=0)
-    monkeypatch.setattr("spectralmoe.training.tasks.ImageTask.loss", lambda *_: losses.pop(0))
+
+    def loss(task, model, batch):
+        model(batch.images)
+        return losses.pop(0)
+
+    monkeypatch.setattr(ImageTask, "loss", loss)
     losses = [torch.tensor(1.0, requires_grad=True)] * 3 + [torch.tensor(torch.nan, requires_grad=True)]
     with pytest.raises(Diverged), Monitor(network, tmp_path / "m.jsonl") as monitor:
         train(network, ImageTask(data), BUDGET, monitor=monitor)
