@@ -33,7 +33,7 @@ from spectralmoe.models.sr_moe import SRMoE, sr_moe
 from spectralmoe.regularizers import spectral_norm, stable_rank
 from spectralmoe.regularizers.spectral import spectral_penalty
 from spectralmoe.scorers import PrototypeScorer
-from spectralmoe.steps import after_step, before_step, param_groups
+from spectralmoe.steps import after_step, param_groups
 from spectralmoe.terms import Term, penalty
 
 TARGET = 0.02
@@ -110,7 +110,6 @@ class Trial:
         loss = F.cross_entropy(logits, self.labels) + penalty(tape, terms)[0]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        before_step(self.network, tape)
         self.optimizer.step()
         after_step(self.network, tape)
         return time.perf_counter() - start

@@ -26,7 +26,10 @@ SCORER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "linear": {"bias": True},
     "cosine": {"proj_dim": 5, "temperature": 0.3},
     "eigenbasis": {"rank": 5, "temperature": 0.1},
+    "basis": {"score": "energy"},
 }
+NOT_ALONE = {"basis", "context"}
+"""Scorers that need more than tokens, a bank or a context: they have tests of their own instead."""
 SELECTOR_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "topk": lambda: {"k": 2},
     "noisy_topk": lambda: {"k": 2},
@@ -34,19 +37,18 @@ SELECTOR_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "top_p": lambda: {"p": 0.5},
     "balanced": lambda: {"k": 2},
     "capacity": lambda: {"selector": TopK(2), "factor": 1.0},
-    "soft": lambda: {"k": None},
+    "cluster_dropout": lambda: {"selector": TopK(2), "groups": 1},
 }
-SELECTOR_CASES = {**SELECTORS, "soft": TopK}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests over the tables that they ask for, and over the factors of their marker ``grid``.
 
-    ``scorer_name`` and ``selector_name`` stand for the tables ("soft" is TopK without k). With more than one factor
-    the default run takes a cover (tests/grids.py), and ``--full`` the product.
+    ``scorer_name`` and ``selector_name`` stand for the tables (the scorers ``NOT_ALONE`` are left out). With more than
+    one factor the default run takes a cover (tests/grids.py), and ``--full`` the product.
     """
     full, seed, factors = metafunc.config.getoption("--full"), shifted(0), {}
-    tables = {"scorer_name": list(SCORERS), "selector_name": list(SELECTOR_CASES)}
+    tables = {"scorer_name": [name for name in SCORERS if name not in NOT_ALONE], "selector_name": list(SELECTORS)}
     asked = tuple(name for name in tables if name in metafunc.fixturenames)
     if len(asked) == 2:
         pairs = itertools.product(*tables.values()) if full else pairings(*tables.values(), seed=seed)
@@ -79,7 +81,7 @@ def make_selector() -> Callable[..., Any]:
     """``make_selector(name)``: a selector from the table."""
 
     def make(name: str) -> Any:
-        return SELECTOR_CASES[name](**SELECTOR_ARGUMENTS.get(name, dict)())
+        return SELECTORS[name](**SELECTOR_ARGUMENTS.get(name, dict)())
 
     return make
 

@@ -14,16 +14,18 @@ SOURCE = Path(spectralmoe.__file__).parent
 # Low to high. A module imports from lower levels, from its own folder, and from what is named beside its level.
 LEVELS = [
     {"errors", "sharding", "transforms"},
-    {"files", "machine", "linalg", "routing"},
-    {"scorers", "selectors", "experts"},
+    {"files", "machine", "linalg", "routing", "stacks", "context"},
+    {"parts", "draw"},
+    {"selectors", "experts"},
+    {"scorers"},
     {"dispatch"},
-    {"router"},
+    {"router", "placement"},
     {"recording"},
     {"moe", "tape"},
     {"movement"},
-    {"steps", "terms", "regularizers", "diagnostics", "manifold"},
+    {"steps", "terms", "regularizers", "diagnostics", "manifold", "compression"},
     {"spec", "instruments", "model_folder"},
-    {"checkpoints", "models"},
+    {"checkpoints", "models", "optim"},
     {"hf"},
     {"vision"},
     {"saving"},
@@ -35,11 +37,12 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-HEAVY = {"timm", "transformers", "huggingface_hub", "sklearn", "mlxtend", "PIL", "torchvision"}
+HEAVY = {"timm", "transformers", "huggingface_hub", "sklearn", "mlxtend", "PIL", "torchvision", "matplotlib"}
 ONLY_IN = {
     "timm": {"vision/model.py"},
     "transformers": {"hf/load.py", "bench/peers/transformers.py"},
     "huggingface_hub": {"saving/hub.py"},
+    "matplotlib": {"draw/figure.py"},
 }
 NOT_AT_START = HEAVY | {"typer", "rich", "pydantic"}
 

@@ -11,6 +11,7 @@ from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 
 D, E = 12, 6
+ALONE = [name for name in SCORERS if name not in {"basis", "context"}]  # the others need a bank or a context
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +48,9 @@ def test_aot_eager(make_router, scorer_name, selector_name, close):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("case", range(max(len(SCORERS), len(SELECTORS))))
+@pytest.mark.parametrize("case", range(max(len(ALONE), len(SELECTORS))))
 def test_inductor_takes_each_scorer_and_each_selector(make_router, close, case):
-    scorer, selector = (list(table)[case % len(table)] for table in (SCORERS, SELECTORS))
+    scorer, selector = (list(table)[case % len(table)] for table in (ALONE, SELECTORS))
     check(MoE(make_router(scorer, selector, D, E), FeedForward(E, D, 8)), "inductor", close)
 
 

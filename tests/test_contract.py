@@ -139,7 +139,7 @@ def test_nothing_is_left_when_all_tokens_are_masked(layer):
 
 def test_a_copy_and_a_loaded_state_are_equal(layer, make_router, scorer_name, selector_name):
     layer.eval()
-    layer.router.scorer.after_step([])
+    layer.router.scorer.after_step()
     layer.router.selector.update(torch.arange(E))
     x = torch.randn(30, D)
     loaded = MoE(make_router(scorer_name, selector_name, D, E), FeedForward(E, D, 8)).eval()

@@ -22,7 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from spectralmoe import (
     Balanced,
+    BasisScorer,
     EigenbasisScorer,
+    EigenExperts,
     FeedForward,
     LinearScorer,
     MoE,
@@ -32,7 +34,6 @@ from spectralmoe import (
     UserError,
     after_step,
     attach,
-    before_step,
     load,
     penalty,
     record,
@@ -47,10 +48,10 @@ ALL = {**ADDITIVE, "balance": Term(load_balance, 0.3), "ortho": Term(orthonormal
 
 
 class Block(nn.Module):
-    def __init__(self, scorer, selector):
+    def __init__(self, scorer, selector, experts=None):
         super().__init__()
         self.linear, self.norm = nn.Linear(D, D), nn.LayerNorm(D)
-        self.moe = MoE(Router(scorer, selector), FeedForward(E, D, 16))
+        self.moe = MoE(Router(scorer, selector), experts or FeedForward(E, D, 16))
 
     def forward(self, x):
         return x + self.moe(self.norm(self.linear(x)))
@@ -75,9 +76,18 @@ class Net(nn.Module):
         return x
 
 
-def make_net(dtype=torch.float32):
+class EigenNet(Net):
+    """One gate that reads the bases of its experts."""
+
+    def __init__(self):
+        super().__init__()
+        scorer = BasisScorer(D, E, score="energy")
+        self.blocks = nn.ModuleList([Block(scorer, Balanced(2, rate=0.01), EigenExperts(E, D, 3))])
+
+
+def make_net(dtype=torch.float32, kind=Net):
     torch.manual_seed(shifted(0))
-    return Net().to(dtype)
+    return kind().to(dtype)
 
 
 def batches(dtype=torch.float32):
@@ -119,8 +129,6 @@ def training(net, data, *, hooked=False):
     for x in data:
         loss, tape = loss_of(net, x, ALL)
         loss.backward()
-        if not hooked:
-            before_step(net, tape)
         optimizer.step()
         if not hooked:
             after_step(net, tape)
@@ -228,7 +236,24 @@ def uneven(rank, folder):
     return {"refused": refused, "state": state(net.module)}
 
 
-CHECKS = (selection_bias, ddp, fsdp, fsdp_bf16, ddp_training, uneven)
+def shared_bases(rank, folder):
+    """Gradients of bases that router and experts share, under DDP and FSDP2; then training by hooks."""
+    parallel = DistributedDataParallel(make_net(torch.float64, EigenNet))
+    parallel(batches(torch.float64)[0, rank]).square().mean().backward()
+    net = shard(make_net(kind=EigenNet))
+    net(batches()[0, rank]).square().mean().backward()
+    found = {"ddp": gradients(parallel, "module."), "fsdp": gradients(net)}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    attach(optimizer, net)
+    for x in batches()[:, rank]:
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    save(net, folder / "eigen")
+    return found | {"state": state(net), "shared": net.blocks[0].moe.router.scorer.bank is net.blocks[0].moe.experts}
+
+
+CHECKS = (selection_bias, ddp, fsdp, fsdp_bf16, ddp_training, uneven, shared_bases)
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +368,25 @@ def test_uneven_inputs_under_join(ranks, close):
     assert moved.any()
     close(moved, moved.round())
     assert moved.abs().max() <= 3
+
+
+def test_bases_that_router_and_experts_share(ranks, close):
+    one, two = ranks(shared_bases)
+    for name, dtype in (("ddp", torch.float64), ("fsdp", torch.float32)):
+        net = make_net(dtype, EigenNet)
+        net(batches(dtype)[0].flatten(0, 1)).square().mean().backward()
+        all_close(one[name], gradients(net), close)
+        all_close(two[name], one[name], close)
+    all_equal(one["state"], two["state"])
+    assert one["shared"]
+    assert two["shared"]
+    for name in ("left", "right"):
+        bases = one["state"][f"blocks.0.moe.experts.{name}"]
+        close(bases.mT @ bases, torch.eye(3).expand(E, 3, 3))
+    into = make_net(kind=EigenNet)
+    load(ranks.folder / "eigen", into=into)
+    all_equal(state(into), one["state"])
+    assert into.blocks[0].moe.router.selector.bias.any()
 
 
 if __name__ == "__main__":

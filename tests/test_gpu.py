@@ -16,6 +16,7 @@ from spectralmoe import (
     MoE,
     PrototypeScorer,
     Router,
+    Soft,
     Term,
     TopK,
     TopP,
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.gpu
 
 SELECTORS = {
     "top2": lambda: TopK(2),
-    "soft": TopK,
+    "soft": Soft,
     "expert_choice": lambda: ExpertChoice(2.0),
     "top_p": lambda: TopP(0.5),
     "capacity": lambda: Capacity(TopK(2), 1.0),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmoe import FeedForward, Grouped, LinearScorer, Loop, MoE, Router, TopK
+from spectralmoe import FeedForward, Grouped, LinearScorer, Loop, MoE, Router, Soft, TopK
 
 
 def layer_of(selector=None, *, experts=4, bank=4, **options):
@@ -18,7 +18,9 @@ def slow(layer, x):
     rows = []
     for row in x.reshape(-1, x.shape[-1]):
         shares = (layer.router.scorer.weight @ row).softmax(-1)
-        chosen = sorted(range(len(shares)), key=lambda e: -shares[e].item())[: layer.router.selector.k]
+        chosen = sorted(range(len(shares)), key=lambda e: -shares[e].item())[
+            : getattr(layer.router.selector, "k", None)
+        ]
         outputs = [shares[e] * layer.experts.expert(row[None], e)[0] for e in chosen if e < layer.experts.num_experts]
         rows.append(sum(outputs, torch.zeros_like(row)) + (0 if layer.shared is None else layer.shared(row)))
     return torch.stack(rows).view(x.shape)
@@ -32,7 +34,9 @@ def slow(layer, x):
 @pytest.mark.parametrize("k", [1, 2, None], ids=["top-1", "top-2", "soft"])
 @pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
 def test_definition(dispatch, k, shared, same):
-    layer = layer_of(TopK(k), dispatch=dispatch, shared=nn.Linear(8, 8) if shared else None).double()
+    layer = layer_of(
+        Soft() if k is None else TopK(k), dispatch=dispatch, shared=nn.Linear(8, 8) if shared else None
+    ).double()
     x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
     same(layer(x), slow(layer, x), [x, *layer.parameters()])
 

@@ -18,10 +18,14 @@ from spectralmoe.selectors import SELECTORS, Selector
 NAMES = [
     "Adapter",
     "Balanced",
+    "BasisScorer",
     "Capacity",
+    "Context",
+    "ContextScorer",
     "CosineScorer",
     "Dense",
     "Dispatch",
+    "EigenExperts",
     "EigenbasisScorer",
     "ExpertChoice",
     "Experts",
@@ -33,6 +37,7 @@ NAMES = [
     "ModuleExperts",
     "Monitor",
     "NoisyTopK",
+    "Placement",
     "PrincipalScorer",
     "PrototypeScorer",
     "Record",
@@ -41,6 +46,7 @@ NAMES = [
     "Routing",
     "Scorer",
     "Selector",
+    "Soft",
     "SoftBalanced",
     "Tape",
     "Term",
@@ -50,7 +56,6 @@ NAMES = [
     "__version__",
     "after_step",
     "attach",
-    "before_step",
     "feed",
     "load",
     "param_groups",
@@ -62,9 +67,13 @@ NAMES = [
 ]
 
 TABLES = {
-    "scorers": (SCORERS, "cosine eigenbasis linear principal prototype", Scorer),
-    "selectors": (SELECTORS, "balanced capacity expert_choice noisy_topk soft_balanced top_p topk", Selector),
-    "experts": (EXPERTS, "adapter feed_forward modules", Experts),
+    "scorers": (SCORERS, "basis context cosine eigenbasis linear principal prototype", Scorer),
+    "selectors": (
+        SELECTORS,
+        "balanced capacity cluster_dropout expert_choice noisy_topk soft soft_balanced top_p topk",
+        Selector,
+    ),
+    "experts": (EXPERTS, "adapter eigen feed_forward modules", Experts),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }
 

@@ -166,7 +166,7 @@ def test_spectral_terms_and_retractions_work_on_sharded_routers(shard, make_rout
         else:
             loss = spectral_norm(tape[0], bound=0.0) + stable_rank(tape[0]) + orthonormality(tape[0])
         results.append([loss, *gradients(loss, one.router.parameters())])
-        one.router.scorer.after_step([])
+        one.router.scorer.after_step()
         results[-1] += [p.detach() for p in one.router.parameters()]
         results[-1] += [torch.tensor(one.router.scorer.lipschitz() or 0.0)]
     for expected, sharded in zip(*results, strict=True):

@@ -70,12 +70,12 @@ def test_scores_follow_from_the_logits_with_gradient_or_are_given(score, close):
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: Capacity(s, 2.0)], ids=["plain", "capacity"])
 def test_a_router_leaves_scores_to_their_readers_unless_the_selector_has_its_own(wrap):
     class Halved(TopK):
-        def scores(self, logits):
-            return super().scores(logits) / 2
+        def scored(self, logits):
+            return logits.softmax(-1) / 2
 
     class HalvedCapacity(Capacity):
-        def scores(self, logits):
-            return super().scores(logits) / 2
+        def scored(self, logits):
+            return logits.softmax(-1) / 2
 
     x = torch.randn(5, 8)
     halved = Router(LinearScorer(8, 4), HalvedCapacity(TopK(2), 2.0))(x)

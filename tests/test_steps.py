@@ -28,7 +28,6 @@ from spectralmoe import (
     UserError,
     after_step,
     attach,
-    before_step,
     feed,
     param_groups,
     record,
@@ -74,8 +73,6 @@ def train(net, batches, *, hooked, micro=1):
                     y = net(part)
                 tapes.append(tape)
             (y.square().mean() / micro).backward()
-        if not hooked:
-            before_step(net, *tapes)
         optimizer.step()
         if not hooked:
             after_step(net, *tapes)
@@ -210,29 +207,6 @@ def test_a_copy_of_an_attached_model_is_free():
     assert not any(moe.sinks for moe in copy.deepcopy(net).moes)
 
 
-class Watched(LinearScorer):
-    """Notes what it is called with."""
-
-    def __init__(self, dim, num_experts):
-        super().__init__(dim, num_experts)
-        self.calls = []
-
-    def before_step(self, records):
-        self.calls.append(("before", len(records), self.weight.grad is not None))
-
-    def after_step(self, records):
-        super().after_step(records)
-        self.calls.append(("after", len(records), torch.is_grad_enabled()))
-
-
-@pytest.mark.parametrize("hooked", [False, True])
-def test_scorers_are_called_around_the_step_with_their_own_records(hooked):
-    net = nn.Sequential(*(MoE(Router(Watched(D, E), TopK(2)), FeedForward(E, D, 16)) for _ in range(2)))
-    train(net, torch.randn(2, N, D), hooked=hooked, micro=3)
-    for moe in net:
-        assert moe.router.scorer.calls == [("before", 3, True), ("after", 3, False)] * 2
-
-
 # Parameter groups
 
 
@@ -293,13 +267,12 @@ def test_stacked_biases_are_not_decayed():
     assert len(exempt["params"]) == 3
 
 
-@pytest.mark.parametrize("step", [before_step, after_step])
-def test_tape_of_another_model_is_refused(step):
+def test_tape_of_another_model_is_refused():
     first, second = (MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16)) for _ in range(2))
     with record(first) as tape:
         first(torch.randn(5, 8))
     with pytest.raises(UserError, match="another model"):
-        step(second, tape)
+        after_step(second, tape)
 
 
 # Replayed choices, frozen routers
@@ -422,7 +395,6 @@ def test_a_frozen_router_stays_as_it_is(freeze, scorer, selector, hooked):
             layer(part).square().sum().backward()
         optimizer.step()
         if not hooked:
-            before_step(layer, tape)
             after_step(layer, tape)
     same(layer.router, before)
 
@@ -600,8 +572,8 @@ def test_an_average_is_put_back_on_its_manifold(close):
     assert torch.equal(u, bits)
 
 
-def test_retract_needs_a_router(user_error):
-    with user_error("retract", "Linear", "holds no router"):
+def test_retract_needs_a_part(user_error):
+    with user_error("retract", "Linear", "holds no router and no experts"):
         retract(nn.Linear(2, 2))
 
 

@@ -20,6 +20,7 @@ from spectralmoe import (
     MoE,
     Router,
     Scorer,
+    Soft,
     Term,
     TopK,
     TopP,
@@ -57,7 +58,7 @@ class Net(nn.Module):
 
     def __init__(self, reentrant=None, depth=2, soft=False):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(TopK() if soft else None) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(Soft() if soft else None) for _ in range(depth))
         self.reentrant = reentrant
 
     def forward(self, x):
@@ -520,7 +521,7 @@ SELECTORS = {
     "topk": lambda: TopK(2),
     "top_p": lambda: TopP(0.5),
     "capacity": lambda: Capacity(TopK(2), 0.6),
-    "soft": TopK,
+    "soft": Soft,
 }
 
 

@@ -39,7 +39,7 @@ class FewRow(NamedTuple):
 def _linear(experts: int) -> BranchSpec:
     """Adapters behind the dot-product gate; one of them is a dense adapter, whose weight is always 1."""
     return BranchSpec(
-        router=lambda dim, e: Router(LinearScorer(dim, e), TopK(1 if e > 1 else None)),
+        router=lambda dim, e: Router(LinearScorer(dim, e), TopK(1)),
         experts=experts,
         bottleneck=BOTTLENECK,
         blocks=f"last{MOE_BLOCKS}",

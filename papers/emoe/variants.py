@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from spectralmoe import EigenbasisScorer, PrincipalScorer, Router, Scorer, TopK
 from spectralmoe.data.image_data import load_data
 from spectralmoe.linalg import qr_retraction
 from spectralmoe.machine import cpu_model
-from spectralmoe.tape import Record
 from spectralmoe.training.loop import train
 from spectralmoe.training.tasks import ImageTask
 
@@ -49,9 +48,9 @@ class FollowingBasis(FixedBasis):
         super().__init__(dim, num_experts, **options)
         self.register_buffer("covariance", torch.zeros(dim, dim))
 
-    def statistics(self, records: Sequence[Record]) -> Tensor:
-        centred = torch.cat([item.tokens - self.mean for item in records if item.tokens is not None])
-        return torch.cat([super().statistics(records), (centred.T @ centred).flatten()])
+    def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        centred = tokens - self.mean
+        return torch.cat([super().statistics(tokens, counts), (centred.T @ centred).flatten()])
 
     def update(self, statistics: Tensor) -> None:
         own, outer = statistics.split([len(statistics) - self.dim**2, self.dim**2])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spectralmoe import Balanced, LinearScorer, PrototypeScorer, Router, Term, TopK
+from spectralmoe import Balanced, LinearScorer, PrototypeScorer, Router, Soft, Term, TopK
 from spectralmoe.regularizers import load_balance, spectral_norm, stable_rank
 
 K = 2
@@ -39,7 +39,7 @@ def linear(dim: int, experts: int) -> Router:
 
 def linear_soft(dim: int, experts: int) -> Router:
     """The dot-product gate with all experts."""
-    return Router(LinearScorer(dim, experts), TopK(None))
+    return Router(LinearScorer(dim, experts), Soft())
 
 
 def linear_top1(dim: int, experts: int) -> Router:

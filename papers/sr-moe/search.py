@@ -19,7 +19,7 @@ from measure import geometry, summary
 from plan import BATCH, EXPERTS, HIDDEN, WIDTH
 from rows import BALANCE_RATE, NORM, RANK
 
-from spectralmoe import Balanced, LinearScorer, PrototypeScorer, Router, SoftBalanced, Term, TopK
+from spectralmoe import Balanced, LinearScorer, PrototypeScorer, Router, Soft, SoftBalanced, Term, TopK
 from spectralmoe.adaptation import Rule, one_shot_trials
 from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.diagnostics import evaluate
@@ -65,7 +65,7 @@ class Config:
         scorer = LinearScorer(dim, experts) if self.gate == "linear" else self.prototypes(dim, experts)
         if self.bias:
             return Router(scorer, SoftBalanced(rate=BALANCE_RATE) if self.k is None else self.balanced(self.k))
-        return Router(scorer, TopK(self.k))
+        return Router(scorer, Soft() if self.k is None else TopK(self.k))
 
     def balanced(self, k: int) -> Balanced:
         """Selection bias for sparse routing."""

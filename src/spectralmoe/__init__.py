@@ -3,17 +3,21 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from spectralmoe.context import Context
     from spectralmoe.dispatch import Dense, Dispatch, Grouped, Loop
     from spectralmoe.errors import UserError
-    from spectralmoe.experts import Adapter, Experts, FeedForward, ModuleExperts
+    from spectralmoe.experts import Adapter, EigenExperts, Experts, FeedForward, ModuleExperts
     from spectralmoe.instruments.monitor import Monitor
     from spectralmoe.manifold import retract
     from spectralmoe.moe import MoE
+    from spectralmoe.placement import Placement
     from spectralmoe.recording import Recordable
     from spectralmoe.router import Router, shard_routers
     from spectralmoe.routing import Routing
     from spectralmoe.saving import load, save
     from spectralmoe.scorers import (
+        BasisScorer,
+        ContextScorer,
         CosineScorer,
         EigenbasisScorer,
         LinearScorer,
@@ -21,8 +25,18 @@ if TYPE_CHECKING:
         PrototypeScorer,
         Scorer,
     )
-    from spectralmoe.selectors import Balanced, Capacity, ExpertChoice, NoisyTopK, Selector, SoftBalanced, TopK, TopP
-    from spectralmoe.steps import after_step, attach, before_step, param_groups
+    from spectralmoe.selectors import (
+        Balanced,
+        Capacity,
+        ExpertChoice,
+        NoisyTopK,
+        Selector,
+        Soft,
+        SoftBalanced,
+        TopK,
+        TopP,
+    )
+    from spectralmoe.steps import after_step, attach, param_groups
     from spectralmoe.tape import Record, Tape, feed, record
     from spectralmoe.terms import Term, penalty
 
@@ -31,10 +45,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "Balanced",
+    "BasisScorer",
     "Capacity",
+    "Context",
+    "ContextScorer",
     "CosineScorer",
     "Dense",
     "Dispatch",
+    "EigenExperts",
     "EigenbasisScorer",
     "ExpertChoice",
     "Experts",
@@ -46,6 +64,7 @@ __all__ = [
     "ModuleExperts",
     "Monitor",
     "NoisyTopK",
+    "Placement",
     "PrincipalScorer",
     "PrototypeScorer",
     "Record",
@@ -54,6 +73,7 @@ __all__ = [
     "Routing",
     "Scorer",
     "Selector",
+    "Soft",
     "SoftBalanced",
     "Tape",
     "Term",
@@ -63,7 +83,6 @@ __all__ = [
     "__version__",
     "after_step",
     "attach",
-    "before_step",
     "feed",
     "load",
     "param_groups",
@@ -75,19 +94,40 @@ __all__ = [
 ]
 
 _NAMES = {
+    "context": ("Context",),
     "dispatch": ("Dense", "Dispatch", "Grouped", "Loop"),
     "errors": ("UserError",),
-    "experts": ("Adapter", "Experts", "FeedForward", "ModuleExperts"),
+    "experts": ("Adapter", "EigenExperts", "Experts", "FeedForward", "ModuleExperts"),
     "instruments.monitor": ("Monitor",),
     "manifold": ("retract",),
     "moe": ("MoE",),
+    "placement": ("Placement",),
     "recording": ("Recordable",),
     "router": ("Router", "shard_routers"),
     "routing": ("Routing",),
     "saving": ("load", "save"),
-    "scorers": ("CosineScorer", "EigenbasisScorer", "LinearScorer", "PrincipalScorer", "PrototypeScorer", "Scorer"),
-    "selectors": ("Balanced", "Capacity", "ExpertChoice", "NoisyTopK", "Selector", "SoftBalanced", "TopK", "TopP"),
-    "steps": ("after_step", "attach", "before_step", "param_groups"),
+    "scorers": (
+        "BasisScorer",
+        "ContextScorer",
+        "CosineScorer",
+        "EigenbasisScorer",
+        "LinearScorer",
+        "PrincipalScorer",
+        "PrototypeScorer",
+        "Scorer",
+    ),
+    "selectors": (
+        "Balanced",
+        "Capacity",
+        "ExpertChoice",
+        "NoisyTopK",
+        "Selector",
+        "Soft",
+        "SoftBalanced",
+        "TopK",
+        "TopP",
+    ),
+    "steps": ("after_step", "attach", "param_groups"),
     "tape": ("Record", "Tape", "feed", "record"),
     "terms": ("Term", "penalty"),
 }

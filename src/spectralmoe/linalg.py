@@ -93,36 +93,36 @@ def spectrum(matrix: Tensor, direction: Tensor | None = None) -> tuple[Tensor, T
         sigma = _unit(m.detach() @ v) @ (m @ v)
     zero = sigma == 0
     ratio = torch.linalg.vector_norm(m) / torch.where(zero, torch.ones_like(sigma), sigma)
-    return sigma * largest, torch.where(zero, torch.zeros_like(ratio), ratio.square())
+    return sigma * largest[0, 0], torch.where(zero, torch.zeros_like(ratio), ratio.square())
 
 
 def qr_retraction(basis: Tensor) -> Tensor:
-    """The nearest-by-QR matrix with orthonormal columns, signs of the columns kept (D, R) -> (D, R).
+    """The nearest-by-QR matrix with orthonormal columns, signs of the columns kept (..., D, R) -> (..., D, R).
 
     Plain QR may flip columns; multiplying Q by sign(diag R) makes the map continuous, so that an optimizer's
     momentum keeps its meaning from step to step.
     """
     q, r = torch.linalg.qr(_scaled(full(basis.detach()))[0])
-    sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-    retracted: Tensor = (q * sign).to(basis.dtype).contiguous()  # QR lays out columns, FSDP2 takes rows only
-    return retracted
+    sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+    retracted: Tensor = (q * sign[..., None, :]).to(basis.dtype)
+    return retracted.contiguous()  # QR lays out columns, FSDP2 takes rows only
 
 
 def orthonormality_error(basis: Tensor) -> Tensor:
-    r"""The largest entry of :math:`|U^\top U - 1|` of ``basis`` U (D, R): a scalar, without gradient."""
+    r"""The largest entry of :math:`|U^\top U - 1|` of ``basis`` U (..., D, R): (...), without gradient."""
     u = full(basis.detach())
-    return (u.T @ u - torch.eye(u.shape[1], dtype=u.dtype, device=u.device)).abs().amax()
+    return (u.mT @ u - torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)).abs().amax((-2, -1))
 
 
 def is_orthonormal(basis: Tensor) -> Tensor:
-    """Whether the columns of ``basis`` (D, R) are orthonormal up to rounding: a scalar bool."""
+    """Whether the columns of each ``basis`` (..., D, R) are orthonormal up to rounding: (...) bool."""
     return orthonormality_error(basis) <= _ROUNDINGS * torch.finfo(basis.dtype).eps
 
 
 def retracted(basis: Tensor) -> Tensor:
-    """``qr_retraction``, or ``basis`` (D, R) itself, bit by bit, where its columns are orthonormal up to rounding."""
+    """``qr_retraction``, or each ``basis`` (..., D, R) itself, bit by bit, where it is orthonormal up to rounding."""
     whole = full(basis.detach())
-    return torch.where(is_orthonormal(whole), whole, qr_retraction(whole))
+    return torch.where(is_orthonormal(whole)[..., None, None], whole, qr_retraction(whole))
 
 
 def largest_entry(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -154,13 +154,16 @@ def _root_of_largest_eigenvalue(m: Tensor) -> Tensor:
 
 
 def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``matrix``, in at least fp32, over its largest entry, and that entry (a scalar without gradient, 1 for zeros).
+    """``matrix`` (..., D, R), in at least fp32, over its largest entry, and that entry (..., 1, 1), 1 for zeros.
 
-    Both are nan throughout where an entry is not finite.
+    The entry has no gradient. Both are nan throughout where an entry of the matrix is not finite.
     """
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     entries = matrix.detach()
-    largest = torch.linalg.vector_norm(entries, torch.inf) if entries.numel() else entries.new_zeros(())
+    if entries.numel():
+        largest = torch.linalg.vector_norm(entries, torch.inf, dim=(-2, -1), keepdim=True)
+    else:
+        largest = entries.new_ones(1, 1)
     largest = torch.where(largest == 0, 1, largest).masked_fill(~largest.isfinite(), torch.nan)
     return matrix / largest, largest
 

@@ -8,14 +8,14 @@ from torch import nn
 
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import is_orthonormal, orthonormality_error
-from spectralmoe.router import Router
+from spectralmoe.parts import Part
 from spectralmoe.tape import plain_name, unwrapped
 
 __all__ = ["off_manifold", "retract", "warn_off_manifold"]
 
 
 def retract(model: nn.Module) -> None:
-    r"""Put every basis U (D, R) of the routers in ``model`` back on its manifold, :math:`U^\top U = 1`.
+    r"""Put every basis U (D, R) of the routers and experts in ``model`` back on its manifold, :math:`U^\top U = 1`.
 
     ``attach`` and ``after_step`` do so after each step. An average of weights (torch's ``AveragedModel``, timm's
     ``ModelEmaV3``, checkpoints averaged by hand) is off the manifold, because a mean of orthonormal bases is not
@@ -23,10 +23,10 @@ def retract(model: nn.Module) -> None:
     keeps its bits, frozen or not.
 
     Raises:
-        UserError: no router in ``model``.
+        UserError: no part of an MoE layer in ``model``.
 
     >>> import torch
-    >>> from spectralmoe import EigenbasisScorer, TopK
+    >>> from spectralmoe import EigenbasisScorer, Router, TopK
     >>> router = Router(EigenbasisScorer(8, 4, rank=3), TopK(2))
     >>> router.scorer.basis.data *= 0.9
     >>> {name: round(error, 2) for name, error in off_manifold(router).items()}
@@ -35,22 +35,23 @@ def retract(model: nn.Module) -> None:
     >>> off_manifold(router)
     {}
     """
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    if not routers:
-        raise UserError(f"retract: {type(unwrapped(model)).__name__} holds no router; pass the model that holds them")
-    for router in routers:
-        router.scorer.retract()
+    parts = [module for module in model.modules() if isinstance(module, Part)]
+    if not parts:
+        name = type(unwrapped(model)).__name__
+        raise UserError(f"retract: {name} holds no router and no experts; pass the model that holds them")
+    for part in parts:
+        part.retract()
 
 
 def off_manifold(model: nn.Module) -> dict[str, float]:
     r"""Names of the bases that lie off their manifold by more than rounding, with :math:`\max |U^\top U - 1|`."""
     errors = {}
     for path, module in unwrapped(model).named_modules():
-        if isinstance(module, Router):
-            for name in module.scorer.manifold:
-                basis = getattr(module.scorer, name)
-                if not bool(is_orthonormal(basis)):
-                    errors[plain_name(f"{path}.scorer.{name}".lstrip("."))] = float(orthonormality_error(basis))
+        if isinstance(module, Part):
+            for name in module.manifold:
+                basis = getattr(module, name)
+                if not is_orthonormal(basis).all():
+                    errors[plain_name(f"{path}.{name}")] = float(orthonormality_error(basis).amax())
     return errors
 
 

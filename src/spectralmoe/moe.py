@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Context, Rows, rows_of
 from spectralmoe.dispatch import DISPATCHES, Dispatch, pick_dispatch
 from spectralmoe.dispatch.base import combine, sort_slots, spread
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
+from spectralmoe.placement import Placement
 from spectralmoe.recording import Kept, Recordable
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
@@ -26,11 +27,12 @@ class MoE(Recordable):
     Args:
         router: scorer and selector. It may count more experts than the bank has: those are zero experts.
         experts: the bank.
+        placement: which places of the bank hold each expert of the router; None: place e is expert e.
         dispatch: "auto" (``pick_dispatch``), "loop", "dense", "grouped", or a callable.
         shared: module applied to every token, added to the sum.
 
     Raises:
-        UserError: unknown dispatch; fewer experts in the router than in the bank.
+        UserError: unknown dispatch; fewer experts in the router than in the bank; a placement of other sizes.
 
     >>> from spectralmoe import FeedForward, LinearScorer, TopK
     >>> layer = MoE(Router(LinearScorer(16, 4), TopK(2)), FeedForward(4, dim=16, hidden=32))
@@ -41,7 +43,13 @@ class MoE(Recordable):
     router: Router
 
     def __init__(
-        self, router: Router, experts: Experts, *, dispatch: str | Dispatch = "auto", shared: nn.Module | None = None
+        self,
+        router: Router,
+        experts: Experts,
+        *,
+        dispatch: str | Dispatch = "auto",
+        shared: nn.Module | None = None,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(router, Router) or not isinstance(experts, Experts):
@@ -50,17 +58,29 @@ class MoE(Recordable):
             raise UserError(f"MoE: the router reads tokens of width D={router.scorer.dim}, the experts {experts.dim}")
         if isinstance(dispatch, str) and dispatch not in ("auto", *DISPATCHES):
             raise one_of("dispatch", dispatch, ["auto", *DISPATCHES])
-        if router.num_experts < experts.num_experts:
+        if not isinstance(placement, Placement | None):
+            raise UserError(f"MoE: placement takes a Placement, got {type(placement).__name__}")
+        if placement is not None:
+            placement.check(router.num_experts, experts.num_experts)
+        elif router.num_experts < experts.num_experts:
             raise UserError(
                 f"MoE: the router knows E={router.num_experts} experts, but the bank holds {experts.num_experts}"
             )
         self.router, self.experts, self.dispatch, self.shared = router, experts, dispatch, shared
+        self.placement = placement
+        router.scorer.meet(experts)
+
+    def places(self, e: int) -> list[int]:
+        """The places of the bank that hold expert ``e`` of the router: none for a zero expert."""
+        if self.placement is not None:
+            return self.placement.places(e)
+        return [e] if 0 <= e < self.experts.num_experts else []
 
     def forward(
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        context: dict[str, Any] | None = None,
+        context: Context | Rows | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
         """x (..., D) -> (..., D).
@@ -68,6 +88,7 @@ class MoE(Recordable):
         Args:
             mask: (...), True for real tokens: the others get no expert, their output is 0, and so is their part
                 in every gradient, whatever they hold.
+            context: side information that parts read by name: a ``Context``, or its rows (N, ...).
             scale: a number that multiplies all that the layer adds; for the routed experts their N * K weights instead
                 of N * D outputs.
         """
@@ -76,15 +97,17 @@ class MoE(Recordable):
             mask = fed.mask if mask is None else mask
             context = fed.context if context is None else context
             replay = fed.next_replay()
-        routing = self.router(x, mask=mask, context=context, replay=replay)
+        rows = rows_of(context, x.shape[:-1], mask)
+        routing = self.router(x, mask=mask, context=rows, replay=replay)
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        trains = self.training and self.router.training
-        seen = tokens.detach() if trains and self.router.scorer.streams_tokens else None
+        streams = self.router.scorer.streams_tokens or self.experts.streams_tokens
+        seen = tokens.detach() if streams and self.training and self.router.training else None
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))
-        y, kept = self._run(tokens, scaled)
-        self.leave(routing, kept, seen)
+        placed = scaled if self.placement is None else self.placement(scaled)
+        y, kept = self._run(self.experts.beside(tokens, rows), placed)
+        self.leave(routing, kept, seen, rows)
         y = y if x.dim() == 2 else y.reshape(x.shape)
         if self.shared is None:
             return y

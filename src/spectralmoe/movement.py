@@ -12,51 +12,63 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spectralmoe.errors import UserError
+from spectralmoe.parts import Part
 from spectralmoe.recording import Recordable
 from spectralmoe.router import Router
-from spectralmoe.selectors import Selector
 from spectralmoe.tape import Record
 
-__all__ = ["after", "before", "device_of", "parallel_of", "refuse_join"]
-
-
-def before(layers: dict[str, Recordable], records: Sequence[Record]) -> None:
-    """Let the scorers of trained routers act on their gradients."""
-    for router, items in _moving(layers, records):
-        router.scorer.before_step(items)
+__all__ = ["after", "device_of", "parallel_of", "refuse_join"]
 
 
 @torch.no_grad()
 def after(layers: dict[str, Recordable], records: Sequence[Record], group: Any) -> None:
-    """Statistics, retractions, then selection biases of trained routers; every rank of ``group`` calls."""
-    moving = _moving(layers, records)
-    streams = [(router, sums) for router, items in moving if (sums := router.scorer.statistics(items)) is not None]
-    for (router, _), total in zip(streams, _summed([sums for _, sums in streams], group), strict=True):
-        router.scorer.update(total)
-    for router, items in moving:
-        router.scorer.after_step(items)
-    biased = [(router, items) for router, items in moving if type(router.selector).update is not Selector.update]
-    counted = [[item for item in items if item.training and item.routing.live is None] for _, items in biased]
-    counts = [_counts(router, items) for (router, _), items in zip(biased, counted, strict=True)]
-    for (router, items), own, total in zip(biased, counted, _summed(counts, group), strict=True):
-        if own or not items:  # without a record of its own, those of other ranks count
-            router.selector.update(total)
+    """Statistics, then what each part does after a step; frozen parts rest. Every rank of ``group`` calls."""
+    moving, gathered = [], []
+    for layer in layers.values():
+        seen = [item for item in records if item.layer is layer]
+        parts = _moving_parts(layer)
+        moving += parts
+        if layer.router is not None:
+            gathered += _statistics(layer.router, parts, seen)
+    totals = _summed([sums for _, sums, _ in gathered], group)
+    for (part, _, counted), total in zip(gathered, totals, strict=True):
+        if counted:
+            part.update(total)
+    for part in moving:
+        part.after_step()
 
 
-def _moving(layers: dict[str, Recordable], records: Sequence[Record]) -> list[tuple[Router, list[Record]]]:
-    """The routers that are not frozen, each with the records of its layer."""
-    routed = [(layer, layer.router) for layer in layers.values() if layer.router is not None]
-    return [(router, [item for item in records if item.layer is layer]) for layer, router in routed if _moves(router)]
+def _moving_parts(layer: Recordable) -> list[Part]:
+    """The parts of ``layer`` that are not frozen; with its scorer a whole router rests."""
+    router = layer.router
+    resting = set(router.modules()) if router is not None and router.is_frozen else set()
+    return [part for _, part in layer.parts() if not part.is_frozen and part not in resting]
 
 
-def _moves(router: Router) -> bool:
-    """Whether the router is not frozen."""
-    return not router.scorer.is_frozen or any(parameter.requires_grad for parameter in router.selector.parameters())
+def _statistics(router: Router, parts: list[Part], seen: Sequence[Record]) -> list[tuple[Part, Tensor, bool]]:
+    """The parts that keep statistics, with the sums of this rank, and whether they take the sums of all ranks.
 
-
-def _counts(router: Router, records: Sequence[Record]) -> Tensor:
+    A part rests where its layer ran in evaluation mode alone; where it did not run, what other ranks saw counts.
+    """
     counts = torch.zeros(router.num_experts, dtype=torch.int64, device=device_of(router))
-    return counts + sum((item.routing.load_counts() for item in records), start=counts)
+    tokens = torch.zeros(0, router.scorer.dim, device=counts.device)
+    trained = [item for item in seen if item.training]
+    gathered = []
+    for part in parts:
+        sums = part.statistics(tokens, counts)
+        if sums is None:
+            continue
+        for item in trained:
+            own = item.routing.load_counts() if item.routing.live is None else counts
+            added = part.statistics(tokens if item.tokens is None else _real(item.tokens, item.routing.mask), own)
+            sums = sums if added is None else sums + added
+        gathered.append((part, sums, bool(trained) or not seen))
+    return gathered
+
+
+def _real(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of ``tokens`` (N, D) that are no padding."""
+    return tokens if mask is None else tokens[mask]
 
 
 def parallel_of(model: nn.Module) -> DistributedDataParallel | None:
@@ -71,13 +83,17 @@ def refuse_join(parallel: DistributedDataParallel | None, cure: str) -> None:
 
 
 def _summed(totals: list[Tensor], group: Any) -> list[Tensor]:
-    """The tensors of all layers, summed over the ranks in one call."""
+    """The tensors of all parts, summed over the ranks in one call for each dtype."""
     if not totals or not (dist.is_available() and dist.is_initialized()):
         return totals
-    flat = torch.cat([total.flatten() for total in totals])
-    dist.all_reduce(flat, group=group)
-    parts = flat.split([total.numel() for total in totals])
-    return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]
+    summed = list(totals)
+    for dtype in dict.fromkeys(total.dtype for total in totals):
+        alike = [i for i, total in enumerate(totals) if total.dtype == dtype]
+        flat = torch.cat([totals[i].flatten() for i in alike])
+        dist.all_reduce(flat, group=group)
+        for i, part in zip(alike, flat.split([totals[i].numel() for i in alike]), strict=True):
+            summed[i] = part.view_as(totals[i])
+    return summed
 
 
 def device_of(router: Router) -> torch.device:

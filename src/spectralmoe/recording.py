@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Context, Rows
 from spectralmoe.dispatch.base import SortedSlots
 from spectralmoe.errors import UserError
+from spectralmoe.parts import Part
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 
@@ -34,8 +37,8 @@ class Kept:
         return rows[: int(self.slots.counts.sum())]
 
 
-Entry = tuple[Routing, Kept | None, Tensor | None, bool]
-"""Routing, kept tensors, tokens for streaming statistics, whether the layer and its router were training."""
+Entry = tuple[Routing, Kept | None, Tensor | None, bool, Rows | None]
+"""Routing, kept tensors, tokens for statistics, whether the layer and its router were training, side information."""
 
 
 @dataclass(slots=True)
@@ -65,7 +68,7 @@ class Feed:
     """Side information that ``feed`` leaves at a layer inside a model of others."""
 
     mask: Tensor | None = None
-    context: dict[str, Any] | None = None
+    context: Context | Rows | None = None
     replay: list[Routing] | None = None
     replayed: int = 0
     closed: bool = False
@@ -130,7 +133,19 @@ class Recordable(nn.Module):
         """Where the calling thread leaves its routings."""
         return (*self.watching, *self.here.sinks)
 
-    def leave(self, routing: Routing, kept: Kept | None = None, tokens: Tensor | None = None) -> None:
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """Scorer, selector, bank and the parts inside them by name, but for those of other layers inside."""
+        inside: list[tuple[str, nn.Module]] = list(self.named_children())[::-1]
+        while inside:
+            name, module = inside.pop()
+            if isinstance(module, Part):
+                yield name, module
+            if not isinstance(module, Recordable):
+                inside += [(f"{name}.{child}", value) for child, value in module.named_children()][::-1]
+
+    def leave(
+        self, routing: Routing, kept: Kept | None = None, tokens: Tensor | None = None, context: Rows | None = None
+    ) -> None:
         """Leave one routing in every sink, with what else belongs to it; a recomputation leaves nothing."""
         if not (sinks := self.sinks) or recomputing():
             return
@@ -138,7 +153,8 @@ class Recordable(nn.Module):
         for sink in sinks:
             if self.training or not sink.training_only:
                 own = kept.only(sink.keep) if kept is not None and sink.keep else None
-                sink.chain = ((routing, own, tokens, trains), sink.chain)
+                rows = None if sink.training_only else context  # such tapes last: they hold what they need alone
+                sink.chain = ((routing, own, tokens, trains, rows), sink.chain)
 
     def names_to_keep(self) -> frozenset[str]:
         """What the tapes want kept; in a recomputation what its first forward kept, whose tape may be sealed by now."""

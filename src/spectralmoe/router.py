@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Context, Rows, rows_of
 from spectralmoe.errors import UserError
 from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.scorers import Scorer
 from spectralmoe.selectors import Selector
+from spectralmoe.stacks import chosen_experts
 
 __all__ = ["Router", "shard_routers"]
 
@@ -35,25 +38,31 @@ class Router(nn.Module):
         super().__init__()
         self.scorer, self.selector = scorer, selector
         selector.bind(scorer.num_experts)
+        self.soft, self.fills = selector.soft, selector.fills
 
     @property
     def num_experts(self) -> int:
         """E, zero experts included."""
         return self.scorer.num_experts
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing of it moves after a step: the scorer is frozen, and no selector's parameter is trained."""
+        return self.scorer.is_frozen and not any(parameter.requires_grad for parameter in self.selector.parameters())
+
     def forward(
         self,
         x: Tensor,
         *,
         mask: Tensor | None = None,
-        context: dict[str, Any] | None = None,
+        context: Context | Rows | None = None,
         replay: Routing | None = None,
     ) -> Routing:
         """Route x (..., D).
 
         Args:
             mask: (...) bool, True for a real token. Other tokens get no expert and are not counted.
-            context: side information for the scorer and the selector.
+            context: side information for the scorer and the selector: a ``Context``, or its rows (N, ...) by name.
             replay: reuse this routing's indices; the weights are recomputed from live logits, and the router's own
                 choice is ``live`` of the result.
 
@@ -69,19 +78,38 @@ class Router(nn.Module):
         flat_mask = None if mask is None else mask.reshape(-1).bool()
         if flat_mask is not None:
             tokens = tokens.masked_fill(~flat_mask[:, None], 0)  # padding may hold nan, which 0 * nan would spread
+        rows = rows_of(context, shape, mask)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            logits = self.scorer(tokens, context=context)
-            wanted = self.selector.want(logits.detach(), mask=flat_mask, context=context)
+            logits = self.scorer(tokens, context=rows)
+            wanted = self.selector.choose(logits.detach(), mask=flat_mask, context=rows)
             indices = self.selector.limit(wanted, self.num_experts)
             used = indices if replay is None else _replayed(replay, logits, flat_mask)
             score, weights = self.selector.scored(logits), self.selector.weigh(logits, used)
-            soft = self.selector.is_soft(self.num_experts)
             asked = None if wanted is indices else (wanted >= 0).sum()
-            routing = Routing(logits, weights, used, score, flat_mask, tuple(shape), soft, asked)
+            full = self.fills and flat_mask is None and replay is None
+            routing = Routing(logits, weights, used, score, flat_mask, tuple(shape), self.soft, asked, full=full)
             if replay is None:
                 return routing
             live = replace(routing, weights=self.selector.weigh(logits.detach(), indices), indices=indices)
             return replace(routing, asked=None, live=live)
+
+    def select(self, indices: Sequence[int] | Tensor) -> Router:
+        """A router that knows the experts ``indices`` alone, in this order, in memory of its own.
+
+        It decides as this one would if no other could be chosen and had a logit of minus infinity. Only what a
+        selector takes from E itself (capacities, noise of 1/E) goes by the number that is left.
+
+        Raises:
+            UserError: no index, one out of range or twice; a scorer that cannot be cut down; a selector that cannot
+                choose among so few.
+        """
+        chosen = chosen_experts("Router.select", indices, self.num_experts)
+        if len(set(chosen)) < len(chosen):
+            raise UserError(f"Router.select: every expert may stand once, got {chosen}")
+        parts = {id(part): part.select(chosen) for part in (self.scorer, self.selector)}
+        router = copy.deepcopy(self, dict(parts))
+        router.soft, router.fills = router.selector.soft, router.selector.fills
+        return router
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         def keep_precision(tensor: Tensor) -> Tensor:

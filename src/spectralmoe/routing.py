@@ -53,6 +53,7 @@ class Routing:
         asked: slots filled before a capacity emptied some, a scalar int64; None where nothing is ever dropped.
         live: of a replayed choice, what the router itself would have decided on the same logits (weights without
             gradient); else None.
+        full: every slot holds an expert, which is known without a look at ``indices``: on a device a look waits.
 
     Iterates as ``logits, weights, indices``.
 
@@ -71,6 +72,7 @@ class Routing:
     soft: bool = False
     asked: Tensor | None = None
     live: Routing | None = None
+    full: bool = False
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.logits, self.weights, self.indices))

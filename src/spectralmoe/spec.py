@@ -19,6 +19,7 @@ from spectralmoe.dispatch import DISPATCHES
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import EXPERTS
 from spectralmoe.moe import MoE
+from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
@@ -26,7 +27,15 @@ from spectralmoe.tape import unwrapped
 
 __all__ = ["build", "describe", "find_class"]
 
-PARTS: dict[str, type] = {**SCORERS, **SELECTORS, **EXPERTS, **DISPATCHES, "router": Router, "moe": MoE}
+PARTS: dict[str, type] = {
+    **SCORERS,
+    **SELECTORS,
+    **EXPERTS,
+    **DISPATCHES,
+    "router": Router,
+    "placement": Placement,
+    "moe": MoE,
+}
 
 
 def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
@@ -65,6 +74,8 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
         allow: classes outside the tables that may be built, as "pkg:Class".
         tables: name -> class; the parts of an MoE layer by default.
 
+    Specs that earlier versions wrote are built too.
+
     Raises:
         UserError: a type that is neither in a table nor allowed; arguments that its constructor does not take.
 
@@ -77,6 +88,7 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
         return spec
     if "type" not in spec:
         return {name: build(value, allow=allow, tables=tables) for name, value in spec.items()}
+    spec = _of_today(spec)
     kind = spec["type"]
     cls: Any = (tables or PARTS).get(kind) if isinstance(kind, str) else None
     if cls is None:
@@ -88,6 +100,13 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
         cls = find_class(kind)
     arguments = {name: build(value, allow=allow, tables=tables) for name, value in spec.items() if name != "type"}
     return call(cls, kind, arguments)
+
+
+def _of_today(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``spec`` in the words of this version: soft routing was once top-k with k null."""
+    if spec["type"] == "topk" and spec.get("k", 0) is None:
+        return {"type": "soft", **{name: value for name, value in spec.items() if name not in ("type", "k")}}
+    return spec
 
 
 def call(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:

@@ -16,25 +16,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.errors import UserError
-from spectralmoe.movement import after, before, device_of, parallel_of, refuse_join
+from spectralmoe.movement import after, device_of, parallel_of, refuse_join
+from spectralmoe.parts import Part
 from spectralmoe.recording import Recordable
-from spectralmoe.router import Router
-from spectralmoe.tape import Record, Tape, moe_layers
+from spectralmoe.tape import Record, Tape, moe_layers, plain_name
 
-__all__ = ["Attachment", "after_step", "attach", "before_step", "param_groups"]
-
-
-def before_step(model: nn.Module, *tapes: Tape) -> None:
-    """Call after backward, before ``optimizer.step()``: lets scorers act on their gradients.
-
-    Args:
-        tapes: the tape of this step, or one for each micro-batch under gradient accumulation.
-
-    Raises:
-        UserError: a tape of another model; an empty tape.
-    """
-    layers = moe_layers(model)
-    before(layers, _records(layers, tapes))
+__all__ = ["Attachment", "after_step", "attach", "param_groups"]
 
 
 def after_step(model: nn.Module, *tapes: Tape, group: Any = None) -> None:
@@ -120,7 +107,6 @@ class Attachment(Joinable):
         if not self._stepped:
             self._check()
             Join.notify_join_context(self)
-            before(self.layers, fresh)
         self._records += fresh
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -129,9 +115,8 @@ class Attachment(Joinable):
         if self._stepped >= self._handles.keys():
             self._finish()
         else:
-            for layer in self.layers.values():
-                if layer.router is not None:
-                    layer.router.scorer.retract(trained_only=True)
+            for part in (part for layer in self.layers.values() for _, part in layer.parts()):
+                part.retract(trained_only=True)
 
     def _finish(self) -> None:
         records, self._records, self._stepped = self._records, (), set()
@@ -150,14 +135,13 @@ class Attachment(Joinable):
             return
         held = {id(p) for ref in self._held.values() if (one := ref()) for g in one.param_groups for p in g["params"]}
         for path, layer in self.layers.items():
-            scorer = layer.router.scorer if layer.router is not None else None
-            for name in scorer.manifold if scorer is not None else ():
-                basis = getattr(scorer, name)
-                if basis.requires_grad and id(basis) not in held:
-                    where = f"{path}.router.scorer.{name}".lstrip(".")
+            for where, part in layer.parts():
+                bases = {name: getattr(part, name) for name in part.manifold}
+                for name in (name for name, basis in bases.items() if basis.requires_grad and id(basis) not in held):
                     raise UserError(
-                        f"attach: {where} is trained by no optimizer that is attached; name all optimizers of the "
-                        "model, attach([one, other], model), or freeze it with requires_grad_(False)"
+                        f"attach: {plain_name(f'{path}.{where}.{name}')} is trained by no optimizer that is attached; "
+                        "name all optimizers of the model, attach([one, other], model), or freeze it with "
+                        "requires_grad_(False)"
                     )
         self._checked = True
 
@@ -188,7 +172,7 @@ def _forget(reference: weakref.ref[Attachment], key: int) -> None:
 
 
 def attach(optimizers: Optimizer | Iterable[Optimizer], model: nn.Module, *, group: Any = None) -> Attachment:
-    """Do ``before_step`` and ``after_step`` by the optimizers' own hooks, so that nobody forgets.
+    """Do ``after_step`` by the optimizers' own hooks, so that nobody forgets.
 
     Every forward in training mode between two steps counts, so gradient accumulation works by itself, and so do
     closures, schedulers and steps that a gradient scaler leaves out. Do not call ``after_step`` as well: the selection
@@ -206,7 +190,7 @@ def attach(optimizers: Optimizer | Iterable[Optimizer], model: nn.Module, *, gro
         UserError: no MoE layer; not an optimizer; one that is attached to this model already; a part of the model that
             is attached by itself. At a step: a basis that no attached optimizer trains; a ``Join`` without this.
 
-    >>> from spectralmoe import Balanced, FeedForward, LinearScorer, MoE
+    >>> from spectralmoe import Balanced, FeedForward, LinearScorer, MoE, Router
     >>> layer = MoE(Router(LinearScorer(2, 3), Balanced(1, normalize=False)), FeedForward(3, 2, 4))
     >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     >>> attachment = attach(optimizer, layer)
@@ -244,11 +228,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     stacked biases of experts, (E, H), count as vectors.
     """
     bases = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, Router)
-        for name, parameter in module.scorer.named_parameters()
-        if name in module.scorer.manifold
+        id(getattr(module, name)) for module in model.modules() if isinstance(module, Part) for name in module.manifold
     }
     kept: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []

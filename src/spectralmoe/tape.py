@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from spectralmoe.context import Context, Rows
 from spectralmoe.errors import UserError
 from spectralmoe.recording import Feed, Kept, Recordable, Sink
 from spectralmoe.router import Router
@@ -36,6 +37,7 @@ class Record:
         kept: tensors asked for with ``record(keep=...)``.
         tokens: what the router read (N, D), without gradient; only in training, for scorers that stream statistics.
         training: whether the layer and its router were in training mode.
+        context: the side information that the layer got, one row a token (N, ...) by name.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Record:
     kept: Kept | None = None
     tokens: Tensor | None = None
     training: bool = True
+    context: Rows | None = None
 
     @property
     def router(self) -> Router | None:
@@ -213,14 +216,14 @@ def feed(
     model: nn.Module,
     *,
     mask: Tensor | None = None,
-    context: dict[str, Any] | None = None,
+    context: Context | Rows | None = None,
     replay: Tape | None = None,
 ) -> Iterator[None]:
     """Hand side information to the MoE layers inside a model whose forward does not pass it on.
 
     Args:
         mask: (...) bool, True for a real token, for every layer.
-        context: side information for scorers and selectors.
+        context: side information that parts read by name, for every layer.
         replay: reuse the choices of this tape, call by call; weights are recomputed from live logits. What is counted
             of such a forward is not what was replayed: selection biases rest, and ``load_balance`` and ``Monitor`` go
             by the choice that the router itself makes (``Routing.live``).
@@ -277,4 +280,4 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def plain_name(path: str) -> str:
     """The path of a module or parameter without the parts that wrappers put in."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in path.split(".") if part and part not in _WRAPPERS)

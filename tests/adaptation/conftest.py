@@ -13,7 +13,7 @@ import torch
 from seeds import shifted
 from torch import Tensor, nn
 
-from spectralmoe import FeedForward, LinearScorer, ModuleExperts, MoE, PrototypeScorer, Router, TopK
+from spectralmoe import FeedForward, LinearScorer, ModuleExperts, MoE, PrototypeScorer, Router, Soft, TopK
 from spectralmoe.adaptation import Guard
 from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.models import sr_moe
@@ -24,7 +24,7 @@ from spectralmoe.training.tasks import ImageTask
 ROUTERS: dict[str, Any] = {
     "top1": lambda d, e: Router(LinearScorer(d, e), TopK(1)),
     "top2": lambda d, e: Router(LinearScorer(d, e), TopK(2)),
-    "soft": lambda d, e: Router(PrototypeScorer(d, e, temperature=d**0.5 / 2), TopK()),
+    "soft": lambda d, e: Router(PrototypeScorer(d, e, temperature=d**0.5 / 2), Soft()),
 }
 
 
@@ -112,7 +112,9 @@ class Pooled(nn.Module):
 
     def __init__(self, bank: Callable[[], Any], k: int | None, classes: int) -> None:
         super().__init__()
-        self.first, self.second = (MoE(Router(LinearScorer(6, 3), TopK(k)), bank()) for _ in range(2))
+        self.first, self.second = (
+            MoE(Router(LinearScorer(6, 3), Soft() if k is None else TopK(k)), bank()) for _ in range(2)
+        )
         self.head = nn.Linear(6, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from seeds import shifted
 from torch import nn
 
-from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
+from spectralmoe import FeedForward, LinearScorer, MoE, Router, Soft, TopK, record
 from spectralmoe.adaptation import METHODS, Guard, adapt_one, neighbours
 from spectralmoe.adaptation.problem import Problem, margins
 from spectralmoe.adaptation.reference import Reference
@@ -78,7 +78,7 @@ def small(activation="relu", k=2, spare=0, bias=True):
     """A stack that is one MoE layer with a linear head on single tokens (B, 5), in float64."""
     torch.manual_seed(shifted(3))
     bank = FeedForward(3, 5, 12, activation=activation, bias=bias, spare=spare)
-    layer = MoE(Router(LinearScorer(5, 3), TopK(k)), bank)
+    layer = MoE(Router(LinearScorer(5, 3), Soft() if k is None else TopK(k)), bank)
     return nn.Sequential(layer, nn.Linear(5, 4)).double().eval()
 
 

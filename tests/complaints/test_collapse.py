@@ -11,7 +11,7 @@ from seeds import shifted
 
 from spectralmoe import Balanced, Capacity, NoisyTopK, Term, TopK, TopP, after_step, penalty, record
 from spectralmoe.diagnostics import max_vio
-from spectralmoe.selectors import SELECTORS
+from spectralmoe.selectors import SELECTORS, ClusterDropout
 
 ONE_EXPERT = {
     "topk": lambda **more: TopK(1, **more),
@@ -19,6 +19,7 @@ ONE_EXPERT = {
     "balanced": lambda normalize=False: Balanced(1, normalize=normalize),
     "top_p": lambda **more: TopP(0.5, max_k=1, **more),
     "capacity": lambda **more: Capacity(TopK(1, **more), 2.0),
+    "cluster_dropout": lambda **more: ClusterDropout(TopK(1, **more), 1),
 }
 of_one_expert = pytest.mark.parametrize("selector", ONE_EXPERT.values(), ids=ONE_EXPERT)
 
@@ -80,7 +81,7 @@ def test_st_moe_3_one_expert_a_token_is_no_special_case(chooser, selector, close
 
 def test_st_moe_3_every_selector_with_a_k_is_among_these():
     """st-moe-pytorch #3: The tests above take every selector that has a number of experts a token."""
-    assert {*ONE_EXPERT} | {"expert_choice", "soft_balanced"} == {*SELECTORS}
+    assert {*ONE_EXPERT} | {"expert_choice", "soft", "soft_balanced"} == {*SELECTORS}
 
 
 def test_megatron_1498_balance_over_the_global_batch(chooser, tokens_for):

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectralmoe import Capacity, LinearScorer, Router, TopK, TopP
+from spectralmoe import Capacity, LinearScorer, Router, Soft, TopK, TopP
 from spectralmoe.diagnostics import association, label_table, mutual_information, specialisation
 
-SELECTORS = {"top-1": TopK(1), "top-3": TopK(3), "soft": TopK(), "top-p": TopP(0.5), "capacity": Capacity(TopK(2), 0.7)}
+SELECTORS = {"top-1": TopK(1), "top-3": TopK(3), "soft": Soft(), "top-p": TopP(0.5), "capacity": Capacity(TopK(2), 0.7)}
 
 
 def route(x, kind="top-1", experts=5, mask=None):

@@ -22,6 +22,7 @@ from spectralmoe import (
     PrototypeScorer,
     Router,
     Scorer,
+    Soft,
     TopK,
     TopP,
 )
@@ -287,7 +288,7 @@ def test_a_processor_that_cannot_leave_the_cell():
     assert routing_radius(Router(LinearScorer(D, E), TopK(1)), tokens(3), processor=still).tolist() == [math.inf] * 3
 
 
-@pytest.mark.parametrize("selector", [TopK(), TopK(E), NoisyTopK(E)])
+@pytest.mark.parametrize("selector", [Soft(), TopK(E), NoisyTopK(E)])
 def test_soft_routing_never_changes(selector):
     router, x = Router(PrototypeScorer(D, E), selector), torch.randn(4, D)
     for measure in (routing_radius, attack_distance):

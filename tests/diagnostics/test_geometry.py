@@ -166,7 +166,7 @@ class Common(LinearScorer):
 
 
 class Squared(TopK):
-    def scores(self, logits):
+    def scored(self, logits):
         return logits.square()
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectralmoe import Capacity, LinearScorer, Router, TopK, TopP
+from spectralmoe import Capacity, LinearScorer, Router, Soft, TopK, TopP
 from spectralmoe.diagnostics import (
     DEAD_SHARE,
     concentration,
@@ -93,7 +93,7 @@ def test_concentration_at_its_ends():
         assert concentration(onto_k, k) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("selector", [TopK(1), TopK(3), TopK(), TopP(0.5), Capacity(TopK(2), 1.0)])
+@pytest.mark.parametrize("selector", [TopK(1), TopK(3), Soft(), TopP(0.5), Capacity(TopK(2), 1.0)])
 @pytest.mark.parametrize("shape", [(4, 7), (3, 2, 5)])
 def test_sequences_one_by_one(selector, shape):
     router, x = Router(LinearScorer(6, 5), selector), torch.randn(*shape, 6)

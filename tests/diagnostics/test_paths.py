@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectralmoe import Capacity, LinearScorer, Router, TopK, TopP
+from spectralmoe import Capacity, LinearScorer, Router, Soft, TopK, TopP
 from spectralmoe.diagnostics import co_activation, joint_counts, mutual_information, paths
 from spectralmoe.routing import Routing
 
 SELECTORS = {
     "top-1": TopK(1),
     "top-3": TopK(3),
-    "soft": TopK(),
+    "soft": Soft(),
     "top-p": TopP(0.5),
     "capacity": Capacity(TopK(2), 0.7),
 }

@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmoe import Adapter, FeedForward, LinearScorer, ModuleExperts, MoE, Router, Selector, TopK
+from spectralmoe import (
+    Adapter,
+    EigenExperts,
+    FeedForward,
+    LinearScorer,
+    ModuleExperts,
+    MoE,
+    Router,
+    Selector,
+    Soft,
+    TopK,
+)
 from spectralmoe.dispatch import DISPATCHES, Dense, Grouped, pick_dispatch
 from spectralmoe.dispatch.base import combine, expert_weights, sort_slots, spread
 
@@ -58,6 +69,8 @@ BANKS = {
     "gelu-bias-odd": (7, lambda: FeedForward(E, 7, 5, bias=True)),
     "adapter": (8, lambda: Adapter(E, 8, 4)),
     "modules": (8, lambda: ModuleExperts(modules(8))),
+    "eigen": (8, lambda: EigenExperts(E, 8, 4)),
+    "eigen-odd": (7, lambda: EigenExperts(E, 7, 3)),
     "gain": (8, lambda: Gained(8, 12)),
     "gain-odd": (7, lambda: Gained(7, 5)),
 }
@@ -196,5 +209,5 @@ def test_sorted_slots_undo_each_other(choice, close):
 
 def test_soft_routing_is_mixed_and_the_rest_is_sorted():
     bank, x = FeedForward(E, 8, 8), torch.randn(5, 8)
-    assert isinstance(pick_dispatch(Router(LinearScorer(8, E), TopK())(x), bank), Dense)
+    assert isinstance(pick_dispatch(Router(LinearScorer(8, E), Soft())(x), bank), Dense)
     assert isinstance(pick_dispatch(Router(LinearScorer(8, E), TopK(2))(x), bank), Grouped)

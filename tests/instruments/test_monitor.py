@@ -17,7 +17,7 @@ from seeds import generator, shifted
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from spectralmoe import Balanced, Capacity, FeedForward, LinearScorer, MoE, Router, TopK, attach, feed
+from spectralmoe import Balanced, Capacity, FeedForward, LinearScorer, MoE, Router, Soft, TopK, attach, feed
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.instruments.monitor_log import read_monitor
 
@@ -170,7 +170,7 @@ def test_dropped_slots_are_counted_in_every_step(tmp_path):
 
 
 def test_soft_layers_count_by_their_largest_weight(tmp_path):
-    model, path = Net(make=lambda: TopK(None)), tmp_path / "m.jsonl"
+    model, path = Net(make=Soft), tmp_path / "m.jsonl"
     hand = ByHand(model)
     with Monitor(model, path, every=5, layers=True) as monitor:
         train(model, batches(5), monitor)

@@ -5,13 +5,13 @@ import torch
 from seeds import shifted
 from torch.nn import functional as F
 
-from spectralmoe import LinearScorer, PrototypeScorer, Router, TopK, UserError, load, record, save
+from spectralmoe import LinearScorer, PrototypeScorer, Router, Soft, TopK, UserError, load, record, save
 from spectralmoe.experiments.compare.cell import active_flops
 from spectralmoe.models import SRMoE, Stage, VectorStem, prototype_router, sr_moe
 
 
 def soft_prototypes(dim, experts):
-    return Router(PrototypeScorer(dim, experts, temperature=0.25, scale=dim**-0.5), TopK())
+    return Router(PrototypeScorer(dim, experts, temperature=0.25, scale=dim**-0.5), Soft())
 
 
 def by_equation(model, z):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from spectralmoe import FeedForward, LinearScorer, MoE, PrototypeScorer, Router, TopK, record
+from spectralmoe import FeedForward, LinearScorer, MoE, PrototypeScorer, Router, Soft, TopK, record
 from spectralmoe.regularizers import importance_cv2, load_balance, router_z
 
 TERMS = {"load_balance": load_balance, "router_z": router_z, "importance_cv2": importance_cv2}
@@ -62,7 +62,7 @@ def test_a_record_and_its_routing_are_one(term):
 
 def routed(logits, k):
     """The routing of tokens whose logits are given."""
-    router = Router(LinearScorer(logits.shape[1], logits.shape[1]), TopK(k))
+    router = Router(LinearScorer(logits.shape[1], logits.shape[1]), Soft() if k is None else TopK(k))
     router.scorer.weight.data = torch.eye(logits.shape[1])
     return router(logits)
 

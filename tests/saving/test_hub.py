@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spectralmoe import LinearScorer, Router, TopK, load, save
+from spectralmoe import LinearScorer, Router, Soft, TopK, load, save
 from spectralmoe.saving.hub import HubVisionMoE
 from spectralmoe.saving.parts import backbone_sha256, load_parts, save_parts
 from spectralmoe.vision import BranchSpec, add_branches, replace_mlp
@@ -86,7 +86,7 @@ def test_parts_alone_are_small_and_load_onto_their_backbone(model, dense, tmp_pa
 
 def test_parts_in_place_of_an_mlp(dense, tmp_path):
     model = copy.deepcopy(dense)
-    router = lambda dim, experts: Router(LinearScorer(dim, experts), TopK())  # noqa: E731
+    router = lambda dim, experts: Router(LinearScorer(dim, experts), Soft())  # noqa: E731
     replace_mlp(model.backbone, BranchSpec(router=router, experts=2, blocks="last1"))
     save_parts(model, tmp_path)
     same(model, load_parts(tmp_path, dense))

@@ -39,6 +39,7 @@ from spectralmoe import (
     PrototypeScorer,
     Router,
     Scorer,
+    Soft,
     TopK,
     UserError,
     load,
@@ -59,7 +60,10 @@ def perturb(model):
     """Give every tensor, buffers included, values of its own."""
     with torch.no_grad():
         for value in model.state_dict().values():
-            value.add_(torch.randn_like(value) * 0.1 if value.is_floating_point() else 3)
+            if value.dtype == torch.bool:
+                value.logical_not_()
+            else:
+                value.add_(torch.randn_like(value) * 0.1 if value.is_floating_point() else 3)
     return model
 
 
@@ -122,7 +126,7 @@ def test_every_scorer_and_selector(make_router, scorer_name, selector_name, tmp_
         lambda: make_layer(shared=FeedForwardAlone(D)),
         lambda: MoE(Router(LinearScorer(D, E + 2), TopK(2)), Adapter(E, D, 3)),
         lambda: MoE(
-            Router(LinearScorer(D, E, bias=True), TopK()), FeedForward(E, D, 5, activation="swiglu", bias=True)
+            Router(LinearScorer(D, E, bias=True), Soft()), FeedForward(E, D, 5, activation="swiglu", bias=True)
         ),
         lambda: MoE(Router(CosineScorer(D, E, temperature=0.1), Balanced(2)), ModuleExperts([FeedForwardAlone(D)] * E)),
         lambda: nn.ModuleList([make_layer(), make_layer()]),

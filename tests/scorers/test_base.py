@@ -52,7 +52,7 @@ def test_lipschitz_is_the_slope_of_the_centred_logits(make_scorer, scorer_name):
 
 def test_small_matrices_need_no_kept_direction(make_scorer, scorer_name):
     scorer = make_scorer(scorer_name)
-    scorer.after_step([])
+    scorer.after_step()
     assert scorer.spectral_direction() is None
     assert "top_direction" not in scorer.state_dict()
 
@@ -69,7 +69,7 @@ def test_the_kept_direction_follows_the_optimizer(close):
     spike = torch.outer(torch.randn(LARGE), torch.randn(LARGE + 10)) / LARGE
     for _ in range(60):
         scorer.weight.data += 0.2 * spike
-        scorer.after_step([])
+        scorer.after_step()
     v = scorer.spectral_direction()
     close((v @ leading(scorer.weight)).abs(), 1.0)
     close(sigma_max(scorer.weight, v).detach(), torch.linalg.svdvals(scorer.weight.detach())[0])
@@ -82,9 +82,9 @@ def test_a_matrix_that_was_zero_is_found_again(close, experts):
     weight[:, -1] = 0  # a feature that is never on
     scorer.weight.data.zero_()
     assert not sigma_max(scorer.weight, scorer.spectral_direction()).detach()
-    scorer.after_step([])
+    scorer.after_step()
     scorer.weight.data.copy_(weight)
-    scorer.after_step([])
+    scorer.after_step()
     close(sigma_max(weight, scorer.spectral_direction()), torch.linalg.svdvals(weight)[0])
 
 
@@ -99,7 +99,7 @@ def test_rows_that_sum_to_zero_are_seen(close):
 
 def test_a_scorer_without_matrix_has_no_spectrum():
     scorer = Scorer(4, 2)
-    scorer.after_step([])
+    scorer.after_step()
     assert scorer.matrix is scorer.affine() is scorer.lipschitz() is scorer.spectral_direction() is None
 
 

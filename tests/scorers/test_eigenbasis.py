@@ -64,7 +64,7 @@ def test_the_map_from_energies_to_logits_is_the_matrix(close):
 def test_a_penalty_on_the_retracted_basis_is_inert(gradients):
     scorer = EigenbasisScorer(64, 8, rank=16)
     scorer.basis.data += 0.1 * torch.randn(64, 16)
-    scorer.after_step([])
+    scorer.after_step()
     defect = (scorer.basis.T @ scorer.basis - torch.eye(16)).square().sum()
     assert float(gradients(defect, [scorer.basis])[0].abs().max()) < 1e-6
 
@@ -79,7 +79,7 @@ def test_no_column_flips_in_a_thousand_steps():
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(scorer(x), target).backward()
         optimizer.step()
-        scorer.after_step([])
+        scorer.after_step()
         flips += int(((before * scorer.basis).sum(0) < 0.9).sum())
     assert flips == 0
     assert float((scorer.basis - start).detach().norm()) > 0.1  # it did move

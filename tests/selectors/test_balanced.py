@@ -71,8 +71,6 @@ def test_the_bias_is_saved_and_is_no_parameter():
 
 
 def test_mistakes_are_named(user_error):
-    with user_error("Balanced", "k=None", "soft"):
-        Balanced(None)
     with user_error("Balanced", "k=4", "E=4", "soft"):
         Router(LinearScorer(8, 4), Balanced(4))
     with user_error("Balanced", "k=5", "E=4"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from seeds import shifted
 
-from spectralmoe import FeedForward, LinearScorer, MoE, Router, SoftBalanced, TopK, UserError, after_step, record
+from spectralmoe import FeedForward, LinearScorer, MoE, Router, Soft, SoftBalanced, UserError, after_step, record
 
 
 def bound(experts=4, **arguments):
@@ -27,10 +27,10 @@ def test_the_weights_are_the_softmax_of_logits_and_bias(same):
     same(found, (logits + selector.bias.double()).softmax(-1), [logits])
 
 
-def test_without_a_bias_it_is_soft_top_k():
+def test_without_a_bias_it_is_soft_routing():
     selector, logits = bound(), torch.randn(5, 4)
-    plain = TopK()
-    assert selector.is_soft(4)
+    plain = Soft()
+    assert selector.soft
     assert torch.equal(selector.weigh(logits, selector.choose(logits)), plain.weigh(logits, plain.choose(logits)))
 
 

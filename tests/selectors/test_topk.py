@@ -1,11 +1,13 @@
-"""Top-k and soft routing: w_tj = p_{t, i_j}, or renormalised over the chosen slots."""
+"""Top-k and soft routing: w_tj = p_{t, i_j}, or renormalised over the slots."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 
-from spectralmoe import LinearScorer, Router, TopK
+from spectralmoe import LinearScorer, Router, Soft, TopK
 
 forms = pytest.mark.parametrize(("score", "normalize"), [(s, n) for s in ("softmax", "sigmoid") for n in (False, True)])
 
@@ -26,7 +28,8 @@ def slow(logits, k, score, normalize):
 @forms
 @pytest.mark.parametrize("k", [2, 5, None], ids=str)
 def test_equation(score, normalize, k, same):
-    selector = TopK(k, normalize=normalize, score=score)
+    form = {"normalize": normalize, "score": score}
+    selector = Soft(**form) if k is None else TopK(k, **form)
     logits = 2 * torch.randn(20, 5, dtype=torch.float64)
     logits.requires_grad_()
     indices, weights = slow(logits.detach(), k, score, normalize)[0], slow(logits, k, score, normalize)[1]
@@ -64,10 +67,10 @@ def test_empty_slots_weigh_nothing(score, normalize, close, gradients):
 
 
 def test_all_experts_is_soft_routing():
-    for k, soft in ((None, True), (4, True), (2, False)):
-        router = Router(LinearScorer(8, 4), TopK(k))
+    for selector, soft in ((Soft(), True), (TopK(4), True), (TopK(2), False)):
+        router = Router(LinearScorer(8, 4), selector)
         routing = router(torch.randn(30, 8))
-        assert routing.soft == soft
+        assert (routing.soft, router.soft) == (soft, soft)
         if soft:  # the load is where the largest weight is, not the number of rows
             top = routing.logits.argmax(-1)
             assert torch.equal(routing.load(), top.bincount(minlength=4) / 30)
@@ -78,8 +81,10 @@ def test_mistakes_are_named(user_error):
         TopK(0)
     with user_error("TopK", "k=1", "normalize"):
         TopK(1, normalize=True)
-    for k in (None, 2):
+    with user_error("TopK", "None", "Soft()"):
+        TopK(None)
+    for make in (Soft, partial(TopK, 2)):
         with user_error("score", "'hardmax'", "sigmoid", "softmax"):
-            TopK(k, score="hardmax")
+            make(score="hardmax")
     with user_error("TopK", "k=5", "E=4"):
         Router(LinearScorer(8, 4), TopK(5))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmoe import LinearScorer, Router, TopK
+from spectralmoe import LinearScorer, Router, Selector, Soft, TopK
 
 timm = pytest.importorskip("timm")
 
@@ -74,7 +74,10 @@ def top() -> Callable[..., Any]:
     """``top(k, normalize=False)``: a router factory, linear with top-k (None: soft)."""
 
     def factory(k: int | None = None, *, normalize: bool = False) -> Any:
-        return lambda dim, experts: Router(LinearScorer(dim, experts), TopK(k, normalize=normalize))
+        def selector() -> Selector:
+            return Soft(normalize=normalize) if k is None else TopK(k, normalize=normalize)
+
+        return lambda dim, experts: Router(LinearScorer(dim, experts), selector())
 
     return factory
 

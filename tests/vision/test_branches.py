@@ -266,7 +266,7 @@ def test_the_two_forms():
     assert (EMoESpec().tokens, EMoESpec().norm) == ("all", True)
     one_change = EMoESpec(faithful=True, tokens="all", norm=True)  # for an ablation
     assert (one_change.tokens, one_change.norm) == ("all", True)
-    assert EMoESpec(mode="soft").make_router(32).selector.k is None
+    assert EMoESpec(mode="soft").make_router(32).soft
     assert EMoESpec(rank=5, tau=0.3).make_router(32).scorer.rank == 5
     assert EMoESpec(rank=5, tau=0.3).make_router(32).scorer.temperature == 0.3
     assert EMoESpec(rank=5) == EMoESpec(rank=5) != EMoESpec(rank=6)

@@ -10,7 +10,9 @@ import pytest
 import timm
 import torch
 
-from spectralmoe import Balanced, LinearScorer, Router, TopK, after_step, load, record, save
+from spectralmoe import Balanced, LinearScorer, ModuleExperts, Router, Soft, TopK, after_step, load, record, save
+from spectralmoe.compression import merge, prune, replicate
+from spectralmoe.tape import moe_layers
 from spectralmoe.vision import BranchSpec, EMoESpec, add_branches, replace_mlp
 from spectralmoe.vision.model import VisionMoE, check_images, vision_moe
 
@@ -55,7 +57,7 @@ def test_round_trip_is_bitwise(family, kind, tmp_path, monkeypatch):
     name, arguments, channels = SMALL[family]
     model = VisionMoE(name, 5, channels=channels, arguments=arguments, mean=[0.3], std=[0.2])
     if kind in ("mlp", "both"):
-        replace_mlp(model.backbone, branches(router=linear(TopK()), blocks="last1"))
+        replace_mlp(model.backbone, branches(router=linear(Soft()), blocks="last1"))
     if kind in ("branches", "both"):
         add_branches(model.backbone, branches())
     with torch.no_grad():
@@ -233,3 +235,23 @@ def test_the_default_emoe_round_trip(tmp_path):
     add_branches(model.backbone, EMoESpec(experts=4, bottleneck=4, blocks="all", start="authors"))
     save(model, tmp_path)
     same_bits(model, load(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["vit", "eva"])
+def test_parts_that_were_merged_replicated_and_pruned_round_trip(family, tmp_path):
+    name, arguments, channels = SMALL[family]
+    model = VisionMoE(name, 5, channels=channels, arguments=arguments)
+    replace_mlp(model.backbone, branches(router=linear(Soft()), blocks="last1"), init="random")
+    add_branches(model.backbone, branches(router=linear(TopK(1))))
+    model.eval()
+    images = torch.rand(2, channels, 28, 28)
+    layers = {path: layer for path, layer in moe_layers(model).items() if path.endswith(".mlp")}
+    assert family != "eva" or all(isinstance(layer.experts, ModuleExperts) for layer in layers.values())
+    groups, copies = (dict.fromkeys(moe_layers(model), wish) for wish in ([[0, 2]], [1, 2, 1, 3]))
+    kept = {path: [3, 0, 1] for path in moe_layers(model) if path not in layers}
+    for small in (merge(model, groups, by=None), replicate(model, copies), prune(model, kept)):
+        save(small, tmp_path)
+        twin = load(tmp_path)
+        same_bits(twin, small)
+        with torch.no_grad():
+            assert torch.equal(twin(images), small(images))

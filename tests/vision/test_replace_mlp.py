@@ -19,6 +19,7 @@ from spectralmoe import (
     MoE,
     NoisyTopK,
     Router,
+    Soft,
     SoftBalanced,
     TopK,
     TopP,
@@ -176,8 +177,8 @@ def test_what_is_no_function_of_one_token_is_refused(make_vision, top, user_erro
 @pytest.mark.parametrize(
     ("selector", "allowed"),
     [
-        (TopK, True),
-        (lambda: TopK(score="sigmoid", normalize=True), True),
+        (Soft, True),
+        (lambda: Soft(score="sigmoid", normalize=True), True),
         (lambda: TopK(2, normalize=True), True),
         (lambda: TopK(3), True),  # all of E = 3
         (lambda: Balanced(2), True),
@@ -186,7 +187,7 @@ def test_what_is_no_function_of_one_token_is_refused(make_vision, top, user_erro
         (SoftBalanced, True),
         (lambda: TopK(1), False),
         (lambda: TopK(2), False),
-        (lambda: TopK(score="sigmoid"), False),
+        (lambda: Soft(score="sigmoid"), False),
         (lambda: Balanced(2, normalize=False), False),
         (lambda: Capacity(TopK(2, normalize=True), 1.0), False),
         (lambda: ExpertChoice(2.0), False),

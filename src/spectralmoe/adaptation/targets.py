@@ -99,16 +99,16 @@ class Weights:
 
 
 class Target(Weights):
-    """One expert of one layer."""
+    """One expert of one layer: ``expert`` as the router knows it, in ``place`` of the bank."""
 
-    def __init__(self, layer: str, expert: int, bank: Experts) -> None:
-        super().__init__(bank.expert_parameters(expert))
-        self.layer, self.expert, self.bank = layer, expert, bank
+    def __init__(self, layer: str, expert: int, bank: Experts, place: int) -> None:
+        super().__init__(bank.expert_parameters(place))
+        self.layer, self.expert, self.bank, self.place = layer, expert, bank, place
 
     @torch.no_grad()
     def now(self) -> Target:
         """The same expert after its bank was moved or cast, which gives parameters other memory."""
-        return Target(self.layer, self.expert, self.bank)
+        return Target(self.layer, self.expert, self.bank, self.place)
 
     def digest(self, values: Sequence[Tensor] | None = None) -> str:
         """SHA-256 over names, types, shapes and values of the expert's tensors, or of ``values`` in their place."""
@@ -227,7 +227,8 @@ def find_targets(model: nn.Module, x: Tensor, layers: Sequence[str]) -> list[Tar
             slots = torch.where(item.routing.indices < 0, item.routing.num_experts, item.routing.indices)
             weight.scatter_add_(0, slots.flatten(), item.routing.weights.flatten())
             earlier = uses[item.name].weight if item.name in uses else 0
-            uses[item.name] = _Use(item.layer, weight[: item.layer.experts.num_experts] + earlier)
+            networks = [bool(item.layer.places(e)) for e in range(item.routing.num_experts)]  # zero experts have none
+            uses[item.name] = _Use(item.layer, weight[:-1] * weight.new_tensor(networks) + earlier)
     return [
         expert_target(name, use.layer, int(use.weight.argmax())) for name, use in uses.items() if bool(use.weight.any())
     ]
@@ -237,13 +238,20 @@ def expert_target(name: str, layer: MoE, expert: int) -> Target:
     """Expert ``expert`` of the layer called ``name``.
 
     Raises:
-        UserError: its bank cannot adapt one expert alone.
+        UserError: its bank cannot adapt one expert alone; the expert is replicated, or merged with others.
     """
+    places = layer.places(expert)
+    others = {place for e in range(layer.router.num_experts) if e != expert for place in layer.places(e)}
+    if len(places) != 1 or places[0] in others:
+        raise UserError(
+            f"layer {name!r}: expert {expert} is replicated or merged with others, so it cannot be adapted alone; "
+            "adapt the model before that"
+        )
     if any(is_sharded(parameter) for parameter in layer.experts.parameters()):
         raise UserError(f"layer {name!r} is sharded; adapt the whole model and shard it afterwards")
     refuse_inference(layer.experts.parameters(), f"layer {name!r}")
     with torch.no_grad():
-        target = Target(name, expert, layer.experts)
+        target = Target(name, expert, layer.experts, places[0])
     if not target.views:
         raise UserError(f"layer {name!r}: the experts of a {type(layer.experts).__name__} cannot be adapted alone")
     return target

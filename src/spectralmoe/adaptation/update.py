@@ -131,7 +131,7 @@ def apply_update(model: nn.Module, path: Path | str) -> Update:
     for index, entry in enumerate(about):
         layer = layers.get(entry["layer"])
         where = f"expert {entry['expert']} of layer {entry['layer']!r}"
-        if not isinstance(layer, MoE) or not 0 <= entry["expert"] < layer.experts.num_experts:
+        if not isinstance(layer, MoE) or not layer.places(entry["expert"]):
             raise UserError(f"{path} is for another model: this one has no {where}")
         target = expert_target(entry["layer"], layer, entry["expert"])
         names = [f"{index}/{name}" for name in target.views]

@@ -18,7 +18,7 @@ from spectralmoe.regularizers.spectral import spectral_norm, spectral_penalty, s
 from spectralmoe.router import Router
 from spectralmoe.scorers import PrototypeScorer
 from spectralmoe.selectors import TopK
-from spectralmoe.steps import after_step, before_step, param_groups
+from spectralmoe.steps import after_step, param_groups
 from spectralmoe.tape import Record, record
 from spectralmoe.terms import Term, penalty
 
@@ -96,7 +96,6 @@ class Trial:
             loss = loss + penalty(tape, terms)[0]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        before_step(self.network, tape)
         self.optimizer.step()
         after_step(self.network, tape)
 

@@ -17,7 +17,7 @@ from spectralmoe.bench.problem import Problem, Sizes, experts_one_by_one, route
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.subject import Subject, spectralmoe_layer
 from spectralmoe.regularizers.spectral import spectral_penalty
-from spectralmoe.steps import after_step, before_step, param_groups
+from spectralmoe.steps import after_step, param_groups
 from spectralmoe.tape import record
 from spectralmoe.terms import Term, penalty
 
@@ -84,8 +84,6 @@ def _candidate(name: str, stack: Stack, kind: Kind, problems: list[Problem], *, 
             loss = loss + penalty(tape, TERMS)[0]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if tape is not None:
-            before_step(stack, tape)
         optimizer.step()
         if tape is not None:
             after_step(stack, tape)

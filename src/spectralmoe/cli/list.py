@@ -19,13 +19,15 @@ PLAIN = {
     "prototype": "distance of the token to a prototype of each expert",
     "eigenbasis": "energy of the token along orthonormal directions",
     "principal": "share of the token's energy on each side of orthonormal directions",
-    "topk": "the k experts with the largest scores for each token; without k all of them",
+    "topk": "the k experts with the largest scores for each token",
     "noisy_topk": "top-k of noisy logits in training, of the logits in evaluation",
     "expert_choice": "each expert takes its best tokens, as many as its capacity allows",
     "top_p": "the smallest set of experts whose scores sum to p",
     "balanced": "top-k of scores plus a bias that evens the load; the weights never see the bias",
+    "soft": "all experts for each token, weighted by their scores",
     "soft_balanced": "all experts for each token, with a bias on the weights that evens the load",
     "capacity": "another selector whose experts take a limited number of tokens",
+    "cluster_dropout": "another selector, some experts of each group left out in training",
     "feed_forward": "networks of two layers, their weights stacked",
     "adapter": "narrow networks to be added to the output of a frozen layer",
     "modules": "modules of your own; slower than stacked weights",
@@ -54,6 +56,7 @@ def list_everything(json: Json = False) -> None:
     from spectralmoe.data.image_data import DATASETS
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
+    from spectralmoe.optim import OPTIMIZERS, SCHEDULES
     from spectralmoe.regularizers import REGULARIZERS
     from spectralmoe.scorers import SCORERS
     from spectralmoe.selectors import SELECTORS
@@ -77,6 +80,8 @@ def list_everything(json: Json = False) -> None:
         title: {name: PLAIN.get(name) or _first_line(item) for name, item in part.items()}
         for title, part in parts.items()
     }
+    tables["optimizers"] = {name: _first_line(item) for name, item in OPTIMIZERS.items()}
+    tables["schedules"] = {name: _first_line(item) for name, item in SCHEDULES.items()}
     if json:
         print_json(tables)
         return

@@ -117,7 +117,7 @@ def _prepare(router: Router, x: Tensor, processor: nn.Sequential | None) -> tupl
     selector = router.selector
     if x.dim() != 2:
         raise UserError(f"certificate: x must be tokens (N, D), got shape {tuple(x.shape)}; flatten it first")
-    if selector.is_soft(router.num_experts):
+    if router.soft:
         return router.num_experts, router, None
     name = type(selector).__name__
     if isinstance(selector, NoisyTopK) and selector.training:
@@ -126,7 +126,6 @@ def _prepare(router: Router, x: Tensor, processor: nn.Sequential | None) -> tupl
         raise UserError(f"certificate: {name} does not choose each token's k largest values; use TopK or Balanced")
     if isinstance(selector, Balanced) and selector.score != "softmax":
         raise UserError("certificate: Balanced has a bound for softmax scores only; use score='softmax' or TopK")
-    assert selector.k is not None  # that is soft
     router, processor = copy.deepcopy((router, processor))
     if isinstance(router.selector, Balanced):  # counted from the least one, as the router rounds them
         router.selector.bias -= router.selector.bias.amin()
@@ -138,7 +137,7 @@ def _values(router: Router, z: Tensor) -> Tensor:
     if z.shape[1] != router.scorer.dim:
         raise UserError(f"certificate: tokens are {z.shape[1]} wide at the router, made for D={router.scorer.dim}")
     logits, selector = router.scorer(z), router.selector
-    return selector.scores(logits) + selector.bias if isinstance(selector, Balanced) else logits
+    return selector.ranked(logits) if isinstance(selector, Balanced) else logits
 
 
 def _radius(router: Router, k: int, x: Tensor, processor: nn.Sequential | None, precision: torch.dtype) -> Tensor:

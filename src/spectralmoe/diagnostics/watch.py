@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.moe import MoE
+from spectralmoe.parts import Part
 from spectralmoe.routing import Routing
 from spectralmoe.sharding import full
 from spectralmoe.tape import Record, Tape, moe_layers
@@ -103,7 +104,13 @@ class OwnLayer(Watched):
 
     def __init__(self, name: str, number: int, layer: MoE) -> None:
         self.name, self.number, self.layer = name, number, layer
-        self.num_experts, self.top_k = layer.experts.num_experts, getattr(layer.router.selector, "k", None)
+        self.num_experts = (layer.experts if layer.placement is None else layer.router).num_experts
+        self.top_k = getattr(layer.router.selector, "k", None)
+
+    @property
+    def reroutes(self) -> bool:
+        """Not where the router reads side information, which tokens alone do not have."""
+        return not any(part.reads for part in self.layer.router.modules() if isinstance(part, Part))
 
     @property
     def matrix(self) -> Tensor | None:
@@ -122,12 +129,14 @@ class OwnLayer(Watched):
 
     @torch.no_grad()
     def expert(self, x: Tensor, e: int) -> Tensor:
-        """By the bank's own definition of one expert."""
-        return self.layer.experts.expert(x, e)
+        """By the bank's own definition of one expert; 0 for a zero expert."""
+        places = self.layer.places(e)
+        return self.layer.experts.expert(x, places[0]) if places else torch.zeros_like(x)
 
     def expert_weights(self, e: int) -> Tensor:
         """The expert's own parameters, by name."""
-        own = self.layer.experts.expert_parameters(e)
+        places = self.layer.places(e)
+        own = self.layer.experts.expert_parameters(places[0]) if places else {}
         return torch.cat([full(own[name]).detach().flatten().float() for name in sorted(own)] or [torch.empty(0)])
 
 
@@ -153,8 +162,8 @@ def _ranked(item: Record) -> Routing:
 
 
 def _tokens(item: Record) -> Tensor:
-    """What the router read, put together from what the experts got."""
-    if item.kept is None:
+    """What the router read, put together from what the experts got; nothing where experts read more than tokens."""
+    if item.kept is None or cast(MoE, item.layer).experts.reads:
         return item.routing.logits.new_empty(0, cast(MoE, item.layer).router.scorer.dim)
     tokens = torch.zeros(len(item.routing.logits), item.input.shape[-1]).to(item.input)
     tokens[item.order // max(item.routing.indices.shape[1], 1)] = item.input.detach()

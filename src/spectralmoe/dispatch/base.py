@@ -50,7 +50,8 @@ def sort_slots(routing: Routing, num_experts: int) -> SortedSlots:
     """Sort the filled slots by expert, stably.
 
     Under ``torch.compile`` the shapes stay static: slots without an expert are sorted to the end and kept. Else they
-    are cut off, which costs a device synchronisation and saves the memory and work of N * K - M rows.
+    are cut off, which costs a device synchronisation and saves the memory and work of N * K - M rows; where the router
+    says that all slots are filled, and knows no zero experts, nobody asks the device.
     """
     flat = routing.indices.reshape(-1)
     key = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
@@ -58,7 +59,7 @@ def sort_slots(routing: Routing, num_experts: int) -> SortedSlots:
     counts = count_slots(flat, num_experts)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     rows = order.shape[0]
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or (routing.full and routing.num_experts <= num_experts)):
         rows = int(counts.sum())
         order, place = order[:rows], place.clamp_max(rows)
     return SortedSlots(order, place, counts, routing.indices.shape[1], rows == flat.shape[0])

@@ -23,10 +23,11 @@ class Loop:
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         if transforming():
             return Dense()(x, routing, experts)
-        outputs = [x[:0]]
+        outputs = [experts.expert(x[:0], 0) if experts.reads else x[:0]]  # side information makes rows wider than y
+        zero = x.new_zeros(1, *outputs[0].shape[1:])
         for token, chosen in enumerate(routing.indices.tolist()):
             row = x[token : token + 1]
-            y = torch.zeros_like(row)
+            y = zero
             for slot, e in enumerate(chosen):
                 if 0 <= e < experts.num_experts:
                     y = y + routing.weights[token, slot].to(x.dtype) * experts.expert(row, e)

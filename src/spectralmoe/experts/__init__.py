@@ -2,9 +2,15 @@
 
 from spectralmoe.experts.adapter import Adapter
 from spectralmoe.experts.base import Experts
+from spectralmoe.experts.eigen import EigenExperts
 from spectralmoe.experts.feed_forward import FeedForward
 from spectralmoe.experts.modules import ModuleExperts
 
-__all__ = ["EXPERTS", "Adapter", "Experts", "FeedForward", "ModuleExperts"]
+__all__ = ["EXPERTS", "Adapter", "EigenExperts", "Experts", "FeedForward", "ModuleExperts"]
 
-EXPERTS: dict[str, type[Experts]] = {"feed_forward": FeedForward, "adapter": Adapter, "modules": ModuleExperts}
+EXPERTS: dict[str, type[Experts]] = {
+    "feed_forward": FeedForward,
+    "adapter": Adapter,
+    "eigen": EigenExperts,
+    "modules": ModuleExperts,
+}

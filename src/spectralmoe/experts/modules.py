@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
+from spectralmoe.errors import UserError
 from spectralmoe.experts.base import Experts
+from spectralmoe.stacks import chosen_experts
 
 __all__ = ["ModuleExperts"]
 
@@ -14,15 +18,18 @@ __all__ = ["ModuleExperts"]
 class ModuleExperts(Experts):
     """A bank of given modules, each mapping (M, D) to (M, D). Slower than stacked weights: one call an expert.
 
+    Args:
+        reads: names of side information that the modules get behind the token: they map (M, D + P) to (M, D) then.
+
     >>> import torch
     >>> bank = ModuleExperts([nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh())])
     >>> bank(torch.randn(5, 8), torch.tensor([3, 2])).shape
     torch.Size([5, 8])
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], *, reads: Sequence[str] = ()) -> None:
         super().__init__(len(modules))
-        self.experts = nn.ModuleList(modules)
+        self.experts, self.reads = nn.ModuleList(modules), tuple(reads)
 
     def spec_arguments(self) -> dict[str, object]:
         """Constructor arguments that are not attributes of the same name."""
@@ -34,3 +41,37 @@ class ModuleExperts(Experts):
 
     def expert_parameters(self, e: int) -> dict[str, Tensor]:
         return dict(self.experts[e].named_parameters())
+
+    def select(self, indices: Sequence[int] | Tensor) -> ModuleExperts:
+        chosen = chosen_experts("ModuleExperts.select", indices, self.num_experts)
+        return self._with([copy.deepcopy(self.experts[e]) for e in chosen])
+
+    def averaged(
+        self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None
+    ) -> ModuleExperts:
+        """As of any bank, of modules that are built alike: of one class, with tensors of the same names and shapes."""
+        members, shares = self._shares(groups, weights)
+        means = [self._mean(group, share.tolist()) for group, share in zip(members, shares, strict=True)]
+        return self._with(means)
+
+    @torch.no_grad()
+    def _mean(self, group: list[int], shares: list[float]) -> nn.Module:
+        states = [self.experts[e].state_dict() for e in group]
+        forms = [
+            (type(self.experts[e]), {n: t.shape for n, t in state.items()})
+            for e, state in zip(group, states, strict=True)
+        ]
+        for e, form in zip(group, forms, strict=True):
+            if form != forms[0]:
+                raise UserError(f"ModuleExperts: experts {group[0]} and {e} are not built alike, so they have no mean")
+        mean = copy.deepcopy(self.experts[group[0]])
+        for name, value in mean.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(sum(share * state[name].double() for share, state in zip(shares, states, strict=True)))
+        return mean
+
+    def _with(self, modules: Sequence[nn.Module]) -> ModuleExperts:
+        """A copy of this bank with other modules."""
+        bank = copy.deepcopy(self, {id(self.experts): nn.ModuleList(modules)})
+        bank.num_experts = len(modules)
+        return bank

@@ -21,7 +21,7 @@ from spectralmoe.experts import FeedForward
 from spectralmoe.moe import MoE
 from spectralmoe.router import Router
 from spectralmoe.scorers import PrototypeScorer
-from spectralmoe.selectors import Balanced, TopK
+from spectralmoe.selectors import Balanced, Soft
 
 __all__ = ["ConvStem", "SRMoE", "Stage", "VectorStem", "prototype_router", "sr_moe"]
 
@@ -177,7 +177,7 @@ def prototype_router(dim: int, num_experts: int) -> Router:
     """
     scorer = PrototypeScorer(dim, num_experts, temperature=1.0, scale=dim**-0.5)
     if num_experts < 3:
-        return Router(scorer, TopK())
+        return Router(scorer, Soft())
     return Router(scorer, Balanced(2, score="softmax", normalize=False, rate=1e-2))
 
 

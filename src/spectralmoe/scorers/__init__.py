@@ -1,6 +1,8 @@
 """Scorers: tokens (N, D) -> logits (N, E). One file a method."""
 
 from spectralmoe.scorers.base import Scorer
+from spectralmoe.scorers.basis import BasisScorer
+from spectralmoe.scorers.context import ContextScorer
 from spectralmoe.scorers.cosine import CosineScorer
 from spectralmoe.scorers.eigenbasis import EigenbasisScorer
 from spectralmoe.scorers.linear import LinearScorer
@@ -9,6 +11,8 @@ from spectralmoe.scorers.prototype import PrototypeScorer
 
 __all__ = [
     "SCORERS",
+    "BasisScorer",
+    "ContextScorer",
     "CosineScorer",
     "EigenbasisScorer",
     "LinearScorer",
@@ -23,4 +27,6 @@ SCORERS: dict[str, type[Scorer]] = {
     "prototype": PrototypeScorer,
     "eigenbasis": EigenbasisScorer,
     "principal": PrincipalScorer,
+    "context": ContextScorer,
+    "basis": BasisScorer,
 }

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
-from spectralmoe.linalg import EXACT_LIMIT, power_iteration, retracted, top_right
-from spectralmoe.sharding import assign_, full
-
-if TYPE_CHECKING:
-    from spectralmoe.tape import Record
+from spectralmoe.experts import Experts
+from spectralmoe.linalg import EXACT_LIMIT, power_iteration, top_right
+from spectralmoe.parts import Part
+from spectralmoe.sharding import full
+from spectralmoe.stacks import chosen_experts, copy_with
 
 __all__ = ["Scorer", "gamma", "half_space_distance"]
 
 _REFRESH_STEPS = 2
 
 
-class Scorer(nn.Module):
+class Scorer(Part):
     """Base of all scorers: ``forward(x (N, D), *, context=None) -> logits (N, E)``.
 
     A subclass keeps every constructor argument as an attribute of the same name (saving reads the spec back from
@@ -30,11 +31,8 @@ class Scorer(nn.Module):
         UserError: ``dim`` or ``num_experts`` is not a positive integer.
     """
 
-    manifold: tuple[str, ...] = ()
-    """Names of the parameters (D, R) with orthonormal columns: no weight decay, retracted after the step."""
-
-    streams_tokens = False
-    """Whether records keep the tokens of training forwards, for ``statistics``."""
+    rows: tuple[str, ...] = ()
+    """Names of the parameters and buffers with one row an expert, where a logit reads its own rows alone."""
 
     top_direction: Tensor | None
 
@@ -46,18 +44,34 @@ class Scorer(nn.Module):
         self.dim, self.num_experts = dim, num_experts
         self.register_buffer("top_direction", None, persistent=False)
 
-    def __call__(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def __call__(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         logits: Tensor = super().__call__(x, context=context)
         return logits
 
-    @property
-    def is_frozen(self) -> bool:
-        """Whether nothing moves after a step: there are parameters, and none of them takes a gradient.
+    def meet(self, experts: Experts) -> None:
+        """Called once by the layer with its bank: a scorer that reads the experts keeps a reference to them."""
 
-        A scorer that moves by statistics alone says so by ``is_frozen = False``.
+    def select(self, indices: Sequence[int] | Tensor) -> Self:
+        """A scorer of the experts ``indices`` alone, in this order: what is left has the logits that it had.
+
+        Takes the ``rows`` of these experts; a scorer whose logits depend on more than their rows overrides it.
+
+        Raises:
+            UserError: no index, or one out of range; a scorer that names no rows.
         """
-        gradients = [parameter.requires_grad for parameter in self.parameters()]
-        return bool(gradients) and not any(gradients)
+        if not self.rows:
+            raise UserError(
+                f"{type(self).__name__} cannot be cut down to some of its experts: it names no rows of theirs"
+            )
+        stacks = [stack for name in self.rows if (stack := getattr(self, name)) is not None]
+        chosen = chosen_experts(f"{type(self).__name__}.select", indices, self.num_experts)
+        return self._cut(chosen, {stack: stack.detach()[chosen] for stack in stacks})
+
+    def _cut(self, chosen: list[int], tensors: Mapping[Tensor, Tensor]) -> Self:
+        """A copy for the chosen experts, with other tensors in the place of some."""
+        scorer = copy_with(self, tensors)
+        scorer.num_experts, scorer.top_direction = len(chosen), None
+        return scorer
 
     @property
     def matrix(self) -> Tensor | None:
@@ -117,35 +131,9 @@ class Scorer(nn.Module):
         gap = logits.gather(1, over) - logits.gather(1, under)
         return _distance(gap, torch.full_like(gap, 2**0.5 * bound), x, error[:, over] + error[:, under])
 
-    def before_step(self, records: Sequence[Record]) -> None:
-        """Called once before each optimizer step, with what this step's forwards recorded."""
-
-    def statistics(self, records: Sequence[Record]) -> Tensor | None:
-        """What the tokens of this step add to running statistics: sums, of one shape whatever the records.
-
-        ``update`` gets them summed over all ranks. None: there are none to keep. Statistics of choices, not of tokens,
-        leave out records whose choice was replayed (``record.routing.live`` is set).
-        """
-        return None
-
-    def update(self, statistics: Tensor) -> None:
-        """Called once after each optimizer step, before ``after_step``, where there are statistics."""
-
-    def after_step(self, records: Sequence[Record]) -> None:
-        """Called once after each optimizer step, without gradient. A subclass that overrides it calls super."""
-        self.retract(trained_only=True)
+    def after_step(self) -> None:
+        super().after_step()
         self.refresh_spectrum()
-
-    @torch.no_grad()
-    def retract(self, *, trained_only: bool = False) -> None:
-        """Put the parameters in ``manifold`` back on it, by QR; those that are on it up to rounding keep their bits.
-
-        Args:
-            trained_only: leave parameters without gradient alone.
-        """
-        for basis in (getattr(self, name) for name in self.manifold):
-            if basis.requires_grad or not trained_only:
-                assign_(basis, retracted(basis))
 
     def spectral_direction(self) -> Tensor | None:
         """Warm start of the leading right singular vector of ``matrix``; None where the spectrum is exact."""

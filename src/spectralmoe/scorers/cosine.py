@@ -6,12 +6,11 @@ authors' code: github.com/microsoft/torchscale (MIT). Differs: the temperature i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.scorers.base import Scorer, gamma, half_space_distance
 from spectralmoe.sharding import full
@@ -34,6 +33,8 @@ class CosineScorer(Scorer):
     True
     """
 
+    rows = ("keys",)
+
     def __init__(self, dim: int, num_experts: int, *, proj_dim: int | None = None, temperature: float = 0.07) -> None:
         super().__init__(dim, num_experts)
         if not 0 < temperature < float("inf"):
@@ -45,7 +46,7 @@ class CosineScorer(Scorer):
         self.keys = nn.Parameter(torch.randn(num_experts, width) * width**-0.5)
         self.projection = None if proj_dim is None else nn.Parameter(torch.randn(proj_dim, dim) * dim**-0.5)
 
-    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         query = x if self.projection is None else F.linear(x, self.projection.to(x.dtype))
         keys = F.normalize(self.keys.to(x.dtype), dim=-1)
         return F.linear(F.normalize(query, dim=-1), keys) / self.temperature

@@ -8,15 +8,17 @@ that momentum stays valid; so there is no orthonormality penalty, which would be
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import qr_retraction, sigma_max
 from spectralmoe.scorers.base import Scorer, gamma
 from spectralmoe.sharding import full
+from spectralmoe.stacks import chosen_experts
 
 __all__ = ["EigenbasisScorer"]
 
@@ -69,12 +71,20 @@ class EigenbasisScorer(Scorer):
         energy = (x @ self.basis.to(x.dtype)).square()
         return energy / (energy.sum(-1, keepdim=True) + self.eps)
 
-    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         energy = (x @ self.basis.to(x.dtype)).square()
         weights = self.gain.to(x.dtype)[:, None] * self.mask_logits.to(x.dtype).softmax(-1)
         total = (energy.sum(-1, keepdim=True) + self.eps).clamp_min(torch.finfo(x.dtype).tiny)  # eps and x may be 0
         shares = energy @ weights / total  # E divisions a token instead of R
         return (shares + self.bias.to(x.dtype)) / self.temperature
+
+    def select(self, indices: Sequence[int] | Tensor) -> EigenbasisScorer:
+        """The masks are a softmax over all experts: the share of those that are left goes into the gain."""
+        chosen = chosen_experts("EigenbasisScorer.select", indices, self.num_experts)
+        masks, gain, bias = self.mask_logits.detach(), self.gain.detach(), self.bias.detach()
+        share = masks.double().softmax(-1)[:, chosen].sum(-1)
+        tensors: dict[Tensor, Tensor] = {self.mask_logits: masks[:, chosen], self.gain: gain * share}
+        return self._cut(chosen, tensors | {self.bias: bias[chosen]})
 
     @property
     def matrix(self) -> Tensor:

@@ -5,12 +5,11 @@ Shazeer et al., "Outrageously Large Neural Networks", arXiv 1701.06538, section 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectralmoe.context import Rows
 from spectralmoe.linalg import sigma_max
 from spectralmoe.scorers.base import Scorer
 from spectralmoe.sharding import full
@@ -28,6 +27,8 @@ class LinearScorer(Scorer):
     torch.Size([5, 4])
     """
 
+    rows = ("weight", "bias")
+
     def __init__(self, dim: int, num_experts: int, *, bias: bool = False) -> None:
         super().__init__(dim, num_experts)
         self.weight = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5)
@@ -37,7 +38,7 @@ class LinearScorer(Scorer):
         """Constructor arguments that are not attributes of the same name."""
         return {"bias": self.bias is not None}
 
-    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 

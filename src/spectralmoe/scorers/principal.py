@@ -11,19 +11,17 @@ each of these is worth stands in the card ``papers/emoe``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import qr_retraction, sigma_max
 from spectralmoe.scorers.base import Scorer, gamma
 from spectralmoe.sharding import assign_, full
-
-if TYPE_CHECKING:
-    from spectralmoe.tape import Record
+from spectralmoe.stacks import chosen_experts
 
 __all__ = ["PrincipalScorer"]
 
@@ -47,6 +45,7 @@ class PrincipalScorer(Scorer):
         rank: R <= D, with 2R >= E; None: half as many as experts, rounded up, so that each expert owns one side.
         temperature: tau > 0.
         momentum: how fast mu and m follow, 0 to 1; the first 1/momentum steps count alike.
+        sides: the expert of each of the 2R sides, -1 for a side that is nobody's; None: h mod E.
 
     Raises:
         UserError: an argument out of range.
@@ -72,6 +71,7 @@ class PrincipalScorer(Scorer):
         rank: int | None = None,
         temperature: float = 0.2,
         momentum: float = 0.005,
+        sides: Sequence[int] | None = None,
     ) -> None:
         super().__init__(dim, num_experts)
         rank = (num_experts + 1) // 2 if rank is None else rank
@@ -82,7 +82,12 @@ class PrincipalScorer(Scorer):
             raise UserError(f"PrincipalScorer: temperature must be positive, got {temperature}")
         if not 0 < momentum <= 1:
             raise UserError(f"PrincipalScorer: momentum must be above 0 and at most 1, got {momentum}")
+        if sides is not None and (len(sides) != 2 * rank or not set(sides) <= set(range(-1, num_experts))):
+            raise UserError(
+                f"PrincipalScorer: sides must name an expert below E={num_experts} or -1, 2R={2 * rank} times"
+            )
         self.rank, self.temperature, self.momentum = rank, temperature, momentum
+        self.sides = None if sides is None else list(sides)
         self.basis = nn.Parameter(qr_retraction(torch.randn(dim, rank)))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("spread", torch.ones(2 * rank))
@@ -93,17 +98,28 @@ class PrincipalScorer(Scorer):
         q = (self._sides(x) / self.spread.to(x.dtype)).square()
         return q / (q.sum(-1, keepdim=True) + _EPS)
 
-    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         shares = self.energies(x)
-        if 2 * self.rank > self.num_experts:
+        if self.sides is not None or 2 * self.rank > self.num_experts:
             shares = shares @ self.owners.to(x.dtype)
         return shares / self.temperature
 
     @property
     def owners(self) -> Tensor:
-        """The expert of each side: (2R, E), a single 1 in each row."""
-        sides = torch.arange(2 * self.rank, device=self.spread.device) % self.num_experts
-        return F.one_hot(sides, self.num_experts).float()
+        """The expert of each side: (2R, E), a single 1 in each row; none for a side that is nobody's."""
+        if self.sides is None:
+            sides = torch.arange(2 * self.rank, device=self.spread.device) % self.num_experts
+            return F.one_hot(sides, self.num_experts).float()
+        sides = torch.tensor(self.sides, device=self.spread.device)
+        return F.one_hot(sides + 1, self.num_experts + 1)[:, 1:].float()
+
+    def select(self, indices: Sequence[int] | Tensor) -> PrincipalScorer:
+        """The sides of the experts that are gone become nobody's, and go on taking their share of the energy."""
+        chosen = chosen_experts("PrincipalScorer.select", indices, self.num_experts)
+        sides = self.owners.argmax(1).where(self.owners.any(1), -1).tolist()
+        scorer = self._cut(chosen, {})
+        scorer.sides = [chosen.index(side) if side in chosen else -1 for side in sides]
+        return scorer
 
     def flip_distance(
         self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
@@ -129,22 +145,15 @@ class PrincipalScorer(Scorer):
         radius: Tensor = (gap / slope - noise * size).clamp_min(0) / (sigma_max(basis) + noise)
         return radius
 
-    def statistics(self, records: Sequence[Record]) -> Tensor | None:
+    def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor | None:
         """Of the tokens: their number, the sums of x - mu and of the sides and, at the first step, outer products."""
         if self.is_frozen:  # a frozen basis belongs to the mean and the sizes that it was trained with
             return None
-        sums = [self.mean.new_zeros(size) for size in self._sizes()]
-        for item in records:
-            if item.tokens is None:
-                continue
-            x = item.tokens if item.routing.mask is None else item.tokens[item.routing.mask]
-            x = x.to(self.mean.dtype)
-            sums[0] += len(x)
-            sums[1] += x.sum(0) - len(x) * self.mean
-            sums[2] += self._sides(x).sum(0)
-            if len(sums[3]):
-                centred = x - self.mean
-                sums[3] += (centred.T @ centred).flatten()
+        x = tokens.to(self.mean.dtype)
+        sums = [self.mean.new_tensor([len(x)]), x.sum(0) - len(x) * self.mean, self._sides(x).sum(0)]
+        if not int(self.updates):
+            centred = x - self.mean
+            sums.append((centred.T @ centred).flatten())
         return torch.cat(sums)
 
     def update(self, statistics: Tensor) -> None:

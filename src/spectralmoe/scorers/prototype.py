@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import sigma_max
 from spectralmoe.scorers.base import Scorer, gamma
@@ -41,6 +42,8 @@ class PrototypeScorer(Scorer):
     True
     """
 
+    rows = ("prototypes",)
+
     def __init__(self, dim: int, num_experts: int, *, temperature: float = 1.0, scale: float = 1.0) -> None:
         super().__init__(dim, num_experts)
         if not 0 < temperature < float("inf"):
@@ -50,7 +53,7 @@ class PrototypeScorer(Scorer):
         self.temperature, self.scale = temperature, scale
         self.prototypes = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5)
 
-    def forward(self, x: Tensor, *, context: dict[str, Any] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         mu, tau = self.prototypes.to(x.dtype), self.temperature
         matrix, bias, s = mu * (2 * self.scale / tau), mu.square().sum(-1) / -tau, self.scale**2 / tau
         if transforming():

@@ -24,13 +24,13 @@ class Balanced(Selector):
     the step (all micro-batches and ranks): ``after_step`` or ``attach`` does it.
 
     Args:
-        k: experts a token. None (soft) is refused: there is no choice to balance.
+        k: experts a token, fewer than E: soft routing has no choice to balance (``SoftBalanced`` does that).
         score: "sigmoid" or "softmax". Logits that are squared distances underflow under sigmoid: use softmax.
         normalize: weights of a token sum to 1.
         rate: u.
 
     Raises:
-        UserError: k None, k < 1, k > E, rate < 0, or k = 1 with ``normalize``.
+        UserError: k < 1, k >= E, rate < 0, or k = 1 with ``normalize``.
 
     >>> selector = Balanced(2)
     >>> selector.bind(3)
@@ -40,11 +40,10 @@ class Balanced(Selector):
     """
 
     bias: Tensor
+    fills = True
 
     def __init__(self, k: int, *, score: Score = "sigmoid", normalize: bool = True, rate: float = 1e-3) -> None:
         super().__init__()
-        if k is None:
-            raise UserError("Balanced: k=None (soft routing) has no choice to balance; give a k below E")
         check_k("Balanced", k, normalize, score)
         if rate < 0:
             raise UserError(f"Balanced: rate must not be negative, got {rate}")
@@ -59,11 +58,14 @@ class Balanced(Selector):
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def ranked(self, logits: Tensor) -> Tensor:
-        """What all biases have in common changes no choice: they count from the least one."""
+        """Scores plus bias, shifted so that the smallest bias is 0 (a common shift changes no choice)."""
         return self.scores(logits) + (self.bias - self.bias.amin())
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
         return largest(self.ranked(logits), self.k, mask)
+
+    def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        return counts
 
     def update(self, counts: Tensor) -> None:
         behind = counts.sum() - counts * counts.numel()

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Sequence
+from typing import Any, Self, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.parts import Part
 from spectralmoe.routing import EMPTY, Score, apply_score
 
 __all__ = ["Score", "Selector", "check_fits", "check_k", "largest", "share_of", "take"]
 
 
-class Selector(nn.Module):
+class Selector(Part):
     """Base of all selectors. ``choose`` decides without gradient, ``weigh`` is the only differentiable path.
 
-    A subclass implements ``choose`` and, where they differ from a plain gather of the scores, ``scores`` and
-    ``weigh``; it keeps every constructor argument as an attribute of the same name.
+    A subclass implements ``choose`` and, where they differ from a plain gather of softmax or sigmoid scores, ``scored``
+    and ``weigh``; it keeps every constructor argument as an attribute of the same name.
     """
 
     score: Score = "softmax"
@@ -27,20 +30,27 @@ class Selector(nn.Module):
     per_token: bool = True
     """Whether a token's choice depends on that token alone."""
 
+    soft: bool = False
+    """Whether every token uses every expert; known once the selector is bound."""
+
+    fills: bool = False
+    """Whether every slot of a real token holds an expert, whatever the logits; known once the selector is bound."""
+
     def bind(self, num_experts: int) -> None:
         """Called once by the router with E: check the arguments against it, allocate state."""
 
-    def is_soft(self, num_experts: int) -> bool:
-        """Whether every token uses every expert."""
-        return False
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """What the choice is made from (N, E): softmax or sigmoid of the logits."""
-        return apply_score(self.score, logits)
-
     def scored(self, logits: Tensor) -> Tensor | Score:
-        """What a ``Routing`` carries of the scores: how they follow from the logits, else themselves."""
-        return self.score if type(self).scores is Selector.scores else self.scores(logits)
+        """The value of ``Routing.score``: the name of the activation, or scores (N, E) of the selector's own.
+
+        By name the scores are computed where they are read, and never where nobody does.
+        """
+        return self.score
+
+    @final
+    def scores(self, logits: Tensor) -> Tensor:
+        """The scores (N, E) that the choice and the weights come from; a subclass changes them in ``scored``."""
+        scored = self.scored(logits)
+        return scored if isinstance(scored, Tensor) else apply_score(scored, logits)
 
     def ranked(self, logits: Tensor) -> Tensor:
         """What a top-k choice is the largest of (N, E): the scores, and a selection bias where there is one."""
@@ -50,12 +60,8 @@ class Selector(nn.Module):
         """Indices (N, K) int64 from detached logits (N, E); -1 in an empty slot and in every slot of a masked row."""
         raise NotImplementedError
 
-    def want(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
-        """The choice before ``limit``: what ``choose`` returns where there is no bound."""
-        return self.choose(logits, mask=mask, context=context)
-
     def limit(self, wanted: Tensor, num_experts: int) -> Tensor:
-        """Indices (N, K) after a bound on what an expert takes: -1 where a slot was dropped. No bound by default."""
+        """The choice (N, K) under a bound on what an expert takes: -1 where a slot is dropped. No bound by default."""
         return wanted
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
@@ -67,8 +73,25 @@ class Selector(nn.Module):
         empty = (indices < 0).all(-1, keepdim=True)
         return chosen.masked_fill(empty, 0).softmax(-1).masked_fill(indices < 0, 0)
 
-    def update(self, counts: Tensor) -> None:
-        """Called once after each optimizer step with the slots counted for each expert: (E,) int64."""
+    def select(self, indices: Sequence[int] | Tensor) -> Self:
+        """A selector for the experts ``indices`` of its router alone, in this order, with what it remembers of them.
+
+        Whatever it counts by E goes by the experts that are left; k, p and capacities stay. A buffer with dimensions,
+        its own or of a selector inside it, is taken for one entry an expert; others stay.
+
+        Raises:
+            UserError: it cannot choose among so few.
+        """
+        chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+        selector = copy.deepcopy(self)
+        memories = [(module, dict(module._buffers)) for module in selector.modules()]
+        for module, _ in memories:
+            module._buffers.clear()
+        selector.bind(len(chosen))
+        for module, memory in memories:
+            for name, values in memory.items():
+                module._buffers[name] = values[chosen] if values is not None and values.dim() else values
+        return selector
 
 
 def take(values: Tensor, indices: Tensor) -> Tensor:
@@ -87,7 +110,7 @@ def check_k(owner: str, k: int, normalize: bool, score: str) -> None:
     if score not in ("softmax", "sigmoid"):
         raise one_of("score", score, ["sigmoid", "softmax"])
     if not isinstance(k, int) or k < 1:
-        raise UserError(f"{owner}: k must be at least 1, got {k}")
+        raise UserError(f"{owner}: k must be at least 1, got {k}; soft routing over all experts is Soft()")
     if k == 1 and normalize:
         raise UserError(
             f"{owner}: k=1 with normalize=True makes every weight the constant 1, so the router gets no gradient; "

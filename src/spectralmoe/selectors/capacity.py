@@ -5,19 +5,18 @@ Lepikhin et al., "GShard", arXiv 2006.16668, section 2.2; Fedus et al., "Switch 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError
 from spectralmoe.routing import EMPTY
-from spectralmoe.selectors.base import Score, Selector, share_of
+from spectralmoe.selectors.around import Around
+from spectralmoe.selectors.base import Selector, share_of
 
 __all__ = ["Capacity"]
 
 
-class Capacity(Selector):
+class Capacity(Around):
     r"""Lets each expert take at most :math:`\lceil f\,M / E \rceil` of the M slots that ``selector`` fills.
 
     Places go to first choices before second choices, and to earlier tokens before later ones; a slot that comes too
@@ -33,48 +32,28 @@ class Capacity(Selector):
     >>> from spectralmoe.selectors import TopK
     >>> crowd = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
     >>> selector = Capacity(TopK(1), 1.0)
-    >>> selector.choose(crowd).flatten().tolist()
+    >>> selector.limit(selector.choose(crowd), num_experts=2).flatten().tolist()
     [0, 0, -1, 1]
     """
 
-    per_token = False
-
     def __init__(self, selector: Selector, factor: float) -> None:
-        super().__init__()
+        super().__init__(selector)
         if not factor > 0:
             raise UserError(f"Capacity: factor must be positive, got {factor}")
-        self.selector, self.factor = selector, factor
+        self.factor, self.per_token = factor, False
+        self.normalize = False  # the weights of a token that loses all its experts sum to 0
 
     def bind(self, num_experts: int) -> None:
-        if self.selector.is_soft(num_experts):
+        super().bind(num_experts)
+        if self.soft:
             raise UserError("Capacity: soft routing has no choice to bound; use a selector with k below E")
-        self.selector.bind(num_experts)
-
-    def scores(self, logits: Tensor) -> Tensor:
-        return self.selector.scores(logits)
-
-    def scored(self, logits: Tensor) -> Tensor | Score:
-        return self.selector.scored(logits) if type(self).scores is Capacity.scores else self.scores(logits)
-
-    def ranked(self, logits: Tensor) -> Tensor:
-        return self.selector.ranked(logits)
-
-    def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
-        return self.limit(self.want(logits, mask=mask, context=context), logits.shape[-1])
-
-    def want(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
-        return self.selector.choose(logits, mask=mask, context=context)
+        self.fills = False
 
     def limit(self, wanted: Tensor, num_experts: int) -> Tensor:
+        wanted = super().limit(wanted, num_experts)
         slots = wanted.T.reshape(-1)  # first choices of all tokens, then second choices
         filled = slots >= 0
         taken = (slots[:, None] == torch.arange(num_experts, device=slots.device)).long()
         place = taken.cumsum(0).gather(1, slots.clamp_min(0)[:, None]).squeeze(1)
         late = filled & (place > share_of(filled.sum(), self.factor, num_experts))
         return wanted.masked_fill(late.view(wanted.T.shape).T, EMPTY)
-
-    def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
-        return self.selector.weigh(logits, indices)
-
-    def update(self, counts: Tensor) -> None:
-        self.selector.update(counts)

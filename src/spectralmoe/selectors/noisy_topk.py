@@ -34,6 +34,8 @@ class NoisyTopK(Selector):
     tensor([[1]])
     """
 
+    fills = True
+
     def __init__(
         self, k: int, *, noise_std: float | None = None, normalize: bool = False, score: Score = "softmax"
     ) -> None:
@@ -45,9 +47,7 @@ class NoisyTopK(Selector):
 
     def bind(self, num_experts: int) -> None:
         check_fits("NoisyTopK", self.k, num_experts)
-
-    def is_soft(self, num_experts: int) -> bool:
-        return self.k == num_experts
+        self.soft = self.k == num_experts
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
         if self.training:

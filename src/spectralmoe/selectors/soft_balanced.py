@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError
-from spectralmoe.selectors.topk import TopK
+from spectralmoe.routing import apply_score
+from spectralmoe.selectors.soft import Soft
 from spectralmoe.sharding import assign_
 
 __all__ = ["SoftBalanced"]
 
 
-class SoftBalanced(TopK):
+class SoftBalanced(Soft):
     r"""All experts for each token, with weights :math:`\mathrm{softmax}(s + b)`.
 
     After each optimizer step :math:`\bar f \leftarrow \bar f + a (f - \bar f)` and
@@ -54,8 +55,11 @@ class SoftBalanced(TopK):
         self.register_buffer("bias", torch.zeros(num_experts))
         self.register_buffer("load", torch.full((num_experts,), 1 / num_experts))
 
-    def scores(self, logits: Tensor) -> Tensor:
-        return super().scores(logits + self.bias.to(logits.dtype))
+    def scored(self, logits: Tensor) -> Tensor:
+        return apply_score(self.score, logits + self.bias.to(logits.dtype))
+
+    def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        return counts
 
     def update(self, counts: Tensor) -> None:
         total = counts.sum()

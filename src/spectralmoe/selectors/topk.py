@@ -1,14 +1,11 @@
-"""Top-k: the k experts with the largest score; ``k=None`` is soft routing over all experts."""
+"""Top-k: the k experts with the largest score."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from spectralmoe.errors import one_of
-from spectralmoe.routing import EMPTY
 from spectralmoe.selectors.base import Score, Selector, check_fits, check_k, largest
 
 __all__ = ["TopK"]
@@ -21,34 +18,28 @@ class TopK(Selector):
     ``normalize``. Shazeer et al., arXiv 1701.06538; the unnormalised form with k=1 is Switch, arXiv 2101.03961.
 
     Args:
-        k: experts a token; None: all of them (soft routing).
+        k: experts a token.
         normalize: weights of a token sum to 1.
         score: "softmax" or "sigmoid".
 
     Raises:
         UserError: k < 1, k > E, an unknown score, or k = 1 with ``normalize`` (the router would get no gradient).
 
+    >>> import torch
     >>> TopK(2).choose(torch.tensor([[0.1, 3.0, 2.0]]))
     tensor([[1, 2]])
     """
 
-    def __init__(self, k: int | None = None, *, normalize: bool = False, score: Score = "softmax") -> None:
+    fills = True
+
+    def __init__(self, k: int, *, normalize: bool = False, score: Score = "softmax") -> None:
         super().__init__()
-        if k is not None:
-            check_k("TopK", k, normalize, score)
-        elif score not in ("softmax", "sigmoid"):
-            raise one_of("score", score, ["sigmoid", "softmax"])
+        check_k("TopK", k, normalize, score)
         self.k, self.normalize, self.score = k, normalize, score
 
     def bind(self, num_experts: int) -> None:
-        if self.k is not None:
-            check_fits("TopK", self.k, num_experts)
-
-    def is_soft(self, num_experts: int) -> bool:
-        return self.k is None or self.k == num_experts
+        check_fits("TopK", self.k, num_experts)
+        self.soft = self.k == num_experts
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
-        if self.k is not None:
-            return largest(logits, self.k, mask)
-        everyone = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
-        return everyone.clone() if mask is None else everyone.masked_fill(~mask[:, None], EMPTY)
+        return largest(logits, self.k, mask)

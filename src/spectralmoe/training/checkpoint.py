@@ -27,14 +27,23 @@ def save_checkpoint(
 ) -> None:
     """Write weights, buffers, optimizer state, random state and ``state`` (JSON values) to one file.
 
-    A sharded model is gathered first: every process must call, and the one with ``write`` writes.
+    The optimizer's state is what it keeps for its parameters and under names of its own,
+    ``optimizer.state["phase"] = {...}``: tensors, and JSON values. A sharded model is gathered first: every process
+    must call, and the one with ``write`` writes.
 
     Raises:
-        UserError: the file cannot be written; an older one stays as it was.
+        UserError: the file cannot be written; an older one stays as it was. The optimizer keeps something else.
     """
     tensors = {f"model.{name}": value for name, value in unwrapped(model).state_dict().items()}
-    for index, entry in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
+    values: dict[str, Any] = {}
+    for owner, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{owner}.{key}"] = value
+            else:
+                values[f"{owner}.{key}"] = _json_value(key, value)
+    if values:
+        state = {**state, "optimizer": values}
     tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -63,12 +72,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         saved = optimizer.state_dict()
         saved["state"] = {}
-        for name, value in _under("optimizer.", tensors).items():
-            index, key = name.split(".", 1)
-            own = parameters[int(index)]
-            saved["state"].setdefault(int(index), {})[key] = sharded_as(
-                value, own if own.shape == value.shape else None
-            )
+        for name, value in {**_under("optimizer.", tensors), **state.get("optimizer", {})}.items():
+            owner, key = name.split(".", 1)
+            if owner.isdecimal() and isinstance(value, Tensor):
+                parameter = parameters[int(owner)]
+                value = sharded_as(value, parameter if parameter.shape == value.shape else None)
+            saved["state"].setdefault(int(owner) if owner.isdecimal() else owner, {})[key] = value
         optimizer.load_state_dict(saved)
         torch.set_rng_state(tensors["random"])
         if "random.cuda" in tensors and torch.cuda.is_available():
@@ -78,6 +87,19 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
             f"{path} is not a checkpoint of this run ({str(error).splitlines()[0]}); remove it to start over"
         ) from error
     return state
+
+
+def _json_value(key: str, value: Any) -> Any:
+    """``value``, which comes back from JSON as it is."""
+    try:
+        if json.loads(json.dumps(value)) == value:
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise UserError(
+        f"the optimizer's state {key!r} is a {type(value).__name__}, which a checkpoint cannot keep; let it be a "
+        "tensor or a JSON value"
+    )
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The training loop: AdamW, cosine schedule, penalty terms, checkpoints that go on to the same bits."""
+"""The training loop: optimizer, schedule, penalty terms, checkpoints that go on to the same bits."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from spectralmoe.diagnostics import holds_moe
 from spectralmoe.errors import UserError
 from spectralmoe.instruments.monitor import Monitor
+from spectralmoe.optim import find_schedule, make_optimizer
 from spectralmoe.sharding import full
-from spectralmoe.steps import after_step, before_step, param_groups
+from spectralmoe.steps import after_step
 from spectralmoe.tape import Tape, record
 from spectralmoe.terms import Term, penalty
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
@@ -156,7 +157,9 @@ class _Run:
         self.ranks, self.routed, self.monitor = ranks, holds_moe(model), monitor
         self.device = next(model.parameters()).device
         self.scaler = loss_scaler(settings.precision, self.device)
-        self.optimizer = torch.optim.AdamW(param_groups(model, settings.weight_decay), lr=settings.lr)
+        self.optimizer = make_optimizer(settings.optimizer, model, settings)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.schedule = find_schedule(settings.schedule)
         self.batches = math.ceil(task.size / settings.batch_size)
         self.epoch, self.batch, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
         self.epochs: list[dict[str, float]] = []
@@ -202,8 +205,8 @@ class _Run:
         self.save()
 
     def one_step(self, chosen: Tensor) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = self.scheduled(rate)
         batch = self.task.batch(chosen, np.random.default_rng((self.settings.seed, self.step)))
         part = batch.part(self.ranks.share(len(chosen)), self.device)
         with (
@@ -219,8 +222,6 @@ class _Run:
         self.scaler.scale(loss).backward()
         self.ranks.reduce(self.model)
         self.scaler.unscale_(self.optimizer)
-        if tape is not None:
-            before_step(self.model, tape)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if tape is not None:
@@ -236,13 +237,13 @@ class _Run:
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             self.stop("a routing matrix has no finite spectrum")
 
-    def learning_rate(self) -> float:
-        """Linear warm-up, then half a cosine down to zero."""
+    def scheduled(self, rate: float) -> float:
+        """The learning rate of this step: linear warm-up to ``rate``, then the schedule."""
         total = self.batches * self.settings.epochs
         warm = self.settings.warmup * total
         if self.step < warm:
-            return self.settings.lr * (self.step + 1) / (warm + 1)
-        return self.settings.lr * 0.5 * (1 + math.cos(math.pi * (self.step - warm) / (total - warm)))
+            return rate * (self.step + 1) / (warm + 1)
+        return rate * self.schedule(self.step - warm, total - warm)
 
     def check_weights(self) -> None:
         """A checkpoint must never hold broken weights."""

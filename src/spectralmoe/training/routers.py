@@ -12,7 +12,7 @@ from spectralmoe.models.sr_moe import RouterFactory
 from spectralmoe.regularizers import load_balance, spectral_penalty
 from spectralmoe.router import Router
 from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrincipalScorer, PrototypeScorer, Scorer
-from spectralmoe.selectors import Balanced, Selector, SoftBalanced, TopK
+from spectralmoe.selectors import Balanced, Selector, Soft, SoftBalanced, TopK
 from spectralmoe.spec import describe, find_class
 from spectralmoe.terms import Term
 from spectralmoe.training.names import DEFAULT_ROUTERS
@@ -115,11 +115,13 @@ def router_factory(preset: Preset, k: int | None) -> RouterFactory:
     """(D, E) -> router, with top-k of the softmax scores for every preset (k=None, or all experts: soft)."""
 
     def make(dim: int, num_experts: int) -> Router:
-        selector: Selector = TopK(k)
-        if preset.balanced and (k is None or k == num_experts):
-            selector = SoftBalanced(rate=_BIAS_RATE)
-        elif preset.balanced and k is not None:
+        selector: Selector
+        if k is None or k == num_experts:
+            selector = SoftBalanced(rate=_BIAS_RATE) if preset.balanced else Soft()
+        elif preset.balanced:
             selector = Balanced(k, score="softmax", normalize=False, rate=_BIAS_RATE)
+        else:
+            selector = TopK(k)
         return Router(preset.scorer(dim, num_experts), selector)
 
     return make

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from spectralmoe.errors import UserError, first_line, one_of
+from spectralmoe.optim import OPTIMIZERS, SCHEDULES
 from spectralmoe.training.precision import Precision
 
 __all__ = ["Network", "Optimization", "Several", "parse", "pick_device", "read_toml"]
@@ -20,6 +21,17 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 Several = Annotated[tuple[T, ...], Field(strict=False)]
 """A tuple, which may come as the list that TOML and JSON have in its place."""
+
+
+def _named(kind: str, table: Mapping[str, Any], form: str) -> Callable[[str], str]:
+    """A check that a name stands in ``table``, or has the form of a name of the user's own."""
+
+    def check(name: str) -> str:
+        if name not in table and ":" not in name:
+            raise one_of(kind, name, [*table, form])
+        return name
+
+    return check
 
 
 class Settings(BaseModel):
@@ -50,13 +62,18 @@ class Network(Settings):
 
 
 class Optimization(Settings):
-    """How a network is trained: AdamW with a cosine schedule after a linear warm-up.
+    """How a network is trained.
 
     Attributes:
+        optimizer: name in ``spectralmoe.optim.OPTIMIZERS``, or a factory of your own, ``pkg:factory``.
+        schedule: name in ``spectralmoe.optim.SCHEDULES``, or a function of your own, ``pkg:function``; it follows a
+            linear warm-up over the share ``warmup`` of all steps.
         label_smoothing, mixup: of tasks that classify images, see ``ImageTask``.
         precision: "fp32"; "bf16" or "fp16" (CUDA only, with a scaled loss) by autocast.
     """
 
+    optimizer: Annotated[str, AfterValidator(_named("optimizer", OPTIMIZERS, "pkg:factory"))] = "adamw"
+    schedule: Annotated[str, AfterValidator(_named("schedule", SCHEDULES, "pkg:function"))] = "cosine"
     epochs: Positive = 8
     batch_size: Positive = 128
     lr: Annotated[float, Field(gt=0)] = 3e-3
@@ -90,6 +107,8 @@ def parse(kind: type[S], values: dict[str, Any], source: str) -> S:
         where = _place(kind, first["loc"])
         if first["type"] == "missing":
             raise UserError(f"{source}: {where} is missing") from error
+        if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
+            raise UserError(f"{source}: {where}: {cause}") from error
         same = [first, *(other for other in others if _place(kind, other["loc"]) == where)]
         wanted = " or ".join(dict.fromkeys(map(_wanted, same)))
         cure = "; write it in quotes" if any(part["type"] == "string_type" for part in same) else ""

@@ -16,7 +16,7 @@ from spectralmoe.moe import MoE
 from spectralmoe.router import Router
 from spectralmoe.scorers import EigenbasisScorer
 from spectralmoe.scorers.principal import PrincipalScorer
-from spectralmoe.selectors import TopK
+from spectralmoe.selectors import Selector, Soft, TopK
 
 __all__ = ["BranchSpec", "EMoESpec", "Mode", "RouterFactory", "Start", "Tokens"]
 
@@ -25,7 +25,7 @@ Tokens = Literal["patches", "all"]
 Mode = Literal["soft", "top1", "top2"]
 Start = Literal["model", "authors"]
 
-_SELECTED: dict[str, int | None] = {"soft": None, "top1": 1, "top2": 2}
+_SELECTORS: dict[str, Callable[[], Selector]] = {"soft": Soft, "top1": partial(TopK, 1), "top2": partial(TopK, 2)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,8 @@ class EMoESpec(BranchSpec):
     tau: float | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in _SELECTED:
-            raise one_of("mode of EMoESpec", self.mode, _SELECTED)
+        if self.mode not in _SELECTORS:
+            raise one_of("mode of EMoESpec", self.mode, _SELECTORS)
         form = faithful_router if self.faithful else principal_router
         own = {
             "router": partial(form, rank=self.rank, mode=self.mode, tau=self.tau),
@@ -144,10 +144,10 @@ def faithful_router(dim: int, num_experts: int, *, rank: int | None, mode: Mode,
     """The routing of the paper: masked energies, tau 1, rank 128, weights as the softmax gives them."""
     rank, tau = min(128, dim) if rank is None else rank, 1.0 if tau is None else tau
     scorer = EigenbasisScorer(dim, num_experts, rank=rank, temperature=tau, eps=1e-6)
-    return Router(scorer, TopK(_SELECTED[mode], normalize=False))
+    return Router(scorer, _SELECTORS[mode]())
 
 
 def principal_router(dim: int, num_experts: int, *, rank: int | None, mode: Mode, tau: float | None) -> Router:
     """Routing by energies along the principal directions of the tokens."""
     options: dict[str, Any] = {"rank": rank} if tau is None else {"rank": rank, "temperature": tau}
-    return Router(PrincipalScorer(dim, num_experts, **options), TopK(_SELECTED[mode], normalize=False))
+    return Router(PrincipalScorer(dim, num_experts, **options), _SELECTORS[mode]())

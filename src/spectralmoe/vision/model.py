@@ -233,7 +233,7 @@ def _put(backbone: nn.Module, path: str, part: Any) -> None:
 def _described(part: nn.Module) -> Any:
     moe = part.moe if isinstance(part, ChannelsFirst) else part
     if isinstance(moe, MoE) and isinstance(moe.experts, ModuleExperts):
-        return MlpCopies(moe.router, moe.experts.num_experts)
+        return MlpCopies(moe.router, moe.experts.num_experts, moe.placement)
     return part
 
 

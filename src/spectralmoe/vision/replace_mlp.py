@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts, FeedForward, ModuleExperts
 from spectralmoe.moe import MoE
+from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.vision.blocks import block_width, choose_blocks
 from spectralmoe.vision.branch_spec import BranchSpec
@@ -62,17 +63,19 @@ class MlpCopies:
     Args:
         router: the router in front of them.
         num_experts: how many copies of the MLP.
+        placement: as in ``MoE``.
     """
 
-    def __init__(self, router: Router, num_experts: int) -> None:
-        self.router, self.num_experts = router, num_experts
+    def __init__(self, router: Router, num_experts: int, placement: Placement | None = None) -> None:
+        self.router, self.num_experts, self.placement = router, num_experts, placement
 
     def layer(self, mlp: nn.Module) -> nn.Module:
         """The layer with E copies of ``mlp``."""
         if any(isinstance(module, nn.Conv2d) for module in mlp.modules()):
             experts = ModuleExperts([OnePixel(copy.deepcopy(mlp)) for _ in range(self.num_experts)])
-            return ChannelsFirst(MoE(self.router, experts))
-        return MoE(self.router, ModuleExperts([copy.deepcopy(mlp) for _ in range(self.num_experts)]))
+            return ChannelsFirst(MoE(self.router, experts, placement=self.placement))
+        experts = ModuleExperts([copy.deepcopy(mlp) for _ in range(self.num_experts)])
+        return MoE(self.router, experts, placement=self.placement)
 
 
 def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] = "copy") -> Model:
@@ -125,7 +128,7 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
     if init == "copy" and not _sums_to_one(router):
         raise UserError(
             "replace_mlp(init='copy'): the router's weights must sum to 1 for the model to stay as it is; use soft "
-            "routing, TopK(), or normalised top-k with k >= 2, TopK(2, normalize=True)"
+            "routing, Soft(), or normalised top-k with k >= 2, TopK(2, normalize=True)"
         )
     if not _works_on_lone_tokens(mlp, router.scorer.dim):
         raise UserError(
@@ -141,8 +144,7 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
 
 
 def _sums_to_one(router: Router) -> bool:
-    selector = router.selector
-    return selector.normalize or (selector.is_soft(router.num_experts) and selector.score == "softmax")
+    return router.selector.normalize or (router.soft and router.selector.score == "softmax")
 
 
 def _bank_of_copies(mlp: nn.Module, experts: int) -> Experts:

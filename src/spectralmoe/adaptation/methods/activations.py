@@ -81,7 +81,7 @@ def hidden_moments(problem: Problem, target: Target) -> Moments:
     bank = bank_of(target)
     x, gate = own_tokens(tokens_of(problem, target), target.expert)
     counts = torch.zeros(bank.num_experts, dtype=torch.int64, device=x.device)
-    counts[target.expert] = len(x)
+    counts[target.place] = len(x)
     return _moments(bank.hidden(x.to(bank.up.dtype), counts).float(), gate)
 
 

@@ -56,7 +56,7 @@ def unit(problem: Problem) -> int:
     """
     target = problem.experts[-1]
     bank = bank_of(target)
-    free = bank.free_units(target.expert)
+    free = bank.free_units(target.place)
     if not free or bank.up_bias is None:
         cause = "has no free hidden unit" if not free else "has no bias"
         kind = NoFreeUnit if bank.spare and bank.up_bias is not None else UserError
@@ -64,7 +64,7 @@ def unit(problem: Problem) -> int:
             f"expert {target.expert} of layer {target.layer!r} {cause}; method='unit' needs "
             "FeedForward(bias=True, spare=...), other methods do not"
         )
-    own = _Unit(bank, target.expert, free[0])
+    own = _Unit(bank, target.place, free[0])
     own.start(_discriminant(problem, target), SHARPNESS[bank.activation])
     margin(replace(problem, weights=Weights({"down": own.down}), copies=problem.samples[:0], max_steps=20))
     return _train(problem, own, target)

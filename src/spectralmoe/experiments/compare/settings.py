@@ -14,7 +14,10 @@ from spectralmoe.training.settings import Network, Optimization, Positive, Seed,
 from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.training.vision_settings import Backbone, MoEParts
 
-__all__ = ["Cell", "CompareSettings", "no_repeats"]
+__all__ = ["GROWS", "Cell", "CompareSettings", "no_repeats"]
+
+GROWS = ("routers", "depths", "seeds")
+"""Settings that change no cell that is there: a comparison may grow by them."""
 
 
 class Cell(NamedTuple):
@@ -71,7 +74,7 @@ class CompareSettings(Settings):
         no_repeats("--depths", self.depths)
         k, experts = self.network.top_k, self.network.num_experts
         if k is not None and k > experts:
-            raise UserError(f"--k {k} experts a token were asked for, but there are only {experts}")
+            raise UserError(f"--k {k} is no number of experts a token from 1 to {experts} (--experts)")
         for name in self.routers:
             find_preset(name)
 

@@ -1,0 +1,132 @@
+"""Evidence: what a tape of calibration data says of the layers that are to be made smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from spectralmoe.compression.saliency import SALIENCIES, frequency, random, reap, removal
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.moe import MoE
+from spectralmoe.tape import Record
+
+__all__ = ["Evidence"]
+
+
+class Evidence:
+    """The records of calibration data, layer by layer, and the saliencies that follow from them.
+
+    Args:
+        owner: who asks, for errors.
+        layers: the layers of the model by name.
+        records: a tape of ``record(model)``, or some of its records.
+        seed: of the saliency "random".
+
+    Raises:
+        UserError: records of another model.
+    """
+
+    def __init__(self, owner: str, layers: dict[str, MoE], records: Iterable[Record], seed: int) -> None:
+        self.owner, self.records = owner, list(records)
+        self.generator = torch.Generator().manual_seed(seed)
+        for item in self.records:
+            if not any(item.layer is layer for layer in layers.values()):
+                raise UserError(f"{owner}: evidence of another model: its layer {item.name!r} is not in this one")
+
+    def of(self, name: str, layer: MoE) -> list[Record]:
+        """The records of one layer.
+
+        Raises:
+            UserError: there are none.
+        """
+        records = [item for item in self.records if item.layer is layer]
+        if not records:
+            raise UserError(
+                f"{self.owner}: no evidence for layer {name!r}; run calibration data inside 'with record(model) as "
+                "tape' and pass evidence=tape"
+            )
+        return records
+
+    def counts(self, name: str, layer: MoE) -> Tensor:
+        """The load of each expert: (E,) int64."""
+        return torch.stack([item.routing.load_counts() for item in self.of(name, layer)]).sum(0)
+
+    @torch.no_grad()
+    def saliency(self, by: str, name: str, layer: MoE) -> Tensor:
+        """How much each expert of the layer matters: (E,) float64, on the CPU.
+
+        Raises:
+            UserError: an unknown saliency; no records, or without the tensors that it reads; numbers that are not
+                finite.
+        """
+        if by not in SALIENCIES:
+            raise one_of("saliency, by", by, SALIENCIES)
+        if by == "random":
+            return random(layer.router.num_experts, self.generator)
+        if by == "frequency":
+            values = frequency(self.counts(name, layer))
+        else:
+            values = (_reap if by == "reap" else _removal)(layer, self.of(name, layer))
+        if not values.isfinite().all():
+            raise UserError(f"{self.owner}: by={by!r} of layer {name!r} is not a finite number")
+        return values.cpu()
+
+    def affinity(self, name: str, layer: MoE) -> Tensor:
+        """Cosine of the logits that two experts get over all tokens: (E, E) float64."""
+        routings = [item.routing for item in self.of(name, layer)]
+        logits = torch.cat([r.logits.detach() if r.mask is None else r.logits.detach()[r.mask] for r in routings])
+        columns = torch.nn.functional.normalize(logits.double(), dim=0)
+        return (columns.T @ columns).cpu()
+
+
+def _reap(layer: MoE, records: list[Record]) -> Tensor:
+    norms = []
+    for item in records:
+        flat = item.routing.weights.new_zeros(item.routing.indices.numel())
+        flat[item.order] = item.output.detach().norm(dim=-1).to(flat)
+        norms.append(flat)
+    parts = [(r.indices.flatten(), r.weights.detach().flatten()) for r in (item.routing for item in records)]
+    indices, weights = (torch.cat(values) for values in zip(*parts, strict=True))
+    return reap(indices, weights, torch.cat(norms), layer.router.num_experts)
+
+
+def _removal(layer: MoE, records: list[Record]) -> Tensor:
+    total_experts = layer.router.num_experts
+    rests = [[e for e in range(total_experts) if e != gone] for gone in range(total_experts)]
+    selectors = [layer.router.selector.select(rest).eval() for rest in rests]
+    total, tokens = torch.zeros(total_experts, dtype=torch.float64), 0
+    for item in records:
+        rows, routing = item.input.detach(), item.routing
+        seen, its_row = _seen(item.order // max(routing.indices.shape[1], 1))
+        logits = routing.logits.detach()[seen]
+        gates = _gates(routing.indices[seen], routing.weights.detach()[seen], range(total_experts), total_experts)
+        without = []
+        for selector, rest in zip(selectors, rests, strict=True):
+            left = logits[:, rest]
+            indices = selector.limit(selector.choose(left), len(rest))
+            without.append(_gates(indices, selector.weigh(left, indices), rest, total_experts))
+        outputs = torch.stack([_output(layer, e, rows[its_row]) for e in range(total_experts)])
+        total += removal(outputs.to(gates), gates, torch.stack(without)).cpu() * len(seen)
+        tokens += len(seen)
+    return total / max(tokens, 1)
+
+
+def _seen(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that have rows, in order, and a row of each: they are all alike."""
+    seen, number = tokens.unique(return_inverse=True)
+    return seen, torch.empty_like(seen).scatter_(0, number, torch.arange(len(tokens), device=tokens.device))
+
+
+def _gates(indices: Tensor, weights: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
+    """Combine weights (N, E) of slots that call ``experts`` 0, 1, ..."""
+    names = torch.tensor([*experts, num_experts], device=indices.device)[indices]  # -1: the last
+    dense = weights.new_zeros(len(names), num_experts + 1)
+    return dense.scatter_add(1, names, weights)[:, :num_experts]
+
+
+def _output(layer: MoE, e: int, x: Tensor) -> Tensor:
+    """Expert ``e`` of the router on rows (N, D)."""
+    places = layer.places(e)
+    return layer.experts.expert(x, places[0]) if places else x.new_zeros(len(x), layer.router.scorer.dim)

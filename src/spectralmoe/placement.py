@@ -1,0 +1,118 @@
+"""Placement: which places of a bank hold each of the experts that a router knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.errors import UserError
+from spectralmoe.routing import EMPTY, Routing, count_slots
+
+__all__ = ["Placement", "arrival"]
+
+
+class Placement(nn.Module):
+    """A map from the experts that a router knows (logical) to the places of the bank that hold them (physical).
+
+    Row e of the table (E, R) lists the places of expert e, with -1 behind the last one:
+
+    - no place: a zero expert, which is chosen and counted, and adds nothing;
+    - a place that stands in other rows, too: merged experts, which are one network;
+    - several places: replicas. They take the expert's tokens in turn, in the order of the batch, so in each forward
+      their loads differ by one at most and nothing is drawn. As parameters they are apart: training lets them drift.
+
+    Router, losses, loads and records speak of experts; dispatch and bank of places. The table is structure, as the
+    number of experts is: saved with the description of the layer, not with its weights.
+
+    Args:
+        table: (E, R) whole numbers, R the most places of an expert; or rows of different lengths.
+
+    Raises:
+        UserError: a table of another form; a place below -1, behind a -1 or twice in a row; no place at all.
+
+    >>> placement = Placement([[0], [1, 2], [], [0]])
+    >>> placement.table.tolist(), placement.places(1)
+    ([[0, -1], [1, 2], [-1, -1], [0, -1]], [1, 2])
+    >>> routing = Routing(torch.zeros(4, 4), torch.ones(4, 1), torch.tensor([[1], [3], [1], [2]]))
+    >>> placement(routing).indices.flatten().tolist()
+    [1, 0, 2, -1]
+    """
+
+    table: Tensor
+
+    def __init__(self, table: Tensor | Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        rows = _checked(table.tolist() if isinstance(table, Tensor) else table)
+        width = max(map(len, rows))
+        padded = [[*row, *[EMPTY] * (width - len(row))] for row in rows]
+        self.num_experts, self.num_places = len(rows), 1 + max(max(row) for row in padded)
+        self.complete = all(rows)  # no zero experts
+        self.register_buffer("table", torch.tensor(padded, dtype=torch.int64), persistent=False)
+
+    def spec_arguments(self) -> dict[str, object]:
+        """The table as JSON knows it."""
+        return {"table": self.table.tolist()}
+
+    def places(self, e: int) -> list[int]:
+        """The places of expert ``e``; none for a number that is no expert."""
+        return [place for place in self.table[e].tolist() if place >= 0] if 0 <= e < self.num_experts else []
+
+    def forward(self, routing: Routing) -> Routing:
+        """The routing for the dispatch: its indices are places of the bank, -1 where there is none.
+
+        Its counts would still be taken over E experts: count with ``count_slots(indices, num_places)``.
+        """
+        chosen, table = routing.indices.clamp_min(0), self.table
+        if table.shape[1] == 1:
+            places = table[:, 0][chosen]
+        else:
+            replicas = (table >= 0).sum(1).clamp_min(1)
+            places = table[chosen, arrival(routing.indices, len(table)) % replicas[chosen]]
+        placed = places.masked_fill(routing.indices < 0, EMPTY)
+        return replace(routing, indices=placed, full=routing.full and self.complete)
+
+    def check(self, num_experts: int, num_places: int) -> None:
+        """Compare with a router that knows ``num_experts`` and a bank of ``num_places``.
+
+        Raises:
+            UserError: another number of experts; a place that the bank does not have.
+        """
+        if self.num_experts != num_experts:
+            raise UserError(f"Placement: the table has {self.num_experts} rows, but the router knows E={num_experts}")
+        if self.num_places > num_places:
+            raise UserError(f"Placement: place {self.num_places - 1} is not in the bank, which holds {num_places}")
+
+
+def arrival(indices: Tensor, num_experts: int) -> Tensor:
+    """How many earlier slots hold the same expert, token by token and slot by slot: (N, K) int64.
+
+    >>> arrival(torch.tensor([[0, 1], [1, 0], [1, 2]]), 3).tolist()
+    [[0, 0], [1, 1], [2, 0]]
+    """
+    key = indices.flatten()
+    key = torch.where(key < 0, num_experts, key)
+    counts = count_slots(key, num_experts + 1)
+    order = key.argsort(stable=True)
+    places = torch.arange(len(key), device=key.device)
+    turns = places - (counts.cumsum(0) - counts)[key[order]]
+    return torch.zeros_like(key).scatter(0, order, turns).view_as(indices)
+
+
+def _checked(table: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows of ``table`` without the -1 that fill them up."""
+    if not isinstance(table, Sequence) or not table or not all(isinstance(row, Sequence) for row in table):
+        raise UserError("Placement: the table must have one row an expert, which lists its places")
+    rows = []
+    for e, row in enumerate(table):
+        filled = [place for place in row if place != EMPTY]
+        if any(not isinstance(place, int) or isinstance(place, bool) or place < 0 for place in filled):
+            raise UserError(f"Placement: places are whole numbers from 0 on, -1 for none; expert {e} has {list(row)}")
+        if filled != list(row[: len(filled)]) or len(set(filled)) < len(filled):
+            raise UserError(f"Placement: places stand once each, before any -1; expert {e} has {list(row)}")
+        rows.append(filled)
+    if not any(rows):
+        raise UserError("Placement: no expert has a place")
+    return rows

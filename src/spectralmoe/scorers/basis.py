@@ -1,0 +1,117 @@
+"""Basis gate: an expert scores a token by its own basis, so routing and experts cannot drift apart.
+
+"ERMoE", arXiv 2511.10971, section on routing; authors' code: none with a licence, so this file is written from the
+equations. Differs: a selector takes the scores as logits, and ``score="energy"`` needs no context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spectralmoe.context import Rows
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.experts import EigenExperts, Experts
+from spectralmoe.scorers.base import Scorer
+from spectralmoe.sharding import full, is_sharded
+from spectralmoe.stacks import chosen_experts
+
+__all__ = ["BasisScorer"]
+
+
+class BasisScorer(Scorer):
+    r"""Logits :math:`s_e = \cos(V_e^\top x, V_e^\top a)`, V_e (D, R) the bases of the experts, a the attended context.
+
+    With ``score="energy"``, :math:`s_e = \|V_e^\top x\|^2 / \|x\|^2`, which needs no context. The scorer has no
+    parameters: it reads those of the bank, where they are saved, copied and sharded once. With R = D all experts score
+    alike.
+
+    Args:
+        bank: the layer's own bank; None: the one that the layer gets, which is the same.
+        score: "context" reads ``attended`` (N, D) from the context, "energy" nothing.
+
+    Raises:
+        UserError: an unknown score; a bank of other sizes or without such bases; a layer with another bank; at a
+            forward, no bank yet, or no ``attended``.
+
+    >>> from spectralmoe import EigenExperts, MoE, Router, TopK
+    >>> bank = EigenExperts(4, dim=16, rank=4)
+    >>> layer = MoE(Router(BasisScorer(16, 4, bank=bank, score="energy"), TopK(1)), bank)
+    >>> x = bank.right[2].T.detach()  # rows along the basis of expert 2
+    >>> layer.router(x).indices.flatten().tolist()
+    [2, 2, 2, 2]
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        bank: EigenExperts | None = None,
+        score: Literal["context", "energy"] = "context",
+    ) -> None:
+        super().__init__(dim, num_experts)
+        if score not in ("context", "energy"):
+            raise one_of("score", score, ["context", "energy"])
+        self.score, self.reads = score, ("attended",) if score == "context" else ()
+        self._banks: tuple[EigenExperts, ...] = ()  # in a tuple it is no submodule: its tensors stay the layer's
+        if bank is not None:
+            self.meet(bank)
+
+    def spec_arguments(self) -> dict[str, object]:
+        """The bank is described by the layer that holds it."""
+        return {"bank": None}
+
+    def meet(self, experts: Experts) -> None:
+        if not isinstance(experts, EigenExperts):
+            raise UserError(f"BasisScorer: reads the bases of EigenExperts, the bank is {type(experts).__name__}")
+        if (experts.dim, experts.num_experts) != (self.dim, self.num_experts):
+            raise UserError(
+                f"BasisScorer: made for D={self.dim}, E={self.num_experts}, but the bank has D={experts.dim}, "
+                f"E={experts.num_experts}"
+            )
+        if self._banks and self._banks[0] is not experts:
+            raise UserError("BasisScorer: reads another bank than the layer holds; give both the same one")
+        self._banks = (experts,)
+
+    def select(self, indices: Sequence[int] | Tensor) -> BasisScorer:
+        """It meets the bank of these experts in the layer that it goes into."""
+        chosen = chosen_experts("BasisScorer.select", indices, self.num_experts)
+        return BasisScorer(self.dim, len(chosen), score=self.score).train(self.training)
+
+    @property
+    def bank(self) -> EigenExperts:
+        """The bank whose bases are read."""
+        if not self._banks:
+            raise UserError("BasisScorer: knows no bank yet; put it into a layer, or pass bank=")
+        return self._banks[0]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the bases that it reads are frozen."""
+        return not self.bank.right.requires_grad
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """The tokens x (N, D) in the basis of each expert: (N, E, R)."""
+        right = self.bank.right
+        if (
+            is_sharded(right) and torch.is_grad_enabled()
+        ):  # gathered here, its gradient would be that of this rank alone
+            raise UserError(
+                "BasisScorer: the bank is sharded by itself; call fully_shard on its layer or block instead"
+            )
+        bases = full(right).to(x.dtype).transpose(0, 1).flatten(1)
+        coordinates: Tensor = (x @ bases).unflatten(-1, (self.num_experts, -1))
+        return coordinates
+
+    def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
+        if self.score == "context":
+            attended = self.read(context, "attended", len(x), self.dim).to(x.dtype)
+            cosines: Tensor = F.cosine_similarity(self.coordinates(x), self.coordinates(attended), dim=-1)
+            return cosines
+        size = x.square().sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        return self.coordinates(x).square().sum(-1) / size

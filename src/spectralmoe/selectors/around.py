@@ -1,0 +1,56 @@
+"""Around: a selector that wraps another one and forwards everything to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from spectralmoe.selectors.base import Score, Selector
+
+__all__ = ["Around"]
+
+
+class Around(Selector):
+    """Base of selectors that change one thing about another: a subclass overrides the method that it changes.
+
+    Every method goes to ``selector``, which has a life of its own around the optimizer step; the facts about it
+    (``score``, ``normalize``, ``per_token``, ``soft`` and ``fills``) are copied. A subclass that may empty slots sets
+    ``fills`` to False in its ``bind``.
+
+    Args:
+        selector: the selector that is wrapped.
+
+    >>> import torch
+    >>> from spectralmoe.selectors import TopK
+    >>> class Second(Around):  # the first choice is always lost
+    ...     def limit(self, wanted, num_experts):
+    ...         return super().limit(wanted, num_experts).index_fill(1, torch.tensor([0]), -1)
+    >>> selector = Second(TopK(2))
+    >>> selector.limit(selector.choose(torch.tensor([[1.0, 3.0, 2.0]])), 3)
+    tensor([[-1,  2]])
+    """
+
+    def __init__(self, selector: Selector) -> None:
+        super().__init__()
+        self.selector = selector
+        self.score, self.normalize, self.per_token = selector.score, selector.normalize, selector.per_token
+
+    def bind(self, num_experts: int) -> None:
+        self.selector.bind(num_experts)
+        self.soft, self.fills = self.selector.soft, self.selector.fills
+
+    def scored(self, logits: Tensor) -> Tensor | Score:
+        return self.selector.scored(logits)
+
+    def ranked(self, logits: Tensor) -> Tensor:
+        return self.selector.ranked(logits)
+
+    def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
+        return self.selector.choose(logits, mask=mask, context=context)
+
+    def limit(self, wanted: Tensor, num_experts: int) -> Tensor:
+        return self.selector.limit(wanted, num_experts)
+
+    def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
+        return self.selector.weigh(logits, indices)

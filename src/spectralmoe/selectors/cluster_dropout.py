@@ -1,0 +1,146 @@
+"""Cluster dropout: some experts of each group of siblings are left out in training, and tokens go to the others.
+
+Xie et al., "MoEC: Mixture of Expert Clusters", arXiv 2207.09094, section 3. Written from the equations.
+Differs: evaluation leaves nobody out; the draws follow from a seed that is saved with the model, so that all ranks, and
+a resumed run, draw the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from spectralmoe.errors import UserError
+from spectralmoe.routing import EMPTY, Score
+from spectralmoe.selectors.around import Around
+from spectralmoe.selectors.balanced import Balanced
+from spectralmoe.selectors.base import Selector
+from spectralmoe.sharding import assign_
+
+__all__ = ["ClusterDropout"]
+
+
+class ClusterDropout(Around):
+    r"""Leaves out all but :math:`\lfloor (1 - p)\,E/G \rfloor` experts of each of G groups of consecutive experts.
+
+    In training the logits of experts that are out count as :math:`-\infty`, in the choice and in the scores, and a slot
+    that ``selector`` gives to one of them all the same is emptied. Evaluation is that without dropout. Every
+    ``interval`` optimizer steps (``after_step`` or ``attach``) the experts are drawn anew, from a seed that torch's
+    random generator gives when the router is made.
+
+    Args:
+        selector: the selector that chooses among the others.
+        groups: G, how many groups; divides E.
+        rate: p, the share of each group that is left out.
+        interval: optimizer steps between two draws.
+
+    Raises:
+        UserError: groups that do not divide E, a rate outside [0, 1) or that leaves nobody in a group, an interval
+            below 1; soft routing; ``Balanced``, whose bias would run away while an expert is out.
+
+    >>> from spectralmoe.selectors import TopK
+    >>> _ = torch.manual_seed(0)
+    >>> selector = ClusterDropout(TopK(1), groups=2, rate=0.5)
+    >>> selector.bind(8)
+    >>> selector.taking_part.view(2, 4).sum(-1).tolist()
+    [2, 2]
+    >>> chosen = selector.choose(torch.randn(100, 8)).flatten()
+    >>> sorted(set(chosen.tolist())) == selector.taking_part.nonzero().flatten().tolist()
+    True
+    """
+
+    seed: Tensor
+    steps: Tensor
+    taking_part: Tensor
+
+    def __init__(self, selector: Selector, groups: int, *, rate: float = 0.5, interval: int = 250) -> None:
+        super().__init__(selector)
+        if not isinstance(groups, int) or groups < 1:
+            raise UserError(f"ClusterDropout: groups must be at least 1, got {groups}")
+        if not 0 <= rate < 1:
+            raise UserError(f"ClusterDropout: rate must lie in [0, 1), got {rate}")
+        if not isinstance(interval, int) or interval < 1:
+            raise UserError(f"ClusterDropout: interval must be at least 1 step, got {interval}")
+        self.groups, self.rate, self.interval = groups, rate, interval
+
+    def bind(self, num_experts: int) -> None:
+        if "seed" in self._buffers:
+            raise UserError("ClusterDropout: this selector belongs to another router already; give each router its own")
+        super().bind(num_experts)
+        if self.soft:
+            raise UserError("ClusterDropout: soft routing makes no choice to leave experts out of; use TopK")
+        if any(isinstance(part, Balanced) for part in self.selector.modules()):
+            raise UserError(
+                "ClusterDropout: the bias of Balanced would run away while an expert is out; use TopK and the term "
+                "load_balance"
+            )
+        if num_experts % self.groups:
+            raise UserError(f"ClusterDropout: groups={self.groups} do not divide E={num_experts} experts")
+        if self._kept(num_experts) < 1:
+            raise UserError(
+                f"ClusterDropout: rate={self.rate} leaves none of the {num_experts // self.groups} experts of a group"
+            )
+        self.fills = False
+        self.register_buffer("seed", torch.randint(2**62, ()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("taking_part", self._drawn(num_experts))
+
+    def scored(self, logits: Tensor) -> Tensor | Score:
+        return self.selector.scores(self._offered(logits)) if self.training else super().scored(logits)
+
+    def ranked(self, logits: Tensor) -> Tensor:
+        return super().ranked(self._offered(logits))
+
+    def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
+        return self._emptied(super().choose(self._offered(logits), mask=mask, context=context))
+
+    def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
+        return super().weigh(self._offered(logits), self._emptied(indices))
+
+    def select(self, indices: Sequence[int] | Tensor) -> Self:
+        """The same with as many groups, whose experts are drawn anew."""
+        selector = super().select(indices)
+        selector.taking_part = selector._drawn(len(selector.taking_part))
+        return selector
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.steps += 1
+        assign_(self.taking_part, self._drawn(len(self.taking_part)))
+
+    def _offered(self, logits: Tensor) -> Tensor:
+        """The logits (N, E), in training with those of experts that are out at minus infinity."""
+        return logits.masked_fill(~self.taking_part, -torch.inf) if self.training else logits
+
+    def _emptied(self, indices: Tensor) -> Tensor:
+        """The indices (N, K), in training without experts that are out; a replayed choice may name some."""
+        if not self.training:
+            return indices
+        return indices.masked_fill(~self.taking_part[indices.clamp_min(0)], EMPTY)
+
+    def _kept(self, num_experts: int) -> int:
+        """How many experts of a group take part."""
+        return int((1 - self.rate) * num_experts / self.groups + 1e-9)
+
+    def _drawn(self, num_experts: int) -> Tensor:
+        """Who takes part (E,): in each group those with the smallest of random numbers, made on the tensors' device."""
+        experts = torch.arange(num_experts, device=self.seed.device)
+        numbers = _scrambled(_scrambled(self.seed + self.steps // self.interval) + experts)
+        places = numbers.view(self.groups, -1).argsort(-1).argsort(-1)
+        return (places < self._kept(num_experts)).flatten()
+
+
+def _scrambled(numbers: Tensor) -> Tensor:
+    """Random int64 numbers, a function of ``numbers``: SplitMix64 (Steele et al., 2014); products wrap around."""
+    numbers = numbers * -7046029254386353131
+    numbers = (numbers ^ _shifted(numbers, 30)) * -4658895280553007687
+    numbers = (numbers ^ _shifted(numbers, 27)) * -7723592293110705685
+    return numbers ^ _shifted(numbers, 31)
+
+
+def _shifted(numbers: Tensor, bits: int) -> Tensor:
+    """The 64 bits shifted to the right, zeros in front."""
+    return (numbers >> bits) & ((1 << (64 - bits)) - 1)

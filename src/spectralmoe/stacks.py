@@ -1,0 +1,46 @@
+"""Stacks: tensors with one entry an expert, taken apart and put into copies of the modules that hold them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.errors import UserError
+
+__all__ = ["chosen_experts", "copy_with"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def chosen_experts(owner: str, indices: Sequence[int] | Tensor, num_experts: int) -> list[int]:
+    """``indices`` as a list of whole numbers.
+
+    Raises:
+        UserError: there is none, or one that is no expert; the message begins with ``owner``.
+    """
+    chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+    if not chosen:
+        raise UserError(f"{owner}: no expert was named; name at least one of the E={num_experts}")
+    for e in chosen:
+        if not isinstance(e, int) or isinstance(e, bool) or not 0 <= e < num_experts:
+            raise UserError(
+                f"{owner}: there is no expert {e!r}; the E={num_experts} experts are 0 to {num_experts - 1}"
+            )
+    return chosen
+
+
+@torch.no_grad()
+def copy_with(module: Module, tensors: Mapping[Tensor, Tensor]) -> Module:
+    """A copy of ``module`` that holds other tensors in the place of some: old parameter or buffer -> new values.
+
+    A parameter stays one, of its dtype, and takes a gradient if the old one did.
+    """
+    memo: dict[int, object] = {}
+    for old, new in tensors.items():
+        new = new.to(old.dtype)
+        memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    return copy.deepcopy(module, memo)
