@@ -26,12 +26,12 @@ from torch.nn import functional as F
 
 from spectralmoe import after_step, record
 from spectralmoe.machine import describe_machine
-from spectralmoe.vision import Branch, EMoESpec
+from spectralmoe.vision import Branch, BranchSpec
 
 BATCH, TOKENS, D, BOTTLENECK, EXPERTS = 8, 197, 768, 192, 8
 FORMS = {
-    "faithful, r = 128": EMoESpec(faithful=True, rank=128, bottleneck=BOTTLENECK, experts=EXPERTS),
-    "default, r = E/2": EMoESpec(bottleneck=BOTTLENECK, experts=EXPERTS),
+    "faithful, r = 128": BranchSpec.of("emoe-faithful", bottleneck=BOTTLENECK, experts=EXPERTS),
+    "default, r = E/2": BranchSpec.of("emoe", bottleneck=BOTTLENECK, experts=EXPERTS),
 }
 TARGET, WARM_UP = 1.7, 3
 

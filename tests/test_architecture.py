@@ -14,7 +14,7 @@ SOURCE = Path(spectralmoe.__file__).parent
 # Low to high. A module imports from lower levels, from its own folder, and from what is named beside its level.
 LEVELS = [
     {"errors", "sharding", "transforms"},
-    {"files", "machine", "linalg", "routing", "stacks", "context"},
+    {"files", "machine", "linalg", "routing", "stacks", "context", "formula", "units"},
     {"parts", "draw"},
     {"selectors", "experts"},
     {"scorers"},
@@ -25,8 +25,8 @@ LEVELS = [
     {"movement"},
     {"steps", "terms", "regularizers", "diagnostics", "manifold", "compression"},
     {"spec", "instruments", "model_folder"},
-    {"checkpoints", "models", "optim"},
-    {"hf"},
+    {"checkpoints", "models", "optim", "naming"},
+    {"hf", "presets"},
     {"vision"},
     {"saving"},
     {""},  # ``import spectralmoe``: whatever the package's own __init__ does not need

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectralmoe import FeedForward, MoE, Router
-from spectralmoe.experts import grouped_gemm
+from spectralmoe import FeedForward, MoE, Router, record
+from spectralmoe.experts import Answer, ConfidentExperts, grouped_gemm
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
+from spectralmoe.units import Pixel
 
 D, E = 12, 6
 ALONE = [name for name in SCORERS if name not in {"basis", "context"}]  # the others need a bank or a context
@@ -59,7 +60,7 @@ def test_inductor_takes_each_scorer_and_each_selector(make_router, close, case):
 def test_inductor_takes_both_grouped_paths(make_router, close, hidden, native):
     bank = FeedForward(E, D, hidden, activation="swiglu", bias=True)
     assert grouped_gemm.supports_grouped_mm(torch.randn(3, D), bank.up) == native
-    check(MoE(make_router("linear", "top_p", D, E), bank), "inductor", close, masked=True)
+    check(MoE(make_router("linear", "topp", D, E), bank), "inductor", close, masked=True)
 
 
 @pytest.mark.parametrize("hidden", [8, 7], ids=["grouped_mm", "own-operator"])
@@ -97,11 +98,24 @@ class Scaled(FeedForward):
     def forward(self, x, counts):
         rows = super().forward(x, counts)
         tail = torch.arange(x.shape[0], device=x.device) >= counts.sum()
-        return rows.masked_fill(tail[:, None], torch.nan), (x @ self.scale).sigmoid()
+        return Answer(rows.masked_fill(tail[:, None], torch.nan), (x @ self.scale).sigmoid())
 
 
 def test_undefined_rows_leave_no_trace(make_router, close):
-    check(MoE(make_router("linear", "top_p", D, E), Scaled()), "aot_eager", close)
+    check(MoE(make_router("linear", "topp", D, E), Scaled()), "aot_eager", close)
+
+
+def test_answers_and_pixels(make_router, close):
+    """A bank that says something, on maps, with what it says kept: one graph."""
+    bank = ConfidentExperts(FeedForward(E, D, 8))
+    torch.nn.init.normal_(bank.direction)
+    layer, x = MoE(make_router("linear", "top_p", D, E), bank, unit=Pixel()), torch.randn(2, D, 3, 4)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with record(layer, keep=("tokens", "confidence")) as tape:
+        one, two = compiled(x), layer(x)
+    close(one, two)
+    close(tape[0].tokens, tape[1].tokens)
+    close(tape[0].tensor("confidence"), tape[1].tensor("confidence"))
 
 
 def test_a_compiled_router_equals_eager(make_router, close):

@@ -70,10 +70,10 @@ TABLES = {
     "scorers": (SCORERS, "basis context cosine eigenbasis linear principal prototype", Scorer),
     "selectors": (
         SELECTORS,
-        "balanced capacity cluster_dropout expert_choice noisy_topk soft soft_balanced top_p topk",
+        "balanced capacity cluster_dropout expert_choice noisy_topk soft soft_balanced topk topp",
         Selector,
     ),
-    "experts": (EXPERTS, "adapter eigen feed_forward modules", Experts),
+    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules", Experts),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }
 
@@ -92,7 +92,9 @@ def test_tables(folder):
 
 
 def test_regularizers():
-    names = "importance_cv2 load_balance orthonormality router_z spectral_norm spectral_penalty stable_rank"
+    names = (
+        "importance_cv2 load_balance orthonormality output_overlap router_z spectral_norm spectral_penalty stable_rank"
+    )
     assert sorted(REGULARIZERS) == names.split()
     assert all(function.__name__ == name for name, function in REGULARIZERS.items())
 

@@ -30,7 +30,9 @@ from spectralmoe import (
     record,
     shard_routers,
 )
-from spectralmoe.regularizers import load_balance, router_z, spectral_norm
+from spectralmoe.experts import Answer, Experts
+from spectralmoe.regularizers import load_balance, output_overlap, router_z, spectral_norm
+from spectralmoe.tape import moe_layers
 
 N, D, E, H = 24, 8, 4, 16
 TERMS = {
@@ -482,12 +484,10 @@ KEEP = ("input", "hidden", "output")
 class Gained(ModuleExperts):
     """A bank that hands out each row's gain."""
 
-    def expert(self, x, e):
-        return super().expert(x, e) * x.sum(-1, keepdim=True)
+    expert = Experts.expert
 
-    def forward(self, x, counts):
-        gain = x.sum(-1)
-        return super().forward(x, counts) / gain[:, None], gain
+    def answer(self, x, e):
+        return Answer(ModuleExperts.expert(self, x, e), x.sum(-1))
 
 
 def banks():
@@ -519,7 +519,7 @@ def slot_tensors(layer, x, routing):
 
 SELECTORS = {
     "topk": lambda: TopK(2),
-    "top_p": lambda: TopP(0.5),
+    "topp": lambda: TopP(0.5),
     "capacity": lambda: Capacity(TopK(2), 0.6),
     "soft": Soft,
 }
@@ -568,8 +568,52 @@ def test_each_tape_keeps_what_it_asked_for(user_error):
         _ = plain[0].order
 
 
+def test_terms_say_what_is_kept_of_the_layers_that_they_are_about(user_error):
+    net, x = Net(), torch.randn(N, D)
+    names = list(moe_layers(net))
+    terms = {"one": Term(output_overlap, 1.0, layers=names[0]), "two": Term(router_z, 1.0)}
+    with record(net, terms=terms) as tape:
+        net(x)
+    total, _ = penalty(tape, terms)
+    total.backward()
+    assert tape.layer(names[0])[0].output.shape == (2 * N, D)
+    with user_error("did not keep 'output'"):
+        tape.layer(names[1])[0].tensor("output")
+    own = Term(lambda item: item.hidden.square().mean(), 1.0, keeps=("hidden",))
+    with record(net, terms={"own": own}) as tape:
+        net(x)
+    penalty(tape, {"own": own})
+    with user_error("'logits'", "tokens, input"), record(net, terms={"own": Term(router_z, 1.0, keeps=("logits",))}):
+        pass
+
+
+def test_kept_tokens_are_what_the_router_read():
+    layer, x = make_layer(), torch.randn(2, N // 2, D, requires_grad=True)
+    with record(layer, keep="tokens") as tape, record(layer) as plain:
+        layer(x)
+    item = tape[0]
+    assert torch.equal(item.tensor("tokens"), x.flatten(0, 1))
+    assert torch.equal(
+        *(torch.autograd.grad(v.sin().sum(), x)[0].flatten(0, 1) for v in (item.tokens, x.flatten(0, 1)))
+    )
+    assert item.kept is None
+    with torch.no_grad(), record(layer, keep="tokens") as tape:
+        given = x.clone()
+        given += layer(given)
+    assert torch.equal(tape[0].tokens, x.flatten(0, 1))
+    assert len(plain) == 1
+
+
+def test_a_plain_function_keeps_nothing(user_error):
+    layer = make_layer()
+    layer.dispatch = lambda x, routing, experts: torch.zeros_like(x)
+    layer(torch.randn(N, D))
+    with user_error("plain function", "Dispatch"), record(layer, keep="output"):
+        layer(torch.randn(N, D))
+
+
 def test_unknown_names_to_keep(user_error):
-    with user_error("'outputs'", "input, hidden, output"), record(make_layer(), keep=("outputs",)):
+    with user_error("'outputs'", "tokens, input, hidden, output"), record(make_layer(), keep=("outputs",)):
         pass
     layer = make_layer(experts=banks()["modules"])
     with user_error("ModuleExperts", "'hidden'"), record(layer, keep=("hidden",)):

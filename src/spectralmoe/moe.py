@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,16 +10,19 @@ from torch import Tensor, nn
 
 from spectralmoe.context import Context, Rows, rows_of
 from spectralmoe.dispatch import DISPATCHES, Dispatch, pick_dispatch
-from spectralmoe.dispatch.base import combine, sort_slots, spread
+from spectralmoe.dispatch.base import Kept
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
-from spectralmoe.placement import Placement
-from spectralmoe.recording import Kept, Recordable
+from spectralmoe.placement import Placement, check_places
+from spectralmoe.recording import KEEPABLE, Recordable
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
-from spectralmoe.transforms import transforming
+from spectralmoe.scorers import Scorer
+from spectralmoe.units import Token, Unit
 
 __all__ = ["MoE"]
+
+Plain = Callable[[Tensor, Routing, Experts], Tensor]
 
 
 class MoE(Recordable):
@@ -30,9 +34,11 @@ class MoE(Recordable):
         placement: which places of the bank hold each expert of the router; None: place e is expert e.
         dispatch: "auto" (``pick_dispatch``), "loop", "dense", "grouped", or a callable.
         shared: module applied to every token, added to the sum.
+        unit: what is routed: ``Token()``, the default, ``Pixel()`` or ``Sample()`` (``spectralmoe.units``).
 
     Raises:
-        UserError: unknown dispatch; fewer experts in the router than in the bank; a placement of other sizes.
+        UserError: unknown dispatch; fewer experts in the router than in the bank; a placement of other sizes; in
+            forward, rows of a shape that the bank does not take.
 
     >>> from spectralmoe import FeedForward, LinearScorer, TopK
     >>> layer = MoE(Router(LinearScorer(16, 4), TopK(2)), FeedForward(4, dim=16, hidden=32))
@@ -47,28 +53,34 @@ class MoE(Recordable):
         router: Router,
         experts: Experts,
         *,
-        dispatch: str | Dispatch = "auto",
+        dispatch: str | Dispatch | Plain = "auto",
         shared: nn.Module | None = None,
         placement: Placement | None = None,
+        unit: Unit | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(router, Router) or not isinstance(experts, Experts):
             raise UserError(f"MoE: takes a Router and Experts, got {type(router).__name__}, {type(experts).__name__}")
-        if getattr(experts, "dim", router.scorer.dim) != router.scorer.dim:
+        unit = Token() if unit is None else unit
+        if not unit.pooled and getattr(experts, "dim", router.scorer.dim) != router.scorer.dim:
             raise UserError(f"MoE: the router reads tokens of width D={router.scorer.dim}, the experts {experts.dim}")
         if isinstance(dispatch, str) and dispatch not in ("auto", *DISPATCHES):
             raise one_of("dispatch", dispatch, ["auto", *DISPATCHES])
-        if not isinstance(placement, Placement | None):
-            raise UserError(f"MoE: placement takes a Placement, got {type(placement).__name__}")
-        if placement is not None:
-            placement.check(router.num_experts, experts.num_experts)
-        elif router.num_experts < experts.num_experts:
-            raise UserError(
-                f"MoE: the router knows E={router.num_experts} experts, but the bank holds {experts.num_experts}"
-            )
+        check_places(placement, router.num_experts, experts.num_experts)
+        if placement is not None and type(router.scorer).meet is not Scorer.meet:
+            raise UserError(f"MoE: {type(router.scorer).__name__} reads expert e in place e, so it takes no placement")
         self.router, self.experts, self.dispatch, self.shared = router, experts, dispatch, shared
-        self.placement = placement
+        self.placement, self.unit = placement, unit
         router.scorer.meet(experts)
+
+    def spec_arguments(self) -> dict[str, object]:
+        """Constructor arguments that are not attributes of the same name."""
+        return {"unit": None if isinstance(self.unit, Token) else self.unit}
+
+    @property
+    def keepable(self) -> tuple[str, ...]:
+        """The names of what ``record`` can keep of this layer."""
+        return (*KEEPABLE, *self.experts.says)
 
     def places(self, e: int) -> list[int]:
         """The places of the bank that hold expert ``e`` of the router: none for a zero expert."""
@@ -83,7 +95,7 @@ class MoE(Recordable):
         context: Context | Rows | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """x (..., D) -> (..., D).
+        """x (..., D) -> (..., D), or as the unit lays it out.
 
         Args:
             mask: (...), True for real tokens: the others get no expert, their output is 0, and so is their part
@@ -97,51 +109,63 @@ class MoE(Recordable):
             mask = fed.mask if mask is None else mask
             context = fed.context if context is None else context
             replay = fed.next_replay()
-        rows = rows_of(context, x.shape[:-1], mask)
-        routing = self.router(x, mask=mask, context=rows, replay=replay)
-        tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        streams = self.router.scorer.streams_tokens or self.experts.streams_tokens
-        seen = tokens.detach() if streams and self.training and self.router.training else None
-        if torch.is_autocast_enabled(x.device.type):
-            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
+        queries, units = self.unit.split(x)
+        leading = queries.shape[:-1]
+        side = rows_of(context, queries, mask)
+        routing = self.router(queries, mask=mask, context=side, replay=replay)
+        names = self.names_to_keep()
+        seen = self._seen(queries, names)
         scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))
         placed = scaled if self.placement is None else self.placement(scaled)
-        y, kept = self._run(self.experts.beside(tokens, rows), placed)
-        self.leave(routing, kept, seen, rows)
-        y = y if x.dim() == 2 else y.reshape(x.shape)
+        rows = self.experts.beside(self._rows(units, len(leading)), side)
+        y, kept = self._run(rows, placed, names - {"tokens"})
+        self.leave(routing, kept, seen, side)
+        y = y if len(leading) == 1 else y.reshape(units.shape)
         if self.shared is None:
-            return y
-        shared: Tensor = self.shared(_without(x, mask))
+            return self.unit.join(y)
+        shared: Tensor = self.shared(_without(units, mask))
         shared = shared if scale is None else shared * scale.to(shared.dtype)
-        return y + _without(shared, mask)
+        return self.unit.join(y + _without(shared, mask))
 
-    def _run(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Kept | None]:
-        if keep := self.names_to_keep():
-            return self._run_keeping(tokens, routing, keep)
-        if isinstance(self.dispatch, str):
-            dispatch = pick_dispatch(routing, self.experts) if self.dispatch == "auto" else DISPATCHES[self.dispatch]()
-        else:
-            dispatch = self.dispatch
-        return dispatch(tokens, routing, self.experts), None
-
-    def _run_keeping(self, tokens: Tensor, routing: Routing, keep: frozenset[str]) -> tuple[Tensor, Kept]:
-        """The grouped dispatch, step by step, with its sorted tensors kept."""
-        if transforming():
+    def _rows(self, units: Tensor, leading: int) -> Tensor:
+        """Rows (N, *S) from units (*L, *S), in the precision of autocast."""
+        shape = units.shape[leading:]
+        if self.experts.row_dims not in (None, len(shape)):
             raise UserError(
-                "record(keep=...) cannot keep tensors inside a transform of torch.func; record without keep"
+                f"MoE: {type(self.experts).__name__} takes rows of {self.experts.row_dims} dimensions, but "
+                f"unit={type(self.unit).__name__} gives it rows of shape {tuple(shape)}"
             )
-        slots = sort_slots(routing, self.experts.num_experts)
-        rows = spread(tokens, slots)
-        hidden = self.experts.hidden(rows, slots.counts) if "hidden" in keep else None
-        if "hidden" in keep and hidden is None:
-            raise UserError(f"record(keep=...): {type(self.experts).__name__} has no 'hidden' to keep")
-        result = self.experts(rows, slots.counts) if hidden is None else self.experts.project(hidden, slots.counts)
-        tensors = {"input": rows} | ({} if hidden is None else {"hidden": hidden})
-        tensors["output"] = result[0] * result[1][:, None] if isinstance(result, tuple) else result
-        y = combine(result, routing.weights.to(tokens.dtype), slots)
-        return y, Kept(slots, tensors)
+        if torch.is_autocast_enabled(units.device.type):
+            units = units.to(torch.get_autocast_dtype(units.device.type))
+        return units if leading == 1 else units.reshape(-1, *shape)
+
+    def _seen(self, queries: Tensor, names: frozenset[str]) -> Tensor | None:
+        """What the records get of what the router read; a copy where a tape asks, which may be read much later."""
+        streams = self.router.scorer.streams_tokens or self.experts.streams_tokens
+        if "tokens" in names:
+            queries = queries.clone()
+        elif streams and self.training and self.router.training:
+            queries = queries.detach()
+        else:
+            return None
+        return queries.reshape(-1, queries.shape[-1])
+
+    def _run(self, tokens: Tensor, routing: Routing, names: frozenset[str]) -> tuple[Tensor, Kept | None]:
+        if not isinstance(self.dispatch, str):
+            dispatch = self.dispatch
+        else:
+            dispatch = pick_dispatch(routing, self.experts) if self.dispatch == "auto" else DISPATCHES[self.dispatch]()
+        if not names:
+            return dispatch(tokens, routing, self.experts), None
+        if not isinstance(dispatch, Dispatch):
+            raise UserError(
+                "MoE(dispatch=...): a plain function keeps no tensors; derive from Dispatch, or keep nothing"
+            )
+        return dispatch.keeping(tokens, routing, self.experts, names)
 
 
 def _without(values: Tensor, mask: Tensor | None) -> Tensor:
-    """``values`` (..., D) with zeros where ``mask`` (...) has no real token, in value and gradient."""
-    return values if mask is None else values.masked_fill(~mask.bool().unsqueeze(-1), 0)
+    """``values`` (*L, *S) with zeros where ``mask`` (*L) has no real token, in value and gradient."""
+    if mask is None:
+        return values
+    return values.masked_fill(~mask.bool()[(..., *[None] * (values.dim() - mask.dim()))], 0)

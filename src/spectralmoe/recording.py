@@ -12,33 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.context import Context, Rows
-from spectralmoe.dispatch.base import SortedSlots
+from spectralmoe.dispatch.base import Kept
 from spectralmoe.errors import UserError
 from spectralmoe.parts import Part
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 
-__all__ = ["Feed", "Kept", "Recordable", "Sink", "recomputing"]
+__all__ = ["KEEPABLE", "Feed", "Recordable", "Sink", "recomputing"]
 
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """Tensors of one forward, sorted by expert, with the flat (token * K + slot) of each row."""
-
-    slots: SortedSlots
-    tensors: dict[str, Tensor]
-
-    def only(self, names: tuple[str, ...]) -> Kept:
-        """The same with the named tensors alone."""
-        return Kept(self.slots, {name: self.tensors[name] for name in names})
-
-    def filled(self, rows: Tensor) -> Tensor:
-        """``rows`` without those of empty slots, which a compiled forward leaves at the end."""
-        return rows[: int(self.slots.counts.sum())]
-
+KEEPABLE = ("tokens", "input", "hidden", "output")
+"""What ``record`` can keep of any layer."""
 
 Entry = tuple[Routing, Kept | None, Tensor | None, bool, Rows | None]
-"""Routing, kept tensors, tokens for statistics, whether the layer and its router were training, side information."""
+"""Routing, kept tensors, the tokens that the router read, whether layer and router were training, side information."""
 
 
 @dataclass(slots=True)
@@ -129,6 +115,11 @@ class Recordable(nn.Module):
         return {**self.__dict__, "watching": (), "kept": frozenset(), "ended": None}
 
     @property
+    def keepable(self) -> tuple[str, ...]:
+        """The names of what ``record`` can keep of this layer."""
+        return KEEPABLE
+
+    @property
     def sinks(self) -> tuple[Sink, ...]:
         """Where the calling thread leaves its routings."""
         return (*self.watching, *self.here.sinks)
@@ -136,10 +127,12 @@ class Recordable(nn.Module):
     def parts(self) -> Iterator[tuple[str, Part]]:
         """Scorer, selector, bank and the parts inside them by name, but for those of other layers inside."""
         inside: list[tuple[str, nn.Module]] = list(self.named_children())[::-1]
+        met: set[nn.Module] = set()
         while inside:
             name, module = inside.pop()
-            if isinstance(module, Part):
+            if isinstance(module, Part) and module not in met:
                 yield name, module
+            met.add(module)
             if not isinstance(module, Recordable):
                 inside += [(f"{name}.{child}", value) for child, value in module.named_children()][::-1]
 

@@ -110,6 +110,26 @@ class Routing:
         """Filled slots of real tokens for each expert: (E,) int64, exact."""
         return count_slots(self.indices, self.num_experts)
 
+    def gates(self, num_experts: int | None = None) -> Tensor:
+        """The combine weights of every expert: (N, E) with gradient, 0 for an expert that does not serve the token.
+
+        Args:
+            num_experts: of which experts, 0 to this number; None: all that the router counts.
+        """
+        size = self.num_experts if num_experts is None else num_experts
+        dense = self.weights.new_zeros(self.weights.shape[0], size + 1)
+        return dense.scatter_add(1, self._slots(size), self.weights)[:, :size]
+
+    def members(self) -> Tensor:
+        """Whether each expert serves each token: (N, E) bool."""
+        size = self.num_experts
+        dense = torch.zeros(self.indices.shape[0], size + 1, dtype=torch.bool, device=self.indices.device)
+        return dense.scatter(1, self._slots(size), True)[:, :size]
+
+    def _slots(self, num_experts: int) -> Tensor:
+        """The expert of each slot; ``num_experts`` where there is none of them."""
+        return torch.where((self.indices >= 0) & (self.indices < num_experts), self.indices, num_experts)
+
     def load(self) -> Tensor:
         """Share of the load that each expert carries: (E,), precise as the logits; sums to 1, 0 without a real token.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from fnmatch import fnmatch
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,38 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from spectralmoe.context import Context, Rows
+from spectralmoe.dispatch.base import Kept
 from spectralmoe.errors import UserError
-from spectralmoe.recording import Feed, Kept, Recordable, Sink
+from spectralmoe.recording import Feed, Recordable, Sink
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 from spectralmoe.scorers import Scorer
 
-__all__ = ["Record", "Tape", "feed", "moe_layers", "record"]
+__all__ = ["Record", "Tape", "feed", "keeps", "moe_layers", "record"]
 
-KEEPABLE = ("input", "hidden", "output")
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+
+def keeps(*names: str) -> Callable[[Function], Function]:
+    """Mark a regularizer that reads kept tensors: a ``Term`` of it has ``record(model, terms=terms)`` keep them."""
+
+    def mark(function: Function) -> Function:
+        function.keeps = names  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+class Needs(Protocol):
+    """What a tape reads of a ``Term``: a pattern on layer names, and the tensors that it needs of those layers."""
+
+    @property
+    def layers(self) -> str: ...
+
+    @property
+    def keeps(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +58,8 @@ class Record:
         layer: the module.
         routing: what its router decided.
         kept: tensors asked for with ``record(keep=...)``.
-        tokens: what the router read (N, D), without gradient; only in training, for scorers that stream statistics.
+        tokens: what the router read (N, D), padding as it came: with gradient if it was asked for, else without, in
+            training, for parts that stream statistics.
         training: whether the layer and its router were in training mode.
         context: the side information that the layer got, one row a token (N, ...) by name.
     """
@@ -63,15 +87,18 @@ class Record:
         """The layer's scorer."""
         return None if self.router is None else self.router.scorer
 
-    def tensor(self, name: Literal["input", "hidden", "output"]) -> Tensor:
-        """A kept tensor (M, ...), rows sorted by expert; ``order`` says which slot each row is.
+    def tensor(self, name: str) -> Tensor:
+        """A kept tensor (M, ...), rows sorted by expert; ``order`` says which slot each row is. "tokens" is (N, D).
 
         Raises:
             UserError: it was not kept.
         """
+        if name == "tokens" and self.tokens is not None:
+            return self.tokens
         if self.kept is None or name not in self.kept.tensors:
             raise UserError(
-                f"layer {self.name!r} did not keep {name!r}; open the tape with record(model, keep=({name!r},))"
+                f"layer {self.name!r} did not keep {name!r}; open the tape with record(model, keep=({name!r},)), or "
+                "with record(model, terms=terms) for a regularizer that reads it"
             )
         return self.kept.filled(self.kept.tensors[name])
 
@@ -110,14 +137,24 @@ class Tape:
     """
 
     def __init__(
-        self, model: nn.Module, keep: Sequence[str] = (), *, training_only: bool = False, attachment: Any = None
+        self,
+        model: nn.Module,
+        keep: Sequence[str] = (),
+        *,
+        terms: Mapping[str, Needs] | None = None,
+        training_only: bool = False,
+        attachment: Any = None,
     ) -> None:
-        keep = (keep,) if isinstance(keep, str) else tuple(keep)
-        unknown = [name for name in keep if name not in KEEPABLE]
-        if unknown:
-            raise UserError(f"record(keep=...): unknown tensor {unknown[0]!r}; known: {', '.join(KEEPABLE)}")
         self._layers = moe_layers(model)
-        self._sinks = {name: Sink(keep, training_only, attachment) for name in self._layers}
+        keep, terms = (keep,) if isinstance(keep, str) else tuple(keep), terms or {}
+        known = list(dict.fromkeys(name for layer in self._layers.values() for name in layer.keepable))
+        for name in (*keep, *(name for term in terms.values() for name in term.keeps)):
+            if name not in known:
+                raise UserError(f"record(keep=...): unknown tensor {name!r}; known: {', '.join(known)}")
+        self._sinks = {}
+        for path in self._layers:
+            wanted = [name for term in terms.values() if fnmatch(path, term.layers) for name in term.keeps]
+            self._sinks[path] = Sink(tuple(dict.fromkeys([*keep, *wanted])), training_only, attachment)
         self._training_only = training_only
         self._records: tuple[Record, ...] | None = None
 
@@ -180,20 +217,22 @@ class Tape:
 
 
 @contextmanager
-def record(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[Tape]:
+def record(model: nn.Module, keep: Sequence[str] = (), *, terms: Mapping[str, Needs] | None = None) -> Iterator[Tape]:
     """Record what the MoE layers of ``model`` do inside the block.
 
     Args:
         model: any module that holds MoE layers; wrapped, compiled or sharded as you like.
-        keep: also keep "input" (M, D), "hidden" (M, H), "output" (M, D) of the experts, sorted by expert. Such a
-            forward uses the grouped dispatch, and so does its second under activation checkpointing.
+        keep: also keep "tokens" (N, D), what the router read, or "input" (M, D), "hidden" (M, H), "output" (M, D) of
+            the experts, sorted by expert. A forward that keeps what experts make takes the grouped dispatch, and so
+            does its second under activation checkpointing.
+        terms: also keep what these ``Term`` s need, of the layers that they are about.
 
     With ``torch.compile`` and activation checkpointing together, compile what holds the checkpoints, not what is
     inside them, and set ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``; without it
     the recorded forward is right, but runs uncompiled.
 
     Raises:
-        UserError: the model holds no MoE layer; an unknown name in ``keep``.
+        UserError: the model holds no MoE layer; a name to keep that is unknown.
 
     >>> import torch
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
@@ -203,7 +242,7 @@ def record(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[Tape]:
     >>> int(tape[0].routing.counts().sum())
     20
     """
-    tape = Tape(model, keep)
+    tape = Tape(model, keep, terms=terms)
     tape.open()
     try:
         yield tape

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,11 @@ class Term:
         layers: pattern on layer names (``*`` and ``?``).
         reduce: "mean" or "sum" over the records.
         scope: "layer" or "model".
+        keeps: tensors that ``record(model, terms=terms)`` keeps for it; by default what ``fn`` itself says it reads.
+
+    >>> from spectralmoe.regularizers import output_overlap
+    >>> Term(output_overlap, weight=1e-3).keeps
+    ('output',)
     """
 
     fn: Callable[[Any], Tensor]
@@ -33,8 +39,12 @@ class Term:
     layers: str = "*"
     reduce: Literal["mean", "sum"] = "mean"
     scope: Literal["layer", "model"] = "layer"
+    keeps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.keeps:
+            function = self.fn.func if isinstance(self.fn, partial) else self.fn
+            object.__setattr__(self, "keeps", getattr(function, "keeps", ()))
         if self.reduce not in ("mean", "sum"):
             raise one_of("Term(reduce=...)", self.reduce, ["mean", "sum"])
         if self.scope not in ("layer", "model"):

@@ -11,6 +11,7 @@ from torch import nn
 from spectralmoe import (
     Adapter,
     EigenExperts,
+    Experts,
     FeedForward,
     LinearScorer,
     ModuleExperts,
@@ -21,7 +22,8 @@ from spectralmoe import (
     TopK,
 )
 from spectralmoe.dispatch import DISPATCHES, Dense, Grouped, pick_dispatch
-from spectralmoe.dispatch.base import combine, expert_weights, sort_slots, spread
+from spectralmoe.dispatch.base import combine, sort_slots, spread
+from spectralmoe.experts import Answer, ConfidentExperts
 
 E = 4  # experts of the banks; routers know two more, which are zero experts
 
@@ -38,23 +40,23 @@ class Fixed(Selector):
 
 
 class Gained(FeedForward):
-    """A bank that returns (y, gain)."""
+    """A bank with a gain."""
 
     def __init__(self, dim, hidden):
         super().__init__(E, dim, hidden)
         self.scale = nn.Parameter(torch.randn(dim))
 
-    def expert(self, x, e):
-        return super().expert(x, e) * self.gain(x)[:, None]
+    def answer(self, x, e):
+        return Answer(super().expert(x, e), (x @ self.scale.to(x.dtype)).sigmoid())
 
-    def forward(self, x, counts):
-        return super().forward(x, counts), self.gain(x)
+    expert, forward, mix = Experts.expert, Experts.forward, Experts.mix
 
-    def mix(self, x, weights):
-        return super().mix(x, weights * self.gain(x)[:, None])
 
-    def gain(self, x):
-        return (x @ self.scale.to(x.dtype)).sigmoid()
+def confident(dim, hidden):
+    bank = ConfidentExperts(FeedForward(E, dim, hidden))
+    nn.init.normal_(bank.direction)
+    nn.init.normal_(bank.bias)
+    return bank
 
 
 def modules(dim):
@@ -73,6 +75,7 @@ BANKS = {
     "eigen-odd": (7, lambda: EigenExperts(E, 7, 3)),
     "gain": (8, lambda: Gained(8, 12)),
     "gain-odd": (7, lambda: Gained(7, 5)),
+    "confident": (8, lambda: confident(8, 12)),
 }
 
 
@@ -204,7 +207,7 @@ def test_sorted_slots_undo_each_other(choice, close):
     assert slots.counts.tolist() == [flat.count(e) for e in range(E)]
     rows = spread(x, slots)
     assert torch.equal(rows, x[[s // indices.shape[1] for s in expected]])
-    close(combine(rows, routing.weights, slots), x * expert_weights(routing, E).sum(-1, keepdim=True))
+    close(combine(rows, routing.weights, slots), x * routing.gates()[:, :E].sum(-1, keepdim=True))
 
 
 def test_soft_routing_is_mixed_and_the_rest_is_sorted():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from seeds import shifted
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from spectralmoe import LinearScorer, PrototypeScorer, Router, Soft, TopK, UserError, load, record, save
 from spectralmoe.experiments.compare.cell import active_flops
@@ -179,6 +180,12 @@ def test_active_flops_count_only_the_used_experts():
     expert = 2 * 2 * 64 * 32  # two GEMVs of 64 x 32
     assert flops[2] - flops[1] == 2 * expert
     assert flops[8] - flops[1] == 2 * 7 * expert
+    loop = sr_moe(10, width=64, depth=2, hidden=32, router=lambda d, e: Router(LinearScorer(d, e), TopK(2))).eval()
+    for stage in loop.stages:
+        stage.moe.dispatch = "loop"
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        loop(image[None])
+    assert flops[2] == counter.get_total_flops()
 
 
 def test_sizes_that_do_not_fit():

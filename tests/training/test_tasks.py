@@ -13,9 +13,9 @@ from spectralmoe.experiments.compare.cell import run_cell
 from spectralmoe.experiments.compare.settings import Cell, CompareSettings
 from spectralmoe.experiments.compare.setup import Setup, Tuned
 from spectralmoe.files import read_json
+from spectralmoe.presets import find_preset
 from spectralmoe.saving import read_config
 from spectralmoe.training.loop import train
-from spectralmoe.training.routers import find_preset, router_factory
 from spectralmoe.training.settings import Optimization, parse
 from spectralmoe.training.tasks import TASKS, ImageTask, Metric, Task, open_task
 from spectralmoe.training.tasks.classification import calibration_error, class_scores, macro_f1
@@ -65,7 +65,7 @@ class NoisyRotation(Task):
 
     def build(self, settings):
         torch.manual_seed(settings.optimization.seed)
-        router = router_factory(find_preset(settings.router), settings.network.top_k)
+        router = find_preset(settings.row).routers(settings.network.k)
         experts = FeedForward(settings.network.num_experts, D, settings.network.hidden)
         return nn.Sequential(MoE(router(D, settings.network.num_experts), experts), nn.Linear(D, D))
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from spectralmoe.adaptation.memory import shared_banks
 from spectralmoe.adaptation.targets import logits_of
 from spectralmoe.errors import UserError
-from spectralmoe.routing import EMPTY, Routing
-from spectralmoe.tape import moe_layers, record
+from spectralmoe.routing import Routing
+from spectralmoe.tape import record
 
 __all__ = ["BATCH", "Measured", "Reference", "Tokens", "load_reference", "measured"]
 
@@ -124,7 +123,7 @@ def measured(model: nn.Module, samples: Tensor) -> Measured:
 
 
 def _pass(model: nn.Module, x: Tensor, layers: Sequence[str]) -> tuple[Measured, dict[str, Tokens]]:
-    with record(model) as tape, _inputs(model, layers) as inputs:
+    with record(model, keep=("tokens",) if layers else ()) as tape:
         logits = logits_of(model, x)
     routes, used, tokens = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tokens]()
     coupled = any(item.router is None or not item.router.selector.per_token for item in tape)
@@ -139,7 +138,7 @@ def _pass(model: nn.Module, x: Tensor, layers: Sequence[str]) -> tuple[Measured,
         routes[item.name] = chosen.reshape(len(x), -1)
         used[item.name] = _used(routing, len(x), coupled)
         if item.name in layers:
-            tokens[item.name] = _tokens(inputs[item.name], routing, len(x))
+            tokens[item.name] = _tokens(item.tensor("tokens"), routing, len(x))
     return Measured(logits, routes, used), tokens
 
 
@@ -152,42 +151,15 @@ def _by_sample(routing: Routing, batch: int) -> bool:
 def _used(routing: Routing, batch: int, coupled: bool) -> Tensor:
     if routing.soft or coupled:
         return routing.indices.new_ones((batch, routing.num_experts), dtype=torch.bool)
-    used: Tensor = gates_of(routing).ne(0).unflatten(0, (batch, -1)).any(1)
+    used: Tensor = routing.gates().ne(0).unflatten(0, (batch, -1)).any(1)
     return used
-
-
-def gates_of(routing: Routing) -> Tensor:
-    """The combine weights as (N, E)."""
-    gates = routing.weights.new_zeros(len(routing.indices), routing.num_experts + 1)
-    slots = torch.where(routing.indices == EMPTY, routing.num_experts, routing.indices)
-    return gates.scatter_add(1, slots, routing.weights)[:, :-1]
 
 
 def _tokens(x: Tensor, routing: Routing, batch: int) -> Tokens:
     """The tokens that some expert got."""
     seen = (routing.indices >= 0).any(-1).nonzero().flatten()
-    tokens = x.reshape(len(routing.indices), -1)[seen].float()
-    return Tokens(tokens, gates_of(routing)[seen], seen // (len(routing.indices) // batch))
-
-
-@contextmanager
-def _inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """What each of ``layers`` is given by the forward inside the block."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        found[name] = args[0] if args else kwargs["x"]
-
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, kwargs, name=name: keep(name, args, kwargs), with_kwargs=True)
-        for name, layer in moe_layers(model).items()
-        if name in layers
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    tokens = x[seen].float()
+    return Tokens(tokens, routing.gates()[seen], seen // (len(routing.indices) // batch))
 
 
 def _joined(parts: Sequence[Measured]) -> Measured:

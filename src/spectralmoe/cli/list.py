@@ -19,10 +19,12 @@ PLAIN = {
     "prototype": "distance of the token to a prototype of each expert",
     "eigenbasis": "energy of the token along orthonormal directions",
     "principal": "share of the token's energy on each side of orthonormal directions",
+    "context": "what is known beside the token, such as how badly a sample is degraded",
+    "basis": "fit of the token to the experts' own bases (bank: eigen)",
     "topk": "the k experts with the largest scores for each token",
     "noisy_topk": "top-k of noisy logits in training, of the logits in evaluation",
     "expert_choice": "each expert takes its best tokens, as many as its capacity allows",
-    "top_p": "the smallest set of experts whose scores sum to p",
+    "topp": "the smallest set of experts whose scores sum to p",
     "balanced": "top-k of scores plus a bias that evens the load; the weights never see the bias",
     "soft": "all experts for each token, weighted by their scores",
     "soft_balanced": "all experts for each token, with a bias on the weights that evens the load",
@@ -30,6 +32,7 @@ PLAIN = {
     "cluster_dropout": "another selector, some experts of each group left out in training",
     "feed_forward": "networks of two layers, their weights stacked",
     "adapter": "narrow networks to be added to the output of a frozen layer",
+    "eigen": "linear maps with orthonormal bases of their own",
     "modules": "modules of your own; slower than stacked weights",
     "loop": "the definition: one token and one expert at a time; slow",
     "dense": "every expert on every token; for soft routing and very small layers",
@@ -44,12 +47,17 @@ PLAIN = {
 }
 """The parts in plain words; one without an entry is told by its docstring, less the formulas."""
 
+HINT = (
+    'A router is a preset, or a table of parts and their arguments: {scorer="prototype", selector="topp", p=0.7}, '
+    '{preset="sr-moe", rate=1e-3}, {scorer="linear", terms={load_balance=0.01}}.'
+)
+
 _FORMULA = re.compile(r"\s*:math:`[^`]*`|``")
 _INDENT = 23
 
 
 def list_everything(json: Json = False) -> None:
-    """Data sets, router presets, and the parts that routers are made of.
+    """Data sets, presets, and the parts that networks are made of.
 
     Example: spectralmoe list
     """
@@ -57,17 +65,17 @@ def list_everything(json: Json = False) -> None:
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
     from spectralmoe.optim import OPTIMIZERS, SCHEDULES
+    from spectralmoe.presets import PRESETS
     from spectralmoe.regularizers import REGULARIZERS
     from spectralmoe.scorers import SCORERS
     from spectralmoe.selectors import SELECTORS
-    from spectralmoe.training.routers import ROUTERS
 
     tables = {
         "data sets": {
             **{name: _first_line(loader) for name, loader in DATASETS.items()},
             "folder:PATH": "an image folder",
         },
-        "routers": {name: preset.summary for name, preset in ROUTERS.items()},
+        "presets": {name: row["summary"] for name, row in PRESETS.items()},
     }
     parts: dict[str, Mapping[str, object]] = {
         "scorers": SCORERS,
@@ -89,6 +97,7 @@ def list_everything(json: Json = False) -> None:
         typer.echo(f"{title}:")
         for name, line in table.items():
             say(f"  {name:<20} {line}", indent=" " * _INDENT)
+    say(HINT)
 
 
 def _first_line(item: object) -> str:

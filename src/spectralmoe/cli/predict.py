@@ -70,8 +70,5 @@ def leaning(routing: Routing, images: int) -> list[int]:
     """The expert with the largest sum of weights over the tokens of each image; -1 for an image without experts."""
     import torch
 
-    held = routing.indices >= 0
-    weights = routing.weights.masked_fill(~held, 0)
-    total = weights.new_zeros(routing.logits.shape).scatter_add(1, routing.indices.clamp_min(0), weights)
-    total = total.view(images, -1, total.shape[-1]).sum(1)
+    total = routing.gates().view(images, -1, routing.num_experts).sum(1)
     return torch.where(total.sum(-1) > 0, total.argmax(-1), -1).tolist()

@@ -26,6 +26,7 @@ from spectralmoe.cli.options import (
 )
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json
+from spectralmoe.training.names import ROUTER_NAMES
 
 if TYPE_CHECKING:
     from spectralmoe.training.loop import Progress, Standing
@@ -44,6 +45,14 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print all settings of the run as TOML, and train nothing.")
     ] = False,
+    router: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|TABLE|PKG:OBJECT",
+            help="Router, in place of the file's (see 'spectralmoe list').",
+            autocompletion=one_among(*ROUTER_NAMES),
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Random seed; the file's by default.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start a timm model from timm's weights.")] = False,
     parallel: Annotated[
@@ -95,7 +104,7 @@ def train(
     from spectralmoe.training.tasks import open_task
     from spectralmoe.training.vision import router_terms
 
-    settings = _read(config, assign or (), seed, pretrained)
+    settings = _read(config, assign or (), seed, pretrained, router)
     if print_config:
         _print(settings, json)
         return
@@ -103,7 +112,7 @@ def train(
         raise UserError("--out is missing: name the folder for everything that is written")
     if every is not None and not monitor:
         raise UserError("--every is how often --monitor reports; add --monitor")
-    _check(settings, parallel, allow or ())
+    _check(settings, parallel, allow or (), router)
     log_names = split_names(log or "")
     check_logs(log_names)
     task = open_task(settings, data_dir, download)
@@ -127,7 +136,7 @@ def train(
                     trained,
                     task,
                     settings.optimization,
-                    terms=router_terms(settings.preset),
+                    terms=router_terms(settings.row),
                     checkpoint=out / CHECKPOINT,
                     follow=_shown(progress, settings, task.metric),
                     logs=logs,
@@ -151,8 +160,8 @@ def train(
     typer.echo(f"{validation}test {task.metric.show(scores[task.metric.key_of('test')])}; model saved to {out}")
 
 
-def _read(config: Path, assign: Sequence[str], seed: int | None, pretrained: bool) -> TrainSettings:
-    """What the file says, changed by --set, --seed and --pretrained.
+def _read(config: Path, assign: Sequence[str], seed: int | None, pretrained: bool, router: str | None) -> TrainSettings:
+    """What the file says, changed by --set, --seed, --router and --pretrained.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --pretrained without a timm model.
@@ -165,6 +174,8 @@ def _read(config: Path, assign: Sequence[str], seed: int | None, pretrained: boo
     change(values, assign)
     if seed is not None:
         put(values, "optimization.seed", seed)
+    if router is not None:
+        put(values, "moe.router" if "backbone" in values else "router", router)
     if pretrained and "backbone" not in values:
         raise UserError(f"--pretrained starts a timm model, but {config} has no section [backbone]")
     if pretrained:
@@ -182,14 +193,19 @@ def _print(settings: TrainSettings, json: bool) -> None:
         typer.echo(to_toml(settings), nl=False)
 
 
-def _check(settings: TrainSettings, parallel: str | None, allow: Sequence[str]) -> None:
-    """What does not go together is refused before data are read, and no module is imported because a file names it."""
+def _check(settings: TrainSettings, parallel: str | None, allow: Sequence[str], router: str | None) -> None:
+    """What does not go together is refused before data are read, and no module is imported because a file names it;
+    what ``router``, from the command line, names may be.
+    """
+    from spectralmoe.naming import own_names
+
     if parallel is not None and settings.backbone is None:
         raise UserError("--parallel trains timm models; the settings file has no section [backbone]")
-    router = settings.preset
-    if ":" in router and router not in allow:
-        raise UserError(f"router {router!r} is a class of your own; if you trust it, add --allow {router}")
-    see_own_modules([router])
+    own = own_names(settings.row)
+    for name in own:
+        if name not in (*allow, *own_names(router)):
+            raise UserError(f"router {name!r} is a class of your own; if you trust it, add --allow {name}")
+    see_own_modules(own)
 
 
 def _shown(progress: Progress, settings: TrainSettings, metric: Metric) -> Callable[[Standing], None]:

@@ -77,10 +77,10 @@ def co_activation(routing: Routing) -> Tensor:
     >>> co_activation(Routing(logits, torch.ones(2, 2), torch.tensor([[0, 1], [1, 2]]), logits)).tolist()
     [[1, 1, 0], [1, 2, 1], [0, 1, 1]]
     """
-    e, indices = routing.num_experts, routing.indices
-    counts = torch.zeros(e, e, dtype=torch.int64, device=indices.device)
-    for part in torch.where((indices >= 0) & (indices < e), indices, e).split(_CHUNK):
-        serves = torch.zeros(len(part), e + 1, device=part.device).scatter_(1, part, 1.0)[:, :e]
+    e = routing.num_experts
+    counts = torch.zeros(e, e, dtype=torch.int64, device=routing.indices.device)
+    for part in routing.members().split(_CHUNK):
+        serves = part.float()
         counts += (serves.T @ serves).round().long()  # sums of at most 2^16 ones are exact in fp32
     return counts
 

@@ -55,7 +55,7 @@ def changed_between(a: Routing, b: Routing, needs: int = 1) -> Measure:
         (n, e), (tokens, experts) = a.logits.shape, b.logits.shape
         raise UserError(f"changed_between: one routing has N={n}, E={e}, the other N={tokens}, E={experts}")
     both = _whole(a) & _whole(b) & a.logits.isfinite().all(-1) & b.logits.isfinite().all(-1)
-    changed = (_members(a) != _members(b)).any(-1)[both]
+    changed = (a.members() != b.members()).any(-1)[both]
     return Measure.of(changed.double().mean(), len(changed), needs=needs)
 
 
@@ -126,7 +126,7 @@ def margins(routing: Routing) -> Tensor:
     >>> margins(Routing(logits, torch.ones(2, 1), torch.tensor([[0], [2]]), logits.softmax(-1)))
     tensor([0.2000, 0.6667])
     """
-    scores, logits, chosen = routing.scores.detach(), routing.logits.detach(), _members(routing)
+    scores, logits, chosen = routing.scores.detach(), routing.logits.detach(), routing.members()
     if not scores.numel():
         return scores.new_full(scores.shape[:1], math.nan)
     worst, best = _edge(scores, chosen)
@@ -189,13 +189,6 @@ def _edge(values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fp32_if_half(x: Tensor) -> torch.dtype | None:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
-
-
-def _members(routing: Routing) -> Tensor:
-    """Whether each expert serves each token (N, E)."""
-    e = routing.num_experts
-    slots = torch.where((routing.indices >= 0) & (routing.indices < e), routing.indices, e)
-    return torch.zeros(len(slots), e + 1, dtype=torch.bool, device=slots.device).scatter_(1, slots, True)[:, :e]
 
 
 def _whole(routing: Routing) -> Tensor:

@@ -146,13 +146,14 @@ class _OwnWatch(Watch):
         self.layers = [
             OwnLayer(name, number, found[name]) for name, number in zip(found, _numbers(list(found)), strict=True)
         ]
-        self.tape = Tape(model, keep=("input",) if tokens else (), training_only=training_only)
+        self.keeps_tokens = tokens
+        self.tape = Tape(model, keep=("tokens",) if tokens else (), training_only=training_only)
 
     def drain(self) -> list[Seen]:
         """See ``Watch``."""
         layers = {layer.name: layer for layer in self.layers}
         records = [item for item in self.tape.drain() if item.name in layers]
-        return [Seen(layers[item.name], _ranked(item), _tokens(item)) for item in records]
+        return [Seen(layers[item.name], _ranked(item), _tokens(item, self.keeps_tokens)) for item in records]
 
 
 def _ranked(item: Record) -> Routing:
@@ -161,23 +162,21 @@ def _ranked(item: Record) -> Routing:
     return replace(item.routing.unforced, score=router.selector.ranked(item.routing.logits.detach()))
 
 
-def _tokens(item: Record) -> Tensor:
-    """What the router read, put together from what the experts got; nothing where experts read more than tokens."""
-    if item.kept is None or cast(MoE, item.layer).experts.reads:
-        return item.routing.logits.new_empty(0, cast(MoE, item.layer).router.scorer.dim)
-    tokens = torch.zeros(len(item.routing.logits), item.input.shape[-1]).to(item.input)
-    tokens[item.order // max(item.routing.indices.shape[1], 1)] = item.input.detach()
-    return tokens
+def _tokens(item: Record, asked: bool) -> Tensor:
+    """What the router read, with zeros for padding, as it reads them; nothing where experts read something else."""
+    layer = cast(MoE, item.layer)
+    if not asked or layer.experts.reads or layer.unit.pooled:
+        return item.routing.logits.new_empty(0, layer.router.scorer.dim)
+    tokens, mask = item.tensor("tokens").detach(), item.routing.mask
+    return tokens if mask is None else tokens.masked_fill(~mask[:, None], 0)
 
 
 @contextmanager
 def watch(model: nn.Module, *, tokens: bool = True, training_only: bool = False) -> Iterator[Watch]:
     """Watch the MoE layers of a model of this library.
 
-    A token that no expert took has zeros for its values.
-
     Args:
-        tokens: keep what the routers read, which takes the grouped dispatch and memory.
+        tokens: keep what the routers read, which takes memory.
         training_only: leave out the calls of layers that are in evaluation mode.
 
     Raises:

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectralmoe.experts import Experts
+from spectralmoe.errors import UserError
+from spectralmoe.experts.base import Answer, Experts
 from spectralmoe.routing import Routing, count_slots
+from spectralmoe.transforms import transforming
 
-__all__ = ["Dispatch", "SortedSlots", "combine", "expert_weights", "sort_slots", "spread"]
-
-
-class Dispatch(Protocol):
-    """Sends x (N, D) through the chosen experts and adds up their weighted outputs: (N, D)."""
-
-    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor: ...
-
-
-def expert_weights(routing: Routing, num_experts: int) -> Tensor:
-    """The combine weights as a dense (N, E) matrix; empty slots and zero experts leave no trace."""
-    dense = routing.weights.new_zeros(routing.weights.shape[0], num_experts + 1)
-    used = (routing.indices >= 0) & (routing.indices < num_experts)
-    return dense.scatter_add(1, torch.where(used, routing.indices, num_experts), routing.weights)[:, :num_experts]
+__all__ = ["Dispatch", "Kept", "SortedSlots", "combine", "sort_slots", "spread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +33,53 @@ class SortedSlots:
     counts: Tensor
     slots: int
     full: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Tensors of one forward, sorted by expert, with the flat (token * K + slot) of each row."""
+
+    slots: SortedSlots
+    tensors: dict[str, Tensor]
+
+    def only(self, names: tuple[str, ...]) -> Kept:
+        """The same with the named tensors alone."""
+        return Kept(self.slots, {name: self.tensors[name] for name in names if name in self.tensors})
+
+    def filled(self, rows: Tensor) -> Tensor:
+        """``rows`` without those of empty slots, which a compiled forward leaves at the end."""
+        return rows[: int(self.slots.counts.sum())]
+
+
+class Dispatch:
+    """Sends rows x (N, *S), (N, D) for tokens, through the chosen experts and adds up their weighted outputs."""
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        raise NotImplementedError
+
+    def keeping(self, x: Tensor, routing: Routing, experts: Experts, names: frozenset[str]) -> tuple[Tensor, Kept]:
+        """The same sum, step by step, with the tensors that the steps make.
+
+        Args:
+            names: what a tape asks for; "hidden" is made in a step of its own.
+
+        Raises:
+            UserError: the bank has no hidden activations; inside a transform of ``torch.func``.
+        """
+        if transforming():
+            raise UserError("record() cannot keep tensors inside a transform of torch.func; record without keep")
+        slots = sort_slots(routing, experts.num_experts)
+        tensors = {"input": (rows := spread(x, slots))}
+        if "hidden" in names:
+            hidden = experts.hidden(rows, slots.counts)
+            if hidden is None:
+                raise UserError(f"record(keep=...): {type(experts).__name__} has no 'hidden' to keep")
+            tensors["hidden"], result = hidden, experts.project(hidden, slots.counts)
+        else:
+            result = experts(rows, slots.counts)
+        answer = result if isinstance(result, Answer) else Answer(result)
+        tensors |= {"output": answer.gained, **(answer.said or {})}
+        return combine(result, routing.weights.to(x.dtype), slots), Kept(slots, tensors)
 
 
 def sort_slots(routing: Routing, num_experts: int) -> SortedSlots:
@@ -66,23 +102,24 @@ def sort_slots(routing: Routing, num_experts: int) -> SortedSlots:
 
 
 def spread(x: Tensor, slots: SortedSlots) -> Tensor:
-    """Rows (M, D) in expert order from tokens x (N, D): row r is the token of slot ``order[r]``."""
+    """Rows (M, *S) in expert order from x (N, *S): row r is the token of slot ``order[r]``."""
     return _Spread.apply(x, slots)  # type: ignore[no-any-return]
 
 
-def combine(result: Tensor | tuple[Tensor, Tensor], weights: Tensor, slots: SortedSlots) -> Tensor:
-    """Tokens (N, D): for each, the sum over its slots of weight (N, K) times what the bank made of its row.
+def combine(result: Tensor | Answer, weights: Tensor, slots: SortedSlots) -> Tensor:
+    """Tokens (N, *S): for each, the sum over its slots of weight (N, K) times what the bank made of its row.
 
     Gathers by the inverse permutation instead of scattering, so the sum has a fixed order on every device.
 
     Args:
-        result: rows (M, D) of the bank, or (rows, gain (M,)).
+        result: rows (M, *S) of the bank, or its ``Answer``.
     """
-    if isinstance(result, tuple):
-        rows, gain = result
-        weights = weights * _by_slot(gain[:, None].to(weights.dtype), slots).view_as(weights)
-    else:
-        rows = result
+    rows = result.y if isinstance(result, Answer) else result
+    if isinstance(result, Answer) and result.gain is not None:
+        weights = weights * _by_slot(result.gain[:, None].to(weights.dtype), slots).view_as(weights)
+    if rows.dim() > 2:
+        y: Tensor = combine(rows.flatten(1), weights, slots).unflatten(1, rows.shape[1:])
+        return y
     if torch.compiler.is_compiling():  # static shapes: behind the last block a bank may leave anything
         tail = torch.arange(rows.shape[0], device=rows.device) >= slots.counts.sum()
         rows = rows.masked_fill(tail[:, None], 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from spectralmoe.dispatch.base import combine, sort_slots, spread
+from spectralmoe.dispatch.base import Dispatch, combine, sort_slots, spread
 from spectralmoe.dispatch.dense import Dense
 from spectralmoe.dispatch.fused import can_fuse, fused
 from spectralmoe.experts import Experts
@@ -15,7 +15,7 @@ from spectralmoe.transforms import transforming
 __all__ = ["Grouped"]
 
 
-class Grouped:
+class Grouped(Dispatch):
     """Dropless: each expert runs on exactly the tokens that chose it, however uneven the load.
 
     Feed-forward banks on a CPU run as one operator (``dispatch.fused``). Inside the transforms of ``torch.func`` the

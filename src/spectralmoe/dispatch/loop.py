@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectralmoe.dispatch.base import Dispatch
 from spectralmoe.dispatch.dense import Dense
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing
@@ -13,7 +14,7 @@ from spectralmoe.transforms import transforming
 __all__ = ["Loop"]
 
 
-class Loop:
+class Loop(Dispatch):
     r"""The definition, :math:`y_t = \sum_j w_{tj} E_{i_{tj}}(x_t)`, one token and one slot at a time.
 
     Any dtype, any bank, no speed: every other dispatch is tested against it. Reads the indices on the host, so inside

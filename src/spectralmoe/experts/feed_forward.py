@@ -12,7 +12,7 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts.base import Experts
 from spectralmoe.experts.grouped_gemm import grouped_linear, row_experts
 
-__all__ = ["Activation", "FeedForward", "activate"]
+__all__ = ["Activation", "FeedForward", "activate", "add_bias"]
 
 Activation = Literal["gelu", "relu", "swiglu"]
 
@@ -40,6 +40,8 @@ class FeedForward(Experts):
     >>> torch.allclose(y[3:], bank.expert(x[3:], 1), atol=1e-6)
     True
     """
+
+    row_dims = 1
 
     def __init__(
         self,
@@ -103,10 +105,10 @@ class FeedForward(Experts):
         return self.project(self.hidden(x, counts), counts)
 
     def hidden(self, x: Tensor, counts: Tensor) -> Tensor:
-        return activate(self.activation, _add_bias(grouped_linear(x, self.up, counts), self.up_bias, counts))
+        return activate(self.activation, add_bias(grouped_linear(x, self.up, counts), self.up_bias, counts))
 
     def project(self, hidden: Tensor, counts: Tensor) -> Tensor:
-        return _add_bias(grouped_linear(hidden, self.down, counts), self.down_bias, counts)
+        return add_bias(grouped_linear(hidden, self.down, counts), self.down_bias, counts)
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """Two GEMMs over all experts at once; the weights enter between them."""
@@ -137,7 +139,7 @@ def _uniform(*shape: int, fan_in: int | None = None) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
-def _add_bias(y: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+def add_bias(y: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
     """Add each row its expert's bias; rows behind the last block get zero and give no gradient."""
     if bias is None:
         return y

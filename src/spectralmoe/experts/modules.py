@@ -16,7 +16,7 @@ __all__ = ["ModuleExperts"]
 
 
 class ModuleExperts(Experts):
-    """A bank of given modules, each mapping (M, D) to (M, D). Slower than stacked weights: one call an expert.
+    """A bank of given modules, each mapping rows (M, *S) to rows of that shape: one call an expert, which takes longer.
 
     Args:
         reads: names of side information that the modules get behind the token: they map (M, D + P) to (M, D) then.

@@ -61,11 +61,7 @@ class BestTokens:
         sequences = routing.shape[0] if routing.shape is not None and len(routing.shape) > 1 else n
         if not n:
             return
-        inside = (routing.indices >= 0) & (routing.indices < e)
-        weights = routing.weights.new_zeros(n, e + 1)
-        slots = torch.where(inside, routing.indices, e)
-        weights.scatter_(1, slots, torch.where(inside, routing.weights.detach(), 0))
-        top = weights[:, :e].T.topk(min(self.size, n), dim=1)
+        top = routing.gates(e).detach().T.topk(min(self.size, n), dim=1)
         length = n // sequences
         for expert, (values, rows) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
             new = [

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spectralmoe.regularizers.balance import importance_cv2, load_balance, router_z
 from spectralmoe.regularizers.orthonormality import orthonormality
+from spectralmoe.regularizers.output_overlap import output_overlap
 from spectralmoe.regularizers.spectral import spectral_norm, spectral_penalty, stable_rank
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "importance_cv2",
     "load_balance",
     "orthonormality",
+    "output_overlap",
     "router_z",
     "spectral_norm",
     "spectral_penalty",
@@ -28,4 +30,5 @@ REGULARIZERS: dict[str, Callable[[Any], Tensor]] = {
     "load_balance": load_balance,
     "router_z": router_z,
     "importance_cv2": importance_cv2,
+    "output_overlap": output_overlap,
 }

@@ -210,7 +210,7 @@ class _Run:
         batch = self.task.batch(chosen, np.random.default_rng((self.settings.seed, self.step)))
         part = batch.part(self.ranks.share(len(chosen)), self.device)
         with (
-            record(self.model) if self.routed else nullcontext() as tape,
+            record(self.model, terms=self.terms) if self.routed else nullcontext() as tape,
             autocast(self.settings.precision, self.device),
         ):
             loss = self.task.loss(self.model, part)

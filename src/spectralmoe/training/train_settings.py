@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from spectralmoe.training.settings import Network, Optimization, Positive, Settings
+from spectralmoe.naming import shown
+from spectralmoe.training.settings import Network, Optimization, Positive, Row, Settings, laid_over
 from spectralmoe.training.vision_settings import Backbone, MoEParts
 
 __all__ = ["TrainSettings"]
 
-_SR_MOE, _TIMM = ("router", "depth", "network"), ("backbone", "moe")
+_SR_MOE, _TIMM = ("router", "experts", "depth", "network"), ("backbone", "moe")
 
 
 class TrainSettings(Settings):
@@ -19,8 +20,11 @@ class TrainSettings(Settings):
     else of an SR-MoE network.
 
     Attributes:
-        router, depth, network: of an SR-MoE network: the preset, how many MoE stages, their sizes.
+        router, depth, network: of an SR-MoE network: a name or a table, see ``find_preset``; how many MoE stages; their
+            sizes.
+        experts: of an SR-MoE network: the bank by name, or a table with its arguments; None: the router's, or its own.
         backbone, moe: a timm model and its MoE parts; without parts it is dense, to be a start for others.
+        terms: regularizers by name with their weights, beside those of the router; one of the same name changes it.
         image_size: images are resized to this side; those of a folder when they are read. None: as the data have them.
         train_size: training samples; None: all.
         hold_out: name of a class that training and validation do not see; the network can be taught it later.
@@ -30,7 +34,9 @@ class TrainSettings(Settings):
     """
 
     data: str
-    router: str = "sr-moe"
+    router: Row = "sr-moe"
+    experts: Row | None = None
+    terms: dict[str, Any] = Field(default_factory=dict)
     depth: Positive = 2
     backbone: Backbone | None = None
     moe: MoEParts | None = None
@@ -56,15 +62,15 @@ class TrainSettings(Settings):
         return {key: value for key, value in handler(self).items() if key not in absent}
 
     @property
-    def preset(self) -> str:
-        """The router's name, or "none" for a dense backbone."""
+    def row(self) -> Row:
+        """Router, experts and terms as one row; "none" for a dense backbone."""
         if self.backbone is None:
-            return self.router
-        return "none" if self.moe is None else self.moe.router
+            return laid_over(self.router, experts=self.experts, terms=self.terms)
+        return "none" if self.moe is None else laid_over(self.moe.router, terms=self.terms)
 
     @property
     def label(self) -> str:
         """What is trained, for people."""
         if self.backbone is None:
-            return self.router
-        return self.backbone.name if self.moe is None else f"{self.backbone.name}, {self.moe.router}"
+            return shown(self.row)
+        return self.backbone.name if self.moe is None else f"{self.backbone.name}, {shown(self.row)}"

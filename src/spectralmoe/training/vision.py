@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from spectralmoe.checkpoints.weights_file import read_tensors, without_prefix
 from spectralmoe.data.image_data import ImageData
-from spectralmoe.errors import UserError, one_of, refuse_differences
+from spectralmoe.errors import UserError, refuse_differences
+from spectralmoe.presets import find_preset
 from spectralmoe.saving import load
 from spectralmoe.terms import Term
 from spectralmoe.training.network import pixel_statistics
-from spectralmoe.training.routers import ROUTERS, find_preset, router_factory
+from spectralmoe.training.settings import Row
 from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.training.vision_settings import Backbone, MoEParts
-from spectralmoe.vision import BranchSpec, EMoESpec, add_branches, replace_mlp
+from spectralmoe.vision import BranchSpec, add_branches, replace_mlp
 from spectralmoe.vision.model import VisionMoE, check_images, vision_moe
 
 __all__ = [
@@ -27,8 +27,6 @@ __all__ = [
     "make_spec",
     "router_terms",
 ]
-
-_EXPERTS_A_TOKEN = {"soft": None, "top1": 1, "top2": 2}
 
 
 def build_vision(data: ImageData, wanted: Backbone, settings: TrainSettings) -> VisionMoE:
@@ -70,9 +68,9 @@ def add_parts(network: VisionMoE, wanted: MoEParts, seed: int) -> None:
     if wanted.kind == "branches":
         add_branches(network.backbone, spec)
         return
-    if wanted.init == "copy" and wanted.mode != "soft":
+    if wanted.init == "copy" and wanted.k != "soft":
         raise UserError(
-            'moe: kind = "replace_mlp" starts as the dense model only with mode = "soft"; or use init = "random"'
+            'moe: kind = "replace_mlp" starts as the dense model only with k = "soft"; or use init = "random"'
         )
     replace_mlp(network.backbone, spec, init=wanted.init)
 
@@ -81,24 +79,17 @@ def make_spec(wanted: MoEParts) -> BranchSpec:
     """The spec that the settings describe.
 
     Raises:
-        UserError: an unknown router; settings of "emoe" with another one.
+        UserError: as ``BranchSpec.of``.
     """
-    common: dict[str, Any] = {"experts": wanted.experts, "bottleneck": wanted.bottleneck, "blocks": wanted.blocks}
-    if wanted.router == "emoe":
-        common |= {"tokens": wanted.tokens, "start": wanted.start}
-        return EMoESpec(faithful=wanted.faithful, rank=wanted.rank, tau=wanted.tau, mode=wanted.mode, **common)
-    if wanted.router not in ROUTERS and ":" not in wanted.router:
-        raise one_of("router", wanted.router, [*ROUTERS, "pkg:Class"])
-    for key in ("faithful", "rank", "tau"):
-        if getattr(wanted, key):
-            raise UserError(f'moe: {key} belongs to router = "emoe", not to {wanted.router!r}')
-    factory = router_factory(find_preset(wanted.router), _EXPERTS_A_TOKEN[wanted.mode])
-    return BranchSpec(router=factory, norm=True, tokens=wanted.tokens or "all", start=wanted.start or "model", **common)
+    chosen = {key: getattr(wanted, key) for key in ("tokens", "start") if getattr(wanted, key) is not None}
+    return BranchSpec.of(
+        wanted.router, k=wanted.k, experts=wanted.experts, bottleneck=wanted.bottleneck, blocks=wanted.blocks, **chosen
+    )
 
 
-def router_terms(router: str) -> Mapping[str, Term]:
-    """The penalty terms that belong to a router, or to none."""
-    return {} if router == "none" else find_preset(router).terms
+def router_terms(row: Row) -> Mapping[str, Term]:
+    """The penalty terms that belong to a row, or to none."""
+    return {} if row == "none" else find_preset(row).terms
 
 
 def load_weights(network: VisionMoE, path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from spectralmoe.training.settings import Positive, Settings, Several
+from spectralmoe.training.settings import Positive, Row, Settings, Several
 
 __all__ = ["Backbone", "MoEParts"]
 
@@ -36,23 +37,26 @@ class MoEParts(Settings):
 
     Attributes:
         kind: "branches" behind the blocks, or "replace_mlp": experts in place of their MLPs.
-        router: "emoe", or the name of a preset (``spectralmoe list``).
-        faithful, rank, tau: of "emoe" alone, see ``spectralmoe.vision.EMoESpec``.
-        mode: "soft", or how many experts a token.
+        router: the name of a preset (``spectralmoe list``), or a table, see ``find_preset``.
+        k: how many experts a token, or "soft".
         blocks: "all", "lastN", or indices: "1,3" or [1, 3].
         experts, bottleneck: E, and the width H of a branch's adapters.
-        tokens: "patches" or "all"; None: what the router's form takes ("all", but for the faithful one).
-        start: of branches: "model" starts as the backbone itself, "authors" with random adapters; None: what the
-            router's form takes ("model", but for the faithful one).
-        init: of "replace_mlp": "copy" starts as the dense model and needs mode = "soft"; "random".
+        tokens: "patches" or "all"; None: as the router has it, "all" but for "emoe-faithful".
+        start: of branches: "model" starts as the backbone itself, "authors" with random adapters; None: as the router
+            has it, "model" but for "emoe-faithful".
+        init: of "replace_mlp": "copy" starts as the dense model and needs k = "soft"; "random".
     """
 
+    moved: ClassVar[Mapping[str, str]] = {
+        "mode": 'k = 1, k = 2 or k = "soft"',
+        "faithful": 'router = "emoe-faithful"',
+        "rank": 'router = {preset = "emoe-faithful", rank = 32}',
+        "tau": 'router = {preset = "emoe", temperature = 0.1}',
+    }
+
     kind: Literal["branches", "replace_mlp"] = "branches"
-    router: str = "emoe"
-    faithful: bool = False
-    rank: Positive | None = None
-    tau: Annotated[float, Field(gt=0)] | None = None
-    mode: Literal["soft", "top1", "top2"] = "top1"
+    router: Row = "emoe"
+    k: Positive | Literal["soft"] = 1
     blocks: str | Several[int] = "last6"
     experts: Positive = 8
     bottleneck: Positive = 192

@@ -16,10 +16,12 @@ from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
 from spectralmoe.diagnostics.evaluation import Counted
 from spectralmoe.experiments.compare.settings import Cell
 from spectralmoe.experiments.compare.setup import Setup, Tuned
+from spectralmoe.experts import Experts
 from spectralmoe.linalg import sigma_max, stable_rank
 from spectralmoe.moe import MoE
+from spectralmoe.routing import Routing
 from spectralmoe.saving import save
-from spectralmoe.tape import moe_layers
+from spectralmoe.tape import moe_layers, record
 from spectralmoe.training.loop import History, train
 from spectralmoe.training.network import CHECKPOINT
 from spectralmoe.training.tasks import Task
@@ -42,15 +44,27 @@ def run_cell(cell: Cell, tuned: Tuned, setup: Setup, progress: Callable[[float],
     return row
 
 
-def active_flops(model: nn.Module, sample: torch.Tensor) -> int:
-    """Floating-point operations of one forward for one sample (1, ...): only the experts that it uses count."""
-    counted = copy.deepcopy(model).cpu().eval()
-    for layer in moe_layers(counted).values():
-        if isinstance(layer, MoE):
-            layer.dispatch = "loop"
+def active_flops(model: nn.Module, sample: Tensor) -> int:
+    """Floating-point operations of one forward for one sample (1, ...): only the experts that it uses count.
+
+    What runs outside the banks is counted as it runs, the chosen experts by ``Experts.costs``.
+    """
+    counted, total = copy.deepcopy(model).cpu().eval(), 0.0
+    with torch.no_grad(), record(counted, keep="input") as tape:
+        counted(sample)
+    for item in tape:
+        if isinstance(item.layer, MoE) and item.kept is not None:
+            costs = item.layer.experts.costs(item.input.shape[1:])
+            total += float(item.kept.slots.counts.to(costs) @ costs)
+            item.layer.dispatch = _nothing
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         counted(sample)
-    return int(counter.get_total_flops())
+    return int(total) + int(counter.get_total_flops())
+
+
+def _nothing(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """A dispatch without experts."""
+    return torch.zeros_like(x)
 
 
 def _measures(network: nn.Module, task: Task, loads: Mapping[str, Tensor], history: History) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from spectralmoe.experiments.compare.settings import Cell, CompareSettings
+from spectralmoe.presets import find_preset
 from spectralmoe.terms import Term
-from spectralmoe.training.routers import find_preset
 from spectralmoe.training.tasks import Task
 from spectralmoe.training.train_settings import TrainSettings
 

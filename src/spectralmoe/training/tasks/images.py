@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from spectralmoe.data.image_data import ImageData, Split, load_data
 from spectralmoe.diagnostics.evaluation import run_over
 from spectralmoe.errors import UserError
+from spectralmoe.naming import shown
 from spectralmoe.training.network import build_network, model_meta
 from spectralmoe.training.tasks.base import Part, Task, rounded
 from spectralmoe.training.tasks.classification import CLASSIFICATION, class_scores
@@ -87,7 +88,7 @@ class ImageTask(Task):
     def build(self, settings: TrainSettings) -> nn.Module:
         if settings.backbone is not None:
             return build_vision(self.data, settings.backbone, settings)
-        return build_network(self.data, settings.network, settings.router, settings.depth, settings.optimization.seed)
+        return build_network(self.data, settings.network, settings.row, settings.depth, settings.optimization.seed)
 
     def batch(self, indices: Tensor, draw: np.random.Generator) -> Images:
         images, labels = self.data.train.images[indices], self.data.train.labels[indices]
@@ -122,7 +123,7 @@ class ImageTask(Task):
     ) -> dict[str, Any]:
         return model_meta(
             self.data,
-            settings.preset,
+            shown(settings.row),
             settings.hold_out,
             settings=settings.model_dump(mode="json"),
             results={**rounded(results, loads), "test_images": len(self.data.test)},

@@ -1,0 +1,108 @@
+"""Experts that say how sure they are, which weighs their output.
+
+ConfSMoE, arXiv 2505.19525: a confidence gate made by the experts themselves.
+Differs: the gain multiplies the router's combine weight, which the paper sets to 1, so that the router learns; the
+residual path and the norm behind it stay with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectralmoe.errors import UserError
+from spectralmoe.experts.base import Answer, Experts
+from spectralmoe.experts.feed_forward import add_bias
+from spectralmoe.experts.grouped_gemm import grouped_linear
+
+__all__ = ["ConfidentExperts"]
+
+
+class ConfidentExperts(Experts):
+    r"""Gives each output of a bank the gain :math:`c_{te} = \sigma(v_e^\top \mathrm{LN}(F_e(x_t)) + b_e)` in (0, 1).
+
+    LN has no factors of its own, which v could take over. The records keep the confidence where a regularizer or
+    ``record(model, keep="confidence")`` asks: (M,), row by row as ``Record.order`` says.
+
+    Args:
+        experts: the bank F, D wide, with a gain of its own or not.
+
+    Attributes:
+        direction: v (E, D), starts at zero: all are 1/2 sure.  bias: b (E,).
+
+    Raises:
+        UserError: a bank that does not say its width.
+
+    >>> import torch
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
+    >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), ConfidentExperts(FeedForward(4, 8, 16)))
+    >>> with record(layer, keep="confidence") as tape:
+    ...     y = layer(torch.randn(3, 8))
+    >>> tape[0].tensor("confidence").tolist()
+    [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+    """
+
+    row_dims = 1
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__(experts.num_experts)
+        if not isinstance(dim := getattr(experts, "dim", None), int):
+            raise UserError(
+                f"ConfidentExperts needs a bank that says its width D as 'dim', {type(experts).__name__} does not"
+            )
+        self.experts, self.dim, self.says = experts, dim, ("confidence", *experts.says)
+        self.direction = nn.Parameter(torch.zeros(experts.num_experts, dim))
+        self.bias = nn.Parameter(torch.zeros(experts.num_experts))
+
+    def answer(self, x: Tensor, e: int) -> Answer:
+        own = slice(e, e + 1)
+        return self._weighed(
+            self.experts.answer(x, e),
+            lambda rows: F.linear(rows, self.direction[own].to(rows.dtype), self.bias[own].to(rows.dtype)),
+        )
+
+    def forward(self, x: Tensor, counts: Tensor) -> Answer:
+        return self._sorted(self.experts(x, counts), counts)
+
+    def hidden(self, x: Tensor, counts: Tensor) -> Tensor | None:
+        return self.experts.hidden(x, counts)
+
+    def project(self, hidden: Tensor, counts: Tensor) -> Answer:
+        return self._sorted(self.experts.project(hidden, counts), counts)
+
+    def expert_parameters(self, e: int) -> dict[str, Tensor]:
+        inner = {f"experts.{name}": value for name, value in self.experts.expert_parameters(e).items()}
+        return {"direction": self.direction[e], "bias": self.bias[e], **inner} if inner else {}
+
+    def costs(self, shape: Sequence[int] = ()) -> Tensor:
+        """Floating-point operations of each expert on one row (E,): the bank's, and the confidence."""
+        return self.experts.costs(shape) + 2 * self.dim
+
+    def select(self, indices: Sequence[int] | Tensor) -> Experts:
+        bank = cast(ConfidentExperts, super().select(indices))
+        bank.experts = self.experts.select(indices)
+        return bank
+
+    def averaged(self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Experts:
+        bank = cast(ConfidentExperts, super().averaged(groups, weights))
+        bank.experts = self.experts.averaged(groups, weights)
+        return bank
+
+    def _sorted(self, result: Tensor | Answer, counts: Tensor) -> Answer:
+        """The bank's result on rows sorted by expert, weighed."""
+        return self._weighed(
+            result if isinstance(result, Answer) else Answer(result),
+            lambda rows: add_bias(grouped_linear(rows, self.direction[:, None], counts), self.bias[:, None], counts),
+        )
+
+    def _weighed(self, answer: Answer, head: Callable[[Tensor], Tensor]) -> Answer:
+        """The answer with its confidence, in fp32 or better; ``head`` maps rows (M, D) to their logits (M, 1)."""
+        y = answer.gained
+        with torch.autocast(y.device.type, enabled=False):
+            rows = F.layer_norm(y.to(torch.promote_types(y.dtype, torch.float32)), (self.dim,))
+            confidence = head(rows).squeeze(1).sigmoid()
+        return Answer(y, confidence, {"confidence": confidence, **(answer.said or {})})
