@@ -1,5 +1,6 @@
 """Tasks: the loop, its checkpoints and a comparison need nothing else of what is learned."""
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spectralmoe import FeedForward, MoE
+from spectralmoe import FeedForward, MoE, load
+from spectralmoe.cli.app import run
 from spectralmoe.experiments.compare.cell import run_cell
 from spectralmoe.experiments.compare.settings import Cell, CompareSettings
 from spectralmoe.experiments.compare.setup import Setup, Tuned
@@ -158,6 +160,24 @@ def test_a_network_of_two_kinds_is_one_line(user_error):
         settings(network={}, backbone={"name": "vit_tiny_patch16_224"}, depth=3)
     with user_error("test", "[moe]", "no section [backbone]"):
         settings(moe={})
+
+
+def test_the_command_line_names_the_network(tmp_path, capsys):
+    file = tmp_path / "c.toml"
+    file.write_text('data = "digits"\n[optimization]\nepochs = 1\n')
+    for network, label in (("timm:vit_tiny_patch16_224", "vit_tiny_patch16_224"), ("sr-moe", "sr-moe")):
+        assert run(["train", "--config", str(file), "--network", network, "--print-config", "--json"]) == 0
+        assert TrainSettings(**json.loads(capsys.readouterr().out)).label == label
+    assert run(["train", "--config", str(file), "--network", "tim:x", "--print-config"]) == 2
+    assert "unknown network 'tim:x'" in capsys.readouterr().err
+    tiny = "{img_size = 8, patch_size = 4, embed_dim = 16, depth = 2, num_heads = 2}"
+    compared = ["compare", "--data", "digits", "--routers", "linear", "--depths", "1", "--seeds", "1", "--trials", "1"]
+    compared += ["--train-size", "60", "--epochs", "1", "--network", "timm:vit_tiny_patch16_224"]
+    out = tmp_path / "out"
+    assert run([*compared, "--set", f"backbone.arguments={tiny}", "--columns", "nll", "--out", str(out), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert {"accuracy", "macro_f1", "nll", "ece", "max_vio", "interference"} <= set(row)
+    assert load(out / "models" / "linear-depth1-seed0").name == "vit_tiny_patch16_224"
 
 
 def test_class_scores_by_hand():

@@ -38,7 +38,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="NAME|folder:PATH",
-            help="Data set (see 'spectralmoe list') or image folder.",
+            help="Data set (see 'spectralmoe list'), image folder, or KIND:NAME of another task.",
             show_default="mnist5k",
             autocompletion=complete_data,
         ),
@@ -55,6 +55,14 @@ def compare(
         ),
     ] = None,
     depths: Annotated[str | None, typer.Option(metavar="N,N,...", help="MoE stages.", show_default="2,4")] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sr-moe|timm:NAME",
+            help="Network of every row: SR-MoE, or a timm model with experts in the MLPs of its last blocks.",
+            show_default="sr-moe",
+        ),
+    ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="How many seeds; the interval is over them.", show_default="5")
     ] = None,
@@ -122,7 +130,7 @@ def compare(
         "network.k": None if k is None else read_k(k),
         "network.num_experts": experts,
     }
-    settings = _settings(config, given, assign or ())
+    settings = _settings(config, network, given, assign or ())
     see_own_modules(settings.routers)
     settings.check()
     where = pick_device(device)
@@ -140,7 +148,9 @@ def compare(
         raise typer.Exit(1)
 
 
-def _settings(config: Path | None, given: dict[str, Any], assign: list[str] | tuple[()]) -> CompareSettings:
+def _settings(
+    config: Path | None, network: str | None, given: dict[str, Any], assign: list[str] | tuple[()]
+) -> CompareSettings:
     """What the file says, changed by the options that were given, then by --set.
 
     Raises:
@@ -148,9 +158,11 @@ def _settings(config: Path | None, given: dict[str, Any], assign: list[str] | tu
     """
     from spectralmoe.experiments.compare import CompareSettings
     from spectralmoe.training.settings import parse, read_toml
-    from spectralmoe.training.toml_text import change, put
+    from spectralmoe.training.toml_text import change, choose_network, put
 
     values = {} if config is None else read_toml(config)
+    if network is not None:
+        choose_network(values, network)
     for path, value in given.items():
         if value is not None:
             put(values, path, value)

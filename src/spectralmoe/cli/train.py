@@ -53,6 +53,10 @@ def train(
             autocompletion=one_among(*ROUTER_NAMES),
         ),
     ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(metavar="sr-moe|timm:NAME", help="Network, in place of the file's: SR-MoE, or a timm model."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Random seed; the file's by default.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start a timm model from timm's weights.")] = False,
     parallel: Annotated[
@@ -104,7 +108,7 @@ def train(
     from spectralmoe.training.tasks import open_task
     from spectralmoe.training.vision import router_terms
 
-    settings = _read(config, assign or (), seed, pretrained, router)
+    settings = _read(config, assign or (), network, router, seed, pretrained)
     if print_config:
         _print(settings, json)
         return
@@ -119,8 +123,8 @@ def train(
     with joined(parallel, pick_device(device)) as (ranks, where):
         if ranks.first:
             say_notes(task.notes)
-        network = task.build(settings).to(where)
-        trained = ranks.spread(network)
+        built = task.build(settings).to(where)
+        trained = ranks.spread(built)
         claim = {**settings.model_dump(mode="json"), "images": task.fingerprint}
         files = (CHECKPOINT, "model.safetensors", "config.json", "history.json", *([MONITOR] if monitor else []))
         with run_folder(out, claim, files) if ranks.first else nullcontext():
@@ -143,12 +147,12 @@ def train(
                     monitor=watched,
                     ranks=ranks,
                 )
-            ranks.collect(trained, network)
+            ranks.collect(trained, built)
             if not ranks.first:
                 return
-            counted = Counted(network)
+            counted = Counted(built)
             scores = {f"test_{key}": value for key, value in task.score(counted, "test").items()}
-            save(network, out, meta=task.meta(settings, scores, counted.loads))
+            save(built, out, meta=task.meta(settings, scores, counted.loads))
             about = {"title": f"{title} on {settings.data}", "metric": asdict(task.metric)}
             write_json(out / "history.json", {**about, "epochs": history.epochs, **scores})
     if json:
@@ -160,17 +164,26 @@ def train(
     typer.echo(f"{validation}test {task.metric.show(scores[task.metric.key_of('test')])}; model saved to {out}")
 
 
-def _read(config: Path, assign: Sequence[str], seed: int | None, pretrained: bool, router: str | None) -> TrainSettings:
-    """What the file says, changed by --set, --seed, --router and --pretrained.
+def _read(
+    config: Path,
+    assign: Sequence[str],
+    network: str | None,
+    router: str | None,
+    seed: int | None,
+    pretrained: bool,
+) -> TrainSettings:
+    """What the file says, changed by the options: --network and --set first, then the others.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --pretrained without a timm model.
     """
     from spectralmoe.training.settings import parse, read_toml
-    from spectralmoe.training.toml_text import change, put
+    from spectralmoe.training.toml_text import change, choose_network, put
     from spectralmoe.training.train_settings import TrainSettings
 
     values = read_toml(config)
+    if network is not None:
+        choose_network(values, network)
     change(values, assign)
     if seed is not None:
         put(values, "optimization.seed", seed)

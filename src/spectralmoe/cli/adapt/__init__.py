@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -18,7 +18,7 @@ from spectralmoe.errors import UserError, one_of
 
 __all__ = ["adapt"]
 
-JOBS = {
+JOBS: dict[str, tuple[Callable[..., None], str]] = {
     "correct": (correct, "Correct one image, with a receipt."),
     "trials": (trials, "What corrections cost, one at a time."),
     "stream": (stream, "Corrections in a row on one model."),
