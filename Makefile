@@ -54,9 +54,9 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/demo.stamp: pyproject.toml constraints.txt | .venv/pyvenv.cfg
-	$(INSTALL) -e ".[data]"
+	$(INSTALL) -e ".[data,plots]"
 	touch $@
 
 .venv/test.stamp: pyproject.toml constraints.txt | .venv/pyvenv.cfg
-	$(INSTALL) -e ".[data,vision,hf,dev]"
+	$(INSTALL) -e ".[data,plots,vision,hf,dev]"
 	touch $@

@@ -15,7 +15,7 @@ SOURCE = Path(spectralmoe.__file__).parent
 LEVELS = [
     {"errors", "sharding", "transforms"},
     {"files", "machine", "linalg", "routing", "stacks", "context", "units"},
-    {"parts"},
+    {"parts", "draw"},
     {"selectors", "experts"},
     {"scorers"},
     {"dispatch"},
@@ -37,11 +37,12 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-HEAVY = {"timm", "transformers", "huggingface_hub", "sklearn", "mlxtend", "PIL", "torchvision"}
+HEAVY = {"timm", "transformers", "huggingface_hub", "sklearn", "mlxtend", "PIL", "torchvision", "matplotlib"}
 ONLY_IN = {
     "timm": {"vision/model.py"},
     "transformers": {"hf/load.py", "bench/peers/transformers.py"},
     "huggingface_hub": {"saving/hub.py"},
+    "matplotlib": {"draw/figure.py"},
 }
 NOT_AT_START = HEAVY | {"typer", "rich", "pydantic"}
 

@@ -154,6 +154,15 @@ def test_experts_read_it_in_every_dispatch(dispatch, same):
     same(y, torch.stack(rows).unflatten(0, SHAPE), [x, severity, *layer.parameters()])
 
 
+def test_maps_get_it_as_constant_channels():
+    bank = ModuleExperts([nn.Conv2d(3 + P, 3, 3, padding=1)], reads=("severity",))
+    maps, severity = torch.randn(2, 3, 5, 4), torch.randn(2, P)
+    wide = bank.beside(maps, {"severity": severity})
+    assert torch.equal(wide[:, :3], maps)
+    assert torch.equal(wide[:, 3:], severity[..., None, None].expand(2, P, 5, 4))
+    assert bank.expert(wide, 0).shape == maps.shape
+
+
 def test_what_experts_read_is_kept_with_their_rows(user_error, tmp_path):
     layer, x, severity = modulated_layer(), torch.randn(B, S, D), torch.randn(B, P)
     context = Context(samples={"severity": severity})

@@ -7,6 +7,7 @@ folder. The tests compare them with what one process computes.
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,9 +41,12 @@ from spectralmoe import (
     save,
     shard_routers,
 )
+from spectralmoe.optim import make_optimizer
 from spectralmoe.regularizers import load_balance, orthonormality, router_z, spectral_norm, stable_rank
+from spectralmoe.selectors import ClusterDropout
 
 N, D, E, ROUNDS = 20, 8, 5, 3
+RATES = SimpleNamespace(lr=0.01, weight_decay=0.1)
 ADDITIVE = {"z": Term(router_z, 0.3), "sigma": Term(spectral_norm, 0.2), "rank": Term(stable_rank, 0.1)}
 ALL = {**ADDITIVE, "balance": Term(load_balance, 0.3), "ortho": Term(orthonormality, 0.1)}
 
@@ -253,7 +257,41 @@ def shared_bases(rank, folder):
     return found | {"state": state(net), "shared": net.blocks[0].moe.router.scorer.bank is net.blocks[0].moe.experts}
 
 
-CHECKS = (selection_bias, ddp, fsdp, fsdp_bf16, ddp_training, uneven, shared_bases)
+def expert_draws(rank, folder):
+    """Who takes part at each step, on ranks that were seeded differently and see different data."""
+    torch.manual_seed(shifted(rank))
+    layer = MoE(Router(LinearScorer(D, E), ClusterDropout(TopK(1), 1, interval=1)), FeedForward(E, D, 4))
+    parallel, drawn = DistributedDataParallel(layer), []
+    for _ in range(6):
+        drawn.append(layer.router.selector.taking_part.clone())
+        with record(layer) as tape:
+            parallel(torch.randn(5, D)).sum().backward()
+        after_step(layer, tape)
+    return drawn
+
+
+def sharded_muon(rank, folder):
+    """Three steps on joined data with sharded matrices and experts; the whole parameters."""
+    net = shard(make_net())
+    optimizer = make_optimizer("muon", net, RATES)
+    for data in batches():
+        optimizer.zero_grad()
+        (net(data.flatten(0, 1)).square().mean()).backward()
+        optimizer.step()
+    return {name: whole(parameter) for name, parameter in net.named_parameters()}
+
+
+CHECKS = (
+    selection_bias,
+    ddp,
+    fsdp,
+    fsdp_bf16,
+    ddp_training,
+    uneven,
+    shared_bases,
+    expert_draws,
+    sharded_muon,
+)
 
 
 @pytest.fixture(scope="module")
@@ -354,6 +392,23 @@ def test_ranks_stay_equal_in_training(ranks):
     into = make_net()
     load(ranks.folder / "ddp1", into=into)
     all_equal(state(into), one)
+
+
+def test_all_ranks_leave_the_same_experts_out(ranks):
+    one, two = ranks(expert_draws)
+    assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
+    assert len({tuple(each.tolist()) for each in one}) > 1
+
+
+def test_muon_moves_sharded_matrices_as_whole_ones(ranks, close):
+    net = make_net()
+    optimizer = make_optimizer("muon", net, RATES)
+    for data in batches():
+        optimizer.zero_grad()
+        net(data.flatten(0, 1)).square().mean().backward()
+        optimizer.step()
+    for found in ranks(sharded_muon):
+        all_close(found, dict(net.named_parameters()), close)
 
 
 def test_uneven_inputs_under_join(ranks, close):

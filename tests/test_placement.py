@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectralmoe import (
     Balanced,
@@ -114,6 +115,30 @@ def test_the_identity_changes_no_bit():
     x = torch.randn(20, D)
     assert plain.placement is None
     assert torch.equal(plain(x), placed(x))
+
+
+class Operators(TorchDispatchMode):
+    """Collects the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_fast_path_stays_and_a_table_of_one_column_costs_a_gather():
+    x, names = torch.randn(20, D), {}
+    for table in (None, [[e] for e in range(E)], TABLES["replicated"]):
+        layer = layer_of(table) if table else MoE(Router(LinearScorer(D, E), TopK(2)), FeedForward(E, D, 12))
+        with Operators() as operators:
+            layer(x)
+        assert operators.names.count("spectralmoe::fused_experts") == 1
+        names[str(table)] = operators.names
+    none, identity, replicas = (len(each) for each in names.values())
+    assert none < identity <= none + 6 < replicas
 
 
 def test_records_and_selection_biases_speak_of_experts():

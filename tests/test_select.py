@@ -80,14 +80,8 @@ def gates(indices, weights):
 
 
 @pytest.mark.grid(masked=[False, True])
-def test_routers_decide_as_if_the_others_had_no_logits(
-    make_router, scorer_name, selector_name, masked, close, user_error
-):
+def test_routers_decide_as_if_the_others_had_no_logits(make_router, scorer_name, selector_name, masked, close):
     router = make_router(scorer_name, selector_name, D, E).double().eval()
-    if selector_name == "cluster_dropout":
-        with user_error("ClusterDropout", "group"):
-            router.select(KEPT)
-        return
     started(router.scorer)
     for name, values in router.selector.named_buffers():
         if values.is_floating_point():
@@ -121,6 +115,13 @@ def test_selectors_that_cannot_choose_among_so_few(make_router, user_error):
     ):
         with user_error("Router.select", *words):
             router.select(indices)
+
+
+def test_selecting_draws_nothing(make_router, selector_name):
+    router = make_router("linear", selector_name, D, E)
+    before = torch.get_rng_state()
+    router.select(KEPT)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_scorer_that_names_no_rows(user_error):

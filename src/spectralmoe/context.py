@@ -59,9 +59,9 @@ class Context:
 register_dataclass(Context)  # so that FSDP and torch.export see the tensors inside
 
 
-def rows_of(context: Context | Rows | None, shape: tuple[int, ...], mask: Tensor | None) -> Rows | None:
-    """The rows of a ``Context``; what holds rows already, or nothing, as it is."""
-    return context.rows(shape, mask) if isinstance(context, Context) else context
+def rows_of(context: Context | Rows | None, x: Tensor, mask: Tensor | None) -> Rows | None:
+    """The rows of a ``Context`` beside tokens x (..., D); what holds rows already, or nothing, as it is."""
+    return context.rows(x.shape[:-1], mask) if isinstance(context, Context) else context
 
 
 def _flat(name: str, value: Tensor, lead: tuple[int, ...], kind: str) -> Tensor:

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from spectralmoe.errors import UserError
 from spectralmoe.parts import Part
 from spectralmoe.recording import Recordable
-from spectralmoe.router import Router
 from spectralmoe.tape import Record
 
 __all__ = ["after", "device_of", "parallel_of", "refuse_join"]
@@ -28,8 +27,7 @@ def after(layers: dict[str, Recordable], records: Sequence[Record], group: Any) 
         seen = [item for item in records if item.layer is layer]
         parts = _moving_parts(layer)
         moving += parts
-        if layer.router is not None:
-            gathered += _statistics(layer.router, parts, seen)
+        gathered += _statistics(layer, parts, seen)
     totals = _summed([sums for _, sums, _ in gathered], group)
     for (part, _, counted), total in zip(gathered, totals, strict=True):
         if counted:
@@ -45,12 +43,14 @@ def _moving_parts(layer: Recordable) -> list[Part]:
     return [part for _, part in layer.parts() if not part.is_frozen and part not in resting]
 
 
-def _statistics(router: Router, parts: list[Part], seen: Sequence[Record]) -> list[tuple[Part, Tensor, bool]]:
+def _statistics(layer: Recordable, parts: list[Part], seen: Sequence[Record]) -> list[tuple[Part, Tensor, bool]]:
     """The parts that keep statistics, with the sums of this rank, and whether they take the sums of all ranks.
 
     A part rests where its layer ran in evaluation mode alone; where it did not run, what other ranks saw counts.
     """
-    counts = torch.zeros(router.num_experts, dtype=torch.int64, device=device_of(router))
+    if (router := layer.router) is None:
+        return []
+    counts = torch.zeros(router.num_experts, dtype=torch.int64, device=device_of(layer))
     tokens = torch.zeros(0, router.scorer.dim, device=counts.device)
     trained = [item for item in seen if item.training]
     gathered = []
@@ -96,6 +96,6 @@ def _summed(totals: list[Tensor], group: Any) -> list[Tensor]:
     return summed
 
 
-def device_of(router: Router) -> torch.device:
+def device_of(layer: nn.Module) -> torch.device:
     """Where its tensors are; the CPU, where it has none."""
-    return next((tensor.device for tensor in chain(router.parameters(), router.buffers())), torch.device("cpu"))
+    return next((tensor.device for tensor in chain(layer.parameters(), layer.buffers())), torch.device("cpu"))

@@ -40,7 +40,7 @@ class Part(nn.Module):
     """Whether records keep the tokens of training forwards, for ``statistics``; read of scorers and banks."""
 
     reads: tuple[str, ...] = ()
-    """Names of the side information that ``read`` asks for."""
+    """Names of the side information that ``read`` asks for; experts get it in this order behind their rows."""
 
     @property
     def is_frozen(self) -> bool:

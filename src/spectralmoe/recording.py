@@ -127,10 +127,12 @@ class Recordable(nn.Module):
     def parts(self) -> Iterator[tuple[str, Part]]:
         """Scorer, selector, bank and the parts inside them by name, but for those of other layers inside."""
         inside: list[tuple[str, nn.Module]] = list(self.named_children())[::-1]
+        met: set[nn.Module] = set()
         while inside:
             name, module = inside.pop()
-            if isinstance(module, Part):
+            if isinstance(module, Part) and module not in met:
                 yield name, module
+            met.add(module)
             if not isinstance(module, Recordable):
                 inside += [(f"{name}.{child}", value) for child, value in module.named_children()][::-1]
 

@@ -78,7 +78,7 @@ class Router(nn.Module):
         flat_mask = None if mask is None else mask.reshape(-1).bool()
         if flat_mask is not None:
             tokens = tokens.masked_fill(~flat_mask[:, None], 0)  # padding may hold nan, which 0 * nan would spread
-        rows = rows_of(context, shape, mask)
+        rows = rows_of(context, x, mask)
         with torch.autocast(device_type=x.device.type, enabled=False):
             logits = self.scorer(tokens, context=rows)
             wanted = self.selector.choose(logits.detach(), mask=flat_mask, context=rows)

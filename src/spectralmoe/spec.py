@@ -26,7 +26,7 @@ from spectralmoe.selectors import SELECTORS
 from spectralmoe.tape import unwrapped
 from spectralmoe.units import UNITS
 
-__all__ = ["build", "describe", "find_class"]
+__all__ = ["build", "describe", "find_class", "of_today"]
 
 PARTS: dict[str, type] = {
     **SCORERS,
@@ -90,7 +90,7 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
         return spec
     if "type" not in spec:
         return {name: build(value, allow=allow, tables=tables) for name, value in spec.items()}
-    spec = _of_today(spec)
+    spec = of_today(spec)
     kind = spec["type"]
     cls: Any = (tables or PARTS).get(kind) if isinstance(kind, str) else None
     if cls is None:
@@ -104,7 +104,7 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
     return call(cls, kind, arguments)
 
 
-def _of_today(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+def of_today(spec: Mapping[str, Any]) -> Mapping[str, Any]:
     """``spec`` in the words of this version: soft routing was once top-k with k null."""
     if spec["type"] == "topk" and spec.get("k", 0) is None:
         return {"type": "soft", **{name: value for name, value in spec.items() if name not in ("type", "k")}}

@@ -93,7 +93,7 @@ class Attachment(Joinable):
     @property
     def join_device(self) -> torch.device:
         """Where the sums over the ranks are made."""
-        return next((device_of(layer.router) for layer in self.layers.values() if layer.router), torch.device("cpu"))
+        return next((device_of(layer) for layer in self.layers.values()), torch.device("cpu"))
 
     @property
     def join_process_group(self) -> Any:

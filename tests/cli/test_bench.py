@@ -21,7 +21,9 @@ def stored(call, busy, tmp_path):
 
 
 def test_bench_writes_json_table_and_picture(stored):
-    assert sorted(path.name for path in stored.parent.iterdir()) == ["bench.json", "bench.md", "bench.svg"]
+    assert sorted(path.name for path in stored.parent.iterdir()) == [
+        f"bench.{kind}" for kind in ("json", "md", "pdf", "png", "svg")
+    ]
     found = read_json(stored)
     assert found["busy"] is True
     assert {case["suite"] for case in found["cases"]} == {"router"}

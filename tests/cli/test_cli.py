@@ -16,6 +16,17 @@ from spectralmoe.cli.app import run
 from spectralmoe.files import read_json
 
 SMALL = ["--data", "digits", "--depths", "1", "--seeds", "2", "--epochs", "2", "--train-size", "200", "--trials", "5"]
+SMALL += ["--columns", "accuracy,interference"]  # few panels are quick to draw
+
+
+EXPLOSIVE = """
+from spectralmoe import LinearScorer
+
+
+class Explosive(LinearScorer):
+    def forward(self, x, *, context=None):
+        return super().forward(x, context=context) * float("nan")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +77,88 @@ def test_compare_prints_a_table_and_names_the_files(compared, call):
     code, out, err = call("compare", *SMALL, "--routers", "linear,sr-moe", "--out", compared)
     assert code == 0
     assert "interference" in out
-    for name in ("results.json", "results.csv", "comparison.svg", "models"):
+    for name in (
+        "results.json",
+        "results.csv",
+        "summary.csv",
+        "table.tex",
+        "comparison.svg",
+        "differences.pdf",
+        "models",
+    ):
         assert str(compared / name) in out
+    assert "minus linear, paired by seed" in out
+    assert "two seeds" in out
     assert "100%" in err
 
 
 def test_compare_refuses_other_settings(compared, refused):
-    line = refused("compare", *SMALL, "--routers", "linear", "--out", compared)
-    assert "routers = ['linear', 'sr-moe'], not ['linear']" in line
-    line = refused("compare", *SMALL, "--routers", "linear,sr-moe", "--k", "1", "--out", compared)
-    assert "network.k = 2, not 1" in line
+    """Whatever would have made the finished cells others."""
+    for change, words in (
+        (["--k", "1"], "network.k = 2, not 1"),
+        (["--epochs", "3"], "optimization.epochs = 2, not 3"),
+        (["--seed", "1"], "seed = 0, not 1"),
+        (["--set", "optimization.lr=1e-4"], "optimization.lr = 0.003, not 0.0001"),
+    ):
+        assert words in refused("compare", *SMALL, "--routers", "linear,sr-moe", *change, "--out", compared)
+    assert read_json(compared / "settings.json")["routers"] == ["linear", "sr-moe"]
+
+
+def test_a_comparison_grows(copied, call):
+    """More routers, depths and seeds: what was there is not run again, and everything is shown."""
+    before = {path: path.read_bytes() for path in (copied / "cells").iterdir()}
+    options = [*SMALL, "--routers", "cosine,linear", "--seeds", 3, "--processes", 1]
+    code, out, err = call("compare", *options, "--baseline", "sr-moe", "--columns", "gini,accuracy", "--out", copied)
+    assert code == 0, err
+    assert {path: path.read_bytes() for path in before} == before
+    results = read_json(copied / "results.json")
+    assert [(row["router"], row["seeds"]) for row in results["summary"]] == [
+        ("linear", [0, 1, 2]),
+        ("sr-moe", [0, 1]),
+        ("cosine", [0, 1, 2]),
+    ]
+    assert results["settings"]["routers"] == ["linear", "sr-moe", "cosine"]
+    assert len(results["summary"][2]["differences"]["gini"]["values"]) == 2  # the seeds that both have
+    assert "minus sr-moe" in out
+    assert "MaxVio" not in out
+    assert out.index("Gini") < out.index("accuracy %")
+    assert all({"cpu", "threads", "versions"} <= cell.keys() for cell in results["cells"])
+
+
+def test_compare_takes_its_settings_from_a_file_options_and_set(compared, call, tmp_path):
+    (tmp_path / "c.toml").write_text(
+        'data = "digits"\nrouters = ["linear", "sr-moe"]\ndepths = [1]\nseeds = 1\ntrain_size = 200\n'
+        "[optimization]\nepochs = 9\n"
+    )
+    options = ["--seeds", 2, "--trials", 5, "--set", "optimization.epochs=2"]
+    code, _, err = call("compare", "--config", tmp_path / "c.toml", *options, "--out", compared)
+    assert code == 0, err  # the settings of the finished run, so nothing is run
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [("--baseline", "unknown baseline 'x'"), ("--columns", "unknown column 'x'")]
+)
+def test_what_is_shown_is_checked_before_anything_runs(refused, tmp_path, option, words):
+    assert words in refused("compare", *SMALL, "--routers", "linear", option, "x", "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "models").exists()
+
+
+def test_a_diverged_row_says_so_and_the_others_go_on(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = ["--data", "digits", "--depths", 1, "--seeds", 1, "--train-size", 100, "--trials", 1, "--processes", 1]
+    options += ["--routers", "explosive:Explosive,linear", "--epochs", 1, "--out", tmp_path / "out", "--json"]
+    (tmp_path / "explosive.py").write_text(EXPLOSIVE)
+    for _ in range(2):  # the second time nothing is run
+        code, out, err = call("compare", *options)
+        assert code == 1
+        assert "explosive:Explosive, depth 1, seed 0 diverged: " in err
+        first, second = json.loads(out)
+        assert (first["seeds"], first["diverged"], first["accuracy"]) == ([], [0], None)
+        assert (second["seeds"], second["diverged"]) == ([0], [])
+    assert "1 diverged" in (tmp_path / "out" / "table.md").read_text()
+    assert call("report", tmp_path / "out", "--out", tmp_path / "r.html")[0] == 0
+    assert "1 diverged" in (tmp_path / "r.html").read_text()
 
 
 def test_evaluate_agrees_with_the_comparison(compared, model, call):
@@ -233,7 +316,7 @@ def test_routers_of_your_own(call, tmp_path, monkeypatch):
         (["compare", "--depths", "0"], ["depths", "0"]),
         (["compare", "--k", "9"], ["--k 9", "from 1 to 8"]),
         (["compare", "--k", "some"], ["--k some", "'soft'"]),
-        (["compare", "--k", "0"], ["--k 0", "from 1 to 8"]),
+        (["compare", "--k", "0"], ["--k 0", "'soft'"]),
         (["compare", "--seeds", "none"], ["--seeds", "integer"]),
         (["compare", "--epoch", "3"], ["--epoch"]),
         (["compare", "--data", "digits", "--train-size", "99999"], ["99999", "1079"]),
@@ -386,19 +469,17 @@ def copied(compared, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("results.json", '{"cells": [1]}'),
-        ("results.json", '{"cells": {"a": 1}}'),
-        ("results.json", '{"cells": [{"router": "linear"}]}'),
-        ("results.json", "3"),
+        ("cells/linear-depth1-seed0.json", "[1]"),
+        ("cells/linear-depth1-seed0.json", '{"router": "linear"}'),
+        ("cells/linear-depth1-seed0.json", "{"),
         ("settings.json", "[]"),
         ("settings.json", '{"editor.fontSize": 12}'),
-        ("tuning.json", "3"),
-        ("tuning.json", "[1]"),
-        ("tuning.json", '{"a": 1}'),
-        ("tuning.json", '[{"router": "linear"}]'),
+        ("tries/linear-depth1-try0.json", "3"),
+        ("tries/linear-depth1-try0.json", '{"a": 1}'),
     ],
 )
 def test_damaged_results_are_named_and_kept(copied, refused, name, text):
+    (copied / name).parent.mkdir(exist_ok=True)
     (copied / name).write_text(text)
     shutil.rmtree(copied / "models")
     assert name in refused("compare", *SMALL, "--routers", "linear,sr-moe", "--out", copied)

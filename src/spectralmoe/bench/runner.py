@@ -19,7 +19,7 @@ from spectralmoe.bench.case import Case, measure
 from spectralmoe.bench.idle import LIMIT, Idle
 from spectralmoe.bench.problem import dtype_name
 from spectralmoe.bench.settings import Settings
-from spectralmoe.bench.show import as_markdown, as_picture
+from spectralmoe.bench.show import as_markdown
 from spectralmoe.bench.targets import against_targets
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.files import make_folder, read_json, write_json, write_text
@@ -72,7 +72,7 @@ def run(
     watch: Watch = _nobody,
     idle: Idle | None = None,
 ) -> dict[str, Any]:
-    """The results of ``suites`` as one JSON value; with ``out`` also bench.json, bench.md and bench.svg in that folder.
+    """The results of ``suites`` as one JSON value; with ``out`` also bench.json and bench.md in that folder.
 
     The files are written after each case. A run that was stopped is gone on with by the same call: what it has
     measured is not measured again. A finished one is measured anew.
@@ -154,7 +154,6 @@ def _result(
 def _write(out: Path, result: Mapping[str, Any]) -> None:
     write_json(out / FILE, result)
     write_text(out / "bench.md", as_markdown(result))
-    write_text(out / "bench.svg", as_picture(result))
 
 
 def _head(suites: Sequence[str], settings: Settings) -> dict[str, Any]:

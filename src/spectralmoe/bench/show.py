@@ -1,4 +1,4 @@
-"""A result for people: Markdown tables and a picture."""
+"""A result for people: Markdown tables and the panels of a picture."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spectralmoe.bench.case import BEST_PEER, LIMIT
-from spectralmoe.bench.picture import draw_ratios
+from spectralmoe.draw.panels import Intervals, Mark
 
-__all__ = ["as_markdown", "as_picture", "roles", "target_cells"]
+__all__ = ["as_markdown", "ratio_panels", "roles", "target_cells"]
 
 Row = Mapping[str, Any]
 
@@ -46,16 +46,24 @@ def roles(case: Row) -> list[Row]:
     return about or list(case["ratios"])
 
 
-def as_picture(result: Row) -> str:
-    """The ratios of all cases, those with a target first."""
-    groups: dict[str, list[tuple[str, Row]]] = {}
-    measured = [row | {"median": row["measured"]} for row in result["targets"] if row["measured"] is not None]
-    if measured:
-        groups["targets (bar: at most)"] = [(row["what"], row) for row in measured]
+def ratio_panels(result: Row) -> list[Intervals]:
+    """The ratios of all cases, a panel a suite; those with a target first, the target as a tick."""
+    groups: dict[str, list[Mark]] = {}
+    for row in result["targets"]:
+        if row["measured"] is not None:
+            mark = _mark(row["what"], "targets", row, "measured")
+            groups.setdefault("targets (black: at most)", []).append(mark._replace(at_most=row["at_most"]))
     for case in result["cases"]:
-        labels = [(f"{case['name']}: {row['of']} / {row['over']}", row) for row in roles(case)]
-        groups.setdefault(case["suite"], []).extend(labels)
-    return draw_ratios("Time or memory, as ratios within one run, with 95% intervals", groups)
+        for row in roles(case):
+            label = f"{case['name']}: {row['of']} / {row['over']}"
+            groups.setdefault(case["suite"], []).append(_mark(label, case["suite"], row, "median"))
+    return [
+        Intervals(f"{name}, ratio", marks, better="lower", guides=(1.0,), ratio=True) for name, marks in groups.items()
+    ]
+
+
+def _mark(label: str, group: str, row: Row, key: str) -> Mark:
+    return Mark(label, group, row[key], row["low"], row["high"])
 
 
 def _case(case: Row) -> list[str]:

@@ -9,7 +9,7 @@ import typer
 
 from spectralmoe.cli.completion import SUITES, one_among
 from spectralmoe.cli.console import print_json, print_table, watching
-from spectralmoe.cli.options import DeviceName, Json, split_names
+from spectralmoe.cli.options import DeviceName, Json, say_notes, split_names
 from spectralmoe.errors import one_of
 
 __all__ = ["bench"]
@@ -60,7 +60,8 @@ def bench(
 
     from spectralmoe.bench import Settings, run
     from spectralmoe.bench.allocator import keep_freed_memory
-    from spectralmoe.bench.show import as_markdown, target_cells
+    from spectralmoe.bench.show import as_markdown, ratio_panels, target_cells
+    from spectralmoe.draw.figure import write_figures
     from spectralmoe.training.settings import pick_device
 
     if check is not None:
@@ -83,6 +84,10 @@ def bench(
     )
     with watching(quiet=json) as watch:
         result = run(suites or list(SUITES), settings, out=out, allow_busy=allow_busy, watch=watch)
+    pictures: list[Path] = []
+    if out is not None:
+        pictures, notes = write_figures(out, {"bench": ratio_panels(result)}, per_line=1)
+        say_notes(notes)
     if json:
         print_json(result)
     elif out is None:
@@ -91,7 +96,9 @@ def bench(
         rows = [target_cells(row) for row in result["targets"] if row["met"] is not None]
         if rows:
             print_table("targets", ["what", "at most", "measured", "met"], rows)
-        typer.echo(f"everything: {out / 'bench.md'}, {out / 'bench.json'}\npicture: {out / 'bench.svg'}")
+        typer.echo(f"everything: {out / 'bench.md'}, {out / 'bench.json'}")
+        for picture in pictures:
+            typer.echo(f"picture: {picture}")
 
 
 def _check(path: Path, json: bool) -> None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectralmoe.cli.completion import complete_routers
+from spectralmoe.cli.completion import complete_data, complete_routers
 from spectralmoe.cli.console import count, over_seeds, print_json, print_table, watching
 from spectralmoe.cli.options import (
-    Data,
+    Assign,
     DataDir,
     DeviceName,
     Download,
     Json,
     Out,
-    Seed,
     read_data,
     refuse_image_size,
+    say_notes,
     see_own_modules,
     split_names,
     split_numbers,
@@ -27,32 +27,67 @@ from spectralmoe.cli.options import (
 from spectralmoe.errors import UserError
 from spectralmoe.training.names import DEFAULT_ROUTERS
 
+if TYPE_CHECKING:
+    from spectralmoe.experiments.compare import CompareSettings
+    from spectralmoe.experiments.compare.grid import Compared
+
 __all__ = ["compare"]
 
 
 def compare(
     out: Out,
-    data: Data = "mnist5k",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|folder:PATH",
+            help="Data set (see 'spectralmoe list') or image folder.",
+            show_default="mnist5k",
+            autocompletion=complete_data,
+        ),
+    ] = None,
     routers: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="A,B,...",
             help="Presets (see 'spectralmoe list') or PKG:CLASS of your own.",
+            show_default=",".join(DEFAULT_ROUTERS),
             autocompletion=complete_routers,
         ),
-    ] = ",".join(DEFAULT_ROUTERS),
-    depths: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of MoE stages.")] = "2,4",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the interval is over them.")] = 5,
-    seed: Seed = 0,
-    k: Annotated[str, typer.Option(metavar="K|soft", help="Experts a token, or soft mixing of all.")] = "2",
-    experts: Annotated[int, typer.Option(min=1, help="Experts a layer.")] = 8,
+    ] = None,
+    depths: Annotated[str | None, typer.Option(metavar="N,N,...", help="MoE stages.", show_default="2,4")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many seeds; the interval is over them.", show_default="5")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="The first.", show_default="0")] = None,
+    k: Annotated[
+        str | None, typer.Option(metavar="K|soft", help="Experts a token, or soft mixing of all.", show_default="2")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Experts a layer.", show_default="8")] = None,
     train_size: Annotated[int | None, typer.Option(min=1, help="Training images; all by default.")] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side that the images of folder:PATH are resized to.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training for each network.")] = 8,
-    trials: Annotated[int, typer.Option(min=1, help="One-shot corrections for each network.")] = 50,
-    tune: Annotated[int, typer.Option(min=0, help="Settings tried for each row on validation data; 0: none.")] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs of training for each network.", show_default="8")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="One-shot corrections for each network.", show_default="50")
+    ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(min=0, help="Settings tried for each row on validation data; 0: none.", show_default="0"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="F.toml", help="The same settings from a file; options change them.")
+    ] = None,
+    assign: Assign = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="ROUTER", help="What the others are compared with, seed by seed; the first by default."),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Measures in tables and pictures; all by default.")
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Networks at a time, one thread each; by default as many as cores.")
     ] = None,
@@ -65,45 +100,82 @@ def compare(
 
     Example: spectralmoe compare --data mnist5k --routers linear,sr-moe --depths 2 --seeds 3 --out runs/first
 
-    A run that was stopped goes on when it is started again with the same settings and --out.
+    A run that was stopped goes on when it is started again with the same --out. More routers, depths and seeds go into
+    the same --out, too; what is there is not run again.
     """
-    from spectralmoe.experiments.compare import CompareSettings, run
-    from spectralmoe.experiments.compare.columns import COLUMNS, show, summarise, summary_json
-    from spectralmoe.training.settings import parse, pick_device
+    from spectralmoe.experiments.compare import run
+    from spectralmoe.training.settings import pick_device
 
-    names = split_names(routers)
-    see_own_modules(names)
-    values: dict[str, Any] = {
+    names = None if routers is None else split_names(routers)
+    if k is not None and k != "soft" and not (k.isdecimal() and int(k)):
+        raise UserError(f"--k {k} is neither 'soft' nor a number of experts a token")
+    given = {
         "data": data,
         "routers": names,
-        "depths": split_numbers("--depths", depths),
+        "depths": None if depths is None else split_numbers("--depths", depths),
         "seeds": seeds,
         "seed": seed,
         "trials": trials,
+        "image_size": image_size,
+        "train_size": train_size,
+        "tune": tune,
+        "optimization.epochs": epochs,
+        "network.k": k if k is None or k == "soft" else int(k),
+        "network.num_experts": experts,
     }
-    values |= {"image_size": image_size, "train_size": train_size, "tune": tune, "optimization": {"epochs": epochs}}
-    if k != "soft" and not (k.isdecimal() and 1 <= int(k) <= experts):
-        raise UserError(f"--k {k} is neither 'soft' nor a number from 1 to {experts} (--experts)")
-    values["network"] = {"k": k if k == "soft" else int(k), "num_experts": experts}
-    settings = parse(CompareSettings, values, "compare")
+    settings = _settings(config, given, assign or ())
+    see_own_modules(settings.routers)
     settings.check()
-    refuse_image_size(data, image_size)
+    refuse_image_size(settings.data, settings.image_size)
     where = pick_device(device)
-    images = read_data(data, data_dir, download, image_size)
+    images = read_data(settings.data, data_dir, download, settings.image_size)
     with watching(quiet=json) as watch:
         at_a_time = processes or (os.cpu_count() or 1 if where.type == "cpu" else 1)
-        rows = summarise(run(settings, images, out, where, watch, processes=at_a_time))
+        chosen = split_names(columns or "")
+        compared = run(
+            settings, images, out, where, watch, processes=at_a_time, baseline=baseline, columns=chosen
+        )  # fmt: skip
+    say_notes(compared.notes)
+    _tell(compared, settings, out, json)
+    if any(row.diverged for row in compared.rows):
+        raise typer.Exit(1)
+
+
+def _settings(config: Path | None, given: dict[str, Any], assign: list[str] | tuple[()]) -> CompareSettings:
+    """What the file says, changed by the options that were given, then by --set.
+
+    Raises:
+        UserError: as ``read_toml``, ``change`` and ``parse``.
+    """
+    from spectralmoe.experiments.compare import CompareSettings
+    from spectralmoe.training.settings import parse, read_toml
+    from spectralmoe.training.toml_text import change, put
+
+    values = {} if config is None else read_toml(config)
+    for path, value in given.items():
+        if value is not None:
+            put(values, path, value)
+    change(values, assign)
+    source = "compare" if config is None else str(config)
+    return parse(CompareSettings, values, f"{source} with --set" if assign else source)
+
+
+def _tell(compared: Compared, settings: CompareSettings, out: Path, json: bool) -> None:
+    from spectralmoe.experiments.compare.columns import summary_json
+    from spectralmoe.experiments.compare.outputs import difference_fields, value_fields
+
     if json:
-        print_json(summary_json(rows))
+        print_json(summary_json(compared.rows, compared.shown.baseline))
         return
-    title = f"{data}, {count(settings.seeds, 'seed')}, k = {k}: {over_seeds(settings.seeds)}"
-    headings = ["router", "depth", *(column.title for column in COLUMNS)]
-    fields = [[row.router, str(row.depth), *(show(c, row.values[c.key]) for c in COLUMNS)] for row in rows]
-    print_table(title, headings, fields, key=2)
-    _tell_files(out)
-
-
-def _tell_files(out: Path) -> None:
-    typer.echo(f"table: {out / 'results.json'}, {out / 'results.csv'}")
-    typer.echo(f"picture: {out / 'comparison.svg'}")
+    seeds = max(len(row.seeds) for row in compared.rows)
+    values, differences = (make(compared.rows, compared.shown) for make in (value_fields, difference_fields))
+    title = f"{settings.data}, {count(seeds, 'seed')}, k = {settings.network.k}: {over_seeds(seeds)}"
+    print_table(title, *values, key=3)
+    if differences.rows:
+        title = f"minus {compared.shown.baseline}, paired by seed; separated: the 95% interval leaves out 0"
+        print_table(title, *differences, key=3)
+    names = ("results.json", "results.csv", "summary.csv", "table.md", "table.tex")
+    typer.echo(f"tables: {', '.join(str(out / name) for name in names)}")
+    for picture in compared.pictures:
+        typer.echo(f"picture: {picture}")
     typer.echo(f"models: {out / 'models'}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,12 +21,16 @@ from spectralmoe.cli.options import (
     Seed,
     load_network,
     read_data,
+    say_notes,
     see_own_modules,
     split_names,
     split_numbers,
 )
 from spectralmoe.errors import UserError
 from spectralmoe.training.names import FRESH_ROWS, OWN_ROWS
+
+if TYPE_CHECKING:
+    from spectralmoe.experiments.few_shot.grid import FewShotSettings
 
 __all__ = ["fewshot"]
 
@@ -62,7 +67,8 @@ def fewshot(
 
     Example: spectralmoe fewshot runs/vit --data mnist5k --shots 1,5,10 --out runs/fewshot
 
-    A run that was stopped goes on when it is started again with the same settings and --out.
+    A run that was stopped goes on when it is started again with the same --out. More rows, shots and seeds go into the
+    same --out, too; what is there is not run again.
     """
     from spectralmoe.experiments.few_shot.grid import FewShotSettings, Task, run_few_shot
     from spectralmoe.experiments.few_shot.learning import FEW_SHOT
@@ -82,16 +88,28 @@ def fewshot(
     images = read_data(data, data_dir, download, meta.side)
     with watching(quiet=json) as watch:
         summary = run_few_shot(settings, Task(network, read_config(model)["sha256"], images), out, watch)
+    failed = [f"{item['row']}, {item['shots']} shots" for item in summary if item["diverged"]]
+    say_notes([f"{row}: training diverged" for row in failed])
+    _tell(summary, settings, out, json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _tell(summary: list[dict[str, Any]], settings: FewShotSettings, out: Path, json: bool) -> None:
     if json:
         print_json(summary)
         return
-    by_row = {row: [item for item in summary if item["row"] == row] for row in settings.rows}
+    shots = list(dict.fromkeys(item["shots"] for item in summary))
+    by_row = {item["row"]: [other for other in summary if other["row"] == item["row"]] for item in summary}
+    seeds = max(len(item["accuracy"]["values"]) if item["accuracy"] else 0 for item in summary)
     fields = [[row, *(_show(item["accuracy"]) for item in items)] for row, items in by_row.items()]
-    title = f"{data}, test accuracy %, {count(seeds, 'seed')}: {over_seeds(seeds)}"
-    print_table(title, ["row", *(count(k, "shot") for k in settings.shots)], fields)
+    title = f"{settings.data}, test accuracy %, {count(seeds, 'seed')}: {over_seeds(seeds)}"
+    print_table(title, ["row", *(count(k, "shot") for k in shots)], fields)
     typer.echo(f"table: {out / 'fewshot.json'}")
 
 
-def _show(value: dict[str, Any]) -> str:
+def _show(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
     half = "" if value["half"] is None else f" ±{value['half']:.2f}"
     return f"{value['mean']:.2f}{half}"

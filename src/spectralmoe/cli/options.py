@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Allow",
+    "Assign",
     "Data",
     "DataDir",
     "DeviceName",
@@ -75,6 +76,10 @@ DeviceName = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text, errors too.")]
+Assign = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as network.k=1; repeats."),
+]
 Allow = Annotated[
     list[str] | None, typer.Option("--allow", metavar="PKG:CLASS", help="A class of your own that the model may use.")
 ]

@@ -14,6 +14,7 @@ from spectralmoe.cli.completion import LOG_NAMES, listed, one_among
 from spectralmoe.cli.console import print_finding, print_json, watching
 from spectralmoe.cli.options import (
     Allow,
+    Assign,
     DataDir,
     DeviceName,
     Download,
@@ -45,10 +46,7 @@ MONITOR = "monitor.jsonl"
 def train(
     config: Annotated[Path, typer.Option(metavar="F.toml", help="Settings of the run.")],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for everything that is written.")] = None,
-    assign: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the file, such as network.k=1; repeats."),
-    ] = None,
+    assign: Assign = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print all settings of the run as TOML, and train nothing.")
     ] = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch import Tensor
 from spectralmoe.compression.saliency import SALIENCIES, frequency, random, reap, removal
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.moe import MoE
-from spectralmoe.routing import Routing
 from spectralmoe.tape import Record
 
 __all__ = ["Evidence"]
@@ -94,37 +93,40 @@ def _reap(layer: MoE, records: list[Record]) -> Tensor:
 
 
 def _removal(layer: MoE, records: list[Record]) -> Tensor:
-    experts = range(layer.router.num_experts)
-    rests = [[e for e in experts if e != gone] for gone in experts]
-    routers = [layer.router.select(rest).eval() for rest in rests]
-    total, tokens = torch.zeros(len(experts), dtype=torch.float64), 0
+    total_experts = layer.router.num_experts
+    rests = [[e for e in range(total_experts) if e != gone] for gone in range(total_experts)]
+    selectors = [layer.router.selector.select(rest).eval() for rest in rests]
+    total, tokens = torch.zeros(total_experts, dtype=torch.float64), 0
     for item in records:
-        rows, k = item.input.detach(), max(item.routing.indices.shape[1], 1)
-        seen, first = _first_rows(item.order // k)
-        x = rows[first]
-        gates = _gates(item.routing, list(experts), len(experts))[seen]
-        without = [_gates(router(x), rest, len(experts)) for router, rest in zip(routers, rests, strict=True)]
-        outputs = torch.stack([_output(layer, e, x) for e in experts])
-        total += removal(outputs.to(gates), gates, torch.stack(without).to(gates)).cpu() * len(x)
-        tokens += len(x)
+        rows, routing = item.input.detach(), item.routing
+        seen, its_row = _seen(item.order // max(routing.indices.shape[1], 1))
+        logits = routing.logits.detach()[seen]
+        gates = _gates(routing.indices[seen], routing.weights.detach()[seen], range(total_experts), total_experts)
+        without = []
+        for selector, rest in zip(selectors, rests, strict=True):
+            left = logits[:, rest]
+            indices = selector.limit(selector.choose(left), len(rest))
+            without.append(_gates(indices, selector.weigh(left, indices), rest, total_experts))
+        outputs = torch.stack([_output(layer, e, rows[its_row]) for e in range(total_experts)])
+        total += removal(outputs.to(gates), gates, torch.stack(without)).cpu() * len(seen)
+        tokens += len(seen)
     return total / max(tokens, 1)
 
 
-def _first_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that have rows, in order, and the first row of each."""
-    seen, place = tokens.unique(return_inverse=True)
-    rows = torch.arange(len(tokens) - 1, -1, -1, device=tokens.device)
-    return seen, torch.empty_like(seen).scatter_(0, place.flip(0), rows)
+def _seen(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that have rows, in order, and a row of each: they are all alike."""
+    seen, number = tokens.unique(return_inverse=True)
+    return seen, torch.empty_like(seen).scatter_(0, number, torch.arange(len(tokens), device=tokens.device))
 
 
-def _gates(routing: Routing, experts: list[int], num_experts: int) -> Tensor:
-    """Combine weights (N, E) of a router that calls ``experts`` 0, 1, ..."""
-    names = torch.tensor([*experts, num_experts], device=routing.indices.device)[routing.indices]  # -1: the last
-    dense = routing.weights.detach().new_zeros(len(names), num_experts + 1)
-    return dense.scatter_add(1, names, routing.weights.detach())[:, :num_experts]
+def _gates(indices: Tensor, weights: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
+    """Combine weights (N, E) of slots that call ``experts`` 0, 1, ..."""
+    names = torch.tensor([*experts, num_experts], device=indices.device)[indices]  # -1: the last
+    dense = weights.new_zeros(len(names), num_experts + 1)
+    return dense.scatter_add(1, names, weights)[:, :num_experts]
 
 
 def _output(layer: MoE, e: int, x: Tensor) -> Tensor:
-    """Expert ``e`` of the router on tokens (N, D)."""
+    """Expert ``e`` of the router on rows (N, D)."""
     places = layer.places(e)
-    return layer.experts.expert(x, places[0]) if places else torch.zeros_like(x)
+    return layer.experts.expert(x, places[0]) if places else x.new_zeros(len(x), layer.router.scorer.dim)

@@ -23,6 +23,7 @@ __all__ = [
     "select",
     "show",
     "show_difference",
+    "verdict",
 ]
 
 Cells = Sequence[Mapping[str, Any]]
@@ -76,10 +77,20 @@ def show_difference(value: Estimate | None, digits: int, scale: float = 1.0) -> 
     """
     if value is None:
         return "-"
+    word = verdict(value)
+    return word if word == "same" else f"{show(value, digits, scale, sign=True)} {word}"
+
+
+def verdict(value: Estimate) -> str:
+    """What a paired difference says: "separated" or "not", and "one seed" or "two seeds" where that is too few to tell.
+
+    >>> verdict(estimate([1.0, 1.1])), verdict(estimate([1.0, 1.1, 0.9]))
+    ('two seeds', 'separated')
+    """
     if not any(value.values):
         return "same"
-    word = "one seed" if value.half is None else "separated" if value.separated else "not"
-    return f"{show(value, digits, scale, sign=True)} {word}"
+    few = {1: "one seed", 2: "two seeds"}.get(value.n)
+    return few or ("separated" if value.separated else "not")
 
 
 def check_lines(stored: Cells, again: Cells, groups: Sequence[str], keys: Sequence[str]) -> list[str]:

@@ -17,10 +17,17 @@ SETTINGS, LOCK = "settings.json", ".lock"
 
 
 @contextmanager
-def run_folder(out: Path, settings: dict[str, Any], writes: Sequence[str]) -> Iterator[None]:
+def run_folder(
+    out: Path, settings: dict[str, Any], writes: Sequence[str], *, grows: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """Hold ``out`` for a run with ``settings`` that writes the files ``writes``.
 
-    A new folder gets ``settings.json``; one that this run made before is gone on with.
+    A new folder gets ``settings.json``; one that this run made before is gone on with. Yields the settings of all that
+    the folder holds: those given, but for the lists and numbers that have grown.
+
+    Args:
+        grows: settings that may differ between two runs in one folder, since they change no finished cell: lists are
+            united, of two numbers the larger one counts.
 
     Raises:
         UserError: ``out`` cannot be written, is in use by another run, was made with other settings, or holds one of
@@ -34,9 +41,9 @@ def run_folder(out: Path, settings: dict[str, Any], writes: Sequence[str]) -> It
             raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from error
         except OSError as error:
             raise UserError(f"cannot lock {out / LOCK}: {error.strerror or error}") from error
-        _claim(out, settings, writes)
+        claimed = _claim(out, settings, writes, grows)
         remove_parts(out)
-        yield
+        yield claimed
 
 
 def _opened(path: Path) -> TextIO:
@@ -46,7 +53,7 @@ def _opened(path: Path) -> TextIO:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str]) -> None:
+def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str], grows: Sequence[str]) -> dict[str, Any]:
     if not (out / SETTINGS).exists():
         for name in writes:
             if (out / name).exists():
@@ -54,17 +61,30 @@ def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str]) -> None:
                     f"{out / name} is there already and was not written by this command; choose another --out"
                 )
         write_json(out / SETTINGS, settings)
-        return
+        return settings
     held = read_json(out / SETTINGS)
     if not isinstance(held, dict) or not _same_keys(held, settings):
         raise UserError(f"{out / SETTINGS} is not from a run of this command; choose another --out")
-    old, new = _flat(held), _flat(settings)
+    old, new = (_flat({key: value for key, value in one.items() if key not in grows}) for one in (held, settings))
     for key in sorted(new.keys() | old.keys()):
         if old.get(key) != new.get(key):
             raise UserError(
                 f"{out} holds a run with {key} = {old.get(key)}, not {new.get(key)}; "
                 "go on with the same settings or choose another --out"
             )
+    grown = {**settings, **{key: _united(held.get(key), settings[key], out / SETTINGS) for key in grows}}
+    if grown != held:
+        write_json(out / SETTINGS, grown)
+    return grown
+
+
+def _united(old: Any, new: Any, path: Path) -> Any:
+    """Both lists without repeats, the old one first; the larger of two numbers."""
+    if isinstance(old, list) and isinstance(new, list):
+        return [*old, *(item for item in new if item not in old)]
+    if isinstance(old, int) and isinstance(new, int):
+        return max(old, new)
+    raise UserError(f"{path} is not from a run of this command; choose another --out")
 
 
 def _same_keys(held: dict[str, Any], settings: dict[str, Any]) -> bool:

@@ -57,9 +57,10 @@ class Experts(Part):
         self.num_experts = num_experts
 
     def beside(self, x: Tensor, context: Rows | None) -> Tensor:
-        """Tokens x (N, D) with what the bank ``reads`` of the context behind them: (N, D + P)."""
+        """Rows x (N, D, *S) with what the bank ``reads`` of the context behind the D: (N, D + P, *S)."""
         read = [self.read(context, name, len(x)).to(x.dtype) for name in self.reads]
-        return torch.cat([x, *read], -1) if read else x
+        wide = [values[(..., *[None] * (x.dim() - 2))].expand(-1, -1, *x.shape[2:]) for values in read]
+        return torch.cat([x, *wide], 1) if wide else x
 
     def expert(self, x: Tensor, e: int) -> Tensor:
         """The definition: expert ``e`` applied to x (M, *S) -> (M, *S), gain included."""

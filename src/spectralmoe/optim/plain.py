@@ -26,7 +26,10 @@ class Rates(Protocol):
 
 
 def adamw(model: nn.Module, settings: Rates) -> Optimizer:
-    """AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101."""
+    """AdamW for all parameters.
+
+    Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
+    """
     return torch.optim.AdamW(param_groups(model, settings.weight_decay), lr=settings.lr)
 
 

@@ -8,7 +8,9 @@ __all__ = ["constant", "cosine", "linear"]
 
 
 def cosine(done: float, steps: float) -> float:
-    """Half a cosine from 1 down to 0: Loshchilov and Hutter, "SGDR", arXiv 1608.03983, without restarts.
+    """Half a cosine from 1 down to 0.
+
+    Loshchilov and Hutter, "SGDR", arXiv 1608.03983, without restarts.
 
     >>> cosine(0, 10), round(cosine(5, 10), 12), cosine(10, 10)
     (1.0, 0.5, 0.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from spectralmoe.report.encode import short
 from spectralmoe.report.measures import Cell, Tile, figure
-from spectralmoe.report.schema_runs import Comparison, Estimate, History
+from spectralmoe.report.schema_runs import Comparison, Estimate, History, Row
 
 __all__ = ["comparison_panel", "few_shot_comparison", "history_data", "history_summary"]
 
@@ -33,11 +33,15 @@ def comparison_panel(index: int, body: Comparison) -> dict[str, Any]:
     keys = list(body.columns or dict.fromkeys(key for row in body.summary for key in row.estimates))
     heads = [{"title": key.replace("_", " "), "meaning": body.columns.get(key, "")} for key in keys]
     rows = [
-        {"name": row.router, "depth": row.depth, "cells": [_estimate(row.estimates.get(key)) for key in keys]}
+        {"name": _named(row), "depth": row.depth, "cells": [_estimate(row.estimates.get(key)) for key in keys]}
         for row in body.summary
     ]
     depths = any(row.depth is not None for row in body.summary)
     return {"index": index, "title": body.title, "columns": heads, "rows": rows, "depths": depths}
+
+
+def _named(row: Row) -> str:
+    return f"{row.router} ({len(row.diverged)} diverged)" if row.diverged else row.router
 
 
 def _estimate(value: Estimate | None) -> Cell:

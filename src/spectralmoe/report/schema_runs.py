@@ -57,6 +57,7 @@ class Row(Part):
 
     router: str
     depth: int | None = None
+    diverged: list[int] = Field(default_factory=list)
 
     @property
     def estimates(self) -> dict[str, Estimate | None]:

@@ -49,7 +49,10 @@ class Scorer(Part):
         return logits
 
     def meet(self, experts: Experts) -> None:
-        """Called once by the layer with its bank: a scorer that reads the experts keeps a reference to them."""
+        """Called once by the layer with its bank; a scorer that reads the experts keeps a reference to them.
+
+        A wrapper of a scorer passes it on.
+        """
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
         """A scorer of the experts ``indices`` alone, in this order: what is left has the logits that it had.

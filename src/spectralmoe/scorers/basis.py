@@ -1,7 +1,8 @@
 """Basis gate: an expert scores a token by its own basis, so routing and experts cannot drift apart.
 
-"ERMoE", arXiv 2511.10971, section on routing; authors' code: none with a licence, so this file is written from the
-equations. Differs: a selector takes the scores as logits, and ``score="energy"`` needs no context.
+Cheng et al., "ERMoE: Eigen-Reparameterized Mixture-of-Experts", arXiv 2511.10971, section on routing. Authors' code:
+github.com/Belis0811/ERMoE (AGPL-3.0 and no commercial use; this file is written from the equations). Differs: a
+selector takes the scores as logits, and ``score="energy"`` needs no context.
 """
 
 from __future__ import annotations
@@ -98,12 +99,8 @@ class BasisScorer(Scorer):
     def coordinates(self, x: Tensor) -> Tensor:
         """The tokens x (N, D) in the basis of each expert: (N, E, R)."""
         right = self.bank.right
-        if (
-            is_sharded(right) and torch.is_grad_enabled()
-        ):  # gathered here, its gradient would be that of this rank alone
-            raise UserError(
-                "BasisScorer: the bank is sharded by itself; call fully_shard on its layer or block instead"
-            )
+        if is_sharded(right) and torch.is_grad_enabled():  # what is gathered here gets the gradient of this rank alone
+            raise UserError("BasisScorer: the bank is sharded by itself; call fully_shard on its layer or block")
         bases = full(right).to(x.dtype).transpose(0, 1).flatten(1)
         coordinates: Tensor = (x @ bases).unflatten(-1, (self.num_experts, -1))
         return coordinates

@@ -87,7 +87,8 @@ class Selector(Part):
         memories = [(module, dict(module._buffers)) for module in selector.modules()]
         for module, _ in memories:
             module._buffers.clear()
-        selector.bind(len(chosen))
+        with torch.random.fork_rng(devices=[]):  # what ``bind`` draws is put back below
+            selector.bind(len(chosen))
         for module, memory in memories:
             for name, values in memory.items():
                 module._buffers[name] = values[chosen] if values is not None and values.dim() else values

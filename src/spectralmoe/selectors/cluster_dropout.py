@@ -29,7 +29,8 @@ class ClusterDropout(Around):
     In training the logits of experts that are out count as :math:`-\infty`, in the choice and in the scores, and a slot
     that ``selector`` gives to one of them all the same is emptied. Evaluation is that without dropout. Every
     ``interval`` optimizer steps (``after_step`` or ``attach``) the experts are drawn anew, from a seed that torch's
-    random generator gives when the router is made.
+    random generator gives when the router is made. ``DistributedDataParallel`` makes the seed of all ranks one; under
+    FSDP2 seed them alike.
 
     Args:
         selector: the selector that chooses among the others.

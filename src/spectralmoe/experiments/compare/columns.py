@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
+from spectralmoe.errors import one_of
+from spectralmoe.experiments.evidence import Cells, difference, show
+from spectralmoe.experiments.grid import DIVERGED
 from spectralmoe.experiments.statistics import Estimate, estimate
 
-__all__ = ["COLUMNS", "Column", "Row", "show", "summarise", "summary_json"]
+__all__ = ["COLUMNS", "Column", "Row", "chosen_columns", "show_value", "summarise", "summary_json"]
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One measure: its key in the results, its heading, how it is shown and drawn, and what it is."""
+    """One measure: its key in the results, its heading, how it is shown and drawn, and what it is.
+
+    Attributes:
+        better: which way is better; "" where neither is.
+        unit: what figures write behind the title, where the title does not hold it.
+    """
 
     key: str
     title: str
@@ -21,17 +29,40 @@ class Column:
     meaning: str
     scale: float = 1.0
     from_zero: bool = True
+    better: Literal["higher", "lower", ""] = ""
+    unit: str = ""
 
 
 COLUMNS = (
-    Column("accuracy", "accuracy %", 2, "test accuracy before adaptation", from_zero=False),
-    Column("max_vio", "MaxVio", 2, "largest load over mean load minus 1, worst layer; 0 is even"),
-    Column("gini", "Gini", 2, "Gini coefficient of the load, worst layer; 0 is even"),
-    Column("dead_experts", "dead", 1, "experts with less than a tenth of an even load, all layers"),
+    Column("accuracy", "accuracy %", 2, "test accuracy before adaptation", from_zero=False, better="higher"),
+    Column("max_vio", "MaxVio", 2, "largest load over mean load minus 1, worst layer; 0 is even", better="lower"),
+    Column("gini", "Gini", 2, "Gini coefficient of the load, worst layer; 0 is even", better="lower"),
+    Column(
+        "dead_experts",
+        "dead",
+        1,
+        "experts with less than a tenth of an even load, all layers",
+        better="lower",
+        unit="experts",
+    ),
     Column("sigma_1", "sigma_1", 2, "largest singular value of the routing matrix, mean over layers"),
     Column("stable_rank", "stable rank", 2, "stable rank of the routing matrix, mean over layers"),
-    Column("interference", "interference", 2, "mean accuracy change on the other samples by one correction, points"),
-    Column("success", "success %", 1, "share of corrections after which the sample is right, 0 to 1", 100.0),
+    Column(
+        "interference",
+        "interference",
+        2,
+        "mean accuracy change on the other samples by one correction, points",
+        better="higher",
+        unit="points",
+    ),
+    Column(
+        "success",
+        "success %",
+        1,
+        "share of corrections after which the sample is right, 0 to 1",
+        100.0,
+        better="higher",
+    ),
     Column("parameters", "params k", 1, "trained parameters", 1e-3),
     Column(
         "active_flops",
@@ -39,47 +70,97 @@ COLUMNS = (
         2,
         "operations of matrix products and convolutions, one image",
         1e-6,
+        better="lower",
     ),
-    Column("seconds_per_epoch", "s/epoch", 2, "training seconds an epoch"),
+    Column("seconds_per_epoch", "s/epoch", 2, "training seconds an epoch", better="lower"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """All seeds of one router at one depth: column key -> estimate."""
+    """All seeds of one router at one depth.
+
+    Attributes:
+        values: column key -> estimate.
+        differences: the same of the paired differences to the baseline; empty for the baseline itself.
+        seeds: those that were measured.  diverged: those whose training diverged.
+    """
 
     router: str
     depth: int
     values: dict[str, Estimate | None]
+    differences: dict[str, Estimate | None] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    diverged: tuple[int, ...] = ()
 
 
-def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One row for each router and depth, in order of first appearance within each depth."""
+def summarise(cells: Cells, columns: Sequence[Column] = COLUMNS, baseline: str | None = None) -> list[Row]:
+    """One row for each router and depth, in order of first appearance within each depth.
+
+    Args:
+        baseline: the router that the others are compared with, seed by seed; by default the first.
+
+    Raises:
+        UserError: no row has the name of ``baseline``.
+    """
+    routers = list(dict.fromkeys(cell["router"] for cell in cells))
+    if baseline is not None and routers and baseline not in routers:
+        raise one_of("baseline", baseline, routers)
     groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for cell in cells:
         groups.setdefault((cell["depth"], cell["router"]), []).append(cell)
+    named = [{**cell, "row": cell["router"]} for cell in cells]
     return [
-        Row(router, depth, {column.key: estimate([cell[column.key] for cell in group]) for column in COLUMNS})
-        for (depth, router), group in sorted(groups.items(), key=lambda item: item[0][0])
+        _row(group, [cell for cell in named if cell["depth"] == depth], columns, baseline or routers[0])
+        for (depth, _), group in sorted(groups.items(), key=lambda item: item[0][0])
     ]
 
 
-def show(column: Column, value: Estimate | None) -> str:
+def _row(group: Cells, same_depth: Cells, columns: Sequence[Column], baseline: str) -> Row:
+    router, depth = group[0]["router"], group[0]["depth"]
+    values = {column.key: estimate([cell.get(column.key) for cell in group]) for column in columns}
+    differences = (
+        {} if router == baseline else {c.key: difference(same_depth, c.key, router, baseline) for c in columns}
+    )
+    seeds = tuple(cell["seed"] for cell in group if DIVERGED not in cell)
+    return Row(router, depth, values, differences, seeds, tuple(c["seed"] for c in group if DIVERGED in c))
+
+
+def chosen_columns(names: Sequence[str], columns: Sequence[Column] = COLUMNS) -> tuple[Column, ...]:
+    """The columns with these keys, in this order; all of them where none is named.
+
+    Raises:
+        UserError: an unknown key.
+
+    >>> [column.title for column in chosen_columns(["gini", "accuracy"])]
+    ['Gini', 'accuracy %']
+    """
+    known = {column.key: column for column in columns}
+    for name in names:
+        if name not in known:
+            raise one_of("column", name, list(known))
+    return tuple(known[name] for name in names) if names else tuple(columns)
+
+
+def show_value(column: Column, value: Estimate | None) -> str:
     """The text of one table field, for instance ``97.10 ±0.35``; a dash where nothing was measured.
 
-    >>> show(COLUMNS[0], estimate([97.0, 97.2]))
+    >>> show_value(COLUMNS[0], estimate([97.0, 97.2]))
     '97.10 ±1.27'
     """
-    if value is None:
-        return "-"
-    half = "" if not value.half else f" ±{value.half * column.scale:.{column.digits}f}"
-    return f"{value.mean * column.scale:.{column.digits}f}{half}"
+    return show(value, column.digits, column.scale)
 
 
-def summary_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as JSON values."""
+def summary_json(rows: Sequence[Row], baseline: str | None = None) -> list[dict[str, Any]]:
+    """The rows as JSON values; a row that is compared with a baseline names it among its differences."""
+    name = baseline or (rows[0].router if rows else None)
     return [
-        {"router": row.router, "depth": row.depth}
-        | {key: None if value is None else asdict(value) for key, value in row.values.items()}
+        {"router": row.router, "depth": row.depth, "seeds": list(row.seeds), "diverged": list(row.diverged)}
+        | _estimates(row.values)
+        | ({"differences": {"baseline": name, **_estimates(row.differences)}} if row.differences else {})
         for row in rows
     ]
+
+
+def _estimates(values: Mapping[str, Estimate | None]) -> dict[str, Any]:
+    return {key: None if value is None else asdict(value) for key, value in values.items()}

@@ -1,127 +1,138 @@
-"""Run a comparison cell by cell; a run that was killed goes on where it stopped."""
+"""Run a comparison cell by cell; a run that was killed goes on where it stopped, a finished one may grow."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from spectralmoe.data.image_data import ImageData
-from spectralmoe.errors import UserError
 from spectralmoe.experiments.compare.cell import run_cell
-from spectralmoe.experiments.compare.columns import COLUMNS, summarise, summary_json
-from spectralmoe.experiments.compare.picture import draw
-from spectralmoe.experiments.compare.settings import Cell, CompareSettings
+from spectralmoe.experiments.compare.columns import Row
+from spectralmoe.experiments.compare.outputs import WRITES, Shown, write_pictures, write_results
+from spectralmoe.experiments.compare.settings import GROWS, Cell, CompareSettings
 from spectralmoe.experiments.compare.setup import Setup
-from spectralmoe.experiments.compare.tuning import TRIED, best_setting, note, try_candidate, untried
+from spectralmoe.experiments.compare.tuning import TRY_KEYS, best_setting, candidates, try_candidate
+from spectralmoe.experiments.grid import DIVERGED, CellJob, finished_cells, run_cells
 from spectralmoe.experiments.run_folder import run_folder
-from spectralmoe.experiments.workers import Job, run_jobs
-from spectralmoe.files import read_json, write_json, write_text
-from spectralmoe.machine import describe_machine
+from spectralmoe.files import write_json
 from spectralmoe.training.loop import Watcher
 from spectralmoe.training.network import CHECKPOINT
 
-__all__ = ["run"]
+__all__ = ["Compared", "run"]
 
-WRITES = ("results.json", "results.csv", "comparison.svg", TRIED, "models")
+CELLS, TRIES = "cells", "tries"
+
+
+class Compared(NamedTuple):
+    """What a folder holds after a run.
+
+    Attributes:
+        cells: all of them, those of earlier runs too, in the order of the grid.
+        rows: the same as estimates.  shown: what the tables show of them.
+        pictures: the files that were drawn.
+        notes: what a user should know, a line each.
+    """
+
+    cells: list[dict[str, Any]]
+    rows: list[Row]
+    shown: Shown
+    pictures: list[Path]
+    notes: list[str]
 
 
 def run(
-    settings: CompareSettings, data: ImageData, out: Path, device: torch.device, watch: Watcher, *, processes: int = 1
-) -> list[dict[str, Any]]:
+    settings: CompareSettings,
+    data: ImageData,
+    out: Path,
+    device: torch.device,
+    watch: Watcher,
+    *,
+    processes: int = 1,
+    baseline: str | None = None,
+    columns: Sequence[str] = (),
+) -> Compared:
     """Run all cells of ``settings`` that ``out`` does not hold yet, and write its results.
 
-    ``out`` holds ``settings.json``, ``results.json`` and ``results.csv`` (rewritten after each cell),
-    ``comparison.svg`` and ``models/CELL/``.
+    ``out`` holds ``settings.json``, ``cells/CELL.json``, ``models/CELL/`` and, collected from the cells,
+    ``results.json``, ``results.csv``, ``summary.csv``, ``table.md``, ``table.tex`` and the pictures. Another run there
+    may ask for more routers, depths and seeds.
 
     Args:
         processes: cells that run at a time, each on one thread; 1: one cell after the other, on all threads.
+        baseline: the router that the others are compared with, seed by seed; by default the first.
+        columns: keys of the columns in tables and pictures; by default all.
 
     Raises:
-        UserError: as ``run_folder``; settings that cannot work; a damaged results file.
+        UserError: as ``run_folder``; settings that cannot work; a damaged cell; an unknown baseline or column.
     """
     settings.check()
     if settings.train_size is not None:
         data = data.subset(settings.train_size)
     setup = Setup(settings, data, out, device)
-    with run_folder(out, {**settings.model_dump(mode="json"), "images": data.fingerprint}, WRITES):
-        rows = _finished(out)
-        cells = settings.cells()
-        for _, tried in run_jobs(_tuning(setup), processes, watch):
-            note(tried, setup)
-        for cell, row in run_jobs(_training(setup, rows), processes, watch):
-            rows[cell] = row
-            _write(setup, rows, processes)
-            (out / "models" / cell.name / CHECKPOINT).unlink(missing_ok=True)
+    claim = {**settings.model_dump(mode="json"), "images": data.fingerprint}
+    with run_folder(out, claim, WRITES, grows=GROWS) as claimed:
+        grown = CompareSettings.model_validate({**settings.model_dump(), **{key: claimed[key] for key in GROWS}})
+        shown = Shown.of(columns, baseline, grown.routers)
+        done = finished_cells(out / CELLS, (*Cell._fields, "cpu"))
+        tries = _tune(setup, processes, watch)
+        jobs = _training(setup, done, tries)
+        for name, cell in run_cells(out / CELLS, jobs, processes, watch):
+            done[name] = cell
+            write_results(out, grown, _ordered(grown, done), shown)
+            (out / "models" / name / CHECKPOINT).unlink(missing_ok=True)
         watch("done", 1.0)
-        _write(setup, rows, processes)
-    return [rows[cell] for cell in cells]
+        cells = _ordered(grown, done)
+        rows = write_results(out, grown, cells, shown)
+        pictures, notes = write_pictures(out, rows, shown)
+        return Compared(cells, rows, shown, pictures, [*_divergences(cells), *notes])
 
 
-def _tuning(setup: Setup) -> list[Job]:
-    settings = setup.settings
-    first = [cell for cell in settings.cells() if cell.seed == settings.seed]
+def _tune(setup: Setup, processes: int, watch: Watcher) -> list[dict[str, Any]]:
+    """Every candidate on every row, under the first seed; those that are there are not tried again."""
+    settings, folder = setup.settings, setup.out / TRIES
+    done = finished_cells(folder, TRY_KEYS)
+    jobs = []
+    for cell in settings.cells():
+        for index, candidate in enumerate(candidates(settings.tune) if cell.seed == settings.seed else ()):
+            about = {"router": cell.router, "depth": cell.depth, "candidate": index, **candidate._asdict()}
+            job = CellJob(
+                f"{cell.name}-try{index}",
+                about,
+                f"tuning {cell.router}, depth {cell.depth}",
+                try_candidate,
+                (cell, candidate, setup),
+            )
+            jobs += [job] if job.name not in done else []
+    if jobs:
+        done |= dict(run_cells(folder, jobs, processes, watch))
+    tries = sorted(done.values(), key=lambda one: (one["router"], one["depth"], one["candidate"]))
+    if tries:
+        write_json(setup.out / "tuning.json", tries)
+    return tries
+
+
+def _training(setup: Setup, done: Mapping[str, dict[str, Any]], tries: Sequence[dict[str, Any]]) -> list[CellJob]:
+    jobs = []
+    for cell in setup.settings.cells():
+        known, config = done.get(cell.name, {}), setup.out / "models" / cell.name / "config.json"
+        if DIVERGED in known or (known and config.exists()):
+            continue
+        text = f"{cell.router}, depth {cell.depth}, seed {cell.seed}"
+        arguments = (cell, best_setting(cell, tries), setup)
+        jobs.append(CellJob(cell.name, cell._asdict(), text, run_cell, arguments))
+    return jobs
+
+
+def _ordered(settings: CompareSettings, done: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [done[cell.name] for cell in settings.cells() if cell.name in done]
+
+
+def _divergences(cells: Sequence[dict[str, Any]]) -> list[str]:
     return [
-        Job(cell, f"tuning {cell.router}, depth {cell.depth}", try_candidate, (cell, index, setup))
-        for cell, index in untried(first, setup)
+        f"{cell['router']}, depth {cell['depth']}, seed {cell['seed']} diverged: {cell[DIVERGED]}"
+        for cell in cells
+        if DIVERGED in cell
     ]
-
-
-def _training(setup: Setup, rows: Mapping[Cell, dict[str, Any]]) -> list[Job]:
-    missing = [
-        cell
-        for cell in setup.settings.cells()
-        if cell not in rows or not (setup.out / "models" / cell.name / "config.json").exists()
-    ]
-    return [Job(cell, _text(cell), run_cell, (cell, best_setting(cell, setup), setup)) for cell in missing]
-
-
-def _text(cell: Cell) -> str:
-    return f"{cell.router}, depth {cell.depth}, seed {cell.seed}"
-
-
-def _finished(out: Path) -> dict[Cell, dict[str, Any]]:
-    path = out / "results.json"
-    if not path.exists():
-        return {}
-    try:
-        rows = read_json(path)["cells"]
-        summarise(rows)
-        return {Cell(row["router"], row["depth"], row["seed"]): row for row in rows}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not the results file of a comparison; move it away or choose another --out"
-        ) from error
-
-
-def _write(setup: Setup, rows: Mapping[Cell, dict[str, Any]], processes: int) -> None:
-    """The results so far, cells in the order of the grid."""
-    settings, out = setup.settings, setup.out
-    ordered = [rows[cell] for cell in settings.cells() if cell in rows]
-    summary = summarise(ordered)
-    results = {
-        "settings": settings.model_dump(mode="json"),
-        "machine": {**describe_machine(), "processes": processes},
-        "columns": {column.key: column.meaning for column in COLUMNS},
-        "summary": summary_json(summary),
-        "cells": ordered,
-    }
-    write_json(out / "results.json", results)
-    write_text(out / "results.csv", _csv(ordered))
-    many = [(len(settings.routers), "router"), (settings.seeds, "seed")]
-    routers = ", ".join(f"{n} {what}{'' if n == 1 else 's'}" for n, what in many) + f", k = {settings.network.k}"
-    write_text(out / "comparison.svg", draw(summary, f"{settings.data}: {routers}"))
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    keys = ["router", "depth", "seed", *(column.key for column in COLUMNS)]
-    keys += ["interference_worst", "min_load_share", "trials"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, keys, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -12,7 +12,10 @@ from spectralmoe.errors import UserError
 from spectralmoe.training.routers import DEFAULT_ROUTERS, find_preset
 from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
 
-__all__ = ["Cell", "CompareSettings", "no_repeats"]
+__all__ = ["GROWS", "Cell", "CompareSettings", "no_repeats"]
+
+GROWS = ("routers", "depths", "seeds")
+"""Settings that change no cell that is there: a comparison may grow by them."""
 
 
 class Cell(NamedTuple):
@@ -64,7 +67,7 @@ class CompareSettings(Settings):
         no_repeats("--depths", self.depths)
         k, experts = self.network.top_k, self.network.num_experts
         if k is not None and k > experts:
-            raise UserError(f"--k {k} experts a token were asked for, but there are only {experts}")
+            raise UserError(f"--k {k} is no number of experts a token from 1 to {experts} (--experts)")
         for name in self.routers:
             find_preset(name)
 

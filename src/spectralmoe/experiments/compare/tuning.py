@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from spectralmoe.errors import UserError
 from spectralmoe.experiments.compare.settings import Cell
 from spectralmoe.experiments.compare.setup import Setup, Tuned
-from spectralmoe.files import read_json, write_json
-from spectralmoe.training.loop import Diverged, train
+from spectralmoe.training.loop import train
 
-__all__ = ["TRIED", "Try", "best_setting", "candidates", "note", "try_candidate", "untried"]
+__all__ = ["TRY_KEYS", "best_setting", "candidates", "try_candidate"]
 
-TRIED = "tuning.json"
-
-
-class Try(NamedTuple):
-    """One candidate on one row, and what it reached on the validation part (percent)."""
-
-    router: str
-    depth: int
-    candidate: int
-    lr: float
-    strength: float
-    validation_accuracy: float | None  # None: it diverged
+TRY_KEYS = ("router", "depth", "candidate", "lr", "strength")
+"""What tells a try from the others; its measure is "validation_accuracy"."""
 
 
 def candidates(count: int) -> list[Tuned]:
@@ -40,45 +27,19 @@ def candidates(count: int) -> list[Tuned]:
     return [Tuned(), *drawn][:count]
 
 
-def untried(cells: Sequence[Cell], setup: Setup) -> list[tuple[Cell, int]]:
-    """The rows (any cell of theirs) and candidates that ``tuning.json`` does not hold yet.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    done = {(one.router, one.depth, one.candidate) for one in _read(setup.out / TRIED)}
-    wanted = [(cell, index) for cell in cells for index in range(setup.settings.tune)]
-    return [(cell, index) for cell, index in wanted if (cell.router, cell.depth, index) not in done]
-
-
-def try_candidate(cell: Cell, index: int, setup: Setup, progress: Callable[[float], None]) -> Try:
-    """Train candidate ``index`` on the row of ``cell``."""
-    candidate = candidates(setup.settings.tune)[index]
+def try_candidate(cell: Cell, candidate: Tuned, setup: Setup, progress: Callable[[float], None]) -> dict[str, Any]:
+    """What ``candidate`` reaches on the row of ``cell``: validation accuracy in percent."""
     network, budget, terms = setup.recipe(cell, candidate)
-    try:
-        accuracy = train(network, setup.data, budget, terms=terms, progress=progress).validation_accuracy
-    except Diverged:
-        return Try(cell.router, cell.depth, index, *candidate, None)
-    return Try(cell.router, cell.depth, index, *candidate, accuracy)
+    history = train(network, setup.data, budget, terms=terms, progress=progress)
+    return {"validation_accuracy": history.validation_accuracy}
 
 
-def note(tried: Try, setup: Setup) -> None:
-    """Add one result to ``tuning.json``."""
-    known = sorted([*_read(setup.out / TRIED), tried], key=lambda one: one[:3])
-    write_json(setup.out / TRIED, [one._asdict() for one in known])
-
-
-def best_setting(cell: Cell, setup: Setup) -> Tuned:
+def best_setting(cell: Cell, tries: Iterable[Mapping[str, Any]]) -> Tuned:
     """The candidate with the best validation accuracy in this cell's row; the preset where nothing was tuned."""
-    row = [one for one in _read(setup.out / TRIED) if (one.router, one.depth) == (cell.router, cell.depth)]
-    best = max(row, key=lambda one: -1 if one.validation_accuracy is None else one.validation_accuracy, default=None)
-    return Tuned() if best is None else Tuned(best.lr, best.strength)
-
-
-def _read(path: Path) -> list[Try]:
-    if not path.exists():
-        return []
-    try:
-        return [Try(**row) for row in read_json(path)]
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it to tune again") from error
+    row = [
+        one
+        for one in tries
+        if (one["router"], one["depth"]) == (cell.router, cell.depth) and one.get("validation_accuracy") is not None
+    ]
+    best = max(row, key=lambda one: one["validation_accuracy"], default=None)
+    return Tuned() if best is None else Tuned(best["lr"], best["strength"])

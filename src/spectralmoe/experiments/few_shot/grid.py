@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,10 +14,12 @@ from spectralmoe.data.image_data import ImageData
 from spectralmoe.diagnostics import holds_moe
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experiments.compare.settings import no_repeats
+from spectralmoe.experiments.evidence import select
 from spectralmoe.experiments.few_shot.learning import FEW_SHOT, draw_shots, few_shot
+from spectralmoe.experiments.grid import DIVERGED, CellJob, finished_cells, run_cells
 from spectralmoe.experiments.run_folder import run_folder
 from spectralmoe.experiments.statistics import estimate
-from spectralmoe.files import read_json, write_json
+from spectralmoe.files import write_json
 from spectralmoe.machine import describe_machine
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
@@ -34,7 +36,8 @@ from spectralmoe.vision.model import VisionMoE, check_images
 
 __all__ = ["FRESH_ROWS", "OWN_ROWS", "FewShotSettings", "Recipe", "Task", "recipe", "run_few_shot"]
 
-FILE = "fewshot.json"
+FILE, CELLS = "fewshot.json", "cells"
+GROWS = ("rows", "shots", "seeds")
 
 
 class Cell(NamedTuple):
@@ -43,6 +46,11 @@ class Cell(NamedTuple):
     row: str
     shots: int
     seed: int
+
+    @property
+    def name(self) -> str:
+        """A file name."""
+        return f"{re.sub(r'[^A-Za-z0-9+_.-]', '_', self.row)}-{self.shots}shots-seed{self.seed}"
 
 
 class FewShotSettings(Settings):
@@ -123,24 +131,37 @@ class Task(NamedTuple):
 
 
 def run_few_shot(settings: FewShotSettings, task: Task, out: Path, watch: Watcher) -> list[dict[str, Any]]:
-    """Run all cells (row, shots, seed) that ``out/fewshot.json`` does not hold yet; returns the summary.
+    """Run all cells (row, shots, seed) that ``out/cells`` does not hold yet; returns the summary of all that it holds.
+
+    Another run there may ask for more rows, shots and seeds.
 
     Raises:
-        UserError: as ``run_folder``; rows or data that do not fit the model; a damaged file.
+        UserError: as ``run_folder``; rows or data that do not fit the model; a damaged cell.
     """
     _check(settings, task)
     claim = {**settings.model_dump(mode="json"), "model": task.source, "images": task.data.fingerprint}
-    with run_folder(out, claim, (FILE,)):
-        cells = _finished(out / FILE)
-        done = {Cell(cell["row"], cell["shots"], cell["seed"]) for cell in cells}
-        wanted = settings.cells()
-        for index, cell in enumerate(wanted):
-            if cell not in done:
-                text = f"{cell.row}, {cell.shots} shots, seed {cell.seed}"
-                cells.append(_run_cell(cell, settings, task, partial(_tell, watch, text, index, len(wanted))))
-                _write(out, settings, cells)
+    with run_folder(out, claim, (FILE, CELLS), grows=GROWS) as claimed:
+        grown = FewShotSettings.model_validate({**settings.model_dump(), **{key: claimed[key] for key in GROWS}})
+        done = finished_cells(out / CELLS, (*Cell._fields, "cpu"))
+        jobs = [
+            CellJob(
+                cell.name,
+                cell._asdict(),
+                f"{cell.row}, {cell.shots} shots, seed {cell.seed}",
+                _run_cell,
+                (cell, settings, task),
+            )
+            for cell in settings.cells()
+            if cell.name not in done
+        ]
+        for name, result in run_cells(out / CELLS, jobs, 1, watch):
+            done[name] = result
         watch("done", 1.0)
-    return _summary(settings, cells)
+        cells = [done[cell.name] for cell in grown.cells() if cell.name in done]
+        summary = _summary(grown, cells)
+        machine, about = describe_machine(), grown.model_dump(mode="json")
+        write_json(out / FILE, {"settings": about, "machine": machine, "summary": summary, "cells": cells})
+        return summary
 
 
 def _check(settings: FewShotSettings, task: Task) -> None:
@@ -166,38 +187,16 @@ def _run_cell(cell: Cell, settings: FewShotSettings, task: Task, progress: Calla
     accuracy = few_shot(
         task.model, spec, train, data.test, data.num_classes, settings=budget, terms=terms, own=own, progress=progress
     )
-    return {**cell._asdict(), "accuracy": accuracy, "seconds": round(time.monotonic() - started, 2)}
-
-
-def _tell(watch: Watcher, text: str, index: int, cells: int, share: float) -> None:
-    watch(text, (index + 0.9 * share) / cells)
-
-
-def _finished(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        keys = (*Cell._fields, "accuracy", "seconds")
-        return [{key: cell[key] for key in keys} for cell in read_json(path)["cells"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the file of a few-shot run; move it away or choose another --out") from error
+    return {"accuracy": accuracy, "seconds": round(time.monotonic() - started, 2)}
 
 
 def _summary(settings: FewShotSettings, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    found = []
+    summary = []
     for row in settings.rows:
         for shots in settings.shots:
-            values = [cell["accuracy"] for cell in cells if cell["row"] == row and cell["shots"] == shots]
-            value = estimate(values)
-            found.append({"row": row, "shots": shots, "accuracy": None if value is None else asdict(value)})
-    return found
-
-
-def _write(out: Path, settings: FewShotSettings, cells: Sequence[Mapping[str, Any]]) -> None:
-    results = {
-        "settings": settings.model_dump(mode="json"),
-        "machine": describe_machine(),
-        "summary": _summary(settings, cells),
-        "cells": cells,
-    }
-    write_json(out / FILE, results)
+            chosen = select(cells, row=row, shots=shots)
+            value = estimate([cell.get("accuracy") for cell in chosen])
+            diverged = [cell["seed"] for cell in chosen if DIVERGED in cell]
+            accuracy = None if value is None else asdict(value)
+            summary.append({"row": row, "shots": shots, "accuracy": accuracy, "diverged": diverged})
+    return summary

@@ -1,0 +1,1 @@
+"""Figures for documents and papers."""
