@@ -34,7 +34,7 @@ SELECTOR_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "topk": lambda: {"k": 2},
     "noisy_topk": lambda: {"k": 2},
     "expert_choice": lambda: {"capacity": 2.0},
-    "top_p": lambda: {"p": 0.5},
+    "topp": lambda: {"p": 0.5},
     "balanced": lambda: {"k": 2},
     "capacity": lambda: {"selector": TopK(2), "factor": 1.0},
     "cluster_dropout": lambda: {"selector": TopK(2), "groups": 1},

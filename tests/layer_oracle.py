@@ -94,7 +94,7 @@ def check_choice(name: str, selector: torch.nn.Module, scores: Tensor, chosen: C
             assert len(set(filled)) == len(filled)
             best_outside = max((float(row[e]) for e in range(num_experts) if e not in filled), default=-math.inf)
             assert all(row[e] >= best_outside - tolerance for e in filled)
-            if name == "top_p":
+            if name == "topp":
                 _check_mass(selector, (row / row.sum())[filled], tolerance)
             else:
                 assert len(filled) == selector.k

@@ -60,7 +60,7 @@ def test_inductor_takes_each_scorer_and_each_selector(make_router, close, case):
 def test_inductor_takes_both_grouped_paths(make_router, close, hidden, native):
     bank = FeedForward(E, D, hidden, activation="swiglu", bias=True)
     assert grouped_gemm.supports_grouped_mm(torch.randn(3, D), bank.up) == native
-    check(MoE(make_router("linear", "top_p", D, E), bank), "inductor", close, masked=True)
+    check(MoE(make_router("linear", "topp", D, E), bank), "inductor", close, masked=True)
 
 
 @pytest.mark.parametrize("hidden", [8, 7], ids=["grouped_mm", "own-operator"])
@@ -102,7 +102,7 @@ class Scaled(FeedForward):
 
 
 def test_undefined_rows_leave_no_trace(make_router, close):
-    check(MoE(make_router("linear", "top_p", D, E), Scaled()), "aot_eager", close)
+    check(MoE(make_router("linear", "topp", D, E), Scaled()), "aot_eager", close)
 
 
 def test_answers_and_pixels(make_router, close):

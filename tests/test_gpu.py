@@ -32,7 +32,7 @@ SELECTORS = {
     "top2": lambda: TopK(2),
     "soft": Soft,
     "expert_choice": lambda: ExpertChoice(2.0),
-    "top_p": lambda: TopP(0.5),
+    "topp": lambda: TopP(0.5),
     "capacity": lambda: Capacity(TopK(2), 1.0),
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}

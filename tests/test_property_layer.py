@@ -63,7 +63,7 @@ def draw_selector(draw, name, scorer, num_experts):
         return SELECTORS[name](inner, draw(st.floats(0.2, 2)) if name == "capacity" else 1)
     if name == "expert_choice":
         return SELECTORS[name](draw(st.floats(0.1, num_experts)))
-    if name == "top_p":
+    if name == "topp":
         most = draw(st.none() | st.integers(2, num_experts)) if num_experts > 1 else None
         return SELECTORS[name](draw(st.floats(0.05, 1)), max_k=most, **{**usual, "normalize": normalize})
     if name in ("soft", "soft_balanced"):

@@ -519,7 +519,7 @@ def slot_tensors(layer, x, routing):
 
 SELECTORS = {
     "topk": lambda: TopK(2),
-    "top_p": lambda: TopP(0.5),
+    "topp": lambda: TopP(0.5),
     "capacity": lambda: Capacity(TopK(2), 0.6),
     "soft": Soft,
 }

@@ -20,7 +20,7 @@ from spectralmoe.files import write_whole
 from spectralmoe.machine import cpu_model
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
-from spectralmoe.vision import BranchSpec, EMoESpec
+from spectralmoe.vision import BranchSpec
 from spectralmoe.vision.model import VisionMoE
 
 SHOT_LRS = (1e-3, 3e-3, 1e-2)
@@ -48,9 +48,9 @@ def _linear(experts: int) -> BranchSpec:
     )
 
 
-def _emoe(**options: Any) -> EMoESpec:
+def _emoe(row: str | dict[str, Any]) -> BranchSpec:
     """EMoE; like all rows of the card it starts with random adapters, as the authors have it."""
-    return EMoESpec(experts=EXPERTS, bottleneck=BOTTLENECK, blocks=f"last{MOE_BLOCKS}", start="authors", **options)
+    return BranchSpec.of(row, experts=EXPERTS, bottleneck=BOTTLENECK, blocks=f"last{MOE_BLOCKS}", start="authors")
 
 
 FEW_ROWS: dict[str, FewRow] = {
@@ -58,8 +58,8 @@ FEW_ROWS: dict[str, FewRow] = {
     "dense adapter": FewRow(_linear(1), {}),
     "linear": FewRow(_linear(EXPERTS), {}),
     "linear+load_balance": FewRow(_linear(EXPERTS), ROWS["linear+load_balance"].terms(1e-2)),
-    "EMoE faithful": FewRow(_emoe(faithful=True, rank=FAITHFUL_RANK), {}),
-    "EMoE": FewRow(_emoe(), {}),
+    "EMoE faithful": FewRow(_emoe({"preset": "emoe-faithful", "rank": FAITHFUL_RANK}), {}),
+    "EMoE": FewRow(_emoe("emoe"), {}),
 }
 
 

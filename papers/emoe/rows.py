@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from spectralmoe import Balanced, LinearScorer, Router, Term, TopK
+from spectralmoe.presets import find_preset
 from spectralmoe.regularizers import load_balance
-from spectralmoe.vision import EMoESpec
 
 RouterFactory = Callable[[int, int], Router]
 LRS = (1e-3, 2e-3, 4e-3)
@@ -57,12 +57,12 @@ def balanced(rate: float) -> RouterFactory:
 
 def emoe(tau: float) -> RouterFactory:
     """The default form."""
-    return lambda dim, experts: EMoESpec(experts=experts, tau=tau).make_router(dim)
+    return find_preset({"preset": "emoe", "temperature": tau}).routers(1)
 
 
 def faithful(tau: float) -> RouterFactory:
     """The authors' form; their tau is 1."""
-    return lambda dim, experts: EMoESpec(faithful=True, experts=experts, rank=FAITHFUL_RANK, tau=tau).make_router(dim)
+    return find_preset({"preset": "emoe-faithful", "rank": FAITHFUL_RANK, "temperature": tau}).routers(1)
 
 
 def balance_term(weight: float) -> Mapping[str, Term]:

@@ -4,35 +4,60 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from plan import BATCH, EXPERTS, HIDDEN, SPARE, WIDTH, Network, Plan
-from rows import ALL_EXPERTS, ALL_PARAMETERS, GUARD, ROWS, STREAM, scaled
+from rows import ALL_EXPERTS, ALL_PARAMETERS, GUARD, ROWS, WAYS, scaled
 
-from spectralmoe import load, record, save
+from spectralmoe import record
 from spectralmoe.adaptation import COPIES, Guard, Rule, Trial, correction_stream, neighbours, one_shot_trials
 from spectralmoe.adaptation.one_shot import Carried
 from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.diagnostics import evaluate, min_share
-from spectralmoe.files import read_json, write_json
+from spectralmoe.experiments.cards import Desk
 from spectralmoe.linalg import sigma_max, stable_rank
-from spectralmoe.machine import cpu_model
 from spectralmoe.models import SRMoE, sr_moe
 from spectralmoe.tape import moe_layers
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
 
 Progress = Callable[[float], None]
+WIDTH, EXPERTS, HIDDEN, SPARE = 64, 8, 32, 40
+BATCH = 128
 POINTS = 20
 MAX_STEPS = 400
-CURVE = "curve.json"
 GUARDED = Rule(layers="last", method="unit", augment=neighbours, strength=0.25)
 IN_A_ROW = Rule(layers="last", method="unit", augment=neighbours, strength=2.0)
 STREAM_BUDGET = 0.02
 """In a row every correction must cost less, as the costs add up: percentage points of the reference data for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of one form of the card; another size is another cell.
+
+    Attributes:
+        epochs: by data set.  train_size: images; None: all.
+        trials, guard_trials: one-shot trials a cell, and a cell with a guard, where each takes longer.
+        stream: corrections in a row.
+        tries: settings that each row tries.  tune_on, tune_depth, tune_size, tune_epochs, rule_trials: where.
+        reference, stream_reference: images of the guard, from the training part; more where costs add up.
+    """
+
+    epochs: dict[str, int]
+    train_size: int | None
+    trials: int
+    guard_trials: int
+    stream: int
+    tries: int
+    tune_on: str
+    tune_depth: int
+    tune_size: int
+    tune_epochs: int
+    rule_trials: int
+    reference: int
+    stream_reference: int
 
 
 def build(row: str, data: ImageData, depth: int, seed: int) -> SRMoE:
@@ -92,41 +117,48 @@ def geometry(model: SRMoE, data: ImageData) -> dict[str, float]:
     }
 
 
-def run_network(
-    network: Network, ways: Sequence[str], plan: Plan, tuned: dict[str, Any], folder: Path, progress: Progress
-) -> Any:
-    """Train a network, unless ``folder`` has it, and correct it in these ways.
+def train_network(cell: Any, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[str, Any]:
+    """Train the network of a cell, unless it is there: its load and spectrum through training."""
+    return {"curve": _trained(cell, desk, sizes, _data(cell, sizes))[1]}
 
-    Returns:
-        (cells, curve, streams)
-    """
+
+def correct(cell: Any, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[str, Any]:
+    """One-shot trials on the network of a cell, in the way that its row's name ends with."""
+    data = _data(cell, sizes)
+    model, _ = _trained(cell, desk, sizes, data)
+    progress(0.5)
+    guarded, rule = cell["row"].endswith(GUARD), rule_of(cell["row"], desk.tuned["tuning"])
+    trials = one_shot_trials(
+        _with_spare(model) if guarded else model,
+        data.test.images,
+        data.test.labels,
+        trials=sizes.guard_trials if guarded else sizes.trials,
+        rule=rule,
+        guard=make_guard(data, sizes.reference) if guarded else None,
+        seed=cell["seed"],
+    )
+    return {**about_network(model, data), **summary(trials), "rule": _plain(rule)}
+
+
+def correct_in_a_row(cell: Any, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[str, Any]:
+    """Guarded corrections in a row on the network of a cell."""
+    data = _data(cell, sizes)
+    model, _ = _trained(cell, desk, sizes, data)
+    progress(0.5)
+    return {**about_network(model, data), **run_stream(_with_spare(model), cell["seed"], sizes, data)}
+
+
+def about_network(model: SRMoE, data: ImageData) -> dict[str, float]:
+    """Test accuracy, load and spectrum."""
+    tested = evaluate(model, data.test.images, data.test.labels)
+    shares = {"min_load_share": min(map(min_share, tested.loads.values()))}
+    return {"accuracy": tested.accuracy, **geometry(model, data), **shares}
+
+
+def _data(cell: Any, sizes: Sizes) -> ImageData:
     torch.set_num_threads(1)
-    data = load_data(network.dataset)
-    if plan.train_size is not None:
-        data = data.subset(plan.train_size)
-    model, curve = _trained(network, plan, tuned, folder, data)
-    found = evaluate(model, data.test.images, data.test.labels)
-    shared = {**network._asdict(), "cpu": cpu_model(), "accuracy": found.accuracy}
-    shared |= {**geometry(model, data), "min_load_share": min(map(min_share, found.loads.values()))}
-    cells, streams = [], []
-    for index, way in enumerate(ways):
-        progress(index / len(ways))
-        row = network.row + way
-        if way == STREAM:
-            streams.append({**shared, "row": row, **run_stream(_with_spare(model), network, plan, data)})
-            continue
-        guarded, rule = way == GUARD, rule_of(row, tuned)
-        trials = one_shot_trials(
-            _with_spare(model) if guarded else model,
-            data.test.images,
-            data.test.labels,
-            trials=plan.guard_trials if guarded else plan.trials,
-            rule=rule,
-            guard=make_guard(data, plan.reference) if guarded else None,
-            seed=network.seed,
-        )
-        cells.append({**shared, "row": row, **summary(trials), "rule": _plain(rule)})
-    return cells, curve, streams
+    data = load_data(cell["dataset"])
+    return data if sizes.train_size is None else data.subset(sizes.train_size)
 
 
 def _with_spare(model: SRMoE) -> SRMoE:
@@ -141,17 +173,17 @@ def make_guard(data: ImageData, size: int, budget: float = 0.1) -> Guard:
     return Guard([(data.train.images[:size], data.train.labels[:size])], budget=budget)
 
 
-def _trained(
-    network: Network, plan: Plan, tuned: dict[str, Any], folder: Path, data: ImageData
-) -> tuple[SRMoE, list[dict[str, float]]]:
-    place = folder / network.name
-    if not (place / CURVE).exists():
-        setting, epochs = tuned[network.row]["setting"], plan.epochs[network.dataset]
-        model, _, curve = fit(network.row, data, network.depth, network.seed, epochs, setting)
-        save(model, place)
-        write_json(place / CURVE, curve)
-    model = load(place).eval()  # type: ignore[assignment]
-    return model, read_json(place / CURVE)
+def _trained(cell: Any, desk: Desk, sizes: Sizes, data: ImageData) -> tuple[SRMoE, list[dict[str, float]]]:
+    row = next((cell["row"].removesuffix(way) for way in WAYS if cell["row"].endswith(way)), cell["row"])
+    dataset, depth, seed = cell["dataset"], cell["depth"], cell["seed"]
+
+    def fresh() -> tuple[SRMoE, list[dict[str, float]]]:
+        setting = desk.tuned["tuning"][row]["setting"]
+        model, _, curve = fit(row, data, depth, seed, sizes.epochs[dataset], setting)
+        return model, curve
+
+    name = f"{row.replace(' ', '_')}-{dataset}-depth{depth}-seed{seed}"
+    return desk.network(name, fresh)  # type: ignore[return-value]
 
 
 def rule_of(row: str, tuned: dict[str, Any]) -> Rule:
@@ -185,11 +217,11 @@ def carry(shares: Sequence[Carried], when: str) -> dict[str, float]:
     return {f"{kind}_{when}": _mean([share[kind] for share in shares]) for kind in COPIES}
 
 
-def run_stream(model: SRMoE, network: Network, plan: Plan, data: ImageData) -> dict[str, Any]:
+def run_stream(model: SRMoE, seed: int, sizes: Sizes, data: ImageData) -> dict[str, Any]:
     """Guarded corrections in a row without taking any back."""
     before, images, labels = evaluate(model, data.test.images, data.test.labels), data.test.images, data.test.labels
-    guard = make_guard(data, plan.stream_reference, STREAM_BUDGET)
-    steps = correction_stream(model, images, labels, count=plan.stream, rule=IN_A_ROW, guard=guard, seed=network.seed)
+    guard = make_guard(data, sizes.stream_reference, STREAM_BUDGET)
+    steps = correction_stream(model, images, labels, count=sizes.stream, rule=IN_A_ROW, guard=guard, seed=seed)
     others = torch.ones(len(labels), dtype=torch.bool)
     others[[step.sample for step in steps]] = False
     start = 100 * float((before.predictions == labels)[others].double().mean())

@@ -89,6 +89,7 @@ DECIDING = ("linear", "linear+balanced", "prototype+balanced", "SR-MoE")
 
 GUARD, STREAM = "+guard", " in a row"
 ALL_EXPERTS, ALL_PARAMETERS = " all-experts", " all-parameters"
+WAYS = (GUARD, STREAM, ALL_EXPERTS, ALL_PARAMETERS)
 """Ways to correct a network other than by gradient steps on one expert a layer: suffixes of its row's name."""
 
 BASELINES = (

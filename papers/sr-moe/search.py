@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import geometry, summary
-from plan import BATCH, EXPERTS, HIDDEN, WIDTH
+from measure import BATCH, EXPERTS, HIDDEN, WIDTH, geometry, summary
 from rows import BALANCE_RATE, NORM, RANK
 
 from spectralmoe import Balanced, LinearScorer, PrototypeScorer, Router, Soft, SoftBalanced, Term, TopK

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from measure import MAX_STEPS, Progress, fit, summary
-from plan import Plan
-from rows import ALL_EXPERTS, ALL_PARAMETERS, GUARD, STREAM
+from measure import MAX_STEPS, Progress, Sizes, fit, summary
+from rows import ALL_EXPERTS, ALL_PARAMETERS
 
 from spectralmoe.adaptation import Rule, one_shot_trials
 from spectralmoe.data.image_data import load_data
+from spectralmoe.experiments.cards import Desk
 from spectralmoe.experiments.compare.tuning import candidates
 
 BASE_LR = 2e-3
@@ -23,31 +24,36 @@ LEAST_SUCCESS = 0.95
 HAIR = 0.02
 
 
-def tune_row(row: str, plan: Plan, progress: Progress) -> dict[str, dict[str, Any]]:
+def tune_row(
+    row: str, desk: Desk, progress: Progress, *, sizes: Sizes, ways: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
     """The setting of ``row`` with the best validation accuracy, then the step size of each of its ways to correct.
 
     The first try is the row as written; the others scale learning rate and terms by the same draws for every row. The
     step size is that of ``choose`` on misclassified validation samples.
+
+    Args:
+        ways: row -> how its networks are corrected besides by steps on one expert a layer.
     """
     torch.set_num_threads(1)
-    data = load_data(plan.tune_on).subset(plan.tune_size)
+    data = load_data(sizes.tune_on).subset(sizes.tune_size)
     tries, best = [], None
-    for index, candidate in enumerate(candidates(plan.tries)):
-        progress(index / plan.tries)
+    for index, candidate in enumerate(candidates(sizes.tries)):
+        progress(index / sizes.tries)
         setting = {"lr": BASE_LR * candidate.lr, "strength": candidate.strength}
-        model, accuracy, _ = fit(row, data, plan.tune_depth, 0, plan.tune_epochs, setting)
+        model, accuracy, _ = fit(row, data, sizes.tune_depth, 0, sizes.tune_epochs, setting)
         tries.append({**setting, "validation_accuracy": accuracy})
         if best is None or accuracy > best[0]:
             best = (accuracy, setting, model)
     assert best is not None
     found = {}
-    for way in ["", *(way for way in plan.ways(row) if way not in ("", GUARD, STREAM))]:
+    for way in ("", *ways[row]):
         scope = {"": "one-expert", ALL_EXPERTS: "all-experts", ALL_PARAMETERS: "all-parameters"}[way]
         rules = []
         for lr in RULE_LRS[scope]:
             rule = Rule(layers="all", lr=lr, max_steps=MAX_STEPS, scope=scope)  # type: ignore[arg-type]
             part = data.validation
-            trials = one_shot_trials(best[2], part.images, part.labels, trials=plan.rule_trials, rule=rule)
+            trials = one_shot_trials(best[2], part.images, part.labels, trials=sizes.rule_trials, rule=rule)
             rules.append({"lr": lr, **{key: summary(trials)[key] for key in ("success", "interference_mean", "steps")}})
         found[row + way] = {"setting": best[1], "tries": tries, "rules": rules, "rule_lr": choose(rules)["lr"]}
     return found

@@ -13,10 +13,11 @@ from spectralmoe.dispatch import DISPATCHES, Dispatch, pick_dispatch
 from spectralmoe.dispatch.base import Kept
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
-from spectralmoe.placement import Placement
+from spectralmoe.placement import Placement, check_places
 from spectralmoe.recording import KEEPABLE, Recordable
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
+from spectralmoe.scorers import Scorer
 from spectralmoe.units import Token, Unit
 
 __all__ = ["MoE"]
@@ -65,14 +66,9 @@ class MoE(Recordable):
             raise UserError(f"MoE: the router reads tokens of width D={router.scorer.dim}, the experts {experts.dim}")
         if isinstance(dispatch, str) and dispatch not in ("auto", *DISPATCHES):
             raise one_of("dispatch", dispatch, ["auto", *DISPATCHES])
-        if not isinstance(placement, Placement | None):
-            raise UserError(f"MoE: placement takes a Placement, got {type(placement).__name__}")
-        if placement is not None:
-            placement.check(router.num_experts, experts.num_experts)
-        elif router.num_experts < experts.num_experts:
-            raise UserError(
-                f"MoE: the router knows E={router.num_experts} experts, but the bank holds {experts.num_experts}"
-            )
+        check_places(placement, router.num_experts, experts.num_experts)
+        if placement is not None and type(router.scorer).meet is not Scorer.meet:
+            raise UserError(f"MoE: {type(router.scorer).__name__} reads expert e in place e, so it takes no placement")
         self.router, self.experts, self.dispatch, self.shared = router, experts, dispatch, shared
         self.placement, self.unit = placement, unit
         router.scorer.meet(experts)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectralmoe.errors import UserError
 from spectralmoe.routing import EMPTY, Routing, count_slots
 
-__all__ = ["Placement", "arrival"]
+__all__ = ["Placement", "arrival", "check_places"]
 
 
 class Placement(nn.Module):
@@ -74,17 +74,6 @@ class Placement(nn.Module):
         placed = places.masked_fill(routing.indices < 0, EMPTY)
         return replace(routing, indices=placed, full=routing.full and self.complete)
 
-    def check(self, num_experts: int, num_places: int) -> None:
-        """Compare with a router that knows ``num_experts`` and a bank of ``num_places``.
-
-        Raises:
-            UserError: another number of experts; a place that the bank does not have.
-        """
-        if self.num_experts != num_experts:
-            raise UserError(f"Placement: the table has {self.num_experts} rows, but the router knows E={num_experts}")
-        if self.num_places > num_places:
-            raise UserError(f"Placement: place {self.num_places - 1} is not in the bank, which holds {num_places}")
-
 
 def arrival(indices: Tensor, num_experts: int) -> Tensor:
     """How many earlier slots hold the same expert, token by token and slot by slot: (N, K) int64.
@@ -99,6 +88,23 @@ def arrival(indices: Tensor, num_experts: int) -> Tensor:
     places = torch.arange(len(key), device=key.device)
     turns = places - (counts.cumsum(0) - counts)[key[order]]
     return torch.zeros_like(key).scatter(0, order, turns).view_as(indices)
+
+
+def check_places(placement: Placement | None, num_experts: int, num_places: int) -> None:
+    """Compare with a router that knows ``num_experts`` and a bank of ``num_places``.
+
+    Raises:
+        UserError: no placement, and a place without an expert; one of other sizes, or of another type.
+    """
+    if placement is None:
+        if num_experts < num_places:
+            raise UserError(f"MoE: the router knows E={num_experts} experts, but the bank holds {num_places}")
+    elif not isinstance(placement, Placement):
+        raise UserError(f"MoE: placement takes a Placement, got {type(placement).__name__}")
+    elif placement.num_experts != num_experts:
+        raise UserError(f"Placement: the table has {placement.num_experts} rows, but the router knows E={num_experts}")
+    elif placement.num_places > num_places:
+        raise UserError(f"Placement: place {placement.num_places - 1} is not in the bank, which holds {num_places}")
 
 
 def _checked(table: Sequence[Sequence[int]]) -> list[list[int]]:

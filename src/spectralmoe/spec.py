@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,15 +17,17 @@ from torch import nn
 from spectralmoe.dispatch import DISPATCHES
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import EXPERTS
+from spectralmoe.formula import evaluate, is_formula
 from spectralmoe.moe import MoE
 from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.tape import unwrapped
+from spectralmoe.torch_private import class_of
 from spectralmoe.units import UNITS
 
-__all__ = ["build", "describe", "find_class", "of_today"]
+__all__ = ["build", "check_arguments", "describe", "find_class", "of_today", "parameters_of"]
 
 PARTS: dict[str, type] = {
     **SCORERS,
@@ -57,24 +58,32 @@ def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
     if isinstance(part, dict):
         return {str(name): describe(value, tables=tables) for name, value in part.items()}
     part = unwrapped(part) if isinstance(part, nn.Module) else part
-    cls = _class_of(part)
+    cls = class_of(part)
     names = {known: name for name, known in (tables or PARTS).items()}
     kind = names.get(cls, f"{cls.__module__}:{cls.__qualname__}")
     own = part.spec_arguments() if hasattr(part, "spec_arguments") else {}
     arguments = {}
-    for name in _parameters(cls):
+    for name in parameters_of(cls):
         if name not in own and not hasattr(part, name):
             raise UserError(f"{cls.__name__} cannot be described: it does not keep its argument {name!r}")
         arguments[name] = describe(own.get(name, getattr(part, name, None)), tables=tables)
     return {"type": kind, **arguments}
 
 
-def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | None = None) -> Any:
+def build(
+    spec: Any,
+    *,
+    allow: Sequence[str] = (),
+    tables: Mapping[str, type] | None = None,
+    sizes: Mapping[str, Any] | None = None,
+) -> Any:
     """The object that ``spec`` describes.
 
     Args:
         allow: classes outside the tables that may be built, as "pkg:Class".
         tables: name -> class; the parts of an MoE layer by default.
+        sizes: of the network around it (``dim``, ``num_experts``, ...): arguments that the spec leaves out, and names
+            in its formulas (``"= min(128, dim)"``). None: a spec without formulas.
 
     Specs that earlier versions wrote are built too.
 
@@ -83,13 +92,17 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
 
     >>> build({"type": "topk", "k": 2}).k
     2
+    >>> build({"type": "prototype", "scale": "= dim ** -0.5"}, sizes={"dim": 4, "num_experts": 3}).scale
+    0.5
     """
     if isinstance(spec, list):
-        return [build(item, allow=allow, tables=tables) for item in spec]
+        return [build(item, allow=allow, tables=tables, sizes=sizes) for item in spec]
+    if sizes is not None and is_formula(spec):
+        return evaluate(spec, sizes)
     if not isinstance(spec, Mapping):
         return spec
     if "type" not in spec:
-        return {name: build(value, allow=allow, tables=tables) for name, value in spec.items()}
+        return {name: build(value, allow=allow, tables=tables, sizes=sizes) for name, value in spec.items()}
     spec = of_today(spec)
     kind = spec["type"]
     cls: Any = (tables or PARTS).get(kind) if isinstance(kind, str) else None
@@ -100,20 +113,30 @@ def build(spec: Any, *, allow: Sequence[str] = (), tables: Mapping[str, type] | 
                 f"if you trust it, pass allow=[{kind!r}]"
             )
         cls = find_class(kind)
-    arguments = {name: build(value, allow=allow, tables=tables) for name, value in spec.items() if name != "type"}
-    return call(cls, kind, arguments)
+    written = {name: value for name, value in spec.items() if name != "type"}
+    arguments = {n: build(value, allow=allow, tables=tables, sizes=sizes) for n, value in written.items()}
+    filled_in = {name: size for name, size in (sizes or {}).items() if name in parameters_of(cls)}
+    arguments = {**filled_in, **arguments}
+    check_arguments(cls, kind, arguments)
+    return cls(**arguments)
 
 
 def of_today(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``spec`` in the words of this version: soft routing was once top-k with k null."""
+    """``spec`` in the words of this version: soft routing was once top-k with k null, and top-p had another name."""
+    if spec["type"] == "top_p":
+        return {**spec, "type": "topp"}
     if spec["type"] == "topk" and spec.get("k", 0) is None:
         return {"type": "soft", **{name: value for name, value in spec.items() if name not in ("type", "k")}}
     return spec
 
 
-def call(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:
-    """``cls(**arguments)`` with an error that names the unknown or missing argument."""
-    parameters = _parameters(cls)
+def check_arguments(cls: Any, kind: str, arguments: Collection[str]) -> None:
+    """Refuse names of arguments that ``cls`` does not take, or without those that it needs.
+
+    Raises:
+        UserError: names the first such argument; ``kind`` is what the caller calls ``cls``.
+    """
+    parameters = parameters_of(cls)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [name for name in arguments if name not in parameters]
     if unknown and not takes_any:
@@ -121,20 +144,18 @@ def call(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments and p.kind not in (2, 4)]
     if missing:
         raise UserError(f"{kind!r} needs the argument {missing[0]!r}")
-    return cls(**arguments)
 
 
-def _parameters(cls: Any) -> Mapping[str, inspect.Parameter]:
+def parameters_of(cls: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a constructor by name.
+
+    Raises:
+        UserError: it cannot be read, as those of some builtin types.
+    """
     try:
         return inspect.signature(cls).parameters
     except (TypeError, ValueError) as error:
         raise UserError(f"{cls!r} has no readable constructor") from error
-
-
-def _class_of(part: Any) -> Any:
-    """The class that built ``part``; FSDP2, if anybody has imported it, puts one of its own and a mixin in front."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return type(part).__mro__[2] if fsdp is not None and isinstance(part, fsdp.FSDPModule) else type(part)
 
 
 def find_class(path: str) -> Any:

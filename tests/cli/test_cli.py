@@ -276,7 +276,7 @@ def test_list_names_everything(call):
         "prototype",
         "sr-moe",
         "eigenbasis",
-    } <= tables["routers"].keys()
+    } <= tables["presets"].keys()
     assert all(line for table in tables.values() for line in table.values())
     assert "prototype" in call("list")[1]
 
@@ -295,8 +295,10 @@ def test_routers_of_your_own(call, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    code, _, err = call("compare", *SMALL, "--routers", "mine:Signs,linear", "--out", tmp_path / "out")
+    parts = '{scorer="linear", selector="topp", p=0.7}'
+    code, _, err = call("compare", *SMALL, "--routers", f"mine:Signs,{parts}", "--out", tmp_path / "out")
     assert code == 0, err
+    assert {cell["router"] for cell in read_json(tmp_path / "out" / "results.json")["cells"]} == {"mine:Signs", parts}
     model = tmp_path / "out" / "models" / "mine_Signs-depth1-seed0"
     assert "allow=['mine:Signs']" in call("evaluate", model)[2]
     assert call("evaluate", model, "--allow", "mine:Signs")[0] == 0
@@ -309,7 +311,10 @@ def test_routers_of_your_own(call, tmp_path, monkeypatch):
         (["compare", "--routers", "linear,linear"], ["linear twice"]),
         (["compare", "--routers", ""], ["--routers names nothing"]),
         (["compare", "--routers", "no_such_module:X"], ["no_such_module"]),
-        (["compare", "--routers", "spectralmoe:MoE"], ["'spectralmoe:MoE' is not a subclass of spectralmoe.Scorer"]),
+        (
+            ["compare", "--routers", "spectralmoe:MoE"],
+            ["'spectralmoe:MoE' is not a subclass of spectralmoe.Scorer", "nor a preset"],
+        ),
         (["compare", "--data", "mnist"], ["unknown data set 'mnist'", "mnist5k"]),
         (["compare", "--data", "folder:/no/such/place"], ["/no/such/place"]),
         (["compare", "--depths", "two"], ["--depths 'two'"]),
@@ -517,7 +522,8 @@ def test_hostile_meta(model, tmp_path, refused, change):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("def __init__(self, other): super().__init__(8, 4)", "does not work as"),
+        ("def __init__(self, other): super().__init__(8, 4)", "needs the argument 'other'"),
+        ("def __init__(self, dim, num_experts): super().__init__(dim, num_experts); 1 / 0", "does not work as"),
         ("def forward(self, x): return x[:, :4]", "does not work as"),
         ("def forward(self, x, *, context=None): return x", "of shape (2, 8)"),
         ("def __init__(self, dim, num_experts, *, k=1): super().__init__(dim, num_experts)", "'k'"),

@@ -90,8 +90,12 @@ def test_few_shot_table_file_and_rerun(models, call, refused, tmp_path):
     values = [c["accuracy"] for c in held["cells"] if (c["row"], c["shots"]) == (first["row"], first["shots"])]
     assert first["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
     assert first["accuracy"]["half"] == pytest.approx(12.706 * abs(values[0] - values[1]) / 2)
-    kept = [{**cell, "accuracy": 1.0} if cell["row"] == "emoe" else cell for cell in held["cells"]]
-    write_json(tmp_path / "fewshot.json", {**held, "cells": [cell for cell in kept if cell["row"] != "adapter"]})
+    for path in (tmp_path / "cells").iterdir():
+        cell = read_json(path)
+        if cell["row"] == "adapter":
+            path.unlink()
+        elif cell["row"] == "emoe":
+            write_json(path, {**cell, "accuracy": 1.0})
     code, out, _ = call(*command, "--json")
     assert code == 0
     again = read_json(tmp_path / "fewshot.json")["cells"]
@@ -101,6 +105,10 @@ def test_few_shot_table_file_and_rerun(models, call, refused, tmp_path):
     assert old == new  # those that were missing come out the same
     assert [item["row"] for item in json.loads(out)][:2] == ["emoe", "emoe"]
     assert "optimization.lr" in refused(*command, "--lr", "0.5")
+    code, out, _ = call(*command[:-1], tmp_path, "--rows", "linear", "--seeds", 1, "--json")
+    assert code == 0
+    assert [item["row"] for item in json.loads(out)][-1] == "linear"  # it grows
+    assert len(read_json(tmp_path / "fewshot.json")["cells"]) == 4 * 2 * 2 + 2
 
 
 def test_the_cell_is_the_plain_function(models, call, tmp_path):
@@ -150,8 +158,8 @@ def test_shots_are_drawn_from_the_training_part_by_seed():
 
 
 def test_adapter_has_the_compute_of_what_a_token_meets():
-    for mode, width in (("top1", 6), ("top2", 12), ("soft", 24)):
-        settings = FewShotSettings(data="digits", experts=4, bottleneck=6, mode=mode)
+    for k, width in ((1, 6), (2, 12), ("soft", 24)):
+        settings = FewShotSettings(data="digits", experts=4, bottleneck=6, k=k)
         layer = recipe("adapter", settings).spec.make_moe(8)
         assert layer.experts.up.shape == (1, width, 8)
         torch.nn.init.normal_(layer.experts.down)  # it starts at zero
@@ -189,7 +197,8 @@ def test_mistakes_are_one_line(models, refused, tmp_path):
         ("img_size = 8", "img_size = 12", "refuses images of 8 x 8"),
         ("patch_size = 4", "patch_sise = 4", "refuses its arguments"),
         ('router = "emoe"', 'router = "emo"', "unknown router 'emo'"),
-        ('mode = "top1"', 'mode = "top9"', "moe.mode"),
+        ("k = 1", 'k = "top1"', "moe.k"),
+        ("k = 1", 'mode = "top1"', 'moe.mode is no more; say k = 1, k = 2 or k = "soft"'),
         ("bottleneck = 32", "bottleneck = 0", "moe.bottleneck"),
         ('blocks = "last2"', 'blocks = "last22"', "last22"),
         ("label_smoothing", "label_smoothness", "unknown key 'label_smoothness'"),

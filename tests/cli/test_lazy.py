@@ -15,11 +15,11 @@ from spectralmoe.cli import completion
 from spectralmoe.data.image_data import DATASETS
 from spectralmoe.experiments.few_shot.grid import FewShotSettings, recipe
 from spectralmoe.experiments.few_shot.learning import FEW_SHOT
+from spectralmoe.presets import PRESETS
 from spectralmoe.training.logs import LOGS
 from spectralmoe.training.names import DATA_NAMES, DEFAULT_ROUTERS, FRESH_ROWS, OWN_ROWS, ROUTER_NAMES
-from spectralmoe.training.routers import ROUTERS
 
-VERBS = ("compare", "train", "evaluate", "predict", "adapt", "fewshot", "report", "inspect", "bench", "list")
+VERBS = ("compare", "train", "evaluate", "predict", "adapt", "fewshot", "report", "inspect", "bench", "card", "list")
 SLOW = ("torch", "numpy", "pydantic", "jinja2", "safetensors", "timm", "transformers")
 
 
@@ -61,8 +61,8 @@ def test_modules_are_attributes_and_a_wrong_name_is_an_attribute_error():
 
 
 def test_the_names_of_help_and_completion_are_those_of_the_tables():
-    assert tuple(ROUTERS) == ROUTER_NAMES
-    assert set(DEFAULT_ROUTERS) <= set(ROUTERS)
+    assert tuple(PRESETS) == ROUTER_NAMES
+    assert set(DEFAULT_ROUTERS) <= set(PRESETS)
     assert tuple(DATASETS) == DATA_NAMES
     assert tuple(SUITES) == completion.SUITES
     assert tuple(LOGS) == completion.LOG_NAMES

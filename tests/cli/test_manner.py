@@ -14,6 +14,7 @@ import pytest
 
 from spectralmoe.cli.console import Clock, count, over_seeds, print_finding, say
 from spectralmoe.files import read_json
+from spectralmoe.presets import find_preset
 from spectralmoe.training.logs import LOGS, open_logs
 from spectralmoe.training.logs.wandb import WandbLog
 from spectralmoe.training.settings import TrainSettings, parse
@@ -222,7 +223,7 @@ def test_one_seed_is_one_and_has_no_interval(call, tmp_path):
     assert code == 0
     assert "digits, 1 seed, k = 2" in out
     assert "±" not in out
-    assert "1 router, 1 seed, k = 2" in (tmp_path / "o" / "comparison.svg").read_text()
+    assert "Paired differences" not in (tmp_path / "o" / "table.md").read_text()
 
 
 @pytest.mark.parametrize("width", [60, 80])
@@ -351,3 +352,43 @@ def test_the_bar_stays_on_one_screen(config, tmp_path):
 def test_say_does_not_break_words(capsys):
     say("a" * 200)
     assert capsys.readouterr().out == "a" * 200 + "\n"
+
+
+def test_the_settings_file_of_the_docs_says_parts_in_sections(tmp_path, call):
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    (text,) = re.findall(r"```toml\n(.*?)```", page, re.S)
+    settings = parse(TrainSettings, tomllib.loads(text), "compare.md")
+    preset = find_preset(settings.row)
+    assert (preset.scorer["type"], preset.selector, preset.experts["activation"]) == (
+        "prototype",
+        {"type": "topp", "p": 0.7},
+        "swiglu",
+    )
+    assert preset.terms["load_balance"].weight == 0.01
+    (tmp_path / "c.toml").write_text(text)
+    code, out, _ = call("train", "--config", tmp_path / "c.toml", "--print-config")
+    assert code == 0
+    assert parse(TrainSettings, tomllib.loads(out), "printed") == settings
+
+
+def test_a_router_of_the_command_line_stands_for_that_of_the_file(call, refused, config, tmp_path, monkeypatch):
+    table = '{scorer = "cosine", temperature = 0.2}'
+    code, _, err = call("train", "--config", config, "--router", table, "--out", tmp_path / "o", "--json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["meta"]["router"] == table
+    (layer,) = json.loads((tmp_path / "o" / "config.json").read_text())["layers"].values()
+    assert layer["router"]["scorer"] == {
+        "type": "cosine",
+        "dim": 64,
+        "num_experts": 8,
+        "proj_dim": None,
+        "temperature": 0.2,
+    }
+    assert "unknown router 'liner'" in refused(
+        "train", "--config", config, "--router", "liner", "--out", tmp_path / "p"
+    )
+    (tmp_path / "trusted.py").write_text("ROW = {'scorer': 'linear', 'terms': {'router_z': 'much'}}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    line = refused("train", "--config", config, "--router", "trusted:ROW", "--out", tmp_path / "q")
+    assert "router 'trusted:ROW': term 'router_z' needs a weight, such as router_z = 0.01" in line

@@ -17,7 +17,7 @@ ONE_EXPERT = {
     "topk": lambda **more: TopK(1, **more),
     "noisy_topk": lambda **more: NoisyTopK(1, **more),
     "balanced": lambda normalize=False: Balanced(1, normalize=normalize),
-    "top_p": lambda **more: TopP(0.5, max_k=1, **more),
+    "topp": lambda **more: TopP(0.5, max_k=1, **more),
     "capacity": lambda **more: Capacity(TopK(1, **more), 2.0),
     "cluster_dropout": lambda **more: ClusterDropout(TopK(1, **more), 1),
 }

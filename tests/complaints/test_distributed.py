@@ -126,7 +126,7 @@ def test_transformers_48687_the_router_gradient_is_that_of_one_process(ranks, cl
 
 
 @pytest.mark.parametrize(
-    "selector", [lambda: TopK(2), lambda: TopP(0.4), lambda: Capacity(TopK(2), 0.5)], ids=["topk", "top_p", "capacity"]
+    "selector", [lambda: TopK(2), lambda: TopP(0.4), lambda: Capacity(TopK(2), 0.5)], ids=["topk", "topp", "capacity"]
 )
 @pytest.mark.parametrize("dispatch", ["grouped", "dense", "compiled"])
 def test_transformers_48205_no_value_comes_from_uninitialised_memory(close, selector, dispatch):

@@ -134,10 +134,10 @@ def test_a_firm_choice_survives_rounding():
 # Any two routings
 
 
-@given(st.integers(0, 10**6), st.sampled_from(["topk", "top_p", "capacity"]))
+@given(st.integers(0, 10**6), st.sampled_from(["topk", "topp", "capacity"]))
 def test_changed_between_is_the_share_of_unequal_sets(seed, kind):
     torch.manual_seed(seed)
-    selector = {"topk": TopK(2), "top_p": TopP(0.5), "capacity": Capacity(TopK(2), 1.0)}[kind]
+    selector = {"topk": TopK(2), "topp": TopP(0.5), "capacity": Capacity(TopK(2), 1.0)}[kind]
     x, mask = torch.randn(30, 6), torch.rand(30) < 0.8
     a, b = (Router(LinearScorer(6, 5), selector)(x, mask=mask) for _ in range(2))
     different, whole = 0, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from types import ModuleType
 
 import pytest
@@ -12,13 +13,11 @@ import torch
 
 @pytest.fixture(scope="module")
 def card(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The card in the test module's ``CARD`` folder, with its own modules, found as its command finds them."""
+    """The plan in the test module's ``CARD`` folder, with the modules beside it, found as its command finds them."""
     folder = str(request.module.CARD)
     before, threads = set(sys.modules), torch.get_num_threads()
     sys.path.insert(0, folder)
-    import card as module
-
-    yield module
+    yield import_module(getattr(request.module, "MODULE", "plan"))
     sys.path.remove(folder)
     for name in set(sys.modules) - before:
         if folder in str(getattr(sys.modules[name], "__file__", "")):

@@ -16,6 +16,7 @@ from spectralmoe.experiments.evidence import difference, select
 from spectralmoe.training.settings import parse, read_toml
 
 CARD = Path(__file__).parents[2] / "papers" / "emoe"
+MODULE = "card"
 ROWS = {"dense", "linear", "linear+load_balance", "linear+balanced", "EMoE faithful", "EMoE"}
 FIELDS = {"row", "seed", "accuracy", "maxvio", "gini", "dead", "min_load_share", "output_cos2", "step_ms", "cpu"}
 

@@ -8,6 +8,7 @@ from statistics import fmean
 
 import pytest
 
+from spectralmoe.experiments.cards import check_card, run_card
 from spectralmoe.experiments.evidence import difference, select
 
 CARD = Path(__file__).parents[2] / "papers" / "sr-moe"
@@ -36,10 +37,9 @@ TINY = ("linear", "linear soft", "SR-MoE")
 
 @pytest.fixture(scope="module")
 def tiny(card):
-    first, *others = (part._replace(dataset="digits") for part in card.QUICK.parts)
-    return replace(
-        card.QUICK,
-        parts=(first._replace(rows=TINY), *others),
+    first, *others = (part._replace(dataset="digits") for part in card.QUICK_PARTS)
+    sizes = replace(
+        card.QUICK_SIZES,
         epochs={"digits": 1},
         train_size=300,
         trials=1,
@@ -52,12 +52,17 @@ def tiny(card):
         reference=200,
         stream_reference=200,
     )
+    return card.card((first._replace(rows=TINY), *others), sizes, first._replace(rows=("linear",), seeds=1))
+
+
+def run(plan, out):
+    return run_card(plan, out, out / "models", 1, lambda text, done: None)[0]
 
 
 @pytest.fixture(scope="module")
-def finished(card, tiny, tmp_path_factory):
+def finished(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("card")
-    card.run(tiny, out, out / "models", 1)
+    run(tiny, out)
     return out
 
 
@@ -77,13 +82,13 @@ def test_a_tiny_run_holds_every_row_and_field(finished):
 def test_every_row_learns(card):
     """One step of every row: its router, its terms, and two experts a token but where the row says otherwise."""
     from measure import build
-    from plan import FULL, QUICK
     from rows import ROWS as TABLE
 
     from spectralmoe import penalty, record
     from spectralmoe.data.image_data import load_data
 
-    assert set(FULL.rows) == set(QUICK.rows) == set(TABLE) == ROWS - {"SR-MoE+guard"}
+    full, quick = ({row for part in parts for row in part.rows} for parts in (card.FULL_PARTS, card.QUICK_PARTS))
+    assert full == quick == set(TABLE) == ROWS - {"SR-MoE+guard"}
     data = load_data("digits").subset(32)
     for row in TABLE:
         model = build(row, data, 2, 0)
@@ -101,11 +106,11 @@ def test_every_row_is_tuned_with_as_many_tries(finished):
     assert len({len(found["rules"]) for found in tuned.values()}) == 1
 
 
-def test_a_rerun_does_only_what_is_missing(card, tiny, finished):
+def test_a_rerun_does_only_what_is_missing(tiny, finished):
     before = cells_of(finished)
-    assert card.run(tiny, finished, finished / "models", 1) == 0
+    assert run(tiny, finished) == 0
     (finished / "results.json").write_text(json.dumps([c for c in before if c["row"] != "SR-MoE all-experts"]))
-    assert card.run(tiny, finished, finished / "models", 1) == 1
+    assert run(tiny, finished) == 1
     after = cells_of(finished)
     assert len(after) == len(before)
     again = next(cell for cell in after if cell["row"] == "SR-MoE all-experts")
@@ -113,9 +118,8 @@ def test_a_rerun_does_only_what_is_missing(card, tiny, finished):
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
 
 
-def test_check_says_which_means_lie_as_stored(card, tiny, finished, tmp_path):
+def test_check_says_which_means_lie_as_stored(tiny, finished, tmp_path):
     """Held against stored seeds whose accuracies lie around the rerun's, and whose noisy copies do not."""
-    part = tiny.parts[0]._replace(rows=("linear",), seeds=1)
     (own,) = (cell for cell in cells_of(finished) if cell["row"] == "linear")
     stored = [
         {**own, "seed": seed, "accuracy": own["accuracy"] + seed - 1, "noisy_after": 9 + 0.1 * seed}
@@ -123,8 +127,7 @@ def test_check_says_which_means_lie_as_stored(card, tiny, finished, tmp_path):
     ]
     (tmp_path / "results.json").write_text(json.dumps([*stored, {**own, "dataset": "other", "accuracy": 0.0}]))
     (tmp_path / "tuning.json").write_bytes((finished / "tuning.json").read_bytes())
-    kept = (tmp_path / "results.json").read_bytes()
-    first, *lines = card.check(part, tiny, tmp_path, tmp_path / "work", 1)
+    first, *lines = check_card(tiny, tmp_path, 1, lambda text, done: None)
     assert first.startswith("on ")
     said = {line.split()[3]: line for line in lines}
     assert len(said) == len(lines) == 5
@@ -132,7 +135,10 @@ def test_check_says_which_means_lie_as_stored(card, tiny, finished, tmp_path):
     assert said["accuracy"] == f"linear, digits, 2: accuracy {mean} (1), stored {mean} ±2.4843 (3): within"
     assert said["noisy_after"].endswith("stored 9.1000 ±0.2484 (3): OUTSIDE")
     assert said["min_load_share"].endswith("(3): within")
-    assert (tmp_path / "results.json").read_bytes() == kept
+
+
+def test_the_committed_settings_are_those_of_the_plan(card):
+    assert json.loads((CARD / "settings.json").read_text()) == card.FULL.settings
 
 
 def test_committed_results_are_of_the_agreed_form():

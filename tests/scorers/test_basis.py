@@ -16,6 +16,7 @@ from spectralmoe import (
     EigenExperts,
     FeedForward,
     MoE,
+    Placement,
     Router,
     TopK,
     attach,
@@ -213,6 +214,9 @@ def test_a_pruned_layer_reads_the_bases_that_are_left(close):
 def test_a_bank_with_other_places_is_refused(user_error):
     with user_error("BasisScorer", "D=12, E=4", "E=5"):
         replicate(layer_of(), [1, 2, 1, 1])
+    layer = layer_of()
+    with user_error("BasisScorer", "takes no placement"):
+        MoE(layer.router, layer.experts, placement=Placement([[1], [0], [2], [3]]))
 
 
 def test_a_router_rests_where_its_bases_are_frozen():
@@ -223,3 +227,12 @@ def test_a_router_rests_where_its_bases_are_frozen():
     layer(torch.randn(N, D)).sum().backward()
     optimizer.step()
     assert not layer.router.selector.bias.any()
+
+
+def test_saliency_by_removal_asks_the_scorer_nothing():
+    """The recorded logits say where the tokens go without an expert: no bank, no context."""
+    layer = layer_of("context")
+    context = Context(tokens={"attended": torch.randn(N, D)})
+    with record(layer, keep=("input",)) as tape:
+        layer(torch.randn(N, D), context=context)
+    assert prune(layer, 3, by="removal", evidence=tape).router.num_experts == 3

@@ -38,7 +38,7 @@ def route(logits, selector, mask=None):
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.25, 9.0])
-@pytest.mark.parametrize("inner", [TopK(2), TopP(0.6)], ids=["topk", "top_p"])
+@pytest.mark.parametrize("inner", [TopK(2), TopP(0.6)], ids=["topk", "topp"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_equation(factor, inner, masked):
     logits = torch.randn(40, 5) + torch.tensor([2.0, 0, 0, 0, 0])

@@ -32,7 +32,7 @@ INNER = {
     "normalised": lambda: TopK(2, normalize=True),
     "sigmoid": lambda: TopK(2, score="sigmoid"),
     "noisy_topk": lambda: NoisyTopK(2),
-    "top_p": lambda: TopP(1.0),
+    "topp": lambda: TopP(1.0),
     "expert_choice": lambda: ExpertChoice(2.0),
     "capacity": lambda: Capacity(TopK(2), 2.0),
 }

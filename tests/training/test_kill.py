@@ -52,7 +52,7 @@ def child(folder, last=None):
                 return result
 
             Path.replace = observed
-            run(settings, data, folder, torch.device("cpu"), lambda text, done: moment(last))
+            run(settings, data, folder, torch.device("cpu"), lambda text, done: moment(last), columns=["accuracy"])
             os.write(writing, str(moments).encode())
         except BaseException as error:
             print(repr(error), file=sys.stderr)

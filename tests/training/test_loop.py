@@ -9,10 +9,10 @@ from spectralmoe import Term, UserError
 from spectralmoe.data.image_data import ImageData, Split, load_data
 from spectralmoe.diagnostics import evaluate
 from spectralmoe.files import read_json
+from spectralmoe.presets import PRESETS, find_preset
 from spectralmoe.regularizers import output_overlap, spectral_norm
 from spectralmoe.training.loop import Diverged, train
 from spectralmoe.training.network import build_network
-from spectralmoe.training.routers import ROUTERS, find_preset
 from spectralmoe.training.settings import Network, Optimization
 
 SMALL = Network(width=16, num_experts=4, hidden=8, k=2)
@@ -123,7 +123,7 @@ def test_diverged_loss_names_the_step_and_keeps_the_last_checkpoint(data, tmp_pa
     assert bits(fresh) == bits(undisturbed)
 
 
-@pytest.mark.parametrize("router", list(ROUTERS))
+@pytest.mark.parametrize("router", list(PRESETS))
 def test_absurd_learning_rate_stops_with_one_line(data, router):
     network = build_network(data, SMALL, router, 1, seed=0)
     with pytest.raises(Diverged, match=r"training diverged at step \d+ \(epoch 1\)") as caught:

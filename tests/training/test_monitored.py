@@ -44,8 +44,7 @@ name = "vit_tiny_patch16_224"
 gradient_checkpointing = true
 arguments = { img_size = 8, patch_size = 4, embed_dim = 16, depth = 2, num_heads = 2 }
 [moe]
-faithful = true
-rank = 8
+router = {preset = "emoe-faithful", rank = 8}
 experts = 4
 bottleneck = 4
 blocks = "all"

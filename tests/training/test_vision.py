@@ -28,7 +28,13 @@ from spectralmoe.training.vision_settings import MoEParts, VisionSettings
 
 TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 BACKBONE = {"name": "vit_tiny_patch16_224", "arguments": TINY}
-FAITHFUL = {"faithful": True, "rank": 8, "experts": 4, "bottleneck": 4, "blocks": "all", "tokens": "all"}
+FAITHFUL = {
+    "router": {"preset": "emoe-faithful", "rank": 8},
+    "experts": 4,
+    "bottleneck": 4,
+    "blocks": "all",
+    "tokens": "all",
+}
 BUDGET = {"epochs": 2, "batch_size": 64, "seed": 3}
 
 
@@ -44,7 +50,7 @@ def settings(backbone=None, moe=FAITHFUL, **optimization):
 
 def trained(data, wanted, **options):
     network = build_vision(data, wanted)
-    terms = router_terms(wanted.moe.router) if wanted.moe else None
+    terms = router_terms(wanted.row)
     train(network, data, wanted.optimization, terms=terms, **options)
     return network
 
@@ -53,7 +59,7 @@ def bits(model):
     return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("moe", [FAITHFUL, {**FAITHFUL, "kind": "replace_mlp", "mode": "soft", "blocks": "last1"}])
+@pytest.mark.parametrize("moe", [FAITHFUL, {**FAITHFUL, "kind": "replace_mlp", "k": "soft", "blocks": "last1"}])
 def test_a_frozen_backbone_is_the_same_to_the_bit(data, moe):
     wanted = settings({"frozen": True, "arguments": {**TINY, "drop_path_rate": 0.3}}, moe)
     network = build_vision(data, wanted)
@@ -173,7 +179,7 @@ def test_branches_start_as_the_dense_model_unless_asked_otherwise(data, router):
 
 def test_replacing_mlps_by_copies_starts_as_the_dense_model(data):
     dense = build_vision(data, settings(moe=None)).eval()
-    moe = build_vision(data, settings(moe={"kind": "replace_mlp", "mode": "soft", "blocks": "all", **LINEAR})).eval()
+    moe = build_vision(data, settings(moe={"kind": "replace_mlp", "k": "soft", "blocks": "all", **LINEAR})).eval()
     images = data.test.images[:5]
     torch.testing.assert_close(moe(images), dense(images), rtol=1e-5, atol=1e-5)
 
@@ -184,8 +190,7 @@ LINEAR = {"router": "linear", "experts": 3}
 @pytest.mark.parametrize("routers", [("linear", "prototype"), ("linear", "emoe")])
 def test_all_routers_start_with_the_same_experts_and_backbone(data, routers):
     same = {**FAITHFUL, "start": "authors"}
-    rows = [{**same, "router": "emoe"} if router == "emoe" else {**same, "faithful": False, "rank": None,
-            "router": router} for router in routers]  # fmt: skip
+    rows = [{**same, "router": router} for router in routers]
     one, two = (build_vision(data, settings(moe=row)).state_dict() for row in rows)
     for name, value in one.items():
         if ".router." not in name:
@@ -196,7 +201,8 @@ def test_all_routers_start_with_the_same_experts_and_backbone(data, routers):
     ("moe", "words"),
     [
         ({"router": "liner"}, ("unknown router 'liner'", "emoe", "linear")),
-        ({"router": "linear", "tau": 0.1}, ("tau", "emoe")),
+        ({"router": {"preset": "linear", "tau": 0.1}}, ("unknown key 'tau'", "scorer")),
+        ({"router": {"preset": "emoe", "experts": "adapter"}}, ("branches have adapters",)),
         ({"blocks": "last9"}, ("last9",)),
         (
             {"kind": "replace_mlp", "router": "linear"},
@@ -205,7 +211,7 @@ def test_all_routers_start_with_the_same_experts_and_backbone(data, routers):
                 "random",
             ),
         ),
-        ({"faithful": True, "rank": 99}, ("99", "D=16")),
+        ({"router": {"preset": "emoe-faithful", "rank": 99}}, ("99", "D=16")),
     ],
 )
 def test_moe_parts_that_cannot_be_are_one_line(data, moe, words, user_error):
@@ -222,6 +228,8 @@ def test_moe_parts_that_cannot_be_are_one_line(data, moe, words, user_error):
         ({"moe": {"bottleneck": 0}}, ("moe.bottleneck",)),
         ({"optimization": {"precision": "fp8"}}, ("optimization.precision",)),
         ({"moe": {"wings": 1}}, ("unknown key 'wings'", "bottleneck")),
+        ({"moe": {"faithful": True}}, ("moe.faithful is no more", 'router = "emoe-faithful"')),
+        ({"moe": {"router": 3}}, ("moe.router", "got 3")),
     ],
 )
 def test_settings_that_are_wrong_are_one_line(values, words, user_error):
@@ -269,7 +277,7 @@ def test_two_sources_of_weights_are_refused(data, user_error):
 def test_presets_bring_their_terms():
     assert list(router_terms("linear+load_balance")) == ["load_balance"]
     assert not router_terms("emoe")
-    assert make_spec(MoEParts(router="linear", mode="top2")).make_router(8).selector.k == 2
+    assert make_spec(MoEParts(router="linear", k=2)).make_router(8).selector.k == 2
 
 
 # Several processes
@@ -302,8 +310,8 @@ lr = 1e-3
 mixup = 0.2
 """
 FORMS = {
-    "faithful": CONFIG.format(checkpointing="true", moe='faithful = true\nrank = 8\nmode = "soft"'),
-    "balanced": CONFIG.format(checkpointing="false", moe='router = "linear+balanced"\nmode = "soft"'),
+    "faithful": CONFIG.format(checkpointing="true", moe='router = {preset = "emoe-faithful", rank = 8}\nk = "soft"'),
+    "balanced": CONFIG.format(checkpointing="false", moe='router = "linear+balanced"\nk = "soft"'),
 }
 
 

@@ -32,7 +32,6 @@ from spectralmoe.tape import moe_layers
 from spectralmoe.vision import (
     Branch,
     BranchSpec,
-    EMoESpec,
     add_branches,
     choose_blocks,
     model_blocks,
@@ -45,8 +44,10 @@ def small(top, k=2, **more):
     return BranchSpec(**{"router": top(k), "experts": 4, "bottleneck": 3, "blocks": "all", "start": "authors", **more})
 
 
-def emoe(**more):
-    return EMoESpec(**{"experts": 4, "bottleneck": 3, "blocks": "all", "rank": 6, "start": "authors", **more})
+def emoe(*, faithful=False, rank=6, tau=None, **more):
+    row = {"preset": "emoe-faithful" if faithful else "emoe", "rank": rank}
+    row |= {} if tau is None else {"temperature": tau}
+    return BranchSpec.of(row, **{"experts": 4, "bottleneck": 3, "blocks": "all", "start": "authors", **more})
 
 
 def branches_of(model):
@@ -130,20 +131,17 @@ def routings_of(model, images):
 def test_the_authors_start_changes_the_model(make_vision, images):
     model = make_vision("vit")
     expected = model(images)
-    add_branches(model, EMoESpec(faithful=True, experts=4, bottleneck=3, blocks="all", rank=6))
+    add_branches(model, BranchSpec.of("emoe-faithful", experts=4, bottleneck=3, blocks="all"))
     assert all(branch.moe.experts.down.any() for branch in branches_of(model))
     assert not torch.allclose(model(images), expected, atol=1e-3)
 
 
 def test_which_start_a_form_takes(top, user_error):
-    assert (EMoESpec().start, EMoESpec(faithful=True).start, BranchSpec(router=top(1)).start) == (
-        "model",
-        "authors",
-        "model",
-    )
-    assert EMoESpec(faithful=True, start="model").start == "model"
+    forms = BranchSpec.of("emoe"), BranchSpec.of("emoe-faithful"), BranchSpec(router=top(1))
+    assert [spec.start for spec in forms] == ["model", "authors", "model"]
+    assert BranchSpec.of("emoe-faithful", start="model").start == "model"
     with user_error("start", "'zero'", "authors, model"):
-        EMoESpec(start="zero")
+        BranchSpec.of("emoe", start="zero")
     assert small(top, start="model", scale=0.0).make_moe(8).experts.down.any()  # alpha is 0: both would stand still
 
 
@@ -244,33 +242,35 @@ def slow_emoe(branch, h, k):
     return h + branch.alpha * sum(gates[e] * (bank.down[e] @ gelu(bank.up[e] @ h)) for e in chosen)
 
 
-@pytest.mark.parametrize(("mode", "k"), [("soft", 4), ("top1", 1), ("top2", 2)])
-def test_the_faithful_form_is_the_authors_layer(mode, k, make_vision, same):
-    spec = emoe(faithful=True, mode=mode, tau=0.5, blocks="last1")
+@pytest.mark.parametrize("k", ["soft", 1, 2])
+def test_the_faithful_form_is_the_authors_layer(k, make_vision, same):
+    spec = emoe(faithful=True, k=k, tau=0.5, blocks="last1")
     model = add_branches(make_vision("dinov2_reg").double(), spec)
     (branch,) = branches_of(model)
     for parameter in (branch.moe.router.scorer.gain, branch.moe.router.scorer.bias, branch.alpha):
         parameter.data += 0.3 * torch.randn_like(parameter)
     h = torch.randn(2, 8, 24, dtype=torch.float64, requires_grad=True)
-    rows = [[*sequence[:5], *(slow_emoe(branch, token, k) for token in sequence[5:])] for sequence in h]
+    rows = [
+        [*sequence[:5], *(slow_emoe(branch, token, 4 if k == "soft" else k) for token in sequence[5:])]
+        for sequence in h
+    ]
     same(branch(h), torch.stack([torch.stack(row) for row in rows]), [h, *branch.parameters()])
 
 
 def test_the_two_forms():
-    faithful = EMoESpec(faithful=True)
+    faithful, default = BranchSpec.of("emoe-faithful"), BranchSpec.of("emoe")
     assert (faithful.tokens, faithful.norm, faithful.scale, faithful.bottleneck) == ("patches", False, 1.0, 192)
     router = faithful.make_router(192)
     assert isinstance(router.scorer, EigenbasisScorer)
     assert (router.scorer.rank, router.scorer.temperature, router.scorer.eps) == (128, 1.0, 1e-6)
     assert (router.selector.k, router.selector.normalize) == (1, False)
-    assert (EMoESpec().tokens, EMoESpec().norm) == ("all", True)
-    one_change = EMoESpec(faithful=True, tokens="all", norm=True)  # for an ablation
+    assert (default.tokens, default.norm) == ("all", True)
+    one_change = BranchSpec.of("emoe-faithful", tokens="all", norm=True)  # for an ablation
     assert (one_change.tokens, one_change.norm) == ("all", True)
-    assert EMoESpec(mode="soft").make_router(32).soft
-    assert EMoESpec(rank=5, tau=0.3).make_router(32).scorer.rank == 5
-    assert EMoESpec(rank=5, tau=0.3).make_router(32).scorer.temperature == 0.3
-    assert EMoESpec(rank=5) == EMoESpec(rank=5) != EMoESpec(rank=6)
-    assert pickle.loads(pickle.dumps(EMoESpec(rank=5))).make_router(32).scorer.rank == 5
+    assert faithful.make_router(32).scorer.rank == 32
+    assert BranchSpec.of("emoe", k="soft").make_router(32).soft
+    router = pickle.loads(pickle.dumps(emoe(rank=5, tau=0.3))).make_router(32)
+    assert (router.scorer.rank, router.scorer.temperature) == (5, 0.3)
 
 
 # what the model can do, it still can
@@ -347,9 +347,9 @@ def test_compile_takes_the_model_whole(faithful, make_vision, images, close):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("name", "mode"), [("vit", "top1"), ("vit", "soft"), ("convnext", "top2")])
-def test_export(name, mode, make_vision, images, close):
-    model = add_branches(make_vision(name), emoe(mode=mode, blocks=[-1]))
+@pytest.mark.parametrize(("name", "k"), [("vit", 1), ("vit", "soft"), ("convnext", 2)])
+def test_export(name, k, make_vision, images, close):
+    model = add_branches(make_vision(name), emoe(k=k, blocks=[-1]))
     with torch.no_grad():
         program = torch.export.export(model, (images,))
         close(program.module()(images), model(images))
@@ -378,9 +378,9 @@ def gradient_of_alphas(model, images):
     return [bool(branch.alpha.grad is not None and branch.alpha.grad != 0) for branch in branches_of(model)]
 
 
-@pytest.mark.parametrize("mode", ["soft", "top1", "top2"])
-def test_every_branch_of_the_default_form_learns(mode, make_vision, images):
-    assert gradient_of_alphas(add_branches(make_vision("vit"), emoe(mode=mode)), images) == [True] * 3
+@pytest.mark.parametrize("k", ["soft", 1, 2])
+def test_every_branch_of_the_default_form_learns(k, make_vision, images):
+    assert gradient_of_alphas(add_branches(make_vision("vit"), emoe(k=k)), images) == [True] * 3
 
 
 def test_on_patches_alone_the_last_block_learns_nothing_under_class_token_pooling(make_vision, images):
@@ -479,16 +479,16 @@ def test_a_second_branch_is_refused_and_nothing_is_touched(make_vision, top, ima
 def test_what_cannot_be_added_changes_nothing(make_vision, user_error):
     model = make_vision("vit")
     for spec, words in (
-        (EMoESpec(faithful=True, blocks="all", rank=128), ("rank", "D=24", "128")),
-        (EMoESpec(faithful=True, blocks="all", rank=0), ("rank", "D=24", "0")),
-        (EMoESpec(faithful=True, blocks="all", rank=4, tau=0.0), ("temperature", "0.0")),
-        (EMoESpec(blocks="last6", rank=4), ("'last6'", "3 blocks")),
+        (emoe(faithful=True, rank=128), ("rank", "D=24", "128")),
+        (emoe(faithful=True, rank=0), ("rank", "D=24", "0")),
+        (emoe(faithful=True, tau=0.0), ("temperature", "0.0")),
+        (emoe(blocks="last6"), ("'last6'", "3 blocks")),
     ):
         with user_error(*words):
             add_branches(model, spec)
         assert not branches_of(model)
     with user_error("ResNet", "no blocks"):
-        add_branches(make_vision("resnet"), EMoESpec())
+        add_branches(make_vision("resnet"), emoe())
 
 
 @pytest.mark.parametrize(
@@ -501,19 +501,20 @@ def test_what_cannot_be_added_changes_nothing(make_vision, user_error):
         ("tokens", "patch", "patches"),
         ("tokens", "", "patches"),
         ("scale", math.nan, "nan"),
-        ("mode", "top3", "top2"),
+        ("k", "top3", "soft"),
+        ("k", 0, "k = 0"),
     ],
 )
 def test_values_that_cannot_be(argument, value, word, top, user_error):
     with user_error(argument, word):
-        EMoESpec(**{argument: value})
-    if argument != "mode":
+        BranchSpec.of("emoe", **{argument: value})
+    if argument != "k":
         with user_error(argument, word):
             BranchSpec(**{"router": top(1), argument: value})
 
 
 def test_branch_arguments(user_error):
-    moe = EMoESpec(faithful=True, rank=4, bottleneck=2).make_moe(8)
+    moe = emoe(faithful=True, rank=4).make_moe(8)
     with user_error("tokens", "'class'", "patches"):
         Branch(moe, tokens="class")
     with user_error("prefix", "-1"):
@@ -545,4 +546,4 @@ def test_a_choice_of_blocks_that_makes_no_sense_is_one_line(blocks, user_error):
     model = torch.nn.Module()
     model.blocks = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     with user_error("blocks"):
-        add_branches(model, EMoESpec(experts=4, bottleneck=2, blocks=blocks))
+        add_branches(model, BranchSpec.of("emoe", experts=4, bottleneck=2, blocks=blocks))

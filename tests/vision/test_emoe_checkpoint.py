@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from spectralmoe.vision import EMoESpec, add_branches, load_emoe_checkpoint
+from spectralmoe.vision import BranchSpec, add_branches, load_emoe_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "emoe_reference_tiny.safetensors"
-MODES = pytest.mark.parametrize("mode", ["soft", "top1", "top2"])
+MODES = pytest.mark.parametrize(("mode", "k"), [("soft", "soft"), ("top1", 1), ("top2", 2)])
 BLOCKS = (1, 3)
 
 
@@ -42,17 +42,17 @@ def make_vit(golden):
 
 @pytest.fixture
 def load_it(golden, make_vit, weights):
-    """``load_it(mode, source=weights, **more)``: the whole model."""
+    """``load_it(k, source=weights, **more)``: the whole model."""
 
-    def make(mode="top1", source=None, **more):
-        return load_emoe_checkpoint(make_vit(), source or weights, router_mode=mode, **{**golden[2], **more})
+    def make(k=1, source=None, **more):
+        return load_emoe_checkpoint(make_vit(), source or weights, k=k, **{**golden[2], **more})
 
     return make
 
 
 @MODES
-def test_logits(mode, golden, load_it, close):
-    close(load_it(mode)(golden[0]["input.images"]), golden[0][f"output.{mode}.logits"])
+def test_logits(mode, k, golden, load_it, close):
+    close(load_it(k)(golden[0]["input.images"]), golden[0][f"output.{mode}.logits"])
 
 
 def test_weights_below_the_prefix_of_a_wrapper(golden, load_it, weights, close):
@@ -62,9 +62,9 @@ def test_weights_below_the_prefix_of_a_wrapper(golden, load_it, weights, close):
 
 @MODES
 @pytest.mark.parametrize("index", BLOCKS)
-def test_a_branch_alone(mode, index, golden, load_it, close):
+def test_a_branch_alone(mode, k, index, golden, load_it, close):
     """The reference routes all tokens that a branch is given; in the model it is given the patches alone."""
-    branch, tokens = load_it(mode).blocks[index].moe_branch, golden[0]["input.tokens"]
+    branch, tokens = load_it(k).blocks[index].moe_branch, golden[0]["input.tokens"]
     assert (branch.prefix, branch.tokens) == (1, "patches")
     branch.tokens = "all"
     close(branch(tokens), golden[0][f"output.{mode}.branch{index}.tokens"])
@@ -73,7 +73,7 @@ def test_a_branch_alone(mode, index, golden, load_it, close):
 
 
 def test_gradients(golden, load_it, close):
-    model = load_it("top1")
+    model = load_it(1)
     F.cross_entropy(model(golden[0]["input.images"]), torch.tensor([1, 2, 3])).backward()
     grads = {name.removeprefix("grad.top1.branches."): v for name, v in golden[0].items() if name.startswith("grad.")}
     assert len(grads) == 16
@@ -161,11 +161,11 @@ def test_a_refused_checkpoint_leaves_the_model_alone(golden, make_vit, weights, 
     for options in ({"rank": 8}, {"rank": 49}, {"blocks": "last9"}, {"bottleneck": 0}, {"tau": 0.0}):
         with user_error(""):
             load_emoe_checkpoint(vit, weights, **{**golden[2], **options})
-    with user_error("mode", "'top3'", "top2"):
-        load_emoe_checkpoint(vit, weights, router_mode="top3", **golden[2])
+    with user_error('k = "top3"', "soft"):
+        load_emoe_checkpoint(vit, weights, k="top3", **golden[2])
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
     assert len(before) == len(vit.state_dict())
-    branched = add_branches(vit, EMoESpec(rank=4, blocks=[1]))
+    branched = add_branches(vit, BranchSpec.of("emoe", blocks=[1]))
     with user_error("'blocks.1'", "already"):
         load_emoe_checkpoint(branched, weights, **golden[2])
 

@@ -13,7 +13,7 @@ import torch
 from spectralmoe import Balanced, LinearScorer, ModuleExperts, Router, Soft, TopK, after_step, load, record, save
 from spectralmoe.compression import merge, prune, replicate
 from spectralmoe.tape import moe_layers
-from spectralmoe.vision import BranchSpec, EMoESpec, add_branches, replace_mlp
+from spectralmoe.vision import BranchSpec, add_branches, replace_mlp
 from spectralmoe.vision.model import VisionMoE, check_images, vision_moe
 
 TINY = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 3, "num_heads": 2}
@@ -232,7 +232,7 @@ def test_importing_vision_imports_neither_timm_nor_the_hub():
 
 def test_the_default_emoe_round_trip(tmp_path):
     model = tiny()
-    add_branches(model.backbone, EMoESpec(experts=4, bottleneck=4, blocks="all", start="authors"))
+    add_branches(model.backbone, BranchSpec.of("emoe", experts=4, bottleneck=4, blocks="all", start="authors"))
     save(model, tmp_path)
     same_bits(model, load(tmp_path))
 

@@ -28,7 +28,7 @@ from spectralmoe import (
 )
 from spectralmoe.tape import moe_layers
 from spectralmoe.units import Pixel
-from spectralmoe.vision import BranchSpec, EMoESpec, add_branches, model_blocks, replace_mlp
+from spectralmoe.vision import BranchSpec, add_branches, model_blocks, replace_mlp
 from spectralmoe.vision.replace_mlp import OnePixel
 
 timm = pytest.importorskip("timm")
@@ -279,7 +279,7 @@ def test_branches_behind_experts(make_vision, top, images):
     model = make_vision("convnext_atto")
     expected = model(images)
     replace_mlp(model, spec_of(top))
-    add_branches(model, EMoESpec(experts=2, rank=4, bottleneck=2, blocks="all", scale=0.0))
+    add_branches(model, BranchSpec.of("emoe", experts=2, bottleneck=2, blocks="all", scale=0.0))
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -16,16 +16,13 @@ from spectralmoe.bench.gate import difference
 from spectralmoe.bench.settings import Settings
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.moe import MoE
-from spectralmoe.vision import Branch, EMoESpec, add_branches, put_branch
+from spectralmoe.vision import Branch, BranchSpec, add_branches, put_branch
 from spectralmoe.vision.blocks import choose_blocks
 
 __all__ = ["cases", "count"]
 
-FORMS: dict[str, tuple[dict[str, Any], int]] = {
-    "the authors' form": ({"faithful": True}, 64),
-    "default form": ({}, 2),
-}
-"""Arguments of ``EMoESpec``, and how much wider a dense adapter is that does the router's arithmetic too."""
+FORMS = {"the authors' form": ("emoe-faithful", 64), "default form": ("emoe", 2)}
+"""A preset, and how much wider a dense adapter is that does the router's arithmetic too."""
 FULL, QUICK = (8, 197, 768, 192, 8), (1, 17, 128, 16, 8)
 """Images, tokens, D, bottleneck, E."""
 CHECKED = 64  # tokens that go through the plain loop
@@ -63,8 +60,8 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def _alone(form: str, settings: Settings) -> Case:
     images, tokens, dim, width, experts = QUICK if settings.quick else FULL
-    options, more = FORMS[form]
-    spec = EMoESpec(bottleneck=width, experts=experts, start="authors", **options)
+    preset, more = FORMS[form]
+    spec = BranchSpec.of(preset, bottleneck=width, experts=experts, start="authors")
     branch = Branch(spec.make_moe(dim), norm=spec.norm).to(settings.device)
     h, gradient = (torch.randn(images, tokens, dim).to(settings.device) for _ in range(2))
     check = partial(_against_loop, branch, h[:1, :CHECKED])
@@ -85,7 +82,7 @@ def _in_vit(settings: Settings) -> Case:
         plain = VisionMoE(kind, 10, arguments={"img_size": side}).requires_grad_(False)
     except UserError as error:
         return Case("branch", name, [], settings.device, skipped={"timm": first_line(error)})
-    ours, dense, spec = copy.deepcopy(plain), copy.deepcopy(plain), EMoESpec(start="authors")
+    ours, dense, spec = copy.deepcopy(plain), copy.deepcopy(plain), BranchSpec.of("emoe", start="authors")
     add_branches(ours.backbone, spec)
     for path, block in choose_blocks(dense.backbone, spec.blocks).items():
         adapter: Any = DenseBranch(plain.backbone.embed_dim, spec.bottleneck, spec.norm)

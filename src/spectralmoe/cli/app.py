@@ -14,6 +14,7 @@ import typer
 import spectralmoe
 from spectralmoe.cli.adapt import adapt
 from spectralmoe.cli.bench import bench
+from spectralmoe.cli.card import card
 from spectralmoe.cli.compare import compare
 from spectralmoe.cli.evaluate import evaluate
 from spectralmoe.cli.fewshot import fewshot
@@ -40,6 +41,7 @@ app.command(short_help="Learn a new task from a few images a class.")(fewshot)
 app.command(short_help="One HTML page about what was measured.")(report)
 app.command(short_help="What the routers and experts of a model do.")(inspect)
 app.command(short_help="How fast the layers are.")(bench)
+app.command(short_help="Run a reproduction card's plan.")(card)
 app.command("list", short_help="Everything that can be named.")(list_everything)
 
 

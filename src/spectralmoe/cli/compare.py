@@ -18,13 +18,13 @@ from spectralmoe.cli.options import (
     Json,
     Out,
     read_data,
+    read_k,
     refuse_image_size,
     say_notes,
     see_own_modules,
     split_names,
     split_numbers,
 )
-from spectralmoe.errors import UserError
 from spectralmoe.training.names import DEFAULT_ROUTERS
 
 if TYPE_CHECKING:
@@ -48,8 +48,10 @@ def compare(
     routers: Annotated[
         str | None,
         typer.Option(
+            "--routers",
+            "--router",
             metavar="A,B,...",
-            help="Presets (see 'spectralmoe list') or PKG:CLASS of your own.",
+            help="Presets or tables of parts (see 'spectralmoe list'), or PKG:OBJECT of your own.",
             show_default=",".join(DEFAULT_ROUTERS),
             autocompletion=complete_routers,
         ),
@@ -107,8 +109,6 @@ def compare(
     from spectralmoe.training.settings import pick_device
 
     names = None if routers is None else split_names(routers)
-    if k is not None and k != "soft" and not (k.isdecimal() and int(k)):
-        raise UserError(f"--k {k} is neither 'soft' nor a number of experts a token")
     given = {
         "data": data,
         "routers": names,
@@ -120,7 +120,7 @@ def compare(
         "train_size": train_size,
         "tune": tune,
         "optimization.epochs": epochs,
-        "network.k": k if k is None or k == "soft" else int(k),
+        "network.k": None if k is None else read_k(k),
         "network.num_experts": experts,
     }
     settings = _settings(config, given, assign or ())

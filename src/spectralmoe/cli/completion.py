@@ -47,7 +47,7 @@ def complete_routers(incomplete: str) -> list[str]:
 
 def complete_few_shot_rows(incomplete: str) -> list[str]:
     """Of ``--rows``."""
-    rows = (*OWN_ROWS, "adapter", "emoe-faithful", *ROUTER_NAMES)
+    rows = (*OWN_ROWS, "adapter", *ROUTER_NAMES)
     return listed(incomplete, rows)
 
 

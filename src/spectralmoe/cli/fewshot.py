@@ -21,6 +21,7 @@ from spectralmoe.cli.options import (
     Seed,
     load_network,
     read_data,
+    read_k,
     say_notes,
     see_own_modules,
     split_names,
@@ -44,7 +45,7 @@ def fewshot(
         str | None,
         typer.Option(
             metavar="A,B,...",
-            help=f"own, linear-probe, adapter, emoe, emoe-faithful, a router preset. "
+            help=f"own, linear-probe, adapter, or a router as in 'compare'. "
             f"By default {','.join(FRESH_ROWS)}; for a model with branches {','.join(OWN_ROWS)}.",
             autocompletion=complete_few_shot_rows,
         ),
@@ -55,7 +56,7 @@ def fewshot(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
     experts: Annotated[int, typer.Option(min=1, help="Experts a branch.")] = 8,
     bottleneck: Annotated[int, typer.Option(min=1, help="Width of an expert.")] = 32,
-    mode: Annotated[str, typer.Option(metavar="soft|top1|top2", help="Experts a token.")] = "top1",
+    k: Annotated[str, typer.Option(metavar="K|soft", help="Experts a token, or soft mixing of all.")] = "1",
     blocks: Annotated[str, typer.Option(metavar="all|lastN|1,3", help="Blocks that get a branch.")] = "last2",
     data_dir: DataDir = None,
     download: Download = False,
@@ -82,7 +83,7 @@ def fewshot(
     names = (OWN_ROWS if network.parts() else FRESH_ROWS) if rows is None else split_names(rows)
     see_own_modules(names)
     values: dict[str, Any] = {"data": data, "rows": names, "shots": split_numbers("--shots", shots)}
-    values |= {"seeds": seeds, "seed": seed, "experts": experts, "bottleneck": bottleneck, "mode": mode}
+    values |= {"seeds": seeds, "seed": seed, "experts": experts, "bottleneck": bottleneck, "k": read_k(k)}
     values |= {"blocks": blocks, "optimization": {**FEW_SHOT.model_dump(), "epochs": epochs, "lr": lr}}
     settings = parse(FewShotSettings, values, "fewshot")
     images = read_data(data, data_dir, download, meta.side)

@@ -24,7 +24,7 @@ PLAIN = {
     "topk": "the k experts with the largest scores for each token",
     "noisy_topk": "top-k of noisy logits in training, of the logits in evaluation",
     "expert_choice": "each expert takes its best tokens, as many as its capacity allows",
-    "top_p": "the smallest set of experts whose scores sum to p",
+    "topp": "the smallest set of experts whose scores sum to p",
     "balanced": "top-k of scores plus a bias that evens the load; the weights never see the bias",
     "soft": "all experts for each token, weighted by their scores",
     "soft_balanced": "all experts for each token, with a bias on the weights that evens the load",
@@ -50,30 +50,36 @@ PLAIN = {
 }
 """The parts in plain words; one without an entry is told by its docstring, less the formulas."""
 
+HINT = (
+    'A router is a preset, or a table of parts and their arguments: {scorer="prototype", selector="topp", p=0.7}, '
+    '{preset="sr-moe", rate=1e-3}, {scorer="linear", terms={load_balance=0.01}}.'
+)
+
 _FORMULA = re.compile(r"\s*:math:`[^`]*`|``")
-_INDENT = 23
+_WIDTH = 20  # of the names of a table, or more
 
 
 def list_everything(json: Json = False) -> None:
-    """Data sets, router presets, and the parts that routers are made of.
+    """Data sets, router presets, the parts that networks are made of, and the values that ``inspect`` measures.
 
     Example: spectralmoe list
     """
     from spectralmoe.data.image_data import DATASETS
+    from spectralmoe.diagnostics.table import VALUES
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
     from spectralmoe.optim import OPTIMIZERS, SCHEDULES
+    from spectralmoe.presets import PRESETS
     from spectralmoe.regularizers import REGULARIZERS
     from spectralmoe.scorers import SCORERS
     from spectralmoe.selectors import SELECTORS
-    from spectralmoe.training.routers import ROUTERS
 
     tables = {
         "data sets": {
             **{name: _first_line(loader) for name, loader in DATASETS.items()},
             "folder:PATH": "an image folder",
         },
-        "routers": {name: preset.summary for name, preset in ROUTERS.items()},
+        "presets": {name: row["summary"] for name, row in PRESETS.items()},
     }
     parts: dict[str, Mapping[str, object]] = {
         "scorers": SCORERS,
@@ -88,13 +94,16 @@ def list_everything(json: Json = False) -> None:
     }
     tables["optimizers"] = {name: _first_line(item) for name, item in OPTIMIZERS.items()}
     tables["schedules"] = {name: _first_line(item) for name, item in SCHEDULES.items()}
+    tables["values"] = {value.name: value.meaning for value in VALUES.values()}
     if json:
         print_json(tables)
         return
     for title, table in tables.items():
         typer.echo(f"{title}:")
+        width = max(_WIDTH, *map(len, table))
         for name, line in table.items():
-            say(f"  {name:<20} {line}", indent=" " * _INDENT)
+            say(f"  {name:<{width}} {line}", indent=" " * (width + 3))
+    say(HINT)
 
 
 def _first_line(item: object) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "load_network",
     "open_data",
     "read_data",
+    "read_k",
     "refuse_image_size",
     "refuse_outputs",
     "say_notes",
@@ -86,8 +87,37 @@ Allow = Annotated[
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """``"a, b"`` -> ``("a", "b")``."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    """``"a, b"`` -> ``("a", "b")``; a table in braces is one name, whatever commas it holds.
+
+    >>> split_names('linear, {scorer = "prototype", p = 0.7}')
+    ('linear', '{scorer = "prototype", p = 0.7}')
+    """
+    names, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif depth and letter in "\"'":
+            quote = letter
+        else:
+            depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and depth <= 0 and not quote:
+            names.append("")
+        else:
+            names[-1] += letter
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def read_k(text: str) -> int | str:
+    """Experts a token: a number, or "soft".
+
+    Raises:
+        UserError: neither.
+    """
+    if text == "soft":
+        return text
+    if not (text.isdecimal() and int(text)):
+        raise UserError(f"--k {text} is neither 'soft' nor a number of experts a token")
+    return int(text)
 
 
 def split_numbers(option: str, text: str) -> tuple[int, ...]:

@@ -24,9 +24,10 @@ from spectralmoe.cli.options import (
     see_own_modules,
     split_names,
 )
-from spectralmoe.cli.train_settings import check, print_settings, read_settings, router_of
+from spectralmoe.cli.train_settings import check, print_settings, read_settings
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json
+from spectralmoe.training.names import ROUTER_NAMES
 
 if TYPE_CHECKING:
     from spectralmoe.data.image_data import ImageData
@@ -50,6 +51,14 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print all settings of the run as TOML, and train nothing.")
     ] = False,
+    router: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|TABLE|PKG:OBJECT",
+            help="Router, in place of the file's (see 'spectralmoe list').",
+            autocompletion=one_among(*ROUTER_NAMES),
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Random seed; the file's by default.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start a timm model from timm's weights.")] = False,
     parallel: Annotated[
@@ -100,7 +109,7 @@ def train(
     from spectralmoe.training.settings import pick_device
     from spectralmoe.vision.model import VisionMoE
 
-    settings = read_settings(config, assign or (), seed, pretrained)
+    settings = read_settings(config, assign or (), seed, pretrained, router)
     if print_config:
         print_settings(settings, json)
         return
@@ -108,7 +117,7 @@ def train(
         raise UserError("--out is missing: name the folder for everything that is written")
     if every is not None and not monitor:
         raise UserError("--every is how often --monitor reports; add --monitor")
-    check(settings, parallel, allow or ())
+    check(settings, parallel, allow or (), router)
     wanted = split_names(log or "")
     check_logs(wanted)
     data = _images(settings, data_dir, download)
@@ -198,26 +207,28 @@ def _images(settings: TrainSettings | VisionSettings, data_dir: Path | None, dow
 
 
 def _plan(settings: TrainSettings | VisionSettings, data: ImageData) -> _Plan:
+    from spectralmoe.naming import own_names, shown
+    from spectralmoe.presets import find_preset
     from spectralmoe.training.network import build_network
-    from spectralmoe.training.routers import find_preset
     from spectralmoe.training.settings import TrainSettings
     from spectralmoe.training.vision import build_vision, router_terms
 
-    router = router_of(settings)
-    see_own_modules([router])
+    row = settings.row
+    see_own_modules(own_names(row))
     if isinstance(settings, TrainSettings):
-        terms = find_preset(router).terms
-        network = build_network(data, settings.network, router, settings.depth, settings.optimization.seed)
-        return _Plan(network, terms, router)
-    label = settings.backbone.name if router == "none" else f"{settings.backbone.name}, {router}"
-    return _Plan(build_vision(data, settings), router_terms(router), label)
+        terms = find_preset(row).terms
+        network = build_network(data, settings.network, row, settings.depth, settings.optimization.seed)
+        return _Plan(network, terms, shown(row))
+    label = settings.backbone.name if row == "none" else f"{settings.backbone.name}, {shown(row)}"
+    return _Plan(build_vision(data, settings), router_terms(row), label)
 
 
 def _meta(settings: TrainSettings | VisionSettings, data: ImageData, found: Evaluation) -> dict[str, Any]:
+    from spectralmoe.naming import shown
     from spectralmoe.training.network import model_meta
     from spectralmoe.training.settings import TrainSettings
     from spectralmoe.training.vision import vision_meta
 
     if isinstance(settings, TrainSettings):
-        return model_meta(data, settings.router, settings.hold_out)
+        return model_meta(data, shown(settings.row), settings.hold_out)
     return vision_meta(data, settings, found)

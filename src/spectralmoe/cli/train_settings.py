@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from spectralmoe.training.settings import TrainSettings
     from spectralmoe.training.vision_settings import VisionSettings
 
-__all__ = ["check", "print_settings", "read_settings", "router_of"]
+__all__ = ["check", "print_settings", "read_settings"]
 
 
 def read_settings(
-    config: Path, assign: Sequence[str], seed: int | None, pretrained: bool
+    config: Path, assign: Sequence[str], seed: int | None, pretrained: bool, router: str | None = None
 ) -> TrainSettings | VisionSettings:
-    """What the file says, changed by --set, --seed and --pretrained.
+    """What the file says, changed by --set, --seed, --router and --pretrained.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --pretrained without a timm model.
@@ -34,6 +34,8 @@ def read_settings(
     change(values, assign)
     if seed is not None:
         put(values, "optimization.seed", seed)
+    if router is not None:
+        put(values, "moe.router" if "backbone" in values else "router", router)
     if "backbone" not in values:
         if pretrained:
             raise UserError(f"--pretrained starts a timm model, but {config} has no section [backbone]")
@@ -53,20 +55,17 @@ def print_settings(settings: TrainSettings | VisionSettings, json: bool) -> None
         typer.echo(to_toml(settings), nl=False)
 
 
-def check(settings: TrainSettings | VisionSettings, parallel: str | None, allow: Sequence[str]) -> None:
-    """What does not go together is refused before data are read, and no module is imported because a file names it."""
+def check(
+    settings: TrainSettings | VisionSettings, parallel: str | None, allow: Sequence[str], router: str | None = None
+) -> None:
+    """What does not go together is refused before data are read, and no module is imported because a file names it;
+    what ``router``, from the command line, names may be.
+    """
+    from spectralmoe.naming import own_names
     from spectralmoe.training.settings import TrainSettings
 
     if parallel is not None and isinstance(settings, TrainSettings):
         raise UserError("--parallel trains timm models; the settings file has no section [backbone]")
-    router = router_of(settings)
-    if ":" in router and router not in allow:
-        raise UserError(f"router {router!r} is a class of your own; if you trust it, add --allow {router}")
-
-
-def router_of(settings: TrainSettings | VisionSettings) -> str:
-    """The router's name, or "none" for a dense backbone."""
-    from spectralmoe.training.settings import TrainSettings
-    from spectralmoe.training.vision import router_name
-
-    return settings.router if isinstance(settings, TrainSettings) else router_name(settings)
+    for name in own_names(settings.row):
+        if name not in (*allow, *own_names(router)):
+            raise UserError(f"router {name!r} is a class of your own; if you trust it, add --allow {name}")

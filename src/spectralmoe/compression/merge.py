@@ -54,8 +54,8 @@ def merge(
         seed: of "random".
 
     Raises:
-        UserError: groups that overlap or name no expert; zero experts; a bank that has no averages; ``by=None`` with a
-            number; evidence as in ``prune``.
+        UserError: groups that overlap or name no expert; zero experts; a bank that has no averages; a scorer that reads
+            its bank; ``by=None`` with a number; evidence as in ``prune``.
 
     >>> from spectralmoe import FeedForward, LinearScorer, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))

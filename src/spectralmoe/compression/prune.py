@@ -37,8 +37,8 @@ def prune(
     """A copy of ``model`` without some of the experts; the model stays as it is.
 
     The router loses the rows of the experts that go (``Router.select``): the layer computes what it would if they
-    could not be chosen and had a logit of minus infinity. What remains keeps its bits, selection biases too, and
-    counts from 0 in the order of ``keep``. Keeping all experts changes nothing.
+    could not be chosen and had a logit of minus infinity. Experts and selection biases that remain keep their bits, and
+    count from 0 in the order of ``keep``. Keeping all experts changes nothing.
 
     Args:
         model: an ``MoE``, or a model that holds some.

@@ -40,8 +40,8 @@ def replicate(model: Model, copies: Copies | Mapping[str, Copies], *, evidence: 
         evidence: the tape of calibration data, for a number of places.
 
     Raises:
-        UserError: not one number an expert, one below the places that it has; zero experts; evidence that is missing or
-            of another model.
+        UserError: not one number an expert, one below the places that it has; zero experts; a scorer that reads its
+            bank; evidence that is missing or of another model.
 
     >>> import torch
     >>> from spectralmoe import FeedForward, LinearScorer, Router, TopK

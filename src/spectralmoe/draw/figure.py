@@ -40,13 +40,12 @@ _STYLE: dict[str, Any] = {
     "savefig.dpi": 200,
 }
 _METADATA: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
-_PER_LINE = 4
 _ROW, _HEAD, _LETTER, _WIDTH, _LINES_WIDTH, _LINES_HEIGHT = 0.2, 0.85, 0.065, 1.7, 3.2, 2.4  # inches
 _BETTER = {"higher": "higher is better", "lower": "lower is better", "": ""}
 
 
 def write_figures(
-    folder: Path, figures: Mapping[str, Sequence[Panel]], *, per_line: int = _PER_LINE, names: Sequence[str] = ()
+    folder: Path, figures: Mapping[str, Sequence[Panel]], *, per_line: int | None = None, names: Sequence[str] = ()
 ) -> tuple[list[Path], list[str]]:
     """Write each figure that has panels under its name: the paths, and why it could not be drawn, a line each.
 
@@ -62,13 +61,13 @@ def write_figures(
 
 
 def write_figure(
-    stem: Path, panels: Sequence[Panel], *, per_line: int = _PER_LINE, names: Sequence[str] = ()
+    stem: Path, panels: Sequence[Panel], *, per_line: int | None = None, names: Sequence[str] = ()
 ) -> list[Path]:
     """Draw ``panels`` and write ``STEM.svg``, ``STEM.pdf`` and ``STEM.png``; returns their paths.
 
     Args:
         panels: all of one kind.
-        per_line: panels side by side.
+        per_line: panels side by side; by default 4 with rows and 2 with lines.
         names: groups or labels in the order of their colours, where several figures share them.
 
     Raises:
@@ -81,7 +80,8 @@ def write_figure(
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in KINDS]
     style: Any = _STYLE  # its keys are names of matplotlib's own
     with mpl.rc_context(style):
-        figure = _drawn(panels, min(per_line, len(panels)), _colours(names, panels))
+        columns = min(per_line or (2 if isinstance(panels[0], Lines) else 4), len(panels))
+        figure = _drawn(panels, columns, _colours(names, panels))
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # it has been laid out, once for all formats
         for kind, path in zip(KINDS, paths, strict=True):
@@ -113,7 +113,7 @@ def _drawn(panels: Sequence[Panel], columns: int, colours: Mapping[str, int]) ->
             else:
                 _draw_lines(ax, panel, colours)
     if isinstance(panels[0], Lines):
-        _legend(figure, grid.flat, columns)
+        _legend(figure, grid.flat)
     return figure
 
 
@@ -196,10 +196,16 @@ def _draw_lines(ax: Axes, panel: Lines, colours: Mapping[str, int]) -> None:
         if len(xs) <= len(_MARKERS):
             look |= {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 3.5}
         halves = [point.half or 0.0 for point in ordered]
+        beside = number - (len(colours) - 1) / 2 if any(halves) else 0.0  # intervals stand side by side
+        places = [p.x * 1.03**beside if panel.log_x else p.x + 0.008 * beside * (xs[-1] - xs[0]) for p in ordered]
         ax.errorbar(
-            [point.x for point in ordered], [point.y for point in ordered],
-            yerr=halves if any(halves) else None, elinewidth=0.9, capsize=1.5, **look,
-        )  # fmt: skip
+            places,
+            [point.y for point in ordered],
+            yerr=halves if any(halves) else None,
+            elinewidth=0.9,
+            capsize=1.5,
+            **look,
+        )
     ax.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.locator_params(axis="y", nbins=5)
@@ -207,11 +213,12 @@ def _draw_lines(ax: Axes, panel: Lines, colours: Mapping[str, int]) -> None:
     ax.set_ylabel(_BETTER[panel.better], fontsize=7, color="#555555")
 
 
-def _legend(figure: Figure, axes: Any, columns: int) -> None:
+def _legend(figure: Figure, axes: Any) -> None:
     handles: dict[str, Any] = {}
     for ax in axes:
-        found, labels = ax.get_legend_handles_labels()
-        handles |= dict(zip(labels, found, strict=True))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles) or 1, 2 * columns)
-    )
+        lines, labels = ax.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines, strict=True))
+    if handles:
+        entry = _LETTER * max(map(len, handles)) + 0.7
+        columns = max(1, min(len(handles), int(figure.get_figwidth() / entry)))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)

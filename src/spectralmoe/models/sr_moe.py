@@ -12,12 +12,13 @@ the experts (Linear, ReLU, Linear). The terms are those of ``spectralmoe.regular
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.experts import FeedForward
+from spectralmoe.experts import Experts, FeedForward
 from spectralmoe.moe import MoE
 from spectralmoe.router import Router
 from spectralmoe.scorers import PrototypeScorer
@@ -168,6 +169,7 @@ class _Tail(nn.Module):
 
 
 RouterFactory = Callable[[int, int], Router]
+ExpertsFactory = Callable[[int, int, int], Experts]
 
 
 def prototype_router(dim: int, num_experts: int) -> Router:
@@ -192,6 +194,7 @@ def sr_moe(
     hidden: int = 32,
     spare: int = 0,
     router: RouterFactory = prototype_router,
+    experts: ExpertsFactory | None = None,
     residual: bool = True,
     centred: bool = True,
     mean: Sequence[float] | None = None,
@@ -208,6 +211,7 @@ def sr_moe(
         width, depth, num_experts, hidden: D, number of stages, E, H.
         spare: zero hidden units an expert, for later corrections (``FeedForward``).
         router: (D, E) -> a router; default: ``prototype_router``.
+        experts: (E, D, H) -> a bank; None: ReLU networks with biases and ``spare`` units.
         residual, centred: see ``Stage``.
         mean, std: pixel statistics of the training images, one value a channel.
 
@@ -221,9 +225,11 @@ def sr_moe(
         stem = ConvStem(channels, width, mean or [0.5] * channels, std or [0.25] * channels)
     else:
         stem = VectorStem(features, width)
-    banks = [FeedForward(num_experts, width, hidden, activation="relu", bias=True, spare=spare) for _ in range(depth)]
+    make_bank = experts or partial(FeedForward, activation="relu", bias=True, spare=spare)
+    banks = [make_bank(num_experts, width, hidden) for _ in range(depth)]
     for bank in banks:
-        _start_small(bank, depth)
+        if isinstance(bank, FeedForward):
+            _start_small(bank, depth)
     state = torch.get_rng_state()
     routers = [router(width, num_experts) for _ in range(depth)]
     torch.set_rng_state(state)

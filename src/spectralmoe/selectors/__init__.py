@@ -31,7 +31,7 @@ SELECTORS: dict[str, type[Selector]] = {
     "topk": TopK,
     "noisy_topk": NoisyTopK,
     "expert_choice": ExpertChoice,
-    "top_p": TopP,
+    "topp": TopP,
     "balanced": Balanced,
     "soft": Soft,
     "soft_balanced": SoftBalanced,

@@ -13,6 +13,7 @@ ROUTER_NAMES = (
     "sr-moe",
     "eigenbasis",
     "emoe",
+    "emoe-faithful",
 )
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
 DATA_NAMES = ("digits", "fashion-mnist", "mnist5k")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -9,8 +10,8 @@ from pydantic import Field
 
 from spectralmoe.data.image_data import ImageData
 from spectralmoe.models import SRMoE, sr_moe
-from spectralmoe.training.routers import find_preset, router_factory
-from spectralmoe.training.settings import Network, Settings, Several
+from spectralmoe.presets import find_preset
+from spectralmoe.training.settings import Network, Row, Settings, Several
 
 __all__ = ["CHECKPOINT", "ModelMeta", "build_network", "model_meta", "pixel_statistics"]
 
@@ -18,8 +19,14 @@ CHECKPOINT = "training.safetensors"
 """The checkpoint's name in the folder of a run."""
 
 
-def build_network(data: ImageData, network: Network, router: str, depth: int, seed: int) -> SRMoE:
-    """The network of one row: under one seed all rows start with the same stem, experts and head."""
+def build_network(data: ImageData, network: Network, row: Row, depth: int, seed: int) -> SRMoE:
+    """The network of one row: under one seed all rows start with the same stem and head, and the same experts but
+    where a row has a bank of its own.
+
+    Raises:
+        UserError: as ``find_preset``; what its parts refuse.
+    """
+    preset = find_preset(row)
     torch.manual_seed(seed)
     mean, std = pixel_statistics(data)
     return sr_moe(
@@ -29,8 +36,8 @@ def build_network(data: ImageData, network: Network, router: str, depth: int, se
         depth=depth,
         num_experts=network.num_experts,
         hidden=network.hidden,
-        spare=network.spare,
-        router=router_factory(find_preset(router), network.top_k),
+        experts=partial(preset.make_experts, spare=network.spare),
+        router=preset.routers(network.k),
         mean=mean,
         std=std,
     )

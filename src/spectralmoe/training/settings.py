@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -14,13 +14,15 @@ from spectralmoe.errors import UserError, first_line, one_of
 from spectralmoe.optim import OPTIMIZERS, SCHEDULES
 from spectralmoe.training.objective import Objective
 
-__all__ = ["Network", "Optimization", "Several", "TrainSettings", "parse", "pick_device", "read_toml"]
+__all__ = ["Network", "Optimization", "Row", "Several", "TrainSettings", "parse", "pick_device", "read_toml"]
 
 T = TypeVar("T")
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 Several = Annotated[tuple[T, ...], Field(strict=False)]
 """A tuple, which may come as the list that TOML and JSON have in its place."""
+Row = str | dict[str, Any]
+"""A router by name, or a table: what ``spectralmoe.presets.find_preset`` reads."""
 
 
 def _named(kind: str, table: Mapping[str, Any], form: str) -> Callable[[str], str]:
@@ -37,8 +39,12 @@ def _named(kind: str, table: Mapping[str, Any], form: str) -> Callable[[str], st
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values do not change, and none is taken for one of another type
     (true is not 1, "8" is not 8).
+
+    Attributes:
+        moved: keys that are no more -> what to say instead.
     """
 
+    moved: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
@@ -54,11 +60,6 @@ class Network(Settings):
     hidden: Positive = 32
     spare: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     k: Positive | Literal["soft"] = 2
-
-    @property
-    def top_k(self) -> int | None:
-        """k for the selector: None is soft."""
-        return None if self.k == "soft" else self.k
 
 
 class Optimization(Settings):
@@ -89,18 +90,38 @@ class TrainSettings(Settings):
     """One training run, ``spectralmoe train --config F.toml``.
 
     Attributes:
+        router: a name or a table, see ``find_preset``.
+        experts: the bank by name, or a table with its arguments; None: the router's, or that of SR-MoE.
+        terms: regularizers by name with their weights, beside those of the router; one of the same name changes it.
         image_size: side that the images of a folder are resized to when they are read; None: see ``load_data``.
         hold_out: name of a class that training and validation do not see; the network can be taught it later.
     """
 
     data: str
-    router: str = "sr-moe"
+    router: Row = "sr-moe"
+    experts: Row | None = None
+    terms: dict[str, Any] = Field(default_factory=dict)
     depth: Positive = 2
     image_size: Positive | None = None
     train_size: Positive | None = None
     hold_out: str | None = None
     network: Network = Network()
     optimization: Optimization = Optimization()
+
+    @property
+    def row(self) -> Row:
+        """Router, experts and terms as one row."""
+        return laid_over(self.router, experts=self.experts, terms=self.terms)
+
+
+def laid_over(router: Row, **sections: Any) -> Row:
+    """The row that starts from ``router`` and has the sections of a settings file that are not empty.
+
+    >>> laid_over("linear", terms={"load_balance": 0.01})
+    {'preset': 'linear', 'terms': {'load_balance': 0.01}}
+    """
+    written = {name: section for name, section in sections.items() if section}
+    return {"preset": router, **written} if written else router
 
 
 S = TypeVar("S", bound=Settings)
@@ -119,7 +140,11 @@ def parse(kind: type[S], values: dict[str, Any], source: str) -> S:
         first, *others = error.errors()
         *parents, key = map(str, first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{source}: {one_of('key', key, _known_keys(kind, parents))}") from error
+            section = _section_at(kind, parents)
+            if key in section.moved:
+                where = ".".join([*parents, key])
+                raise UserError(f"{source}: {where} is no more; say {section.moved[key]}") from error
+            raise UserError(f"{source}: {one_of('key', key, section.model_fields)}") from error
         where = _place(kind, first["loc"])
         if first["type"] == "missing":
             raise UserError(f"{source}: {where} is missing") from error
@@ -161,10 +186,10 @@ def _place(kind: Any, path: Sequence[int | str]) -> str:
     return ".".join(parts)
 
 
-def _known_keys(kind: Any, parents: Sequence[str]) -> list[str]:
+def _section_at(kind: Any, parents: Sequence[str]) -> Any:
     for parent in parents:
         kind = _section(kind.model_fields[parent].annotation)
-    return list(kind.model_fields)
+    return kind
 
 
 def _section(kind: Any) -> Any:

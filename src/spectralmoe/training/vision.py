@@ -12,13 +12,15 @@ from pydantic import Field
 from spectralmoe.checkpoints.weights_file import read_tensors, without_prefix
 from spectralmoe.data.image_data import ImageData
 from spectralmoe.diagnostics import Evaluation
-from spectralmoe.errors import UserError, one_of, refuse_differences
+from spectralmoe.errors import UserError, refuse_differences
+from spectralmoe.naming import shown
+from spectralmoe.presets import find_preset
 from spectralmoe.saving import load
 from spectralmoe.terms import Term
 from spectralmoe.training.network import ModelMeta, model_meta, pixel_statistics
-from spectralmoe.training.routers import ROUTERS, find_preset, router_factory
+from spectralmoe.training.settings import Row
 from spectralmoe.training.vision_settings import MoEParts, VisionSettings
-from spectralmoe.vision import BranchSpec, EMoESpec, add_branches, replace_mlp
+from spectralmoe.vision import BranchSpec, add_branches, replace_mlp
 from spectralmoe.vision.model import VisionMoE, check_images, vision_moe
 
 __all__ = [
@@ -27,12 +29,9 @@ __all__ = [
     "build_vision",
     "load_weights",
     "make_spec",
-    "router_name",
     "router_terms",
     "vision_meta",
 ]
-
-_EXPERTS_A_TOKEN = {"soft": None, "top1": 1, "top2": 2}
 
 
 class VisionMeta(ModelMeta):
@@ -51,7 +50,7 @@ def vision_meta(data: ImageData, settings: VisionSettings, found: Evaluation) ->
     """What is saved beside a network: how it reads images, how it was trained, and what the test part showed."""
     loads = {name: [round(share, 4) for share in load.tolist()] for name, load in found.loads.items()}
     meta = VisionMeta(
-        **model_meta(data, router_name(settings), settings.hold_out),
+        **model_meta(data, shown(settings.row), settings.hold_out),
         results={"test_accuracy": round(found.accuracy, 2), "test_images": len(data.test), "loads": loads},
         settings=settings.model_dump(mode="json"),
     )
@@ -98,9 +97,9 @@ def add_parts(network: VisionMoE, wanted: MoEParts, seed: int) -> None:
     if wanted.kind == "branches":
         add_branches(network.backbone, spec)
         return
-    if wanted.init == "copy" and wanted.mode != "soft":
+    if wanted.init == "copy" and wanted.k != "soft":
         raise UserError(
-            'moe: kind = "replace_mlp" starts as the dense model only with mode = "soft"; or use init = "random"'
+            'moe: kind = "replace_mlp" starts as the dense model only with k = "soft"; or use init = "random"'
         )
     replace_mlp(network.backbone, spec, init=wanted.init)
 
@@ -109,29 +108,17 @@ def make_spec(wanted: MoEParts) -> BranchSpec:
     """The spec that the settings describe.
 
     Raises:
-        UserError: an unknown router; settings of "emoe" with another one.
+        UserError: as ``BranchSpec.of``.
     """
-    common: dict[str, Any] = {"experts": wanted.experts, "bottleneck": wanted.bottleneck, "blocks": wanted.blocks}
-    if wanted.router == "emoe":
-        common |= {"tokens": wanted.tokens, "start": wanted.start}
-        return EMoESpec(faithful=wanted.faithful, rank=wanted.rank, tau=wanted.tau, mode=wanted.mode, **common)
-    if wanted.router not in ROUTERS and ":" not in wanted.router:
-        raise one_of("router", wanted.router, [*ROUTERS, "pkg:Class"])
-    for key in ("faithful", "rank", "tau"):
-        if getattr(wanted, key):
-            raise UserError(f'moe: {key} belongs to router = "emoe", not to {wanted.router!r}')
-    factory = router_factory(find_preset(wanted.router), _EXPERTS_A_TOKEN[wanted.mode])
-    return BranchSpec(router=factory, norm=True, tokens=wanted.tokens or "all", start=wanted.start or "model", **common)
+    chosen = {key: getattr(wanted, key) for key in ("tokens", "start") if getattr(wanted, key) is not None}
+    return BranchSpec.of(
+        wanted.router, k=wanted.k, experts=wanted.experts, bottleneck=wanted.bottleneck, blocks=wanted.blocks, **chosen
+    )
 
 
-def router_terms(router: str) -> Mapping[str, Term]:
-    """The penalty terms that belong to a router, or to none."""
-    return {} if router == "none" else find_preset(router).terms
-
-
-def router_name(settings: VisionSettings) -> str:
-    """The router's name, or "none" for a dense backbone."""
-    return "none" if settings.moe is None else settings.moe.router
+def router_terms(row: Row) -> Mapping[str, Term]:
+    """The penalty terms that belong to a row, or to none."""
+    return {} if row == "none" else find_preset(row).terms
 
 
 def load_weights(network: VisionMoE, path: Path) -> None:

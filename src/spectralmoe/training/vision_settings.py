@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from spectralmoe.training.objective import Objective, Precision
-from spectralmoe.training.settings import Optimization, Positive, Settings, Several
+from spectralmoe.training.settings import Optimization, Positive, Row, Settings, Several, laid_over
 
 __all__ = ["Backbone", "MoEParts", "VisionOptimization", "VisionSettings"]
 
@@ -37,23 +38,26 @@ class MoEParts(Settings):
 
     Attributes:
         kind: "branches" behind the blocks, or "replace_mlp": experts in place of their MLPs.
-        router: "emoe", or the name of a preset (``spectralmoe list``).
-        faithful, rank, tau: of "emoe" alone, see ``spectralmoe.vision.EMoESpec``.
-        mode: "soft", or how many experts a token.
+        router: the name of a preset (``spectralmoe list``), or a table, see ``find_preset``.
+        k: how many experts a token, or "soft".
         blocks: "all", "lastN", or indices: "1,3" or [1, 3].
         experts, bottleneck: E, and the width H of a branch's adapters.
-        tokens: "patches" or "all"; None: what the router's form takes ("all", but for the faithful one).
-        start: of branches: "model" starts as the backbone itself, "authors" with random adapters; None: what the
-            router's form takes ("model", but for the faithful one).
-        init: of "replace_mlp": "copy" starts as the dense model and needs mode = "soft"; "random".
+        tokens: "patches" or "all"; None: as the router has it, "all" but for "emoe-faithful".
+        start: of branches: "model" starts as the backbone itself, "authors" with random adapters; None: as the router
+            has it, "model" but for "emoe-faithful".
+        init: of "replace_mlp": "copy" starts as the dense model and needs k = "soft"; "random".
     """
 
+    moved: ClassVar[Mapping[str, str]] = {
+        "mode": 'k = 1, k = 2 or k = "soft"',
+        "faithful": 'router = "emoe-faithful"',
+        "rank": 'router = {preset = "emoe-faithful", rank = 32}',
+        "tau": 'router = {preset = "emoe", temperature = 0.1}',
+    }
+
     kind: Literal["branches", "replace_mlp"] = "branches"
-    router: str = "emoe"
-    faithful: bool = False
-    rank: Positive | None = None
-    tau: Annotated[float, Field(gt=0)] | None = None
-    mode: Literal["soft", "top1", "top2"] = "top1"
+    router: Row = "emoe"
+    k: Positive | Literal["soft"] = 1
     blocks: str | Several[int] = "last6"
     experts: Positive = 8
     bottleneck: Positive = 192
@@ -87,6 +91,7 @@ class VisionSettings(Settings):
 
     Attributes:
         moe: the MoE parts; None: the dense backbone, to be a start for others.
+        terms: regularizers by name with their weights, beside those of the router; one of the same name changes it.
         image_size: images are resized to this side; those of a folder when they are read. None: as the data set has
             them.
         hold_out: name of a class that training and validation do not see.
@@ -95,7 +100,13 @@ class VisionSettings(Settings):
     data: str
     backbone: Backbone
     moe: MoEParts | None = None
+    terms: dict[str, Any] = Field(default_factory=dict)
     image_size: Positive | None = None
     train_size: Positive | None = None
     hold_out: str | None = None
     optimization: VisionOptimization = VisionOptimization()
+
+    @property
+    def row(self) -> Row:
+        """Router and terms as one row; "none" for a dense backbone."""
+        return "none" if self.moe is None else laid_over(self.moe.router, terms=self.terms)

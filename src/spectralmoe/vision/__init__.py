@@ -1,7 +1,7 @@
 """Put MoE into vision models: branches behind blocks, experts in place of MLPs, timm models, old EMoE weights."""
 
 from spectralmoe.vision.blocks import choose_blocks, model_blocks
-from spectralmoe.vision.branch_spec import BranchSpec, EMoESpec
+from spectralmoe.vision.branch_spec import BranchSpec
 from spectralmoe.vision.branches import Branch, add_branches, put_branch
 from spectralmoe.vision.emoe_checkpoint import load_emoe_checkpoint
 from spectralmoe.vision.replace_mlp import replace_mlp
@@ -9,7 +9,6 @@ from spectralmoe.vision.replace_mlp import replace_mlp
 __all__ = [
     "Branch",
     "BranchSpec",
-    "EMoESpec",
     "add_branches",
     "choose_blocks",
     "load_emoe_checkpoint",

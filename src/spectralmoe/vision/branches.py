@@ -105,8 +105,8 @@ def add_branches(model: Model, spec: BranchSpec) -> Model:
 
     >>> model = nn.Module()
     >>> model.blocks = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    >>> from spectralmoe.vision import EMoESpec
-    >>> model = add_branches(model, EMoESpec(experts=4, bottleneck=2, blocks="last1"))
+    >>> from spectralmoe.vision import BranchSpec
+    >>> model = add_branches(model, BranchSpec.of("emoe", experts=4, bottleneck=2, blocks="last1"))
     >>> sorted(name for name, _ in model.named_parameters() if "alpha" in name)
     ['blocks.1.moe_branch.alpha']
     """

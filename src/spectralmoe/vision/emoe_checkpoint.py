@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from spectralmoe.checkpoints.weights_file import read_tensors, state_dict_of, without_prefix
 from spectralmoe.errors import refuse_differences
+from spectralmoe.presets import K
 from spectralmoe.vision.blocks import block_width, choose_blocks, model_blocks
-from spectralmoe.vision.branch_spec import EMoESpec, Mode
+from spectralmoe.vision.branch_spec import BranchSpec
 from spectralmoe.vision.branches import add_branches
 
 __all__ = ["load_emoe_checkpoint"]
@@ -35,12 +36,12 @@ def load_emoe_checkpoint(
     rank: int = 128,
     bottleneck: int = 192,
     blocks: str | Sequence[int] = "last6",
-    router_mode: Mode = "top1",
+    k: K = 1,
     tau: float = 1.0,
 ) -> Model:
     """Give ``vit`` the backbone and the branches of an EMoE checkpoint, in place; returns ``vit``.
 
-    The weights do not tell the router mode and tau: take them from where the checkpoint came from (the defaults are
+    The weights do not tell k and tau: take them from where the checkpoint came from (the defaults are
     those of the authors' training script). ``model(images)`` gives the logits, as the authors' model in eval mode.
     Of each branch ``P`` and ``log_lambda`` are left out: they take no part in the output.
 
@@ -48,21 +49,21 @@ def load_emoe_checkpoint(
         vit: a timm ViT built with the arguments of the checkpoint's backbone.
         source: a state dict, alone or under a key of ``WRAPPERS``, or the path of a file that holds one
             (``read_tensors``: never run as code).
+        k: experts a token, or "soft": the authors' modes "top1", "top2" and "soft".
         blocks: "all", "lastN", "1,3" or a list of indices.
 
     Raises:
         UserError: a file that is missing or holds no weights; tensors that are missing, extra or of another shape
             (with the list); what ``add_branches`` refuses. ``vit`` is then unchanged.
     """
-    spec = EMoESpec(
-        faithful=True, experts=experts, rank=rank, bottleneck=bottleneck, blocks=blocks, mode=router_mode, tau=tau
-    )
+    row = {"preset": "emoe-faithful", "rank": rank, "temperature": tau}
+    spec = BranchSpec.of(row, k=k, experts=experts, bottleneck=bottleneck, blocks=blocks)
     found = state_dict_of(source, "the source") if isinstance(source, Mapping) else read_tensors(Path(source))
     order, chosen = list(model_blocks(vit)), choose_blocks(vit, blocks)
     prefixes = {path: f"branches.{order.index(path)}." for path in chosen}
     wanted = {f"vit.{name}": value.shape for name, value in vit.state_dict().items() if ".moe_branch." not in name}
     for path, prefix in prefixes.items():
-        shapes = _branch_shapes(block_width(path, chosen[path]), spec)
+        shapes = _branch_shapes(block_width(path, chosen[path]), rank, spec)
         wanted |= {prefix + name: shape for name, shape in shapes.items()}
     tensors = {name: value for name, value in without_prefix(found, wanted).items() if not name.endswith(_UNUSED)}
     given = {name: value.shape for name, value in tensors.items()}
@@ -74,9 +75,9 @@ def load_emoe_checkpoint(
     return vit
 
 
-def _branch_shapes(dim: int, spec: EMoESpec) -> dict[str, torch.Size]:
+def _branch_shapes(dim: int, rank: int, spec: BranchSpec) -> dict[str, torch.Size]:
     """Names and shapes of one branch in the authors' layout."""
-    rank, hidden = spec.rank or 0, spec.bottleneck
+    hidden = spec.bottleneck
     router = {"basis.Q": (dim, rank), "gamma": (rank,), "masks": (spec.experts, rank), "bias": (spec.experts,)}
     shapes: dict[str, tuple[int, ...]] = {"alpha": (), **{f"router.{name}": shape for name, shape in router.items()}}
     for e in range(spec.experts):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from spectralmoe.errors import UserError
-from spectralmoe.training.routers import DEFAULT_ROUTERS, find_preset
+from spectralmoe.naming import shown
+from spectralmoe.presets import find_preset
+from spectralmoe.training.names import DEFAULT_ROUTERS
 from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
 
 __all__ = ["GROWS", "Cell", "CompareSettings", "no_repeats"]
@@ -27,8 +30,16 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A folder name."""
-        return f"{re.sub(r'[^A-Za-z0-9+_.-]', '_', self.router)}-depth{self.depth}-seed{self.seed}"
+        """A folder name; that of a table is its words and a digest."""
+        router = re.sub(r"[^A-Za-z0-9+_.-]", "_", self.router)
+        if self.router.startswith("{"):
+            digest = hashlib.sha256(self.router.encode()).hexdigest()[:8]
+            router = f"{'_'.join(re.findall(r'[A-Za-z0-9+.-]+', self.router))[:60]}-{digest}"
+        return f"{router}-depth{self.depth}-seed{self.seed}"
+
+
+def _text(row: object) -> object:
+    return shown(row) if isinstance(row, dict) else row
 
 
 class CompareSettings(Settings):
@@ -36,7 +47,7 @@ class CompareSettings(Settings):
 
     Attributes:
         data: name of a data set, or ``folder:PATH``.
-        routers: preset names, or ``pkg:Class`` of your own.
+        routers: names of presets, tables (kept as text), or ``pkg:object`` of your own; see ``find_preset``.
         depths: numbers of MoE stages.
         seeds: how many seeds, counted from ``seed``.
         image_size: side that the images of a folder are resized to when they are read; None: see ``load_data``.
@@ -46,7 +57,7 @@ class CompareSettings(Settings):
     """
 
     data: str = "mnist5k"
-    routers: Several[str] = DEFAULT_ROUTERS
+    routers: Several[Annotated[str, BeforeValidator(_text)]] = DEFAULT_ROUTERS
     depths: Several[Positive] = (2, 4)
     seeds: Positive = 5
     seed: Seed = 0
@@ -61,15 +72,16 @@ class CompareSettings(Settings):
         """Refuse what would fail after hours, before anything runs.
 
         Raises:
-            UserError: an unknown or repeated router; more experts a token than there are.
+            UserError: an unknown or repeated router, or one whose parts do not fit this network; more experts a token
+                than there are.
         """
         no_repeats("--routers", self.routers)
         no_repeats("--depths", self.depths)
-        k, experts = self.network.top_k, self.network.num_experts
-        if k is not None and k > experts:
+        k, experts = self.network.k, self.network.num_experts
+        if k != "soft" and k > experts:
             raise UserError(f"--k {k} is no number of experts a token from 1 to {experts} (--experts)")
         for name in self.routers:
-            find_preset(name)
+            find_preset(name).check(self.network.width, experts, self.network.hidden, k=k, spare=self.network.spare)
 
     def cells(self) -> list[Cell]:
         """All cells; the rows take turns, so that a stopped run holds every row alike."""

@@ -12,9 +12,9 @@ import torch
 from spectralmoe.data.image_data import ImageData
 from spectralmoe.experiments.compare.settings import Cell, CompareSettings
 from spectralmoe.models import SRMoE
+from spectralmoe.presets import find_preset
 from spectralmoe.terms import Term
 from spectralmoe.training.network import build_network
-from spectralmoe.training.routers import find_preset
 from spectralmoe.training.settings import Optimization
 
 __all__ = ["Recipe", "Setup", "Tuned"]

@@ -21,16 +21,14 @@ from spectralmoe.experiments.run_folder import run_folder
 from spectralmoe.experiments.statistics import estimate
 from spectralmoe.files import write_json
 from spectralmoe.machine import describe_machine
+from spectralmoe.presets import PRESETS, find_preset
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
 from spectralmoe.selectors import TopK
 from spectralmoe.terms import Term
 from spectralmoe.training.loop import Watcher
 from spectralmoe.training.names import FRESH_ROWS, OWN_ROWS
-from spectralmoe.training.routers import ROUTERS
 from spectralmoe.training.settings import Optimization, Positive, Seed, Settings, Several
-from spectralmoe.training.vision import make_spec, router_terms
-from spectralmoe.training.vision_settings import MoEParts
 from spectralmoe.vision import BranchSpec, add_branches
 from spectralmoe.vision.model import VisionMoE, check_images
 
@@ -58,8 +56,9 @@ class FewShotSettings(Settings):
 
     Attributes:
         rows: "linear-probe" (the head alone), "own" (the MoE parts that the model has), "adapter" (one dense adapter
-            of the compute that a token meets in the others), "emoe", "emoe-faithful", or a router preset.
+            of the compute that a token meets in the others), or a router, see ``find_preset``.
         shots: images a class.
+        k: experts a token in the routers' rows, or "soft".
         seeds: how many, counted from ``seed``; each draws images and first weights.
     """
 
@@ -70,7 +69,7 @@ class FewShotSettings(Settings):
     seed: Seed = 0
     experts: Positive = 8
     bottleneck: Positive = 32
-    mode: Literal["soft", "top1", "top2"] = "top1"
+    k: Positive | Literal["soft"] = 1
     blocks: str = "last2"
     optimization: Optimization = FEW_SHOT
 
@@ -96,10 +95,8 @@ def recipe(row: str, settings: FewShotSettings) -> Recipe:
     """
     if row in ("linear-probe", "own"):
         return Recipe(None, {}, own=row == "own")
-    if row not in ("adapter", "emoe", "emoe-faithful", *ROUTERS) and ":" not in row:
-        raise one_of("row", row, [*OWN_ROWS, "adapter", "emoe", "emoe-faithful", *ROUTERS, "pkg:Class"])
     if row == "adapter":
-        active = {"soft": settings.experts, "top1": 1, "top2": 2}[settings.mode]
+        active = settings.experts if settings.k == "soft" else settings.k
         spec = BranchSpec(
             router=lambda dim, experts: Router(LinearScorer(dim, experts), TopK(1)),  # one expert: its weight is 1
             experts=1,
@@ -109,17 +106,17 @@ def recipe(row: str, settings: FewShotSettings) -> Recipe:
             norm=True,
         )
         return Recipe(spec, {})
-    router = "emoe" if row == "emoe-faithful" else row
-    wanted = MoEParts(
-        router=router,
-        faithful=row == "emoe-faithful",
+    if row not in PRESETS and ":" not in row and not row.startswith("{"):
+        raise one_of("row", row, [*OWN_ROWS, "adapter", *PRESETS, "pkg:object"])
+    spec = BranchSpec.of(
+        row,
+        k=settings.k,
         experts=settings.experts,
         bottleneck=settings.bottleneck,
-        mode=settings.mode,
         blocks=settings.blocks,
         start="model",  # in every row
     )
-    return Recipe(make_spec(wanted), router_terms(router))
+    return Recipe(spec, find_preset(row).terms)
 
 
 class Task(NamedTuple):

@@ -1,0 +1,70 @@
+"""Values of a spec that follow from the sizes of the network: ``"= dim ** -0.5"``."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from spectralmoe.errors import UserError, one_of
+
+__all__ = ["evaluate", "is_formula"]
+
+_LARGEST = 10**9
+_OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Pow: pow,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max}
+
+
+def is_formula(value: object) -> bool:
+    """Whether ``value`` is text that begins with an equals sign, as in a spreadsheet."""
+    return isinstance(value, str) and value.startswith("=")
+
+
+def evaluate(text: str, sizes: Mapping[str, Any]) -> Any:
+    """The number that a formula stands for: numbers, names of ``sizes``, + - * / // **, min and max.
+
+    Raises:
+        UserError: anything else, an unknown name, a number beyond 10^9.
+
+    >>> evaluate("= min(128, dim)", {"dim": 64}), evaluate("= dim ** -0.5", {"dim": 64})
+    (64, 0.125)
+    """
+    try:
+        return _value(ast.parse(text[1:].strip(), mode="eval").body, sizes)
+    except UserError as error:
+        raise UserError(f"formula {text!r}: {error}") from error
+    except (SyntaxError, ValueError, ArithmeticError, TypeError, RecursionError, MemoryError) as error:
+        raise UserError(f"formula {text!r} is no arithmetic such as '= min(128, dim)'") from error
+
+
+def _value(node: ast.expr, sizes: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return _bounded(node.value)
+    if isinstance(node, ast.Name):
+        if node.id not in sizes:
+            raise one_of("name", node.id, sizes)
+        return sizes[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, sizes)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left, right = _value(node.left, sizes), _value(node.right, sizes)
+        if isinstance(node.op, ast.Pow) and abs(right) > 8:
+            raise UserError(f"the exponent {right} is beyond 8")
+        return _bounded(_OPERATORS[type(node.op)](left, right))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
+        return _FUNCTIONS[node.func.id](*(_value(argument, sizes) for argument in node.args))
+    raise ValueError(ast.unparse(node))
+
+
+def _bounded(number: Any) -> Any:
+    if isinstance(number, complex) or not abs(number) <= _LARGEST:
+        raise UserError(f"{number} is beyond {_LARGEST}")
+    return number
