@@ -17,6 +17,7 @@ from spectralmoe.experiments.cards import Desk, try_settings
 from spectralmoe.experiments.few_shot.learning import draw_shots, few_shot
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks import ImageTask
 from spectralmoe.vision import BranchSpec
 from spectralmoe.vision.model import VisionMoE
 
@@ -85,7 +86,7 @@ def backbone(desk: Desk, sizes: Sizes) -> VisionMoE:
         model = dense_vit(data, 0)
         model.new_head(SEEN)
         kept = replace(data, train=train_part, validation=validation, test=test, classes=data.classes[:SEEN])
-        train(model, kept, budget(2e-3, sizes.backbone_epochs, 0))
+        train(model, ImageTask(kept), budget(2e-3, sizes.backbone_epochs, 0))
         return model, None
 
     return desk.network("backbone", fresh)[0]  # type: ignore[return-value]

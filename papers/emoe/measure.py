@@ -24,6 +24,7 @@ from spectralmoe.experiments.cards import Desk, try_settings
 from spectralmoe.tape import Record
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks import ImageTask
 from spectralmoe.vision.model import VisionMoE, vision_moe
 
 Progress = Callable[[float], None]
@@ -67,8 +68,8 @@ def build_row(row: str, setting: Setting, data: ImageData, seed: int) -> VisionM
 def fit_row(row: str, setting: Setting, data: ImageData, epochs: int, seed: int) -> tuple[VisionMoE, float]:
     """The trained network of a row, and its validation accuracy."""
     model = build_row(row, setting, data, seed)
-    history = train(model, data, budget(setting.lr, epochs, seed), terms=ROWS[row].terms(setting.knob))
-    return model, history.validation_accuracy
+    history = train(model, ImageTask(data), budget(setting.lr, epochs, seed), terms=ROWS[row].terms(setting.knob))
+    return model, history.validation
 
 
 def budget(lr: float, epochs: int, seed: int) -> Optimization:

@@ -18,6 +18,7 @@ from spectralmoe.data.image_data import load_data
 from spectralmoe.experiments.cards import Desk
 from spectralmoe.linalg import qr_retraction
 from spectralmoe.training.loop import train
+from spectralmoe.training.tasks import ImageTask
 
 
 class RandomStart(PrincipalScorer):
@@ -145,6 +146,6 @@ def run_variant(cell: Any, desk: Desk, progress: Progress, *, sizes: Sizes) -> d
     data = load_data(sizes.dataset).subset(sizes.ablation_size)
     variant, lr = VARIANTS[cell["variant"]], Setting(*desk.tuned["tuning"]["EMoE"]["setting"]).lr
     model = build(variant.router, data, cell["seed"], variant.experts)
-    train(model, data, budget(lr, sizes.ablation_epochs, cell["seed"]))
+    train(model, ImageTask(data), budget(lr, sizes.ablation_epochs, cell["seed"]))
     part = data.validation
     return {"experts": variant.experts, **measure(model, part.images, part.labels)}

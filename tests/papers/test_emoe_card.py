@@ -112,9 +112,9 @@ def test_a_variant_that_follows_the_covariance_does(card):
 
 
 def test_the_settings_of_the_gpu_row_are_valid():
-    from spectralmoe.training.vision_settings import VisionSettings
+    from spectralmoe.training.train_settings import TrainSettings
 
-    settings = parse(VisionSettings, read_toml(CARD / "vit-s.toml"), "vit-s.toml")
+    settings = parse(TrainSettings, read_toml(CARD / "vit-s.toml"), "vit-s.toml")
     assert settings.moe is not None
     assert settings.moe.experts == 8
 
