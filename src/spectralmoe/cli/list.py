@@ -73,6 +73,7 @@ def list_everything(json: Json = False) -> None:
     from spectralmoe.regularizers import REGULARIZERS
     from spectralmoe.scorers import SCORERS
     from spectralmoe.selectors import SELECTORS
+    from spectralmoe.units import UNITS
 
     tables = {
         "data sets": {
@@ -85,6 +86,7 @@ def list_everything(json: Json = False) -> None:
         "scorers": SCORERS,
         "selectors": SELECTORS,
         "experts": EXPERTS,
+        "units": UNITS,
         "dispatch": DISPATCHES,
         "regularizers": REGULARIZERS,
     }
