@@ -102,6 +102,10 @@ class Scales(Experts):
     def expert(self, x: Tensor, e: int) -> Tensor:
         """See ``Experts``."""
         return x * self.scale[e].to(x.dtype)
+
+    def expert_parameters(self, e: int) -> dict[str, Tensor]:
+        """See ``Experts``."""
+        return {"scale": self.scale[e]}
 '''
 
 TERM = '''"""The spread of the logits of a token."""
@@ -208,9 +212,9 @@ class Copy:
         assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
         return ran.stdout
 
-    def command(self, line: str) -> str:
+    def command(self, *arguments: str) -> str:
         """What ``spectralmoe`` says."""
-        return self.python("-m", "spectralmoe", *line.split())
+        return self.python("-m", "spectralmoe", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +245,7 @@ def test_each_is_one_file_and_one_line_with_its_import(grown):
 
 
 def test_all_are_listed(grown):
-    tables = json.loads(grown.command("list --json"))
+    tables = json.loads(grown.command("list", "--json"))
     listed = {name for table in tables.values() for name in table}
     assert {"sign", "halves", "scales", "logit_spread", "bare_adam", "geometry.norm"} <= listed
 
@@ -267,12 +271,16 @@ def test_the_table_line_of_contributing_is_the_one_that_is_added():
     assert f"`src/spectralmoe/{example.table}`" in CONTRIBUTING
 
 
-def test_a_new_scorer_and_a_new_optimizer_are_compared(grown):
-    router, optimizer = "spectralmoe.scorers.sign:SignScorer", "optimization.optimizer=bare_adam"
-    grown.command(f"compare {QUICK} --routers {router} --set {optimizer} --out runs")
+def test_all_parts_are_compared_by_name(grown):
+    row = '{scorer="sign", selector="halves", experts="scales", terms={logit_spread=0.01}}'
+    options = [*QUICK.split(), "--routers", row, "--set", "optimization.optimizer=bare_adam", "--out", "runs"]
+    grown.command("compare", *options)
     results = json.loads((grown.root / "runs" / "results.json").read_text(encoding="utf-8"))
-    assert [row["router"] for row in results["summary"]] == [router]
+    assert len(results["summary"]) == 1
     assert results["settings"]["optimization"]["optimizer"] == "bare_adam"
+    (saved,) = (grown.root / "runs").rglob("config.json")
+    config = saved.read_text(encoding="utf-8")
+    assert all(f'"{name}"' in config for name in ("sign", "halves", "scales"))
 
 
 def test_a_new_value_is_inspected_and_on_the_page(grown):
@@ -281,7 +289,7 @@ def test_a_new_value_is_inspected_and_on_the_page(grown):
     for e, (name, shape) in itertools.product(range(4), [("gate", (6, 8)), ("up", (6, 8)), ("down", (8, 6))]):
         weights[f"model.layers.0.mlp.experts.{e}.{name}_proj.weight"] = torch.randn(shape)
     save_file(weights, grown.root / "model.safetensors")
-    document = json.loads(grown.command("inspect model.safetensors --router-only --json --out look"))
+    document = json.loads(grown.command("inspect", "model.safetensors", "--router-only", "--json", "--out", "look"))
     (layer,) = document["layers"]
     assert layer["geometry"]["norm"]["value"] == pytest.approx(float(gate.norm()))
     assert "Frobenius norm" in (grown.root / "look" / "report.html").read_text(encoding="utf-8")
