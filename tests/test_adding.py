@@ -27,7 +27,7 @@ PACKAGE = Path(spectralmoe.__file__).parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.S)
 HELPERS = ("seeds", "grids", "small_parts")
-QUICK = "--data digits --depths 1 --seeds 1 --epochs 1 --tune 0 --trials 1 --train-size 200 --experts 4"
+QUICK = "--data dark:digits --depths 1 --seeds 1 --epochs 1 --tune 0 --trials 1 --train-size 200 --experts 4"
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,52 @@ def matrix_norm(seen: Evidence) -> Measure:
     return Measure.of(seen.matrix.norm(), seen.matrix.numel(), "weights")
 '''
 
+TASK = '''"""Images with half of their light."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor, nn
+
+from spectralmoe.training.tasks.images import Images, ImageTask
+from spectralmoe.training.train_settings import TrainSettings
+
+__all__ = ["DarkTask"]
+
+
+class DarkTask(ImageTask):
+    """Trains on dark images, "dark:NAME"; is measured on the others."""
+
+    @classmethod
+    def open(cls, settings: TrainSettings, data_dir: Path | None = None, download: bool = False) -> Self:
+        """See ``Task``."""
+        return super().open(settings.model_copy(update={"data": settings.data.partition(":")[2]}), data_dir, download)
+
+    def loss(self, model: nn.Module, batch: Images) -> Tensor:
+        """See ``Task``."""
+        return super().loss(model, Images(batch.images / 2, batch.labels, batch.others, batch.share))
+'''
+
+CARD = """from spectralmoe.experiments.cards import Card, Cells, Section
+from spectralmoe.experiments.compare.columns import Column
+
+CELLS = [{"row": row, "seed": seed} for seed in range(3) for row in ("old", "new")]
+
+
+def measure(cell, desk, progress):
+    return {"error": {"old": 2.0, "new": 1.0}[cell["row"]] + cell["seed"]}
+
+
+def sections(stored):
+    columns = (Column("error", "error", 1, "smaller is better"),)
+    return [Section("## Errors", stored["results"], columns, pairs=[("new", "old")])]
+
+
+FULL = QUICK = Card("A paper", "What is compared.", {}, [Cells("results", CELLS, measure)], sections, lambda stored: {})
+"""
+
 EXAMPLES = {
     "scorer": Example(
         "scorers/sign.py", BLOCKS[0], "scorers/__init__.py", "SignScorer",
@@ -178,6 +224,10 @@ EXAMPLES = {
     "optimizer": Example(
         "optim/bare_adam.py", OPTIMIZER, "optim/table.py", "bare_adam",
         '    "adamw": adamw,', '    "bare_adam": bare_adam,',
+    ),
+    "task": Example(
+        "training/tasks/dark.py", TASK, "training/tasks/__init__.py", "DarkTask",
+        '    "images": ImageTask,', '    "dark": DarkTask,',
     ),
     "value": Example(
         "diagnostics/matrix_norm.py", VALUE, "diagnostics/table.py", "matrix_norm",
@@ -278,6 +328,7 @@ def test_all_parts_are_compared_by_name(grown):
     results = json.loads((grown.root / "runs" / "results.json").read_text(encoding="utf-8"))
     assert len(results["summary"]) == 1
     assert results["settings"]["optimization"]["optimizer"] == "bare_adam"
+    assert results["settings"]["data"] == "dark:digits"
     (saved,) = (grown.root / "runs").rglob("config.json")
     config = saved.read_text(encoding="utf-8")
     assert all(f'"{name}"' in config for name in ("sign", "halves", "scales"))
@@ -293,3 +344,12 @@ def test_a_new_value_is_inspected_and_on_the_page(grown):
     (layer,) = document["layers"]
     assert layer["geometry"]["norm"]["value"] == pytest.approx(float(gate.norm()))
     assert "Frobenius norm" in (grown.root / "look" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_card_is_a_plan_that_needs_no_line_anywhere(grown):
+    folder = grown.root / "papers" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("# A claim\n", encoding="utf-8")
+    (folder / "plan.py").write_text(CARD, encoding="utf-8")
+    grown.command("card", "papers/toy")
+    assert "| new | old | 3 | -1.0 separated |" in (folder / "RESULTS.md").read_text(encoding="utf-8")

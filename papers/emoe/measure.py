@@ -18,8 +18,10 @@ from spectralmoe import FeedForward, MoE, after_step, param_groups, penalty, rec
 from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.diagnostics import dead_experts, evaluate, evaluation_mode, gini, holds_moe, max_vio, min_share
 from spectralmoe.diagnostics.load import DEAD_SHARE
-from spectralmoe.diagnostics.similarity import output_similarity
-from spectralmoe.diagnostics.stability import changed_by_noise
+from spectralmoe.diagnostics.measure import Measure
+from spectralmoe.diagnostics.similarity import cosine_matrix, expert_outputs, mean_offdiagonal
+from spectralmoe.diagnostics.stability import noise_flips
+from spectralmoe.diagnostics.watch import OwnLayer
 from spectralmoe.experiments.cards import Desk, try_settings
 from spectralmoe.tape import Record
 from spectralmoe.training.loop import train
@@ -124,11 +126,17 @@ def layer_values(item: Record, load: Tensor) -> dict[str, float]:
     live = [e for e, share in enumerate(load.tolist()) if share >= DEAD_SHARE / len(load)]
     probs = item.routing.probs
     assert isinstance(item.layer, MoE)
+    layer = OwnLayer(item.name, 0, item.layer)
     return {
-        "output_cos2": output_similarity(item.layer.experts, x, among=live),
+        "output_cos2": number(mean_offdiagonal(cosine_matrix(expert_outputs(layer, x, live)))),
         "entropy": float(-(probs * probs.clamp_min(1e-12).log()).sum(-1).mean()) / math.log(probs.shape[1]),
-        "changed_by_noise": changed_by_noise(item.layer.router, x, noise=NOISE),
+        "changed_by_noise": number(noise_flips(layer, x, NOISE)),
     }
+
+
+def number(measure: Measure) -> float:
+    """Its value; nan without data."""
+    return math.nan if measure.value is None else measure.value
 
 
 def tokens_of(item: Record) -> Tensor:

@@ -16,8 +16,8 @@ from spectralmoe.checkpoints.layers import read_checkpoint
 from spectralmoe.hf.language import run, training_facts
 from spectralmoe.hf.load import load_transformers
 from spectralmoe.hf.watch import watch_transformers
-from spectralmoe.instruments.findings import find_problems
 from spectralmoe.instruments.inspector import Inspector
+from spectralmoe.instruments.problems import find_problems
 
 pytest.importorskip("transformers")
 

@@ -13,7 +13,6 @@ from spectralmoe import Balanced, Capacity, ExpertChoice, FeedForward, LinearSco
 from spectralmoe.diagnostics import (
     Watched,
     changed_between,
-    changed_by_noise,
     margins,
     near_ties,
     noise_flips,
@@ -68,37 +67,38 @@ def test_only_tokens_within_reach_change():
     router, x = gate(), torch.randn(500, 6)
     for noise in (0.02, 0.1, 0.5):
         reach = float((routing_radius(router, x) < noise * x.norm(dim=-1)).float().mean())
-        assert 0 < changed_by_noise(router, x, noise=noise) <= reach
+        assert 0 < noise_flips(own(router), x, noise).value <= reach
 
 
 def test_the_order_of_the_chosen_does_not_count():
     router = gate(dim=2, experts=2, k=2)
-    assert changed_by_noise(router, torch.randn(50, 2), noise=10.0) == 0.0
+    assert noise_flips(own(router), torch.randn(80, 2), noise=10.0).value == 0.0
 
 
 def test_half_of_all_tokens_change_when_only_noise_is_left():
     router = gate(dim=2, experts=2, k=1)
-    x = torch.randn(2000, 2)
-    assert changed_by_noise(router, x, noise=1000.0) == pytest.approx(0.5, abs=0.05)
-    assert changed_by_noise(router, x, noise=0.3, seed=1) == changed_by_noise(router, x, noise=0.3, seed=1)
+    layer, x = own(router), torch.randn(2000, 2)
+    assert noise_flips(layer, x, 1000.0).value == pytest.approx(0.5, abs=0.05)
+    assert noise_flips(layer, x, 0.3, seed=1) == noise_flips(layer, x, 0.3, seed=1)
 
 
 def test_no_tokens_no_number_and_negative_noise_is_refused(user_error):
-    assert math.isnan(changed_by_noise(gate(), torch.randn(0, 6)))
-    with user_error("changed_by_noise", "-1"):
-        changed_by_noise(gate(), torch.randn(3, 6), noise=-1)
+    layer = own(gate())
+    assert noise_flips(layer, torch.randn(0, 6)).value is None
+    assert noise_flips(layer, torch.empty(0)).value is None
     with user_error("noise_flips", "-1"):
-        noise_flips(own(gate()), torch.randn(3, 6), noise=-1)
+        noise_flips(layer, torch.randn(3, 6), noise=-1)
 
 
-def test_a_layer_and_its_router_flip_alike():
+def test_the_step_is_in_units_of_the_tokens_own_norm_and_seeded():
     router, x = gate(), torch.randn(300, 6)
     for noise, seed in ((0.05, 0), (0.3, 0), (0.3, 4)):
-        found = noise_flips(own(router), x, noise, seed)
-        assert found.value == changed_by_noise(router, x, noise=noise, seed=seed)
-        assert found.data == 300
-    assert noise_flips(own(router), x[:0]).value is None
-    assert noise_flips(own(router), torch.empty(0)).value is None
+        draw = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+        moved = x + noise * x.norm(dim=-1, keepdim=True) * draw / draw.norm(dim=-1, keepdim=True)
+        flips = noise_flips(own(router), x, noise, seed)
+        changed = changed_between(router(x), router(moved)).value
+        assert flips.value == pytest.approx(changed, abs=1.5 / 300)  # up to a token that rounding decides
+        assert flips.data == 300
 
 
 # The share that rounding moves

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spectralmoe.instruments.cures import CURES, THRESHOLDS
-from spectralmoe.instruments.findings import find_problems
+from spectralmoe.instruments.problems import find_problems
 
 
 def measure(value, data=1000):

@@ -1,4 +1,4 @@
-"""What the ``config.json`` of a model says of its experts."""
+"""Numbers of experts in the ``config.json`` of a model."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 
 def experts_of_config(config: Mapping[str, Any]) -> dict[str, int]:
-    """What the config of a model says of its experts, in any of its parts: key -> how many, shared ones left out.
+    """The numbers of experts in any part of a model's config: key -> how many, shared ones left out.
 
     >>> experts_of_config({"ffn_config": {"moe_num_experts": 8}, "n_shared_experts": 2})
     {'ffn_config.moe_num_experts': 8}
     """
     if any(config.get(switch) is False for switch in _SWITCHES):
         return {}
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            found |= {f"{key}.{name}": count for name, count in experts_of_config(value).items()}
+            numbers |= {f"{key}.{name}": count for name, count in experts_of_config(value).items()}
         elif _COUNT.search(key) and "shared" not in key and "per_tok" not in key and type(value) is int and value > 1:
-            found[key] = value
-    return found
+            numbers[key] = value
+    return numbers
 
 
 def top_k_of_config(config: Mapping[str, Any]) -> int | None:
     """How many experts a token chooses; None where the config does not tell."""
     scopes = [config, *(config[key] for key in ("text_config", "ffn_config") if isinstance(config.get(key), dict))]
-    found = [scope[key] for scope in scopes for key in _TOP_K if isinstance(scope.get(key), int)]
-    return found[0] if found else None
+    values = [scope[key] for scope in scopes for key in _TOP_K if isinstance(scope.get(key), int)]
+    return values[0] if values else None

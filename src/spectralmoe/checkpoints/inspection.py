@@ -80,10 +80,10 @@ def _model_class(checkpoint: Checkpoint) -> str:
 
 
 def _notes(checkpoint: Checkpoint, experts: bool) -> list[str]:
-    found = ["read from the weights alone: nothing was run", *checkpoint.notes]
+    notes = ["read from the weights alone: nothing was run", *checkpoint.notes]
     if not experts:
-        return [*found, "the experts were not read"]
+        return [*notes, "the experts were not read"]
     for note in sorted({layer.note for layer in checkpoint.layers if layer.note}):
         count = sum(layer.note == note for layer in checkpoint.layers)
-        found.append(f"{note} in {count} of {len(checkpoint.layers)} layers: their likeness is not known")
-    return found
+        notes.append(f"{note} in {count} of {len(checkpoint.layers)} layers: their likeness is not known")
+    return notes

@@ -69,11 +69,11 @@ class CheckpointLayer:
         return None if self._block.matrix is None else self._block.matrix.read()
 
     def bias(self) -> Tensor | None:
-        """What the router adds to its logits (E,), fp32; None where it adds nothing."""
+        """The bias of the logits (E,), fp32; None where there is none."""
         return self._vector(correction=False)
 
     def correction_bias(self) -> Tensor | None:
-        """What is added to the scores for the choice alone (DeepSeek-V3, ``Balanced``): (E,), fp32; None without."""
+        """The bias of the scores for the choice alone (DeepSeek-V3, ``Balanced``): (E,), fp32; None without."""
         return self._vector(correction=True)
 
     def expert_vectors(self, numbers: int = _NUMBERS) -> Iterator[Tensor]:
@@ -97,7 +97,7 @@ class CheckpointLayer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint tells without being run.
+    """The contents of a checkpoint that is not run.
 
     Attributes:
         name: of its folder or file.
@@ -223,18 +223,18 @@ def _layer(
 
 
 def _scorer_matrix(name: str, spec: Mapping[str, Any], router: Mapping[str, Stored]) -> Tensor | None:
-    """What the scorer of this library that ``spec`` describes shows as its matrix, with the stored weights."""
-    own = {key.partition("scorer.")[2]: t for key, t in router.items() if "scorer." in key and t.kind in FLOATS}
+    """The ``matrix`` of the scorer that ``spec`` describes, with the stored weights."""
+    of_scorer = {key.partition("scorer.")[2]: t for key, t in router.items() if "scorer." in key and t.kind in FLOATS}
     try:
         with torch.device("meta"):
             scorer = build(spec)
-        scorer.load_state_dict({key: stored.read() for key, stored in own.items()}, strict=False, assign=True)
-        found: Tensor | None = scorer.matrix
+        scorer.load_state_dict({key: stored.read() for key, stored in of_scorer.items()}, strict=False, assign=True)
+        matrix: Tensor | None = scorer.matrix
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: config.json describes another router than the one that is stored") from error
-    if found is not None and found.is_meta:
+    if matrix is not None and matrix.is_meta:
         raise UserError(f"{name}: the router lacks tensors that config.json describes")
-    return None if found is None else found.detach().float()
+    return None if matrix is None else matrix.detach().float()
 
 
 def _check_alike(path: Path, blocks: Sequence[Block]) -> None:
@@ -252,8 +252,8 @@ def _check_alike(path: Path, blocks: Sequence[Block]) -> None:
 
 def _stack(name: str, tensors: Mapping[str, Stored]) -> str:
     """Which of the two stacks a layer is in, where the model has both."""
-    for own, other in (("encoder", "decoder"), ("decoder", "encoder")):
-        root, found, _ = f".{name}.".partition(f".{own}.")
-        if found and any(f".{key}".startswith(f"{root}.{other}.") for key in tensors):
-            return own
+    for stack, other in (("encoder", "decoder"), ("decoder", "encoder")):
+        root, inside, _ = f".{name}.".partition(f".{stack}.")
+        if inside and any(f".{key}".startswith(f"{root}.{other}.") for key in tensors):
+            return stack
     return ""

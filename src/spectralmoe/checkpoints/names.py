@@ -78,7 +78,7 @@ def find_blocks(tensors: Named, scored: Collection[str] = (), counts: Collection
 
 
 def _router_owner(key: str) -> str | None:
-    """What stands before the router in the name of one of its tensors; None for other tensors."""
+    """The part of a tensor's name before the router; None for tensors of no router."""
     if _SHARED.search(key) or _NUMBERED.search(key):
         return None
     parts = key.split(".")
@@ -107,11 +107,11 @@ def _block(name: str, tensors: Named, scored: bool, counts: Collection[int]) -> 
     if not numbered and not stacked:
         return None
     if matrix is None and not scored:
-        held = ", ".join(f"{key} {t.kind} {list(t.shape)}" for key, t in sorted(router.items())[:_LISTED])
+        listed = ", ".join(f"{key} {t.kind} {list(t.shape)}" for key, t in sorted(router.items())[:_LISTED])
         what = "its router is quantised, not a floating-point matrix" if quantised else "no single matrix is its router"
-        raise UserError(f"{where}: load the model to inspect it; {what}: {held}")
+        raise UserError(f"{where}: load the model to inspect it; {what}: {listed}")
     rows = 0 if matrix is None else matrix.shape[0]
-    note = _note([item for own in numbered.values() for item in own.items()] or list(stacked.items()))
+    note = _note([item for of_expert in numbered.values() for item in of_expert.items()] or list(stacked.items()))
     if numbered:
         e = max(numbered) + 1
     elif note:
@@ -153,11 +153,11 @@ def _is_quantised(tensors: Named) -> bool:
 
 def _numbered(tensors: Named) -> dict[int, dict[str, Stored]]:
     """Expert -> its tensors."""
-    found: dict[int, dict[str, Stored]] = defaultdict(dict)
+    experts: dict[int, dict[str, Stored]] = defaultdict(dict)
     for key, stored in tensors.items():
         if match := _NUMBERED.search(key):
-            found[int(match[1])][match[2]] = stored
-    return found
+            experts[int(match[1])][match[2]] = stored
+    return experts
 
 
 def _is_stacked(key: str, stored: Stored, matrix: Stored | None) -> bool:
@@ -168,15 +168,15 @@ def _is_stacked(key: str, stored: Stored, matrix: Stored | None) -> bool:
 
 
 def _numbered_parts(where: str, experts: Mapping[int, Named], e: int) -> dict[str, Sequence[Stored]]:
-    names = sorted({part for own in experts.values() for part in own})
+    names = sorted({part for of_expert in experts.values() for part in of_expert})
     problems = []
     for expert in range(e):
-        own = experts.get(expert, {})
-        if lost := [part for part in names if part not in own]:
+        of_expert = experts.get(expert, {})
+        if lost := [part for part in names if part not in of_expert]:
             problems.append(f"expert {expert} has no {', '.join(lost)}")
         problems += [
             f"expert {expert} has {part} of shape {list(stored.shape)}, the first expert {list(experts[0][part].shape)}"
-            for part, stored in sorted(own.items())
+            for part, stored in sorted(of_expert.items())
             if part in experts.get(0, {}) and experts[0][part].shape != stored.shape
         ]
     if problems:

@@ -111,7 +111,7 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 
 
 def passed_over(folder: Path) -> str | None:
-    """What ``stored_tensors`` leaves out of a folder with a whole file and an index, in a sentence; None where nothing.
+    """A sentence on the file that ``stored_tensors`` leaves out of a folder with a whole file and an index, or None.
 
     One of the two was left by an earlier save. transformers would load the whole file.
     """
@@ -140,14 +140,14 @@ def _in_folder(folder: Path) -> dict[str, Stored]:
         pickled = sorted(item.name for item in folder.iterdir() if item.suffix in _PICKLES)
         why = f"it holds {pickled[0]}, but {_CONVERT}" if pickled else "give the folder that save_pretrained wrote"
         raise UserError(f"{folder} holds no safetensors files: {why}")
-    found: dict[str, Stored] = {}
+    by_name: dict[str, Stored] = {}
     for file in files:
         tensors = stored_in_file(file)
-        if both := sorted(found.keys() & tensors.keys()):
-            first = found[both[0]].file.name
+        if both := sorted(by_name.keys() & tensors.keys()):
+            first = by_name[both[0]].file.name
             raise UserError(f"{folder}: {both[0]!r} stands in {first} and in {file.name}; give one of the files")
-        found |= tensors
-    return found
+        by_name |= tensors
+    return by_name
 
 
 def _is_adapter(folder: Path) -> UserError:

@@ -1,4 +1,4 @@
-"""What experts stand for: which classes, topics or kinds of token they serve."""
+"""Association of experts with labels: which classes, topics or kinds of token they serve."""
 
 from __future__ import annotations
 

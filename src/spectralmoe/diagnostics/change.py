@@ -1,4 +1,4 @@
-"""What a change of a model did to its accuracy, with an interval that is honest about few changes."""
+"""The change of a model's accuracy, with an interval that is honest about few changes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _BATCH, _NUMBERS = 1000, 2**24
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What one pass over labelled inputs showed.
+    """The results of one pass over labelled inputs.
 
     Attributes:
         accuracy: percent.
@@ -61,7 +61,7 @@ class Counted(nn.Module):
 
 @torch.no_grad()
 def run_over(model: nn.Module, inputs: Tensor) -> Tensor:
-    """What ``model`` gives for ``inputs`` (N, ...), on the CPU: run in evaluation mode, in batches; its mode is put
+    """The outputs of ``model`` for ``inputs`` (N, ...), on the CPU: run in evaluation mode, in batches; its mode is put
     back.
     """
     device = next(model.parameters()).device

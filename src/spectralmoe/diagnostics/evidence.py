@@ -1,4 +1,4 @@
-"""What is known of one layer when its values are measured: weights, sums over a run, sampled tokens, outputs."""
+"""The evidence about one layer that its values are measured from: weights, sums over a run, tokens, outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _nothing() -> Tensor:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the values of the table are functions of; what was not looked at stays empty.
+    """The argument of every value of the table; a field that was not looked at stays empty.
 
     Attributes:
         counts: exact counts of the slots of each expert.

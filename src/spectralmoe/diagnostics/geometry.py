@@ -129,9 +129,9 @@ def jacobian_norm(layer: Watched, x: Tensor) -> Measure:
     """
     tokens = x.detach().to(precise := torch.promote_types(x.dtype, torch.float32))
     route = partial(layer.route, dtype=None if x.dtype == precise else precise)
-    found = [_norms(layer, route, part) for part in tokens.split(_CHUNK) if len(part)]
-    norms = [norm for norm in found if norm is not None]
-    if not norms or len(norms) < len(found):
+    chunks = [_norms(layer, route, part) for part in tokens.split(_CHUNK) if len(part)]
+    norms = [norm for norm in chunks if norm is not None]
+    if not norms or len(norms) < len(chunks):
         return Measure.of(math.nan, 0)
     return Measure.of(torch.cat(norms).mean(), len(x))
 

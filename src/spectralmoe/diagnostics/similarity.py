@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from spectralmoe.diagnostics.measure import Measure
 from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.errors import UserError
-from spectralmoe.experts import Experts
 from spectralmoe.linalg import largest_entry, over_largest
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "gram_cosine",
     "linear_cka",
     "mean_offdiagonal",
-    "output_similarity",
     "subspace_overlap",
     "weight_cosine",
 ]
@@ -148,8 +146,8 @@ def subspace_overlap(outputs: Tensor, rank: int) -> Tensor:
         vectors = y.mT @ vectors / values[:, None].clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     basis = vectors.mT.reshape(e * rank, width)
     overlap = (basis @ basis.T).square().reshape(e, rank, e, rank).sum((1, 3)) / rank
-    found: Tensor = overlap.masked_fill(~(spanned[:, None] & spanned), math.nan)
-    return found
+    known: Tensor = overlap.masked_fill(~(spanned[:, None] & spanned), math.nan)
+    return known
 
 
 def weight_cosine(weights: Tensor) -> Tensor:
@@ -191,39 +189,6 @@ def duplicates(matrix: Tensor, threshold: float) -> list[tuple[int, int]]:
     i, j = _upper(matrix)
     alike = matrix[i, j] >= threshold
     return list(zip(i[alike].tolist(), j[alike].tolist(), strict=True))
-
-
-@torch.no_grad()
-def output_similarity(experts: Experts, x: Tensor, *, among: Sequence[int] | None = None) -> float:
-    r"""Mean squared cosine between the outputs of two experts for the same token.
-
-    .. math::
-        \frac{1}{N |P|} \sum_t \sum_{(i,j) \in P} \cos^2\big(E_i(x_t), E_j(x_t)\big)
-
-    over all pairs P of two experts and all tokens: ``cosine_matrix`` of a bank, as one number.
-
-    Args:
-        x: tokens (N, D).
-        among: the experts to compare, the live ones say; None: all. Experts that were never trained would pull the
-            mean towards chance.
-
-    Returns:
-        nan where there are fewer than two experts to compare, or no tokens.
-
-    Raises:
-        UserError: ``among`` names an expert that is not there.
-
-    >>> from spectralmoe import FeedForward
-    >>> bank = FeedForward(2, dim=4, hidden=8)
-    >>> bank.up.data[1], bank.down.data[1] = bank.up[0], -bank.down[0]
-    >>> round(output_similarity(bank, torch.randn(10, 4)), 5)
-    1.0
-    """
-    chosen = _chosen("output_similarity", among, experts.num_experts)
-    if len(chosen) < 2 or not len(x):
-        return math.nan
-    mean = mean_offdiagonal(cosine_matrix(torch.stack([experts.expert(x, e).float() for e in chosen]))).value
-    return math.nan if mean is None else mean
 
 
 def _chosen(owner: str, among: Sequence[int] | None, num_experts: int) -> list[int]:

@@ -16,12 +16,10 @@ from torch.nn import functional as F
 from spectralmoe.diagnostics.measure import TOKENS, Measure
 from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.errors import UserError
-from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 
 __all__ = [
     "changed_between",
-    "changed_by_noise",
     "margins",
     "near_ties",
     "noise_flips",
@@ -70,7 +68,7 @@ def noise_flips(layer: Watched, x: Tensor, noise: float = 0.05, seed: int = 0) -
     Raises:
         UserError: a negative noise.
     """
-    moved, dtype = _moved("noise_flips", x, noise, seed), _fp32_if_half(x)
+    moved, dtype = _moved(x, noise, seed), _fp32_if_half(x)
     if not len(x):
         return Measure.of(math.nan, 0, needs=TOKENS)
     return changed_between(layer.route(x.to(moved), dtype), layer.route(moved, dtype), TOKENS)
@@ -148,34 +146,10 @@ def near_ties(routing: Routing, within: float = 0.01) -> Measure:
     return Measure.of((known <= within).double().mean(), len(known))
 
 
-@torch.no_grad()
-def changed_by_noise(router: Router, x: Tensor, *, noise: float = 0.05, seed: int = 0) -> float:
-    r"""``noise_flips`` of a router: the share of tokens whose set of chosen experts changes under noise.
-
-    Args:
-        x: tokens (N, D).
-        noise: nu, the length of the step in units of the token's own norm.
-
-    Returns:
-        0 to 1; nan without tokens.
-
-    Raises:
-        UserError: a negative noise.
-
-    >>> from spectralmoe import LinearScorer, TopK
-    >>> router = Router(LinearScorer(8, 4), TopK(1))
-    >>> changed_by_noise(router, torch.randn(100, 8), noise=0.0)
-    0.0
-    """
-    moved = _moved("changed_by_noise", x, noise, seed)
-    share = changed_between(router(x), router(moved)).value if len(x) else None
-    return math.nan if share is None else share
-
-
-def _moved(owner: str, x: Tensor, noise: float, seed: int) -> Tensor:
+def _moved(x: Tensor, noise: float, seed: int) -> Tensor:
     """Tokens x (N, D) after a step of ``noise`` times their norm in a random direction, at least fp32."""
     if not noise >= 0:
-        raise UserError(f"{owner}: noise must not be negative, got {noise}")
+        raise UserError(f"noise_flips: noise must not be negative, got {noise}")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     draw = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     step: Tensor = noise * x.norm(dim=-1, keepdim=True) * F.normalize(draw, dim=-1).to(x)

@@ -1,4 +1,4 @@
-"""What one layer did over many batches: exact sums that add up over batches and ranks, and the measures they give."""
+"""Sums over the routings of one layer, which add up over batches and ranks, and the measures they give."""
 
 from __future__ import annotations
 
@@ -166,11 +166,11 @@ class LayerStatistics:
         enough = counts.sum(1) >= SLOTS_AN_EXPERT * self.num_experts
         k, e = self.top_k or 1, self.num_experts
         shares = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
-        held = (shares.topk(min(k, e), dim=1).values.sum(1) - k / e) / max(1 - k / e, 1e-300)
+        concentrations = (shares.topk(min(k, e), dim=1).values.sum(1) - k / e) / max(1 - k / e, 1e-300)
         self._count(sequences=enough.sum())
         self._sum(
             sequence_vio=torch.where(enough, _vio(counts), 0).sum(),
-            sequence_concentration=torch.where(enough, held, 0).sum(),
+            sequence_concentration=torch.where(enough, concentrations, 0).sum(),
         )
 
     def _count(self, **values: Tensor | int) -> None:

@@ -1,4 +1,4 @@
-"""What the instruments see of any model: its MoE layers, and what each did in a run.
+"""A watch on the MoE layers of any model, and on their calls in a run: all that the instruments see.
 
 A model of this library is watched by ``watch``; a Hugging Face model by ``spectralmoe.hf.watch_transformers``,
 which gives the same two things: layers (``Watched``) and calls (``Seen``).
@@ -56,7 +56,7 @@ class Watched(ABC):
         """Route tokens x (N, D) again, as in evaluation; with ``dtype``, by a copy of the router in that precision."""
 
     def raw_logits(self, x: Tensor) -> Tensor:
-        """What the router itself calls its logits for tokens x (N, D): (N, E)."""
+        """The logits that the router itself returns for tokens x (N, D): (N, E)."""
         return self.route(x).logits
 
     @abstractmethod
@@ -129,22 +129,24 @@ class OwnLayer(Watched):
 
     @torch.no_grad()
     def expert(self, x: Tensor, e: int) -> Tensor:
-        """By the bank's own definition of one expert; 0 for a zero expert."""
+        """The output of the bank's definition of expert ``e``; 0 for a zero expert."""
         places = self.layer.places(e)
         return self.layer.experts.expert(x, places[0]) if places else torch.zeros_like(x)
 
     def expert_weights(self, e: int) -> Tensor:
         """The expert's own parameters, by name."""
         places = self.layer.places(e)
-        own = self.layer.experts.expert_parameters(places[0]) if places else {}
-        return torch.cat([full(own[name]).detach().flatten().float() for name in sorted(own)] or [torch.empty(0)])
+        parameters = self.layer.experts.expert_parameters(places[0]) if places else {}
+        return torch.cat(
+            [full(parameters[name]).detach().flatten().float() for name in sorted(parameters)] or [torch.empty(0)]
+        )
 
 
 class _OwnWatch(Watch):
     def __init__(self, model: nn.Module, tokens: bool, training_only: bool) -> None:
-        found = {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
+        layers = {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
         self.layers = [
-            OwnLayer(name, number, found[name]) for name, number in zip(found, _numbers(list(found)), strict=True)
+            OwnLayer(name, number, layers[name]) for name, number in zip(layers, _numbers(list(layers)), strict=True)
         ]
         self.keeps_tokens = tokens
         self.tape = Tape(model, keep=("tokens",) if tokens else (), training_only=training_only)
@@ -163,7 +165,7 @@ def _ranked(item: Record) -> Routing:
 
 
 def _tokens(item: Record, asked: bool) -> Tensor:
-    """What the router read, with zeros for padding, as it reads them; nothing where experts read something else."""
+    """The tokens that the router read, with zeros for padding; none where the experts read something else."""
     layer = cast(MoE, item.layer)
     if not asked or layer.experts.reads or layer.unit.pooled:
         return item.routing.logits.new_empty(0, layer.router.scorer.dim)
@@ -209,6 +211,6 @@ def layer_number(name: str) -> int | None:
 
 
 def _numbers(names: Sequence[str]) -> list[int]:
-    """The layers' own numbers if they tell them apart, else their places."""
-    own = [layer_number(name) for name in names]
-    return [n for n in own if n is not None] if len({*own} - {None}) == len(names) else list(range(len(names)))
+    """Numbers from the module paths if they are all different, else 0, 1, 2, ..."""
+    numbers = [layer_number(name) for name in names]
+    return [n for n in numbers if n is not None] if len({*numbers} - {None}) == len(names) else list(range(len(names)))

@@ -62,17 +62,17 @@ def encode(loaded: TransformersModel, text: str, tokens: int) -> list[dict[str, 
     if not text.strip() or tokens < 1:
         raise UserError("there is no text to run: give at least one word, and at least one token of it")
     if loaded.tokenizer is not None:
-        found = _token_ids(loaded, text[: 16 * tokens])  # a short read of a long text ...
-        if len(found) < tokens and len(text) > 16 * tokens:  # ... if that is enough
-            found = _token_ids(loaded, text)
+        token_ids = _token_ids(loaded, text[: 16 * tokens])  # a short read of a long text ...
+        if len(token_ids) < tokens and len(text) > 16 * tokens:  # ... if that is enough
+            token_ids = _token_ids(loaded, text)
     elif loaded.vocabulary < BYTES:
         raise UserError(
             f"{loaded.name} has no tokenizer, and its vocabulary of {loaded.vocabulary} is too small to read text as "
             "bytes (256); save its tokenizer in its folder"
         )
     else:
-        found = list(text[:tokens].encode("utf-8"))
-    ids = torch.tensor(found[:tokens], dtype=torch.int64, device=next(loaded.model.parameters()).device)
+        token_ids = list(text[:tokens].encode("utf-8"))
+    ids = torch.tensor(token_ids[:tokens], dtype=torch.int64, device=next(loaded.model.parameters()).device)
     if ids.numel() and int(ids.max()) >= loaded.vocabulary:
         raise UserError(
             f"{loaded.name}: the tokenizer gives id {int(ids.max())}, the model knows {loaded.vocabulary}: it is of "
@@ -106,7 +106,7 @@ def run(loaded: TransformersModel, batches: Sequence[dict[str, Tensor]]) -> None
 
 
 def training_facts(model: nn.Module) -> dict[str, Any]:
-    """What decides whether a model's own training balances its experts.
+    """The settings that decide whether a model's own training balances its experts.
 
     Returns:
         ``top_k``; ``norm_topk_prob`` (None where the family has no such option); ``correction_bias``: scores carry a
@@ -139,12 +139,12 @@ def stored_names(layers: Sequence[Watched], tensors: Iterable[str]) -> dict[str,
         tensors: names of the tensors in the files.
     """
     owners = {match[1] for name in tensors if (match := _EXPERT.match(name))}
-    found = {}
+    in_files = {}
     for layer in layers:
         alike = [name for name in owners if (layer_number(name), stack_of(name)) == (layer.number, layer.stack)]
         if layer.name not in owners and len(alike) == 1:
-            found[layer.name] = alike[0]
-    return found
+            in_files[layer.name] = alike[0]
+    return in_files
 
 
 def _token_ids(loaded: TransformersModel, text: str) -> list[int]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.diagnostics.watch import Watched, layer_number
 from spectralmoe.errors import UserError
 from spectralmoe.hf.routing import Returned, read_returned
@@ -22,7 +23,6 @@ from spectralmoe.hf.scores import Choice, Form
 from spectralmoe.hf.structure import (
     correction_bias,
     count_experts,
-    evaluating,
     experts_of,
     matrix_name,
     named_experts,
@@ -74,13 +74,13 @@ class HFLayer(Watched):
 
     @property
     def correction_bias(self) -> Tensor | None:
-        """What is added to the scores for the choice alone (E,); None without."""
-        found = correction_bias((self.router, self.layer), self.num_experts)
-        return None if found is None else full(found).detach().flatten()
+        """The bias of the scores for the choice alone (E,); None without."""
+        bias = correction_bias((self.router, self.layer), self.num_experts)
+        return None if bias is None else full(bias).detach().flatten()
 
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
-        """By a copy of the router without hooks: an open watch sees nothing of it, and a forward that changes its own
-        module (Switch casts the matrix) changes the copy alone.
+        """Routes by a copy of the router without hooks: an open watch sees nothing of it, and one that changes its
+        own module (Switch casts the matrix) changes the copy alone.
 
         Where a capacity drops tokens of a sequence, each token here is a sequence of its own: none is dropped.
 
@@ -90,7 +90,7 @@ class HFLayer(Watched):
         return self.routing(self.returned(x, dtype))
 
     def routing(self, returned: Returned) -> Routing:
-        """What the router returned, as our ``Routing``."""
+        """Converts what the router returned to our ``Routing``."""
         groups = number_of((self.router, self.layer), "num_group", "n_group") or 1
         choice = Choice(self.correction_bias, groups, number_of((self.router, self.layer), "topk_group") or groups)
         form = self._form or returned.form(choice)
@@ -99,44 +99,44 @@ class HFLayer(Watched):
 
     @torch.no_grad()
     def raw_logits(self, x: Tensor) -> Tensor:
-        """What the router returns as logits, which may be probabilities."""
+        """The router's own logits, which may be probabilities."""
         return self.returned(x).logits
 
     def returned(self, x: Tensor, dtype: torch.dtype | None = None) -> Returned:
-        """What the router gives for tokens x (N, D), by role."""
-        own = next(self.experts.parameters()).dtype
-        x = x.to(dtype or (own if own.itemsize > 1 else x.dtype))
+        """The router's output for tokens x (N, D), by role."""
+        stored = next(self.experts.parameters()).dtype
+        x = x.to(dtype or (stored if stored.itemsize > 1 else x.dtype))
         more = {
             name: value.to(dtype) if dtype and isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in self._more_inputs().items()
         }
         router = self._router_copy(dtype)
         try:
-            found = router(x[:, None] if hasattr(router, "expert_capacity") else x, **more)
+            output = router(x[:, None] if hasattr(router, "expert_capacity") else x, **more)
         except ValueError:  # it unpacks (B, S, D)
-            found = router(x[None], **more)
-        return self.read(found, x)
+            output = router(x[None], **more)
+        return self.read(output, x)
 
-    def read(self, found: Any, tokens: Tensor) -> Returned:
-        """What the router returned for ``tokens`` (N, D), by role.
+    def read(self, output: Any, tokens: Tensor) -> Returned:
+        """Sorts the router's ``output`` for ``tokens`` (N, D) by role.
 
         Raises:
             UserError: it is something unknown.
         """
         choose = getattr(self.layer, "route_tokens_to_experts", None)
-        if isinstance(found, Tensor) and choose is not None:  # a router of logits alone: the layer chooses
-            found = (found, *choose(found))
-        returned = read_returned(found, self.num_experts, lambda: self._raw_logits(tokens), self.top_k)
+        if isinstance(output, Tensor) and choose is not None:  # a router of logits alone: the layer chooses
+            output = (output, *choose(output))
+        returned = read_returned(output, self.num_experts, lambda: self._raw_logits(tokens), self.top_k)
         if returned is None:
-            raise self._unknown(f"its router returns {_shapes(found)}, not logits, weights and indices")
+            raise self._unknown(f"its router returns {_shapes(output)}, not logits, weights and indices")
         return returned
 
     @torch.no_grad()
     def expert(self, x: Tensor, e: int) -> Tensor:
-        """By the experts' own forward, the plain loop of transformers: no grouped kernel, any precision."""
+        """Runs the experts' own forward, the plain loop of transformers: no grouped kernel, any precision."""
         experts = self.experts
         x = x.to(next(experts.parameters()).dtype)
-        with evaluating(experts):
+        with evaluation_mode(experts):
             if isinstance(experts, nn.ModuleList | nn.ModuleDict):
                 return cast(Tensor, experts_of(experts)[e](x))
             forward = inspect.unwrap(type(experts).forward)
@@ -149,10 +149,10 @@ class HFLayer(Watched):
     def expert_weights(self, e: int) -> Tensor:
         """Its parameters by name, biases too."""
         if isinstance(self.experts, nn.ModuleList | nn.ModuleDict):
-            own: dict[str, Tensor] = dict(experts_of(self.experts)[e].named_parameters())
+            parameters: dict[str, Tensor] = dict(experts_of(self.experts)[e].named_parameters())
         else:
-            own = {name: full(value)[e] for name, value in self._stacked()}
-        return torch.cat([full(own[name]).detach().flatten().float() for name in sorted(own)])
+            parameters = {name: full(value)[e] for name, value in self._stacked()}
+        return torch.cat([full(parameters[name]).detach().flatten().float() for name in sorted(parameters)])
 
     def _stacked(self) -> list[tuple[str, Tensor]]:
         """The parameters of all experts, by name: the first dimension is E."""
@@ -204,7 +204,7 @@ class HFLayer(Watched):
         return [name for name, value in tensors.items() if value.data_ptr() not in of_layer]
 
     def _more_inputs(self) -> dict[str, Any]:
-        """What the router gets beside tokens: as in the last call that was seen; before one, by name from the layer."""
+        """The router's inputs beside tokens: as in the last call that was seen; before one, by name from the layer."""
         given, unknown = self._given, self._of_tokens()
         if given is None:
             parameters = inspect.signature(self.router.forward).parameters
@@ -226,7 +226,7 @@ def find_layers(model: nn.Module) -> list[HFLayer]:
         UserError: there is none; experts without a router that can be told.
     """
     lists = [getattr(module, "_keep_in_fp32_modules_strict", None) or () for module in model.modules()]
-    keep, found = frozenset(part for names in lists for part in names), []
+    keep, layers = frozenset(part for names in lists for part in names), []
     for path, module in model.named_modules():
         experts = dict(module.named_children()).get("experts")
         count = None if experts is None else count_experts(experts)
@@ -236,10 +236,10 @@ def find_layers(model: nn.Module) -> list[HFLayer]:
         if router is None:
             kind = type(module).__name__
             raise UserError(f"{path} ({kind}) is of a model family it cannot read: no router for {count} experts")
-        found.append(HFLayer(path, module, router, keep))
-    if not found:
+        layers.append(HFLayer(path, module, router, keep))
+    if not layers:
         raise UserError(f"{type(model).__name__} holds no mixture-of-experts layer{_why_none(model)}")
-    return found
+    return layers
 
 
 def _why_none(model: nn.Module) -> str:
@@ -251,7 +251,7 @@ def _why_none(model: nn.Module) -> str:
     return ": a dense model has no router to see"
 
 
-def _shapes(found: Any) -> str:
-    parts = found if isinstance(found, tuple | list) else [found]
+def _shapes(output: Any) -> str:
+    parts = output if isinstance(output, tuple | list) else [output]
     kinds = [f"{part.dtype} {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__ for part in parts]
     return ", ".join(kinds).replace("torch.", "") or "nothing"

@@ -148,7 +148,7 @@ def _refuse(source: str, names: list[str]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[list[str]]:
-    """What transformers has to say goes into a list, progress bars nowhere; all is as before after the block."""
+    """Sends messages of transformers into a list and progress bars nowhere; all is as before after the block."""
     from transformers.utils import logging as settings
 
     said: list[str] = []

@@ -1,4 +1,4 @@
-"""What the router of a Hugging Face MoE layer returned, as our ``Routing``: read by shape and type, never by family.
+"""Reads what the router of a Hugging Face MoE layer returned as our ``Routing``, by shape and type, never by family.
 
 Seen in the wild (N tokens, E experts, K slots): logits (N, E), weights (N, K), indices (N, K), in this order in most
 families; combine weights (N, E) that are 0 but for K experts, and logits (Llama 4); a one-hot mask (B, S, E) without
@@ -39,7 +39,7 @@ class Returned:
     capped: bool = False
 
     def form(self, choice: Choice) -> Form:
-        """What the router does with its logits."""
+        """The form of the scores: softmax or sigmoid of the logits, with what is added."""
         return find_form(_wide(self.logits), self.weights, self.indices, choice, are_probabilities(self.logits))
 
     def routing(self, choice: Choice, form: Form) -> Routing:
@@ -52,7 +52,7 @@ class Returned:
 
 
 def read_returned(
-    found: Any, num_experts: int, raw: Callable[[], Tensor | None] = lambda: None, top_k: int | None = None
+    returned: Any, num_experts: int, raw: Callable[[], Tensor | None] = lambda: None, top_k: int | None = None
 ) -> Returned | None:
     """Sort what a router returned into logits, weights and indices; None if it cannot be read.
 
@@ -65,7 +65,7 @@ def read_returned(
     >>> read_returned((indices, logits, weights), 3).indices.tolist()  # whatever the order
     [[0, 1], [1, 2]]
     """
-    parts = found if isinstance(found, Sequence) else [found]
+    parts = returned if isinstance(returned, Sequence) else [returned]
     tensors = [part.detach().reshape(-1, part.shape[-1]) for part in parts if isinstance(part, Tensor) and part.dim()]
     whole = [t for t in tensors if not t.is_floating_point()]
     floats = [t for t in tensors if t.is_floating_point()]
@@ -87,11 +87,11 @@ def read_returned(
 
 
 def _logits(wide: list[Tensor], raw: Callable[[], Tensor | None]) -> Tensor | None:
-    """The one that is nearest to the router's own matrix, else the first."""
-    own = raw() if len(wide) > 1 else None
-    if own is None:
+    """The tensor nearest to the product with the router's own matrix, else the first."""
+    logits = raw() if len(wide) > 1 else None
+    if logits is None:
         return wide[0] if wide else None
-    return min(wide, key=lambda t: float((t - own).detach().abs().max()) if t.shape == own.shape else torch.inf)
+    return min(wide, key=lambda t: float((t - logits).detach().abs().max()) if t.shape == logits.shape else torch.inf)
 
 
 def _from_dense(logits: Tensor, dense: list[Tensor], top_k: int | None) -> Returned | None:

@@ -1,4 +1,4 @@
-"""What the router of a Hugging Face MoE layer took the top-k of: told from its logits, weights and indices."""
+"""The scores that the router of a Hugging Face MoE layer took the top-k of, told from logits, weights and indices."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _ACTIVATIONS = (
     torch.sigmoid,
     lambda logits: F.softplus(logits).sqrt(),  # DeepSeek-V4
 )
-"""What routers put between logits and the choice; softmax where weights and indices fit several."""
+"""Functions that routers put between logits and the choice; softmax where weights and indices fit several."""
 
 _FITS, _CLEARLY = 0.01, 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a router knows beside its logits when it chooses.
+    """The data of a router's choice beside its logits.
 
     Attributes:
         bias: added to the scores for the choice alone (E,), None without (DeepSeek-V3, arXiv:2412.19437, eq. 16).
@@ -37,7 +37,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a router does with its logits.
+    """A guess of how a router makes scores of its logits.
 
     Attributes:
         probabilities: what it returns as logits is a distribution.
@@ -90,7 +90,8 @@ def choice_scores(logits: Tensor, indices: Tensor, choice: Choice, form: Form) -
         scores = scores.masked_fill(~_groups_on(scores, choice, form.counted), 0)
     taken = torch.zeros_like(scores, dtype=torch.bool).scatter(1, indices.clamp_min(0), indices >= 0)
     least = scores.masked_fill(~taken, torch.inf).amin(-1, keepdim=True)
-    return scores.masked_fill(~taken & (scores > least), 0)  # above the chosen and not chosen: it was not on offer
+    limited = ~taken & (scores > least)  # above the weakest chosen one, not chosen: outside the group limit
+    return scores.masked_fill(limited, 0)
 
 
 def real_logits(logits: Tensor, probabilities: bool) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 __all__ = [
     "correction_bias",
     "count_experts",
-    "evaluating",
     "experts_of",
     "matrix_name",
     "named_experts",
@@ -62,12 +60,12 @@ def router_name(layer: nn.Module, num_experts: int) -> str | None:
 
 def matrix_name(router: nn.Module, num_experts: int) -> str | None:
     """The name of the router's matrix (E, D); None where it has several layers."""
-    found = [(name, value.shape[0]) for name, value in router.named_parameters() if value.dim() == 2]
-    return found[0][0] if len(found) == 1 and found[0][1] == num_experts else None
+    matrices = [(name, value.shape[0]) for name, value in router.named_parameters() if value.dim() == 2]
+    return matrices[0][0] if len(matrices) == 1 and matrices[0][1] == num_experts else None
 
 
 def correction_bias(parts: Sequence[nn.Module], num_experts: int) -> Tensor | None:
-    """What is added to the scores for the choice alone (E,), by its usual names; None without."""
+    """The bias of the scores for the choice alone (E,), by its usual names; None without."""
     for module in parts:
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
             if name.endswith(("correction_bias", "expert_bias")) and value.numel() == num_experts:
@@ -104,15 +102,3 @@ def required(function: Callable[..., Any]) -> list[str]:
 def stack_of(path: str) -> str:
     """ "encoder" or "decoder" where a path goes through one, else ""."""
     return next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every part gets its own mode back."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

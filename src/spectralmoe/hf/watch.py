@@ -23,7 +23,7 @@ __all__ = ["watch_transformers"]
 
 @dataclass(slots=True)
 class _Frame:
-    """What the stack around some layers was called with: (B, S) and which of its tokens are real."""
+    """The call of the stack around some layers: (B, S) and which of its tokens are real."""
 
     shape: tuple[int, int] | None = None
     mask: Tensor | None = None

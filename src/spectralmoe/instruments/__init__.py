@@ -5,10 +5,11 @@
 
 from spectralmoe.instruments.cures import CURES, THRESHOLDS
 from spectralmoe.instruments.document import inspection_document
-from spectralmoe.instruments.findings import Finding, find_problems
+from spectralmoe.instruments.findings import Finding
 from spectralmoe.instruments.inspector import Inspector
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.instruments.monitor_log import read_monitor
+from spectralmoe.instruments.problems import find_problems
 from spectralmoe.instruments.samples import Place
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a finding is held against, and what cures it in this library."""
+"""Thresholds of the findings, and their cures in this library."""
 
 from __future__ import annotations
 
@@ -53,4 +53,4 @@ CURES = {
     "not_run": "run the model on data: inspect without --router-only or --gates-only",
     "half_precision": "inspect a checkpoint in float32, where there is one (--dtype float32)",
 }
-"""What to do about a finding, by kind."""
+"""The cure of a finding, by kind."""

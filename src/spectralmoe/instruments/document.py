@@ -11,7 +11,7 @@ from torch import Tensor
 from spectralmoe.diagnostics import geometry
 from spectralmoe.diagnostics.evidence import Evidence
 from spectralmoe.diagnostics.table import Need, measured
-from spectralmoe.instruments.findings import find_problems
+from spectralmoe.instruments.problems import find_problems
 from spectralmoe.version import __version__
 
 __all__ = ["inspection_document", "layer_names", "value_blocks"]

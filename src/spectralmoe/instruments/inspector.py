@@ -31,7 +31,7 @@ _OUTPUTS = 256  # tokens that go through every expert
 _EXAMPLES, _FLOWS = 8, 3
 
 Describe = Callable[[Watched, Place], dict[str, Any]]
-"""What to show of a token: {"text": ...} or {"image": a data URI, ...}."""
+"""Gives the picture or the text of a token: {"text": ...} or {"image": a data URI, ...}."""
 
 
 class Inspector:
@@ -113,7 +113,7 @@ class Inspector:
 
 
 class _Gathered:
-    """What is gathered of one layer, and its values."""
+    """The sums and samples of one layer, and the values made from them."""
 
     def __init__(self, layer: Watched, sample: int, seed: int) -> None:
         self.layer = layer

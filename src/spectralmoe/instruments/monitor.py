@@ -16,8 +16,9 @@ from spectralmoe.diagnostics.measure import mean_of
 from spectralmoe.diagnostics.watch import Watch, watch
 from spectralmoe.errors import UserError
 from spectralmoe.instruments.document import layer_names
-from spectralmoe.instruments.findings import Finding, layer_findings
+from spectralmoe.instruments.findings import Finding
 from spectralmoe.instruments.monitor_log import FORMAT, MonitorLog
+from spectralmoe.instruments.rules import layer_findings
 from spectralmoe.instruments.window import Window
 from spectralmoe.movement import parallel_of, refuse_join
 from spectralmoe.tape import unwrapped
@@ -92,7 +93,7 @@ class Monitor:
 
     @property
     def findings(self) -> list[Finding]:
-        """What is wrong now."""
+        """The findings of the last report."""
         return list(self._active.values())
 
     def __enter__(self) -> Self:
@@ -181,11 +182,11 @@ class Monitor:
         """The findings that were not there at the last report; a layer without data keeps the ones that it had."""
         arisen = []
         for block in blocks:
-            found = {(item.kind, block["name"]): item for item in layer_findings(block)}
-            arisen += [item for key, item in found.items() if key not in self._active]
+            findings = {(item.kind, block["name"]): item for item in layer_findings(block)}
+            arisen += [item for key, item in findings.items() if key not in self._active]
             judged = block["load"]["max_vio"]["value"] is not None
             kept = {key: item for key, item in self._active.items() if key[1] != block["name"] or not judged}
-            self._active = kept | found
+            self._active = kept | findings
         return arisen
 
     def _start(self) -> dict[str, Any]:

@@ -4,45 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from spectralmoe.instruments.cures import CURES, THRESHOLDS
+from spectralmoe.instruments.findings import Finding, Severity
 
-__all__ = ["SEVERITIES", "Finding", "Severity", "layer_findings", "not_finite"]
+__all__ = ["layer_findings", "not_finite"]
 
-Severity = Literal["severe", "warning", "note"]
-SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")
 _LISTED = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong.
-
-    Attributes:
-        kind: one of the keys of ``CURES``.
-        layer: the model's own layer number; None: the whole model.
-        name: the path of the layer's module.
-        severity: "severe", "warning" or "note".
-        message: one sentence with the figures.
-        cure: what to do about it.
-        measure: the value behind it, with its data (``Measure.as_json``).
-        threshold: what the value was held against.
-    """
-
-    kind: str
-    layer: int | None
-    name: str | None
-    severity: Severity
-    message: str
-    cure: str
-    measure: Mapping[str, Any] | None = None
-    threshold: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self)
 
 
 def layer_findings(layer: Mapping[str, Any]) -> list[Finding]:
@@ -50,7 +19,7 @@ def layer_findings(layer: Mapping[str, Any]) -> list[Finding]:
 
     Of a layer with numbers that are not finite nothing else is said: its other values mean nothing.
     """
-    return list(not_finite(layer)) or [found for rule in _RULES for found in rule(layer)]
+    return list(not_finite(layer)) or [finding for rule in _RULES for finding in rule(layer)]
 
 
 def not_finite(layer: Mapping[str, Any]) -> Iterator[Finding]:
@@ -74,11 +43,11 @@ def _load(layer: Mapping[str, Any]) -> Iterator[Finding]:
         count, e = int(dead["value"]), layer["experts"]
         text = f"{count} of {e} experts dead (less than a tenth of an even share of {slots} slots)"
         yield _finding("dead_experts", layer, "severe" if 4 * count >= e else "warning", text, dead)
-    held, sequences = load["concentration"], load.get("concentration_sequence", {})
-    if _reaches(held, "collapse"):
+    concentration, sequences = load["concentration"], load.get("concentration_sequence", {})
+    if _reaches(concentration, "collapse"):
         k = layer["top_k"] or 1
         text = f"the {k} busiest of {layer['experts']} experts take {_busiest(layer, k):.0%} of {slots} slots"
-        yield _finding("collapse", layer, "severe", text, held)
+        yield _finding("collapse", layer, "severe", text, concentration)
     elif _reaches(sequences, "sequence_collapse"):
         text = (
             f"single sequences use few experts: concentration {sequences['value']:.2f} in {sequences['data']} sequences"
@@ -183,10 +152,10 @@ def _busiest(layer: Mapping[str, Any], k: int) -> float:
 
 def _alike(matrix: Sequence[Sequence[float]] | None) -> list[tuple[int, int, float]]:
     """Pairs of experts at or above the threshold of copies, the closest first."""
-    found = [
+    alike = [
         (i, j, value)
         for i, row in enumerate(matrix or ())
         for j, value in enumerate(row[:i])
         if value is not None and value >= THRESHOLDS["duplicates"]
     ]
-    return sorted(((j, i, value) for i, j, value in found), key=lambda pair: -pair[2])
+    return sorted(((j, i, value) for i, j, value in alike), key=lambda pair: -pair[2])

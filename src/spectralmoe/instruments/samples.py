@@ -1,4 +1,4 @@
-"""What is kept of the tokens of a layer: a uniform sample, and the ones that lean most on each expert."""
+"""Samples of the tokens of a layer: a uniform one, and the tokens that lean most on each expert."""
 
 from __future__ import annotations
 

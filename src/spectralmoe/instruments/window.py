@@ -1,4 +1,4 @@
-"""What all layers did in the steps between two reports: exact counts of every step, the rest from the first ones."""
+"""The steps between two reports: exact counts of every step for all layers, other values from the first steps."""
 
 from __future__ import annotations
 
@@ -78,17 +78,17 @@ class Window:
         first, e = calls[0].routing, calls[0].layer.num_experts
         chosen = torch.stack([_chosen(call).flatten() for call in calls])
         bins = torch.where(chosen < 0, self.width + 1, torch.where(chosen < e, chosen, self.width))
-        found = chosen.new_zeros(len(calls), self.width + _EXTRA)
-        found.scatter_add_(1, bins, bins.new_ones(()).expand_as(bins))
+        counts = chosen.new_zeros(len(calls), self.width + _EXTRA)
+        counts.scatter_add_(1, bins, bins.new_ones(()).expand_as(bins))
         masks = [mask for call in calls if (mask := call.routing.mask) is not None]
         asked = [asked for call in calls if (asked := call.routing.asked) is not None]
-        found[:, -2] += torch.stack(masks).sum(1) if masks else len(first.logits)
+        counts[:, -2] += torch.stack(masks).sum(1) if masks else len(first.logits)
         if asked:
-            found[:, -1] += torch.stack(asked).flatten()
+            counts[:, -1] += torch.stack(asked).flatten()
         places = tuple(self._places[id(call.layer)] for call in calls)
         if places not in self._index:  # made once: a tensor from a list waits for the device
             self._index[places] = torch.tensor(places, device=self.device)
-        self._counts.index_add_(0, self._index[places], found.to(self.device))
+        self._counts.index_add_(0, self._index[places], counts.to(self.device))
 
 
 def _chosen(call: Seen) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the scripts of the page draw, in as few letters as the drawing needs."""
+"""The data that the scripts of the page draw, in as few letters as the drawing needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spectralmoe.report.schema_runs import Comparison, Estimate, Monitor
 __all__ = ["comparison_data", "inspection_data", "monitor_data"]
 
 SIMILARITY_LETTERS, LOAD_LETTERS, TABLE_LETTERS, EXAMPLE_LETTERS = 900_000, 300_000, 150_000, 180_000
-"""What one run may take of the page."""
+"""The letters that one run may take of the page."""
 
 FLOWS, PAIRS, LABELS, CONTEXT = 60, 10, 40, 60
 MATRICES = ("output", "weights", "rows")
@@ -56,9 +56,9 @@ def _layer(layer: Layer, bits: int, layers: int) -> dict[str, Any]:
 
 
 def _matrices(layer: Layer) -> dict[str, np.ndarray]:
-    held = layer.similarity.matrices if layer.similarity else None
-    found = {name: getattr(held, name) for name in MATRICES} if held else {}
-    return {name: matrix for name, matrix in found.items() if matrix is not None and matrix.size}
+    matrices = layer.similarity.matrices if layer.similarity else None
+    named = {name: getattr(matrices, name) for name in MATRICES} if matrices else {}
+    return {name: matrix for name, matrix in named.items() if matrix is not None and matrix.size}
 
 
 def _similarity(matrix: np.ndarray, bits: int) -> dict[str, Any]:

@@ -89,15 +89,15 @@ def tell_apart(documents: Sequence[Document]) -> list[Document]:
     """The same documents; those of a kind that share a title get their source, or else a number, behind it."""
     titles = Counter((document.kind, document.body.title) for document in documents)
     places = Counter((document.kind, document.body.title, document.source) for document in documents)
-    found = []
+    told_apart = []
     for number, document in enumerate(documents, 1):
         kind, body, source = document.kind, document.body, document.source
         if titles[kind, body.title] > 1:
             title = f"{body.title} ({source if places[kind, body.title, source] == 1 else number})"
             named = replace(body, title=title) if isinstance(body, ReceiptFile) else _named(body, title)
             document = replace(document, body=named)
-        found.append(document)
-    return found
+        told_apart.append(document)
+    return told_apart
 
 
 def _named(
@@ -136,33 +136,33 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
-    found = [path / name for name in NAMES if (path / name).is_file()] + sorted(path.glob("*.jsonl"))
-    if not found:
+    files = [path / name for name in NAMES if (path / name).is_file()] + sorted(path.glob("*.jsonl"))
+    if not files:
         raise UserError(f"{path} holds nothing to report: no {_KINDS}")
-    yield from found
+    yield from files
 
 
 def _read(path: Path) -> Document:
     if path.suffix == ".jsonl":
         return Document("monitor", str(path), _monitor(path))
-    found = as_document(read_json(path), str(path))
+    document = as_document(read_json(path), str(path))
     picture = path.parent / PICTURE
-    if isinstance(found.body, ReceiptFile) and picture.is_file() and picture.stat().st_size <= PICTURE_BYTES:
+    if isinstance(document.body, ReceiptFile) and picture.is_file() and picture.stat().st_size <= PICTURE_BYTES:
         address = "data:image/svg+xml;base64," + base64.b64encode(picture.read_bytes()).decode()
-        held = found.body
-        return Document("receipt", str(path), ReceiptFile(held.title, held.receipt, held.model, address))
-    return found
+        body = document.body
+        return Document("receipt", str(path), ReceiptFile(body.title, body.receipt, body.model, address))
+    return document
 
 
 def _monitor(path: Path) -> Monitor:
     start, *lines = read_monitor(path)
-    held = {kind: [line for line in lines if line["kind"] == kind] for kind in ("step", "load", "finding")}
+    by_kind = {kind: [line for line in lines if line["kind"] == kind] for kind in ("step", "load", "finding")}
     findings = [
         {**line["finding"], "step": line["step"]} if isinstance(line["finding"], dict) else line["finding"]
-        for line in held["finding"]
+        for line in by_kind["finding"]
         if "finding" in line
     ]
-    body = {"title": path.stem, **start, "steps": held["step"], "loads": held["load"], "findings": findings}
+    body = {"title": path.stem, **start, "steps": by_kind["step"], "loads": by_kind["load"], "findings": findings}
     with _checked(str(path), body):
         return Monitor.model_validate(body)
 

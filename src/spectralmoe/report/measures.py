@@ -70,8 +70,8 @@ def figure(value: float | None) -> str:
 
 def group_of(layer: Layer, group: str) -> dict[str, Quantity]:
     """The measures of one group of a layer; none where it was not measured."""
-    found: Group | None = getattr(layer, group)
-    return found.measures if found else {}
+    block: Group | None = getattr(layer, group)
+    return block.measures if block else {}
 
 
 def columns(layers: Iterable[Layer]) -> list[Column]:
@@ -107,8 +107,8 @@ def cell(layer: Layer, column: Column) -> Cell:
 
 def known(inspection: Inspection, group: str, key: str) -> list[Quantity]:
     """The values that exist, one a layer."""
-    found = [group_of(layer, group).get(key) for layer in inspection.layers]
-    return [value for value in found if value is not None and value.value is not None]
+    quantities = [group_of(layer, group).get(key) for layer in inspection.layers]
+    return [value for value in quantities if value is not None and value.value is not None]
 
 
 def tiles(inspection: Inspection) -> list[Tile]:
@@ -117,18 +117,18 @@ def tiles(inspection: Inspection) -> list[Tile]:
     experts = sorted({layer.experts for layer in layers})
     chosen = sorted({layer.top_k for layer in layers if layer.top_k is not None})
     spread = f"{experts[0]} to {experts[-1]}" if len(experts) > 1 else f"{experts[0]}"
-    found = [
+    shown = [
         Tile("MoE layers", f"{count}", inspection.model.kind or inspection.model.name),
         Tile("experts a layer", spread, f"{', '.join(map(str, chosen))} a token" if chosen else "any number a token"),
     ]
     data, tokens = inspection.data, inspection.data.tokens if inspection.data else 0
     note = f"{data.sequences:,} sequences" if data and data.sequences else "the model was not run" if not tokens else ""
-    found.append(Tile("tokens", amount(tokens) if tokens else "none", note))
+    shown.append(Tile("tokens", amount(tokens) if tokens else "none", note))
     vio, dead = known(inspection, "load", "max_vio"), known(inspection, "load", "dead")
     judged = [
         layer.experts for layer in layers if (value := group_of(layer, "load").get("dead")) and value.value is not None
     ]
-    found += [
+    shown += [
         Tile("MaxVio, mean", figure(_mean(vio)), _basis(vio, count)),
         Tile("MaxVio, worst", figure(max((float(v.value or 0) for v in vio), default=None)), _basis(vio, count)),
         Tile(
@@ -138,28 +138,28 @@ def tiles(inspection: Inspection) -> list[Tile]:
         ),
     ]
     entropy = known(inspection, "entropy", "tokens")
-    return [*found, Tile("entropy of tokens", figure(_mean(entropy)), _basis(entropy, count))]
+    return [*shown, Tile("entropy of tokens", figure(_mean(entropy)), _basis(entropy, count))]
 
 
 def coverage(inspection: Inspection) -> list[tuple[Column, int, int, str]]:
-    """What was looked at: each measure with the layers that have a value, those without data, and why."""
-    found = []
+    """Each measure with the number of layers that have a value, of those without data, and why they have none."""
+    rows = []
     for column in columns(inspection.layers):
-        held = [group_of(layer, column.group).get(column.key) for layer in inspection.layers]
-        with_value = sum(value is not None and value.value is not None for value in held)
-        lacking = [value for value in held if value is not None and value.value is None]
+        quantities = [group_of(layer, column.group).get(column.key) for layer in inspection.layers]
+        with_value = sum(value is not None and value.value is not None for value in quantities)
+        lacking = [value for value in quantities if value is not None and value.value is None]
         why = (
             f"{min(v.data for v in lacking):,} of {max(v.needs for v in lacking):,} {lacking[0].unit}"
             if lacking
             else ""
         )
-        found.append((column, with_value, len(lacking), why))
-    return found
+        rows.append((column, with_value, len(lacking), why))
+    return rows
 
 
 def compare(inspections: Sequence[Inspection]) -> list[tuple[Column, list[tuple[Cell, Cell]]]]:
     """Each measure as its mean over the layers of every run, with the difference from the first run."""
-    found = []
+    rows = []
     for column in columns(layer for inspection in inspections for layer in inspection.layers):
         row, base = [], None
         for index, inspection in enumerate(inspections):
@@ -169,8 +169,8 @@ def compare(inspections: Sequence[Inspection]) -> list[tuple[Column, list[tuple[
             change = None if mean is None or base is None else mean - base
             text = "" if index == 0 else "no data" if change is None else "0" if change == 0 else f"{change:+.3g}"
             row.append((Cell(figure(mean), basis, basis, mean), Cell(text, "", text, change if index else None)))
-        found.append((column, row))
-    return found
+        rows.append((column, row))
+    return rows
 
 
 def _mean(values: Sequence[Quantity]) -> float | None:

@@ -40,7 +40,7 @@ def render_report(documents: Sequence[Document | Mapping[str, Any]], title: str)
     """
     if not documents:
         raise UserError("a report needs at least one document")
-    read = tell_apart([found if isinstance(found, Document) else as_document(found, title) for found in documents])
+    read = tell_apart([given if isinstance(given, Document) else as_document(given, title) for given in documents])
     bodies = [document.body for document in read]
     data = {
         "inspections": [inspection_data(body) for body in bodies if isinstance(body, Inspection)],

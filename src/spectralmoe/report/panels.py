@@ -1,10 +1,11 @@
-"""What the templates show: the panels that have data, in their order, with the text of their tables."""
+"""The panels of the page that have data, in their order, with the text of their tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from spectralmoe.instruments.findings import SEVERITIES
 from spectralmoe.report.documents import Document, ReceiptFile
 from spectralmoe.report.measures import Column, cell, columns, compare, coverage, figure, tiles
 from spectralmoe.report.receipts import receipt_panel
@@ -14,8 +15,7 @@ from spectralmoe.report.schema_runs import Comparison, History, Monitor
 
 __all__ = ["make_panels"]
 
-SEVERITIES = ("severe", "warning", "note")
-SIGNS = dict(zip(SEVERITIES, "■▲○", strict=True))
+SIGNS: dict[str, str] = dict(zip(SEVERITIES, "■▲○", strict=True))
 
 
 def make_panels(documents: Sequence[Document]) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _monitor_summary(body: Monitor) -> dict[str, Any]:
     return {
         "title": body.title,
         "kind": "training run",
-        "groups": _grouped(body.findings, lambda found: None),
+        "groups": _grouped(body.findings, lambda finding: None),
         "calm": _calm(body.findings),
         "checked": ", ".join(key.replace("_", " ") for key in checked) or "nothing, for want of data",
         "unknown": ", ".join(key.replace("_", " ") for key in sorted(every - keys)),
@@ -184,8 +184,8 @@ def _monitor_summary(body: Monitor) -> dict[str, Any]:
 
 
 def _calm(findings: Sequence[Found]) -> str:
-    """What may be said where nothing is wrong; empty where something is."""
-    if {found.severity for found in findings} & {"severe", "warning"}:
+    """A sentence for a page on which nothing is wrong; empty where something is."""
+    if {finding.severity for finding in findings} & {"severe", "warning"}:
         return ""
     return "Nothing severe, and no warnings." if findings else "No findings."
 
@@ -193,17 +193,17 @@ def _calm(findings: Sequence[Found]) -> str:
 def _grouped(findings: Sequence[Found], link: Any) -> list[dict[str, Any]]:
     """Findings of one kind, severity and cure together; the worst first."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for found in sorted(findings, key=lambda found: SEVERITIES.index(found.severity)):
-        held, parts = found.measure, [f"step {found.step}"] if found.step is not None else []
-        if held is not None:
-            parts.append(f"{figure(held.value)} from {held.data:,} {held.unit}")
-        if found.threshold is not None:
-            parts.append(f"threshold {figure(found.threshold)}")
-        item = {"message": found.message, "link": link(found), "note": "; ".join(parts)}
-        groups.setdefault((found.severity, found.kind, found.cure), []).append(item)
+    for finding in sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)):
+        measure, parts = finding.measure, [f"step {finding.step}"] if finding.step is not None else []
+        if measure is not None:
+            parts.append(f"{figure(measure.value)} from {measure.data:,} {measure.unit}")
+        if finding.threshold is not None:
+            parts.append(f"threshold {figure(finding.threshold)}")
+        item = {"message": finding.message, "link": link(finding), "note": "; ".join(parts)}
+        groups.setdefault((finding.severity, finding.kind, finding.cure), []).append(item)
     return [
-        {"severity": severity, "title": kind.replace("_", " "), "cure": cure, "findings": found}
-        for (severity, kind, cure), found in groups.items()
+        {"severity": severity, "title": kind.replace("_", " "), "cure": cure, "findings": items}
+        for (severity, kind, cure), items in groups.items()
     ]
 
 
@@ -214,7 +214,7 @@ def _layer_table(index: int, body: Inspection) -> dict[str, Any]:
         counts[column.group] = counts.get(column.group, 0) + 1
     rows = []
     for place, layer in enumerate(body.layers):
-        about = {found.severity for found in body.findings if found.name == layer.name}
+        about = {finding.severity for finding in body.findings if finding.name == layer.name}
         worst = next((severity for severity in SEVERITIES if severity in about), "")
         rows.append(
             {

@@ -1,13 +1,15 @@
-"""What the page reads of an inspection, checked when it is read."""
+"""The fields of an inspection that the page reads, checked when a file is read."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from spectralmoe.instruments.findings import Severity
 
 __all__ = ["Example", "Found", "Group", "Inspection", "Layer", "Matrix", "Part", "Path", "Quantity"]
 
@@ -17,12 +19,12 @@ _IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 def _matrix(value: Any) -> Any:
     """Rows of numbers as float64; null is nan."""
     try:
-        found = np.array(value, dtype=np.float64)
+        matrix = np.array(value, dtype=np.float64)
     except TypeError as error:
         raise ValueError("not a matrix of numbers") from error
-    if found.ndim != 2:
+    if matrix.ndim != 2:
         raise ValueError("not a matrix")
-    return found
+    return matrix
 
 
 def _image(value: Any) -> Any:
@@ -35,7 +37,6 @@ def _image(value: Any) -> Any:
 Matrix = Annotated[np.ndarray, BeforeValidator(_matrix)]
 Count = Annotated[int, Field(ge=0)]
 MOST_EXPERTS = 2**16
-Severity = Literal["severe", "warning", "note"]
 
 
 class Part(BaseModel):
@@ -146,14 +147,14 @@ class Layer(Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        e, held = self.experts, self.similarity.matrices if self.similarity else Matrices()
+        e, matrices = self.experts, self.similarity.matrices if self.similarity else Matrices()
         lengths = {
             "load.counts": len(self.load.counts) if self.load else e,
             "load.share": len(self.load.share) if self.load and self.load.share else e,
             "weights.share": len(self.weights.share) if self.weights and self.weights.share else e,
             "examples": len(self.examples) or e,
         }
-        for name, matrix in (("output", held.output), ("weights", held.weights), ("rows", held.rows)):
+        for name, matrix in (("output", matrices.output), ("weights", matrices.weights), ("rows", matrices.rows)):
             if matrix is not None and matrix.size:
                 lengths[f"similarity.matrices.{name}"] = e if matrix.shape == (e, e) else max(matrix.shape)
         if self.association:
@@ -206,7 +207,7 @@ class Model(Part):
 
 
 class Data(Part):
-    """What it was run on."""
+    """The data that the model was run on."""
 
     source: str = ""
     tokens: Count = 0

@@ -1,4 +1,4 @@
-"""What the page reads of training runs and comparisons, checked when it is read."""
+"""The fields of training runs and comparisons that the page reads, checked when a file is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Monitor(Part):
 
 
 class Metric(Part):
-    """What a run was judged by: its key in the file, its name, its unit."""
+    """A measure of runs: its key in the file, its name, its unit."""
 
     key: str = "accuracy"
     title: str = "accuracy"
