@@ -21,8 +21,8 @@ from spectralmoe.cli.options import (
     Download,
     Json,
     say_notes,
-    see_own_modules,
     split_names,
+    trust_own,
 )
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json
@@ -214,11 +214,7 @@ def _check(settings: TrainSettings, parallel: str | None, allow: Sequence[str], 
 
     if parallel is not None and settings.backbone is None:
         raise UserError("--parallel trains timm models; the settings file has no section [backbone]")
-    own = own_names(settings.row)
-    for name in own:
-        if name not in (*allow, *own_names(router)):
-            raise UserError(f"router {name!r} is a class of your own; if you trust it, add --allow {name}")
-    see_own_modules(own)
+    trust_own(settings.row, (*allow, *own_names(router)))
 
 
 def _shown(progress: Progress, settings: TrainSettings, metric: Metric) -> Callable[[Standing], None]:
