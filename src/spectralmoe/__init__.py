@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from spectralmoe.version import __version__
+
 if TYPE_CHECKING:
     from spectralmoe.context import Context
     from spectralmoe.dispatch import Dense, Dispatch, Grouped, Loop
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from spectralmoe.steps import after_step, attach, param_groups
     from spectralmoe.tape import Record, Tape, feed, record
     from spectralmoe.terms import Term, penalty
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Adapter",

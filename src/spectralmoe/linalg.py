@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spectralmoe.sharding import full
-from spectralmoe.transforms import transforming
+from spectralmoe.torch_private import transforming
 
 __all__ = [
     "EXACT_LIMIT",

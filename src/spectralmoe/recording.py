@@ -17,6 +17,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.parts import Part
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
+from spectralmoe.torch_private import in_backward
 
 __all__ = ["KEEPABLE", "Feed", "Recordable", "Sink", "recomputing"]
 
@@ -181,4 +182,4 @@ class Recordable(nn.Module):
 
 def recomputing() -> bool:
     """Whether a backward pass is running, so that this forward is an activation checkpoint's second."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and in_backward()

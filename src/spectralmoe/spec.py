@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from spectralmoe.router import Router
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.tape import unwrapped
+from spectralmoe.torch_private import class_of
 from spectralmoe.units import UNITS
 
 __all__ = ["build", "check_arguments", "describe", "find_class", "of_today", "parameters_of"]
@@ -58,7 +58,7 @@ def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
     if isinstance(part, dict):
         return {str(name): describe(value, tables=tables) for name, value in part.items()}
     part = unwrapped(part) if isinstance(part, nn.Module) else part
-    cls = _class_of(part)
+    cls = class_of(part)
     names = {known: name for name, known in (tables or PARTS).items()}
     kind = names.get(cls, f"{cls.__module__}:{cls.__qualname__}")
     own = part.spec_arguments() if hasattr(part, "spec_arguments") else {}
@@ -156,12 +156,6 @@ def parameters_of(cls: Any) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(cls).parameters
     except (TypeError, ValueError) as error:
         raise UserError(f"{cls!r} has no readable constructor") from error
-
-
-def _class_of(part: Any) -> Any:
-    """The class that built ``part``; FSDP2, if anybody has imported it, puts one of its own and a mixin in front."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return type(part).__mro__[2] if fsdp is not None and isinstance(part, fsdp.FSDPModule) else type(part)
 
 
 def find_class(path: str) -> Any:

@@ -43,6 +43,7 @@ def test_list_speaks_plain_words(call):
     assert "\\" not in out
     assert ":math:" not in out
     assert "``" not in out
+    assert "whose scores sum to p (p, max_k, normalize, score)" in out
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spectralmoe.moe import MoE
 from spectralmoe.sharding import is_sharded
 from spectralmoe.tape import moe_layers, unwrapped
+from spectralmoe.torch_private import whole_of
 
 __all__ = ["same_elements", "share_memory", "shared_banks"]
 
@@ -57,7 +58,7 @@ def shared_banks(model: nn.Module) -> frozenset[str]:
     for name, layer in layers.items():
         for expert in range(layer.experts.num_experts):
             for view in layer.experts.expert_parameters(expert).values():
-                owners.add(id(view if view._base is None else view._base))
+                owners.add(id(whole_of(view)))
                 spans += _spans(view, (name, expert))
     banks = dict.fromkeys(id(layer.experts) for layer in layers.values())
     for path, tensor in _tensors(model, skip=set(banks)):

@@ -16,6 +16,7 @@ from spectralmoe.experts import Experts
 from spectralmoe.moe import MoE
 from spectralmoe.sharding import is_sharded
 from spectralmoe.tape import moe_layers, record
+from spectralmoe.torch_private import gradient_of_view, whole_of
 
 __all__ = [
     "Target",
@@ -68,25 +69,22 @@ class Weights:
 
         Of views that are the same memory of one parameter the first gets it all, so that a step moves it once.
         """
-        stacks = [view if view._base is None else view._base for view in self.views.values()]
-        found = torch.autograd.grad(loss, stacks, allow_unused=True)
+        stacks = [whole_of(view) for view in self.views.values()]
+        of_stacks = torch.autograd.grad(loss, stacks, allow_unused=True)
         gradients, met = [], set[object]()
-        for view, stack, gradient in zip(self.views.values(), stacks, found, strict=True):
+        for view, stack, gradient in zip(self.views.values(), stacks, of_stacks, strict=True):
             memory = (id(stack), same_elements(view))
             if gradient is None or memory in met:
                 gradients.append(torch.zeros_like(view))
             else:
                 met.add(memory)
-                if gradient.stride() != stack.stride():
-                    gradient = gradient.new_empty_strided(stack.shape, stack.stride()).copy_(gradient)
-                offset = gradient.storage_offset() + view.storage_offset() - stack.storage_offset()
-                gradients.append(gradient.as_strided(view.shape, view.stride(), offset))
+                gradients.append(gradient_of_view(view, gradient))
         return gradients
 
     @contextmanager
     def trainable(self, model: nn.Module) -> Iterator[None]:
         """Gradients for these tensors alone inside the block."""
-        own = {id(view if view._base is None else view._base) for view in self.views.values()}
+        own = {id(whole_of(view)) for view in self.views.values()}
         before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         for parameter, _ in before:
             parameter.requires_grad_(id(parameter) in own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 
 from spectralmoe.checkpoints.layers import Checkpoint, CheckpointLayer, read_checkpoint
-from spectralmoe.diagnostics.geometry import row_cosines
-from spectralmoe.diagnostics.measure import Measure
+from spectralmoe.diagnostics.evidence import Evidence
 from spectralmoe.diagnostics.similarity import gram_cosine
-from spectralmoe.instruments.document import geometry_values, inspection_document, layer_names, mean_likeness, rounded
+from spectralmoe.diagnostics.statistics import LayerStatistics
+from spectralmoe.instruments.document import inspection_document, layer_names, value_blocks
 
 __all__ = ["expert_gram", "inspect_checkpoint"]
 
@@ -59,32 +58,18 @@ def expert_gram(layer: CheckpointLayer) -> tuple[Tensor, int]:
 
 
 def _layer(layer: CheckpointLayer, experts: bool) -> dict[str, Any]:
-    matrix = layer.matrix()
-    gram, size = expert_gram(layer) if experts else (torch.empty(0, 0), 0)
+    matrix, e = layer.matrix(), layer.num_experts
     known = torch.empty(0, 0) if matrix is None else matrix
-    nothing = Measure.of(math.nan, 0).as_json()
+    gram, size = expert_gram(layer) if experts else (torch.empty(0, 0), 0)
+    nothing = LayerStatistics(e, layer.top_k)
     cosines = gram_cosine(gram) if size else None
+    evidence = Evidence(nothing, nothing, known, weight_cosines=cosines, weights=(size * e, "weights"))
     return {
         **layer_names(layer),
         "width": layer.width,
         "finite": bool(known.isfinite().all() and gram.isfinite().all()),
         "empty_experts": (gram.diagonal() == 0).nonzero().flatten().tolist() if size else None,
-        "load": None,
-        "entropy": None,
-        "geometry": {**geometry_values(matrix), "jacobian": nothing},
-        "similarity": {
-            "output_cos2": nothing,
-            "cka": nothing,
-            "subspace": nothing,
-            "weight_cosine": mean_likeness(cosines, size * layer.num_experts, "weights"),
-            "matrices": {
-                "output": None,
-                "weights": rounded(cosines),
-                "rows": rounded(None if matrix is None else row_cosines(matrix[: layer.num_experts])),
-            },
-        },
-        "stability": None,
-        "association": None,
+        **value_blocks(evidence, {"weights"}),
         "examples": [],
     }
 

@@ -14,18 +14,6 @@ from spectralmoe.files import make_folder, read_json, write_json, write_text
 
 __all__ = ["inspect"]
 
-_COLUMNS = (
-    ("experts", None, "experts"),
-    ("MaxVio", "load", "max_vio"),
-    ("dead", "load", "dead"),
-    ("entropy", "entropy", "tokens"),
-    ("near ties", "stability", "near_tie"),
-    ("bf16 flips", "stability", "bf16"),
-    ("output cos²", "similarity", "output_cos2"),
-    ("weight cos", "similarity", "weight_cosine"),
-    ("stable rank", "geometry", "stable_rank"),
-)
-
 
 def inspect(
     model: Annotated[
@@ -116,6 +104,8 @@ def is_own(folder: Path) -> bool:
 
 def show(document: dict[str, Any], out: Path | None) -> None:
     """Findings first, then a table of the layers."""
+    from spectralmoe.diagnostics.table import VALUES
+
     model, data = document["model"], document["data"]
     layers = count(len(document["layers"]), "MoE layer")
     say(f"{model['name']} ({model['class']}, {layers}): {data['source']}", indent="  ")
@@ -128,15 +118,17 @@ def show(document: dict[str, Any], out: Path | None) -> None:
         print_finding(severity, kind, messages, cure)
     if not document["findings"]:
         typer.echo("nothing found by the checks that have data")
-    rows = [[layer["name"], *(cell(layer, block, key) for _, block, key in _COLUMNS)] for layer in document["layers"]]
-    print_table("layers", ["layer", *(title for title, _, _ in _COLUMNS)], rows)
+    values = [value for value in VALUES.values() if value.column]
+    rows = [
+        [layer["name"], str(layer["experts"]), *(cell(layer, value.group, value.key) for value in values)]
+        for layer in document["layers"]
+    ]
+    print_table("layers", ["layer", "experts", *(value.column for value in values)], rows)
     if out is not None:
         typer.echo(f"written: {out / 'inspection.json'}, {out / 'report.html'}")
 
 
-def cell(layer: dict[str, Any], block: str | None, key: str) -> str:
+def cell(layer: dict[str, Any], block: str, key: str) -> str:
     """One value of the table."""
-    if block is None:
-        return str(layer[key])
     value = ((layer.get(block) or {}).get(key) or {}).get("value")
     return "no data" if value is None else f"{value:.3g}"

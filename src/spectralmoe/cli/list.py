@@ -33,7 +33,9 @@ PLAIN = {
     "feed_forward": "networks of two layers, their weights stacked",
     "adapter": "narrow networks to be added to the output of a frozen layer",
     "eigen": "linear maps with orthonormal bases of their own",
-    "modules": "modules of your own; slower than stacked weights",
+    "modules": "modules of your own, in Python alone; slower than stacked weights",
+    "conv": "pairs of convolutions on whole maps; only the chosen ones run",
+    "confident": "another bank whose experts say how sure they are, which weighs their output",
     "loop": "the definition: one token and one expert at a time; slow",
     "dense": "every expert on every token; for soft routing and very small layers",
     "grouped": "each expert on exactly the tokens that chose it, however uneven the load",
@@ -42,6 +44,7 @@ PLAIN = {
     "spectral_penalty": "both spectral penalties from one decomposition",
     "orthonormality": "distance of the routing matrix from orthonormal rows",
     "load_balance": "Switch load-balancing loss; 1 for a perfectly even load",
+    "output_overlap": "how much the outputs of a token's experts point in the same direction",
     "router_z": "router z-loss, which keeps logits small",
     "importance_cv2": "how unevenly the experts' importance is spread, squared",
 }
@@ -53,15 +56,16 @@ HINT = (
 )
 
 _FORMULA = re.compile(r"\s*:math:`[^`]*`|``")
-_INDENT = 23
+_WIDTH = 20  # of the names of a table, or more
 
 
 def list_everything(json: Json = False) -> None:
-    """Data sets, presets, and the parts that networks are made of.
+    """Data sets, router presets, the parts that networks are made of, and the values that ``inspect`` measures.
 
     Example: spectralmoe list
     """
     from spectralmoe.data.image_data import DATASETS
+    from spectralmoe.diagnostics.table import VALUES
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
     from spectralmoe.optim import OPTIMIZERS, SCHEDULES
@@ -69,6 +73,7 @@ def list_everything(json: Json = False) -> None:
     from spectralmoe.regularizers import REGULARIZERS
     from spectralmoe.scorers import SCORERS
     from spectralmoe.selectors import SELECTORS
+    from spectralmoe.units import UNITS
 
     tables = {
         "data sets": {
@@ -81,23 +86,38 @@ def list_everything(json: Json = False) -> None:
         "scorers": SCORERS,
         "selectors": SELECTORS,
         "experts": EXPERTS,
+        "units": UNITS,
         "dispatch": DISPATCHES,
         "regularizers": REGULARIZERS,
     }
     tables |= {
-        title: {name: PLAIN.get(name) or _first_line(item) for name, item in part.items()}
+        title: {name: (PLAIN.get(name) or _first_line(item)) + _arguments(title, item) for name, item in part.items()}
         for title, part in parts.items()
     }
     tables["optimizers"] = {name: _first_line(item) for name, item in OPTIMIZERS.items()}
     tables["schedules"] = {name: _first_line(item) for name, item in SCHEDULES.items()}
+    tables["values"] = {value.name: value.meaning for value in VALUES.values()}
     if json:
         print_json(tables)
         return
     for title, table in tables.items():
         typer.echo(f"{title}:")
+        width = max(_WIDTH, *map(len, table))
         for name, line in table.items():
-            say(f"  {name:<20} {line}", indent=" " * _INDENT)
+            say(f"  {name:<{width}} {line}", indent=" " * (width + 3))
     say(HINT)
+
+
+def _arguments(title: str, part: object) -> str:
+    """What a table may say of a part: its arguments, less those that the network gives."""
+    from spectralmoe.naming import FILLED_IN
+    from spectralmoe.spec import parameters_of
+
+    if title == "dispatch":  # which is not chosen by name
+        return ""
+    names = list(parameters_of(part))[1 if title == "regularizers" else 0 :]
+    free = [name for name in names if name not in FILLED_IN]
+    return f" ({', '.join(free)})" if free else ""
 
 
 def _first_line(item: object) -> str:

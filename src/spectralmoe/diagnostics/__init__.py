@@ -8,6 +8,7 @@ from spectralmoe.diagnostics.certificate import attack_distance, routing_radius
 from spectralmoe.diagnostics.change import Change, accuracy_change
 from spectralmoe.diagnostics.entropy import mean_entropy, token_entropies, token_entropy
 from spectralmoe.diagnostics.evaluation import Evaluation, evaluate, evaluation_mode, holds_moe
+from spectralmoe.diagnostics.evidence import Evidence
 from spectralmoe.diagnostics.geometry import (
     effective_rank,
     jacobian_norm,
@@ -31,6 +32,7 @@ from spectralmoe.diagnostics.load import (
 from spectralmoe.diagnostics.measure import Measure
 from spectralmoe.diagnostics.paths import co_activation, joint_counts, mutual_information
 from spectralmoe.diagnostics.similarity import (
+    centred_cosines,
     cosine_matrix,
     duplicates,
     expert_outputs,
@@ -49,19 +51,26 @@ from spectralmoe.diagnostics.stability import (
     precision_flips,
     sound_flips,
 )
+from spectralmoe.diagnostics.statistics import LayerStatistics
+from spectralmoe.diagnostics.table import VALUES, Value, measured
 from spectralmoe.diagnostics.watch import Seen, Watch, Watched, watch
 
 __all__ = [
     "DEAD_SHARE",
+    "VALUES",
     "Change",
     "Evaluation",
+    "Evidence",
+    "LayerStatistics",
     "Measure",
     "Seen",
+    "Value",
     "Watch",
     "Watched",
     "accuracy_change",
     "association",
     "attack_distance",
+    "centred_cosines",
     "changed_between",
     "changed_by_noise",
     "co_activation",
@@ -84,6 +93,7 @@ __all__ = [
     "max_vio",
     "mean_entropy",
     "mean_offdiagonal",
+    "measured",
     "min_share",
     "mutual_information",
     "near_ties",

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import sigma_max
 from spectralmoe.scorers.base import gamma
+from spectralmoe.torch_private import has_forward_hooks
 
 __all__ = ["Travel", "travel_bound"]
 
@@ -64,7 +65,7 @@ def travel_bound(processor: nn.Sequential, x: Tensor, precision: torch.dtype = t
 
 def _bound(layer: nn.Module, x: Tensor, gated: bool, precision: torch.dtype) -> Travel:
     name, kind = type(layer).__name__, type(layer)
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if has_forward_hooks(layer):
         raise UserError(f"certificate: a {name} of the processor has forward hooks, which may change what it does")
     if is_parametrized(layer):  # its own class, whose weight is what the forward uses
         kind = kind.__mro__[1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["TOKENS", "Measure"]
+__all__ = ["TOKENS", "Measure", "mean_of"]
 
 TOKENS = 64
 """Shares of tokens are judged from this many tokens on."""
@@ -50,8 +51,8 @@ class Measure:
 
     def as_json(self) -> dict[str, Any]:
         """``{"value": ..., "data": ..., "unit": ...}``; value None and ``needs`` where there is no data."""
-        found: dict[str, Any] = {"value": self.value, "data": self.data, "unit": self.unit}
-        return found if self.known else {**found, "needs": self.needs}
+        fields: dict[str, Any] = {"value": self.value, "data": self.data, "unit": self.unit}
+        return fields if self.known else {**fields, "needs": self.needs}
 
     def __str__(self) -> str:
         if self.value is None and self.data < self.needs:
@@ -59,3 +60,8 @@ class Measure:
         if self.value is None:
             return f"no value ({self.data} {self.unit})"
         return f"{self.value:.3g} ({self.data} {self.unit})"
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """The mean of some numbers; None without any."""
+    return sum(values) / len(values) if values else None

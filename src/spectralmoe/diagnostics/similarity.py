@@ -22,6 +22,7 @@ from spectralmoe.linalg import largest_entry, over_largest
 
 __all__ = [
     "CKA_TOKENS",
+    "centred_cosines",
     "cosine_matrix",
     "duplicates",
     "expert_outputs",
@@ -65,6 +66,24 @@ def cosine_matrix(outputs: Tensor) -> Tensor:
     precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     rows = F.normalize(over_largest(precise, 2).transpose(0, 1), dim=-1)
     return (rows @ rows.mT).square().double().mean(0)
+
+
+def centred_cosines(outputs: Tensor) -> Tensor:
+    r"""``cosine_matrix`` of outputs (E, N, D) less each expert's mean over the tokens: (E, E) float64.
+
+    :math:`\frac1N \sum_t \cos^2(y_{it} - \bar y_i,\; y_{jt} - \bar y_j)`. Experts that add the same vector to every
+    token are alike without the centring; here they are alike only if they answer alike to what differs between tokens.
+    An expert whose output is the same for every token counts as 0.
+
+    >>> y = torch.randn(2, 50, 8)
+    >>> raw, centred = (f(y + 100)[0, 1].item() for f in (cosine_matrix, centred_cosines))
+    >>> raw > 0.9, centred < 0.5
+    (True, True)
+    """
+    scaled = over_largest(outputs.double(), (1, 2))
+    moved = scaled - scaled.mean(1, keepdim=True)
+    constant = moved.norm(dim=-1, keepdim=True) <= _RELATIVE * scaled.norm(dim=-1, keepdim=True)
+    return cosine_matrix(moved.masked_fill(constant, 0))
 
 
 def linear_cka(outputs: Tensor, *, unbiased: bool = True) -> Tensor:

@@ -10,7 +10,7 @@ from spectralmoe.dispatch.grouped import Grouped
 from spectralmoe.dispatch.loop import Loop
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing
-from spectralmoe.transforms import transforming
+from spectralmoe.torch_private import transforming
 
 __all__ = ["DISPATCHES", "Dense", "Dispatch", "Grouped", "Loop", "pick_dispatch"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from spectralmoe.errors import UserError
 from spectralmoe.experts.base import Answer, Experts
 from spectralmoe.routing import Routing, count_slots
-from spectralmoe.transforms import transforming
+from spectralmoe.torch_private import transforming
 
 __all__ = ["Dispatch", "Kept", "SortedSlots", "combine", "sort_slots", "spread"]
 

@@ -20,6 +20,7 @@ from spectralmoe.dispatch.fused_passes import Bank
 from spectralmoe.experts import Experts, FeedForward
 from spectralmoe.experts.feed_forward import Activation, activate
 from spectralmoe.routing import Routing
+from spectralmoe.torch_private import has_hooks
 
 __all__ = ["can_fuse", "fused"]
 
@@ -27,14 +28,13 @@ _BLOCK = 2**22  # bytes of hidden activations in a block: few enough for the cac
 
 
 def can_fuse(experts: Experts, x: Tensor) -> TypeGuard[FeedForward]:
-    """Whether this is a feed-forward bank that computes as defined, on a CPU, and no hook waits for its call."""
+    """Whether the fused operator may replace this bank: its forward is ``FeedForward``'s, on a CPU, without hooks."""
     kind, plain = type(experts), FeedForward
-    hooks = (experts._forward_pre_hooks, experts._forward_hooks, experts._backward_pre_hooks, experts._backward_hooks)
     return (
         isinstance(experts, plain)
         and (kind.forward, kind.hidden, kind.project) == (plain.forward, plain.hidden, plain.project)
         and x.device.type == "cpu"
-        and not any(hooks)
+        and not has_hooks(experts)
     )
 
 

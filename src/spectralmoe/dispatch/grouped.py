@@ -10,7 +10,7 @@ from spectralmoe.dispatch.dense import Dense
 from spectralmoe.dispatch.fused import can_fuse, fused
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing
-from spectralmoe.transforms import transforming
+from spectralmoe.torch_private import transforming
 
 __all__ = ["Grouped"]
 

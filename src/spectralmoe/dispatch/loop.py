@@ -9,7 +9,7 @@ from spectralmoe.dispatch.base import Dispatch
 from spectralmoe.dispatch.dense import Dense
 from spectralmoe.experts import Experts
 from spectralmoe.routing import Routing
-from spectralmoe.transforms import transforming
+from spectralmoe.torch_private import transforming
 
 __all__ = ["Loop"]
 

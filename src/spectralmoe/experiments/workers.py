@@ -77,7 +77,7 @@ def _in_processes(jobs: Sequence[Job], processes: int, progress: Progress) -> It
     except BrokenProcessPool as error:
         raise WorkerLost(
             "a process was killed, perhaps for want of memory; what was finished is kept: start the same command again "
-            "to go on, with fewer --processes if that was the reason"
+            "to go on, with fewer processes at a time if that was the reason"
         ) from error
     finally:
         shares.fill_(_STOP)

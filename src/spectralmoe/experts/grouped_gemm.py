@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spectralmoe.transforms import transforming
+from spectralmoe.torch_private import transforming
 
 __all__ = ["grouped_linear", "row_experts", "supports_grouped_mm"]
 

@@ -10,14 +10,12 @@ from spectralmoe.instruments.inspector import Inspector
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.instruments.monitor_log import read_monitor
 from spectralmoe.instruments.samples import Place
-from spectralmoe.instruments.statistics import LayerStatistics
 
 __all__ = [
     "CURES",
     "THRESHOLDS",
     "Finding",
     "Inspector",
-    "LayerStatistics",
     "Monitor",
     "Place",
     "find_problems",

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from spectralmoe.diagnostics import geometry
-from spectralmoe.diagnostics.measure import Measure
-from spectralmoe.diagnostics.similarity import mean_offdiagonal
+from spectralmoe.diagnostics.evidence import Evidence
+from spectralmoe.diagnostics.table import Need, measured
 from spectralmoe.instruments.findings import find_problems
+from spectralmoe.version import __version__
 
-__all__ = ["geometry_values", "inspection_document", "layer_names", "mean_likeness", "rounded"]
+__all__ = ["inspection_document", "layer_names", "value_blocks"]
 
 FORMAT = 1
 
@@ -34,8 +34,6 @@ def inspection_document(
         layers: of an ``Inspector``, or of a checkpoint.
         paths: of an ``Inspector``.
     """
-    from spectralmoe import __version__
-
     document = {
         "kind": "inspection",
         "format": FORMAT,
@@ -75,18 +73,24 @@ def layer_names(layer: Named) -> dict[str, Any]:
     }
 
 
-def geometry_values(matrix: Tensor | None) -> dict[str, Any]:
-    """Geometry of a routing matrix; without one, no data."""
-    m = torch.empty(0, 0) if matrix is None else matrix
-    names = ("sigma_1", "stable_rank", "effective_rank", "row_cosine", "row_spread")
-    found: dict[str, Any] = {name: getattr(geometry, name)(m).as_json() for name in names}
-    return {**found, "spectrum": geometry.spectrum(m).tolist() if m.isfinite().all() else []}
-
-
-def mean_likeness(table: Tensor | None, data: int, unit: str, needs: int = 1) -> dict[str, Any]:
-    """The mean of a table of experts by experts over its pairs, which rests on ``data`` things."""
-    value = None if table is None else mean_offdiagonal(table).value
-    return Measure.of(math.nan if value is None else value, data, unit, needs).as_json()
+def value_blocks(evidence: Evidence, given: Collection[Need], labels: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of one layer by group, each group with the tables and lists that belong to it."""
+    counts, matrix, e = evidence.counts, evidence.matrix, evidence.counts.num_experts
+    known, outputs = matrix.numel() > 0, "outputs" in given
+    lists: dict[str, dict[str, Any]] = {
+        "load": {"counts": counts.counts().tolist(), "share": counts.share().tolist()},
+        "geometry": {"spectrum": geometry.spectrum(matrix).tolist() if matrix.isfinite().all() else []},
+        "similarity": {
+            "matrices": {
+                "output": rounded(evidence.output_cosines) if outputs else None,
+                "weights": rounded(evidence.weight_cosines),
+                "rows": rounded(geometry.row_cosines(matrix)[:e, :e]) if known else None,
+            }
+        },
+        "association": {"labels": list(labels), "table": evidence.labels.tolist()},
+    }
+    blocks = measured(evidence, given)
+    return {group: block and {**lists.get(group, {}), **block} for group, block in blocks.items()}
 
 
 def rounded(table: Tensor | None) -> list[list[float | None]] | None:

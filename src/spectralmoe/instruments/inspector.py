@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralmoe.diagnostics import geometry, paths, similarity, stability
-from spectralmoe.diagnostics.association import association, label_table
+from spectralmoe.diagnostics import paths, similarity
+from spectralmoe.diagnostics.association import label_table
 from spectralmoe.diagnostics.entropy import are_probabilities
+from spectralmoe.diagnostics.evidence import Evidence
 from spectralmoe.diagnostics.measure import Measure
+from spectralmoe.diagnostics.stability import sound_flips
+from spectralmoe.diagnostics.statistics import LayerStatistics
+from spectralmoe.diagnostics.table import FEWEST, NEEDS
 from spectralmoe.diagnostics.watch import Seen, Watched
-from spectralmoe.instruments.document import geometry_values, layer_names, mean_likeness, rounded
+from spectralmoe.instruments.document import layer_names, value_blocks
 from spectralmoe.instruments.samples import BestTokens, Place, TokenSample
-from spectralmoe.instruments.statistics import LayerStatistics
 from spectralmoe.routing import Routing
 
 __all__ = ["Describe", "Inspector"]
@@ -25,7 +28,7 @@ __all__ = ["Describe", "Inspector"]
 _NUMBERS = 2**24  # in the outputs of all experts of a layer for the same tokens
 _COORDINATES = 2**20  # of an expert's weights
 _OUTPUTS = 256  # tokens that go through every expert
-_JACOBIANS, _EXAMPLES, _FLOWS, _FEWEST, _RANK = 32, 8, 3, 8, 4
+_EXAMPLES, _FLOWS = 8, 3
 
 Describe = Callable[[Watched, Place], dict[str, Any]]
 """What to show of a token: {"text": ...} or {"image": a data URI, ...}."""
@@ -88,7 +91,7 @@ class Inspector:
 
     def layers(self, describe: Describe | None = None) -> list[dict[str, Any]]:
         """The values of every layer, with example tokens where ``describe`` tells what a token is."""
-        sound = cache(stability.sound_flips)
+        sound = cache(sound_flips)
         return [item.report(self._labels, describe, self._seed, sound) for item in self._gathered]
 
     def paths(self) -> list[dict[str, Any]]:
@@ -121,7 +124,8 @@ class _Gathered:
     def add(self, call: Seen, labels: Tensor | None, num_labels: int) -> None:
         routing = call.routing
         self.statistics.add(routing)
-        self.sample.add(call.tokens[(routing.indices >= 0).any(-1)])
+        if len(call.tokens):
+            self.sample.add(call.tokens[(routing.indices >= 0).any(-1)])
         self.best.add(routing)
         if labels is not None and num_labels:
             table = label_table(routing, labels, num_labels)[:, : self.layer.num_experts].cpu()
@@ -131,57 +135,41 @@ class _Gathered:
     def report(
         self, labels: Sequence[str], describe: Describe | None, seed: int, sound: Callable[..., Measure]
     ) -> dict[str, Any]:
-        layer, statistics = self.layer, self.statistics
-        tokens = self.sample.tokens if self.layer.reroutes else self.sample.tokens[:0]
-        matrix, (weights, finite, empty) = layer.matrix, self.weights()
-        outputs, width = layer.num_experts if matrix is None else len(matrix), tokens.shape[-1]
-        load = {"counts": statistics.counts().tolist(), "share": statistics.share().tolist()}
+        """The layer's part of the document."""
+        layer, statistics, matrix = self.layer, self.statistics, self.layer.matrix
+        tokens = self.sample.tokens if layer.reroutes else self.sample.tokens[:0]
+        vectors, finite, empty = self.weights()
+        evidence = Evidence(
+            counts=statistics,
+            statistics=statistics,
+            matrix=torch.empty(0, 0) if matrix is None else matrix,
+            weight_cosines=similarity.weight_cosine(vectors),
+            weights=(vectors.shape[1], "coordinates"),
+            layer=layer,
+            tokens=tokens,
+            outputs=self.outputs(),
+            labels=torch.empty(0, 0) if self.table is None else self.table,
+            seed=seed,
+            sound=sound,
+        )
+        given = set(NEEDS) if self.table is not None else set(NEEDS) - {"labels"}
         return {
             **layer_names(layer),
-            "width": width if matrix is None else matrix.shape[1],
+            "width": tokens.shape[-1] if matrix is None else matrix.shape[1],
             "finite": finite and (matrix is None or bool(matrix.isfinite().all())),
             "finite_scores": statistics.finite(),
             "empty_experts": empty,
             "logits_are_probabilities": len(tokens) > 0 and are_probabilities(layer.raw_logits(tokens)),
-            "load": {**load, **_json(statistics.load())},
+            **value_blocks(evidence, given, labels),
             "weights": statistics.weights(),
-            "entropy": _json(statistics.entropy()),
-            "geometry": {
-                **geometry_values(matrix),
-                "jacobian": geometry.jacobian_norm(layer, tokens[:_JACOBIANS]).as_json(),
-            },
-            "similarity": self.similarity(matrix, weights),
-            "stability": {
-                "noise": stability.noise_flips(layer, tokens, seed=seed).as_json(),
-                "bf16": stability.precision_flips(layer, tokens).as_json(),
-                "bf16_sound": sound(outputs, layer.top_k, width, len(tokens)).as_json(),
-                **_json(statistics.ties()),
-            },
-            "association": self.associated(labels),
             "examples": [self.examples(e, describe) for e in range(layer.num_experts)] if describe else [],
         }
 
-    def similarity(self, matrix: Tensor | None, weights: Tensor) -> dict[str, Any]:
-        """How alike the experts are, on as many of the kept tokens as their outputs have room for."""
+    def outputs(self) -> Tensor:
+        """As many of the kept tokens through every expert as their outputs have room for (E, n, D)."""
         e, tokens = self.layer.num_experts, self.sample.tokens[:_OUTPUTS]
-        tokens = tokens[: max(_FEWEST, _NUMBERS // max(1, e * tokens.shape[-1]))]
-        outputs = similarity.expert_outputs(self.layer, tokens) if len(tokens) else torch.empty(e, 0, 1)
-        alike = similarity.weight_cosine(weights)
-        tables = {
-            "output_cos2": similarity.cosine_matrix(outputs),
-            "cka": similarity.linear_cka(outputs),
-            "subspace": similarity.subspace_overlap(outputs, min(_RANK, max(1, tokens.shape[-1] // 4))),
-        }
-        found = {name: mean_likeness(table, len(tokens), "tokens", _FEWEST) for name, table in tables.items()}
-        return {
-            **found,
-            "weight_cosine": mean_likeness(alike, weights.shape[1], "coordinates"),
-            "matrices": {
-                "output": rounded(tables["output_cos2"]),
-                "weights": rounded(alike),
-                "rows": None if matrix is None else rounded(geometry.row_cosines(matrix)[:e, :e]),
-            },
-        }
+        tokens = tokens[: max(FEWEST, _NUMBERS // max(1, e * tokens.shape[-1]))]
+        return similarity.expert_outputs(self.layer, tokens) if len(tokens) else torch.empty(e, 0, 1)
 
     def weights(self) -> tuple[Tensor, bool, list[int]]:
         """Every few coordinates of each expert's weights (E, P), P = 0 where the experts differ in size; whether all
@@ -195,12 +183,6 @@ class _Gathered:
             vectors.append(vector[:: 1 + len(vector) // _COORDINATES].float())
         same = len({len(vector) for vector in vectors}) == 1
         return torch.stack(vectors) if same else torch.empty(len(vectors), 0), finite, empty
-
-    def associated(self, labels: Sequence[str]) -> dict[str, Any] | None:
-        if self.table is None:
-            return None
-        information = association(self.table).as_json()
-        return {"labels": list(labels), "table": self.table.tolist(), "mutual_information": information}
 
     def examples(self, e: int, describe: Describe) -> list[dict[str, Any]]:
         """The tokens with the largest weight, no two alike."""
@@ -217,7 +199,3 @@ def _largest(joint: Tensor, number: int) -> list[list[int]]:
     width = joint.shape[1]
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [[place // width, place % width, count] for place, count in pairs if count]
-
-
-def _json(measures: Mapping[str, Measure]) -> dict[str, Any]:
-    return {name: measure.as_json() for name, measure in measures.items()}

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spectralmoe.diagnostics.measure import mean_of
 from spectralmoe.diagnostics.watch import Watch, watch
 from spectralmoe.errors import UserError
 from spectralmoe.instruments.document import layer_names
@@ -205,17 +206,13 @@ def _summary(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     vios, dead = known("load", "max_vio"), known("load", "dead")
     return {
-        "max_vio": _mean(vios),
+        "max_vio": mean_of(vios),
         "max_vio_worst": max(vios, default=None),
-        "entropy": _mean(known("entropy", "tokens")),
+        "entropy": mean_of(known("entropy", "tokens")),
         "dead_experts": int(sum(dead)) if dead else None,
-        "dropped": _mean(known("load", "dropped")),
-        "near_tie": _mean(known("stability", "near_tie")),
+        "dropped": mean_of(known("load", "dropped")),
+        "near_tie": mean_of(known("stability", "near_tie")),
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _distributed() -> bool:

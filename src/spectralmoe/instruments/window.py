@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectralmoe.diagnostics.evidence import Evidence
 from spectralmoe.diagnostics.measure import TOKENS
+from spectralmoe.diagnostics.statistics import LayerStatistics
 from spectralmoe.diagnostics.watch import Seen, Watched
-from spectralmoe.instruments.document import layer_names
-from spectralmoe.instruments.statistics import LayerStatistics
+from spectralmoe.instruments.document import layer_names, value_blocks
 
 __all__ = ["Window"]
 
@@ -121,12 +122,5 @@ def _values(layer: Watched, row: Tensor, look: LayerStatistics) -> dict[str, Any
     filled, tokens, asked = int(row[: -_EXTRA + 1].sum()), int(row[-2]), int(row[-1])
     exact = _empty(layer)
     exact.add_counts(row[: layer.num_experts], tokens=tokens, filled=filled, asked=asked or filled)
-    sampled = look.load()
-    load = {**exact.load(), **{name: sampled[name] for name in sampled if "batch" in name or "sequence" in name}}
-    return {
-        "finite_scores": look.finite(),
-        "load": {"share": exact.share().tolist(), **{name: value.as_json() for name, value in load.items()}},
-        "entropy": {name: value.as_json() for name, value in look.entropy().items()},
-        "stability": {name: value.as_json() for name, value in look.ties().items()},
-        "weights": look.weights(),
-    }
+    blocks = value_blocks(Evidence(counts=exact, statistics=look), {"counts", "routing"})
+    return {"finite_scores": look.finite(), **blocks, "weights": look.weights()}

@@ -5,46 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
+from spectralmoe.diagnostics.measure import mean_of
+from spectralmoe.diagnostics.table import GROUPS, VALUES
 from spectralmoe.report.schema import Group, Inspection, Layer, Quantity
 
-__all__ = ["GROUPS", "Cell", "Column", "Tile", "amount", "columns", "compare", "coverage", "figure", "tiles"]
-
-GROUPS = ("load", "entropy", "geometry", "similarity", "stability", "association")
-TITLES: dict[str, tuple[str, str]] = {
-    "load.max_vio": ("MaxVio", "largest load over the mean load, minus 1; 0 is even"),
-    "load.gini": ("Gini", "Gini coefficient of the load; 0 is even"),
-    "load.min_share": ("least share", "share of the least used expert; 1/E is even"),
-    "load.max_share": ("most share", "share of the most used expert; 1/E is even"),
-    "load.dead": ("dead", "experts with less than a tenth of an even load"),
-    "load.concentration": ("concentration", "how far the K busiest experts take all slots; 0 is even, 1 is all"),
-    "load.concentration_sequence": ("concentration / seq.", "the same inside single sequences, mean"),
-    "load.max_vio_batch": ("MaxVio / batch", "MaxVio inside single batches, mean"),
-    "load.max_vio_sequence": ("MaxVio / seq.", "MaxVio inside single sequences, mean"),
-    "load.dropped": ("dropped", "share of slots that a capacity emptied"),
-    "entropy.tokens": ("of tokens", "entropy of the scores of a token, over log E, mean; 0 is certain, 1 is undecided"),
-    "entropy.mean": ("of the mean", "entropy of the mean scores, over log E; 1 is even use"),
-    "geometry.sigma_1": ("sigma 1", "largest singular value of the routing matrix"),
-    "geometry.stable_rank": ("stable rank", "squared Frobenius norm over squared sigma 1"),
-    "geometry.effective_rank": ("effective rank", "exponential of the entropy of the spectrum"),
-    "geometry.row_cosine": ("row cosine", "size of the cosine between the rows of two experts, mean"),
-    "geometry.row_spread": ("row spread", "how far the rows are from all being the same, 0 to 1; 0 routes nothing"),
-    "geometry.jacobian": ("Jacobian", "spectral norm of the derivative of the scores by the token, mean on the data"),
-    "similarity.output_cos2": ("outputs cos²", "squared cosine of two experts' outputs for one token, mean"),
-    "similarity.cka": ("CKA", "linear centred kernel alignment of two experts' outputs, mean"),
-    "similarity.subspace": ("subspace", "overlap of the leading subspaces of two experts' outputs, mean"),
-    "similarity.weight_cosine": ("weights cosine", "cosine of two experts' weights, mean"),
-    "stability.noise": ("flips, noise", "share of tokens whose choice changes under input noise"),
-    "stability.bf16": ("flips, bf16", "share of tokens whose choice changes when the router runs in bf16"),
-    "stability.bf16_sound": ("flips, bf16, sound", "the same of a sound router of this size: what bf16 does alone"),
-    "stability.near_tie": (
-        "near ties",
-        "share of tokens whose best expert left out scores within 1% of the last one chosen",
-    ),
-    "stability.margin": ("margin", "by what share of the last score chosen the best one left out is lower, mean"),
-    "association.mutual_information": ("mutual information", "between label and expert"),
-}
+__all__ = ["Cell", "Column", "Tile", "amount", "columns", "compare", "coverage", "figure", "tiles"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +75,22 @@ def group_of(layer: Layer, group: str) -> dict[str, Quantity]:
 
 
 def columns(layers: Iterable[Layer]) -> list[Column]:
-    """Every measure that some layer has, known ones in their own order, then the others."""
+    """Every measure that some layer has: those of the table in its order, then the others."""
     units: dict[str, set[str]] = {}
     for layer in layers:
         for group in GROUPS:
             for key, value in group_of(layer, group).items():
                 units.setdefault(f"{group}.{key}", set()).add(value.unit)
-    order = [*[name for name in TITLES if name in units], *[name for name in units if name not in TITLES]]
-    found = []
-    for name in sorted(order, key=lambda name: GROUPS.index(name.partition(".")[0])):
-        group, _, key = name.partition(".")
-        title, meaning = TITLES.get(name, (key.replace("_", " "), ""))
-        found.append(Column(group, key, title, meaning, units[name].pop() if len(units[name]) == 1 else ""))
-    return found
+    order = [*[name for name in VALUES if name in units], *[name for name in units if name not in VALUES]]
+    order.sort(key=lambda name: GROUPS.index(name.partition(".")[0]))
+    return [_column(name, units[name]) for name in order]
+
+
+def _column(name: str, units: set[str]) -> Column:
+    group, _, key = name.partition(".")
+    value = VALUES.get(name)
+    title, meaning = (value.title, value.meaning) if value else (key.replace("_", " "), "")
+    return Column(group, key, title, meaning, units.pop() if len(units) == 1 else "")
 
 
 def cell(layer: Layer, column: Column) -> Cell:
@@ -205,7 +174,7 @@ def compare(inspections: Sequence[Inspection]) -> list[tuple[Column, list[tuple[
 
 
 def _mean(values: Sequence[Quantity]) -> float | None:
-    return fmean(float(v.value or 0) for v in values) if values else None
+    return mean_of([float(v.value or 0) for v in values])
 
 
 def _basis(values: Sequence[Quantity], layers: int) -> str:

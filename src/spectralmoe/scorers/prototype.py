@@ -19,7 +19,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.linalg import sigma_max
 from spectralmoe.scorers.base import Scorer, gamma
 from spectralmoe.sharding import full
-from spectralmoe.transforms import transforming
+from spectralmoe.torch_private import transforming
 
 __all__ = ["PrototypeScorer"]
 

@@ -106,6 +106,8 @@ class Card:
         steps: in the order in which they run; several may share a file.
         sections: stored cells -> the tables of RESULTS.md.
         figures: stored cells -> name -> panels.
+        check: what ``--check`` runs again.
+        pictures: (folder, desk) -> draws what needs a network there.
     """
 
     title: str
@@ -115,3 +117,4 @@ class Card:
     sections: Callable[[Stored], Sequence[Section]]
     figures: Callable[[Stored], Mapping[str, Sequence[Panel]]]
     check: Check | None = None
+    pictures: Callable[[Path, Desk], None] | None = None

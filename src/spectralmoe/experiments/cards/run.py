@@ -68,6 +68,8 @@ def run_card(card: Card, out: Path, work: Path, processes: int, progress: Progre
         stored = {step.file: _content(step, out) for step in card.steps}
         lines = result_lines(card.title, card.about, card.sections(stored))
         write_text(out / "RESULTS.md", "\n".join(lines) + "\n")
+        if card.pictures is not None:
+            card.pictures(out, Desk(work, _tuned(card, out)))
         _, notes = write_figures(out, card.figures(stored))
         failed = [cell for cells in stored.values() if isinstance(cells, list) for cell in cells if DIVERGED in cell]
         return count, [*(f"diverged: {_named(cell)}: {cell[DIVERGED]}" for cell in failed), *notes]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
 from spectralmoe.errors import UserError
-from spectralmoe.naming import shown
+from spectralmoe.naming import file_name, shown
 from spectralmoe.presets import find_preset
 from spectralmoe.training.names import DEFAULT_ROUTERS
 from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
@@ -32,12 +30,8 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A folder name; that of a table is its words and a digest."""
-        router = re.sub(r"[^A-Za-z0-9+_.-]", "_", self.router)
-        if self.router.startswith("{"):
-            digest = hashlib.sha256(self.router.encode()).hexdigest()[:8]
-            router = f"{'_'.join(re.findall(r'[A-Za-z0-9+.-]+', self.router))[:60]}-{digest}"
-        return f"{router}-depth{self.depth}-seed{self.seed}"
+        """A folder name."""
+        return f"{file_name(self.router)}-depth{self.depth}-seed{self.seed}"
 
 
 def _text(row: object) -> object:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from spectralmoe.experiments.run_folder import run_folder
 from spectralmoe.experiments.statistics import estimate
 from spectralmoe.files import write_json
 from spectralmoe.machine import describe_machine
+from spectralmoe.naming import file_name
 from spectralmoe.presets import PRESETS, find_preset
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
@@ -48,7 +48,7 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """A file name."""
-        return f"{re.sub(r'[^A-Za-z0-9+_.-]', '_', self.row)}-{self.shots}shots-seed{self.seed}"
+        return f"{file_name(self.row)}-{self.shots}shots-seed{self.seed}"
 
 
 class FewShotSettings(Settings):

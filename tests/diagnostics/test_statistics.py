@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from spectralmoe import Capacity, LinearScorer, Router, TopK
+from spectralmoe.diagnostics import Evidence, measured
 from spectralmoe.diagnostics.load import dead_experts, gini, max_vio
-from spectralmoe.instruments.statistics import NEAR, LayerStatistics
+from spectralmoe.diagnostics.statistics import NEAR, LayerStatistics
 
 E, K, D = 5, 2, 8
 
@@ -30,6 +31,12 @@ def statistics(routings):
     return found
 
 
+def values(statistics):
+    """All that the table makes of these sums."""
+    groups = measured(Evidence(statistics, statistics), {"counts", "routing"})
+    return {name: block for name, block in groups.items() if block}
+
+
 def tokens(routings):
     """The real tokens one by one: probabilities, indices, weights."""
     for routing in routings:
@@ -46,11 +53,9 @@ def test_counts_are_those_of_the_indices(routings, statistics):
     assert statistics.counts().tolist() == counts
     assert statistics.number("tokens") == len(list(tokens(routings)))
     share = torch.tensor(counts, dtype=torch.float64) / sum(counts)
-    load = statistics.load()
-    assert load["max_vio"].value == pytest.approx(max_vio(share))
-    assert load["gini"].value == pytest.approx(gini(share))
-    assert load["dead"].value == dead_experts(share)
-    assert {load[name].data for name in ("max_vio", "gini", "dead", "min_share")} == {sum(counts)}
+    for value in (max_vio, gini, dead_experts):
+        assert statistics.of_share(value).value == pytest.approx(value(share))
+        assert statistics.of_share(value).data == sum(counts)
 
 
 def test_entropies_are_those_of_a_loop(routings, statistics):
@@ -61,8 +66,8 @@ def test_entropies_are_those_of_a_loop(routings, statistics):
 
     single = sum(entropy(row) for row in rows) / len(rows)
     mean = entropy([sum(row[e] for row in rows) / len(rows) for e in range(E)])
-    assert statistics.entropy()["tokens"].value == pytest.approx(single, abs=1e-6)
-    assert statistics.entropy()["mean"].value == pytest.approx(mean, abs=1e-6)
+    assert statistics.token_entropy().value == pytest.approx(single, abs=1e-6)
+    assert statistics.mean_entropy().value == pytest.approx(mean, abs=1e-6)
 
 
 def test_margins_and_ties_are_those_of_a_loop(routings, statistics):
@@ -70,9 +75,8 @@ def test_margins_and_ties_are_those_of_a_loop(routings, statistics):
     for probs, indices, _ in tokens(routings):
         worst, best = min(probs[e] for e in indices), max(probs[e] for e in range(E) if e not in indices)
         gaps.append((worst - best) / worst)
-    ties = statistics.ties()
-    assert ties["margin"].value == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
-    assert ties["near_tie"].value == pytest.approx(sum(gap <= NEAR for gap in gaps) / len(gaps))
+    assert statistics.margin().value == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
+    assert statistics.near_tie().value == pytest.approx(sum(gap <= NEAR for gap in gaps) / len(gaps))
 
 
 def test_shares_of_weight_are_those_of_a_loop(routings, statistics):
@@ -92,7 +96,7 @@ def test_sequences_are_judged_one_by_one(routings, statistics):
             counts = torch.bincount(part[part >= 0], minlength=E)
             if counts.sum() >= 10 * E:
                 values.append(float(counts.max() / counts.double().mean() - 1))
-    found = statistics.load()["max_vio_sequence"]
+    found = statistics.of_sequences("sequence_vio")
     assert found.data == len(values)
     assert found.value == pytest.approx(sum(values) / len(values))
 
@@ -103,24 +107,22 @@ def test_sums_add_up_over_ranks(routings, statistics):
         part.add(routing)
     total = LayerStatistics(E, K)
     total.ints, total.sums = sum(part.ints for part in parts), sum(part.sums for part in parts)
-    assert total.load() == statistics.load()
-    assert total.entropy() == statistics.entropy()
+    assert values(total) == values(statistics)
 
 
 def test_drops_are_counted():
     routing = Router(LinearScorer(D, E), Capacity(TopK(K), factor=0.5))(torch.randn(100, D))
     statistics = LayerStatistics(E, K)
     statistics.add(routing)
-    assert statistics.load()["dropped"].value == pytest.approx(float(routing.dropped()))
-    assert statistics.load()["dropped"].data == 200
+    assert statistics.dropped().value == pytest.approx(float(routing.dropped()))
+    assert statistics.dropped().data == 200
 
 
 def test_too_few_tokens_say_nothing():
     statistics = LayerStatistics(E, K)
     statistics.add(Router(LinearScorer(D, E), TopK(K))(torch.randn(20, D)))
-    everything = {**statistics.load(), **statistics.entropy(), **statistics.ties()}
-    assert not [name for name, measure in everything.items() if measure.known]
-    assert LayerStatistics(E, K).load()["dead"].value is None
+    for seen in (statistics, LayerStatistics(E, K)):
+        assert {measure["value"] for block in values(seen).values() for measure in block.values()} == {None}
 
 
 def test_a_constant_weight_is_seen():

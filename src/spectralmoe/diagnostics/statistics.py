@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectralmoe.diagnostics.entropy import token_entropies
-from spectralmoe.diagnostics.load import concentration, dead_experts, gini, max_share, max_vio, min_share, per_sequence
+from spectralmoe.diagnostics.load import concentration, per_sequence
 from spectralmoe.diagnostics.measure import TOKENS, Measure
 from spectralmoe.diagnostics.stability import margins
 from spectralmoe.routing import Routing
@@ -35,9 +36,10 @@ class LayerStatistics:
         top_k: K; None where it varies.
 
     >>> from spectralmoe import LinearScorer, Router, TopK
-    >>> found = LayerStatistics(4, 2)
-    >>> found.add(Router(LinearScorer(8, 4), TopK(2))(torch.randn(100, 8)))
-    >>> found.load()["max_vio"].data, found.number("tokens")
+    >>> from spectralmoe.diagnostics import max_vio
+    >>> seen = LayerStatistics(4, 2)
+    >>> seen.add(Router(LinearScorer(8, 4), TopK(2))(torch.randn(100, 8)))
+    >>> seen.of_share(max_vio).data, seen.number("tokens")
     (200, 100)
     """
 
@@ -93,48 +95,50 @@ class LayerStatistics:
         """Whether all scores and weights were finite numbers; True without data."""
         return bool(self.sums[: 2 * self.num_experts].isfinite().all())
 
-    def load(self) -> dict[str, Measure]:
-        """The measures of the load."""
-        share, slots, e = self.share(), int(self.counts().sum()), self.num_experts
-        needs = SLOTS_AN_EXPERT * e
-        whole: dict[str, float] = {
-            "max_vio": max_vio(share),
-            "gini": gini(share),
-            "min_share": min_share(share),
-            "max_share": max_share(share),
-            "dead": dead_experts(share),
-            "concentration": concentration(share, self.top_k or 1),
-        }
-        found = {name: Measure.of(value, slots, "slots", needs) for name, value in whole.items()}
-        batches, sequences, asked = (self.number(name) for name in ("batches", "sequences", "asked"))
-        found["max_vio_batch"] = Measure.of(
-            self._mean("batch_vio", batches), batches if slots >= needs else 0, "batches"
-        )
-        found["max_vio_sequence"] = Measure.of(self._mean("sequence_vio", sequences), sequences, "sequences")
-        found["concentration_sequence"] = Measure.of(
-            self._mean("sequence_concentration", sequences), sequences, "sequences"
-        )
-        found["dropped"] = Measure.of(1 - self.number("filled") / max(asked, 1), asked, "slots", TOKENS)
-        return found
+    def of_share(self, value: Callable[[Tensor], float]) -> Measure:
+        """A function of the experts' shares of the load, judged from ``SLOTS_AN_EXPERT`` slots an expert on."""
+        return Measure.of(value(self.share()), self._slots(), "slots", SLOTS_AN_EXPERT * self.num_experts)
 
-    def entropy(self) -> dict[str, Measure]:
-        """Entropy of a token's scores and of the mean scores, both over log E."""
-        tokens, probs = self.number("tokens"), self.sums[: self.num_experts]
+    def concentration(self) -> Measure:
+        """How far the K busiest experts take all slots (``concentration`` of the load)."""
+        return self.of_share(lambda share: concentration(share, self.top_k or 1))
+
+    def dropped(self) -> Measure:
+        """Share of the slots asked for that stayed empty."""
+        asked = self.number("asked")
+        return Measure.of(1 - self.number("filled") / max(asked, 1), asked, "slots", TOKENS)
+
+    def max_vio_batch(self) -> Measure:
+        """MaxVio of a batch, mean over the batches."""
+        batches = self.number("batches")
+        enough = self._slots() >= SLOTS_AN_EXPERT * self.num_experts
+        return Measure.of(self._mean("batch_vio", batches), batches if enough else 0, "batches")
+
+    def of_sequences(self, name: str) -> Measure:
+        """The mean over single sequences of "sequence_vio" or "sequence_concentration"."""
+        sequences = self.number("sequences")
+        return Measure.of(self._mean(name, sequences), sequences, "sequences")
+
+    def token_entropy(self) -> Measure:
+        """Entropy of a token's scores over log E, mean over tokens."""
+        return Measure.of(self._mean("entropy", self.number("tokens")), self._choosing(), needs=TOKENS)
+
+    def mean_entropy(self) -> Measure:
+        """Entropy of the mean scores over log E."""
+        probs = self.sums[: self.num_experts]
         mean = probs / probs.sum().clamp_min(1e-300)
-        spread = float(-torch.xlogy(mean, mean).sum()) / math.log(max(self.num_experts, 2))
-        known = tokens if self.num_experts > 1 else 0
-        return {
-            "tokens": Measure.of(self._mean("entropy", tokens), known, needs=TOKENS),
-            "mean": Measure.of(spread, known, needs=TOKENS),
-        }
+        entropy = float(-torch.xlogy(mean, mean).sum()) / math.log(max(self.num_experts, 2))
+        return Measure.of(entropy, self._choosing(), needs=TOKENS)
 
-    def ties(self) -> dict[str, Measure]:
-        """Share of tokens near a tie, and the mean margin."""
+    def near_tie(self) -> Measure:
+        """Share of the tokens whose margin is at most ``NEAR``."""
         judged = self.number("judged")
-        return {
-            "near_tie": Measure.of(self.number("ties") / max(judged, 1), judged, needs=TOKENS),
-            "margin": Measure.of(self._mean("margin", judged), judged, needs=TOKENS),
-        }
+        return Measure.of(self.number("ties") / max(judged, 1), judged, needs=TOKENS)
+
+    def margin(self) -> Measure:
+        """Mean margin of the tokens that have one."""
+        judged = self.number("judged")
+        return Measure.of(self._mean("margin", judged), judged, needs=TOKENS)
 
     def weights(self) -> dict[str, Any]:
         """Share of all combine weight that each expert carries, and whether every slot's weight is the constant 1."""
@@ -142,6 +146,13 @@ class LayerStatistics:
         share = carried / carried.sum().clamp_min(1e-300)
         constant = filled > 0 and self.number("constant") == filled
         return {"share": share.tolist() if share.isfinite().all() else [], "constant": constant}
+
+    def _slots(self) -> int:
+        return int(self.counts().sum())
+
+    def _choosing(self) -> int:
+        """The tokens that had a choice: none where there is one expert."""
+        return self.number("tokens") if self.num_experts > 1 else 0
 
     def _add_margins(self, values: Tensor) -> None:
         known = values.isfinite()

@@ -1,0 +1,76 @@
+"""What the library knows of torch's inside, all in one place, each with its test (``tests/test_torch_private.py``)."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+__all__ = ["class_of", "gradient_of_view", "has_forward_hooks", "has_hooks", "in_backward", "transforming", "whole_of"]
+
+
+def transforming() -> bool:
+    """Whether ``torch.func`` (``grad``, ``jvp``, ``vmap``, ...) or a forward-mode ``dual_level`` is at work.
+
+    Operators of our own know reverse mode only: there they give way to operations that every transform knows.
+    ``torch.compile`` reads the answer while it traces, so a graph without transforms holds nothing of it.
+
+    >>> torch.func.vmap(lambda x: x * transforming())(torch.ones(1)).item(), transforming()
+    (1.0, False)
+    """
+    level: int = forward_ad._current_level
+    return level >= 0 or torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
+def in_backward() -> bool:
+    """Whether the calling thread is inside a backward pass, where only recomputations run a forward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs hooks before or after its forward.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> hook = layer.register_forward_hook(lambda module, x, y: None)
+    >>> has_forward_hooks(layer), has_forward_hooks(nn.Linear(2, 2))
+    (True, False)
+    """
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs hooks of any kind, those of its backward too."""
+    return has_forward_hooks(module) or bool(module._backward_pre_hooks or module._backward_hooks)
+
+
+def class_of(part: Any) -> Any:
+    """The class that built ``part``; FSDP2, if anybody has imported it, puts one of its own and a mixin in front."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return type(part).__mro__[2] if fsdp is not None and isinstance(part, fsdp.FSDPModule) else type(part)
+
+
+def whole_of(view: Tensor) -> Tensor:
+    """The tensor that ``view`` is a view of; itself if it is none.
+
+    >>> stack = torch.zeros(3, 2)
+    >>> whole_of(stack[1]) is stack, whole_of(stack) is stack
+    (True, True)
+    """
+    return view if view._base is None else view._base
+
+
+def gradient_of_view(view: Tensor, gradient: Tensor) -> Tensor:
+    """The part of ``gradient``, which is that of ``whole_of(view)``, that belongs to ``view``.
+
+    >>> stack, gradient = torch.zeros(2, 3), torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+    >>> gradient_of_view(stack[1, 1:], gradient)
+    tensor([4., 5.])
+    """
+    whole = whole_of(view)
+    if gradient.stride() != whole.stride():
+        gradient = gradient.new_empty_strided(whole.shape, whole.stride()).copy_(gradient)
+    offset = gradient.storage_offset() + view.storage_offset() - whole.storage_offset()
+    return gradient.as_strided(view.shape, view.stride(), offset)
