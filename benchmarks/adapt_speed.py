@@ -24,6 +24,7 @@ from spectralmoe.machine import describe_machine
 from spectralmoe.models import sr_moe, sr_moe_terms
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks import ImageTask
 
 LIMIT = 2.0
 
@@ -36,7 +37,7 @@ def main() -> None:
     torch.manual_seed(0)
     data = load_data("fashion-mnist")
     model = sr_moe(10, depth=4, spare=8, mean=[0.286], std=[0.353])
-    train(model, data.subset(10_000), Optimization(epochs=2, lr=2e-3), terms=sr_moe_terms(model))
+    train(model, ImageTask(data.subset(10_000)), Optimization(epochs=2, lr=2e-3), terms=sr_moe_terms(model))
     model.eval()
     part, reference = data.validation, (data.train.images[:10_000], data.train.labels[:10_000])
     wrong = (evaluate(model, part.images, part.labels).predictions != part.labels).nonzero().flatten()

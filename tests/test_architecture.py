@@ -32,7 +32,8 @@ LEVELS = [
     {"steps", "terms", "regularizers", "diagnostics", "manifold", "compression"},
     {"spec", "instruments", "model_folder"},
     {"checkpoints", "models", "optim", "naming"},
-    {"hf", "presets"},
+    {"hf", "rows"},
+    {"presets"},
     {"vision"},
     {"saving"},
     {""},  # ``import spectralmoe``: whatever the package's own __init__ does not need

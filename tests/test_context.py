@@ -26,6 +26,7 @@ from spectralmoe import (
     save,
 )
 from spectralmoe.diagnostics.watch import watch
+from spectralmoe.units import Sample
 
 B, S, D, E, P = 3, 4, 8, 5, 2
 SHAPE = (B, S)
@@ -161,6 +162,25 @@ def test_maps_get_it_as_constant_channels():
     assert torch.equal(wide[:, :3], maps)
     assert torch.equal(wide[:, 3:], severity[..., None, None].expand(2, P, 5, 4))
     assert bank.expert(wide, 0).shape == maps.shape
+
+
+@pytest.mark.parametrize("dispatch", ["loop", "dense", "grouped"])
+def test_whole_images_are_routed_and_changed_by_severity(dispatch, same):
+    """One choice an image, by severity alone; its expert gets the severity as constant channels."""
+    bank = ModuleExperts([nn.Conv2d(3 + P, 3, 3, padding=1) for _ in range(E)], reads=("severity",))
+    layer = MoE(Router(ContextScorer(3, E, width=P), TopK(2)), bank, unit=Sample(), dispatch=dispatch).double()
+    images, severity = torch.randn(4, 3, 5, 4, dtype=torch.float64), torch.randn(4, P, dtype=torch.float64)
+    images.requires_grad_()
+    severity.requires_grad_()
+    with record(layer) as tape:
+        y = layer(images, context=Context(samples={"severity": severity}))
+    scores = (severity @ layer.router.scorer.weight.T).softmax(-1)
+    want = []
+    for image, value, score in zip(images, severity, scores, strict=True):
+        wide = torch.cat([image, value[:, None, None].expand(P, 5, 4)])
+        want.append(sum(score[e] * bank.experts[e](wide[None])[0] for e in score.topk(2).indices))
+    same(y, torch.stack(want), [images, severity, layer.router.scorer.weight, *bank.parameters()])
+    assert torch.equal(tape[0].context["severity"], severity)
 
 
 def test_what_experts_read_is_kept_with_their_rows(user_error, tmp_path):

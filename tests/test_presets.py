@@ -11,7 +11,7 @@ import torch
 from spectralmoe.data.image_data import load_data
 from spectralmoe.experiments.compare.settings import Cell, CompareSettings
 from spectralmoe.experiments.compare.setup import Setup, Tuned
-from spectralmoe.experts import EXPERTS, ModuleExperts
+from spectralmoe.experts import EXPERTS
 from spectralmoe.naming import own_names, read_table, shown
 from spectralmoe.presets import PRESETS, Preset, find_preset
 from spectralmoe.regularizers import REGULARIZERS
@@ -26,35 +26,36 @@ from spectralmoe.training.settings import parse
 SIZES = {"width": 12, "num_experts": 4, "hidden": 8}
 
 NEEDED = {
-    "eigenbasis": "rank = 6",
-    "expert_choice": "capacity = 1.0",
-    "topp": "p = 0.7",
-    "capacity": "factor = 1.25",
-    "cluster_dropout": "groups = 2",
-    "eigen": "rank = 3",
+    "eigenbasis": {"rank": 6},
+    "expert_choice": {"capacity": 1.0},
+    "topp": {"p": 0.7},
+    "capacity": {"factor": 1.25},
+    "cluster_dropout": {"groups": 2},
+    "eigen": {"rank": 3},
 }
 """What an entry needs besides its name."""
 
-ROWS = {"basis": '{scorer = {type = "basis", score = "energy"}, experts = "eigen", rank = 3}'}
+TOGETHER = {"basis": {"scorer": {"type": "basis", "score": "energy"}, "experts": "eigen", "rank": 3}}
 """Entries that work with certain others alone."""
+
+NOT_HERE = {"context", "modules", "conv"}
+"""Entries that need more than tokens or names: side information, modules that are given, maps."""
+
+
+def part(kind, table, name):
+    """An entry by name; one that wraps another of its kind gets the first of the table."""
+    inner = {kind: next(iter(table))} if kind in parameters_of(table[name]) else {}
+    return {kind: {"type": name, **inner}, **NEEDED.get(name, {})}
 
 
 def rows():
-    """Each scorer with top-k, each selector with a linear scorer, each term and bank by name, each preset."""
+    """Each preset, each scorer with top-k, each selector, bank and term with a linear scorer."""
     yield from PRESETS
-    for name in SCORERS:
-        if name != "context":  # images have none
-            yield ROWS.get(name) or f'{{scorer = "{name}", {NEEDED.get(name, "")}}}'.replace(", }", "}")
-    for name in SELECTORS:
-        around = ', selector = "topk"' if "selector" in parameters_of(SELECTORS[name]) else ""
-        yield f'{{scorer = "linear", selector = {{type = "{name}"{around}}}, {NEEDED.get(name, "")}}}'.replace(
-            ", }", "}"
-        )
+    for kind, table in (("scorer", SCORERS), ("selector", SELECTORS), ("experts", EXPERTS)):
+        for name in table.keys() - NOT_HERE:
+            yield shown(TOGETHER.get(name) or {"scorer": "linear", **part(kind, table, name)})
     for name in REGULARIZERS:
-        yield f'{{scorer = "linear", terms = {{{name} = 0.1}}}}'
-    for name, bank in EXPERTS.items():
-        if bank is not ModuleExperts:  # which is made of given modules
-            yield f'{{scorer = "linear", experts = "{name}", {NEEDED.get(name, "")}}}'.replace(", }", "}")
+        yield shown({"scorer": "linear", "terms": {name: 0.1}})
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def setup_of(data, tmp_path, *names, **changes):
     return Setup(settings, data, tmp_path, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("row", list(rows()))
+@pytest.mark.parametrize("row", sorted(rows()))
 def test_every_entry_of_the_tables_trains_in_a_comparison_by_name(row, data, tmp_path):
     setup = setup_of(data, tmp_path, row)
     (cell,) = setup.settings.cells()
@@ -162,6 +163,7 @@ def test_values_follow_from_the_sizes_of_the_network():
         ('{scorer = "linear"}\nx = 1', ("is not a table",)),
         ("{}", ("has no scorer", 'scorer = "linear"')),
         ('{preset = "liner"}', ("unknown router 'liner'",)),
+        ("{preset = [1]}", ("router [1] is neither a name nor a table",)),
         ('{scorer = "prototyp"}', ("unknown scorer 'prototyp'", "did you mean 'prototype'?")),
         ('{scorer = "topk"}', ("scorer 'topk'", "a name of the selectors", "the scorers are linear")),
         ('{scorer = "linear", experts = "linear"}', ("a name of the scorers", "feed_forward")),
@@ -179,6 +181,7 @@ def test_values_follow_from_the_sizes_of_the_network():
         ('{scorer = "linear", k = true}', ("k = true", "soft")),
         ('{scorer = "linear", terms = {load_balence = 0.1}}', ("unknown term", "did you mean 'load_balance'?")),
         ('{scorer = "linear", terms = {load_balance = {}}}', ("'load_balance' needs a weight",)),
+        ('{scorer = "linear", terms = {load_balance = nan}}', ("'load_balance' needs a weight",)),
         ('{scorer = "linear", terms = {load_balance = "much"}}', ("'load_balance' needs a weight",)),
         ('{scorer = "linear", terms = {spectral_norm = {weight = 1, bond = 2}}}', ("'bond'", "did you mean 'bound'?")),
         ('{scorer = "linear", terms = {router_z = {weight = 1, reduce = "max"}}}', ("reduce", "mean, sum")),
@@ -199,6 +202,7 @@ def test_a_row_that_cannot_be_is_one_line(row, words, user_error):
         ('{scorer = "eigenbasis", rank = "= dims"}', 2, ("'= dims'", "did you mean 'dim'?")),
         ('{scorer = "linear", k = 5}', 2, ("k=5", "E=4")),
         ('{scorer = "basis"}', 2, ("EigenExperts", "FeedForward")),
+        ('{scorer = "linear", experts = "conv", channels = 12}', 2, ("unit=Token", "rows of shape")),
         ('{scorer = "context"}', 2, ("ContextScorer reads 'severity'", "this network gives none")),
         ('{scorer = "linear", experts = {type = "feed_forward", activation = "gulu"}}', 2, ("did you mean 'gelu'?",)),
     ],
@@ -237,6 +241,8 @@ ROW = {"scorer": "prototype", "terms": {"router_z": 1e-3}, "summary": "a row of 
 PRESET = find_preset("cosine")
 def row():
     return {"preset": "linear", "k": 1}
+def broken():
+    return {"scorer": unknown}
 SIZE = 3
 """
 
@@ -274,6 +280,8 @@ def test_objects_of_your_own_that_do_not_fit(mine, user_error):
         find_preset({"scorer": "linear", "selector": f"{mine}:Norms"})
     with user_error("term", "is not a function"):
         find_preset({"scorer": "linear", "terms": {"mine": {"type": f"{mine}:SIZE", "weight": 1}}})
+    with user_error(f"'{mine}:broken' fails when it is called", "unknown"):
+        find_preset(f"{mine}:broken")
     with user_error("needs the argument 'factor'"):
         find_preset(f"{mine}:Scaled")
 

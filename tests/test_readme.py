@@ -11,6 +11,7 @@ from spectralmoe.tape import moe_layers
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network
 from spectralmoe.training.settings import Network, Optimization
+from spectralmoe.training.tasks import ImageTask
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,7 +36,7 @@ def test_correction_example_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = load_data("digits").subset(400)
     model = build_network(data, Network(width=16, num_experts=4, hidden=8, spare=8), "linear", 2, seed=0)
-    train(model, data, Optimization(epochs=12, batch_size=32))
+    train(model, ImageTask(data), Optimization(epochs=12, batch_size=32))
     wrong = int((model.eval()(data.test.images).argmax(-1) != data.test.labels).nonzero()[0])
     names = {"model": model, "images": data.train.images, "labels": data.train.labels}
     names |= {"image": data.test.images[wrong : wrong + 1], "label": int(data.test.labels[wrong])}

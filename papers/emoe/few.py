@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measure import budget, dense_vit
-from plan import BOTTLENECK, EXPERTS, MOE_BLOCKS, SEEN, Plan
+from measure import Progress, budget, dense_vit
 from rows import ROWS
-from safetensors.torch import load_file, save_file
+from sizes import BOTTLENECK, EXPERTS, MOE_BLOCKS, SEEN, Sizes
 
 from spectralmoe import LinearScorer, Router, Term, TopK
 from spectralmoe.data.image_data import ImageData, Split, load_data
+from spectralmoe.experiments.cards import Desk
 from spectralmoe.experiments.few_shot.learning import draw_shots, few_shot
-from spectralmoe.files import write_whole
-from spectralmoe.machine import cpu_model
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks import ImageTask
 from spectralmoe.vision import BranchSpec
 from spectralmoe.vision.model import VisionMoE
 
@@ -69,61 +67,61 @@ def seen_part(split: Split, *, seen: bool) -> Split:
     return Split(split.images[own], split.labels[own] - (0 if seen else SEEN))
 
 
-def task_data(task: str, plan: Plan) -> ImageData:
+def task_data(task: str, sizes: Sizes) -> ImageData:
     """The data of a task: the classes that the backbone never saw, or another data set."""
     if task != "new classes":
         return load_data(task)
-    data = load_data(plan.dataset)
+    data = load_data(sizes.dataset)
     parts = (seen_part(part, seen=False) for part in (data.train, data.validation, data.test))
     return ImageData(task, *parts, classes=data.classes[SEEN:])
 
 
-def backbone(plan: Plan, folder: Path) -> VisionMoE:
-    """The dense ViT trained on the first classes; trained once and kept in ``folder``."""
-    data = load_data(plan.dataset)
-    train_part, validation, test = (seen_part(part, seen=True) for part in (data.train, data.validation, data.test))
-    model = dense_vit(data, 0)
-    model.new_head(SEEN)
-    path = folder / "backbone.safetensors"
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval()
-    known = replace(data, train=train_part, validation=validation, test=test, classes=data.classes[:SEEN])
-    train(model, known, budget(2e-3, plan.backbone_epochs, 0))
-    write_whole(path, lambda temporary: save_file(model.state_dict(), temporary))
-    return model.eval()
+def backbone(desk: Desk, sizes: Sizes) -> VisionMoE:
+    """The dense ViT trained on the first classes; trained once."""
+
+    def fresh() -> tuple[VisionMoE, None]:
+        data = load_data(sizes.dataset)
+        known = (seen_part(part, seen=True) for part in (data.train, data.validation, data.test))
+        train_part, validation, test = known
+        model = dense_vit(data, 0)
+        model.new_head(SEEN)
+        kept = replace(data, train=train_part, validation=validation, test=test, classes=data.classes[:SEEN])
+        train(model, ImageTask(kept), budget(2e-3, sizes.backbone_epochs, 0))
+        return model, None
+
+    return desk.network("backbone", fresh)[0]  # type: ignore[return-value]
 
 
-def shot_budget(lr: float, plan: Plan, seed: int) -> Optimization:
+def shot_budget(lr: float, sizes: Sizes, seed: int) -> Optimization:
     """How everything is trained in this part."""
-    return Optimization(epochs=plan.shot_epochs, batch_size=32, lr=lr, weight_decay=1e-2, seed=seed)
+    return Optimization(epochs=sizes.shot_epochs, batch_size=32, lr=lr, weight_decay=1e-2, seed=seed)
 
 
-def tune_few(row: str, plan: Plan, folder: Path) -> dict[str, Any]:
+def tune_few(row: str, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[str, Any]:
     """The learning rate of a row: the best on validation images of the first task, over draws that no cell has."""
     torch.set_num_threads(1)
-    model, data = backbone(plan, folder), task_data(plan.tasks[0], plan)
+    model, data = backbone(desk, sizes), task_data(sizes.tasks[0], sizes)
     tries = []
     for lr in SHOT_LRS:
-        found = [_accuracy(row, model, data, TUNE_SHOTS, lr, plan, seed, data.validation) for seed in _tune_seeds()]
-        tries.append({"lr": lr, "validation_accuracy": sum(found) / len(found)})
+        reached = [_accuracy(row, model, data, TUNE_SHOTS, lr, sizes, seed, data.validation) for seed in _tune_seeds()]
+        tries.append({"lr": lr, "validation_accuracy": sum(reached) / len(reached)})
     return {row: {"lr": max(tries, key=lambda tried: tried["validation_accuracy"])["lr"], "tries": tries}}
 
 
-def run_few(row: str, task: str, shots: int, seed: int, plan: Plan, folder: Path, lr: float) -> dict[str, Any]:
+def run_few(cell: Any, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[str, Any]:
     """One cell of fewshot.json."""
     torch.set_num_threads(1)
-    model, data = backbone(plan, folder), task_data(task, plan)
-    accuracy = _accuracy(row, model, data, shots, lr, plan, seed, data.test)
-    return {"row": row, "task": task, "shots": shots, "seed": seed, "cpu": cpu_model(), "accuracy": accuracy}
+    model, data = backbone(desk, sizes), task_data(cell["task"], sizes)
+    lr = desk.tuned["fewshot_tuning"][cell["row"]]["lr"]
+    return {"accuracy": _accuracy(cell["row"], model, data, cell["shots"], lr, sizes, cell["seed"], data.test)}
 
 
 def _accuracy(
-    row: str, model: VisionMoE, data: ImageData, shots: int, lr: float, plan: Plan, seed: int, part: Split
+    row: str, model: VisionMoE, data: ImageData, shots: int, lr: float, sizes: Sizes, seed: int, part: Split
 ) -> float:
     spec, terms = FEW_ROWS[row]
     drawn = draw_shots(data.train, shots, data.num_classes, seed)
-    return few_shot(model, spec, drawn, part, data.num_classes, settings=shot_budget(lr, plan, seed), terms=terms)
+    return few_shot(model, spec, drawn, part, data.num_classes, settings=shot_budget(lr, sizes, seed), terms=terms)
 
 
 def _tune_seeds() -> range:

@@ -10,24 +10,27 @@ from pathlib import Path
 import torch
 from measure import SHARED_IMAGES, fit_row, tokens_of
 from PIL import Image
-from plan import EXPERTS, PATCH, Plan
 from rows import Setting
+from sizes import EXPERTS, PATCH, Sizes
 from torch import Tensor
 
 from spectralmoe import PrincipalScorer, record
 from spectralmoe.data.image_data import ImageData, load_data
+from spectralmoe.experiments.cards import Desk
 from spectralmoe.files import write_text
 from spectralmoe.tape import Record
 
 SHOWN, PIXELS, GAP, LABEL, TOP = 10, 56, 6, 310, 70
 
 
-def draw_holdings(path: Path, plan: Plan, setting: Setting) -> None:
-    """Train one network, run test images through it, draw both MoE layers."""
-    data = load_data(plan.dataset).subset(plan.ablation_size)
-    model, _ = fit_row("EMoE", setting, data, plan.ablation_epochs, 0)
+def draw_holdings(out: Path, desk: Desk, *, sizes: Sizes) -> None:
+    """Train one network, run test images through it, draw both MoE layers as ``experts.svg``, unless it is there."""
+    if (out / "experts.svg").exists():
+        return
+    data = load_data(sizes.dataset).subset(sizes.ablation_size)
+    setting = Setting(*desk.tuned["tuning"]["EMoE"]["setting"])
+    model = fit_row("EMoE", setting, data, sizes.ablation_epochs, 0)[0].eval()
     images, labels = data.test.images[: 2 * SHARED_IMAGES], data.test.labels[: 2 * SHARED_IMAGES]
-    model.eval()
     with torch.no_grad(), record(model, keep=("input",)) as tape:
         model(images)
     width = LABEL + SHOWN * (PIXELS + GAP) + GAP
@@ -42,7 +45,7 @@ def draw_holdings(path: Path, plan: Plan, setting: Setting) -> None:
         *(line for lines in column for line in lines),
         "</svg>",
     ]
-    write_text(path, "\n".join(svg) + "\n")
+    write_text(out / "experts.svg", "\n".join(svg) + "\n")
 
 
 def _layer(item: Record, images: Tensor, labels: Tensor, data: ImageData, left: float) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from plan import BATCH, EXPERTS, HIDDEN, MOE_BLOCKS, WEIGHT_DECAY, WIDTH, Plan, vit_arguments
 from rows import ROWS, RouterFactory, Setting
+from sizes import BATCH, EXPERTS, HIDDEN, MOE_BLOCKS, WEIGHT_DECAY, WIDTH, Sizes, vit_arguments
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,12 +20,14 @@ from spectralmoe.diagnostics import dead_experts, evaluate, evaluation_mode, gin
 from spectralmoe.diagnostics.load import DEAD_SHARE
 from spectralmoe.diagnostics.similarity import output_similarity
 from spectralmoe.diagnostics.stability import changed_by_noise
-from spectralmoe.machine import cpu_model
+from spectralmoe.experiments.cards import Desk
 from spectralmoe.tape import Record
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks import ImageTask
 from spectralmoe.vision.model import VisionMoE, vision_moe
 
+Progress = Callable[[float], None]
 SHARED_IMAGES, SHARED_TOKENS, NOISE = 500, 4000, 0.05
 TIMED_STEPS, ROUNDS = 10, 5
 
@@ -65,8 +68,8 @@ def build_row(row: str, setting: Setting, data: ImageData, seed: int) -> VisionM
 def fit_row(row: str, setting: Setting, data: ImageData, epochs: int, seed: int) -> tuple[VisionMoE, float]:
     """The trained network of a row, and its validation accuracy."""
     model = build_row(row, setting, data, seed)
-    history = train(model, data, budget(setting.lr, epochs, seed), terms=ROWS[row].terms(setting.knob))
-    return model, history.validation_accuracy
+    history = train(model, ImageTask(data), budget(setting.lr, epochs, seed), terms=ROWS[row].terms(setting.knob))
+    return model, history.validation
 
 
 def budget(lr: float, epochs: int, seed: int) -> Optimization:
@@ -74,22 +77,21 @@ def budget(lr: float, epochs: int, seed: int) -> Optimization:
     return Optimization(epochs=epochs, batch_size=BATCH, lr=lr, weight_decay=WEIGHT_DECAY, seed=seed)
 
 
-def run_cell(row: str, seed: int, plan: Plan, tuned: dict[str, Any], step_ms: float) -> dict[str, Any]:
+def run_cell(cell: Any, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[str, Any]:
     """One cell of results.json."""
     torch.set_num_threads(1)
-    data = load_data(plan.dataset)
-    data = data if plan.train_size is None else data.subset(plan.train_size)
-    setting = Setting(*tuned[row]["setting"])
-    model, _ = fit_row(row, setting, data, plan.epochs, seed)
-    about = {"row": row, "seed": seed, "cpu": cpu_model()}
-    return {**about, **measure(model, data.test.images, data.test.labels), "step_ms": step_ms}
+    data, row = load_data(sizes.dataset), cell["row"]
+    data = data if sizes.train_size is None else data.subset(sizes.train_size)
+    setting = Setting(*desk.tuned["tuning"][row]["setting"])
+    model, _ = fit_row(row, setting, data, sizes.epochs, cell["seed"])
+    return {**measure(model, data.test.images, data.test.labels), "step_ms": desk.tuned["times"].get(row, 0.0)}
 
 
-def tune_row(row: str, plan: Plan) -> dict[str, Any]:
+def tune_row(row: str, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[str, Any]:
     """The setting of a row with the best validation accuracy, of as many tries as every other row has."""
     torch.set_num_threads(1)
-    data = load_data(plan.dataset).subset(plan.tune_size)
-    tries = [(setting, fit_row(row, setting, data, plan.tune_epochs, 0)[1]) for setting in ROWS[row].tries()]
+    data = load_data(sizes.dataset).subset(sizes.tune_size)
+    tries = [(setting, fit_row(row, setting, data, sizes.tune_epochs, 0)[1]) for setting in ROWS[row].tries()]
     best = max(tries, key=lambda tried: tried[1])
     listed = [{**setting._asdict(), "validation_accuracy": accuracy} for setting, accuracy in tries]
     return {row: {"setting": list(best[0]), "tries": listed}}
@@ -134,9 +136,9 @@ def tokens_of(item: Record) -> Tensor:
     return x
 
 
-def step_times(plan: Plan) -> dict[str, float]:
+def step_times(_row: str, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[str, float]:
     """Median milliseconds of a training step of every row, the rows taking turns in one process."""
-    data = load_data(plan.dataset)
+    data = load_data(sizes.dataset)
     images, labels = data.train.images[:BATCH], data.train.labels[:BATCH]
     steps = {row: _stepper(row, data, images, labels) for row in ROWS}
     times: dict[str, list[float]] = {row: [] for row in ROWS}

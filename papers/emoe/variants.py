@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measure import budget, build, measure
-from plan import EXPERTS, Plan
+from measure import Progress, budget, build, measure
 from rows import FAITHFUL_RANK, RouterFactory, Setting
+from sizes import EXPERTS, Sizes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe import EigenbasisScorer, PrincipalScorer, Router, Scorer, TopK
 from spectralmoe.data.image_data import load_data
+from spectralmoe.experiments.cards import Desk
 from spectralmoe.linalg import qr_retraction
-from spectralmoe.machine import cpu_model
 from spectralmoe.training.loop import train
+from spectralmoe.training.tasks import ImageTask
 
 
 class RandomStart(PrincipalScorer):
@@ -139,13 +140,12 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def run_variant(name: str, seed: int, plan: Plan, setting: Setting) -> dict[str, Any]:
+def run_variant(cell: Any, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[str, Any]:
     """One cell of ablations.json, on validation data."""
     torch.set_num_threads(1)
-    data = load_data(plan.dataset).subset(plan.ablation_size)
-    variant = VARIANTS[name]
-    model = build(variant.router, data, seed, variant.experts)
-    train(model, data, budget(setting.lr, plan.ablation_epochs, seed))
+    data = load_data(sizes.dataset).subset(sizes.ablation_size)
+    variant, lr = VARIANTS[cell["variant"]], Setting(*desk.tuned["tuning"]["EMoE"]["setting"]).lr
+    model = build(variant.router, data, cell["seed"], variant.experts)
+    train(model, ImageTask(data), budget(lr, sizes.ablation_epochs, cell["seed"]))
     part = data.validation
-    about = {"variant": name, "seed": seed, "cpu": cpu_model(), "experts": variant.experts}
-    return {**about, **measure(model, part.images, part.labels)}
+    return {"experts": variant.experts, **measure(model, part.images, part.labels)}

@@ -21,6 +21,7 @@ from spectralmoe.models import SRMoE, sr_moe
 from spectralmoe.tape import moe_layers
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks import ImageTask
 
 Progress = Callable[[float], None]
 WIDTH, EXPERTS, HIDDEN, SPARE = 64, 8, 32, 40
@@ -93,8 +94,8 @@ def fit(
             curve.append({"done": done, **geometry(model, data)})
             model.train()
 
-    history = train(model, data, budget, terms=scaled(ROWS[row].terms, setting["strength"]), progress=watch)
-    return model.eval(), history.validation_accuracy, curve
+    history = train(model, ImageTask(data), budget, terms=scaled(ROWS[row].terms, setting["strength"]), progress=watch)
+    return model.eval(), history.validation, curve
 
 
 def geometry(model: SRMoE, data: ImageData) -> dict[str, float]:

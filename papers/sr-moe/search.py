@@ -27,6 +27,7 @@ from spectralmoe.models import SRMoE, sr_moe
 from spectralmoe.regularizers import load_balance, spectral_norm, stable_rank
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks import ImageTask
 
 MATRIX = {"spectral_norm": NORM, "stable_rank": RANK}
 TRIALS = 60
@@ -156,7 +157,7 @@ def run_config(name: str, depth: int, seed: int) -> dict[str, Any]:
     if config.prepare is not None:
         config.prepare(model, data)
     budget = Optimization(epochs=EPOCHS, batch_size=BATCH, lr=2e-3, weight_decay=0.0, seed=seed)
-    train(model, data, budget, terms=config.terms)
+    train(model, ImageTask(data), budget, terms=config.terms)
     model.eval()
     part = data.validation
     trials = one_shot_trials(model, part.images, part.labels, trials=TRIALS, rule=config.rule, seed=seed)

@@ -6,7 +6,9 @@ A part is a name of its table, ``"prototype"``; or a table with arguments, ``{ty
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -28,6 +30,7 @@ __all__ = [
     "FILLED_IN",
     "KINDS",
     "Table",
+    "file_name",
     "named",
     "own_names",
     "part_class",
@@ -80,6 +83,18 @@ def shown(value: Any) -> str:
     '{scorer = {type = "linear", bias = true}, terms = {load_balance = 0.01}}'
     """
     return value if isinstance(value, str) else _inline(value)
+
+
+def file_name(row: str) -> str:
+    """A row as a part of a file's name; that of a table is its words and a digest.
+
+    >>> file_name("my.module:Signs"), file_name('{scorer = "linear", k = 1}')
+    ('my.module_Signs', 'scorer_linear_k_1-9e978b47')
+    """
+    if not row.startswith("{"):
+        return re.sub(r"[^A-Za-z0-9+_.-]", "_", row)
+    words = "_".join(re.findall(r"[A-Za-z0-9+.-]+", row))[:60]
+    return f"{words}-{hashlib.sha256(row.encode()).hexdigest()[:8]}"
 
 
 def _inline(value: Any) -> str:
@@ -185,7 +200,7 @@ def read_term(name: str, value: Any, start: Term | None = None) -> Term:
     fn = _regularizer(options.pop("type", name)) if start is None else start.fn
     fields = {key: options.pop(key) for key in _TERM if key in options}
     weight = fields.get("weight", start.weight if start else None)
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise UserError(f"term {name!r} needs a weight, such as {_key(name)} = 0.01")
     known = list(parameters_of(fn))[1:]
     for argument in options:

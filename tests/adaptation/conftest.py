@@ -19,6 +19,7 @@ from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.models import sr_moe
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks import ImageTask
 
 ROUTERS: dict[str, Any] = {
     "top1": lambda d, e: Router(LinearScorer(d, e), TopK(1)),
@@ -38,7 +39,7 @@ def _trained(data: ImageData) -> dict[str, nn.Module]:
     for name, router in ROUTERS.items():
         torch.manual_seed(shifted(0))
         model = sr_moe(10, width=16, depth=2, num_experts=4, hidden=8, spare=8, router=router, centred=name == "soft")
-        train(model, data, Optimization(epochs=6, batch_size=32))
+        train(model, ImageTask(data), Optimization(epochs=6, batch_size=32))
         found[name] = model.eval()
     return found
 

@@ -27,7 +27,7 @@ def test_the_stream_is_the_plain_loop(network, data, make_guard, name, case):
     before = by_hand(x).argmax(-1) == y
     guards = [make_guard(budget=1.0) for _ in "ab"] if case == "guard" else [None, None]
     shares = []
-    steps = correction_stream(model, x, y, count=4, rule=rule, guard=guards[0], seed=3, watch=shares.append)
+    steps = correction_stream(model, x, y, count=4, rule=rule, guard=guards[0], seed=3, progress=shares.append)
     assert shares == [0.25, 0.5, 0.75, 1.0]
     assert model.training
     stream = [step.sample for step in steps]
@@ -108,7 +108,7 @@ def test_a_guard_weighs_each_update_against_the_model_as_it_is_then(network, dat
         count=5,
         rule=Rule("last", 5e-2),
         guard=guard,
-        watch=lambda share: found.append(copy.deepcopy(model)),
+        progress=lambda share: found.append(copy.deepcopy(model)),
     )
     accuracies = [100 * float((m.eval()(x).argmax(-1) == y).double().mean()) for m in found]
     assert all(after >= before - 0.6 - 1e-9 for before, after in pairwise(accuracies))

@@ -146,7 +146,7 @@ def test_a_stopped_run_keeps_its_cases_and_goes_on(suites, tmp_path):
     assert "the same command goes on" in (tmp_path / "bench.md").read_text()
     seen = []
     whole = runner.run(
-        ["one", "two"], SETTINGS, out=tmp_path, watch=lambda text, done, detail: seen.append((text, done)), idle=IDLE
+        ["one", "two"], SETTINGS, out=tmp_path, progress=lambda text, done, detail: seen.append((text, done)), idle=IDLE
     )
     assert whole["complete"]
     assert whole["load_of_others"] == 0.25
@@ -176,7 +176,7 @@ def test_a_stopped_run_of_another_kind_is_not_mixed_in(suites, tmp_path):
 
 def test_progress_tells_each_gate_and_each_round(suites):
     seen = []
-    runner.run(["one", "two"], SETTINGS, watch=lambda *told: seen.append(told), idle=IDLE)
+    runner.run(["one", "two"], SETTINGS, progress=lambda *told: seen.append(told), idle=IDLE)
     shares = [done for _, done, _ in seen]
     assert shares == sorted(shares)
     first = [detail for text, _, detail in seen if text == "one: N1 (1/2)"]

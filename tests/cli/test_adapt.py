@@ -15,7 +15,6 @@ import torch
 
 from spectralmoe import load, record
 from spectralmoe.adaptation import COPIES, carried
-from spectralmoe.cli import adapt_correct
 from spectralmoe.cli.evaluate import _in_name
 from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.files import read_json
@@ -23,6 +22,7 @@ from spectralmoe.saving import save
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network, model_meta
 from spectralmoe.training.settings import Network, Optimization
+from spectralmoe.training.tasks import ImageTask
 
 WRITTEN = ["config.json", "model.safetensors", "receipt.json", "receipt.svg", "update.safetensors"]
 GUARD = ["--guard", "digits"]
@@ -39,7 +39,7 @@ def model(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapt") / "model"
     some = data.subset(300)
     network = build_network(some, Network(width=16, num_experts=4, hidden=8, spare=8, k=2), "prototype", 2, seed=0)
-    train(network, some, Optimization(epochs=6, batch_size=32))
+    train(network, ImageTask(some), Optimization(epochs=6, batch_size=32))
     save(network, folder, meta=model_meta(data, "prototype"))
     return folder
 
@@ -88,7 +88,7 @@ def corrected(request, call, model, sample, tmp_path):
     """A guarded correction: (receipt as JSON, folder). Roomy, so that samples do flip."""
     method = [] if request.param == "unit" else ["--method", request.param, "--layers", "all", "--no-carry"]
     out = tmp_path / "out"
-    code, text, err = call("adapt", model, *sample, *GUARD, "--budget", 50, *method, "--out", out, "--json")
+    code, text, err = call("adapt", "correct", model, *sample, *GUARD, "--budget", 50, *method, "--out", out, "--json")
     assert code == 0, err
     receipt = json.loads(text)
     assert receipt == read_json(out / "receipt.json")
@@ -190,22 +190,22 @@ def decoded(href: str) -> np.ndarray:
 def test_patch_gives_the_same_model(corrected, call, refused, model, tmp_path):
     _, out = corrected
     patch = out / "update.safetensors"
-    code, text, _ = call("adapt", model, "--apply", patch, "--out", tmp_path / "applied")
+    code, text, _ = call("adapt", "apply", model, patch, "--out", tmp_path / "applied")
     assert code == 0
     assert "applied" in text
     assert (tmp_path / "applied" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert call("evaluate", tmp_path / "applied")[0] == 0
-    code, text, _ = call("adapt", model, "--apply", patch, "--out", tmp_path / "again", "--json")
+    code, text, _ = call("adapt", "apply", model, patch, "--out", tmp_path / "again", "--json")
     assert json.loads(text)["touched"] == read_json(out / "receipt.json")["touched"]
-    assert "applied to this model already" in refused("adapt", out, "--apply", patch, "--out", tmp_path / "twice")
-    assert "is not a saved update" in refused("adapt", model, "--apply", out / "config.json", "--out", tmp_path / "no")
-    assert "--lr has no say" in refused("adapt", model, "--apply", patch, "--lr", 1, "--out", tmp_path / "no")
+    assert "applied to this model already" in refused("adapt", "apply", out, patch, "--out", tmp_path / "twice")
+    assert "is not a saved update" in refused("adapt", "apply", model, out / "config.json", "--out", tmp_path / "no")
+    assert "No such option: --lr" in refused("adapt", "apply", model, patch, "--lr", 1, "--out", tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
 @pytest.fixture
 def patch(call, model, sample, tmp_path) -> Path:
-    assert call("adapt", model, *sample, "--out", tmp_path / "out")[0] == 0
+    assert call("adapt", "correct", model, *sample, "--out", tmp_path / "out")[0] == 0
     return tmp_path / "out" / "update.safetensors"
 
 
@@ -213,13 +213,13 @@ def test_patch_for_another_model(refused, data, patch, tmp_path):
     other = build_network(data, Network(width=16, num_experts=4, hidden=8), "prototype", 2, seed=1)
     save(other, tmp_path / "other", meta=model_meta(data, "prototype"))
     before = (tmp_path / "other" / "model.safetensors").read_bytes()
-    assert "is for another model" in refused("adapt", tmp_path / "other", "--apply", patch, "--out", tmp_path / "no")
+    assert "is for another model" in refused("adapt", "apply", tmp_path / "other", patch, "--out", tmp_path / "no")
     assert (tmp_path / "other" / "model.safetensors").read_bytes() == before
     assert not (tmp_path / "no").exists()
 
 
 def test_text_says_what_a_person_wants_to_know(call, model, sample, tmp_path):
-    code, text, _ = call("adapt", model, *sample, *GUARD, "--guard-size", 500, "--out", tmp_path / "out")
+    code, text, _ = call("adapt", "correct", model, *sample, *GUARD, "--guard-size", 500, "--out", tmp_path / "out")
     assert code == 0
     for words in (
         "method unit, the default with --guard: stages.1.moe has spare units",
@@ -233,7 +233,7 @@ def test_text_says_what_a_person_wants_to_know(call, model, sample, tmp_path):
         f"written to {tmp_path / 'out'}: model, update.safetensors, receipt.json, receipt.svg",
     ):
         assert words in text
-    code, text, _ = call("adapt", model, *sample, "--out", tmp_path / "plain")
+    code, text, _ = call("adapt", "correct", model, *sample, "--out", tmp_path / "plain")
     assert code == 0
     assert "method sgd, the default without --guard" in text
     assert "reference:" not in text
@@ -245,7 +245,7 @@ def test_text_says_what_a_person_wants_to_know(call, model, sample, tmp_path):
 def test_low_rank_is_the_default_without_spare_units(call, data, sample, tmp_path):
     network = build_network(data, Network(width=16, num_experts=2, hidden=8), "linear", 1, seed=0)
     save(network, tmp_path / "model", meta=model_meta(data, "linear"))
-    text = call("adapt", tmp_path / "model", *sample, *GUARD, "--budget", 100, "--out", tmp_path / "out")[1]
+    text = call("adapt", "correct", tmp_path / "model", *sample, *GUARD, "--budget", 100, "--out", tmp_path / "out")[1]
     assert "method low_rank, the default with --guard: stages.0.moe has no spare units" in text
 
 
@@ -254,7 +254,7 @@ def test_refused_correction(call, model, data, tmp_path):
     right = int((predictions(load(model), data.train.images) == data.train.labels).nonzero()[0])
     sample = image_options(data.train.images[right], (int(data.train.labels[right]) + 1) % 10, tmp_path)
     out = tmp_path / "out"
-    code, text, err = call("adapt", model, *sample, *GUARD, "--max-flips", 0, "--budget", 0, "--out", out)
+    code, text, err = call("adapt", "correct", model, *sample, *GUARD, "--max-flips", 0, "--budget", 0, "--out", out)
     assert "error" not in err
     assert " without this one, " in text  # the image is in the reference data, and does not count there
     receipt = read_json(out / "receipt.json")
@@ -263,11 +263,13 @@ def test_refused_correction(call, model, data, tmp_path):
     assert code == (0 if receipt["success"] else 1)
     assert right not in [flip["index"] for flip in receipt["reference"]["flipped"]]
     other = tmp_path / "other"
-    code, text, _ = call("adapt", model, *sample, "--lr", 1e30, "--out", other, "--json")
+    code, text, _ = call("adapt", "correct", model, *sample, "--lr", 1e30, "--out", other, "--json")
     assert code == 1
     assert json.loads(text)["tried"] == ["sgd in stages.0.moe, stages.1.moe: the samples did not become right"]
     assert names(other) == ["receipt.json"]
-    code, text, _ = call("adapt", model, *sample, "--lr", 1e30, "--out", other)  # the same folder may be used
+    code, text, _ = call(
+        "adapt", "correct", model, *sample, "--lr", 1e30, "--out", other
+    )  # the same folder may be used
     assert code == 1
     assert "NOT corrected: " in text
     assert "tried: sgd in stages.0.moe, stages.1.moe: the samples did not become right" in text
@@ -281,10 +283,10 @@ def test_refused_correction(call, model, data, tmp_path):
 def test_sample_of_the_data(call, model, data, wrong, sample, tmp_path):
     """``--sample test:N`` is the image N of the test part with its own label, as ``--image`` with ``--label``."""
     by_number, by_file = tmp_path / "number", tmp_path / "file"
-    code, text, err = call("adapt", model, "--sample", f"test:{wrong[0]}", *GUARD, "--out", by_number)
+    code, text, err = call("adapt", "correct", model, "--sample", f"test:{wrong[0]}", *GUARD, "--out", by_number)
     assert code == 0, err
     assert "corrected: " in text
-    assert call("adapt", model, *sample, *GUARD, "--out", by_file)[0] == 0
+    assert call("adapt", "correct", model, *sample, *GUARD, "--out", by_file)[0] == 0
     receipt, other = read_json(by_number / "receipt.json"), read_json(by_file / "receipt.json")
     assert receipt["sample"] == {"data": "digits", "part": "test", "number": wrong[0]}
     assert (receipt["image"], other["sample"]) == (None, None)
@@ -294,11 +296,19 @@ def test_sample_of_the_data(call, model, data, wrong, sample, tmp_path):
     assert (by_number / "model.safetensors").read_bytes() == (by_file / "model.safetensors").read_bytes()
     right = int((predictions(load(model), data.validation.images) == data.validation.labels).nonzero()[0])
     label = int(data.validation.labels[right])
-    assert call("adapt", model, "--sample", f"val:{right}", "--out", tmp_path / "right")[0] == 0
+    assert call("adapt", "correct", model, "--sample", f"val:{right}", "--out", tmp_path / "right")[0] == 0
     assert "update.safetensors" not in names(tmp_path / "right")
-    code = call("adapt", model, "--sample", f"val:{right}", "--label", (label + 1) % 10, "--out", tmp_path / "relabel")[
-        0
-    ]
+    code = call(
+        "adapt",
+        "correct",
+        model,
+        "--sample",
+        f"val:{right}",
+        "--label",
+        (label + 1) % 10,
+        "--out",
+        tmp_path / "relabel",
+    )[0]
     assert read_json(tmp_path / "relabel" / "receipt.json")["label"] == (label + 1) % 10
     assert code == 0
 
@@ -308,7 +318,7 @@ def test_other_sizes_and_colours_are_converted_and_said(call, model, data, wrong
     np.save(tmp_path / "large.npy", np.repeat(grey.repeat(2, 0).repeat(2, 1)[..., None], 3, axis=2))
     label = int(data.test.labels[wrong[0]])
     options = ["--image", tmp_path / "large.npy", "--label", label, "--out", tmp_path / "out"]
-    code, _, err = call("adapt", model, *options)
+    code, _, err = call("adapt", "correct", model, *options)
     assert code in (0, 1), err
     note = "read as 8 x 8 pixels (height x width), grey: "
     assert err.count(note) == 1
@@ -319,7 +329,9 @@ def test_other_sizes_and_colours_are_converted_and_said(call, model, data, wrong
     assert read_json(tmp_path / "out" / "receipt.json")["before"]["prediction"] == before["label"]
     np.save(tmp_path / "same.npy", grey)
     assert (
-        call("adapt", model, "--image", tmp_path / "same.npy", *options[2:4], "--out", tmp_path / "o")[2].count("note")
+        call("adapt", "correct", model, "--image", tmp_path / "same.npy", *options[2:4], "--out", tmp_path / "o")[
+            2
+        ].count("note")
         == 0
     )
 
@@ -335,7 +347,7 @@ def test_wrong_images_are_written_and_can_be_corrected(call, model, data, wrong,
         assert label == int(found[i])
     command = next(line for line in text.splitlines() if line.startswith("correct it: "))
     words = shlex.split(command.removeprefix("correct it: "))
-    assert words[:5] == ["spectralmoe", "adapt", str(model), "--sample", f"test:{wrong[0]}"]
+    assert words[:6] == ["spectralmoe", "adapt", "correct", str(model), "--sample", f"test:{wrong[0]}"]
     assert words[-2:] == ["--out", "runs/corrected"]
     assert call(*words[1:-1], tmp_path / "corrected")[0] in (0, 1)
     line = call("evaluate", model, "--wrong", folder)
@@ -364,7 +376,7 @@ def test_class_names_make_safe_file_names():
 def test_image_that_is_right_already(call, model, data, tmp_path):
     right = int((predictions(load(model), data.test.images) == data.test.labels).nonzero()[0])
     sample = image_options(data.test.images[right], int(data.test.labels[right]), tmp_path)
-    code, text, _ = call("adapt", model, *sample, *GUARD, "--out", tmp_path / "out")
+    code, text, _ = call("adapt", "correct", model, *sample, *GUARD, "--out", tmp_path / "out")
     assert code == 0
     assert "already right" in text
     assert names(tmp_path / "out") == [name for name in WRITTEN if name != "update.safetensors"]
@@ -372,7 +384,7 @@ def test_image_that_is_right_already(call, model, data, tmp_path):
 
 
 def test_trials_with_a_guard(call, model):
-    code, text, _ = call("adapt", model, "--trials", 3, *GUARD, "--guard-size", 300, "--json")
+    code, text, _ = call("adapt", "trials", model, "--count", 3, *GUARD, "--guard-size", 300, "--json")
     assert code == 0
     found = json.loads(text)
     assert found["trials"] == len(found["trial_list"]) == 3
@@ -382,7 +394,7 @@ def test_trials_with_a_guard(call, model):
     assert found["carried_after"].keys() == COPIES.keys()
     for kind, share in found["carried_after"].items():
         assert share == pytest.approx(sum(trial["after"][kind] for trial in found["trial_list"]) / 3)
-    code, text, _ = call("adapt", model, "--trials", 2)
+    code, text, _ = call("adapt", "trials", model, "--count", 2)
     assert code == 0
     assert "2 test samples corrected one at a time" in text
     assert "at worst" in text
@@ -392,8 +404,8 @@ def test_trials_with_a_guard(call, model):
 
 def test_stream(call, model, data, tmp_path):
     out = tmp_path / "out"
-    options = ["--stream", 5, *GUARD, "--guard-size", 300, "--seed", 3]
-    code, text, err = call("adapt", model, *options, "--out", out)
+    options = ["--count", 5, *GUARD, "--guard-size", 300, "--seed", 3]
+    code, text, err = call("adapt", "stream", model, *options, "--out", out)
     assert code == 0, err
     assert "5 corrections in a row" in text
     assert names(out) == ["config.json", "model.safetensors", "stream.json", "stream.svg"]
@@ -412,7 +424,7 @@ def test_stream(call, model, data, tmp_path):
     assert root.get("aria-label") == "5 corrections in a row"
     paths = [element.get("d") for element in root.iter("{http://www.w3.org/2000/svg}path")]
     assert [path.count("L") for path in paths] == [5, 4]  # the accuracy line starts before the first correction
-    code, text, _ = call("adapt", model, *options, "--out", tmp_path / "again", "--json")
+    code, text, _ = call("adapt", "stream", model, *options, "--out", tmp_path / "again", "--json")
     assert json.loads(text)["accuracy_after"] == found["accuracy_after"]
 
 
@@ -427,8 +439,8 @@ def test_new_class(call, refused, data, tmp_path):
     network, sevens = load(folder), data.test.labels == 7
     assert network.num_classes == 10
     assert not bool((predictions(network, data.test.images) == 7).any())
-    options = ["--new-class", "7", "--shots", "1,3", *GUARD, "--guard-size", 200]
-    code, text, err = call("adapt", folder, *options, "--json")
+    options = ["7", "--shots", "1,3", *GUARD, "--guard-size", 200]
+    code, text, err = call("adapt", "new-class", folder, *options, "--json")
     assert code == 0, err
     found = json.loads(text)
     assert found["class"] == "7"
@@ -438,10 +450,10 @@ def test_new_class(call, refused, data, tmp_path):
         assert row["accuracy_before"] == 0
         assert row["accuracy_after"] == pytest.approx(sum(t["accuracy"] for t in row["tries"]) / 5)
         assert row["interference_worst"] == min(t["interference"] for t in row["tries"])
-    text = call("adapt", folder, "--new-class", "7", "--shots", "1")[1]
+    text = call("adapt", "new-class", folder, "7", "--shots", "1")[1]
     assert "right after" in text
     assert "note:" not in text
-    too_many = refused("adapt", folder, "--new-class", "7", "--shots", 9999)
+    too_many = refused("adapt", "new-class", folder, "7", "--shots", 9999)
     assert f"only {int((data.train.labels == 7).sum())} images" in too_many
     (tmp_path / "d.toml").write_text('data = "digits"\nhold_out = "eleven"\n')
     line = refused("train", "--config", tmp_path / "d.toml", "--out", tmp_path / "none")
@@ -450,7 +462,7 @@ def test_new_class(call, refused, data, tmp_path):
 
 
 def test_class_that_training_saw_is_no_new_class(call, model):
-    code, text, _ = call("adapt", model, "--new-class", "7", "--shots", "1")
+    code, text, _ = call("adapt", "new-class", model, "7", "--shots", "1")
     assert code == 0
     assert "note: the model was trained with class '7'" in text
 
@@ -461,66 +473,85 @@ def test_class_names(data, sample, call, refused, tmp_path):
     meta = model_meta(data, "linear") | {"classes": [f"<b>{'x' * i}" for i in range(10)], "data": "folder:/no/such"}
     save(network, tmp_path / "model", meta=meta)
     sample = [*sample[:3], "<b>xxx"]
-    code, text, err = call("adapt", tmp_path / "model", *sample, "--lr", 0.05, "--out", tmp_path / "out")
+    code, text, err = call("adapt", "correct", tmp_path / "model", *sample, "--lr", 0.05, "--out", tmp_path / "out")
     assert code == 0, err
     assert "-> <b>xxx (" in text
     assert "test: none, " in text  # the model's own data cannot be had
     assert "/no/such" in text
     ElementTree.parse(tmp_path / "out" / "receipt.svg")
     assert read_json(tmp_path / "out" / "receipt.json")["label"] == 3
-    line = refused("adapt", tmp_path / "model", *sample[:3], "y", "--out", tmp_path / "no")
+    line = refused("adapt", "correct", tmp_path / "model", *sample[:3], "y", "--out", tmp_path / "no")
     assert "label y is neither a class (<b>, <b>x" in line
 
 
+IMAGE_OF_ONE = ["--image", "IMAGE", "--label", "1"]
+OUT = ["--out", "OUT"]
+
+
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("job", "options", "words"),
     [
-        (["--image", "IMAGE"], "together"),
-        (["--image", "IMAGE", "--label", "1"], "together"),
-        (["--out", "OUT"], "--image"),
-        (["--trials", "3", "--out", "OUT"], "--trials only measures"),
-        (["--new-class", "7", "--out", "OUT"], "--new-class only measures"),
-        (["--stream", "3"], "--stream needs --out"),
-        (["--apply", "IMAGE"], "--apply needs --out"),
-        (["--trials", "3", "--stream", "3"], "--trials and --stream exclude each other"),
-        (["--image", "IMAGE", "--label", "1", "--new-class", "7", "--out", "OUT"], "exclude each other"),
-        (["--label", "1"], "give --image"),
-        (["--shots", "1"], "give --new-class"),
-        (["--new-class", "7", "--shots", "one"], "--shots 'one'"),
-        (["--new-class", "7", "--shots", "0"], "--shots '0'"),
-        (["--new-class", "seven"], "label seven"),
-        (["--budget", "1"], "--budget is about reference data"),
-        (["--max-flips", "1"], "--max-flips is about reference data"),
-        (["--guard-size", "1"], "--guard-size is about reference data"),
-        (["--method", "unit"], "give --guard"),
-        (["--method", "magic"], "unknown method 'magic'"),
-        (["--layers", "some"], "unknown layer 'some'"),
-        (["--layers", ","], "--layers names nothing"),
-        (["--guard", "mnist"], "unknown data set 'mnist'"),
-        (["--guard", "mnist5k"], "does not fit the model"),
-        (["--image", "IMAGE", "--label", "12", "--out", "OUT"], "label 12"),
-        (["--image", "IMAGE", "--label", "-1", "--out", "OUT"], "label -1"),
-        (["--image", "IMAGE", "--label", "1", "--out", "OUT", "--lr", "inf"], "step size"),
-        (["--image", "none.png", "--label", "1", "--out", "OUT"], "none.png"),
-        (["--sample", "test:3"], "--sample needs --out"),
-        (["--sample", "test:3", "--trials", "3"], "--sample and --trials exclude each other"),
-        (["--sample", "43", "--out", "OUT"], "--sample '43' is not a part and a number such as test:43"),
-        (["--sample", "test:-1", "--out", "OUT"], "--sample 'test:-1'"),
-        (["--sample", "exam:1", "--out", "OUT"], "parts: train, validation, test"),
-        (["--sample", "test:539", "--out", "OUT"], "the test part of digits has the samples 0 to 538"),
-        (["--sample", "test:3", "--label", "12", "--out", "OUT"], "label 12"),
-        (["--image", "IMAGE", "--label", "1", "--out", "MODEL"], "holds a model already"),
-        (["--image", "IMAGE", "--label", "1", "--out", "MODEL/new"], "MODEL's own folder"),
-        (["--image", "IMAGE", "--label", "1", "--out", "IMAGE"], "cannot write to"),
-        (["--stream", "2", "--out", "/proc/none"], "cannot write to /proc/none"),
+        ("correct", OUT, "name what to correct"),
+        ("correct", ["--sample", "test:3", *IMAGE_OF_ONE, *OUT], "one of them"),
+        ("correct", ["--image", "IMAGE", *OUT], "give --label"),
+        ("correct", ["--sample", "test:3"], "Missing option '--out'"),
+        ("stream", [], "Missing option '--out'"),
+        ("apply", ["IMAGE"], "Missing option '--out'"),
+        ("trials", OUT, "No such option: --out"),
+        ("new-class", ["7", *OUT], "No such option: --out"),
+        ("new-class", ["7", "--shots", "one"], "--shots 'one'"),
+        ("new-class", ["7", "--shots", "0"], "--shots '0'"),
+        ("new-class", ["seven"], "label seven"),
+        ("trials", ["--budget", "1"], "--budget is about reference data"),
+        ("trials", ["--max-flips", "1"], "--max-flips is about reference data"),
+        ("trials", ["--guard-size", "1"], "--guard-size is about reference data"),
+        ("trials", ["--method", "unit"], "give --guard"),
+        ("trials", ["--method", "magic"], "unknown method 'magic'"),
+        ("trials", ["--layers", "some"], "unknown layer 'some'"),
+        ("trials", ["--layers", ","], "--layers names nothing"),
+        ("trials", ["--guard", "mnist"], "unknown data set 'mnist'"),
+        ("trials", ["--guard", "mnist5k"], "does not fit the model"),
+        ("correct", ["--image", "IMAGE", "--label", "12", *OUT], "label 12"),
+        ("correct", ["--image", "IMAGE", "--label", "-1", *OUT], "label -1"),
+        ("correct", [*IMAGE_OF_ONE, *OUT, "--lr", "inf"], "step size"),
+        ("correct", ["--image", "none.png", "--label", "1", *OUT], "none.png"),
+        ("correct", ["--sample", "43", *OUT], "--sample '43' is not a part and a number such as test:43"),
+        ("correct", ["--sample", "test:-1", *OUT], "--sample 'test:-1'"),
+        ("correct", ["--sample", "exam:1", *OUT], "parts: train, validation, test"),
+        ("correct", ["--sample", "test:539", *OUT], "the test part of digits has the samples 0 to 538"),
+        ("correct", ["--sample", "test:3", "--label", "12", *OUT], "label 12"),
+        ("correct", [*IMAGE_OF_ONE, "--out", "MODEL"], "holds a model already"),
+        ("correct", [*IMAGE_OF_ONE, "--out", "MODEL/new"], "MODEL's own folder"),
+        ("correct", [*IMAGE_OF_ONE, "--out", "IMAGE"], "cannot write to"),
+        ("stream", ["--count", "2", "--out", "/proc/none"], "cannot write to /proc/none"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(refused, model, tmp_path, options, words):
+def test_mistakes_are_one_line_and_leave_nothing(refused, model, tmp_path, job, options, words):
     np.save(tmp_path / "image.npy", np.zeros((8, 8), dtype=np.float32))
     places = {"IMAGE": tmp_path / "image.npy", "OUT": tmp_path / "out"}
     places |= {"MODEL": model, "MODEL/new": model / "new"}
-    assert words in refused("adapt", model, *(places.get(option, option) for option in options))
+    assert words in refused("adapt", job, model, *(places.get(option, option) for option in options))
     assert names(tmp_path) == ["image.npy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "job"),
+    [
+        (["MODEL", "--sample", "test:3"], "correct"),
+        (["MODEL", "--guard", "digits", "--image", "x.png"], "correct"),
+        (["--apply", "update.safetensors", "MODEL"], "apply"),
+        (["MODEL", "--stream=5"], "stream"),
+        (["MODEL", "--new-class", "7"], "new-class"),
+        (["MODEL", "--trials", "5"], "trials"),
+        (["runs/model"], "trials"),
+    ],
+)
+def test_a_call_without_a_job_is_told_which(refused, options, job):
+    assert f"spectralmoe adapt {job} MODEL" in refused("adapt", *options)
+
+
+def test_a_misspelt_job_is_one_line(refused):
+    assert "unknown job of adapt 'corect'; did you mean 'correct'?" in refused("adapt", "corect")
 
 
 def test_interrupt_leaves_no_partial_file(call, model, sample, tmp_path, monkeypatch):
@@ -528,16 +559,16 @@ def test_interrupt_leaves_no_partial_file(call, model, sample, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
-    for place in ("make_receipt", "draw_receipt", "write_text"):
+    for place in ("adaptation.make_receipt", "adaptation.draw_receipt", "files.write_text"):
         with monkeypatch.context() as patched:
-            patched.setattr(adapt_correct, place, interrupted)
-            code, _, err = call("adapt", model, *sample, "--out", out)
+            patched.setattr(f"spectralmoe.{place}", interrupted)
+            code, _, err = call("adapt", "correct", model, *sample, "--out", out)
         assert code == 130
         assert "Traceback" not in err
-        assert out.exists() == (place == "write_text")
+        assert out.exists() == (place == "files.write_text")
     assert names(out) == ["update.safetensors"]  # written before, and whole
-    assert call("adapt", model, "--apply", out / "update.safetensors", "--out", tmp_path / "applied")[0] == 0
-    assert call("adapt", model, *sample, "--out", out)[0] == 0
+    assert call("adapt", "apply", model, out / "update.safetensors", "--out", tmp_path / "applied")[0] == 0
+    assert call("adapt", "correct", model, *sample, "--out", out)[0] == 0
     assert names(out) == WRITTEN
 
 
@@ -547,8 +578,8 @@ def test_interrupt_while_a_file_is_written(call, model, sample, tmp_path, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr("spectralmoe.adaptation.update.save_file", half)
-    assert call("adapt", model, *sample, "--out", tmp_path / "out")[0] == 130
+    assert call("adapt", "correct", model, *sample, "--out", tmp_path / "out")[0] == 130
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("spectralmoe.cli.adapt_stream.correction_stream", lambda *_, **__: half({}, tmp_path / "x", {}))
-    assert call("adapt", model, "--stream", 3, "--out", tmp_path / "out")[0] == 130
+    monkeypatch.setattr("spectralmoe.adaptation.correction_stream", lambda *_, **__: half({}, tmp_path / "x", {}))
+    assert call("adapt", "stream", model, "--count", 3, "--out", tmp_path / "out")[0] == 130
     assert not (tmp_path / "out").exists()

@@ -246,7 +246,7 @@ def test_a_run_of_an_earlier_version_goes_on(compared, call, tmp_path):
 
 
 def test_adapt_trials_agree_with_the_comparison(compared, model, call):
-    code, out, _ = call("adapt", model, "--trials", 5, "--json")
+    code, out, _ = call("adapt", "trials", model, "--count", 5, "--json")
     assert code == 0
     cell = next(c for c in read_json(compared / "results.json")["cells"] if c["router"] == "sr-moe" and c["seed"] == 0)
     assert json.loads(out)["interference"] == pytest.approx(cell["interference"], abs=1e-5)

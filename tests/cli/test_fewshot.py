@@ -187,7 +187,29 @@ def test_mistakes_are_one_line(models, refused, tmp_path):
     assert "has a branch already" in refused(
         "fewshot", models / "emoe", *QUICK, "--rows", "emoe", "--out", tmp_path / "i"
     )
-    assert "adapt corrects SR-MoE" in refused("adapt", models / "emoe", "--trials", 1)
+    assert "has no MoE layers" in refused("adapt", "trials", models / "dense", "--count", 1)
+
+
+def test_a_vision_model_is_corrected_too(models, call, tmp_path):
+    """One adapter of one branch changes, the sample becomes right, and the saved update gives the same model."""
+    data, old, out = load_data("digits"), load(models / "emoe"), tmp_path / "out"
+    wrong = (old(data.test.images).argmax(-1) != data.test.labels).nonzero().flatten().tolist()
+    options = ["--sample", f"test:{wrong[0]}", "--guard", "digits", "--guard-size", 100, "--budget", 50, "--no-carry"]
+    code, text, err = call("adapt", "correct", models / "emoe", *options, "--out", out)
+    assert code == 0, (text, err)
+    assert "method low_rank, the default with --guard: backbone.blocks.3.moe_branch.moe has no spare units" in text
+    new = load(out)
+    assert int(new(data.test.images[wrong[:1]]).argmax()) == int(data.test.labels[wrong[0]])
+    moved = [name for name, value in new.state_dict().items() if not torch.equal(value, old.state_dict()[name])]
+    assert moved
+    assert all(name.startswith("backbone.blocks.3.moe_branch.moe.experts.") for name in moved)
+    assert read_json(out / "config.json")["meta"] == read_json(models / "emoe" / "config.json")["meta"]
+    again = tmp_path / "again"
+    assert call("adapt", "apply", models / "emoe", out / "update.safetensors", "--out", again)[0] == 0
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    code, text, err = call("adapt", "trials", models / "emoe", "--count", 1, "--json")
+    assert code == 0, err
+    assert json.loads(text)["trials"] == 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,21 @@ from spectralmoe.presets import PRESETS
 from spectralmoe.training.logs import LOGS
 from spectralmoe.training.names import DATA_NAMES, DEFAULT_ROUTERS, FRESH_ROWS, OWN_ROWS, ROUTER_NAMES
 
-VERBS = ("compare", "train", "evaluate", "predict", "adapt", "fewshot", "report", "inspect", "bench", "card", "list")
+VERBS = (
+    "compare",
+    "train",
+    "evaluate",
+    "predict",
+    "adapt",
+    "adapt correct",
+    "adapt apply",
+    "fewshot",
+    "report",
+    "inspect",
+    "bench",
+    "card",
+    "list",
+)
 SLOW = ("torch", "numpy", "pydantic", "jinja2", "safetensors", "timm", "transformers")
 
 

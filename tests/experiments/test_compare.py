@@ -19,6 +19,7 @@ from spectralmoe.experiments.compare.settings import Cell
 from spectralmoe.experiments.compare.tuning import candidates
 from spectralmoe.experiments.statistics import estimate, paired
 from spectralmoe.files import read_json
+from spectralmoe.training.tasks import ImageTask
 
 
 def student_cdf(t: float, df: int, steps: int = 20000) -> float:
@@ -84,7 +85,7 @@ def test_tuning_picks_by_validation_and_gives_every_row_the_same_number(tmp_path
         data="digits", routers=("linear", "sr-moe"), depths=(1,), seeds=1, trials=2, tune=3,
         network={"width": 16, "num_experts": 4, "hidden": 8}, optimization={"epochs": 2},
     )  # fmt: skip
-    rows = run(settings, data, tmp_path, torch.device("cpu"), lambda text, done: None).cells
+    rows = run(settings, ImageTask(data), tmp_path, torch.device("cpu"), lambda text, done: None).cells
     tried = read_json(tmp_path / "tuning.json")
     for row in rows:
         own = [t for t in tried if t["router"] == row["router"]]
@@ -198,7 +199,7 @@ def test_the_tables_for_latex_are_whole(tmp_path):
                 if "$" in bare:
                     parser.parse(field.strip().split("$ ")[0].removesuffix("$") + "$")
                     numbers += 1
-    assert numbers == 36
+    assert numbers == 45
     assert r"\{x\}\textbackslash{}y\textasciitilde{}\textasciicircum{}\%\$\#" in text
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from spectralmoe import BasisScorer, EigenExperts, LinearScorer, MoE, Router, TopK, attach, load, param_groups, save
+from spectralmoe.experts import ConfidentExperts
 from spectralmoe.linalg import orthonormality_error
 from spectralmoe.spec import build, describe
 
@@ -136,6 +137,19 @@ def test_no_column_flips():
         optimizer.step()
         optimizer.zero_grad()
         assert ((before * layer.experts.right).sum(1) > 0).all()
+
+
+def test_inside_a_wrapper_bases_are_retracted_too():
+    layer = MoE(Router(LinearScorer(16, 4), TopK(2)), ConfidentExperts(EigenExperts(4, 16, 4)))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    attach(optimizer, layer)
+    layer(torch.randn(50, 16)).square().sum().backward()
+    optimizer.step()
+    assert float(orthonormality_error(layer.experts.experts.right).max()) < 1e-5
+
+
+def test_costs_are_two_thin_products():
+    assert EigenExperts(3, 8, 2).costs().tolist() == [2 * 2 * 8 * 2] * 3
 
 
 def test_saved_copied_and_described(tmp_path):

@@ -169,7 +169,7 @@ def test_a_network_on_vectors_is_saved_and_loaded(tmp_path, centred, spare):
 
 
 def test_active_flops_count_only_the_used_experts():
-    image = torch.rand(1, 28, 28)
+    image = torch.rand(1, 1, 28, 28)
     flops = {
         k: active_flops(
             sr_moe(10, width=64, depth=2, hidden=32, router=lambda d, e, k=k: Router(LinearScorer(d, e), TopK(k))),

@@ -17,7 +17,7 @@ def card(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     folder = str(request.module.CARD)
     before, threads = set(sys.modules), torch.get_num_threads()
     sys.path.insert(0, folder)
-    yield import_module(getattr(request.module, "MODULE", "plan"))
+    yield import_module("plan")
     sys.path.remove(folder)
     for name in set(sys.modules) - before:
         if folder in str(getattr(sys.modules[name], "__file__", "")):

@@ -12,11 +12,11 @@ import torch
 from seeds import generator
 
 from spectralmoe import FeedForward, MoE, Router, TopK, after_step, record
+from spectralmoe.experiments.cards import run_card
 from spectralmoe.experiments.evidence import difference, select
 from spectralmoe.training.settings import parse, read_toml
 
 CARD = Path(__file__).parents[2] / "papers" / "emoe"
-MODULE = "card"
 ROWS = {"dense", "linear", "linear+load_balance", "linear+balanced", "EMoE faithful", "EMoE"}
 FIELDS = {"row", "seed", "accuracy", "maxvio", "gini", "dead", "min_load_share", "output_cos2", "step_ms", "cpu"}
 
@@ -24,8 +24,8 @@ FIELDS = {"row", "seed", "accuracy", "maxvio", "gini", "dead", "min_load_share",
 @pytest.fixture(scope="module")
 def finished(card, tmp_path_factory):
     out = tmp_path_factory.mktemp("card")
-    tiny = replace(
-        card.QUICK,
+    sizes = replace(
+        card.QUICK_SIZES,
         epochs=1,
         train_size=256,
         tune_size=128,
@@ -34,8 +34,9 @@ def finished(card, tmp_path_factory):
         shots=(1,),
         shot_epochs=1,
     )
-    assert card.run(tiny, out, out, 1) > 0
-    assert card.run(tiny, out, out, 1) == 0  # a rerun does only what is missing
+    for ran in (True, False):  # a rerun does only what is missing
+        count, notes = run_card(card.card(sizes), out, out / "work", 1, lambda text, done: None)
+        assert ((count > 0), notes) == (ran, [])
     return out
 
 
@@ -73,6 +74,10 @@ def test_all_rows_start_with_the_same_weights(card):
         assert row == "dense" or any(".mlp.experts.up" in name for name in shared)
 
 
+def test_the_committed_settings_are_those_of_the_plan(card):
+    assert json.loads((CARD / "settings.json").read_text()) == card.FULL.settings
+
+
 def test_both_forms_of_emoe_are_tuned_in_tau_and_alike(card):
     from rows import ROWS as TABLE
 
@@ -107,9 +112,9 @@ def test_a_variant_that_follows_the_covariance_does(card):
 
 
 def test_the_settings_of_the_gpu_row_are_valid():
-    from spectralmoe.training.vision_settings import VisionSettings
+    from spectralmoe.training.train_settings import TrainSettings
 
-    settings = parse(VisionSettings, read_toml(CARD / "vit-s.toml"), "vit-s.toml")
+    settings = parse(TrainSettings, read_toml(CARD / "vit-s.toml"), "vit-s.toml")
     assert settings.moe is not None
     assert settings.moe.experts == 8
 

@@ -61,6 +61,7 @@ def test_all_tokens_of_a_sample_go_where_its_severity_says():
 
 def test_trained_saved_and_in_low_precision(tmp_path):
     layer = MoE(Router(ContextScorer(D, E, width=P, token=True), Balanced(2)), FeedForward(E, D, 5)).bfloat16()
+    layer.router.scorer.bias.data[0] = 20  # all tokens want the first expert
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
     attach(optimizer, layer)
     x, context = torch.randn(2, N, D).bfloat16(), Context(samples={"severity": torch.randn(2, P).bfloat16()})

@@ -20,10 +20,11 @@ from spectralmoe.files import read_json
 from spectralmoe.data.image_data import load_data
 from spectralmoe.saving import load
 import spectralmoe.training.loop as loop
+from spectralmoe.training.tasks import ImageTask
 
 loop._CHECKPOINT_SECONDS = 0  # after every batch
 out, kills = Path(sys.argv[1]), int(sys.argv[2])
-data = load_data("digits").subset(300)
+task = ImageTask(load_data("digits").subset(300))
 settings = CompareSettings(
     data="digits", routers=("eigenbasis", "sr-moe"), depths=(2,), seeds=1, trials=2,
     network={"width": 16, "num_experts": 4, "hidden": 8}, optimization={"epochs": 3, "batch_size": 16},
@@ -52,7 +53,7 @@ def child(folder, last=None):
                 return result
 
             Path.replace = observed
-            run(settings, data, folder, torch.device("cpu"), lambda text, done: moment(last), columns=["accuracy"])
+            run(settings, task, folder, torch.device("cpu"), lambda text, done: moment(last), columns=["accuracy"])
             os.write(writing, str(moments).encode())
         except BaseException as error:
             print(repr(error), file=sys.stderr)

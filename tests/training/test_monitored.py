@@ -19,6 +19,7 @@ from spectralmoe.instruments.monitor_log import read_monitor
 from spectralmoe.training.loop import Diverged, train
 from spectralmoe.training.network import build_network
 from spectralmoe.training.settings import Network, Optimization
+from spectralmoe.training.tasks import ImageTask
 
 SMALL = Network(width=16, num_experts=4, hidden=8, k=2)
 BUDGET = Optimization(epochs=2, batch_size=50, seed=3)  # 300 images, of which 240 train: 5 steps an epoch
@@ -70,9 +71,9 @@ def lines(path, kind):
 
 def test_the_run_is_the_same_and_evaluation_is_left_out(data, tmp_path):
     plain, watched = (build_network(data, SMALL, "sr-moe", 2, seed=0) for _ in range(2))
-    train(plain, data, BUDGET)
+    train(plain, ImageTask(data), BUDGET)
     with Monitor(watched, tmp_path / "m.jsonl", every=3) as monitor:
-        train(watched, data, BUDGET, monitor=monitor)
+        train(watched, ImageTask(data), BUDGET, monitor=monitor)
     assert bits(watched) == bits(plain)
     steps = lines(tmp_path / "m.jsonl", "step")
     batches = -(-len(data.train) // 50)
@@ -86,7 +87,7 @@ def test_a_run_that_goes_on_has_each_step_once(data, tmp_path, monkeypatch):
     whole, path, checkpoint = tmp_path / "whole.jsonl", tmp_path / "m.jsonl", tmp_path / "c.safetensors"
     network = build_network(data, SMALL, "sr-moe", 2, seed=0)
     with Monitor(network, whole, every=2, layers=True) as monitor:
-        train(network, data, BUDGET, monitor=monitor)
+        train(network, ImageTask(data), BUDGET, monitor=monitor)
 
     calls = 0
 
@@ -100,7 +101,7 @@ def test_a_run_that_goes_on_has_each_step_once(data, tmp_path, monkeypatch):
         network = build_network(data, SMALL, "sr-moe", 2, seed=0)
         try:
             with Monitor(network, path, every=2, layers=True) as monitor:
-                train(network, data, BUDGET, monitor=monitor, checkpoint=checkpoint, progress=progress)
+                train(network, ImageTask(data), BUDGET, monitor=monitor, checkpoint=checkpoint, progress=progress)
         except KeyboardInterrupt:
             assert [line["step"] for line in lines(path, "step")] == [2, 4, 5]
     ours, theirs = lines(path, "step"), lines(whole, "step")
@@ -111,10 +112,15 @@ def test_a_run_that_goes_on_has_each_step_once(data, tmp_path, monkeypatch):
 
 def test_what_led_to_a_divergence_is_written(data, tmp_path, monkeypatch):
     network = build_network(data, SMALL, "linear", 2, seed=0)
-    monkeypatch.setattr("spectralmoe.training.objective.Objective.loss", lambda *_: losses.pop(0))
+
+    def loss(task, model, batch):
+        model(batch.images)
+        return losses.pop(0)
+
+    monkeypatch.setattr(ImageTask, "loss", loss)
     losses = [torch.tensor(1.0, requires_grad=True)] * 3 + [torch.tensor(torch.nan, requires_grad=True)]
     with pytest.raises(Diverged), Monitor(network, tmp_path / "m.jsonl") as monitor:
-        train(network, data, BUDGET, monitor=monitor)
+        train(network, ImageTask(data), BUDGET, monitor=monitor)
     assert [line["step"] for line in lines(tmp_path / "m.jsonl", "step")] == [3]
     with record(network) as tape:
         network(data.train.images[:3])

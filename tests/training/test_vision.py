@@ -17,14 +17,15 @@ from seeds import shifted
 
 from spectralmoe import UserError, load, save
 from spectralmoe.cli.app import run
-from spectralmoe.data.image_data import load_data
+from spectralmoe.data.image_data import ImageData, Split, load_data
 from spectralmoe.files import read_json
 from spectralmoe.tape import moe_layers
 from spectralmoe.training.loop import train
-from spectralmoe.training.objective import Batch, Objective
 from spectralmoe.training.settings import parse
-from spectralmoe.training.vision import build_vision, load_weights, make_spec, router_terms
-from spectralmoe.training.vision_settings import MoEParts, VisionSettings
+from spectralmoe.training.tasks import ImageTask
+from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.vision import load_weights, make_spec, router_terms
+from spectralmoe.training.vision_settings import MoEParts
 
 TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 BACKBONE = {"name": "vit_tiny_patch16_224", "arguments": TINY}
@@ -45,13 +46,22 @@ def data():
 
 def settings(backbone=None, moe=FAITHFUL, **optimization):
     values = {"data": "digits", "backbone": {**BACKBONE, **(backbone or {})}, "moe": moe}
-    return parse(VisionSettings, {**values, "optimization": {**BUDGET, **optimization}}, "test")
+    return parse(TrainSettings, {**values, "optimization": {**BUDGET, **optimization}}, "test")
+
+
+def build_vision(data, wanted):
+    return ImageTask(data).build(wanted)
+
+
+def run_training(network, data, wanted, **options):
+    optimization = wanted.optimization
+    task = ImageTask(data, label_smoothing=optimization.label_smoothing, mixup=optimization.mixup)
+    return train(network, task, optimization, **options)
 
 
 def trained(data, wanted, **options):
     network = build_vision(data, wanted)
-    terms = router_terms(wanted.row)
-    train(network, data, wanted.optimization, terms=terms, **options)
+    run_training(network, data, wanted, terms=router_terms(wanted.row), **options)
     return network
 
 
@@ -64,7 +74,7 @@ def test_a_frozen_backbone_is_the_same_to_the_bit(data, moe):
     wanted = settings({"frozen": True, "arguments": {**TINY, "drop_path_rate": 0.3}}, moe)
     network = build_vision(data, wanted)
     before = bits(network)
-    train(network, data, wanted.optimization)
+    run_training(network, data, wanted)
     moved = {name for name, value in bits(network).items() if value != before[name]}
     parts = tuple(f"backbone.{path}." for path in network.parts())
     assert {name for name in moved if not name.startswith((*parts, "backbone.head."))} == set()
@@ -76,7 +86,7 @@ def test_without_freezing_everything_moves(data):
     wanted = settings()
     network = build_vision(data, wanted)
     before = bits(network)
-    train(network, data, wanted.optimization)
+    run_training(network, data, wanted)
     still = {name for name, value in bits(network).items() if value == before[name]}
     assert not {name for name in still if "moe_branch" not in name}
 
@@ -90,8 +100,9 @@ def test_a_dense_backbone_is_trained_too(data, tmp_path):
 def test_label_smoothing_and_mixup_are_their_equations():
     torch.manual_seed(shifted(0))
     images, labels, classes = torch.rand(6, 1, 2, 2), torch.tensor([0, 1, 2, 3, 1, 0]), 4
-    objective = Objective(label_smoothing=0.2, mixup=0.4)
-    mixed = objective.mixed(Batch(images, labels), (5, 7))
+    split = Split(images, labels)
+    task = ImageTask(ImageData("six", split, split, split, tuple("abcd")), label_smoothing=0.2, mixup=0.4)
+    mixed = task.batch(torch.arange(6), np.random.default_rng((5, 7)))
     logits = torch.randn(6, classes)
     draw = np.random.default_rng((5, 7))
     share, order = draw.beta(0.4, 0.4), draw.permutation(6)
@@ -105,15 +116,18 @@ def test_label_smoothing_and_mixup_are_their_equations():
         target[labels[j]] += 0.8 * (1 - share)
         norm = math.log(sum(math.exp(float(value)) for value in logits[i]))
         total -= sum(t * (float(value) - norm) for t, value in zip(target, logits[i], strict=True))
-    assert float(objective.loss(logits, mixed)) == pytest.approx(total / 6, rel=1e-5)
-    again = objective.mixed(Batch(images, labels), (5, 7))
+    assert float(task.loss(lambda _: logits, mixed)) == pytest.approx(total / 6, rel=1e-5)
+    again = task.batch(torch.arange(6), np.random.default_rng((5, 7)))
     assert torch.equal(again.images, mixed.images)
-    assert not torch.equal(objective.mixed(Batch(images, labels), (5, 8)).images, mixed.images)
+    other = task.batch(torch.arange(6), np.random.default_rng((5, 8)))
+    assert not torch.equal(other.images, mixed.images)
 
 
-def test_no_mixup_leaves_the_batch():
-    batch = Batch(torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
-    assert Objective().mixed(batch, (0,)) is batch
+def test_no_mixup_leaves_the_batch(data):
+    batch = ImageTask(data).batch(torch.tensor([4, 1]), np.random.default_rng(0))
+    assert torch.equal(batch.images, data.train.images[[4, 1]])
+    assert torch.equal(batch.labels, data.train.labels[[4, 1]])
+    assert batch.others is None
 
 
 class Stop(Exception):
@@ -139,7 +153,7 @@ def test_a_resumed_run_ends_with_the_same_bits(data, precision, stop_at, tmp_pat
     with pytest.raises(Stop):
         trained(data, wanted, checkpoint=path, progress=stop)
     resumed = build_vision(data, settings(dropping, seed=9))
-    train(resumed, data, wanted.optimization, checkpoint=path)
+    run_training(resumed, data, wanted, checkpoint=path)
     assert bits(resumed) == bits(undisturbed)
 
 
@@ -162,7 +176,7 @@ def test_gradient_checkpointing_changes_nothing(data):
 def test_fp16_without_cuda_is_one_line(data, user_error):
     wanted = settings(precision="fp16")
     with user_error("fp16", "CUDA", "bf16"):
-        train(build_vision(data, wanted), data, wanted.optimization)
+        run_training(build_vision(data, wanted), data, wanted)
 
 
 @pytest.mark.parametrize("router", ["emoe", "linear", "faithful"])
@@ -234,7 +248,7 @@ def test_moe_parts_that_cannot_be_are_one_line(data, moe, words, user_error):
 )
 def test_settings_that_are_wrong_are_one_line(values, words, user_error):
     with user_error("F.toml", *words):
-        parse(VisionSettings, {"data": "digits", "backbone": BACKBONE, **values}, "F.toml")
+        parse(TrainSettings, {"data": "digits", "backbone": BACKBONE, **values}, "F.toml")
 
 
 def test_weights_come_from_files_and_folders(data, tmp_path, user_error):

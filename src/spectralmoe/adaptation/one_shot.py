@@ -122,7 +122,7 @@ def one_shot_trials(
     rule: Rule = DEFAULT_RULE,
     guard: Guard | None = None,
     seed: int = 0,
-    watch: Callable[[float], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> list[Trial]:
     """Correct ``trials`` misclassified ones of ``images`` (N, C, H, W) one at a time, restoring the model after each.
 
@@ -130,7 +130,7 @@ def one_shot_trials(
     models that offer ``split``.
 
     Args:
-        watch: called with the share done, 0 to 1.
+        progress: called with the share done, 0 to 1.
     """
     with steady(model):
         tail, features, labels = behind_head(model, images, labels, rule)
@@ -147,8 +147,8 @@ def one_shot_trials(
                 after = _carries(tail, near, label)
             interference = 100 * int(step.sum()) / max(len(labels) - 1, 1)
             found.append(Trial(sample, *done, interference, before, after))
-            if watch is not None:
-                watch(len(found) / len(order))
+            if progress is not None:
+                progress(len(found) / len(order))
     return found
 
 

@@ -46,7 +46,7 @@ def correction_stream(
     rule: Rule = DEFAULT_RULE,
     guard: Guard | None = None,
     seed: int = 0,
-    watch: Callable[[float], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> list[StreamStep]:
     """Correct ``count`` misclassified ones of ``images`` (N, C, H, W) in a row; the model stays changed.
 
@@ -54,7 +54,7 @@ def correction_stream(
     stay. Takes all misclassified images where there are fewer.
 
     Args:
-        watch: called with the share done, 0 to 1.
+        progress: called with the share done, 0 to 1.
     """
     with steady(model):
         tail, features, labels = behind_head(model, images, labels, rule)
@@ -76,6 +76,6 @@ def correction_stream(
             steps.append(
                 StreamStep(sample, update.success, update.method, update.touched, update.seconds, accuracy, kept, after)
             )
-            if watch is not None:
-                watch(len(steps) / len(order))
+            if progress is not None:
+                progress(len(steps) / len(order))
     return steps

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ from spectralmoe.bench.targets import against_targets
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.files import make_folder, read_json, write_json, write_text
 from spectralmoe.machine import describe_machine
+from spectralmoe.training.loop import Progress
 
 __all__ = ["SUITES", "run"]
 
@@ -53,12 +54,6 @@ PACKAGES = (
 )
 
 
-class Watch(Protocol):
-    """Who is told how far a run has come."""
-
-    def __call__(self, text: str, done: float, detail: str = "") -> None: ...
-
-
 def _nobody(text: str, done: float, detail: str = "") -> None:
     pass
 
@@ -69,7 +64,7 @@ def run(
     *,
     out: Path | None = None,
     allow_busy: bool = False,
-    watch: Watch = _nobody,
+    progress: Progress = _nobody,
     idle: Idle | None = None,
 ) -> dict[str, Any]:
     """The results of ``suites`` as one JSON value; with ``out`` also bench.json and bench.md in that folder.
@@ -99,7 +94,7 @@ def run(
         order = random.Random(0)
         for case in (case for name in suites for case in SUITES[name].cases(settings)):
             if case.key not in known:
-                tell = partial(_tell, watch, case.key, (len(cases), total))
+                tell = partial(_tell, progress, case.key, (len(cases), total))
                 found = measure(case, settings.rounds, order, tell)
                 known[case.key] = found | {"load_of_others": look(f"during {case.key}")}
             cases.append(known[case.key])
@@ -110,9 +105,9 @@ def run(
     return result
 
 
-def _tell(watch: Watch, text: str, place: tuple[int, int], share: float, what: str) -> None:
+def _tell(progress: Progress, text: str, place: tuple[int, int], share: float, what: str) -> None:
     number, total = place
-    watch(f"{text} ({number + 1}/{total})", (number + share) / total, what)
+    progress(f"{text} ({number + 1}/{total})", (number + share) / total, what)
 
 
 def _stopped(path: Path, head: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from spectralmoe.cli.completion import SUITES, one_among
-from spectralmoe.cli.console import print_json, print_table, watching
+from spectralmoe.cli.console import print_json, print_table, show_progress
 from spectralmoe.cli.options import DeviceName, Json, say_notes, split_names
 from spectralmoe.errors import one_of
 
@@ -82,8 +82,8 @@ def bench(
         rounds or (7 if quick else 25),
         keep_memory,
     )
-    with watching(quiet=json) as watch:
-        result = run(suites or list(SUITES), settings, out=out, allow_busy=allow_busy, watch=watch)
+    with show_progress(quiet=json) as progress:
+        result = run(suites or list(SUITES), settings, out=out, allow_busy=allow_busy, progress=progress)
     pictures: list[Path] = []
     if out is not None:
         pictures, notes = write_figures(out, {"bench": ratio_panels(result)}, per_line=1)
@@ -110,8 +110,8 @@ def _check(path: Path, json: bool) -> None:
     stored, suites, settings = read_stored(path)
     if settings.keep_memory:
         keep_freed_memory()
-    with watching(quiet=json) as watch:
-        found = run(suites, settings, allow_busy=True, watch=watch)
+    with show_progress(quiet=json) as progress:
+        found = run(suites, settings, allow_busy=True, progress=progress)
     lines = warnings(stored, found)
     if json:
         print_json({"warnings": lines, "result": found})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spectralmoe.cli.console import print_json, watching
+from spectralmoe.cli.console import print_json, show_progress
 from spectralmoe.cli.options import Json, say_notes
 from spectralmoe.errors import UserError
 
@@ -44,12 +44,12 @@ def card(
     plan, name = find_card(folder, quick=quick), folder.resolve().name
     place = out or (Path("runs") / f"{name}-quick" if quick else folder)
     models = work or (place / "models" if quick or out is not None else Path("runs") / name)
-    with watching(quiet=json) as watch:
+    with show_progress(quiet=json) as progress:
         if check:
-            lines = check_card(plan, place, jobs, watch)
+            lines = check_card(plan, place, jobs, progress)
             print_json(lines) if json else typer.echo("\n".join(lines))
             return
-        count, notes = run_card(plan, place, models, jobs, watch)
+        count, notes = run_card(plan, place, models, jobs, progress)
     say_notes(notes)
     if json:
         print_json({"cells": count, "out": str(place), "notes": notes})

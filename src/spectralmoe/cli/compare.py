@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectralmoe.cli.completion import complete_data, complete_routers
-from spectralmoe.cli.console import count, over_seeds, print_json, print_table, watching
+from spectralmoe.cli.console import count, over_seeds, print_json, print_table, show_progress
 from spectralmoe.cli.options import (
     Assign,
     DataDir,
@@ -17,9 +17,7 @@ from spectralmoe.cli.options import (
     Download,
     Json,
     Out,
-    read_data,
     read_k,
-    refuse_image_size,
     say_notes,
     see_own_modules,
     split_names,
@@ -40,7 +38,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="NAME|folder:PATH",
-            help="Data set (see 'spectralmoe list') or image folder.",
+            help="Data set (see 'spectralmoe list'), image folder, or KIND:NAME of another task.",
             show_default="mnist5k",
             autocompletion=complete_data,
         ),
@@ -57,6 +55,14 @@ def compare(
         ),
     ] = None,
     depths: Annotated[str | None, typer.Option(metavar="N,N,...", help="MoE stages.", show_default="2,4")] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sr-moe|timm:NAME",
+            help="Network of every row: SR-MoE, or a timm model with experts in the MLPs of its last blocks.",
+            show_default="sr-moe",
+        ),
+    ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="How many seeds; the interval is over them.", show_default="5")
     ] = None,
@@ -107,6 +113,7 @@ def compare(
     """
     from spectralmoe.experiments.compare import run
     from spectralmoe.training.settings import pick_device
+    from spectralmoe.training.tasks import open_task
 
     names = None if routers is None else split_names(routers)
     given = {
@@ -123,17 +130,17 @@ def compare(
         "network.k": None if k is None else read_k(k),
         "network.num_experts": experts,
     }
-    settings = _settings(config, given, assign or ())
+    settings = _settings(config, network, given, assign or ())
     see_own_modules(settings.routers)
     settings.check()
-    refuse_image_size(settings.data, settings.image_size)
     where = pick_device(device)
-    images = read_data(settings.data, data_dir, download, settings.image_size)
-    with watching(quiet=json) as watch:
+    task = open_task(settings.run_of(settings.cells()[0]), data_dir, download)
+    say_notes(task.notes)
+    with show_progress(quiet=json) as progress:
         at_a_time = processes or (os.cpu_count() or 1 if where.type == "cpu" else 1)
         chosen = split_names(columns or "")
         compared = run(
-            settings, images, out, where, watch, processes=at_a_time, baseline=baseline, columns=chosen
+            settings, task, out, where, progress, processes=at_a_time, baseline=baseline, columns=chosen
         )  # fmt: skip
     say_notes(compared.notes)
     _tell(compared, settings, out, json)
@@ -141,7 +148,9 @@ def compare(
         raise typer.Exit(1)
 
 
-def _settings(config: Path | None, given: dict[str, Any], assign: list[str] | tuple[()]) -> CompareSettings:
+def _settings(
+    config: Path | None, network: str | None, given: dict[str, Any], assign: list[str] | tuple[()]
+) -> CompareSettings:
     """What the file says, changed by the options that were given, then by --set.
 
     Raises:
@@ -149,9 +158,11 @@ def _settings(config: Path | None, given: dict[str, Any], assign: list[str] | tu
     """
     from spectralmoe.experiments.compare import CompareSettings
     from spectralmoe.training.settings import parse, read_toml
-    from spectralmoe.training.toml_text import change, put
+    from spectralmoe.training.toml_text import change, choose_network, put
 
     values = {} if config is None else read_toml(config)
+    if network is not None:
+        choose_network(values, network)
     for path, value in given.items():
         if value is not None:
             put(values, path, value)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from spectralmoe.training.loop import Watcher
+    from spectralmoe.training.loop import Progress
 
-__all__ = ["count", "over_seeds", "print_finding", "print_json", "print_table", "say", "watching"]
+__all__ = ["count", "over_seeds", "print_finding", "print_json", "print_table", "say", "show_progress"]
 
 _PLAIN_SECONDS = 10.0
 _SOON = 2.0  # seconds of work that a forecast rests on
@@ -66,13 +66,14 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
-def watching(quiet: bool = False) -> Iterator[Watcher]:
-    """A watcher for a long run: a progress bar on a terminal, else a line now and then; both on stderr."""
+def show_progress(quiet: bool = False) -> Iterator[Progress]:
+    """Shows how far a long run has come: a progress bar on a terminal, else a line now and then; both on stderr."""
     if quiet:
         yield lambda text, done, detail="": None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
     from rich.table import Column
 
     console, clock = Console(stderr=True), Clock()
@@ -85,29 +86,29 @@ def watching(quiet: bool = False) -> Iterator[Watcher]:
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
     )
-    with Progress(*columns, console=console, transient=True, expand=True) as bar:
+    with Bars(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task("starting", total=1.0, left="")
 
-        def watch(text: str, done: float, detail: str = "") -> None:
+        def progress(text: str, done: float, detail: str = "") -> None:
             shown = f"{text}; now {detail}" if detail else text
             bar.update(task, description=shown, completed=done, left=clock.left(done))
 
-        yield watch
+        yield progress
 
 
-def _plain(console: Console, clock: Clock) -> Watcher:
+def _plain(console: Console, clock: Clock) -> Progress:
     from rich.text import Text
 
     last: dict[str, Any] = {"text": None, "at": 0.0}
 
-    def watch(text: str, done: float, detail: str = "") -> None:
+    def progress(text: str, done: float, detail: str = "") -> None:
         left, now = clock.left(done), time.monotonic()
         if text != last["text"] or now - last["at"] > _PLAIN_SECONDS:
             shown = f"{text}; now {detail}" if detail and text == last["text"] else text
             last.update(text=text, at=now)
             console.print(Text(f"{done:4.0%}  {shown}  {left}".rstrip()), soft_wrap=True)
 
-    return watch
+    return progress
 
 
 def count(number: int, name: str) -> str:

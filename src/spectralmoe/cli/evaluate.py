@@ -48,7 +48,6 @@ def evaluate(
     """
     from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
     from spectralmoe.diagnostics import evaluate as run_evaluation
-    from spectralmoe.models import SRMoE
     from spectralmoe.training.settings import pick_device
 
     network, meta = load_network(Path(model), pick_device(device), allow)
@@ -69,11 +68,11 @@ def evaluate(
         print_table("load of the experts", ["layer", "MaxVio", "Gini", "smallest share", "dead"], rows)
     if wrong is not None and mistakes:
         typer.echo(f"{len(mistakes)} wrong test images written to {wrong}, the first as {mistakes[0]['file']}")
-        if isinstance(network, SRMoE):
+        if layers:
             asked = [*(["--data", data] if data else []), *(["--data-dir", str(data_dir)] if data_dir else [])]
             asked += [word for name in allow or () for word in ("--allow", name)]
             words = ["--sample", mistakes[0]["sample"], "--guard", images.name, *asked, "--out", "runs/corrected"]
-            typer.echo(f"correct it: {shlex.join(['spectralmoe', 'adapt', str(model), *words])}")
+            typer.echo(f"correct it: {shlex.join(['spectralmoe', 'adapt', 'correct', str(model), *words])}")
 
 
 def _write_wrong(folder: Path, test: Split, predictions: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectralmoe.cli.completion import complete_few_shot_rows
-from spectralmoe.cli.console import count, over_seeds, print_json, print_table, watching
+from spectralmoe.cli.console import count, over_seeds, print_json, print_table, show_progress
 from spectralmoe.cli.options import (
     Allow,
     Data,
@@ -87,8 +87,8 @@ def fewshot(
     values |= {"blocks": blocks, "optimization": {**FEW_SHOT.model_dump(), "epochs": epochs, "lr": lr}}
     settings = parse(FewShotSettings, values, "fewshot")
     images = read_data(data, data_dir, download, meta.side)
-    with watching(quiet=json) as watch:
-        summary = run_few_shot(settings, Task(network, read_config(model)["sha256"], images), out, watch)
+    with show_progress(quiet=json) as progress:
+        summary = run_few_shot(settings, Task(network, read_config(model)["sha256"], images), out, progress)
     failed = [f"{item['row']}, {item['shots']} shots" for item in summary if item["diverged"]]
     say_notes([f"{row}: training diverged" for row in failed])
     _tell(summary, settings, out, json)

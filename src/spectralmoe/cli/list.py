@@ -33,7 +33,7 @@ PLAIN = {
     "feed_forward": "networks of two layers, their weights stacked",
     "adapter": "narrow networks to be added to the output of a frozen layer",
     "eigen": "linear maps with orthonormal bases of their own",
-    "modules": "modules of your own; slower than stacked weights",
+    "modules": "modules of your own, in Python alone; slower than stacked weights",
     "conv": "pairs of convolutions on whole maps; only the chosen ones run",
     "confident": "another bank whose experts say how sure they are, which weighs their output",
     "loop": "the definition: one token and one expert at a time; slow",
@@ -91,7 +91,7 @@ def list_everything(json: Json = False) -> None:
         "regularizers": REGULARIZERS,
     }
     tables |= {
-        title: {name: PLAIN.get(name) or _first_line(item) for name, item in part.items()}
+        title: {name: (PLAIN.get(name) or _first_line(item)) + _arguments(title, item) for name, item in part.items()}
         for title, part in parts.items()
     }
     tables["optimizers"] = {name: _first_line(item) for name, item in OPTIMIZERS.items()}
@@ -106,6 +106,18 @@ def list_everything(json: Json = False) -> None:
         for name, line in table.items():
             say(f"  {name:<{width}} {line}", indent=" " * (width + 3))
     say(HINT)
+
+
+def _arguments(title: str, part: object) -> str:
+    """What a table may say of a part: its arguments, less those that the network gives."""
+    from spectralmoe.naming import FILLED_IN
+    from spectralmoe.spec import parameters_of
+
+    if title == "dispatch":  # which is not chosen by name
+        return ""
+    names = list(parameters_of(part))[1 if title == "regularizers" else 0 :]
+    free = [name for name in names if name not in FILLED_IN]
+    return f" ({', '.join(free)})" if free else ""
 
 
 def _first_line(item: object) -> str:

@@ -36,7 +36,6 @@ __all__ = [
     "open_data",
     "read_data",
     "read_k",
-    "refuse_image_size",
     "refuse_outputs",
     "say_notes",
     "see_own_modules",
@@ -167,20 +166,18 @@ def load_network(
     from spectralmoe.saving import load, read_config
     from spectralmoe.training.network import ModelMeta
     from spectralmoe.training.settings import parse
-    from spectralmoe.training.vision import VisionMeta
     from spectralmoe.vision.model import VisionMoE
 
     refuse_outputs(folder)
     see_own_modules(allow or ())
     model, meta = load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
-    kind: type[ModelMeta]
     if isinstance(model, VisionMoE):
-        channels, kind = model.channels, VisionMeta
+        channels = model.channels
     elif isinstance(model, SRMoE) and isinstance(model.stem, ConvStem):
-        channels, kind = model.stem.channels, ModelMeta
+        channels = model.stem.channels
     else:
         raise UserError(f"{folder} holds a {type(model).__name__} that is not an image network")
-    known = parse(kind, meta, f"{folder / 'config.json'}: meta")
+    known = parse(ModelMeta, meta, f"{folder / 'config.json'}: meta")
     held = known.hold_out in (None, *known.classes)
     if known.channels != channels or len(known.classes) != model.num_classes or not held:
         raise UserError(f"{folder / 'config.json'}: meta does not fit the network")
@@ -215,16 +212,6 @@ def read_data(name: str, data_dir: Path | None, download: bool, side: int | None
     data = load_data(name, data_dir=data_dir, download=download, side=side)
     say_notes(data.notes)
     return data
-
-
-def refuse_image_size(name: str, side: int | None) -> None:
-    """Refuse a size for a data set that comes in one size.
-
-    Raises:
-        UserError: ``side`` is given, and ``name`` is no image folder.
-    """
-    if side is not None and not name.startswith("folder:"):
-        raise UserError(f"image size {side}: only images of folder:PATH are resized, {name!r} comes in one size")
 
 
 def say_notes(notes: Sequence[str]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spectralmoe.cli.completion import LOG_NAMES, listed, one_among
-from spectralmoe.cli.console import print_finding, print_json, watching
+from spectralmoe.cli.console import print_finding, print_json, show_progress
 from spectralmoe.cli.options import (
     Allow,
     Assign,
@@ -19,25 +20,18 @@ from spectralmoe.cli.options import (
     DeviceName,
     Download,
     Json,
-    refuse_image_size,
     say_notes,
     see_own_modules,
     split_names,
 )
-from spectralmoe.cli.train_settings import check, print_settings, read_settings
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json
 from spectralmoe.training.names import ROUTER_NAMES
 
 if TYPE_CHECKING:
-    from spectralmoe.data.image_data import ImageData
-    from spectralmoe.diagnostics import Evaluation
-    from spectralmoe.models import SRMoE
-    from spectralmoe.terms import Term
-    from spectralmoe.training.loop import Standing, Watcher
-    from spectralmoe.training.settings import TrainSettings
-    from spectralmoe.training.vision_settings import VisionSettings
-    from spectralmoe.vision.model import VisionMoE
+    from spectralmoe.training.loop import Progress, Standing
+    from spectralmoe.training.tasks import Metric
+    from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = ["train"]
 
@@ -59,6 +53,10 @@ def train(
             autocompletion=one_among(*ROUTER_NAMES),
         ),
     ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(metavar="sr-moe|timm:NAME", help="Network, in place of the file's: SR-MoE, or a timm model."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Random seed; the file's by default.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start a timm model from timm's weights.")] = False,
     parallel: Annotated[
@@ -77,7 +75,7 @@ def train(
         str | None,
         typer.Option(
             metavar="csv|tensorboard|wandb",
-            help="Write each epoch's loss and validation accuracy there, too; several with commas.",
+            help="Write each epoch's loss and validation score there, too; several with commas.",
             autocompletion=lambda incomplete: listed(incomplete, LOG_NAMES),
         ),
     ] = None,
@@ -98,7 +96,7 @@ def train(
     A run that was stopped goes on when it is started again with the same settings and --out. On several processes:
     torchrun --nproc-per-node 2 -m spectralmoe train --config F.toml --out DIR --parallel ddp
     """
-    from spectralmoe.diagnostics import evaluate
+    from spectralmoe.diagnostics.evaluation import Counted
     from spectralmoe.experiments.run_folder import run_folder
     from spectralmoe.instruments.monitor import Monitor
     from spectralmoe.saving import save
@@ -107,128 +105,132 @@ def train(
     from spectralmoe.training.network import CHECKPOINT
     from spectralmoe.training.parallel import joined
     from spectralmoe.training.settings import pick_device
-    from spectralmoe.vision.model import VisionMoE
+    from spectralmoe.training.tasks import open_task
+    from spectralmoe.training.vision import router_terms
 
-    settings = read_settings(config, assign or (), seed, pretrained, router)
+    settings = _read(config, assign or (), network, router, seed, pretrained)
     if print_config:
-        print_settings(settings, json)
+        _print(settings, json)
         return
     if out is None:
         raise UserError("--out is missing: name the folder for everything that is written")
     if every is not None and not monitor:
         raise UserError("--every is how often --monitor reports; add --monitor")
-    check(settings, parallel, allow or (), router)
-    wanted = split_names(log or "")
-    check_logs(wanted)
-    data = _images(settings, data_dir, download)
+    _check(settings, parallel, allow or (), router)
+    log_names = split_names(log or "")
+    check_logs(log_names)
+    task = open_task(settings, data_dir, download)
     with joined(parallel, pick_device(device)) as (ranks, where):
         if ranks.first:
-            say_notes(data.notes)
-        plan = _plan(settings, data)
-        network = plan.network.to(where)
-        trained = ranks.spread(network) if isinstance(network, VisionMoE) else network
-        claim = {**settings.model_dump(mode="json"), "images": data.fingerprint}
+            say_notes(task.notes)
+        built = task.build(settings).to(where)
+        trained = ranks.spread(built)
+        claim = {**settings.model_dump(mode="json"), "images": task.fingerprint}
         files = (CHECKPOINT, "model.safetensors", "config.json", "history.json", *([MONITOR] if monitor else []))
         with run_folder(out, claim, files) if ranks.first else nullcontext():
             ranks.wait()  # for the folder
-            watched = (
-                Monitor(trained, out / MONITOR, every=every or 50, layers=True, title=plan.label) if monitor else None
-            )
+            title = settings.label
+            watched = Monitor(trained, out / MONITOR, every=every or 50, layers=True, title=title) if monitor else None
             with (
-                open_logs(wanted if ranks.first else (), out, plan.label) as logs,
-                watching(quiet=json or not ranks.first) as watch,
+                open_logs(log_names if ranks.first else (), out, title) as logs,
+                show_progress(quiet=json or not ranks.first) as progress,
                 watched or nullcontext(),
             ):
                 history = run_training(
                     trained,
-                    data,
+                    task,
                     settings.optimization,
-                    terms=plan.terms,
+                    terms=router_terms(settings.row),
                     checkpoint=out / CHECKPOINT,
-                    follow=_shown(watch, plan.label, settings.optimization.epochs),
+                    follow=_shown(progress, settings, task.metric),
                     logs=logs,
                     monitor=watched,
                     ranks=ranks,
                 )
-            if isinstance(network, VisionMoE):
-                ranks.collect(trained, network)
+            ranks.collect(trained, built)
             if not ranks.first:
                 return
-            found = evaluate(network, data.test.images, data.test.labels)
-            save(network, out, meta=_meta(settings, data, found))
-            title = f"{plan.label} on {settings.data}"
-            write_json(
-                out / "history.json", {"title": title, "epochs": history.epochs, "test_accuracy": found.accuracy}
-            )
-    accuracy = found.accuracy
+            counted = Counted(built)
+            scores = {f"test_{key}": value for key, value in task.score(counted, "test").items()}
+            save(built, out, meta=task.meta(settings, scores, counted.loads))
+            about = {"title": f"{title} on {settings.data}", "metric": asdict(task.metric)}
+            write_json(out / "history.json", {**about, "epochs": history.epochs, **scores})
     if json:
-        print_json({"model": str(out), "validation_accuracy": history.validation_accuracy, "test_accuracy": accuracy})
+        print_json({"model": str(out), task.metric.key_of("validation"): history.validation, **scores})
+        return
+    for finding in watched.findings if watched else ():
+        print_finding(finding.severity, finding.kind, [finding.message], finding.cure, err=True)
+    validation = "" if math.isnan(history.validation) else f"validation {task.metric.show(history.validation)}, "
+    typer.echo(f"{validation}test {task.metric.show(scores[task.metric.key_of('test')])}; model saved to {out}")
+
+
+def _read(
+    config: Path,
+    assign: Sequence[str],
+    network: str | None,
+    router: str | None,
+    seed: int | None,
+    pretrained: bool,
+) -> TrainSettings:
+    """What the file says, changed by the options: --network and --set first, then the others.
+
+    Raises:
+        UserError: as ``read_toml``, ``change`` and ``parse``; --pretrained without a timm model.
+    """
+    from spectralmoe.training.settings import parse, read_toml
+    from spectralmoe.training.toml_text import change, choose_network, put
+    from spectralmoe.training.train_settings import TrainSettings
+
+    values = read_toml(config)
+    if network is not None:
+        choose_network(values, network)
+    change(values, assign)
+    if seed is not None:
+        put(values, "optimization.seed", seed)
+    if router is not None:
+        put(values, "moe.router" if "backbone" in values else "router", router)
+    if pretrained and "backbone" not in values:
+        raise UserError(f"--pretrained starts a timm model, but {config} has no section [backbone]")
+    if pretrained:
+        put(values, "backbone.pretrained", True)
+    return parse(TrainSettings, values, f"{config} with --set" if assign else str(config))
+
+
+def _print(settings: TrainSettings, json: bool) -> None:
+    """All settings as TOML that reads back as the same, or as JSON."""
+    from spectralmoe.training.toml_text import to_toml
+
+    if json:
+        print_json(settings.model_dump(mode="json"))
     else:
-        for finding in watched.findings if watched else ():
-            print_finding(finding.severity, finding.kind, [finding.message], finding.cure, err=True)
-        held_out = history.validation_accuracy
-        validation = "" if math.isnan(held_out) else f"validation {held_out:.2f}%, "
-        typer.echo(f"{validation}test {accuracy:.2f}%; model saved to {out}")
+        typer.echo(to_toml(settings), nl=False)
 
 
-def _shown(watch: Watcher, label: str, epochs: int) -> Callable[[Standing], None]:
-    """Tells ``watch`` the loss and the validation accuracy of the last epoch, and the running loss."""
+def _check(settings: TrainSettings, parallel: str | None, allow: Sequence[str], router: str | None) -> None:
+    """What does not go together is refused before data are read, and no module is imported because a file names it;
+    what ``router``, from the command line, names may be.
+    """
+    from spectralmoe.naming import own_names
+
+    if parallel is not None and settings.backbone is None:
+        raise UserError("--parallel trains timm models; the settings file has no section [backbone]")
+    own = own_names(settings.row)
+    for name in own:
+        if name not in (*allow, *own_names(router)):
+            raise UserError(f"router {name!r} is a class of your own; if you trust it, add --allow {name}")
+    see_own_modules(own)
+
+
+def _shown(progress: Progress, settings: TrainSettings, metric: Metric) -> Callable[[Standing], None]:
+    """Tells ``progress`` the loss and the validation score of the last epoch, and the running loss."""
 
     def follow(standing: Standing) -> None:
-        text, finished = f"training {label}", len(standing.epochs)
+        text, finished = f"training {settings.label}", len(standing.epochs)
         if finished:
             last = standing.epochs[-1]
-            text += f", epoch {finished}/{epochs}: loss {last['loss']:.3g}"
-            if not math.isnan(last["validation_accuracy"]):
-                text += f", validation {last['validation_accuracy']:.1f}%"
-        watch(text, standing.done, "" if math.isnan(standing.loss) else f"loss {standing.loss:.3g}")
+            text += f", epoch {finished}/{settings.optimization.epochs}: loss {last['loss']:.3g}"
+            if not math.isnan(value := last[metric.key_of("validation")]):
+                text += f", validation {metric.show(value)}"
+        progress(text, standing.done, "" if math.isnan(standing.loss) else f"loss {standing.loss:.3g}")
 
     return follow
-
-
-class _Plan(NamedTuple):
-    """What to train, with which penalty terms, and its name for people."""
-
-    network: SRMoE | VisionMoE
-    terms: Mapping[str, Term]
-    label: str
-
-
-def _images(settings: TrainSettings | VisionSettings, data_dir: Path | None, download: bool) -> ImageData:
-    from spectralmoe.data.image_data import load_data
-    from spectralmoe.training.vision_settings import VisionSettings
-
-    if not isinstance(settings, VisionSettings):  # a timm model resizes the images of other data sets itself
-        refuse_image_size(settings.data, settings.image_size)
-    data = load_data(settings.data, data_dir=data_dir, download=download, side=settings.image_size)
-    if settings.hold_out is not None:
-        data = data.without(settings.hold_out)
-    return data if settings.train_size is None else data.subset(settings.train_size)
-
-
-def _plan(settings: TrainSettings | VisionSettings, data: ImageData) -> _Plan:
-    from spectralmoe.naming import own_names, shown
-    from spectralmoe.presets import find_preset
-    from spectralmoe.training.network import build_network
-    from spectralmoe.training.settings import TrainSettings
-    from spectralmoe.training.vision import build_vision, router_terms
-
-    row = settings.row
-    see_own_modules(own_names(row))
-    if isinstance(settings, TrainSettings):
-        terms = find_preset(row).terms
-        network = build_network(data, settings.network, row, settings.depth, settings.optimization.seed)
-        return _Plan(network, terms, shown(row))
-    label = settings.backbone.name if row == "none" else f"{settings.backbone.name}, {shown(row)}"
-    return _Plan(build_vision(data, settings), router_terms(row), label)
-
-
-def _meta(settings: TrainSettings | VisionSettings, data: ImageData, found: Evaluation) -> dict[str, Any]:
-    from spectralmoe.naming import shown
-    from spectralmoe.training.network import model_meta
-    from spectralmoe.training.settings import TrainSettings
-    from spectralmoe.training.vision import vision_meta
-
-    if isinstance(settings, TrainSettings):
-        return model_meta(data, shown(settings.row), settings.hold_out)
-    return vision_meta(data, settings, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from spectralmoe.recording import Recordable
 from spectralmoe.tape import record
 
-__all__ = ["Evaluation", "evaluate", "evaluation_mode", "holds_moe"]
+__all__ = ["Counted", "Evaluation", "evaluate", "evaluation_mode", "holds_moe", "run_over"]
 
 _BATCH, _NUMBERS = 1000, 2**24
 
@@ -32,20 +33,48 @@ class Evaluation:
     loads: dict[str, Tensor]
 
 
+class Counted(nn.Module):
+    """``model`` itself, which sums the load of its experts over all forwards.
+
+    >>> from spectralmoe.models import sr_moe
+    >>> counted = Counted(sr_moe(10, channels=1))
+    >>> counted(torch.rand(2, 1, 8, 8)).shape, {name: float(load.sum()) for name, load in counted.loads.items()}
+    (torch.Size([2, 10]), {'stages.0.moe': 1.0, 'stages.1.moe': 1.0})
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.counts = model, dict[str, Tensor]()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with record(self.model) if holds_moe(self.model) else nullcontext(()) as tape:
+            result = self.model(*args, **kwargs)
+        for item in tape:
+            self.counts[item.name] = self.counts.get(item.name, 0) + item.routing.load_counts().cpu()
+        return result
+
+    @property
+    def loads(self) -> dict[str, Tensor]:
+        """Layer name -> share of the load of each expert (E,); empty for a model without MoE layers."""
+        return {name: total / total.sum().clamp_min(1) for name, total in self.counts.items()}
+
+
 @torch.no_grad()
+def run_over(model: nn.Module, inputs: Tensor) -> Tensor:
+    """What ``model`` gives for ``inputs`` (N, ...), on the CPU: run in evaluation mode, in batches; its mode is put
+    back.
+    """
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        parts = inputs.split(min(_BATCH, _NUMBERS // max(inputs[:1].numel(), 1) + 1))
+        return torch.cat([model(part.to(device)).cpu() for part in parts])
+
+
 def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> Evaluation:
     """Run ``model`` over ``inputs`` (N, ...) with ``labels`` (N,) in evaluation mode; its mode is put back."""
-    device, routed = next(model.parameters()).device, holds_moe(model)
-    predictions, counts = [], dict[str, Tensor]()
-    with evaluation_mode(model):
-        for part in inputs.split(min(_BATCH, _NUMBERS // max(inputs[:1].numel(), 1) + 1)):
-            with record(model) if routed else nullcontext(()) as tape:
-                predictions.append(model(part.to(device)).argmax(-1).cpu())
-            for item in tape:
-                counts[item.name] = counts.get(item.name, 0) + item.routing.load_counts().cpu()
-    found = torch.cat(predictions)
-    loads = {name: total / total.sum().clamp_min(1) for name, total in counts.items()}
-    return Evaluation(100 * float((found == labels).float().mean()), found, loads)
+    counted = Counted(model)
+    predictions = run_over(counted, inputs).argmax(-1)
+    return Evaluation(100 * float((predictions == labels).float().mean()), predictions, counted.loads)
 
 
 def holds_moe(model: nn.Module) -> bool:

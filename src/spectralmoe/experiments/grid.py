@@ -19,7 +19,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.experiments.workers import Job, run_jobs
 from spectralmoe.files import make_folder, read_json, write_json
 from spectralmoe.machine import cpu_model
-from spectralmoe.training.loop import Diverged, Watcher
+from spectralmoe.training.loop import Diverged, Progress
 
 __all__ = ["DIVERGED", "CellJob", "finished_cells", "run_cells", "where_it_ran"]
 
@@ -61,7 +61,7 @@ def finished_cells(folder: Path, keys: Sequence[str]) -> dict[str, dict[str, Any
 
 
 def run_cells(
-    folder: Path, jobs: Sequence[CellJob], processes: int, watch: Watcher
+    folder: Path, jobs: Sequence[CellJob], processes: int, progress: Progress
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and content of each cell, as its file is there.
 
@@ -76,7 +76,7 @@ def run_cells(
         if job.name in names:
             raise UserError(f"two rows would share the file {folder / job.name}.json: {dict(job.about)}; rename one")
         names.add(job.name)
-    yield from run_jobs([Job(job.name, job.text, _measure, (folder, job)) for job in jobs], processes, watch)
+    yield from run_jobs([Job(job.name, job.text, _measure, (folder, job)) for job in jobs], processes, progress)
 
 
 def where_it_ran() -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError
-from spectralmoe.training.loop import Watcher
+from spectralmoe.training.loop import Progress
 
 __all__ = ["Job", "WorkerLost", "run_jobs"]
 
@@ -44,7 +44,7 @@ class Job(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, watch: Watcher) -> Iterator[tuple[Any, Any]]:
+def run_jobs(jobs: Sequence[Job], processes: int, progress: Progress) -> Iterator[tuple[Any, Any]]:
     """The key and result of each job, as they finish.
 
     A small network makes little use of a second core, but two networks do: with ``processes`` > 1 as many jobs run at a
@@ -56,14 +56,14 @@ def run_jobs(jobs: Sequence[Job], processes: int, watch: Watcher) -> Iterator[tu
         Whatever a job raises; the others are stopped.
     """
     if min(processes, len(jobs)) > 1:
-        yield from _in_processes(jobs, min(processes, len(jobs)), watch)
+        yield from _in_processes(jobs, min(processes, len(jobs)), progress)
         return
     for place, job in enumerate(jobs):
-        tell = partial(_tell, watch, _title(job, place, jobs), place, len(jobs))
+        tell = partial(_tell, progress, _title(job, place, jobs), place, len(jobs))
         yield job.key, job.function(*job.arguments, tell)
 
 
-def _in_processes(jobs: Sequence[Job], processes: int, watch: Watcher) -> Iterator[tuple[Any, Any]]:
+def _in_processes(jobs: Sequence[Job], processes: int, progress: Progress) -> Iterator[tuple[Any, Any]]:
     shares = torch.zeros(len(jobs)).share_memory_()
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin)
     try:
@@ -71,13 +71,13 @@ def _in_processes(jobs: Sequence[Job], processes: int, watch: Watcher) -> Iterat
         while running:
             done, _ = wait(running, timeout=_GLANCE, return_when=FIRST_COMPLETED)
             latest = max((place for place in running.values() if shares[place] > 0), default=0)
-            watch(_title(jobs[latest], latest, jobs), float(0.9 * shares.mean()))
+            progress(_title(jobs[latest], latest, jobs), float(0.9 * shares.mean()))
             for future in sorted(done, key=running.__getitem__):
                 yield jobs[running.pop(future)].key, future.result()
     except BrokenProcessPool as error:
         raise WorkerLost(
             "a process was killed, perhaps for want of memory; what was finished is kept: start the same command again "
-            "to go on, with fewer --processes if that was the reason"
+            "to go on, with fewer processes at a time if that was the reason"
         ) from error
     finally:
         shares.fill_(_STOP)
@@ -114,8 +114,8 @@ def _work(job: Job, share: Tensor) -> Any:
     return result
 
 
-def _tell(watch: Watcher, text: str, place: int, jobs: int, share: float) -> None:
-    watch(text, (place + 0.9 * share) / jobs)
+def _tell(progress: Progress, text: str, place: int, jobs: int, share: float) -> None:
+    progress(text, (place + 0.9 * share) / jobs)
 
 
 def _title(job: Job, place: int, jobs: Sequence[Job]) -> str:

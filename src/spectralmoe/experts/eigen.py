@@ -46,6 +46,7 @@ class EigenExperts(Experts):
     """
 
     manifold = ("left", "right")
+    row_dims = 1
 
     def __init__(self, num_experts: int, dim: int, rank: int) -> None:
         super().__init__(num_experts)

@@ -53,25 +53,26 @@ def _estimate(value: Estimate | None) -> Cell:
 
 
 def history_data(history: History) -> dict[str, Any]:
-    """Loss and validation accuracy by epoch."""
+    """Loss and validation score by epoch."""
     epochs = history.epochs
     return {
         "title": history.title,
         "steps": [*range(1, len(epochs) + 1)],
         "keys": {
             "loss": [short(epoch.loss) for epoch in epochs],
-            "validation_accuracy": [short(epoch.validation_accuracy) for epoch in epochs],
+            f"validation_{history.metric.key}": [short(value) for value in history.validation],
         },
     }
 
 
 def history_summary(history: History) -> dict[str, Any]:
     """Where the run ended, for the summary."""
-    last, seconds = history.epochs[-1], [epoch.seconds for epoch in history.epochs if epoch.seconds is not None]
+    last, metric = history.epochs[-1], history.metric
+    seconds = [epoch.seconds for epoch in history.epochs if epoch.seconds is not None]
     tiles = [
         Tile("loss", figure(last.loss), "mean over the last epoch"),
-        Tile("validation accuracy", _percent(last.validation_accuracy), "after the last epoch"),
-        Tile("test accuracy", _percent(history.test_accuracy), "of the trained model"),
+        Tile(f"validation {metric.title}", metric.show(history.validation[-1]), "after the last epoch"),
+        Tile(f"test {metric.title}", metric.show(history.test), "of the trained model"),
         Tile("seconds an epoch", figure(sum(seconds) / len(seconds) if seconds else None), "training alone"),
     ]
     count = len(history.epochs)
@@ -86,7 +87,3 @@ def history_summary(history: History) -> dict[str, Any]:
         "notes": [f"{count} epoch{'' if count == 1 else 's'}"],
         "coverage": [],
     }
-
-
-def _percent(value: float | None) -> str:
-    return "no data" if value is None else f"{value:.1f}%"

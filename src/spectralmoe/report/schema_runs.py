@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from spectralmoe.report.schema import Found, Layer, Part
 
-__all__ = ["Comparison", "Estimate", "History", "Monitor", "Row"]
+__all__ = ["Comparison", "Estimate", "History", "Metric", "Monitor", "Row"]
 
 
 class Shares(Part):
@@ -28,20 +28,55 @@ class Monitor(Part):
     findings: list[Found]
 
 
+class Metric(Part):
+    """What a run was judged by: its key in the file, its name, its unit."""
+
+    key: str = "accuracy"
+    title: str = "accuracy"
+    unit: str = "%"
+    digits: int = Field(default=1, ge=0, le=9)
+
+    def show(self, value: float | None) -> str:
+        """The value with its unit."""
+        return "no data" if value is None else f"{value:.{self.digits}f}{'' if self.unit == '%' else ' '}{self.unit}"
+
+
 class Epoch(Part):
-    """One epoch; the accuracy is in percent."""
+    """One epoch: loss, seconds, and the run's metric on the validation part."""
 
     loss: float | None = None
-    validation_accuracy: float | None = None
     seconds: float | None = None
 
 
 class History(Part):
-    """``history.json`` of ``spectralmoe train``."""
+    """``history.json`` of ``spectralmoe train``; a file without ``metric`` is of a classifier."""
 
     title: str
     epochs: list[Epoch] = Field(min_length=1)
-    test_accuracy: float | None = None
+    metric: Metric = Metric()
+
+    @property
+    def validation(self) -> list[float | None]:
+        """The metric on the validation part after each epoch."""
+        return [_number(epoch, f"validation_{self.metric.key}") for epoch in self.epochs]
+
+    @property
+    def test(self) -> float | None:
+        """The metric of the trained network on the test part."""
+        return _number(self, f"test_{self.metric.key}")
+
+    @model_validator(mode="after")
+    def _are_numbers(self) -> Self:
+        _ = self.validation, self.test  # read once, so that a broken one is found when the file is read
+        return self
+
+
+def _number(part: Part, key: str) -> float | None:
+    """A number that a file may have under a name of its own choice."""
+    value = (part.model_extra or {}).get(key)
+    if value is not None and not isinstance(value, int | float):
+        raise ValueError(f"{key} is no number")
+    return value
 
 
 class Estimate(Part):

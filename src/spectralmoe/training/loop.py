@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.data.image_data import ImageData, Split
-from spectralmoe.diagnostics import evaluate, holds_moe
+from spectralmoe.diagnostics import holds_moe
 from spectralmoe.errors import UserError
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.optim import find_schedule, make_optimizer
@@ -24,16 +24,17 @@ from spectralmoe.tape import Tape, record
 from spectralmoe.terms import Term, penalty
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from spectralmoe.training.logs import Log
-from spectralmoe.training.objective import Batch
 from spectralmoe.training.parallel import ALONE, Ranks
+from spectralmoe.training.precision import autocast, loss_scaler
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks.base import Metric, Task
 
-__all__ = ["Diverged", "History", "Standing", "Watcher", "train"]
+__all__ = ["Diverged", "History", "Progress", "Standing", "train"]
 
 _CHECKPOINT_SECONDS = 10.0
 
 
-class Watcher(Protocol):
+class Progress(Protocol):
     """Who is told how far a run has come."""
 
     def __call__(self, text: str, done: float, detail: str = "") -> None:
@@ -66,10 +67,12 @@ class History:
     """What training left behind.
 
     Attributes:
-        epochs: one dict an epoch: loss, validation accuracy (percent; NaN without a validation part), seconds.
+        epochs: one dict an epoch: loss, ``metric`` on the validation part (NaN without one), seconds.
+        metric: what the task chooses by; its key in an epoch is ``metric.key_of("validation")``.
     """
 
     epochs: list[dict[str, float]]
+    metric: Metric
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -77,14 +80,14 @@ class History:
         return sum(epoch["seconds"] for epoch in self.epochs) / len(self.epochs)
 
     @property
-    def validation_accuracy(self) -> float:
-        """Percent on the validation part after the last epoch."""
-        return self.epochs[-1]["validation_accuracy"]
+    def validation(self) -> float:
+        """The metric on the validation part after the last epoch."""
+        return self.epochs[-1][self.metric.key_of("validation")]
 
 
 def train(
     model: nn.Module,
-    data: ImageData,
+    task: Task,
     settings: Optimization,
     *,
     terms: Mapping[str, Term] | None = None,
@@ -95,10 +98,10 @@ def train(
     monitor: Monitor | None = None,
     ranks: Ranks = ALONE,
 ) -> History:
-    """Train ``model`` on the training part of ``data``; the test part is never touched. A model without MoE layers
+    """Train ``model`` on the training part of ``task``; the test part is never touched. A model without MoE layers
     is trained too.
 
-    The order of the images depends on the seed and the epoch alone, so a run that starts again from ``checkpoint``
+    The order of the samples depends on the seed and the epoch alone, so a run that starts again from ``checkpoint``
     ends with the same bits as one that was never stopped (on the same machine, on the CPU).
 
     Args:
@@ -114,7 +117,7 @@ def train(
         Diverged: the loss is not finite; names the step. The last checkpoint holds finite weights.
         UserError: the checkpoint is of another run, or cannot be written.
     """
-    run = _Run(model, data, settings, dict(terms or {}), checkpoint, monitor=monitor, ranks=ranks)
+    run = _Run(model, task, settings, dict(terms or {}), checkpoint, monitor=monitor, ranks=ranks)
 
     def tell() -> None:
         standing = run.standing()
@@ -133,7 +136,7 @@ def train(
         run.one_epoch(tell)
         tell()
         write()
-    return History(run.epochs)
+    return History(run.epochs, task.metric)
 
 
 class _Run:
@@ -142,7 +145,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        data: ImageData,
+        task: Task,
         settings: Optimization,
         terms: dict[str, Term],
         checkpoint: Path | None,
@@ -150,15 +153,14 @@ class _Run:
         monitor: Monitor | None,
         ranks: Ranks,
     ) -> None:
-        self.model, self.data, self.settings, self.terms, self.checkpoint = model, data, settings, terms, checkpoint
-        self.ranks, self.routed, self.objective = ranks, holds_moe(model), settings.objective
-        self.monitor = monitor
+        self.model, self.task, self.settings, self.terms, self.checkpoint = model, task, settings, terms, checkpoint
+        self.ranks, self.routed, self.monitor = ranks, holds_moe(model), monitor
         self.device = next(model.parameters()).device
-        self.scaler = self.objective.scaler(self.device)
+        self.scaler = loss_scaler(settings.precision, self.device)
         self.optimizer = make_optimizer(settings.optimizer, model, settings)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = find_schedule(settings.schedule)
-        self.batches = math.ceil(len(data.train) / settings.batch_size)
+        self.batches = math.ceil(task.size / settings.batch_size)
         self.epoch, self.batch, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
         self.epochs: list[dict[str, float]] = []
         self.saved_at = time.monotonic()
@@ -178,11 +180,11 @@ class _Run:
         return Standing(self.step / (self.batches * self.settings.epochs), tuple(self.epochs), loss)
 
     def one_epoch(self, tell: Callable[[], None]) -> None:
-        order = _order(len(self.data.train), self.settings.seed, self.epoch)
+        order = _order(self.task.size, self.settings.seed, self.epoch)
         self.model.train()
         started = time.monotonic()
         for chosen in order.split(self.settings.batch_size)[self.batch :]:
-            self.loss_sum += self.one_step(self.data.train, chosen)
+            self.loss_sum += self.one_step(chosen)
             self.batch += 1
             if self.monitor is not None:
                 self.monitor.step(self.step)
@@ -194,25 +196,25 @@ class _Run:
             tell()
         self.seconds += time.monotonic() - started
         self.check_weights()
-        held_out = self.data.validation
-        accuracy = evaluate(self.model, held_out.images, held_out.labels).accuracy if len(held_out) else math.nan
+        metric = self.task.metric
+        value = self.task.score(self.model, "validation").get(metric.key, math.nan)
         self.epochs.append(
-            {"loss": self.loss_sum / self.batches, "validation_accuracy": accuracy, "seconds": self.seconds}
+            {"loss": self.loss_sum / self.batches, metric.key_of("validation"): value, "seconds": self.seconds}
         )
         self.epoch, self.batch, self.loss_sum, self.seconds = self.epoch + 1, 0, 0.0, 0.0
         self.save()
 
-    def one_step(self, split: Split, chosen: Tensor) -> float:
+    def one_step(self, chosen: Tensor) -> float:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = self.scheduled(rate)
-        batch = self.objective.mixed(Batch(split.images[chosen], split.labels[chosen]), (self.settings.seed, self.step))
+        batch = self.task.batch(chosen, np.random.default_rng((self.settings.seed, self.step)))
         part = batch.part(self.ranks.share(len(chosen)), self.device)
         with (
             record(self.model, terms=self.terms) if self.routed else nullcontext() as tape,
-            self.objective.autocast(self.device),
+            autocast(self.settings.precision, self.device),
         ):
-            logits = self.model(part.images)
-        loss = self.ranks.weight(len(chosen)) * self.objective.loss(logits, part) + self.extra(tape)
+            loss = self.task.loss(self.model, part)
+        loss = self.ranks.weight(len(chosen)) * loss + self.extra(tape)
         value = self.ranks.mean(float(loss.detach()))
         if not math.isfinite(value):
             self.stop(f"the loss is {value}")

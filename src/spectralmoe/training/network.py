@@ -55,6 +55,8 @@ class ModelMeta(Settings):
 
     Attributes:
         hold_out: the class that training did not see.
+        results: measured after training.
+        settings: of the run that trained it.
     """
 
     data: str
@@ -65,6 +67,8 @@ class ModelMeta(Settings):
     ]
     router: str
     hold_out: str | None = None
+    results: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def side(self) -> int | None:
@@ -73,8 +77,12 @@ class ModelMeta(Settings):
         return height if height == width else None
 
 
-def model_meta(data: ImageData, router: str, hold_out: str | None = None) -> dict[str, Any]:
-    """What is saved beside a network that ``router`` was trained with on ``data``, without class ``hold_out``."""
+def model_meta(data: ImageData, router: str, hold_out: str | None = None, **known: dict[str, Any]) -> dict[str, Any]:
+    """What is saved beside a network that ``router`` was trained with on ``data``, without class ``hold_out``.
+
+    Args:
+        known: results and settings of the run.
+    """
     meta = ModelMeta(
         data=data.name,
         classes=data.classes,
@@ -82,5 +90,6 @@ def model_meta(data: ImageData, router: str, hold_out: str | None = None) -> dic
         image_size=data.image_size,
         router=router,
         hold_out=hold_out,
+        **known,
     )
     return meta.model_dump(mode="json")

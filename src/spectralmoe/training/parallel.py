@@ -17,7 +17,6 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.router import shard_routers
 from spectralmoe.sharding import full, is_sharded
 from spectralmoe.vision import model_blocks
-from spectralmoe.vision.model import VisionMoE
 
 __all__ = ["ALONE", "Ranks", "joined"]
 
@@ -79,8 +78,11 @@ class Ranks:
         """Until all processes are here."""
         self.mean(0.0)
 
-    def spread(self, model: VisionMoE) -> nn.Module:
-        """What to train in place of ``model``; FSDP2 shards a copy. ``collect`` brings the weights back."""
+    def spread(self, model: nn.Module) -> nn.Module:
+        """What to train in place of ``model``; FSDP2 shards a copy, block by block of its ``backbone``.
+
+        ``collect`` brings the weights back.
+        """
         if self.kind is None:
             return model
         if self.kind == "ddp":  # static_graph: some branches may get no gradient (class-token pooling)
@@ -90,7 +92,7 @@ class Ranks:
         sharded = copy.deepcopy(model)
         shard_routers(sharded)
         scalars = {parameter for parameter in sharded.parameters() if not parameter.dim()}  # which it cannot shard
-        for block in model_blocks(sharded.backbone).values():
+        for block in model_blocks(sharded.get_submodule("backbone")).values():
             fully_shard(block, ignored_params=scalars)
         fully_shard(sharded, ignored_params=scalars)
         return sharded
@@ -103,7 +105,7 @@ class Ranks:
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= self.world
 
-    def collect(self, trained: nn.Module, model: VisionMoE) -> None:
+    def collect(self, trained: nn.Module, model: nn.Module) -> None:
         """Give ``model`` the weights of ``trained``, which ``spread`` made of it. Every process must call."""
         if self.kind == "fsdp2":
             model.load_state_dict({name: full(value) for name, value in trained.state_dict().items()})

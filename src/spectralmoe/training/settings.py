@@ -12,9 +12,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from spectralmoe.errors import UserError, first_line, one_of
 from spectralmoe.optim import OPTIMIZERS, SCHEDULES
-from spectralmoe.training.objective import Objective
+from spectralmoe.training.precision import Precision
 
-__all__ = ["Network", "Optimization", "Row", "Several", "TrainSettings", "parse", "pick_device", "read_toml"]
+__all__ = ["Network", "Optimization", "Row", "Several", "laid_over", "parse", "pick_device", "read_toml"]
 
 T = TypeVar("T")
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -69,6 +69,8 @@ class Optimization(Settings):
         optimizer: name in ``spectralmoe.optim.OPTIMIZERS``, or a factory of your own, ``pkg:factory``.
         schedule: name in ``spectralmoe.optim.SCHEDULES``, or a function of your own, ``pkg:function``; it follows a
             linear warm-up over the share ``warmup`` of all steps.
+        label_smoothing, mixup: of tasks that classify images, see ``ImageTask``.
+        precision: "fp32"; "bf16" or "fp16" (CUDA only, with a scaled loss) by autocast.
     """
 
     optimizer: Annotated[str, AfterValidator(_named("optimizer", OPTIMIZERS, "pkg:factory"))] = "adamw"
@@ -79,39 +81,9 @@ class Optimization(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     seed: Seed = 0
-
-    @property
-    def objective(self) -> Objective:
-        """What a step minimises."""
-        return Objective()
-
-
-class TrainSettings(Settings):
-    """One training run, ``spectralmoe train --config F.toml``.
-
-    Attributes:
-        router: a name or a table, see ``find_preset``.
-        experts: the bank by name, or a table with its arguments; None: the router's, or that of SR-MoE.
-        terms: regularizers by name with their weights, beside those of the router; one of the same name changes it.
-        image_size: side that the images of a folder are resized to when they are read; None: see ``load_data``.
-        hold_out: name of a class that training and validation do not see; the network can be taught it later.
-    """
-
-    data: str
-    router: Row = "sr-moe"
-    experts: Row | None = None
-    terms: dict[str, Any] = Field(default_factory=dict)
-    depth: Positive = 2
-    image_size: Positive | None = None
-    train_size: Positive | None = None
-    hold_out: str | None = None
-    network: Network = Network()
-    optimization: Optimization = Optimization()
-
-    @property
-    def row(self) -> Row:
-        """Router, experts and terms as one row."""
-        return laid_over(self.router, experts=self.experts, terms=self.terms)
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    precision: Precision = "fp32"
 
 
 def laid_over(router: Row, **sections: Any) -> Row:
@@ -138,6 +110,8 @@ def parse(kind: type[S], values: dict[str, Any], source: str) -> S:
         return kind.model_validate(values)
     except ValidationError as error:
         first, *others = error.errors()
+        if not first["loc"]:  # the settings do not go together
+            raise UserError(f"{source}: {_wanted(first)}") from error
         *parents, key = map(str, first["loc"])
         if first["type"] == "extra_forbidden":
             section = _section_at(kind, parents)

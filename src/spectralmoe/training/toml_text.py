@@ -6,10 +6,10 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, one_of
 from spectralmoe.training.settings import Settings
 
-__all__ = ["change", "put", "to_toml"]
+__all__ = ["change", "choose_network", "put", "to_toml"]
 
 
 def put(values: dict[str, Any], path: str, value: Any) -> None:
@@ -48,6 +48,30 @@ def change(values: dict[str, Any], assignments: Sequence[str]) -> None:
         if not equals or not all(path.split(".")):
             raise UserError(f"--set {assignment!r} is no assignment such as network.k=2")
         put(values, path, _value(text.strip()))
+
+
+def choose_network(values: dict[str, Any], network: str) -> None:
+    """Let ``values`` describe a network by its name: "sr-moe", or "timm:NAME" for a timm model.
+
+    Raises:
+        UserError: another name.
+
+    >>> values = {"backbone": {"name": "vit_small", "frozen": True}}
+    >>> choose_network(values, "timm:vit_tiny")
+    >>> values
+    {'backbone': {'name': 'vit_tiny', 'frozen': True}}
+    >>> choose_network(values, "sr-moe")
+    >>> values
+    {}
+    """
+    kind, _, name = network.partition(":")
+    if network == "sr-moe":
+        for section in ("backbone", "moe"):
+            values.pop(section, None)
+    elif kind == "timm" and name:
+        put(values, "backbone.name", name)
+    else:
+        raise one_of("network", network, ["sr-moe", "timm:NAME"])
 
 
 def to_toml(settings: Settings) -> str:

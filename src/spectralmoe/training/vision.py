@@ -4,66 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import Field
 
 from spectralmoe.checkpoints.weights_file import read_tensors, without_prefix
 from spectralmoe.data.image_data import ImageData
-from spectralmoe.diagnostics import Evaluation
 from spectralmoe.errors import UserError, refuse_differences
-from spectralmoe.naming import shown
 from spectralmoe.presets import find_preset
 from spectralmoe.saving import load
 from spectralmoe.terms import Term
-from spectralmoe.training.network import ModelMeta, model_meta, pixel_statistics
+from spectralmoe.training.network import pixel_statistics
 from spectralmoe.training.settings import Row
-from spectralmoe.training.vision_settings import MoEParts, VisionSettings
+from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.vision_settings import Backbone, MoEParts
 from spectralmoe.vision import BranchSpec, add_branches, replace_mlp
 from spectralmoe.vision.model import VisionMoE, check_images, vision_moe
 
 __all__ = [
-    "VisionMeta",
     "add_parts",
     "build_vision",
     "load_weights",
     "make_spec",
     "router_terms",
-    "vision_meta",
 ]
 
 
-class VisionMeta(ModelMeta):
-    """What a saved ``VisionMoE`` needs to be used on images, and what is known of it.
-
-    Attributes:
-        results: measured after training.
-        settings: of the run that trained it.
-    """
-
-    results: dict[str, Any] = Field(default_factory=dict)
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-
-def vision_meta(data: ImageData, settings: VisionSettings, found: Evaluation) -> dict[str, Any]:
-    """What is saved beside a network: how it reads images, how it was trained, and what the test part showed."""
-    loads = {name: [round(share, 4) for share in load.tolist()] for name, load in found.loads.items()}
-    meta = VisionMeta(
-        **model_meta(data, shown(settings.row), settings.hold_out),
-        results={"test_accuracy": round(found.accuracy, 2), "test_images": len(data.test), "loads": loads},
-        settings=settings.model_dump(mode="json"),
-    )
-    return meta.model_dump(mode="json")
-
-
-def build_vision(data: ImageData, settings: VisionSettings) -> VisionMoE:
-    """The network of a run; under one seed all routers start with the same backbone and head.
+def build_vision(data: ImageData, wanted: Backbone, settings: TrainSettings) -> VisionMoE:
+    """The network of a run on the backbone; under one seed all routers start with the same backbone and head.
 
     Raises:
         UserError: what timm or the MoE parts refuse; weights that are missing or do not fit.
     """
-    wanted = settings.backbone
     if wanted.pretrained and wanted.checkpoint is not None:
         raise UserError("backbone: pretrained and checkpoint are two sources of the same weights; keep one")
     torch.manual_seed(settings.optimization.seed)

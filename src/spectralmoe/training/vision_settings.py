@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from spectralmoe.training.objective import Objective, Precision
-from spectralmoe.training.settings import Optimization, Positive, Row, Settings, Several, laid_over
+from spectralmoe.training.settings import Positive, Row, Settings, Several
 
-__all__ = ["Backbone", "MoEParts", "VisionOptimization", "VisionSettings"]
+__all__ = ["Backbone", "MoEParts"]
 
 
 class Backbone(Settings):
@@ -72,41 +71,3 @@ class MoEParts(Settings):
         if not isinstance(value, str) and not listed:
             raise ValueError('"all", "last6", "1,3" or a list of indices')
         return value
-
-
-class VisionOptimization(Optimization):
-    """As ``Optimization``, with what vision transformers are trained with; see ``Objective``."""
-
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    mixup: Annotated[float, Field(ge=0)] = 0.0
-    precision: Precision = "fp32"
-
-    @property
-    def objective(self) -> Objective:
-        return Objective(self.label_smoothing, self.mixup, self.precision)
-
-
-class VisionSettings(Settings):
-    """One training run of a timm model, ``spectralmoe train --config F.toml``.
-
-    Attributes:
-        moe: the MoE parts; None: the dense backbone, to be a start for others.
-        terms: regularizers by name with their weights, beside those of the router; one of the same name changes it.
-        image_size: images are resized to this side; those of a folder when they are read. None: as the data set has
-            them.
-        hold_out: name of a class that training and validation do not see.
-    """
-
-    data: str
-    backbone: Backbone
-    moe: MoEParts | None = None
-    terms: dict[str, Any] = Field(default_factory=dict)
-    image_size: Positive | None = None
-    train_size: Positive | None = None
-    hold_out: str | None = None
-    optimization: VisionOptimization = VisionOptimization()
-
-    @property
-    def row(self) -> Row:
-        """Router and terms as one row; "none" for a dense backbone."""
-        return "none" if self.moe is None else laid_over(self.moe.router, terms=self.terms)

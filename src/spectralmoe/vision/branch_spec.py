@@ -13,8 +13,9 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Adapter
 from spectralmoe.moe import MoE
 from spectralmoe.naming import Table, shown
-from spectralmoe.presets import K, experts_a_token, find_preset
+from spectralmoe.presets import find_preset
 from spectralmoe.router import Router
+from spectralmoe.rows import K, experts_a_token
 
 __all__ = ["BranchSpec", "RouterFactory", "Start", "Tokens"]
 

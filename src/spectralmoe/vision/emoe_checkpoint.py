@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spectralmoe.checkpoints.weights_file import read_tensors, state_dict_of, without_prefix
 from spectralmoe.errors import refuse_differences
-from spectralmoe.presets import K
+from spectralmoe.rows import K
 from spectralmoe.vision.blocks import block_width, choose_blocks, model_blocks
 from spectralmoe.vision.branch_spec import BranchSpec
 from spectralmoe.vision.branches import add_branches

@@ -1,4 +1,23 @@
-"""Reproduction cards: a paper's claim, and a plan that measures it."""
+"""Reproduction cards: a paper's claim, and a plan that measures it.
+
+A card is a folder: README.md (claim and verdict), plan.py with ``FULL`` and ``QUICK``, and the JSON files of its cells.
+``spectralmoe card FOLDER`` runs the plan.
+
+>>> from pathlib import Path
+>>> from tempfile import TemporaryDirectory
+>>> from spectralmoe.experiments.compare.columns import Column
+>>> def measure(cell, desk, progress):  # desk.tuned["tuning"][cell["row"]]: its settings
+...     return {"error": {"old": 2.0, "new": 1.0}[cell["row"]] + cell["seed"]}
+>>> cells = [{"row": row, "seed": seed} for seed in range(3) for row in ("old", "new")]
+>>> def sections(stored):
+...     columns = (Column("error", "error", 1, "smaller is better"),)
+...     return [Section("## Errors", stored["results"], columns, pairs=[("new", "old")])]
+>>> card = Card("A paper", "What is compared.", {}, [Cells("results", cells, measure)], sections, lambda stored: {})
+>>> with TemporaryDirectory() as folder:
+...     count, notes = run_card(card, Path(folder), Path(folder) / "work", 1, lambda text, done, detail="": None)
+...     print(count, Path(folder, "RESULTS.md").read_text().splitlines()[-1])
+6 | new | old | 3 | -1.0 separated |
+"""
 
 from spectralmoe.experiments.cards.plan import Card, Cells, Check, Desk, Step, Tuning
 from spectralmoe.experiments.cards.results import Section

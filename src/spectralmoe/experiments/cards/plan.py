@@ -15,11 +15,11 @@ from spectralmoe.experiments.cards.results import Section
 from spectralmoe.files import read_json, write_json
 from spectralmoe.saving import load, save
 
-__all__ = ["Card", "Cells", "Check", "Desk", "Identity", "Progress", "Step", "Stored", "Tuning"]
+__all__ = ["Card", "Cells", "Check", "Desk", "Identity", "Share", "Step", "Stored", "Tuning"]
 
 Identity = Mapping[str, Any]
 """What tells a cell from the others of its file: {"row": "linear", "depth": 2, "seed": 0}."""
-Progress = Callable[[float], None]
+Share = Callable[[float], None]
 Stored = Mapping[str, Any]
 """File name without .json -> its content."""
 NOTES = "notes.json"
@@ -62,7 +62,7 @@ class Tuning:
 
     file: str
     rows: Sequence[str]
-    tune: Callable[[str, Desk, Progress], Mapping[str, Any]]
+    tune: Callable[[str, Desk, Share], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Cells:
 
     file: str
     wanted: Sequence[Identity]
-    measure: Callable[[Identity, Desk, Progress], Mapping[str, Any]]
+    measure: Callable[[Identity, Desk, Share], Mapping[str, Any]]
 
 
 Step = Tuning | Cells
@@ -106,6 +106,8 @@ class Card:
         steps: in the order in which they run; several may share a file.
         sections: stored cells -> the tables of RESULTS.md.
         figures: stored cells -> name -> panels.
+        check: what ``--check`` runs again.
+        pictures: (folder, desk) -> draws what needs a network there.
     """
 
     title: str
@@ -115,3 +117,4 @@ class Card:
     sections: Callable[[Stored], Sequence[Section]]
     figures: Callable[[Stored], Mapping[str, Sequence[Panel]]]
     check: Check | None = None
+    pictures: Callable[[Path, Desk], None] | None = None

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 from spectralmoe.draw.figure import write_figures
 from spectralmoe.errors import UserError
-from spectralmoe.experiments.cards.plan import Card, Cells, Desk, Identity, Progress, Step, Tuning
+from spectralmoe.experiments.cards.plan import Card, Cells, Desk, Identity, Share, Step, Tuning
 from spectralmoe.experiments.cards.results import result_lines
 from spectralmoe.experiments.evidence import check_lines
 from spectralmoe.experiments.grid import DIVERGED, CellJob, finished_cells, run_cells
 from spectralmoe.experiments.run_folder import run_folder
 from spectralmoe.files import make_folder, read_json, write_json, write_text
 from spectralmoe.machine import cpu_model, describe_machine
-from spectralmoe.training.loop import Watcher
+from spectralmoe.training.loop import Progress
 
 __all__ = ["check_card", "find_card", "run_card"]
 
@@ -49,7 +49,7 @@ def find_card(folder: Path, *, quick: bool = False) -> Card:
     return card
 
 
-def run_card(card: Card, out: Path, work: Path, processes: int, watch: Watcher) -> tuple[int, list[str]]:
+def run_card(card: Card, out: Path, work: Path, processes: int, progress: Progress) -> tuple[int, list[str]]:
     """Run what ``out`` does not hold yet, and write RESULTS.md and the figures.
 
     Returns:
@@ -61,19 +61,21 @@ def run_card(card: Card, out: Path, work: Path, processes: int, watch: Watcher) 
     with run_folder(out, dict(card.settings), [f"{step.file}.json" for step in card.steps]):
         make_folder(work)
         write_json(out / "machine.json", describe_machine())
-        count = sum(_run_step(step, card, _Run(out, work, processes, watch)) for step in card.steps)
-        watch("done", 1.0)
+        count = sum(_run_step(step, card, _Run(out, work, processes, progress)) for step in card.steps)
+        progress("done", 1.0)
         with suppress(OSError):
             (out / RUNNING).rmdir()
         stored = {step.file: _content(step, out) for step in card.steps}
         lines = result_lines(card.title, card.about, card.sections(stored))
         write_text(out / "RESULTS.md", "\n".join(lines) + "\n")
+        if card.pictures is not None:
+            card.pictures(out, Desk(work, _tuned(card, out)))
         _, notes = write_figures(out, card.figures(stored))
         failed = [cell for cells in stored.values() if isinstance(cells, list) for cell in cells if DIVERGED in cell]
         return count, [*(f"diverged: {_named(cell)}: {cell[DIVERGED]}" for cell in failed), *notes]
 
 
-def check_card(card: Card, out: Path, processes: int, watch: Watcher) -> list[str]:
+def check_card(card: Card, out: Path, processes: int, progress: Progress) -> list[str]:
     """Run the cells of ``card.check`` again; a line for each mean: whether the interval of the stored cells holds it.
 
     Raises:
@@ -86,7 +88,7 @@ def check_card(card: Card, out: Path, processes: int, watch: Watcher) -> list[st
     with TemporaryDirectory() as folder:
         make_folder(work := Path(folder) / "work")
         jobs = _jobs(step, step.wanted, Desk(work, tuned))
-        again = [cell for _, cell in run_cells(Path(folder) / RUNNING, jobs, processes, watch)]
+        again = [cell for _, cell in run_cells(Path(folder) / RUNNING, jobs, processes, progress)]
     return [f"on {cpu_model()}:", *check_lines(stored, again, card.check.groups, card.check.keys)]
 
 
@@ -94,7 +96,7 @@ class _Run(NamedTuple):
     out: Path
     work: Path
     processes: int
-    watch: Watcher
+    progress: Progress
 
 
 def _run_step(step: Step, card: Card, run: _Run) -> int:
@@ -104,7 +106,7 @@ def _run_step(step: Step, card: Card, run: _Run) -> int:
     done = finished_cells(running, ("cpu",)) if missing else {}
     jobs = [job for job in _jobs(step, missing, Desk(run.work, _tuned(card, run.out))) if job.name not in done]
     if jobs:
-        done |= dict(run_cells(running, jobs, run.processes, run.watch))
+        done |= dict(run_cells(running, jobs, run.processes, run.progress))
     if done:
         write_json(run.out / f"{step.file}.json", _collected(step, known, missing, done))
     shutil.rmtree(running, ignore_errors=True)
@@ -136,7 +138,7 @@ def _jobs(step: Step, wanted: Sequence[Identity], desk: Desk) -> list[CellJob]:
     return [CellJob(_name(one), one, f"tuning {one['row']}", _tune, (step.tune, one["row"], desk)) for one in wanted]
 
 
-def _tune(tune: Any, row: str, desk: Desk, progress: Progress) -> dict[str, Any]:
+def _tune(tune: Any, row: str, desk: Desk, progress: Share) -> dict[str, Any]:
     return {"settings": tune(row, desk, progress)}
 
 

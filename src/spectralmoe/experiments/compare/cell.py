@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,51 +12,53 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectralmoe.adaptation import Trial, one_shot_trials
-from spectralmoe.data.image_data import ImageData
-from spectralmoe.diagnostics import dead_experts, evaluate, gini, max_vio, min_share
+from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
+from spectralmoe.diagnostics.evaluation import Counted
 from spectralmoe.experiments.compare.settings import Cell
 from spectralmoe.experiments.compare.setup import Setup, Tuned
 from spectralmoe.experts import Experts
 from spectralmoe.linalg import sigma_max, stable_rank
-from spectralmoe.models import SRMoE
 from spectralmoe.moe import MoE
 from spectralmoe.routing import Routing
 from spectralmoe.saving import save
 from spectralmoe.tape import moe_layers, record
 from spectralmoe.training.loop import History, train
-from spectralmoe.training.network import CHECKPOINT, model_meta
+from spectralmoe.training.network import CHECKPOINT
+from spectralmoe.training.tasks import Task
 
 __all__ = ["active_flops", "run_cell"]
 
 
 def run_cell(cell: Cell, tuned: Tuned, setup: Setup, progress: Callable[[float], None]) -> dict[str, Any]:
     """Train, measure and adapt one network; its model goes to ``models/CELL``, its row comes back as JSON values."""
-    settings, data, folder = setup.settings, setup.data, setup.out / "models" / cell.name
-    network, budget, terms = setup.recipe(cell, tuned)
+    task, folder = setup.task, setup.out / "models" / cell.name
+    network, run, terms = setup.recipe(cell, tuned)
     folder.mkdir(parents=True, exist_ok=True)
-    history = train(network, data, budget, terms=terms, checkpoint=folder / CHECKPOINT, progress=progress)
-    save(network, folder, meta=model_meta(data, cell.router))
-    row = {**cell._asdict(), "tuned": tuned._asdict(), **_measures(network, data, history)}
-    images, labels = data.test.images, data.test.labels
-    row |= _adaptation(one_shot_trials(network, images, labels, trials=settings.trials, seed=cell.seed))
+    history = train(network, task, run.optimization, terms=terms, checkpoint=folder / CHECKPOINT, progress=progress)
+    counted = Counted(network)
+    scores = task.score(counted, "test")
+    save(network, folder, meta=task.meta(run, scores, counted.loads))
+    row = {**cell._asdict(), "tuned": tuned._asdict(), **scores, **_measures(network, task, counted.loads, history)}
+    if (labelled := task.labelled("test")) is not None:
+        row |= _adaptation(one_shot_trials(network, *labelled, trials=setup.settings.trials, seed=cell.seed))
     return row
 
 
-def active_flops(model: nn.Module, image: Tensor) -> int:
-    """Floating-point operations of one forward for one image (C, H, W): only the experts that it uses count.
+def active_flops(model: nn.Module, sample: Tensor) -> int:
+    """Floating-point operations of one forward for one sample (1, ...): only the experts that it uses count.
 
     What runs outside the banks is counted as it runs, the chosen experts by ``Experts.costs``.
     """
     counted, total = copy.deepcopy(model).cpu().eval(), 0.0
     with torch.no_grad(), record(counted, keep="input") as tape:
-        counted(image[None])
+        counted(sample)
     for item in tape:
         if isinstance(item.layer, MoE) and item.kept is not None:
             costs = item.layer.experts.costs(item.input.shape[1:])
             total += float(item.kept.slots.counts.to(costs) @ costs)
             item.layer.dispatch = _nothing
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        counted(image[None])
+        counted(sample)
     return int(total) + int(counter.get_total_flops())
 
 
@@ -65,28 +67,26 @@ def _nothing(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
     return torch.zeros_like(x)
 
 
-def _measures(network: SRMoE, data: ImageData, history: History) -> dict[str, Any]:
-    found = evaluate(network, data.test.images, data.test.labels)
-    loads = list(found.loads.values())
+def _measures(network: nn.Module, task: Task, loads: Mapping[str, Tensor], history: History) -> dict[str, Any]:
+    shares = list(loads.values())
     matrices = [
         m.detach()
         for layer in moe_layers(network).values()
         if layer.router and (m := layer.router.scorer.matrix) is not None
     ]
     return {
-        "accuracy": found.accuracy,
-        "validation_accuracy": history.validation_accuracy,
-        "max_vio": max(map(max_vio, loads)),
-        "gini": max(map(gini, loads)),
-        "dead_experts": sum(map(dead_experts, loads)),
-        "min_load_share": min(map(min_share, loads)),
+        history.metric.key_of("validation"): history.validation,
+        "max_vio": max(map(max_vio, shares)),
+        "gini": max(map(gini, shares)),
+        "dead_experts": sum(map(dead_experts, shares)),
+        "min_load_share": min(map(min_share, shares)),
         "sigma_1": _mean([float(sigma_max(m)) for m in matrices]),
         "stable_rank": _mean([float(stable_rank(m)) for m in matrices]),
         "parameters": sum(p.numel() for p in network.parameters()),
-        "active_flops": active_flops(network, data.test.images[0]),
+        "active_flops": active_flops(network, task.example()),
         "seconds_per_epoch": history.seconds_per_epoch,
         "epochs": history.epochs,
-        "loads": {name: load.tolist() for name, load in found.loads.items()},
+        "loads": {name: load.tolist() for name, load in loads.items()},
     }
 
 

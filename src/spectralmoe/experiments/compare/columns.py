@@ -10,8 +10,10 @@ from spectralmoe.errors import one_of
 from spectralmoe.experiments.evidence import Cells, difference, show
 from spectralmoe.experiments.grid import DIVERGED
 from spectralmoe.experiments.statistics import Estimate, estimate
+from spectralmoe.training.tasks import Metric, Task
+from spectralmoe.training.tasks.classification import CLASSIFICATION
 
-__all__ = ["COLUMNS", "Column", "Row", "chosen_columns", "show_value", "summarise", "summary_json"]
+__all__ = ["COLUMNS", "Column", "Row", "chosen_columns", "columns_of", "show_value", "summarise", "summary_json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +30,11 @@ class Column:
     digits: int
     meaning: str
     scale: float = 1.0
-    from_zero: bool = True
     better: Literal["higher", "lower", ""] = ""
     unit: str = ""
 
 
-COLUMNS = (
-    Column("accuracy", "accuracy %", 2, "test accuracy before adaptation", from_zero=False, better="higher"),
+_ROUTING = (
     Column("max_vio", "MaxVio", 2, "largest load over mean load minus 1, worst layer; 0 is even", better="lower"),
     Column("gini", "Gini", 2, "Gini coefficient of the load, worst layer; 0 is even", better="lower"),
     Column(
@@ -47,6 +47,9 @@ COLUMNS = (
     ),
     Column("sigma_1", "sigma_1", 2, "largest singular value of the routing matrix, mean over layers"),
     Column("stable_rank", "stable rank", 2, "stable rank of the routing matrix, mean over layers"),
+)
+
+_CORRECTIONS = (
     Column(
         "interference",
         "interference",
@@ -63,17 +66,35 @@ COLUMNS = (
         100.0,
         better="higher",
     ),
+)
+
+_COST = (
     Column("parameters", "params k", 1, "trained parameters", 1e-3),
     Column(
         "active_flops",
-        "MFLOP/img",
+        "MFLOP/sample",
         2,
-        "operations of matrix products and convolutions, one image",
+        "operations of matrix products and convolutions, one sample",
         1e-6,
         better="lower",
     ),
     Column("seconds_per_epoch", "s/epoch", 2, "training seconds an epoch", better="lower"),
 )
+
+
+def columns_of(task: Task) -> tuple[Column, ...]:
+    """The metrics of the task, then what every comparison measures; corrections where the task is to classify."""
+    corrections = () if task.labelled("test") is None else _CORRECTIONS
+    return (*map(_column, task.metrics), *_ROUTING, *corrections, *_COST)
+
+
+def _column(metric: Metric) -> Column:
+    meaning = f"{metric.meaning}, on the test part before corrections"
+    return Column(metric.key, metric.heading, metric.digits, meaning, better=metric.better)
+
+
+COLUMNS = (*map(_column, CLASSIFICATION), *_ROUTING, *_CORRECTIONS, *_COST)
+"""The columns of a comparison of classifiers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spectralmoe.data.image_data import ImageData
 from spectralmoe.experiments.compare.cell import run_cell
-from spectralmoe.experiments.compare.columns import Row
+from spectralmoe.experiments.compare.columns import Row, columns_of
 from spectralmoe.experiments.compare.outputs import WRITES, Shown, write_pictures, write_results
 from spectralmoe.experiments.compare.settings import GROWS, Cell, CompareSettings
 from spectralmoe.experiments.compare.setup import Setup
@@ -18,8 +17,9 @@ from spectralmoe.experiments.compare.tuning import TRY_KEYS, best_setting, candi
 from spectralmoe.experiments.grid import DIVERGED, CellJob, finished_cells, run_cells
 from spectralmoe.experiments.run_folder import run_folder
 from spectralmoe.files import write_json
-from spectralmoe.training.loop import Watcher
+from spectralmoe.training.loop import Progress
 from spectralmoe.training.network import CHECKPOINT
+from spectralmoe.training.tasks import Task
 
 __all__ = ["Compared", "run"]
 
@@ -45,10 +45,10 @@ class Compared(NamedTuple):
 
 def run(
     settings: CompareSettings,
-    data: ImageData,
+    task: Task,
     out: Path,
     device: torch.device,
-    watch: Watcher,
+    progress: Progress,
     *,
     processes: int = 1,
     baseline: str | None = None,
@@ -69,28 +69,26 @@ def run(
         UserError: as ``run_folder``; settings that cannot work; a damaged cell; an unknown baseline or column.
     """
     settings.check()
-    if settings.train_size is not None:
-        data = data.subset(settings.train_size)
-    setup = Setup(settings, data, out, device)
-    claim = {**settings.model_dump(mode="json"), "images": data.fingerprint}
+    setup = Setup(settings, task, out, device)
+    claim = {**settings.model_dump(mode="json"), "images": task.fingerprint}
     with run_folder(out, claim, WRITES, grows=GROWS) as claimed:
         grown = CompareSettings.model_validate({**settings.model_dump(), **{key: claimed[key] for key in GROWS}})
-        shown = Shown.of(columns, baseline, grown.routers)
+        shown = Shown.of(columns, baseline, grown.routers, columns_of(task))
         done = finished_cells(out / CELLS, (*Cell._fields, "cpu"))
-        tries = _tune(setup, processes, watch)
+        tries = _tune(setup, processes, progress)
         jobs = _training(setup, done, tries)
-        for name, cell in run_cells(out / CELLS, jobs, processes, watch):
+        for name, cell in run_cells(out / CELLS, jobs, processes, progress):
             done[name] = cell
             write_results(out, grown, _ordered(grown, done), shown)
             (out / "models" / name / CHECKPOINT).unlink(missing_ok=True)
-        watch("done", 1.0)
+        progress("done", 1.0)
         cells = _ordered(grown, done)
         rows = write_results(out, grown, cells, shown)
         pictures, notes = write_pictures(out, rows, shown)
         return Compared(cells, rows, shown, pictures, [*_divergences(cells), *notes])
 
 
-def _tune(setup: Setup, processes: int, watch: Watcher) -> list[dict[str, Any]]:
+def _tune(setup: Setup, processes: int, progress: Progress) -> list[dict[str, Any]]:
     """Every candidate on every row, under the first seed; those that are there are not tried again."""
     settings, folder = setup.settings, setup.out / TRIES
     done = finished_cells(folder, TRY_KEYS)
@@ -107,7 +105,7 @@ def _tune(setup: Setup, processes: int, watch: Watcher) -> list[dict[str, Any]]:
             )
             jobs += [job] if job.name not in done else []
     if jobs:
-        done |= dict(run_cells(folder, jobs, processes, watch))
+        done |= dict(run_cells(folder, jobs, processes, progress))
     tries = sorted(done.values(), key=lambda one: (one["router"], one["depth"], one["candidate"]))
     if tries:
         write_json(setup.out / "tuning.json", tries)
@@ -121,7 +119,7 @@ def _training(setup: Setup, done: Mapping[str, dict[str, Any]], tries: Sequence[
         if DIVERGED in known or (known and config.exists()):
             continue
         text = f"{cell.router}, depth {cell.depth}, seed {cell.seed}"
-        arguments = (cell, best_setting(cell, tries), setup)
+        arguments = (cell, best_setting(cell, tries, setup.task.metric), setup)
         jobs.append(CellJob(cell.name, cell._asdict(), text, run_cell, arguments))
     return jobs
 

@@ -35,13 +35,20 @@ _BESIDE = ("interference_worst", "min_load_share", "trials", "cpu", "threads", D
 
 
 class Shown(NamedTuple):
-    """What tables and pictures show: these columns, and differences to the baseline."""
+    """What tables and pictures show: these columns of ``known`` ones, and differences to the baseline."""
 
     columns: tuple[Column, ...]
     baseline: str
+    known: tuple[Column, ...] = COLUMNS
 
     @classmethod
-    def of(cls, columns: Sequence[str], baseline: str | None, routers: Sequence[str]) -> Self:
+    def of(
+        cls,
+        columns: Sequence[str],
+        baseline: str | None,
+        routers: Sequence[str],
+        known: tuple[Column, ...] = COLUMNS,
+    ) -> Self:
         """From column keys (none: all) and the baseline's name (None: the first router).
 
         Raises:
@@ -49,23 +56,23 @@ class Shown(NamedTuple):
         """
         if baseline is not None and baseline not in routers:
             raise one_of("baseline", baseline, list(routers))
-        return cls(chosen_columns(columns), baseline or routers[0])
+        return cls(chosen_columns(columns, known), baseline or routers[0], known)
 
 
 def write_results(out: Path, settings: CompareSettings, cells: Cells, shown: Shown) -> list[Row]:
     """``results.json`` and ``results.csv`` with everything; the other tables with what is shown. Returns the rows."""
     present = {cell["router"] for cell in cells}
-    rows = summarise(cells, COLUMNS, shown.baseline if shown.baseline in present else None)
+    rows = summarise(cells, shown.known, shown.baseline if shown.baseline in present else None)
     results = {
         "settings": settings.model_dump(mode="json"),
         "machine": describe_machine(),
-        "columns": {column.key: column.meaning for column in COLUMNS},
+        "columns": {column.key: column.meaning for column in shown.known},
         "baseline": shown.baseline,
         "summary": summary_json(rows, shown.baseline),
         "cells": cells,
     }
     write_json(out / "results.json", results)
-    write_text(out / "results.csv", _csv(["router", "depth", "seed", *(c.key for c in COLUMNS), *_BESIDE], cells))
+    write_text(out / "results.csv", _csv(["router", "depth", "seed", *(c.key for c in shown.known), *_BESIDE], cells))
     write_text(out / "summary.csv", _summary(rows, shown))
     tables = [(value_fields(rows, shown), ""), (difference_fields(rows, shown), f"Paired differences: {_minus(shown)}")]
     shown_tables = [(table, title) for table, title in tables if table.rows]

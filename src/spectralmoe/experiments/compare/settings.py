@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
 from spectralmoe.errors import UserError
-from spectralmoe.naming import shown
+from spectralmoe.naming import file_name, shown
 from spectralmoe.presets import find_preset
 from spectralmoe.training.names import DEFAULT_ROUTERS
 from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
+from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.vision_settings import Backbone, MoEParts
 
 __all__ = ["GROWS", "Cell", "CompareSettings", "no_repeats"]
 
@@ -30,12 +30,8 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A folder name; that of a table is its words and a digest."""
-        router = re.sub(r"[^A-Za-z0-9+_.-]", "_", self.router)
-        if self.router.startswith("{"):
-            digest = hashlib.sha256(self.router.encode()).hexdigest()[:8]
-            router = f"{'_'.join(re.findall(r'[A-Za-z0-9+.-]+', self.router))[:60]}-{digest}"
-        return f"{router}-depth{self.depth}-seed{self.seed}"
+        """A folder name."""
+        return f"{file_name(self.router)}-depth{self.depth}-seed{self.seed}"
 
 
 def _text(row: object) -> object:
@@ -46,14 +42,17 @@ class CompareSettings(Settings):
     """What is compared, on which data, under which budget. Every row gets the same.
 
     Attributes:
-        data: name of a data set, or ``folder:PATH``.
+        data: name of a data set, ``folder:PATH``, or ``KIND:NAME`` of another task.
         routers: names of presets, tables (kept as text), or ``pkg:object`` of your own; see ``find_preset``.
-        depths: numbers of MoE stages.
+        depths: numbers of MoE stages; of a timm model, its last N blocks get the experts.
         seeds: how many seeds, counted from ``seed``.
         image_size: side that the images of a folder are resized to when they are read; None: see ``load_data``.
-        train_size: training images; None: all.
+        train_size: training samples; None: all.
         trials: one-shot adaptation trials a cell (all misclassified test samples where there are fewer).
         tune: settings tried for each row and depth, on the validation part; 0: the presets as they are.
+        network: sizes of an SR-MoE network, and experts a layer and a token of any.
+        backbone: a timm model in its place.
+        moe: the form of its MoE parts; router, blocks and numbers of experts are those of the row and of ``network``.
     """
 
     data: str = "mnist5k"
@@ -66,6 +65,8 @@ class CompareSettings(Settings):
     trials: Positive = 50
     tune: Annotated[int, Field(ge=0)] = 0
     network: Network = Network()
+    backbone: Backbone | None = None
+    moe: MoEParts | None = None
     optimization: Optimization = Optimization()
 
     def check(self) -> None:
@@ -82,6 +83,22 @@ class CompareSettings(Settings):
             raise UserError(f"--k {k} is no number of experts a token from 1 to {experts} (--experts)")
         for name in self.routers:
             find_preset(name).check(self.network.width, experts, self.network.hidden, k=k, spare=self.network.spare)
+
+    def run_of(self, cell: Cell, lr: float = 1.0) -> TrainSettings:
+        """The training run of one cell.
+
+        Args:
+            lr: factor on the learning rate.
+        """
+        optimization = self.optimization.model_copy(update={"seed": cell.seed, "lr": self.optimization.lr * lr})
+        values: dict[str, Any] = {"data": self.data, "image_size": self.image_size, "train_size": self.train_size}
+        values["optimization"] = optimization
+        if self.backbone is None:
+            return TrainSettings(**values, router=cell.router, depth=cell.depth, network=self.network)
+        form = self.moe or MoEParts(kind="replace_mlp", init="random", bottleneck=self.network.hidden)
+        of_row = {"router": cell.router, "blocks": f"last{cell.depth}"}
+        sizes = {"experts": self.network.num_experts, "k": self.network.k}
+        return TrainSettings(**values, backbone=self.backbone, moe=form.model_copy(update=of_row | sizes))
 
     def cells(self) -> list[Cell]:
         """All cells; the rows take turns, so that a stopped run holds every row alike."""

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from spectralmoe.data.image_data import ImageData
 from spectralmoe.experiments.compare.settings import Cell, CompareSettings
-from spectralmoe.models import SRMoE
 from spectralmoe.presets import find_preset
 from spectralmoe.terms import Term
-from spectralmoe.training.network import build_network
-from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks import Task
+from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = ["Recipe", "Setup", "Tuned"]
 
@@ -30,24 +29,22 @@ class Tuned(NamedTuple):
 class Recipe(NamedTuple):
     """An untrained network and how to train it."""
 
-    network: SRMoE
-    budget: Optimization
+    network: nn.Module
+    run: TrainSettings
     terms: Mapping[str, Term]
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Settings, data, the folder for everything that is written, and the device."""
+    """Settings, task, the folder for everything that is written, and the device."""
 
     settings: CompareSettings
-    data: ImageData
+    task: Task
     out: Path
     device: torch.device
 
     def recipe(self, cell: Cell, tuned: Tuned) -> Recipe:
         """What ``cell`` is trained with under the tuned factors; sets the seed of torch."""
-        budget = self.settings.optimization
-        budget = budget.model_copy(update={"seed": cell.seed, "lr": budget.lr * tuned.lr})
-        network = build_network(self.data, self.settings.network, cell.router, cell.depth, cell.seed)
+        run = self.settings.run_of(cell, tuned.lr)
         terms = find_preset(cell.router).strengthened(tuned.strength).terms
-        return Recipe(network.to(self.device), budget, terms)
+        return Recipe(self.task.build(run).to(self.device), run, terms)

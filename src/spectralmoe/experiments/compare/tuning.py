@@ -9,11 +9,12 @@ from typing import Any
 from spectralmoe.experiments.compare.settings import Cell
 from spectralmoe.experiments.compare.setup import Setup, Tuned
 from spectralmoe.training.loop import train
+from spectralmoe.training.tasks import Metric
 
 __all__ = ["TRY_KEYS", "best_setting", "candidates", "try_candidate"]
 
 TRY_KEYS = ("router", "depth", "candidate", "lr", "strength")
-"""What tells a try from the others; its measure is "validation_accuracy"."""
+"""What tells a try from the others; its measure is the metric of the task on the validation part."""
 
 
 def candidates(count: int) -> list[Tuned]:
@@ -28,18 +29,17 @@ def candidates(count: int) -> list[Tuned]:
 
 
 def try_candidate(cell: Cell, candidate: Tuned, setup: Setup, progress: Callable[[float], None]) -> dict[str, Any]:
-    """What ``candidate`` reaches on the row of ``cell``: validation accuracy in percent."""
-    network, budget, terms = setup.recipe(cell, candidate)
-    history = train(network, setup.data, budget, terms=terms, progress=progress)
-    return {"validation_accuracy": history.validation_accuracy}
+    """What ``candidate`` reaches on the row of ``cell``: the metric of the task on the validation part."""
+    network, run, terms = setup.recipe(cell, candidate)
+    history = train(network, setup.task, run.optimization, terms=terms, progress=progress)
+    return {history.metric.key_of("validation"): history.validation}
 
 
-def best_setting(cell: Cell, tries: Iterable[Mapping[str, Any]]) -> Tuned:
-    """The candidate with the best validation accuracy in this cell's row; the preset where nothing was tuned."""
+def best_setting(cell: Cell, tries: Iterable[Mapping[str, Any]], metric: Metric) -> Tuned:
+    """The candidate that is best on the validation part in this cell's row; the preset where nothing was tuned."""
+    key = metric.key_of("validation")
     row = [
-        one
-        for one in tries
-        if (one["router"], one["depth"]) == (cell.router, cell.depth) and one.get("validation_accuracy") is not None
+        one for one in tries if (one["router"], one["depth"]) == (cell.router, cell.depth) and one.get(key) is not None
     ]
-    best = max(row, key=lambda one: one["validation_accuracy"], default=None)
+    best = max(row, key=lambda one: metric.rank(one[key]), default=None)
     return Tuned() if best is None else Tuned(best["lr"], best["strength"])

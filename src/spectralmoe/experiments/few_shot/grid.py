@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,12 +20,13 @@ from spectralmoe.experiments.run_folder import run_folder
 from spectralmoe.experiments.statistics import estimate
 from spectralmoe.files import write_json
 from spectralmoe.machine import describe_machine
+from spectralmoe.naming import file_name
 from spectralmoe.presets import PRESETS, find_preset
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
 from spectralmoe.selectors import TopK
 from spectralmoe.terms import Term
-from spectralmoe.training.loop import Watcher
+from spectralmoe.training.loop import Progress
 from spectralmoe.training.names import FRESH_ROWS, OWN_ROWS
 from spectralmoe.training.settings import Optimization, Positive, Seed, Settings, Several
 from spectralmoe.vision import BranchSpec, add_branches
@@ -48,7 +48,7 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """A file name."""
-        return f"{re.sub(r'[^A-Za-z0-9+_.-]', '_', self.row)}-{self.shots}shots-seed{self.seed}"
+        return f"{file_name(self.row)}-{self.shots}shots-seed{self.seed}"
 
 
 class FewShotSettings(Settings):
@@ -127,7 +127,7 @@ class Task(NamedTuple):
     data: ImageData
 
 
-def run_few_shot(settings: FewShotSettings, task: Task, out: Path, watch: Watcher) -> list[dict[str, Any]]:
+def run_few_shot(settings: FewShotSettings, task: Task, out: Path, progress: Progress) -> list[dict[str, Any]]:
     """Run all cells (row, shots, seed) that ``out/cells`` does not hold yet; returns the summary of all that it holds.
 
     Another run there may ask for more rows, shots and seeds.
@@ -151,9 +151,9 @@ def run_few_shot(settings: FewShotSettings, task: Task, out: Path, watch: Watche
             for cell in settings.cells()
             if cell.name not in done
         ]
-        for name, result in run_cells(out / CELLS, jobs, 1, watch):
+        for name, result in run_cells(out / CELLS, jobs, 1, progress):
             done[name] = result
-        watch("done", 1.0)
+        progress("done", 1.0)
         cells = [done[cell.name] for cell in grown.cells() if cell.name in done]
         summary = _summary(grown, cells)
         machine, about = describe_machine(), grown.model_dump(mode="json")

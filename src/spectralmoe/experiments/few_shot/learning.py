@@ -13,6 +13,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.terms import Term
 from spectralmoe.training.loop import train as run_training
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.tasks import ImageTask
 from spectralmoe.vision import BranchSpec, add_branches
 from spectralmoe.vision.model import VisionMoE
 
@@ -74,7 +75,7 @@ def few_shot_network(
     network.freeze([path for path in network.parts() if own or path not in held])
     empty = Split(train.images[:0], train.labels[:0])
     data = ImageData("shots", train, empty, empty, tuple(map(str, range(num_classes))))
-    run_training(network, data, settings, terms=terms, progress=progress)
+    run_training(network, ImageTask(data), settings, terms=terms, progress=progress)
     return network
 
 

@@ -1,68 +1,77 @@
-"""``spectralmoe adapt --stream``: corrections in a row on one model, each step written down and drawn."""
+"""``spectralmoe adapt stream``: corrections in a row on one model, each step written down and drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
-from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from spectralmoe.adaptation import StreamStep, correction_stream
-from spectralmoe.adaptation.receipt_picture import STYLE
-from spectralmoe.adaptation.receipt_text import carried_lines
-from spectralmoe.cli.adapt_measure import carried_means, mean
-from spectralmoe.cli.adapt_setup import Wishes, output_folder, prepare
-from spectralmoe.cli.console import print_json, watching
-from spectralmoe.diagnostics import evaluate
+from spectralmoe.cli.adapt.options import AdaptOptions
+from spectralmoe.cli.adapt.trials import NOTHING_WRONG, carried_means
+from spectralmoe.cli.console import print_json, show_progress
+from spectralmoe.cli.options import Out
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json, write_text
-from spectralmoe.machine import describe_machine
 
-__all__ = ["draw_stream", "run_stream"]
+if TYPE_CHECKING:
+    from spectralmoe.adaptation import StreamStep
+
+__all__ = ["draw_stream", "stream"]
 
 STEPS, PICTURE = "stream.json", "stream.svg"
 _LEFT, _RIGHT, _TOP, _PLOT_WIDTH, _PLOT_HEIGHT, _GAP = 64, 24, 58, 560, 130, 56
 
 
-def run_stream(wishes: Wishes, count: int, out: Path) -> None:
-    """Make ``count`` corrections of test samples in a row; writes every step, a plot, and the model after the last.
+def stream(
+    options: AdaptOptions,
+    out: Out,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="How many corrections.")] = 100,
+) -> None:
+    """Correct N test samples in a row; writes every step, a plot, and the model after the last.
 
-    Raises:
-        UserError: the model makes no mistake on the test part; a folder that cannot be written.
+    Example: spectralmoe adapt stream MODEL --count 100 --guard mnist5k --out runs/stream
     """
-    with output_folder(out, wishes.model), watching(quiet=wishes.json) as watch:
-        watch("reading model and data", 0.0)
-        task = prepare(wishes)
-        test = task.data(wishes.data).test
-        before = evaluate(task.network, test.images, test.labels).predictions
+    import torch
+
+    from spectralmoe.adaptation import correction_stream
+    from spectralmoe.adaptation.receipt_text import carried_lines
+    from spectralmoe.cli.adapt.setup import output_folder, prepare, save_like
+    from spectralmoe.diagnostics import evaluate
+    from spectralmoe.machine import describe_machine
+
+    with output_folder(out, options.model), show_progress(quiet=options.json) as progress:
+        progress("reading model and data", 0.0)
+        prepared = prepare(options)
+        network, test = prepared.network, prepared.data().test
+        before = evaluate(network, test.images, test.labels).predictions
         steps = correction_stream(
-            task.network,
+            network,
             test.images,
             test.labels,
             count=count,
-            rule=task.rule,
-            guard=task.guard,
-            seed=wishes.seed,
-            watch=lambda share: watch("correcting in a row", share),
+            rule=prepared.rule,
+            guard=prepared.guard,
+            seed=options.seed,
+            progress=lambda share: progress("correcting in a row", share),
         )
         if not steps:
-            raise UserError("the model makes no mistake on the test part: there is nothing to correct")
+            raise UserError(NOTHING_WRONG)
         others = torch.ones(len(test), dtype=torch.bool)
         others[[step.sample for step in steps]] = False
         first = 100 * float((before == test.labels)[others].double().mean())
         result = _summary(steps, first, int(others.sum()))
-        about = {"model": str(wishes.model), "settings": task.settings, "machine": describe_machine()}
+        about = {"model": str(options.model), "settings": prepared.settings, "machine": describe_machine()}
         write_text(out / PICTURE, draw_stream(steps, first))
         write_json(out / STEPS, {**result, **about, "steps": [asdict(step) for step in steps]})
-        task.save(out)
-    if wishes.json:
+        save_like(options.model, network, out)
+    if options.json:
         print_json({**result, **about})
         return
-    typer.echo(task.said)
+    typer.echo(prepared.chosen)
     typer.echo(
         f"{len(steps)} corrections in a row, {result['success']:.0%} with success, {result['kept']:.0%} of these right "
         f"at the end; accuracy on the other {result['others']:,} test samples {first:.2f}% -> "
@@ -76,12 +85,12 @@ def run_stream(wishes: Wishes, count: int, out: Path) -> None:
 def _summary(steps: Sequence[StreamStep], before: float, others: int) -> dict[str, Any]:
     return {
         "corrections": len(steps),
-        "success": mean([float(step.success) for step in steps]),
+        "success": fmean(step.success for step in steps),
         "kept": steps[-1].kept,
         "others": others,
         "accuracy_before": before,
         "accuracy_after": steps[-1].accuracy,
-        "seconds": mean([step.seconds for step in steps]),
+        "seconds": fmean(step.seconds for step in steps),
         "carried_after": carried_means([step.after for step in steps]),
     }
 
@@ -92,6 +101,8 @@ def draw_stream(steps: Sequence[StreamStep], before: float) -> str:
     Args:
         before: accuracy on the other samples before the first correction, percent.
     """
+    from spectralmoe.adaptation.receipt_picture import STYLE
+
     accuracy, kept = [before, *(step.accuracy for step in steps)], [100 * step.kept for step in steps]
     width = _LEFT + _PLOT_WIDTH + _RIGHT
     height = _TOP + 2 * _PLOT_HEIGHT + 2 * _GAP

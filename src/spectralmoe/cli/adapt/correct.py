@@ -1,0 +1,152 @@
+"""``spectralmoe adapt correct``: one correction with its receipt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spectralmoe.cli.adapt.options import AdaptOptions
+from spectralmoe.cli.console import print_json, show_progress
+from spectralmoe.cli.options import Out, say_notes
+from spectralmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spectralmoe.adaptation import Receipt, Update
+    from spectralmoe.cli.adapt.setup import Prepared
+
+__all__ = ["correct"]
+
+UPDATE, RECEIPT, PICTURE = "update.safetensors", "receipt.json", "receipt.svg"
+PARTS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+
+
+def correct(
+    options: AdaptOptions,
+    out: Out,
+    sample: Annotated[
+        str | None, typer.Option(metavar="PART:N", help="Correct this sample of the data, such as test:43.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(metavar="F", help="Correct this image; with --label.")] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(metavar="CLASS", help="The right class, by name or number; of --sample by default the data's."),
+    ] = None,
+) -> None:
+    """Correct one image by one expert a layer; writes the receipt and, if it was kept, picture, update and model.
+
+    Examples: spectralmoe adapt correct MODEL --sample test:43 --guard mnist5k --out runs/corrected
+
+    spectralmoe adapt correct MODEL --image seven.png --label 7 --guard mnist5k --out runs/corrected
+
+    A correction that is refused ends with exit code 1. 'spectralmoe evaluate MODEL --wrong DIR' shows which samples are
+    wrong.
+    """
+    import torch
+
+    from spectralmoe.adaptation import make_receipt, receipt_lines
+    from spectralmoe.cli.adapt.setup import output_folder, prepare
+
+    if (sample is None) == (image is None):
+        raise UserError("name what to correct: --sample PART:N of the data, or --image F with --label, one of them")
+    if image is not None and label is None:
+        raise UserError("--image has no class of its own: give --label with it")
+    with output_folder(out, options.model), show_progress(quiet=options.json) as progress:
+        progress("reading model and data", 0.0)
+        prepared = prepare(options)
+        wrong = _from_data(str(sample), label, prepared) if image is None else _from_file(image, str(label), prepared)
+        test, missing = _test_part(prepared)
+        progress("correcting", 0.2)
+        network, guard = prepared.network, prepared.guard
+        update = prepared.rule.correct(network, wrong.image, torch.tensor([wrong.label]), guard)
+        progress("measuring what else moved", 0.7)
+        classes = prepared.meta.classes
+        receipt = make_receipt(network, wrong.image, wrong.label, update, guard=guard, test=test, classes=classes)
+        about = {"model": str(options.model), **wrong.about, "settings": prepared.settings}
+        _write(prepared, out, wrong.image, update, receipt, about)
+    if wrong.converted:
+        say_notes([wrong.converted])
+    if options.json:
+        print_json({**about, **receipt.to_json()})
+    else:
+        lines = [*receipt_lines(receipt), *([f"test: none, {missing}"] if missing else [])]
+        typer.echo("\n".join([prepared.chosen, *lines, f"written to {out}: {_files(receipt)}"]))
+    if not receipt.success:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What is corrected: an image (1, C, H, W), its class, where it comes from, and how it was converted ("": not)."""
+
+    image: Tensor
+    label: int
+    about: dict[str, Any]
+    converted: str = ""
+
+
+def _from_file(file: Path, label: str, prepared: Prepared) -> _Sample:
+    """The image in ``file``, read as ``predict`` reads it."""
+    from spectralmoe.cli.adapt.setup import find_label
+    from spectralmoe.data.image_files import conversions, read_image
+
+    meta, y = prepared.meta, find_label(label, prepared.meta)
+    image = read_image(file, channels=meta.channels, size=meta.image_size)[None]
+    converted = conversions([file], channels=meta.channels, size=meta.image_size)
+    return _Sample(image, y, {"image": str(file), "sample": None, "converted": converted or None}, converted)
+
+
+def _from_data(text: str, label: str | None, prepared: Prepared) -> _Sample:
+    """Sample N of a part of the data: ``text`` is PART:N."""
+    from spectralmoe.cli.adapt.setup import find_label
+
+    name, _, number = text.partition(":")
+    if name not in PARTS or not number.isdecimal():
+        raise UserError(f"--sample {text!r} is not a part and a number such as test:43; parts: train, validation, test")
+    data, part = prepared.data(), PARTS[name]
+    split, index = getattr(data, part), int(number)
+    if index >= len(split):
+        raise UserError(f"--sample {text}: the {part} part of {data.name} has the samples 0 to {len(split) - 1}")
+    y = int(split.labels[index]) if label is None else find_label(label, prepared.meta)
+    about = {"data": data.name, "part": part, "number": index}
+    return _Sample(split.images[index : index + 1], y, {"image": None, "sample": about, "converted": None})
+
+
+def _test_part(prepared: Prepared) -> tuple[tuple[Tensor, Tensor] | None, str]:
+    """Held-out samples; none, and why, where the model's own data cannot be had and no others were asked for."""
+    try:
+        test = prepared.data().test
+    except UserError as error:
+        if prepared.options.data is not None:
+            raise
+        return None, str(error)
+    return (test.images, test.labels), ""
+
+
+def _write(prepared: Prepared, out: Path, x: Tensor, update: Update, receipt: Receipt, about: dict[str, Any]) -> None:
+    """The model last: a folder that holds one holds everything."""
+    from spectralmoe.adaptation import draw_receipt
+    from spectralmoe.cli.adapt.setup import save_like
+    from spectralmoe.files import to_json, write_text
+
+    text = to_json({**about, **receipt.to_json()})
+    if not receipt.success:
+        write_text(out / RECEIPT, text)
+        return
+    picture = draw_receipt(receipt, x, None if prepared.guard is None else prepared.guard.samples)
+    if update.touched:
+        update.save(out / UPDATE)
+    write_text(out / PICTURE, picture)
+    write_text(out / RECEIPT, text)
+    save_like(prepared.options.model, prepared.network, out)
+
+
+def _files(receipt: Receipt) -> str:
+    """The files that ``_write`` wrote."""
+    if not receipt.success:
+        return RECEIPT
+    return f"model, {UPDATE}, {RECEIPT}, {PICTURE}" if receipt.written else f"model (unchanged), {RECEIPT}, {PICTURE}"

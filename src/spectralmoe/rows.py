@@ -1,0 +1,132 @@
+"""Preset: what one network of a comparison is made of, and the parts that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from spectralmoe.errors import UserError, first_line
+from spectralmoe.experts import Experts
+from spectralmoe.moe import MoE
+from spectralmoe.naming import Table, part_class, shown
+from spectralmoe.parts import Part
+from spectralmoe.router import Router
+from spectralmoe.spec import build, parameters_of
+from spectralmoe.terms import Term
+
+__all__ = ["BRANCH", "K", "Preset", "experts_a_token"]
+
+K = int | Literal["soft"]
+"""Experts a token: a number, or "soft": all of them."""
+
+BRANCH = {"tokens": "all", "norm": True, "start": "model"}
+"""How a branch reads a model's features where a row does not say it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """One row of a comparison.
+
+    Attributes:
+        summary: one line for ``spectralmoe list``.
+        scorer, selector: their specs; what the network knows (``spectralmoe.naming.FILLED_IN``) is left out.
+        soft: the selector where a token uses all experts; None: ``selector`` serves there, too.
+        experts: the bank's spec; None: the network's own.
+        k: experts a token; None: as many as the network asks for.
+        terms: regularizers by name, with their weights.
+        branch: of a branch behind a vision model's block: tokens, norm and start, see ``BranchSpec``.
+        allow: the classes of a user's own that it names.
+    """
+
+    summary: str
+    scorer: Table
+    selector: Table = field(default_factory=lambda: {"type": "topk"})
+    soft: Table | None = field(default_factory=lambda: {"type": "soft"})
+    experts: Table | None = None
+    k: K | None = None
+    terms: Mapping[str, Term] = field(default_factory=dict)
+    branch: Table = field(default_factory=lambda: dict(BRANCH))
+    allow: tuple[str, ...] = ()
+
+    def strengthened(self, factor: float) -> Preset:
+        """The same row with the weights of its terms multiplied by ``factor``."""
+        return replace(self, terms={name: _scaled(term, factor) for name, term in self.terms.items()})
+
+    def make_router(self, dim: int, num_experts: int, *, k: K) -> Router:
+        """A new router for tokens of width D in front of E experts, ``k`` of them a token.
+
+        Raises:
+            UserError: what its parts refuse; k = "soft" for a selector that was named and takes a number.
+        """
+        k = self.k or k
+        sizes: dict[str, Any] = {"dim": dim, "num_experts": num_experts} | ({} if k == "soft" else {"k": k})
+        spec = self.soft if self.soft is not None and k in ("soft", num_experts) else self.selector
+        if k == "soft" and "k" not in spec and "k" in parameters_of(part_class("selector", spec["type"])):
+            raise UserError(
+                f'selector {spec["type"]!r} takes a number of experts a token, not k = "soft"; leave the selector out'
+            )
+        scorer, selector = (build(each, allow=self.allow, sizes=sizes) for each in (self.scorer, spec))
+        return Router(scorer, selector)
+
+    def check(self, dim: int, num_experts: int, hidden: int, *, k: K, spare: int = 0) -> None:
+        """Build a layer and run two tokens, so that what does not fit the sizes of a network shows before it runs.
+
+        Raises:
+            UserError: as ``make_router``, ``make_experts`` and ``MoE``; a part that reads side information, or fails.
+        """
+        try:
+            with torch.random.fork_rng(devices=[]):
+                router = self.make_router(dim, num_experts, k=k)
+                layer = MoE(router, self.make_experts(num_experts, dim, hidden, spare))
+            for part in layer.modules():
+                if isinstance(part, Part) and part.reads:
+                    who = f"{type(part).__name__} reads {part.reads[0]!r} from the context"
+                    raise UserError(f"{who}, and this network gives none")
+            with torch.no_grad():
+                layer.eval()(torch.zeros(2, dim))
+        except UserError as error:
+            raise UserError(f"router {self.summary!r}: {error}") from error
+        except Exception as error:  # of a part of the user's own
+            raise UserError(f"router {self.summary!r} does not work on two tokens: {first_line(error)}") from error
+
+    def routers(self, k: K) -> Callable[[int, int], Router]:
+        """(D, E) -> a new router, with ``k`` experts a token."""
+        return partial(self.make_router, k=k)
+
+    def make_experts(self, num_experts: int, dim: int, hidden: int, spare: int = 0) -> Experts:
+        """A new bank of E experts on tokens of width D, H wide inside where they have an inside.
+
+        Without ``experts`` of its own a row has the bank of SR-MoE: ReLU networks with biases.
+
+        Raises:
+            UserError: what the bank refuses; spare units for one that has none.
+        """
+        spec = self.experts or {"type": "feed_forward", "activation": "relu", "bias": True}
+        if spare and "spare" not in parameters_of(part_class("experts", spec["type"])):
+            raise UserError(f"experts {spec['type']!r} have no spare units; leave spare at 0")
+        sizes = {"dim": dim, "num_experts": num_experts, "hidden": hidden, "bottleneck": hidden, "spare": spare}
+        bank: Experts = build(spec, allow=self.allow, sizes=sizes)
+        return bank
+
+
+def experts_a_token(value: Any) -> K:
+    """``value`` if it is a number of experts or "soft".
+
+    Raises:
+        UserError: anything else.
+    """
+    if value == "soft":
+        return "soft"
+    if type(value) is int and value > 0:
+        return value
+    raise UserError(f'k = {shown([value])[1:-1]} is neither a number of experts a token nor "soft"')
+
+
+def _scaled(term: Term, factor: float) -> Term:
+    if callable(term.weight):
+        raise UserError("a term whose weight is a function of the step cannot be tuned")
+    return replace(term, weight=term.weight * factor)

@@ -1,0 +1,153 @@
+"""What a training run is about: samples, a loss, and the values that say how good a network is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spectralmoe.training.train_settings import TrainSettings
+
+__all__ = ["Batch", "Metric", "Part", "Task", "rounded"]
+
+Part = Literal["validation", "test"]
+"""A part of the data that training does not see: one to choose by, one to report."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One value of a trained network: its key in files, its name, and how it is shown.
+
+    Attributes:
+        better: which way is better.
+        unit: written behind the value.
+
+    >>> accuracy = Metric("accuracy", "accuracy", "share of right classes", "higher", unit="%")
+    >>> accuracy.show(93.204), accuracy.heading, accuracy.key_of("validation")
+    ('93.20%', 'accuracy %', 'validation_accuracy')
+    """
+
+    key: str
+    title: str
+    meaning: str
+    better: Literal["higher", "lower"]
+    unit: str = ""
+    digits: int = 2
+
+    @property
+    def heading(self) -> str:
+        """The title with the unit."""
+        return f"{self.title} {self.unit}".rstrip()
+
+    def key_of(self, part: Part) -> str:
+        """The key of the value on one part of the data."""
+        return f"{part}_{self.key}"
+
+    def show(self, value: float) -> str:
+        """The value with its unit."""
+        space = "" if self.unit in ("", "%") else " "
+        return f"{value:.{self.digits}f}{space}{self.unit}"
+
+    def rank(self, value: float) -> float:
+        """A number that grows as the value gets better."""
+        return value if self.better == "higher" else -value
+
+
+class Batch(Protocol):
+    """The samples of one step, as the task likes to hold them."""
+
+    def part(self, chosen: slice, device: torch.device) -> Self:
+        """Some of the samples, on ``device``."""
+
+
+class Task(ABC):
+    """Data with a loss and metrics: all that the training loop and a comparison know of what is learned.
+
+    A subclass is one file and one entry of ``TASKS``. A network is any module that ``loss`` and ``score`` can call.
+
+    Attributes:
+        name: of the data.
+        metrics: what ``score`` measures; choices on the validation part are made by the first.
+        notes: what a user should know about how the data were read.
+    """
+
+    name: str
+    metrics: tuple[Metric, ...]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    @abstractmethod
+    def open(cls, settings: TrainSettings, data_dir: Path | None = None, download: bool = False) -> Self:
+        """The task on the data that the settings name.
+
+        Raises:
+            UserError: they cannot be had, or settings do not fit them.
+        """
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How many samples the training part has."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest of all samples: a name may stand for other data another day."""
+
+    @abstractmethod
+    def build(self, settings: TrainSettings) -> nn.Module:
+        """The untrained network of a run; under one seed all routers start with the same other parts.
+
+        Raises:
+            UserError: settings that no network can be built from.
+        """
+
+    @abstractmethod
+    def batch(self, indices: Tensor, draw: np.random.Generator) -> Batch:
+        """The training samples (B,) int64 at ``indices``; whatever is random about them comes from ``draw``, which
+        depends on the seed and the step alone.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss of a batch, a scalar in fp32. It runs in the precision of the run, so logits are cast first."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, part: Part) -> dict[str, float]:
+        """Metric key -> value on one part of the data, in evaluation mode; empty where there is no such part."""
+
+    @abstractmethod
+    def example(self) -> Tensor:
+        """One sample (1, ...) as the network takes it, to count operations on."""
+
+    def labelled(self, part: Part) -> tuple[Tensor, Tensor] | None:
+        """Inputs (N, ...) and classes (N,) of a part, where the task is to classify; else None."""
+        return None
+
+    def meta(
+        self, settings: TrainSettings, results: Mapping[str, float], loads: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """JSON values that are saved beside the network, for those who load it.
+
+        Args:
+            results: scores on the test part.
+            loads: layer name -> share of the load of each expert (E,) there.
+        """
+        return {"data": self.name, "settings": settings.model_dump(mode="json"), "results": rounded(results, loads)}
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that choices are made by."""
+        return self.metrics[0]
+
+
+def rounded(results: Mapping[str, float], loads: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Scores and loads with the digits that people read."""
+    shares = {name: [round(share, 4) for share in load.tolist()] for name, load in loads.items()}
+    return {**{key: round(value, 4) for key, value in results.items()}, "loads": shares}

@@ -1,0 +1,76 @@
+"""Settings of one training run: the data, the network, and how it is trained."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from spectralmoe.naming import shown
+from spectralmoe.training.settings import Network, Optimization, Positive, Row, Settings, laid_over
+from spectralmoe.training.vision_settings import Backbone, MoEParts
+
+__all__ = ["TrainSettings"]
+
+_SR_MOE, _TIMM = ("router", "experts", "depth", "network"), ("backbone", "moe")
+
+
+class TrainSettings(Settings):
+    """One training run, ``spectralmoe train --config F.toml``: of a timm model where there is a section ``[backbone]``,
+    else of an SR-MoE network.
+
+    Attributes:
+        router, depth, network: of an SR-MoE network: a name or a table, see ``find_preset``; how many MoE stages; their
+            sizes.
+        experts: of an SR-MoE network: the bank by name, or a table with its arguments; None: the router's, or its own.
+        backbone, moe: a timm model and its MoE parts; without parts it is dense, to be a start for others.
+        terms: regularizers by name with their weights, beside those of the router; one of the same name changes it.
+        image_size: images are resized to this side; those of a folder when they are read. None: as the data have them.
+        train_size: training samples; None: all.
+        hold_out: name of a class that training and validation do not see; the network can be taught it later.
+
+    >>> TrainSettings(data="digits").label, TrainSettings(data="digits", backbone={"name": "vit_small"}).label
+    ('sr-moe', 'vit_small')
+    """
+
+    data: str
+    router: Row = "sr-moe"
+    experts: Row | None = None
+    terms: dict[str, Any] = Field(default_factory=dict)
+    depth: Positive = 2
+    backbone: Backbone | None = None
+    moe: MoEParts | None = None
+    image_size: Positive | None = None
+    train_size: Positive | None = None
+    hold_out: str | None = None
+    network: Network = Network()
+    optimization: Optimization = Optimization()
+
+    @model_validator(mode="after")
+    def _one_network(self) -> Self:
+        if self.backbone is None and self.moe is not None:
+            raise ValueError("[moe] are parts of a timm model, but there is no section [backbone]")
+        for key in _SR_MOE:
+            if self.backbone is not None and key in self.model_fields_set:
+                raise ValueError(f"{key} belongs to an SR-MoE network; a timm model has [backbone] and [moe]")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_other(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What describes the other kind of network is left out."""
+        absent = _TIMM if self.backbone is None else _SR_MOE
+        return {key: value for key, value in handler(self).items() if key not in absent}
+
+    @property
+    def row(self) -> Row:
+        """Router, experts and terms as one row; "none" for a dense backbone."""
+        if self.backbone is None:
+            return laid_over(self.router, experts=self.experts, terms=self.terms)
+        return "none" if self.moe is None else laid_over(self.moe.router, terms=self.terms)
+
+    @property
+    def label(self) -> str:
+        """What is trained, for people."""
+        if self.backbone is None:
+            return shown(self.row)
+        return self.backbone.name if self.moe is None else f"{self.backbone.name}, {shown(self.row)}"
