@@ -13,7 +13,7 @@ from sizes import BOTTLENECK, EXPERTS, MOE_BLOCKS, SEEN, Sizes
 
 from spectralmoe import LinearScorer, Router, Term, TopK
 from spectralmoe.data.image_data import ImageData, Split, load_data
-from spectralmoe.experiments.cards import Desk
+from spectralmoe.experiments.cards import Desk, try_settings
 from spectralmoe.experiments.few_shot.learning import draw_shots, few_shot
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
@@ -101,11 +101,14 @@ def tune_few(row: str, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[
     """The learning rate of a row: the best on validation images of the first task, over draws that no cell has."""
     torch.set_num_threads(1)
     model, data = backbone(desk, sizes), task_data(sizes.tasks[0], sizes)
-    tries = []
-    for lr in SHOT_LRS:
-        reached = [_accuracy(row, model, data, TUNE_SHOTS, lr, sizes, seed, data.validation) for seed in _tune_seeds()]
-        tries.append({"lr": lr, "validation_accuracy": sum(reached) / len(reached)})
-    return {row: {"lr": max(tries, key=lambda tried: tried["validation_accuracy"])["lr"], "tries": tries}}
+
+    def train_all(setting: Mapping[str, float]) -> tuple[float, None]:
+        part, lr = data.validation, setting["lr"]
+        reached = [_accuracy(row, model, data, TUNE_SHOTS, lr, sizes, seed, part) for seed in _tune_seeds()]
+        return sum(reached) / len(reached), None
+
+    tried = try_settings([{"lr": lr} for lr in SHOT_LRS], train_all, progress)
+    return {row: {"lr": tried.setting["lr"], "tries": tried.tries}}
 
 
 def run_few(cell: Any, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[str, Any]:

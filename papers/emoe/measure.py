@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from spectralmoe.diagnostics import dead_experts, evaluate, evaluation_mode, gin
 from spectralmoe.diagnostics.load import DEAD_SHARE
 from spectralmoe.diagnostics.similarity import output_similarity
 from spectralmoe.diagnostics.stability import changed_by_noise
-from spectralmoe.experiments.cards import Desk
+from spectralmoe.experiments.cards import Desk, try_settings
 from spectralmoe.tape import Record
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
@@ -91,10 +91,12 @@ def tune_row(row: str, desk: Desk, progress: Progress, *, sizes: Sizes) -> dict[
     """The setting of a row with the best validation accuracy, of as many tries as every other row has."""
     torch.set_num_threads(1)
     data = load_data(sizes.dataset).subset(sizes.tune_size)
-    tries = [(setting, fit_row(row, setting, data, sizes.tune_epochs, 0)[1]) for setting in ROWS[row].tries()]
-    best = max(tries, key=lambda tried: tried[1])
-    listed = [{**setting._asdict(), "validation_accuracy": accuracy} for setting, accuracy in tries]
-    return {row: {"setting": list(best[0]), "tries": listed}}
+
+    def train(setting: Mapping[str, Any]) -> tuple[float, None]:
+        return fit_row(row, Setting(**setting), data, sizes.tune_epochs, 0)[1], None
+
+    tried = try_settings([setting._asdict() for setting in ROWS[row].tries()], train, progress)
+    return {row: {"setting": list(tried.setting.values()), "tries": tried.tries}}
 
 
 def measure(model: VisionMoE, images: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import BATCH, EXPERTS, HIDDEN, WIDTH, geometry, summary
+from measure import BATCH, EXPERTS, HIDDEN, WIDTH, Progress, geometry, summary
 from rows import BALANCE_RATE, NORM, RANK
 
 from spectralmoe import Balanced, LinearScorer, PrototypeScorer, Router, Soft, SoftBalanced, Term, TopK
 from spectralmoe.adaptation import Rule, one_shot_trials
 from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.diagnostics import evaluate
+from spectralmoe.experiments.grid import CellJob, run_cells
 from spectralmoe.files import read_json, write_json
 from spectralmoe.models import SRMoE, sr_moe
 from spectralmoe.regularizers import load_balance, spectral_norm, stable_rank
@@ -30,6 +30,7 @@ from spectralmoe.training.settings import Optimization
 from spectralmoe.training.tasks import ImageTask
 
 MATRIX = {"spectral_norm": NORM, "stable_rank": RANK}
+SHOWN = ("name", "seed", "validation_accuracy", "interference_mean", "min_load_share", "success")
 TRIALS = 60
 EPOCHS = 2
 ALL = Rule(layers="all", lr=1e-3, max_steps=200)
@@ -147,7 +148,7 @@ CONFIGS: dict[str, Config] = {
 }
 
 
-def run_config(name: str, depth: int, seed: int) -> dict[str, Any]:
+def run_config(name: str, depth: int, seed: int, progress: Progress) -> dict[str, Any]:
     """Train one configuration and correct validation samples."""
     torch.set_num_threads(1)
     config, data = CONFIGS[name], load_data("fashion-mnist")
@@ -161,9 +162,8 @@ def run_config(name: str, depth: int, seed: int) -> dict[str, Any]:
     model.eval()
     part = data.validation
     trials = one_shot_trials(model, part.images, part.labels, trials=TRIALS, rule=config.rule, seed=seed)
-    about = {"name": name, "kind": config.kind, "depth": depth, "seed": seed}
-    about |= {"validation_accuracy": evaluate(model, part.images, part.labels).accuracy, **geometry(model, data)}
-    return about | summary(trials)
+    about = {"kind": config.kind, "validation_accuracy": evaluate(model, part.images, part.labels).accuracy}
+    return {**about, **geometry(model, data), **summary(trials)}
 
 
 def main() -> None:
@@ -177,18 +177,16 @@ def main() -> None:
     rows = read_json(options.out) if options.out.exists() else []
     done = {(row["name"], row["depth"], row["seed"]) for row in rows}
     wanted = [(name, options.depth, seed) for seed in range(options.seeds) for name in options.only.split(";")]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for job in as_completed([pool.submit(run_config, *one) for one in wanted if one not in done]):
-            rows.append(job.result())
+    jobs = [
+        CellJob(f"{index}", dict(zip(("name", "depth", "seed"), one, strict=True)), str(one), run_config, one)
+        for index, one in enumerate(wanted)
+        if one not in done
+    ]
+    with TemporaryDirectory() as folder:
+        for _, row in run_cells(Path(folder), jobs, options.jobs, lambda text, done, detail="": None):
+            rows.append(row)
             write_json(options.out, rows)
-            print(
-                {
-                    k: v
-                    for k, v in rows[-1].items()
-                    if k in ("name", "seed", "validation_accuracy", "interference_mean", "min_load_share", "success")
-                },
-                flush=True,
-            )
+            print({key: row.get(key) for key in SHOWN}, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from rows import ALL_EXPERTS, ALL_PARAMETERS
 
 from spectralmoe.adaptation import Rule, one_shot_trials
 from spectralmoe.data.image_data import load_data
-from spectralmoe.experiments.cards import Desk
+from spectralmoe.experiments.cards import Desk, try_settings
 from spectralmoe.experiments.compare.tuning import candidates
+from spectralmoe.models import SRMoE
 
 BASE_LR = 2e-3
 RULE_LRS = {
@@ -37,15 +38,13 @@ def tune_row(
     """
     torch.set_num_threads(1)
     data = load_data(sizes.tune_on).subset(sizes.tune_size)
-    tries, best = [], None
-    for index, candidate in enumerate(candidates(sizes.tries)):
-        progress(index / sizes.tries)
-        setting = {"lr": BASE_LR * candidate.lr, "strength": candidate.strength}
-        model, accuracy, _ = fit(row, data, sizes.tune_depth, 0, sizes.tune_epochs, setting)
-        tries.append({**setting, "validation_accuracy": accuracy})
-        if best is None or accuracy > best[0]:
-            best = (accuracy, setting, model)
-    assert best is not None
+    settings = [{"lr": BASE_LR * one.lr, "strength": one.strength} for one in candidates(sizes.tries)]
+
+    def train(setting: Mapping[str, Any]) -> tuple[float, SRMoE]:
+        model, accuracy, _ = fit(row, data, sizes.tune_depth, 0, sizes.tune_epochs, dict(setting))
+        return accuracy, model
+
+    tried = try_settings(settings, train, progress)
     found = {}
     for way in ("", *ways[row]):
         scope = {"": "one-expert", ALL_EXPERTS: "all-experts", ALL_PARAMETERS: "all-parameters"}[way]
@@ -53,9 +52,14 @@ def tune_row(
         for lr in RULE_LRS[scope]:
             rule = Rule(layers="all", lr=lr, max_steps=MAX_STEPS, scope=scope)  # type: ignore[arg-type]
             part = data.validation
-            trials = one_shot_trials(best[2], part.images, part.labels, trials=sizes.rule_trials, rule=rule)
+            trials = one_shot_trials(tried.made, part.images, part.labels, trials=sizes.rule_trials, rule=rule)
             rules.append({"lr": lr, **{key: summary(trials)[key] for key in ("success", "interference_mean", "steps")}})
-        found[row + way] = {"setting": best[1], "tries": tries, "rules": rules, "rule_lr": choose(rules)["lr"]}
+        found[row + way] = {
+            "setting": tried.setting,
+            "tries": tried.tries,
+            "rules": rules,
+            "rule_lr": choose(rules)["lr"],
+        }
     return found
 
 

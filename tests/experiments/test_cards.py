@@ -13,8 +13,9 @@ from gloo_ranks import environment
 from toy_card.plan import card
 
 from spectralmoe.cli.app import run
-from spectralmoe.experiments.cards import check_card, find_card, run_card
+from spectralmoe.experiments.cards import check_card, find_card, run_card, try_settings
 from spectralmoe.files import read_json
+from spectralmoe.training.loop import Diverged
 
 psutil = pytest.importorskip("psutil")
 TOY = Path(__file__).parents[1] / "toy_card"
@@ -203,3 +204,16 @@ def test_a_killed_card_leaves_no_process(tmp_path):
     parent.wait()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
+
+
+def test_a_try_that_diverges_counts_as_one_and_is_never_the_best(user_error):
+    def train(setting):
+        if setting["lr"] > 1:
+            raise Diverged("the loss is nan")
+        return 90.0, setting["lr"]
+
+    tried = try_settings([{"lr": 5.0}, {"lr": 0.1}, {"lr": 0.2}], train, lambda share: None)
+    assert [one["validation_accuracy"] for one in tried.tries] == [None, 90.0, 90.0]
+    assert (tried.setting, tried.made) == ({"lr": 0.1}, 0.1)  # the first of equal ones
+    with user_error("diverged with every setting", "5.0"):
+        try_settings([{"lr": 5.0}], train, lambda share: None)
