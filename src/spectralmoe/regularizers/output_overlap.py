@@ -49,7 +49,7 @@ def output_overlap(
     if form not in ("projection", "cosine"):
         raise one_of("form of output_overlap", form, ["projection", "cosine"])
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    outputs = rows.new_zeros(n * k, rows.shape[1]).index_copy(0, record.order, rows).view(n, k, -1)
+    outputs = rows.new_zeros(n * k, rows.shape[1]).index_copy(0, record.order, rows).view(n, k, rows.shape[1])
     if form == "cosine":
         outputs = F.normalize(outputs, dim=-1)
     with torch.autocast(rows.device.type, enabled=False):
