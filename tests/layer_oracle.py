@@ -124,6 +124,11 @@ def bounded(wanted: Chosen, factor: float, num_experts: int) -> Chosen:
 
 def expert_of(name: str, bank: torch.nn.Module, token: Tensor, e: int, kinks: list[float]) -> Tensor:
     """E_e(x) of one token; ``kinks`` collects how near a ReLU is to its kink."""
+    if name == "confident":
+        y = expert_of("gelu", bank.experts, token, e, kinks)
+        centred = y - y.sum() / len(y)
+        normal = centred / ((centred @ centred) / len(y) + 1e-5).sqrt()
+        return y / (1 + (-(bank.direction[e].double() @ normal) - bank.bias[e].double()).exp())
     if name == "modules":
         return bank.experts[e].weight.double() @ token + bank.experts[e].bias.double()
     up, down = bank.up[e].double(), bank.down[e].double()

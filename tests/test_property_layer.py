@@ -12,18 +12,32 @@ from torch import nn
 
 from spectralmoe import Adapter, FeedForward, ModuleExperts, MoE, Router
 from spectralmoe.dispatch import DISPATCHES
+from spectralmoe.experts import ConfidentExperts
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
+from spectralmoe.units import Pixel, Token
 
 EXAMPLES, EXAMPLES_IN_FULL = 120, 4_000
 CHOICE = 1e-4  # fp32 scores that lie closer may come in either order
 VALUE = {"fp32": 1e-4, "fp64": 1e-9, "bf16": 4e-2, "autocast": 4e-2}
 GRADIENT = {"fp32": 1e-3, "fp64": 1e-8}
+UNITS = {"token": Token, "pixel": Pixel}
+
+
+def with_heads(bank):
+    """A bank with directions of its own."""
+    with torch.no_grad():
+        bank.direction.normal_()
+        bank.bias.normal_()
+    return bank
+
+
 BANKS = {
     "gelu": FeedForward,
     "relu": lambda e, d, h: FeedForward(e, d, h, activation="relu", bias=True),
     "swiglu": lambda e, d, h: FeedForward(e, d, h, activation="swiglu", bias=True),
     "adapter": Adapter,
+    "confident": lambda e, d, h: with_heads(ConfidentExperts(FeedForward(e, d, h))),
     "modules": lambda e, d, h: ModuleExperts([nn.Linear(d, d) for _ in range(e)]),
 }
 
@@ -73,7 +87,13 @@ def draw_layer(draw):
         bias.add_(0.2 * torch.randn(num_experts))
     experts = BANKS[bank](num_experts, dim, draw(st.integers(1, 7)))
     shared = nn.Linear(dim, dim) if draw(st.booleans()) else None
-    layer = MoE(router, experts, dispatch=draw(st.sampled_from(["auto", *DISPATCHES])), shared=shared)
+    layer = MoE(
+        router,
+        experts,
+        dispatch=draw(st.sampled_from(["auto", *DISPATCHES])),
+        shared=shared,
+        unit=UNITS[draw(st.sampled_from(sorted(UNITS)))](),
+    )
     return layer.eval(), scorer, selector, bank
 
 
@@ -127,7 +147,10 @@ def check(data):
     x = (torch.randn(n, dim) * draw(st.sampled_from([0.01, 1.0, 4.0]))).to(dtype)
     x = torch.where(mask[:, None], x, torch.nan).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        routing, y = layer.router(x, mask=mask), layer(x, mask=mask)
+        if isinstance(layer.unit, Pixel):
+            routing, y = layer.router(x, mask=mask), layer(x.T[None], mask=mask[None])[0].T
+        else:
+            routing, y = layer.router(x, mask=mask), layer(x, mask=mask)
     assert (routing.indices[~mask] == -1).all()
     assert y.shape == x.shape
     if not n:

@@ -14,6 +14,7 @@ from spectralmoe.experts import EXPERTS, Experts
 from spectralmoe.regularizers import REGULARIZERS
 from spectralmoe.scorers import SCORERS, Scorer
 from spectralmoe.selectors import SELECTORS, Selector
+from spectralmoe.units import UNITS, Unit
 
 NAMES = [
     "Adapter",
@@ -74,6 +75,7 @@ TABLES = {
         Selector,
     ),
     "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules", Experts),
+    "units": (UNITS, "pixel sample token", Unit),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }
 

@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmoe import FeedForward, LinearScorer, ModuleExperts, MoE, Router, Soft, TopK, load, record, save
+from spectralmoe import (
+    Context,
+    ContextScorer,
+    FeedForward,
+    LinearScorer,
+    ModuleExperts,
+    MoE,
+    Router,
+    Soft,
+    TopK,
+    load,
+    record,
+    save,
+)
 from spectralmoe.dispatch import DISPATCHES
 from spectralmoe.experts import ConvExperts
 from spectralmoe.units import Pixel, Sample, Token
@@ -84,6 +97,21 @@ def test_a_pool_of_your_own_and_wider_rows(close):
     close(
         layer(x), torch.stack([w[0] * bank.expert(row, int(e)) for row, w, e in zip(x, weights, indices, strict=True)])
     )
+
+
+def test_side_information_routes_images_and_pixels(close):
+    """One value a sample, or one a pixel."""
+    severity, x = torch.tensor([[1.0], [-1.0]]), torch.randn(2, C, 3, 4)
+    router = Router(ContextScorer(C, 2), TopK(1))
+    router.scorer.weight.data = torch.tensor([[50.0], [-50.0]])  # weights of 1
+    images = MoE(router, ConvExperts(2, C, 6), unit=Sample())
+    y = images(x, context=Context(samples={"severity": severity}))
+    close(y, torch.cat([images.experts.expert(x[e][None], e) for e in range(2)]))
+    pixels = MoE(router, FeedForward(2, C, 6), unit=Pixel())
+    sides = torch.randint(2, (2, 3, 4))
+    y = pixels(x, context=Context(tokens={"severity": 1.0 - 2 * sides[..., None]})).movedim(1, -1)
+    both = torch.stack([pixels.experts.expert(x.movedim(1, -1).reshape(-1, C), e) for e in range(2)])
+    close(y.reshape(-1, C), both[sides.flatten(), torch.arange(24)])
 
 
 def test_records_keep_whole_rows_and_the_queries(close):

@@ -110,17 +110,17 @@ class MoE(Recordable):
             context = fed.context if context is None else context
             replay = fed.next_replay()
         queries, units = self.unit.split(x)
-        leading = queries.shape[:-1]
+        leading = queries.dim() - 1
         side = rows_of(context, queries, mask)
         routing = self.router(queries, mask=mask, context=side, replay=replay)
         names = self.names_to_keep()
         seen = self._seen(queries, names)
         scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))
         placed = scaled if self.placement is None else self.placement(scaled)
-        rows = self.experts.beside(self._rows(units, len(leading)), side)
+        rows = self.experts.beside(self._rows(units, leading), side)
         y, kept = self._run(rows, placed, names - {"tokens"})
         self.leave(routing, kept, seen, side)
-        y = y if len(leading) == 1 else y.reshape(units.shape)
+        y = y if leading == 1 else y.reshape(units.shape)
         if self.shared is None:
             return self.unit.join(y)
         shared: Tensor = self.shared(_without(units, mask))
@@ -150,18 +150,18 @@ class MoE(Recordable):
             return None
         return queries.reshape(-1, queries.shape[-1])
 
-    def _run(self, tokens: Tensor, routing: Routing, names: frozenset[str]) -> tuple[Tensor, Kept | None]:
+    def _run(self, rows: Tensor, routing: Routing, names: frozenset[str]) -> tuple[Tensor, Kept | None]:
         if not isinstance(self.dispatch, str):
             dispatch = self.dispatch
         else:
             dispatch = pick_dispatch(routing, self.experts) if self.dispatch == "auto" else DISPATCHES[self.dispatch]()
         if not names:
-            return dispatch(tokens, routing, self.experts), None
+            return dispatch(rows, routing, self.experts), None
         if not isinstance(dispatch, Dispatch):
             raise UserError(
                 "MoE(dispatch=...): a plain function keeps no tensors; derive from Dispatch, or keep nothing"
             )
-        return dispatch.keeping(tokens, routing, self.experts, names)
+        return dispatch.keeping(rows, routing, self.experts, names)
 
 
 def _without(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -223,8 +223,8 @@ def record(model: nn.Module, keep: Sequence[str] = (), *, terms: Mapping[str, Ne
     Args:
         model: any module that holds MoE layers; wrapped, compiled or sharded as you like.
         keep: also keep "tokens" (N, D), what the router read, or "input" (M, D), "hidden" (M, H), "output" (M, D) of
-            the experts, sorted by expert. A forward that keeps what experts make takes the grouped dispatch, and so
-            does its second under activation checkpointing.
+            the experts, sorted by expert, or what they say of themselves (``Experts.says``). A forward that keeps what
+            experts make takes the grouped dispatch, and so does its second under activation checkpointing.
         terms: also keep what these ``Term`` s need, of the layers that they are about.
 
     With ``torch.compile`` and activation checkpointing together, compile what holds the checkpoints, not what is

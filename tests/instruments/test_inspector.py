@@ -10,9 +10,11 @@ from torch import nn
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
 from spectralmoe.diagnostics import joint_counts, max_vio, mutual_information, watch
+from spectralmoe.experts import ConvExperts
 from spectralmoe.files import to_json
 from spectralmoe.instruments import Inspector, inspection_document
 from spectralmoe.instruments.samples import BestTokens, TokenSample
+from spectralmoe.units import Sample
 
 E, K, D = 6, 2, 12
 
@@ -220,3 +222,24 @@ def test_a_layer_that_runs_twice_shows_the_sequences_that_there_are(model):
     sequences = {int(item["text"]) for examples in found["examples"] for item in examples}
     assert max(sequences) < 12
     assert max(sequences) >= 8
+
+
+def test_layers_of_whole_images_and_of_experts_with_side_information_are_inspected_without_tokens():
+    """What needs tokens has no data there; the load has."""
+
+    class Reading(FeedForward):
+        reads = ("severity",)
+
+        def beside(self, x, context):
+            return x
+
+    images = MoE(Router(LinearScorer(D, E), TopK(K)), ConvExperts(E, D, 4), unit=Sample())
+    reading = MoE(Router(LinearScorer(D, E), TopK(K)), Reading(E, D, 8))
+    for layer, x in [(images, torch.randn(30, D, 3, 3)), (reading, torch.randn(30, D))]:
+        with watch(layer) as seen:
+            inspector = Inspector(seen.layers)
+            layer(x)
+            inspector.add(seen.drain())
+        (values,) = inspector.layers()
+        assert values["load"]["max_vio"]["data"] == 30 * K
+        assert json.loads(to_json(values))["experts"] == E

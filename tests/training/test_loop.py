@@ -10,7 +10,7 @@ from spectralmoe.data.image_data import ImageData, Split, load_data
 from spectralmoe.diagnostics import evaluate
 from spectralmoe.files import read_json
 from spectralmoe.presets import PRESETS, find_preset
-from spectralmoe.regularizers import spectral_norm
+from spectralmoe.regularizers import output_overlap, spectral_norm
 from spectralmoe.training.loop import Diverged, train
 from spectralmoe.training.network import build_network
 from spectralmoe.training.settings import Network, Optimization
@@ -105,6 +105,13 @@ def test_terms_take_part(data, task):
     plain, bound = (torch.linalg.matrix_norm(n.stages[0].moe.router.scorer.prototypes, 2) for n in networks)
     assert bound < plain
     assert bound < 1.05
+
+
+def test_a_term_gets_the_tensors_that_it_reads(data, task):
+    networks = [build_network(data, SMALL, "linear", 2, seed=1) for _ in range(2)]
+    for network, weight in zip(networks, (0.0, 1.0), strict=True):
+        train(network, task, BUDGET, terms={"overlap": Term(output_overlap, weight)})
+    assert bits(networks[0]) != bits(networks[1])
 
 
 def test_diverged_loss_names_the_step_and_keeps_the_last_checkpoint(data, task, tmp_path, monkeypatch):

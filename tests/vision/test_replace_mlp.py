@@ -27,7 +27,8 @@ from spectralmoe import (
     record,
 )
 from spectralmoe.tape import moe_layers
-from spectralmoe.vision import BranchSpec, ChannelsFirst, add_branches, model_blocks, replace_mlp
+from spectralmoe.units import Pixel
+from spectralmoe.vision import BranchSpec, add_branches, model_blocks, replace_mlp
 from spectralmoe.vision.replace_mlp import OnePixel
 
 timm = pytest.importorskip("timm")
@@ -44,7 +45,7 @@ def spec_of(top, *, blocks="all", experts=3, **router):
 
 
 def bank_of(block):
-    return (block.mlp.moe if isinstance(block.mlp, ChannelsFirst) else block.mlp).experts
+    return block.mlp.experts
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -134,8 +135,8 @@ def test_a_convolutional_mlp_with_more_inside_becomes_modules(act, groups, top, 
     x = torch.randn(2, 8, 3, 5)
     expected = model.blocks[0].mlp(x)
     layer = replace_mlp(model, spec_of(top, k=2, normalize=True)).blocks[0].mlp
-    assert isinstance(layer, ChannelsFirst)
-    assert all(isinstance(expert, OnePixel) for expert in layer.moe.experts.experts)
+    assert isinstance(layer.unit, Pixel)
+    assert all(isinstance(expert, OnePixel) for expert in layer.experts.experts)
     close(layer(x), expected)
 
 

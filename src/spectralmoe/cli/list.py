@@ -34,6 +34,8 @@ PLAIN = {
     "adapter": "narrow networks to be added to the output of a frozen layer",
     "eigen": "linear maps with orthonormal bases of their own",
     "modules": "modules of your own, in Python alone; slower than stacked weights",
+    "conv": "pairs of convolutions on whole maps; only the chosen ones run",
+    "confident": "another bank whose experts say how sure they are, which weighs their output",
     "loop": "the definition: one token and one expert at a time; slow",
     "dense": "every expert on every token; for soft routing and very small layers",
     "grouped": "each expert on exactly the tokens that chose it, however uneven the load",
@@ -42,6 +44,7 @@ PLAIN = {
     "spectral_penalty": "both spectral penalties from one decomposition",
     "orthonormality": "distance of the routing matrix from orthonormal rows",
     "load_balance": "Switch load-balancing loss; 1 for a perfectly even load",
+    "output_overlap": "how much the outputs of a token's experts point in the same direction",
     "router_z": "router z-loss, which keeps logits small",
     "importance_cv2": "how unevenly the experts' importance is spread, squared",
 }
@@ -70,6 +73,7 @@ def list_everything(json: Json = False) -> None:
     from spectralmoe.regularizers import REGULARIZERS
     from spectralmoe.scorers import SCORERS
     from spectralmoe.selectors import SELECTORS
+    from spectralmoe.units import UNITS
 
     tables = {
         "data sets": {
@@ -82,6 +86,7 @@ def list_everything(json: Json = False) -> None:
         "scorers": SCORERS,
         "selectors": SELECTORS,
         "experts": EXPERTS,
+        "units": UNITS,
         "dispatch": DISPATCHES,
         "regularizers": REGULARIZERS,
     }

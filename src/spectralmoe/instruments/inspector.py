@@ -124,7 +124,8 @@ class _Gathered:
     def add(self, call: Seen, labels: Tensor | None, num_labels: int) -> None:
         routing = call.routing
         self.statistics.add(routing)
-        self.sample.add(call.tokens[(routing.indices >= 0).any(-1)])
+        if len(call.tokens):
+            self.sample.add(call.tokens[(routing.indices >= 0).any(-1)])
         self.best.add(routing)
         if labels is not None and num_labels:
             table = label_table(routing, labels, num_labels)[:, : self.layer.num_experts].cpu()

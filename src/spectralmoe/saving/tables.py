@@ -6,7 +6,7 @@ from spectralmoe.models import MODELS
 from spectralmoe.spec import PARTS
 from spectralmoe.vision.branches import Branch
 from spectralmoe.vision.model import VisionMoE
-from spectralmoe.vision.replace_mlp import ChannelsFirst, MlpCopies
+from spectralmoe.vision.replace_mlp import MlpCopies
 
 __all__ = ["TABLES"]
 
@@ -15,6 +15,5 @@ TABLES: dict[str, type] = {
     **MODELS,
     "vision_moe": VisionMoE,
     "branch": Branch,
-    "channels_first": ChannelsFirst,
     "mlp_copies": MlpCopies,
 }

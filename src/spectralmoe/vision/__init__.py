@@ -4,12 +4,11 @@ from spectralmoe.vision.blocks import choose_blocks, model_blocks
 from spectralmoe.vision.branch_spec import BranchSpec
 from spectralmoe.vision.branches import Branch, add_branches, put_branch
 from spectralmoe.vision.emoe_checkpoint import load_emoe_checkpoint
-from spectralmoe.vision.replace_mlp import ChannelsFirst, replace_mlp
+from spectralmoe.vision.replace_mlp import replace_mlp
 
 __all__ = [
     "Branch",
     "BranchSpec",
-    "ChannelsFirst",
     "add_branches",
     "choose_blocks",
     "load_emoe_checkpoint",

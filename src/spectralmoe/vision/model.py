@@ -20,7 +20,7 @@ from spectralmoe.experts import ModuleExperts
 from spectralmoe.moe import MoE
 from spectralmoe.recording import Recordable
 from spectralmoe.vision.branches import Branch, put_branch
-from spectralmoe.vision.replace_mlp import ChannelsFirst, MlpCopies
+from spectralmoe.vision.replace_mlp import MlpCopies
 
 __all__ = ["VisionMoE", "check_images", "vision_moe"]
 
@@ -92,7 +92,7 @@ class VisionMoE(nn.Module):
         found: dict[str, nn.Module] = {}
         for path, module in self.backbone.named_modules():
             inside = any(path.startswith(f"{outer}.") for outer in found)
-            if isinstance(module, Branch | ChannelsFirst | Recordable) and not inside:
+            if isinstance(module, Branch | Recordable) and not inside:
                 found[path] = module
         return found
 
@@ -231,9 +231,8 @@ def _put(backbone: nn.Module, path: str, part: Any) -> None:
 
 
 def _described(part: nn.Module) -> Any:
-    moe = part.moe if isinstance(part, ChannelsFirst) else part
-    if isinstance(moe, MoE) and isinstance(moe.experts, ModuleExperts):
-        return MlpCopies(moe.router, moe.experts.num_experts, moe.placement)
+    if isinstance(part, MoE) and isinstance(part.experts, ModuleExperts):
+        return MlpCopies(part.router, part.experts.num_experts, part.placement)
     return part
 
 

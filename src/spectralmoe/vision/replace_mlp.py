@@ -19,30 +19,13 @@ from spectralmoe.experts import Experts, FeedForward, ModuleExperts
 from spectralmoe.moe import MoE
 from spectralmoe.placement import Placement
 from spectralmoe.router import Router
+from spectralmoe.units import Pixel, Token
 from spectralmoe.vision.blocks import block_width, choose_blocks
 from spectralmoe.vision.branch_spec import BranchSpec
 
-__all__ = ["ChannelsFirst", "MlpCopies", "OnePixel", "replace_mlp"]
+__all__ = ["MlpCopies", "OnePixel", "replace_mlp"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class ChannelsFirst(nn.Module):
-    """An MoE layer inside a block that works on (B, D, H, W).
-
-    >>> from spectralmoe import LinearScorer, TopK
-    >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
-    >>> ChannelsFirst(layer)(torch.randn(2, 8, 3, 3)).shape
-    torch.Size([2, 8, 3, 3])
-    """
-
-    def __init__(self, moe: MoE) -> None:
-        super().__init__()
-        self.moe = moe
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.moe(x.permute(0, 2, 3, 1))
-        return y.permute(0, 3, 1, 2)
 
 
 class OnePixel(nn.Module):
@@ -73,7 +56,7 @@ class MlpCopies:
         """The layer with E copies of ``mlp``."""
         if any(isinstance(module, nn.Conv2d) for module in mlp.modules()):
             experts = ModuleExperts([OnePixel(copy.deepcopy(mlp)) for _ in range(self.num_experts)])
-            return ChannelsFirst(MoE(self.router, experts, placement=self.placement))
+            return MoE(self.router, experts, placement=self.placement, unit=Pixel())
         experts = ModuleExperts([copy.deepcopy(mlp) for _ in range(self.num_experts)])
         return MoE(self.router, experts, placement=self.placement)
 
@@ -115,7 +98,7 @@ def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] 
     return model
 
 
-def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE | ChannelsFirst:
+def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE:
     mlp = getattr(block, "mlp", None)
     if not isinstance(mlp, nn.Module):
         parts = ", ".join(f".{name}" for name, _ in block.named_children()) or "no parts"
@@ -139,8 +122,8 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
     if init == "random":
         _start_afresh(bank)
     own = next(mlp.parameters())
-    moe = MoE(router, bank.requires_grad_()).to(own.device, own.dtype)
-    return (ChannelsFirst(moe) if _is_convolutional(mlp) else moe).train(mlp.training)
+    unit = Pixel() if _is_convolutional(mlp) else Token()
+    return MoE(router, bank.requires_grad_(), unit=unit).to(own.device, own.dtype).train(mlp.training)
 
 
 def _sums_to_one(router: Router) -> bool:

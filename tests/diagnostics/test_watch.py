@@ -1,0 +1,32 @@
+"""What a watch sees of a layer of this library: the tokens that its router read."""
+
+from __future__ import annotations
+
+import torch
+
+from spectralmoe import Capacity, FeedForward, LinearScorer, MoE, Router, TopK
+from spectralmoe.diagnostics.watch import watch
+from spectralmoe.experts import ConvExperts
+from spectralmoe.units import Sample
+
+N, D, E = 20, 6, 3
+
+
+def test_tokens_are_those_of_the_router_with_or_without_an_expert():
+    layer = MoE(Router(LinearScorer(D, E), Capacity(TopK(1), 0.3)), FeedForward(E, D, 8))
+    x, mask = torch.randn(N, D), torch.arange(N) % 5 > 0
+    with watch(layer) as seen, torch.autocast("cpu"):
+        layer(x.masked_fill(~mask[:, None], torch.nan), mask=mask)
+    (call,) = seen.drain()
+    assert int((call.routing.indices < 0).sum()) > int((~mask).sum())
+    assert torch.equal(call.tokens, x.masked_fill(~mask[:, None], 0))
+    assert not call.tokens.requires_grad
+
+
+def test_there_are_none_where_nobody_asks_or_experts_read_something_else():
+    layer = MoE(Router(LinearScorer(D, E), TopK(1)), FeedForward(E, D, 8))
+    images = MoE(Router(LinearScorer(D, E), TopK(1)), ConvExperts(E, D, 4), unit=Sample())
+    for model, x, asked in [(layer, torch.randn(N, D), False), (images, torch.randn(N, D, 3, 3), True)]:
+        with watch(model, tokens=asked) as seen:
+            model(x)
+        assert seen.drain()[0].tokens.shape == (0, D)
