@@ -133,6 +133,9 @@ def test_units_are_saved(tmp_path):
     again = load(tmp_path / "one")
     assert torch.equal(again(x), layer.eval()(x))
     assert isinstance(again.unit, Sample)
+    pixels = MoE(layer.router, FeedForward(E, C, 8), unit=Pixel()).double()
+    save(pixels, tmp_path / "two")
+    assert torch.equal(load(tmp_path / "two")(x), pixels.eval()(x))
     assert isinstance(MoE(layer.router, layer.experts).unit, Token)
 
 

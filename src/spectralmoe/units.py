@@ -23,6 +23,9 @@ class Unit(nn.Module):
     pooled = False
     """Whether the queries are made from the rows; else they are the rows, and as wide as the experts."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (*L, D) for the router and rows (*L, *S) for the experts."""
         raise NotImplementedError

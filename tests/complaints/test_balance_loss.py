@@ -150,16 +150,17 @@ def test_tutel_167_every_loss_works_where_one_does(make_router, selector_name, n
     Here every regularizer takes the record of every selector: in training, in bf16, with padding, without a token.
     """
     layer = MoE(make_router("linear", selector_name, 12, 6), FeedForward(6, 12, 8)).train()
+    terms = {name: Term(REGULARIZERS[name], 1.0)}
     for x, mask in (
         (torch.randn(30, 12), None),
         (torch.randn(3, 10, 12, dtype=torch.bfloat16), torch.rand(3, 10) < 0.7),
         (torch.randn(5, 12), torch.zeros(5, dtype=torch.bool)),
         (torch.randn(0, 12), None),
     ):
-        with feed(layer, mask=mask), record(layer) as tape:
+        with feed(layer, mask=mask), record(layer, terms=terms) as tape:
             layer(x)
         layer.zero_grad()
-        value, _ = penalty(tape, {name: Term(REGULARIZERS[name], 1.0)})
+        value, _ = penalty(tape, terms)
         value.backward()
         assert value.shape == ()
         assert value.dtype == torch.float32

@@ -184,7 +184,7 @@ def test_active_flops_count_only_the_used_experts():
     for stage in loop.stages:
         stage.moe.dispatch = "loop"
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        loop(image[None])
+        loop(image)
     assert flops[2] == counter.get_total_flops()
 
 

@@ -88,6 +88,7 @@ def test_without_a_real_token_it_is_zero():
     value = overlap(make_layer(), torch.randn(3, D), torch.zeros(3, dtype=torch.bool))
     assert value == 0
     assert value.isfinite()
+    assert overlap(make_layer(), torch.randn(0, D)) == 0
 
 
 def test_misuse(user_error):

@@ -113,7 +113,7 @@ def _arguments(title: str, part: object) -> str:
     from spectralmoe.naming import FILLED_IN
     from spectralmoe.spec import parameters_of
 
-    if title == "dispatch":  # which is not chosen by name
+    if title in ("units", "dispatch"):  # which no table names
         return ""
     names = list(parameters_of(part))[1 if title == "regularizers" else 0 :]
     free = [name for name in names if name not in FILLED_IN]

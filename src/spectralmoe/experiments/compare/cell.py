@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,21 +51,21 @@ def active_flops(model: nn.Module, sample: Tensor) -> int:
     What runs outside the banks is counted as it runs, the chosen experts by ``Experts.costs``.
     """
     counted, total = copy.deepcopy(model).cpu().eval(), 0.0
-    with torch.no_grad(), record(counted, keep="input") as tape:
+    with torch.no_grad(), record(counted, keep=("input", "output")) as tape:
         counted(sample)
     for item in tape:
         if isinstance(item.layer, MoE) and item.kept is not None:
             costs = item.layer.experts.costs(item.input.shape[1:])
             total += float(item.kept.slots.counts.to(costs) @ costs)
-            item.layer.dispatch = _nothing
+            item.layer.dispatch = partial(_nothing, item.output.shape[1:])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         counted(sample)
     return int(total) + int(counter.get_total_flops())
 
 
-def _nothing(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """A dispatch without experts."""
-    return torch.zeros_like(x)
+def _nothing(shape: Sequence[int], x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """A dispatch without experts, which give rows of ``shape``."""
+    return x.new_zeros(len(x), *shape)
 
 
 def _measures(network: nn.Module, task: Task, loads: Mapping[str, Tensor], history: History) -> dict[str, Any]:
