@@ -73,8 +73,8 @@ def find_blocks(tensors: Named, scored: Collection[str] = (), counts: Collection
                 f"{key!r} is of an expert, but no tensor beside it is named as a router is (gate, gating, wg, "
                 "router): it is lost, or of a family that names it otherwise; load the model to inspect it"
             )
-    found = (_block(name, own, name in scored, counts) for name, own in below.items())
-    return [block for block in found if block is not None]
+    blocks = (_block(name, of_layer, name in scored, counts) for name, of_layer in below.items())
+    return [block for block in blocks if block is not None]
 
 
 def _router_owner(key: str) -> str | None:

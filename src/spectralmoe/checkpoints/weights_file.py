@@ -37,14 +37,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({str(error).splitlines()[0]})") from error
     except Exception as error:  # torch's own advice here is to run what the file holds
         raise UserError(
             f"{path} is not a torch weights file, or holds more than tensors; have it saved as a state dict alone"
         ) from error
-    return state_dict_of(found, str(path))
+    return state_dict_of(content, str(path))
 
 
 def state_dict_of(source: Any, origin: str) -> dict[str, Tensor]:

@@ -108,8 +108,8 @@ def attack_distance(
     chosen, rows = (t.repeat_interleave(many, 0) for t in (order[:, :k], x))
     noise = torch.randn(rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(seed)).to(x.device)
     start = rows + 1e-3 * noise * (rows.square().mean(-1, keepdim=True).sqrt() + 1e-3)
-    found = _search(values, rows, start, chosen=chosen, rival=rivals.reshape(-1, 1), steps=steps)
-    return found.view(-1, many).amin(-1).to(dtype)
+    distances = _search(values, rows, start, chosen=chosen, rival=rivals.reshape(-1, 1), steps=steps)
+    return distances.view(-1, many).amin(-1).to(dtype)
 
 
 def _prepare(router: Router, x: Tensor, processor: nn.Sequential | None) -> tuple[int, Router, nn.Sequential | None]:

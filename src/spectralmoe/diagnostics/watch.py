@@ -115,8 +115,8 @@ class OwnLayer(Watched):
     @property
     def matrix(self) -> Tensor | None:
         """The scorer's routing matrix."""
-        found = self.layer.router.scorer.matrix
-        return None if found is None else full(found).detach()
+        rows = self.layer.router.scorer.matrix
+        return None if rows is None else full(rows).detach()
 
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
         """With gradient. A router of this library computes in fp32 in any model: ``dtype`` rounds the tokens alone."""

@@ -65,9 +65,9 @@ def trainer_callback(path: str | Path | None = None, *, every: int = 50, layers:
             last = self.monitor.last if self.monitor else None
             if last is not None and last is not self.logged and "loss" in logs:
                 self.logged = last
-                found = {f"moe/{key}": value for key, value in last.items() if key != "step" and value is not None}
-                logs.update(found)
-                state.log_history[-1].update(found)
+                values = {f"moe/{key}": value for key, value in last.items() if key != "step" and value is not None}
+                logs.update(values)
+                state.log_history[-1].update(values)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.stack.close()

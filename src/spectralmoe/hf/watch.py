@@ -71,16 +71,16 @@ class _HFWatch(Watch):
         Raises:
             UserError: a router returned something unknown.
         """
-        found = []
+        seen = []
         for layer, calls in zip(self.layers, self.calls, strict=True):
             if calls:
                 layer.remember(calls[-1].given, calls[-1].flat)
-            found += [
+            seen += [
                 Seen(layer, _routing(layer, call), call.tokens if self.keep_tokens else call.tokens[:0])
                 for call in calls
             ]
             calls.clear()
-        return found
+        return seen
 
     def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not recomputing():

@@ -186,11 +186,11 @@ class _Gathered:
 
     def examples(self, e: int, describe: Describe) -> list[dict[str, Any]]:
         """The tokens with the largest weight, no two alike."""
-        found: dict[str, dict[str, Any]] = {}
+        different: dict[str, dict[str, Any]] = {}
         for weight, place in self.best.found[e]:
             shown = describe(self.layer, place)
-            found.setdefault(str(shown), {**shown, "weight": round(weight, 4)})
-        return list(found.values())[:_EXAMPLES]
+            different.setdefault(str(shown), {**shown, "weight": round(weight, 4)})
+        return list(different.values())[:_EXAMPLES]
 
 
 def _largest(joint: Tensor, number: int) -> list[list[int]]:

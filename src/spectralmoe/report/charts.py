@@ -88,18 +88,18 @@ def _letters(matrix: np.ndarray) -> int:
 
 def _association(layer: Layer, layers: int) -> dict[str, Any] | None:
     """The labels with most tokens; each row as square roots of shares of its tokens."""
-    held = layer.association
-    if held is None or not held.labels:
+    association = layer.association
+    if association is None or not association.labels:
         return None
-    table = np.array(held.table, dtype=np.float64)
+    table = np.array(association.table, dtype=np.float64)
     totals = table.sum(1)
     room = int(TABLE_LETTERS * 6 / 8 / (layer.experts * layers))
     kept = sorted(np.argsort(-totals, kind="stable")[: max(min(room, LABELS), 8)].tolist())
     share = table[kept] / np.where(totals[kept] > 0, totals[kept], np.nan)[:, None]
     return {
-        "labels": [held.labels[i] for i in kept],
+        "labels": [association.labels[i] for i in kept],
         "totals": [int(totals[i]) for i in kept],
-        "all": len(held.labels),
+        "all": len(association.labels),
         "values": pack(np.sqrt(share), 8, 0.0, 1.0),
     }
 
@@ -130,7 +130,7 @@ def _examples(layers: Sequence[Layer]) -> tuple[dict[str, int], list[list[list[d
     kept: list[list[list[dict[str, Any]]]] = [[[] for _ in layer.examples] for layer in layers]
     order = [_busiest(layer) for layer in layers]
     room, total, shown = EXAMPLE_LETTERS, 0, 0
-    deepest = max((len(held) for layer in layers for held in layer.examples), default=0)
+    deepest = max((len(of_expert) for layer in layers for of_expert in layer.examples), default=0)
     for depth in range(deepest):
         for rank in range(max(layer.experts for layer in layers)):
             for place, layer in enumerate(layers):
@@ -138,14 +138,14 @@ def _examples(layers: Sequence[Layer]) -> tuple[dict[str, int], list[list[list[d
                 if expert < 0 or depth >= len(layer.examples[expert]):
                     continue
                 item = layer.examples[expert][depth]
-                found = {"text": item.text[:CONTEXT], "weight": short(item.weight), "image": item.image}
-                found |= {"before": item.before[-CONTEXT:], "after": item.after[:CONTEXT]}
-                found = {key: value for key, value in found.items() if value not in ("", None)}
+                example = {"text": item.text[:CONTEXT], "weight": short(item.weight), "image": item.image}
+                example |= {"before": item.before[-CONTEXT:], "after": item.after[:CONTEXT]}
+                example = {key: value for key, value in example.items() if value not in ("", None)}
                 total += 1
-                cost = sum(len(str(value)) + 12 for value in found.values())
+                cost = sum(len(str(value)) + 12 for value in example.values())
                 if cost <= room:
                     room, shown = room - cost, shown + 1
-                    kept[place][expert].append(found)
+                    kept[place][expert].append(example)
     return {"shown": shown, "total": total}, kept
 
 

@@ -197,11 +197,11 @@ def _drawable(value: Any) -> bool:
 
 def _receipt(value: Mapping[str, Any], source: str) -> ReceiptFile:
     for part in ("reference", "test"):
-        change = held.get("interference") if isinstance(held := value.get(part), dict) else None
+        change = side.get("interference") if isinstance(side := value.get(part), dict) else None
         if isinstance(change, dict):  # null: measured on no sample
             change |= {key: math.nan for key in ("mean", "low", "high") if change.get(key) is None}
     receipt = _RECEIPT.validate_python(dict(value))
-    moved = [flip for held in (receipt.reference, receipt.test) if held is not None for flip in held.flipped]
+    moved = [flip for side in (receipt.reference, receipt.test) if side is not None for flip in side.flipped]
     used = {receipt.label, receipt.before.prediction, receipt.after.prediction}
     used |= {number for flip in moved for number in (flip.label, flip.before, flip.after) if number is not None}
     if receipt.classes and not used <= set(range(len(receipt.classes))):

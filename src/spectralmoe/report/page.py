@@ -69,8 +69,12 @@ def render_report(documents: Sequence[Document | Mapping[str, Any]], title: str)
 def _about(document: Document) -> str:
     body: Any = document.body
     if isinstance(body, Inspection):
-        held = body.model
-        parts = [held.kind or held.name, held.dtype, "weights only, not run" if held.mode == "router-only" else ""]
+        model = body.model
+        parts = [
+            model.kind or model.name,
+            model.dtype,
+            "weights only, not run" if model.mode == "router-only" else "",
+        ]
         return f"{body.title}: {', '.join(part for part in parts if part)}"
     kinds = {"monitor": "training run ", "history": "training of ", "receipt": "receipt of "}
     return kinds.get(document.kind, "") + str(body.title)

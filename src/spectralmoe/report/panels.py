@@ -26,7 +26,7 @@ def make_panels(documents: Sequence[Document]) -> dict[str, Any]:
     histories = [body for body in bodies if isinstance(body, History)]
     comparisons = [body for body in bodies if isinstance(body, Comparison)]
     receipts = [body for body in bodies if isinstance(body, ReceiptFile)]
-    found = [
+    panels = [
         _panel("summary", "Summary", "summary.html", "", bool(inspections or monitors or histories)),
         *_layer_panels(inspections, monitors, bool(histories)),
         _panel(
@@ -50,7 +50,7 @@ def make_panels(documents: Sequence[Document]) -> dict[str, Any]:
     ]
     summaries = [_summary(index, body) for index, body in enumerate(inspections)]
     return {
-        "panels": [panel for panel in found if panel["shown"]],
+        "panels": [panel for panel in panels if panel["shown"]],
         "runs": [*summaries, *map(_monitor_summary, monitors), *map(history_summary, histories)],
     }
 
@@ -119,8 +119,10 @@ def _runs(bodies: Sequence[Any], has: Any) -> list[dict[str, Any]]:
 
 
 def _has_matrices(layer: Layer) -> bool:
-    held = layer.similarity.matrices if layer.similarity else None
-    return held is not None and any(m is not None and m.size for m in (held.output, held.weights, held.rows))
+    if layer.similarity is None:
+        return False
+    matrices = layer.similarity.matrices
+    return any(m is not None and m.size for m in (matrices.output, matrices.weights, matrices.rows))
 
 
 def _has_examples(layer: Layer) -> bool:
@@ -130,10 +132,10 @@ def _has_examples(layer: Layer) -> bool:
 def _summary(index: int, body: Inspection) -> dict[str, Any]:
     checks = coverage(body)
     everywhere, count = [], len(body.layers)
-    for column, held, _, _ in checks:
-        if held:
-            everywhere.append(_named(column) + ("" if held == count else f" (in {held} of {count} layers)"))
-    unknown = [f"{_named(column)} ({why})" if why else _named(column) for column, held, _, why in checks if not held]
+    for column, known, _, _ in checks:
+        if known:
+            everywhere.append(_named(column) + ("" if known == count else f" (in {known} of {count} layers)"))
+    unknown = [f"{_named(column)} ({why})" if why else _named(column) for column, known, _, why in checks if not known]
     places = {layer.name: _row_id(index, place) for place, layer in enumerate(body.layers)}
     numbers = {(layer.stack, layer.layer): _row_id(index, place) for place, layer in enumerate(body.layers)}
     data = body.data
