@@ -9,52 +9,45 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import small_parts
 import torch
-from grids import pairings, pairwise
+from grids import crosses, pairwise
 from seeds import shifted
+from small_parts import NOT_ALONE
 from torch import Tensor
 
-from spectralmoe import Router, TopK, UserError
+from spectralmoe import Router, UserError
+from spectralmoe.experts import EXPERTS
+from spectralmoe.regularizers import REGULARIZERS
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}
 """The only tolerances, relative and absolute: of the arithmetic that produced a result."""
 
-# What a table entry needs besides the sizes (scorers) or at all (selectors). An entry that is not named needs nothing.
-SCORER_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "linear": {"bias": True},
-    "cosine": {"proj_dim": 5, "temperature": 0.3},
-    "eigenbasis": {"rank": 5, "temperature": 0.1},
-    "basis": {"score": "energy"},
-}
-NOT_ALONE = {"basis", "context"}
-"""Scorers that need more than tokens, a bank or a context: they have tests of their own instead."""
-SELECTOR_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "topk": lambda: {"k": 2},
-    "noisy_topk": lambda: {"k": 2},
-    "expert_choice": lambda: {"capacity": 2.0},
-    "topp": lambda: {"p": 0.5},
-    "balanced": lambda: {"k": 2},
-    "capacity": lambda: {"selector": TopK(2), "factor": 1.0},
-    "cluster_dropout": lambda: {"selector": TopK(2), "groups": 1},
-}
+CENTRES = ("linear", ("topk", "balanced"))
+"""The scorer that meets every selector, and the selectors that meet every scorer."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests over the tables that they ask for, and over the factors of their marker ``grid``.
 
-    ``scorer_name`` and ``selector_name`` stand for the tables (the scorers ``NOT_ALONE`` are left out). With more than
-    one factor the default run takes a cover (tests/grids.py), and ``--full`` the product.
+    ``scorer_name``, ``selector_name``, ``bank_name`` and ``regularizer_name`` stand for the tables (the scorers
+    ``NOT_ALONE`` are left out). With more than one factor the default run takes a cover (tests/grids.py), and
+    ``--full`` the product.
     """
     full, seed, factors = metafunc.config.getoption("--full"), shifted(0), {}
-    tables = {"scorer_name": [name for name in SCORERS if name not in NOT_ALONE], "selector_name": list(SELECTORS)}
+    scorers, selectors = [name for name in SCORERS if name not in NOT_ALONE], list(SELECTORS)
+    tables = {"scorer_name": scorers, "selector_name": selectors}
     asked = tuple(name for name in tables if name in metafunc.fixturenames)
     if len(asked) == 2:
-        pairs = itertools.product(*tables.values()) if full else pairings(*tables.values(), seed=seed)
+        pairs = itertools.product(scorers, selectors) if full else crosses(scorers, selectors, CENTRES, seed=seed)
         factors[asked] = list(pairs)
     elif asked:
         factors[asked] = [(value,) for value in tables[asked[0]]]
+    for name, table in {"bank_name": EXPERTS, "regularizer_name": REGULARIZERS}.items():
+        if name in metafunc.fixturenames:
+            factors[name,] = [(value,) for value in table]
     for marker in metafunc.definition.iter_markers("grid"):
         factors |= {(name,): [(value,) for value in values] for name, values in marker.kwargs.items()}
     if not factors:
@@ -69,21 +62,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def make_scorer() -> Callable[..., Any]:
     """``make_scorer(name, dim=12, num_experts=6)``: a small scorer from the table."""
-
-    def make(name: str, dim: int = 12, num_experts: int = 6) -> Any:
-        return SCORERS[name](dim, num_experts, **SCORER_ARGUMENTS.get(name, {}))
-
-    return make
+    return small_parts.make_scorer
 
 
 @pytest.fixture(scope="session")
 def make_selector() -> Callable[..., Any]:
     """``make_selector(name)``: a selector from the table."""
+    return small_parts.make_selector
 
-    def make(name: str) -> Any:
-        return SELECTORS[name](**SELECTOR_ARGUMENTS.get(name, dict)())
 
-    return make
+@pytest.fixture(scope="session")
+def make_bank() -> Callable[..., Any]:
+    """``make_bank(name, dim=8, num_experts=4)``: a small bank from the table."""
+    return small_parts.make_bank
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["pairings", "pairwise", "part_of"]
+__all__ = ["crosses", "pairwise", "part_of"]
 
 
 def pairwise(*factors: Iterable[Any], seed: int = 0) -> list[tuple[Any, ...]]:
@@ -29,14 +29,17 @@ def pairwise(*factors: Iterable[Any], seed: int = 0) -> list[tuple[Any, ...]]:
     return [tuple(table[i] for table, i in zip(tables, row, strict=True)) for row in sorted(cover)]
 
 
-def pairings(first: Iterable[Any], second: Iterable[Any], seed: int = 0) -> list[tuple[Any, Any]]:
-    """Every value of ``first`` with two of ``second``, chosen by ``seed``, so that none of ``second`` is left out."""
+def crosses(
+    first: Iterable[Any], second: Iterable[Any], centres: tuple[Any, Sequence[Any]], seed: int = 0
+) -> list[tuple[Any, Any]]:
+    """Pairs in the shape of a cross: one value with every one of ``second``, some of ``second`` with every one of
+    ``first``, and each value of either with a partner that ``seed`` chooses."""
     first, second = list(first), list(second)
-    random.Random(seed).shuffle(second)
-    rows, columns = len(first), len(second)
-    turn = math.lcm(rows, columns)  # after which the same pairs would come again
-    number = max(min(2, columns) * rows, columns)
-    return [(first[i % rows], second[(i + i // turn) % columns]) for i in range(number)]
+    centre, others = centres
+    cross = [*((centre, b) for b in second), *((a, b) for a in first for b in others)]
+    draw = random.Random(seed)
+    cross += [(a, draw.choice(second)) for a in first] + [(draw.choice(first), b) for b in second]
+    return list(dict.fromkeys(cross))
 
 
 def part_of(rows: Sequence[Any], part: str) -> list[Any]:

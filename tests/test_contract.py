@@ -58,7 +58,7 @@ def test_layer_equals_the_fp32_loop(layer, close, n, autocast):
     close(y.float(), layer(x), torch.bfloat16 if autocast else torch.float32)
 
 
-@pytest.mark.grid(n=SIZES[1:])
+@pytest.mark.grid(n=SIZES[2:])  # one token alone may be left with experts whose scores are constant
 def test_the_task_loss_trains_every_router_parameter(layer, n):
     (layer(torch.randn(n, D)) * torch.randn(n, D)).sum().backward()
     for name, parameter in layer.router.named_parameters():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from grids import pairings, pairwise, part_of
+from grids import crosses, pairwise, part_of
 from seeds import shifted
 
 
@@ -19,16 +19,16 @@ def test_a_cover_holds_every_pair_once_at_least(sizes):
     assert len(set(rows)) == len(rows)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [*itertools.product([1, 2, 4, 5, 8], repeat=2)])
-def test_pairings_give_each_row_two_columns_and_leave_no_column_out(rows, columns):
-    pairs = pairings(range(rows), range(columns), seed=shifted(1))
-    assert len(set(pairs)) == len(pairs) == max(min(2, columns) * rows, columns)
-    assert all(len({b for a, b in pairs if a == row}) >= min(2, columns) for row in range(rows))
-    assert {b for _, b in pairs} == set(range(columns))
+def test_a_cross_holds_its_two_lines_and_a_partner_for_each_value():
+    first, second = "abcde", range(9)
+    for seed in range(5):
+        pairs = crosses(first, second, ("a", (0, 4)), seed=shifted(seed))
+        assert len(set(pairs)) == len(pairs) <= 9 + 2 * 5 + 5 + 9
+        assert {("a", b) for b in second} | {(a, b) for a in first for b in (0, 4)} <= set(pairs)
 
 
 def test_another_seed_pairs_otherwise():
-    assert len({tuple(pairings(range(5), range(8), seed=shifted(seed))) for seed in range(5)}) > 1
+    assert len({tuple(crosses("abcde", range(8), ("a", (0,)), seed=shifted(seed))) for seed in range(5)}) > 1
 
 
 def test_parts_make_up_the_whole():

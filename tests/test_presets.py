@@ -22,6 +22,7 @@ from spectralmoe.tape import moe_layers, record
 from spectralmoe.terms import penalty
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import parse
+from spectralmoe.training.tasks.images import ImageTask
 
 SIZES = {"width": 12, "num_experts": 4, "hidden": 8}
 
@@ -59,11 +60,11 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def data():
-    return load_data("digits").subset(60)
+def task():
+    return ImageTask(load_data("digits").subset(60))
 
 
-def setup_of(data, tmp_path, *names, **changes):
+def setup_of(task, tmp_path, *names, **changes):
     settings = CompareSettings(data="digits", routers=names, depths=(1,), seeds=1)
     network = settings.network.model_copy(update={**SIZES, **changes})
     settings = settings.model_copy(
@@ -73,16 +74,16 @@ def setup_of(data, tmp_path, *names, **changes):
         }
     )
     settings.check()
-    return Setup(settings, data, tmp_path, torch.device("cpu"))
+    return Setup(settings, task, tmp_path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("row", sorted(rows()))
-def test_every_entry_of_the_tables_trains_in_a_comparison_by_name(row, data, tmp_path):
-    setup = setup_of(data, tmp_path, row)
+def test_every_entry_of_the_tables_trains_in_a_comparison_by_name(row, task, tmp_path):
+    setup = setup_of(task, tmp_path, row)
     (cell,) = setup.settings.cells()
-    network, budget, terms = setup.recipe(cell, Tuned())
+    network, run, terms = setup.recipe(cell, Tuned())
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    history = train(network, data, budget, terms=terms)
+    history = train(network, task, run.optimization, terms=terms)
     assert history.epochs[0]["loss"] > 0
     assert not torch.equal(before["head.weight"], network.head.weight)
     (layer,) = moe_layers(network).values()
@@ -92,15 +93,15 @@ def test_every_entry_of_the_tables_trains_in_a_comparison_by_name(row, data, tmp
         assert type(getattr(layer.router, kind)) is table[spec["type"]]
 
 
-def test_a_row_of_parts_is_the_router_of_these_parts(data, tmp_path):
+def test_a_row_of_parts_is_the_router_of_these_parts(task, tmp_path):
     row = '{scorer = "prototype", selector = "topp", p = 0.7, temperature = 0.5, terms = {router_z = 1e-3}}'
-    setup = setup_of(data, tmp_path, row)
+    setup = setup_of(task, tmp_path, row)
     network, _, terms = setup.recipe(setup.settings.cells()[0], Tuned(strength=3.0))
     (layer,) = moe_layers(network).values()
     router = layer.router
     assert (router.scorer.temperature, router.scorer.scale, router.selector.p) == (0.5, 1.0, 0.7)
     with record(network.eval()) as tape:
-        network(data.test.images[:9])
+        network(task.labelled("test")[0][:9])
     for logits, chosen in zip(tape[0].routing.logits, tape[0].routing.indices, strict=True):
         values = sorted(logits.softmax(-1).tolist(), reverse=True)
         used = next(n for n in range(1, 5) if sum(values[:n]) >= 0.7 - 1e-6)
@@ -207,9 +208,9 @@ def test_a_row_that_cannot_be_is_one_line(row, words, user_error):
         ('{scorer = "linear", experts = {type = "feed_forward", activation = "gulu"}}', 2, ("did you mean 'gelu'?",)),
     ],
 )
-def test_what_does_not_fit_the_network_shows_before_anything_runs(row, k, words, data, tmp_path, user_error):
+def test_what_does_not_fit_the_network_shows_before_anything_runs(row, k, words, task, tmp_path, user_error):
     with user_error(*words):
-        setup_of(data, tmp_path, row, k=k)
+        setup_of(task, tmp_path, row, k=k)
 
 
 def test_a_bank_without_spare_units_is_not_asked_for_them(user_error):
@@ -267,10 +268,10 @@ def mine(tmp_path, monkeypatch):
         '{{preset = "{m}:ROW", terms = {{mine = {{type = "{m}:term", weight = 0.1, power = 2}}}}}}',
     ],
 )
-def test_rows_of_your_own(row, mine, data, tmp_path):
-    setup = setup_of(data, tmp_path, row.format(m=mine))
-    network, budget, terms = setup.recipe(setup.settings.cells()[0], Tuned())
-    assert train(network, data, budget, terms=terms).epochs[0]["loss"] > 0
+def test_rows_of_your_own(row, mine, task, tmp_path):
+    setup = setup_of(task, tmp_path, row.format(m=mine))
+    network, run, terms = setup.recipe(setup.settings.cells()[0], Tuned())
+    assert train(network, task, run.optimization, terms=terms).epochs[0]["loss"] > 0
 
 
 def test_objects_of_your_own_that_do_not_fit(mine, user_error):

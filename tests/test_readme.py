@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from spectralmoe import save
 from spectralmoe.cli.app import run
 from spectralmoe.data.image_data import load_data
 from spectralmoe.tape import moe_layers
@@ -44,6 +45,20 @@ def test_correction_example_runs(capsys, tmp_path, monkeypatch):
     assert re.search(r"corrected: .*\nwritten: expert .*\nreference: 400 samples, ", capsys.readouterr().out)
     assert (tmp_path / "update.safetensors").is_file()
     assert len(EXAMPLES) == 3
+
+
+def test_vision_pages_examples_run(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    one, two = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "vision.md").read_text(), re.S)
+    names = {}
+    exec(compile(one, "vision.md", "exec"), names)
+    assert names["logits"].shape == (2, 10)
+    pytest.importorskip("huggingface_hub")
+    save(names["model"], "runs/emoe-vit", meta={"data": "photos", "results": {"test_accuracy": 50.0}})
+    exec(compile(two, "vision.md", "exec"), names)
+    assert set(moe_layers(names["again"])) == set(moe_layers(names["model"]))
+    assert "test accuracy" in (tmp_path / "runs" / "shared" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("number", [0, 1])

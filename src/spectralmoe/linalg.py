@@ -3,10 +3,15 @@
 Every matrix is divided by its largest entry first, so no square leaves the range of its numbers. What is not finite has
 no spectrum: nan.
 
-Sharded parameters are gathered first, differentiably where a gradient flows (``sharding.full``).
+Sharded parameters are gathered first, differentiably where a gradient flows (``sharding.full``). Autocast has no say in
+products here: its 16 bits would change a spectrum by percents.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +32,7 @@ __all__ = [
     "spectrum",
     "stable_rank",
     "top_right",
+    "without_autocast",
 ]
 
 EXACT_LIMIT = 128
@@ -35,7 +41,24 @@ EXACT_LIMIT = 128
 
 _ROUNDINGS = 64
 
+_Others = ParamSpec("_Others")
+_Result = TypeVar("_Result")
 
+
+def without_autocast(
+    function: Callable[Concatenate[Tensor, _Others], _Result],
+) -> Callable[Concatenate[Tensor, _Others], _Result]:
+    """``function`` of a tensor, and of anything else, with autocast off for the tensor's device."""
+
+    @wraps(function)
+    def run(x: Tensor, /, *args: _Others.args, **kwargs: _Others.kwargs) -> _Result:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return run
+
+
+@without_autocast
 def top_right(matrix: Tensor) -> Tensor:
     """Exact leading right singular vector v (D,) of ``matrix`` (E, D), without gradient.
 
@@ -47,6 +70,7 @@ def top_right(matrix: Tensor) -> Tensor:
     return _unit(m.T @ top) if wide else top
 
 
+@without_autocast
 def power_iteration(matrix: Tensor, start: Tensor, steps: int = 1) -> Tensor:
     """``steps`` rounds of v <- M'M v / |M'M v| from ``start`` (D,), without gradient; returns v (D,).
 
@@ -83,6 +107,7 @@ def stable_rank(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
     return spectrum(matrix, direction)[1]
 
 
+@without_autocast
 def spectrum(matrix: Tensor, direction: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``sigma_max`` and ``stable_rank`` from one decomposition."""
     m, largest = _scaled(full(matrix))
@@ -108,6 +133,7 @@ def qr_retraction(basis: Tensor) -> Tensor:
     return retracted.contiguous()  # QR lays out columns, FSDP2 takes rows only
 
 
+@without_autocast
 def orthonormality_error(basis: Tensor) -> Tensor:
     r"""The largest entry of :math:`|U^\top U - 1|` of ``basis`` U (..., D, R): (...), without gradient."""
     u = full(basis.detach())

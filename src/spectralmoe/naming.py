@@ -70,7 +70,8 @@ def read_table(text: str) -> dict[str, Any]:
     try:
         read = tomllib.loads(f"row = {text}")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{text!r} does not read as {example} ({first_line(error)})") from error
+        reason = first_line(error).partition(" (at ")[0]  # of a line and column with another beginning
+        raise UserError(f"{text!r} does not read as {example} ({reason})") from error
     if read.keys() != {"row"} or not isinstance(read["row"], dict):
         raise UserError(f"{text!r} is not {example}")
     return read["row"]

@@ -11,7 +11,7 @@ from torch import nn
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, Soft, TopK, record
 from spectralmoe.adaptation import METHODS, Guard, adapt_one, neighbours
-from spectralmoe.adaptation.problem import Problem, margins
+from spectralmoe.adaptation.correction import Correction, margins
 from spectralmoe.adaptation.reference import Reference
 from spectralmoe.adaptation.targets import Weights, find_targets, joined
 
@@ -47,9 +47,9 @@ def test_the_first_margin_step_is_the_minimal_norm_solution(samples):
     want = torch.linalg.lstsq(a, (EPSILON - m).sum().reshape(1, 1), driver="gelsd").solution.view(4, 6)
     before = copy.deepcopy(model)
     weights = Weights({"w": model.w, "b": model.b})
-    problem = Problem(model, x, y, x[:0], weights, max_steps=1, lr=1.0)
+    correction = Correction(model, x, y, x[:0], weights, max_steps=1, lr=1.0)
     with weights.trainable(model):
-        assert METHODS["margin"](problem) == 1
+        assert METHODS["margin"](correction) == 1
     torch.testing.assert_close(model.w - before.w, want[:, :5], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(model.b - before.b, want[:, 5], rtol=1e-10, atol=1e-10)
     after = model(x).detach()
@@ -65,7 +65,7 @@ def test_margin_gives_up_where_nothing_can_be_moved():
     weights = Weights({"w": model.w})
     before = model.w.detach().clone()
     with weights.trainable(model):
-        METHODS["margin"](Problem(model, x, y, x[:0], weights, max_steps=5, lr=1.0))
+        METHODS["margin"](Correction(model, x, y, x[:0], weights, max_steps=5, lr=1.0))
     assert torch.equal(model.w, before)
 
 
@@ -83,14 +83,14 @@ def small(activation="relu", k=2, spare=0, bias=True):
 
 
 def problem_on(model, reference_tokens, max_steps=1, length=1.0):
-    """A problem for one wrong token in layer "0", and its target."""
+    """A correction of one wrong token in layer "0", and its target."""
     x = length * torch.randn(1, 5, dtype=torch.float64)
     with torch.no_grad():
         y = model(x).argmin(-1)
         (target,) = find_targets(model, x, ["0"])
         reference = Reference(model, reference_tokens, torch.zeros(len(reference_tokens)).long(), ["0"])
     weights = joined([target])
-    return Problem(
+    return Correction(
         model, x, y, x[:0], weights, max_steps=max_steps, lr=1.0, experts=[target], reference=reference
     ), target
 
@@ -128,24 +128,24 @@ def what_down_sees(model, tokens, e):
 def test_low_rank_is_the_closed_form_for_one_token(activation, k):
     """dW2 = d (C^-1 h)^T with d = t delta and t such that the linearised margin reaches epsilon."""
     model, tokens = small(activation, k), torch.randn(400, 5, dtype=torch.float64)
-    problem, target = problem_on(model, tokens)
+    correction, target = problem_on(model, tokens)
     e, bank = target.expert, model[0].experts
     seen, share = what_down_sees(model, tokens, e)
     mean = (share[:, None] * seen).sum(0)
     c = sum(s * torch.outer(h - mean, h - mean) for s, h in zip(share, seen, strict=True))
     c += 0.05 * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64)
     with torch.no_grad():
-        h = hidden_of(bank, problem.samples, e)[0]
-        gate = gates_by_hand(model, problem.samples)[0, e]
-        logits = model(problem.samples)[0]
-        y, rival = int(problem.labels), int(logits.argmax())
+        h = hidden_of(bank, correction.samples, e)[0]
+        gate = gates_by_hand(model, correction.samples)[0, e]
+        logits = model(correction.samples)[0]
+        y, rival = int(correction.labels), int(logits.argmax())
         delta = gate * (model[1].weight[y] - model[1].weight[rival])  # margin = <delta, W2 h> + const
         solved = torch.linalg.solve(c, h)
         t = (EPSILON - (logits[y] - logits[rival])) / (delta @ delta * (h @ solved))
         want = torch.outer(t * delta, solved)
     before = copy.deepcopy(model)
-    with problem.weights.trainable(model):
-        METHODS["low_rank"](problem)
+    with correction.weights.trainable(model):
+        METHODS["low_rank"](correction)
     got = bank.down[e].detach() - before[0].experts.down[e].detach()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)  # the covariance is of fp32 activations
     assert torch.linalg.matrix_rank(got, rtol=1e-8) == 1
@@ -157,14 +157,14 @@ def test_low_rank_is_the_closed_form_for_one_token(activation, k):
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
 def test_null_space_leaves_the_leading_directions_alone(activation):
     model, tokens = small(activation), torch.randn(400, 5, dtype=torch.float64) * torch.tensor([9.0, 1, 0.3, 0.1, 0.1])
-    problem, target = problem_on(model, tokens, max_steps=20)
+    correction, target = problem_on(model, tokens, max_steps=20)
     e, bank = target.expert, model[0].experts
     seen, share = what_down_sees(model, tokens, e)
     gate = gates_by_hand(model, tokens)[:, e]
     inputs = tokens[gate > 0.02]
     before = copy.deepcopy(bank)
-    with problem.weights.trainable(model):
-        assert METHODS["null_space"](problem) > 0
+    with correction.weights.trainable(model):
+        assert METHODS["null_space"](correction) > 0
     for name, what in (("down", seen), ("up", inputs)):
         _, values, rows = torch.linalg.svd(share.sqrt()[:, None] * what, full_matrices=False)
         energy = values.square().cumsum(0) / values.square().sum()
@@ -214,10 +214,10 @@ def test_unit_writes_one_hidden_unit_of_one_expert(network, data, wrong, make_gu
 def test_unit_solves_with_every_activation(activation):
     """A token that stands out from what the expert sees."""
     model, tokens = small(activation, spare=1), torch.randn(200, 5, dtype=torch.float64)
-    problem, target = problem_on(model, tokens, length=4.0)
-    with problem.weights.trainable(model):
-        METHODS["unit"](problem)
-    assert int(model(problem.samples).argmax()) == int(problem.labels)
+    correction, target = problem_on(model, tokens, length=4.0)
+    with correction.weights.trainable(model):
+        METHODS["unit"](correction)
+    assert int(model(correction.samples).argmax()) == int(correction.labels)
     assert model[0].experts.free_units(target.expert) == []
     assert all(len(model[0].experts.free_units(e)) == 1 for e in range(3) if e != target.expert)
 
@@ -225,9 +225,9 @@ def test_unit_solves_with_every_activation(activation):
 def test_unit_needs_a_free_unit_and_a_bias(network, data, wrong, untouched, user_error):
     tokens = torch.randn(50, 5, dtype=torch.float64)
     for arguments, word in (({"spare": 1, "bias": False}, "no bias"), ({"spare": 0}, "no free hidden unit")):
-        problem, target = problem_on(small(**arguments), tokens)
+        correction, target = problem_on(small(**arguments), tokens)
         with user_error(word, "'0'", f"expert {target.expert}", "spare"):
-            METHODS["unit"](problem)
+            METHODS["unit"](correction)
     model = network("top2")
     with untouched(model), user_error("guard", "'unit'"):
         adapt_one(model, data.test.images[:1], 3, method="unit")
@@ -268,10 +268,10 @@ def test_an_expert_that_reference_data_never_use(user_error):
         tokens = tokens[gates_by_hand(model, tokens)[:, target.expert] == 0]
     reference = Reference(model, tokens, torch.zeros(len(tokens)).long(), ["0"])
     weights = joined([target])
-    problem = Problem(model, x, torch.tensor([0]), x[:0], weights, 5, 1.0, experts=[target], reference=reference)
+    correction = Correction(model, x, torch.tensor([0]), x[:0], weights, 5, 1.0, experts=[target], reference=reference)
     for method in ("null_space", "low_rank"):
         with user_error(f"expert {target.expert}", "reference"):
-            METHODS[method](problem)
+            METHODS[method](correction)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -169,7 +169,7 @@ def test_adapter_has_the_compute_of_what_a_token_meets():
 
 def test_all_rows_start_as_the_backbone():
     settings = FewShotSettings(data="digits", experts=4, bottleneck=6)
-    for row in ("adapter", "emoe", "emoe-faithful", "linear", "sr-moe"):
+    for row in ("adapter", "emoe", "emoe-faithful", "linear", "sr-moe", '{scorer = "cosine", temperature = 0.2}'):
         assert not recipe(row, settings).spec.make_moe(8).experts.down.any(), row
 
 

@@ -133,6 +133,10 @@ def test_a_module_that_a_file_names_is_not_imported(refused, call, tmp_path, mon
     line = refused("train", "--config", "c.toml", "--out", "o")
     assert "router 'harm:Own' is a class of your own; if you trust it, add --allow harm:Own" in line
     assert not (tmp_path / "imported").exists()
+    (tmp_path / "compare.toml").write_text('data = "digits"\nrouters = ["linear", {scorer = "harm:Own"}]\n')
+    line = refused("compare", "--config", "compare.toml", "--out", "c")
+    assert "router 'harm:Own' is a class of your own; if you trust it, add --allow harm:Own" in line
+    assert not (tmp_path / "imported").exists()
     assert call("train", "--config", "c.toml", "--allow", "harm:Own", "--out", "o")[0] == 0
     assert (tmp_path / "imported").exists()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from small_parts import make_bank
 from torch import nn
 
 from spectralmoe import (
-    Adapter,
     EigenExperts,
     Experts,
     FeedForward,
@@ -23,7 +24,7 @@ from spectralmoe import (
 )
 from spectralmoe.dispatch import DISPATCHES, Dense, Grouped, pick_dispatch
 from spectralmoe.dispatch.base import combine, sort_slots, spread
-from spectralmoe.experts import Answer, ConfidentExperts
+from spectralmoe.experts import EXPERTS, Answer, ConfidentExperts
 
 E = 4  # experts of the banks; routers know two more, which are zero experts
 
@@ -59,19 +60,12 @@ def confident(dim, hidden):
     return bank
 
 
-def modules(dim):
-    return [nn.Sequential(nn.Linear(dim, 5), nn.Tanh(), nn.Linear(5, dim)) for _ in range(E)]
-
-
 BANKS = {
-    "gelu": (8, lambda: FeedForward(E, 8, 12)),
+    **{name: (8, partial(make_bank, name, 8, E)) for name, cls in EXPERTS.items() if cls.row_dims in (None, 1)},
     "relu-bias-odd": (7, lambda: FeedForward(E, 7, 5, activation="relu", bias=True)),
     "swiglu": (8, lambda: FeedForward(E, 8, 12, activation="swiglu")),
     "swiglu-bias": (8, lambda: FeedForward(E, 8, 12, activation="swiglu", bias=True)),
     "gelu-bias-odd": (7, lambda: FeedForward(E, 7, 5, bias=True)),
-    "adapter": (8, lambda: Adapter(E, 8, 4)),
-    "modules": (8, lambda: ModuleExperts(modules(8))),
-    "eigen": (8, lambda: EigenExperts(E, 8, 4)),
     "eigen-odd": (7, lambda: EigenExperts(E, 7, 3)),
     "gain": (8, lambda: Gained(8, 12)),
     "gain-odd": (7, lambda: Gained(7, 5)),

@@ -95,9 +95,16 @@ def test_a_file_of_another_kind_is_named(tmp_path, user_error, text):
         ran(card(range(1)), tmp_path)
 
 
-def test_the_verb(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def no_plan(monkeypatch):
+    """No module called plan is loaded, before and after."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "plan", raising=False)
+    sys.modules.pop("plan", None)
+    yield
+    sys.modules.pop("plan", None)
+
+
+def test_the_verb(no_plan, tmp_path, capsys):
     arguments = ["card", str(TOY), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--jobs", "1"]
     assert run([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"cells": 12, "out": str(tmp_path / "out"), "notes": []}
@@ -110,7 +117,9 @@ def test_the_verb(tmp_path, capsys, monkeypatch):
     ):
         assert run(more) == 2
         assert words in capsys.readouterr().err
-    monkeypatch.delitem(sys.modules, "plan", raising=False)
+    (tmp_path / "plan.py").write_text("")
+    assert run(["card", str(tmp_path)]) == 2
+    assert "another module called plan is loaded" in capsys.readouterr().err
 
 
 WORKER = """

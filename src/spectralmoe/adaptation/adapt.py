@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.adaptation.copies import Augment
+from spectralmoe.adaptation.correction import Correction
 from spectralmoe.adaptation.guard import Guard, Head, Verdict
 from spectralmoe.adaptation.memory import share_memory
 from spectralmoe.adaptation.methods import METHODS, NEEDS_REFERENCE
 from spectralmoe.adaptation.methods.hidden_unit import NoFreeUnit
-from spectralmoe.adaptation.problem import Problem
 from spectralmoe.adaptation.reference import Reference
 from spectralmoe.adaptation.steady import first_logits, steady
 from spectralmoe.adaptation.targets import Target, choose_layers, find_targets, joined, logits_of, right
@@ -106,10 +106,12 @@ def adapt_one(
         samples = head(inputs)
         copies = head(augment(inputs)) if augment else samples[:0]
         _check_copies(copies, samples)
-        problem = Problem(tail, samples, labels, copies, joined(()), max_steps, lr, carry=carry, strength=strength)
+        correction = Correction(
+            tail, samples, labels, copies, joined(()), max_steps, lr, carry=carry, strength=strength
+        )
         check = _Check(model, inputs, labels, guard, guard.others(inputs) if guard else None)
         measure = partial(guard.reference, model, head, tail, names[0]) if guard else None
-        update = _try_all(problem, _plan(method, names, guard), check, measure)
+        update = _try_all(correction, _plan(method, names, guard), check, measure)
     return replace(update, seconds=time.monotonic() - started)
 
 
@@ -141,12 +143,12 @@ class _Check:
         """Whether the samples are right."""
         return bool(right(logits_of(self.model, self.samples), self.labels).all())
 
-    def verdict(self, task: Problem, touched: dict[str, int]) -> Verdict | None:
+    def verdict(self, correction: Correction, touched: dict[str, int]) -> Verdict | None:
         """The guard's, if there is one."""
         if self.guard is None or self.others is None:
             return None
-        assert task.reference is not None
-        return self.guard.judge(task.model, task.reference, touched, model=self.model, others=self.others)
+        assert correction.reference is not None
+        return self.guard.judge(correction.model, correction.reference, touched, model=self.model, others=self.others)
 
 
 def _labels(y: Tensor | int, samples: int, device: torch.device) -> Tensor:
@@ -181,7 +183,7 @@ def _plan(method: str, names: Sequence[str], guard: Guard | None) -> list[_Attem
 
 
 def _try_all(
-    problem: Problem,
+    correction: Correction,
     plan: Sequence[_Attempt],
     check: _Check,
     measure: Callable[[Sequence[str]], Reference] | None,
@@ -190,15 +192,15 @@ def _try_all(
     tried, references = list[str](), dict[tuple[str, ...], Reference]()
     update = Update(False, 0, plan[0].method)
     for attempt in plan:
-        targets = find_targets(problem.model, problem.samples, attempt.layers)
+        targets = find_targets(correction.model, correction.samples, attempt.layers)
         if not targets:
             raise UserError(f"the samples use no expert of {', '.join(attempt.layers)}; choose other layers")
         seen = tuple(target.layer for target in targets if attempt.method in NEEDS_REFERENCE)
         if measure is not None and seen not in references:
             references[seen] = measure(seen)
-        task = replace(problem, weights=joined(targets), experts=targets, reference=references.get(seen))
+        aimed = replace(correction, weights=joined(targets), experts=targets, reference=references.get(seen))
         try:
-            update = _try(task, attempt.method, check)
+            update = _try(aimed, attempt.method, check)
         except UserError as error:
             if attempt is plan[0] and not isinstance(error, NoFreeUnit):
                 raise
@@ -210,37 +212,37 @@ def _try_all(
     return replace(update, tried=tuple(tried))
 
 
-def _try(task: Problem, method: str, check: _Check) -> Update:
+def _try(correction: Correction, method: str, check: _Check) -> Update:
     """One method once; the weights are put back unless it succeeds."""
-    old, kept = task.weights.copy(), False
+    old, kept = correction.weights.copy(), False
     try:
-        with task.weights.trainable(task.model):
-            steps = METHODS[method](task)
-        if not (task.weights.finite() and check.right()):
+        with correction.weights.trainable(correction.model):
+            steps = METHODS[method](correction)
+        if not (correction.weights.finite() and check.right()):
             return Update(False, steps, method, ("the samples did not become right",))
-        verdict = _fit(task, check, old)
+        verdict = _fit(correction, check, old)
         if verdict is not None and not verdict.holds:
             cost = f"it costs {-verdict.change.mean:.2f} points and flips {len(verdict.flipped)} reference samples"
             return Update(False, steps, method, (cost,), verdict)
         kept = True
     finally:
         if not kept:
-            task.weights.write(old)
-    return Update(True, steps, method, (), verdict, written=_written(task.experts, old))
+            correction.weights.write(old)
+    return Update(True, steps, method, (), verdict, written=_written(correction.experts, old))
 
 
-def _fit(task: Problem, check: _Check, old: Sequence[Tensor]) -> Verdict | None:
+def _fit(correction: Correction, check: _Check, old: Sequence[Tensor]) -> Verdict | None:
     """The guard's verdict on the update, scaled back as far as the samples stay right if need be."""
-    touched = {item.target.layer: item.target.expert for item in _written(task.experts, old)}
-    verdict = check.verdict(task, touched)
-    new = task.weights.copy()
+    touched = {item.target.layer: item.target.expert for item in _written(correction.experts, old)}
+    verdict = check.verdict(correction, touched)
+    new = correction.weights.copy()
     for scale in SCALES:
         if verdict is None or verdict.holds:
             break
-        task.weights.write([o.lerp(n, scale) for o, n in zip(old, new, strict=True)])
+        correction.weights.write([o.lerp(n, scale) for o, n in zip(old, new, strict=True)])
         if not check.right():
             break
-        verdict = check.verdict(task, touched)
+        verdict = check.verdict(correction, touched)
     return verdict
 
 

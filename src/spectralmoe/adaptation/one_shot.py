@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from spectralmoe.adaptation.adapt import adapt_one, split
 from spectralmoe.adaptation.copies import Augment, copies_of
+from spectralmoe.adaptation.correction import Correction
 from spectralmoe.adaptation.guard import Guard
 from spectralmoe.adaptation.methods import METHODS, NEEDS_REFERENCE
-from spectralmoe.adaptation.problem import Problem
 from spectralmoe.adaptation.steady import steady
 from spectralmoe.adaptation.targets import Weights, choose_layers, logits_of, predicted
 from spectralmoe.adaptation.update import Update
@@ -177,7 +177,9 @@ def _corrected(model: nn.Module, image: Tensor, label: Tensor, rule: Rule, guard
     old, samples, started = weights.copy(), head(image), time.monotonic()
     try:
         with weights.trainable(tail):
-            steps = METHODS[rule.method](Problem(tail, samples, label, samples[:0], weights, rule.max_steps, rule.lr))
+            steps = METHODS[rule.method](
+                Correction(tail, samples, label, samples[:0], weights, rule.max_steps, rule.lr)
+            )
         success = bool((predict(tail, samples) == label).all())
         if not success:
             weights.write(old)

@@ -11,6 +11,7 @@ import typer
 from spectralmoe.cli.completion import complete_data, complete_routers
 from spectralmoe.cli.console import count, over_seeds, print_json, print_table, show_progress
 from spectralmoe.cli.options import (
+    Allow,
     Assign,
     DataDir,
     DeviceName,
@@ -19,9 +20,9 @@ from spectralmoe.cli.options import (
     Out,
     read_k,
     say_notes,
-    see_own_modules,
     split_names,
     split_numbers,
+    trust_own,
 )
 from spectralmoe.training.names import DEFAULT_ROUTERS
 
@@ -101,6 +102,7 @@ def compare(
     ] = None,
     data_dir: DataDir = None,
     download: Download = False,
+    allow: Allow = None,
     device: DeviceName = "auto",
     json: Json = False,
 ) -> None:
@@ -112,6 +114,7 @@ def compare(
     the same --out, too; what is there is not run again.
     """
     from spectralmoe.experiments.compare import run
+    from spectralmoe.naming import own_names
     from spectralmoe.training.settings import pick_device
     from spectralmoe.training.tasks import open_task
 
@@ -131,7 +134,7 @@ def compare(
         "network.num_experts": experts,
     }
     settings = _settings(config, network, given, assign or ())
-    see_own_modules(settings.routers)
+    trust_own(settings.routers, (*(allow or ()), *own_names(names)))
     settings.check()
     where = pick_device(device)
     task = open_task(settings.run_of(settings.cells()[0]), data_dir, download)

@@ -71,7 +71,7 @@ def fewshot(
     A run that was stopped goes on when it is started again with the same --out. More rows, shots and seeds go into the
     same --out, too; what is there is not run again.
     """
-    from spectralmoe.experiments.few_shot.grid import FewShotSettings, Task, run_few_shot
+    from spectralmoe.experiments.few_shot.grid import FewShotSettings, FewShotTask, run_few_shot
     from spectralmoe.experiments.few_shot.learning import FEW_SHOT
     from spectralmoe.saving import read_config
     from spectralmoe.training.settings import parse, pick_device
@@ -88,7 +88,7 @@ def fewshot(
     settings = parse(FewShotSettings, values, "fewshot")
     images = read_data(data, data_dir, download, meta.side)
     with show_progress(quiet=json) as progress:
-        summary = run_few_shot(settings, Task(network, read_config(model)["sha256"], images), out, progress)
+        summary = run_few_shot(settings, FewShotTask(network, read_config(model)["sha256"], images), out, progress)
     failed = [f"{item['row']}, {item['shots']} shots" for item in summary if item["diverged"]]
     say_notes([f"{row}: training diverged" for row in failed])
     _tell(summary, settings, out, json)

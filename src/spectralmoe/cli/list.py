@@ -36,6 +36,9 @@ PLAIN = {
     "modules": "modules of your own, in Python alone; slower than stacked weights",
     "conv": "pairs of convolutions on whole maps; only the chosen ones run",
     "confident": "another bank whose experts say how sure they are, which weighs their output",
+    "token": "each vector of (..., D): the usual unit",
+    "pixel": "each position of maps (B, C, H, W) or signals (B, C, T): a vector of C channels",
+    "sample": "each sample as a whole: the router reads a pooled vector, an expert gets all of it",
     "loop": "the definition: one token and one expert at a time; slow",
     "dense": "every expert on every token; for soft routing and very small layers",
     "grouped": "each expert on exactly the tokens that chose it, however uneven the load",
@@ -113,7 +116,7 @@ def _arguments(title: str, part: object) -> str:
     from spectralmoe.naming import FILLED_IN
     from spectralmoe.spec import parameters_of
 
-    if title == "dispatch":  # which is not chosen by name
+    if title in ("units", "dispatch"):  # which no table names
         return ""
     names = list(parameters_of(part))[1 if title == "regularizers" else 0 :]
     free = [name for name in names if name not in FILLED_IN]

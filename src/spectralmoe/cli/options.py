@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,6 +41,7 @@ __all__ = [
     "see_own_modules",
     "split_names",
     "split_numbers",
+    "trust_own",
 ]
 
 OUTPUTS = {
@@ -135,6 +136,21 @@ def see_own_modules(names: Sequence[str]) -> None:
     """Let ``pkg:Class`` find modules in the current folder, as ``python -m`` does."""
     if any(":" in name for name in names) and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+
+
+def trust_own(rows: Any, allowed: Sequence[str]) -> None:
+    """Let the ``pkg:object`` that rows name be imported; of a file, no module is imported because it names it.
+
+    Raises:
+        UserError: one that is not ``allowed``.
+    """
+    from spectralmoe.naming import own_names
+
+    names = own_names(rows)
+    for name in names:
+        if name not in allowed:
+            raise UserError(f"router {name!r} is a class of your own; if you trust it, add --allow {name}")
+    see_own_modules(names)
 
 
 def refuse_outputs(path: Path) -> None:

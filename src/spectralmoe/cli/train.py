@@ -21,8 +21,8 @@ from spectralmoe.cli.options import (
     Download,
     Json,
     say_notes,
-    see_own_modules,
     split_names,
+    trust_own,
 )
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_json
@@ -142,7 +142,7 @@ def train(
                     settings.optimization,
                     terms=router_terms(settings.row),
                     checkpoint=out / CHECKPOINT,
-                    follow=_shown(progress, settings, task.metric),
+                    follow=_shown(progress, title, settings.optimization.epochs, task.metric),
                     logs=logs,
                     monitor=watched,
                     ranks=ranks,
@@ -214,21 +214,17 @@ def _check(settings: TrainSettings, parallel: str | None, allow: Sequence[str], 
 
     if parallel is not None and settings.backbone is None:
         raise UserError("--parallel trains timm models; the settings file has no section [backbone]")
-    own = own_names(settings.row)
-    for name in own:
-        if name not in (*allow, *own_names(router)):
-            raise UserError(f"router {name!r} is a class of your own; if you trust it, add --allow {name}")
-    see_own_modules(own)
+    trust_own(settings.row, (*allow, *own_names(router)))
 
 
-def _shown(progress: Progress, settings: TrainSettings, metric: Metric) -> Callable[[Standing], None]:
+def _shown(progress: Progress, title: str, epochs: int, metric: Metric) -> Callable[[Standing], None]:
     """Tells ``progress`` the loss and the validation score of the last epoch, and the running loss."""
 
     def follow(standing: Standing) -> None:
-        text, finished = f"training {settings.label}", len(standing.epochs)
+        text, finished = f"training {title}", len(standing.epochs)
         if finished:
             last = standing.epochs[-1]
-            text += f", epoch {finished}/{settings.optimization.epochs}: loss {last['loss']:.3g}"
+            text += f", epoch {finished}/{epochs}: loss {last['loss']:.3g}"
             if not math.isnan(value := last[metric.key_of("validation")]):
                 text += f", validation {metric.show(value)}"
         progress(text, standing.done, "" if math.isnan(standing.loss) else f"loss {standing.loss:.3g}")

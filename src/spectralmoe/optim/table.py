@@ -22,7 +22,11 @@ Factory = Callable[[nn.Module, Rates], Optimizer]
 Schedule = Callable[[float, float], float]
 """(steps done after the warm-up, all steps after it) -> the factor on the learning rate."""
 
-OPTIMIZERS: dict[str, Factory] = {"adamw": adamw, "sgd": sgd, "muon": muon}
+OPTIMIZERS: dict[str, Factory] = {
+    "adamw": adamw,
+    "sgd": sgd,
+    "muon": muon,
+}
 SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "linear": linear, "constant": constant}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.linalg import without_autocast
 from spectralmoe.sharding import full
 from spectralmoe.tape import Record
 
@@ -29,11 +30,16 @@ def orthonormality(record: Record, *, form: Literal["square", "l1"] = "square") 
     """
     if record.matrix is None:
         raise UserError(f"layer {record.name!r} has no routing matrix for orthonormality to look at")
-    matrix = full(record.matrix)
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    defect = gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    defect = _defect(full(record.matrix))
     if form == "square":
         return defect.square().sum()
     if form == "l1":
         return defect.abs().sum()
     raise one_of("form of orthonormality", form, ["square", "l1"])
+
+
+@without_autocast
+def _defect(matrix: Tensor) -> Tensor:
+    """The smaller Gram matrix less the identity."""
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    return gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)

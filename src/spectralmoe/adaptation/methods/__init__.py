@@ -1,15 +1,15 @@
-"""Ways to correct samples by writing into chosen weights: problem -> steps taken, whether they succeeded or not."""
+"""Ways to correct samples by writing into chosen weights: correction -> steps taken, whether they succeeded or not."""
 
 from collections.abc import Callable
 
+from spectralmoe.adaptation.correction import Correction
 from spectralmoe.adaptation.methods.descent import sgd
 from spectralmoe.adaptation.methods.hidden_unit import unit
 from spectralmoe.adaptation.methods.small_steps import low_rank, margin, null_space
-from spectralmoe.adaptation.problem import Problem
 
 __all__ = ["METHODS", "NEEDS_REFERENCE", "Method"]
 
-Method = Callable[[Problem], int]
+Method = Callable[[Correction], int]
 
 METHODS: dict[str, Method] = {
     "sgd": sgd,

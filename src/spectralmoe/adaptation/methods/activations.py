@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectralmoe.adaptation.problem import Problem
+from spectralmoe.adaptation.correction import Correction
 from spectralmoe.adaptation.reference import Tokens
 from spectralmoe.adaptation.targets import Target
 from spectralmoe.errors import UserError
@@ -46,15 +46,15 @@ def bank_of(target: Target) -> FeedForward:
     return target.bank
 
 
-def tokens_of(problem: Problem, target: Target) -> Tokens:
+def tokens_of(correction: Correction, target: Target) -> Tokens:
     """The reference tokens of the target's layer.
 
     Raises:
         UserError: there is no reference data.
     """
-    if problem.reference is None:
+    if correction.reference is None:
         raise UserError("this method reads what the experts see of reference data; give guard=Guard(loader)")
-    return problem.reference.tokens[target.layer]
+    return correction.reference.tokens[target.layer]
 
 
 def own_tokens(tokens: Tokens, expert: int) -> tuple[Tensor, Tensor]:
@@ -70,16 +70,16 @@ def own_tokens(tokens: Tokens, expert: int) -> tuple[Tensor, Tensor]:
     return tokens.x[own], gate[own]
 
 
-def input_moments(problem: Problem, target: Target) -> Moments:
+def input_moments(correction: Correction, target: Target) -> Moments:
     """Of what ``up`` sees: the expert's tokens."""
-    x, gate = own_tokens(tokens_of(problem, target), target.expert)
+    x, gate = own_tokens(tokens_of(correction, target), target.expert)
     return _moments(x, gate)
 
 
-def hidden_moments(problem: Problem, target: Target) -> Moments:
+def hidden_moments(correction: Correction, target: Target) -> Moments:
     """Of what ``down`` sees: the hidden activations."""
     bank = bank_of(target)
-    x, gate = own_tokens(tokens_of(problem, target), target.expert)
+    x, gate = own_tokens(tokens_of(correction, target), target.expert)
     counts = torch.zeros(bank.num_experts, dtype=torch.int64, device=x.device)
     counts[target.place] = len(x)
     return _moments(bank.hidden(x.to(bank.up.dtype), counts).float(), gate)

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from spectralmoe.adaptation.correction import Correction, margins
 from spectralmoe.adaptation.methods.activations import LEAST_GATE, bank_of, input_moments, tokens_of
 from spectralmoe.adaptation.methods.small_steps import margin
-from spectralmoe.adaptation.problem import Problem, margins
 from spectralmoe.adaptation.reference import Reference, Tokens
 from spectralmoe.adaptation.targets import Target, Weights, logits_of
 from spectralmoe.errors import UserError
@@ -47,14 +47,14 @@ class NoFreeUnit(UserError):
     """Earlier updates have used up the spare units of an expert that had some."""
 
 
-def unit(problem: Problem) -> int:
+def unit(correction: Correction) -> int:
     """Write one spare hidden unit into the expert of the last chosen layer; returns the training steps.
 
     Raises:
         UserError: no free unit, or no bias for its threshold; a bank without hidden units; no guard, or one whose
             data the expert cannot tell apart from each other or from the samples.
     """
-    target = problem.experts[-1]
+    target = correction.experts[-1]
     bank = bank_of(target)
     free = bank.free_units(target.place)
     if not free or bank.up_bias is None:
@@ -65,9 +65,9 @@ def unit(problem: Problem) -> int:
             "FeedForward(bias=True, spare=...), other methods do not"
         )
     own = _Unit(bank, target.place, free[0])
-    own.start(_discriminant(problem, target), SHARPNESS[bank.activation])
-    margin(replace(problem, weights=Weights({"down": own.down}), copies=problem.samples[:0], max_steps=20))
-    return _train(problem, own, target)
+    own.start(_discriminant(correction, target), SHARPNESS[bank.activation])
+    margin(replace(correction, weights=Weights({"down": own.down}), copies=correction.samples[:0], max_steps=20))
+    return _train(correction, own, target)
 
 
 class _Unit(Weights):
@@ -102,10 +102,10 @@ class _Start:
     threshold: float
 
 
-def _discriminant(problem: Problem, target: Target) -> _Start:
-    tokens, moments = tokens_of(problem, target), input_moments(problem, target)
-    mine = Reference(problem.model, problem.inputs, problem.targets, [target.layer]).tokens[target.layer]
-    u = _per_sample(mine, target.expert, len(problem.targets))
+def _discriminant(correction: Correction, target: Target) -> _Start:
+    tokens, moments = tokens_of(correction, target), input_moments(correction, target)
+    mine = Reference(correction.model, correction.inputs, correction.targets, [target.layer]).tokens[target.layer]
+    u = _per_sample(mine, target.expert, len(correction.targets))
     c = moments.covariance
     c = c + RIDGE * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
     centre = u.mean(0)
@@ -156,9 +156,9 @@ class _Held:
         return (self.weight * lost).sum() + SPREAD * (logits - self.before).square().sum()
 
 
-def _nearest(problem: Problem, own: _Unit, target: Target) -> _Held:
+def _nearest(correction: Correction, own: _Unit, target: Target) -> _Held:
     """The reference samples nearest to firing the unit as it is now, among those that use its expert at all."""
-    reference, tokens = problem.reference, tokens_of(problem, target)
+    reference, tokens = correction.reference, tokens_of(correction, target)
     assert reference is not None
     with torch.no_grad():
         fires = (tokens.x @ own.rows[0].float() + own.biases[0]).masked_fill(tokens.gates[:, target.expert] == 0, -INF)
@@ -170,31 +170,31 @@ def _nearest(problem: Problem, own: _Unit, target: Target) -> _Held:
     return _Held(reference.samples[chosen], labels, before, margin.clamp_max(EPSILON), weight)
 
 
-def _train(problem: Problem, own: _Unit, target: Target) -> int:
-    k, wanted = len(problem.labels), len(problem.targets)
-    weight = torch.full((wanted,), COPIES_WEIGHT / max(wanted - k, 1), device=problem.labels.device)
+def _train(correction: Correction, own: _Unit, target: Target) -> int:
+    k, wanted = len(correction.labels), len(correction.targets)
+    weight = torch.full((wanted,), COPIES_WEIGHT / max(wanted - k, 1), device=correction.labels.device)
     weight[:k] = SAMPLE_WEIGHT / k
-    strength = problem.strength * STRENGTH / len(problem.reference or ())
+    strength = correction.strength * STRENGTH / len(correction.reference or ())
     leaves = [view.detach().clone() for view in own.views.values()]
     optimizer = torch.optim.Adam([{"params": [leaf], "lr": RATE * float(leaf.abs().mean())} for leaf in leaves])
     for step in range(STEPS):
         if step % REFRESH == 0:
-            held = _nearest(problem, own, target)
-        logits = logits_of(problem.model, torch.cat([problem.inputs, held.samples]))
-        loss = (weight * (EPSILON - margins(logits[:wanted], problem.targets)).clamp_min(0)).sum()
+            held = _nearest(correction, own, target)
+        logits = logits_of(correction.model, torch.cat([correction.inputs, held.samples]))
+        loss = (weight * (EPSILON - margins(logits[:wanted], correction.targets)).clamp_min(0)).sum()
         loss = loss + strength * held.damage(logits[wanted:])
         for leaf, gradient in zip(leaves, own.gradients(loss), strict=True):
             leaf.grad = gradient.contiguous()
         optimizer.step()
         own.write(leaves)
-    _reach(problem, own)
+    _reach(correction, own)
     return STEPS
 
 
-def _reach(problem: Problem, own: _Unit) -> None:
+def _reach(correction: Correction, own: _Unit) -> None:
     """Raise the unit's output until the samples are right, if they are nearly so."""
     for _ in range(20):
-        if bool((margins(logits_of(problem.model, problem.samples), problem.labels) > 0.02).all()):
+        if bool((margins(logits_of(correction.model, correction.samples), correction.labels) > 0.02).all()):
             return
         with torch.no_grad():
             own.down.mul_(1.1)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spectralmoe.adaptation.correction import Correction, margins
 from spectralmoe.adaptation.methods.activations import bank_of, hidden_moments, input_moments
-from spectralmoe.adaptation.problem import Problem, margins
 
 __all__ = ["low_rank", "margin", "null_space"]
 
@@ -22,17 +22,17 @@ Shaping = dict[str, Callable[[Tensor], Tensor]]
 """What is made of the gradient of each weight, by name; a weight that is missing stays as it is."""
 
 
-def margin(problem: Problem) -> int:
+def margin(correction: Correction) -> int:
     r"""Minimal-norm steps on the margin.
 
     With :math:`h = \sum_i (\epsilon - m_i)_+` over the samples and copies whose margin m is below epsilon = 0.05,
     :math:`\theta \leftarrow \theta - \frac{h}{\|\nabla h\|^2} \nabla h`: the smallest change that makes the
     linearised h zero (Moosavi-Dezfooli et al., "DeepFool", arXiv 1511.04599, on weights instead of pixels).
     """
-    return _steps(problem, {name: lambda gradient: gradient for name in problem.weights.views})
+    return _steps(correction, {name: lambda gradient: gradient for name in correction.weights.views})
 
 
-def null_space(problem: Problem) -> int:
+def null_space(correction: Correction) -> int:
     r"""``margin`` with each matrix's gradient in the null space of what the matrix usually sees.
 
     :math:`G \leftarrow G (I - V V^\top)`, V the directions that hold 95% of the second moment of its inputs on the
@@ -43,14 +43,14 @@ def null_space(problem: Problem) -> int:
         UserError: a bank without ``up`` and ``down`` matrices; no guard.
     """
     shaping: Shaping = {}
-    for target in problem.experts:
+    for target in correction.experts:
         bank_of(target)
-        for name, moments in (("up", input_moments(problem, target)), ("down", hidden_moments(problem, target))):
+        for name, moments in (("up", input_moments(correction, target)), ("down", hidden_moments(correction, target))):
             shaping[f"{target.layer}/{name}"] = _times(_null_projector(moments.second))
-    return _steps(problem, shaping)
+    return _steps(correction, shaping)
 
 
-def low_rank(problem: Problem) -> int:
+def low_rank(correction: Correction) -> int:
     r"""Closed-form low-rank edit of the expert's last matrix.
 
     ``margin`` on ``down`` alone with :math:`G \leftarrow G C^{-1}`, C the covariance of its hidden activations on the
@@ -63,12 +63,12 @@ def low_rank(problem: Problem) -> int:
         UserError: a bank without a ``down`` matrix; no guard.
     """
     shaping: Shaping = {}
-    for target in problem.experts:
-        c = hidden_moments(problem, target).covariance
+    for target in correction.experts:
+        c = hidden_moments(correction, target).covariance
         ridge = RIDGE * c.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         eye = torch.eye(len(c), dtype=c.dtype, device=c.device)
         shaping[f"{target.layer}/down"] = _times(torch.linalg.inv(c + ridge * eye))
-    return _steps(problem, shaping)
+    return _steps(correction, shaping)
 
 
 def _null_projector(second: Tensor) -> Tensor:
@@ -83,17 +83,17 @@ def _times(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient @ matrix.to(gradient.dtype)
 
 
-def _steps(problem: Problem, shaping: Shaping) -> int:
+def _steps(correction: Correction, shaping: Shaping) -> int:
     """Newton steps on the hinge along the shaped gradients."""
-    for step in range(problem.max_steps + 1):
-        logits = problem.logits()
-        if problem.solved(logits) or step == problem.max_steps or not bool(logits.isfinite().all()):
+    for step in range(correction.max_steps + 1):
+        logits = correction.logits()
+        if correction.solved(logits) or step == correction.max_steps or not bool(logits.isfinite().all()):
             return step
-        hinge = (MARGIN - margins(logits, problem.targets)).clamp_min(0).sum()
-        gradients = problem.weights.gradients(hinge)
+        hinge = (MARGIN - margins(logits, correction.targets)).clamp_min(0).sum()
+        gradients = correction.weights.gradients(hinge)
         with torch.no_grad():
             moves, slope = [], 0.0
-            for (name, view), gradient in zip(problem.weights.views.items(), gradients, strict=True):
+            for (name, view), gradient in zip(correction.weights.views.items(), gradients, strict=True):
                 if name in shaping:
                     moves.append((view, shaping[name](gradient)))
                     slope += float((gradient * moves[-1][1]).sum())
@@ -101,4 +101,4 @@ def _steps(problem: Problem, shaping: Shaping) -> int:
                 return step
             for view, move in moves:
                 view.sub_(move, alpha=float(hinge) / slope)
-    return problem.max_steps
+    return correction.max_steps

@@ -82,7 +82,9 @@ class CompareSettings(Settings):
         if k != "soft" and k > experts:
             raise UserError(f"--k {k} is no number of experts a token from 1 to {experts} (--experts)")
         for name in self.routers:
-            find_preset(name).check(self.network.width, experts, self.network.hidden, k=k, spare=self.network.spare)
+            preset = find_preset(name)
+            if self.backbone is None:  # else the widths are those of the timm model
+                preset.check(self.network.width, experts, self.network.hidden, k=k, spare=self.network.spare)
 
     def run_of(self, cell: Cell, lr: float = 1.0) -> TrainSettings:
         """The training run of one cell.

@@ -32,7 +32,7 @@ from spectralmoe.training.settings import Optimization, Positive, Seed, Settings
 from spectralmoe.vision import BranchSpec, add_branches
 from spectralmoe.vision.model import VisionMoE, check_images
 
-__all__ = ["FRESH_ROWS", "OWN_ROWS", "FewShotSettings", "Recipe", "Task", "recipe", "run_few_shot"]
+__all__ = ["FRESH_ROWS", "OWN_ROWS", "FewShotSettings", "FewShotTask", "Recipe", "recipe", "run_few_shot"]
 
 FILE, CELLS = "fewshot.json", "cells"
 GROWS = ("rows", "shots", "seeds")
@@ -119,7 +119,7 @@ def recipe(row: str, settings: FewShotSettings) -> Recipe:
     return Recipe(spec, find_preset(row).terms)
 
 
-class Task(NamedTuple):
+class FewShotTask(NamedTuple):
     """A frozen backbone and the images of a new task; ``source`` says which model it is, by the SHA-256 of its file."""
 
     model: VisionMoE
@@ -127,7 +127,7 @@ class Task(NamedTuple):
     data: ImageData
 
 
-def run_few_shot(settings: FewShotSettings, task: Task, out: Path, progress: Progress) -> list[dict[str, Any]]:
+def run_few_shot(settings: FewShotSettings, task: FewShotTask, out: Path, progress: Progress) -> list[dict[str, Any]]:
     """Run all cells (row, shots, seed) that ``out/cells`` does not hold yet; returns the summary of all that it holds.
 
     Another run there may ask for more rows, shots and seeds.
@@ -161,7 +161,7 @@ def run_few_shot(settings: FewShotSettings, task: Task, out: Path, progress: Pro
         return summary
 
 
-def _check(settings: FewShotSettings, task: Task) -> None:
+def _check(settings: FewShotSettings, task: FewShotTask) -> None:
     model, data = task.model, task.data
     for option, values in (("--rows", settings.rows), ("--shots", settings.shots)):
         no_repeats(option, values)
@@ -176,7 +176,9 @@ def _check(settings: FewShotSettings, task: Task) -> None:
     draw_shots(data.train, max(settings.shots), data.num_classes, settings.seed)  # enough of each class
 
 
-def _run_cell(cell: Cell, settings: FewShotSettings, task: Task, progress: Callable[[float], None]) -> dict[str, Any]:
+def _run_cell(
+    cell: Cell, settings: FewShotSettings, task: FewShotTask, progress: Callable[[float], None]
+) -> dict[str, Any]:
     data, (spec, terms, own) = task.data, recipe(cell.row, settings)
     train = draw_shots(data.train, cell.shots, data.num_classes, cell.seed)
     budget = settings.optimization.model_copy(update={"seed": cell.seed})

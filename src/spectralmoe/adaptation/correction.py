@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from spectralmoe.adaptation.reference import Reference
 from spectralmoe.adaptation.targets import Target, Weights, logits_of, right
 
-__all__ = ["Problem", "margins"]
+__all__ = ["Correction", "margins"]
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class Correction:
     """What a method works on.
 
     Attributes:

@@ -1,0 +1,61 @@
+"""Small parts of every table: a new entry whose arguments have the usual names needs no line here."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from spectralmoe import TopK
+from spectralmoe.experts import EXPERTS, Experts, FeedForward
+from spectralmoe.scorers import SCORERS
+from spectralmoe.selectors import SELECTORS
+
+__all__ = ["NOT_ALONE", "make_bank", "make_scorer", "make_selector"]
+
+NOT_ALONE = {"basis", "context"}
+"""Scorers that need more than tokens, a bank or a context: they have tests of their own instead."""
+
+_USUAL: dict[str, Any] = {"k": 2, "p": 0.5, "capacity": 2.0, "factor": 1.0, "groups": 1, "hidden": 6, "bottleneck": 4}
+_USUAL |= {"rank": 3, "selector": lambda: TopK(2)}
+_OWN: dict[Any, dict[str, Any]] = {  # what makes a small one a better test
+    SCORERS["linear"]: {"bias": True},
+    SCORERS["cosine"]: {"proj_dim": 5, "temperature": 0.3},
+    SCORERS["eigenbasis"]: {"rank": 5, "temperature": 0.1},
+    SCORERS["basis"]: {"score": "energy"},
+}
+
+
+def make_scorer(name: str, dim: int = 12, num_experts: int = 6) -> Any:
+    """A small scorer from the table."""
+    return _made(SCORERS[name], dim=dim, num_experts=num_experts)
+
+
+def make_selector(name: str) -> Any:
+    """A selector from the table."""
+    return _made(SELECTORS[name])
+
+
+def make_bank(name: str, dim: int = 8, num_experts: int = 4) -> Any:
+    """A small bank from the table."""
+
+    def modules() -> list[nn.Module]:
+        return [nn.Sequential(nn.Linear(dim, 5), nn.Tanh(), nn.Linear(5, dim)) for _ in range(num_experts)]
+
+    def experts() -> Experts:
+        return FeedForward(num_experts, dim, 6)
+
+    sizes = {"dim": dim, "channels": dim, "num_experts": num_experts}
+    return _made(EXPERTS[name], **sizes, modules=modules, experts=experts)
+
+
+def _made(cls: Any, **sizes: Any) -> Any:
+    """An object of ``cls`` with what its constructor must be given."""
+    values, arguments = {**_USUAL, **sizes}, _OWN.get(cls, {})
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.default is parameter.empty and name not in arguments:
+            assert name in values, f"{cls.__name__} needs {name!r}: give it a usual value in tests/small_parts.py"
+            value = values[name]
+            arguments = {**arguments, name: value() if callable(value) else value}
+    return cls(**arguments)
