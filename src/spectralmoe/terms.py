@@ -29,9 +29,8 @@ class Term:
         scope: "layer" or "model".
         keeps: tensors that ``record(model, terms=terms)`` keeps for it; by default what ``fn`` itself says it reads.
 
-    >>> from spectralmoe.regularizers import output_overlap
-    >>> Term(output_overlap, weight=1e-3).keeps
-    ('output',)
+    >>> Term(lambda item: item.hidden.abs().mean(), weight=1e-3, keeps=("hidden",)).keeps
+    ('hidden',)
     """
 
     fn: Callable[[Any], Tensor]

@@ -103,6 +103,10 @@ def test_misuse(user_error):
         output_overlap(tape[0])
 
 
+def test_a_term_knows_what_it_reads():
+    assert Term(output_overlap, 1.0).keeps == Term(partial(output_overlap, form="cosine"), 1.0).keeps == ("output",)
+
+
 @forms
 def test_as_a_term_it_parts_the_experts(form):
     layer, x = make_layer(), torch.randn(64, D)
