@@ -182,7 +182,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize(("seeds", "kills"), [(40, 20), pytest.param(400, 200, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("seeds", "kills"), [(40, 20), pytest.param(80, 40, marks=pytest.mark.full)])
 def test_a_card_killed_at_random_moments_loses_nothing_and_does_nothing_twice(tmp_path, seeds, kills):
     worker = subprocess.run(
         [sys.executable, "-c", WORKER, str(tmp_path), str(seeds), str(kills)],
