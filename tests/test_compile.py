@@ -109,7 +109,7 @@ def test_answers_and_pixels(make_router, close):
     """A bank that says something, on maps, with what it says kept: one graph."""
     bank = ConfidentExperts(FeedForward(E, D, 8))
     torch.nn.init.normal_(bank.direction)
-    layer, x = MoE(make_router("linear", "top_p", D, E), bank, unit=Pixel()), torch.randn(2, D, 3, 4)
+    layer, x = MoE(make_router("linear", "topp", D, E), bank, unit=Pixel()), torch.randn(2, D, 3, 4)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with record(layer, keep=("tokens", "confidence")) as tape:
         one, two = compiled(x), layer(x)

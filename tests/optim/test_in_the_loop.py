@@ -15,7 +15,9 @@ from spectralmoe.training import loop
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network
-from spectralmoe.training.settings import Network, Optimization, TrainSettings, parse
+from spectralmoe.training.settings import Network, Optimization, parse
+from spectralmoe.training.tasks import ImageTask
+from spectralmoe.training.train_settings import TrainSettings
 
 SMALL = Network(width=16, num_experts=4, hidden=8, k=2)
 LR = {"adamw": 3e-3, "sgd": 0.1, "muon": 3e-3}
@@ -80,7 +82,7 @@ def test_each_trains_and_resumes_to_the_same_bits(data, optimizer, schedule, tmp
         optimizer=optimizer, schedule=schedule, epochs=4, batch_size=64, lr=LR.get(optimizer, 0.1), seed=3
     )
     undisturbed = network(data)
-    epochs = train(undisturbed, data, budget).epochs
+    epochs = train(undisturbed, ImageTask(data), budget).epochs
     assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.1
     calls, path = 0, tmp_path / "training.safetensors"
 
@@ -91,10 +93,10 @@ def test_each_trains_and_resumes_to_the_same_bits(data, optimizer, schedule, tmp
             raise Stop
 
     with pytest.raises(Stop):
-        train(network(data), data, budget, checkpoint=path, progress=stop)
+        train(network(data), ImageTask(data), budget, checkpoint=path, progress=stop)
     torch.manual_seed(99)
     resumed = network(data, seed=77)  # other initial weights: all must come from the file
-    train(resumed, data, budget, checkpoint=path)
+    train(resumed, ImageTask(data), budget, checkpoint=path)
     assert bits(resumed) == bits(undisturbed)
 
 
@@ -150,7 +152,7 @@ def test_a_schedule_scales_the_rate_of_each_group(data, monkeypatch):
 
     monkeypatch.setattr(torch.optim.SGD, "step", spy)
     wanted = {"optimizer": f"{__name__}:two_rates", "schedule": "linear", "warmup": 0.5}
-    train(network(data), data, Optimization(epochs=2, batch_size=60, lr=0.01, **wanted))
+    train(network(data), ImageTask(data), Optimization(epochs=2, batch_size=60, lr=0.01, **wanted))
     half = math.ceil(len(data.train) / 60)
     factors = [(i + 1) / (half + 1) for i in range(half)] + [1 - i / half for i in range(half)]
     assert rates == [[pytest.approx(0.02 * f), pytest.approx(0.01 * f)] for f in factors]
