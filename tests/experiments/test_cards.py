@@ -13,7 +13,7 @@ from gloo_ranks import environment
 from toy_card.plan import card
 
 from spectralmoe.cli.app import run
-from spectralmoe.experiments.cards import check_card, find_card, run_card, try_settings
+from spectralmoe.experiments.cards import check_card, find_card, run_card, try_settings, write_card
 from spectralmoe.files import read_json
 from spectralmoe.training.loop import Diverged
 
@@ -51,6 +51,19 @@ def test_a_card_tunes_measures_and_writes_everything(tmp_path):
     assert "| twice as much | plain | 3 | +11.7 ±5.2 separated |" in text
     assert {path.name for path in tmp_path.glob("values.*")} == {"values.svg", "values.pdf", "values.png"}
     assert not (tmp_path / "cells").exists()
+
+
+def test_tables_and_figures_are_drawn_again_from_the_cells(tmp_path, user_error):
+    with user_error("holds no cells of this card"):
+        write_card(card(range(2)), tmp_path, tmp_path)
+    ran(card(range(2)), tmp_path)
+    lines = (tmp_path / "RESULTS.md").read_text()
+    (tmp_path / "RESULTS.md").unlink()
+    (tmp_path / "values.svg").unlink()
+    begun_before = begun(tmp_path)
+    assert write_card(card(range(9)), tmp_path, tmp_path) == []
+    assert ((tmp_path / "RESULTS.md").read_text(), begun(tmp_path)) == (lines, begun_before)
+    assert (tmp_path / "values.svg").exists()
 
 
 def test_a_card_grows_and_does_nothing_twice(tmp_path):

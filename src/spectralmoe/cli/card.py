@@ -20,6 +20,9 @@ def card(
     check: Annotated[
         bool, typer.Option("--check", help="Run a few cells again; do their means lie in the stored intervals?")
     ] = False,
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Run nothing; write tables and figures of what is there.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder of the results: DIR itself, of the small form runs/NAME-quick."),
@@ -37,8 +40,10 @@ def card(
     Each finished cell is a file at once; a card that was stopped goes on when it is started again. The plan is Python
     code of the folder and is run.
     """
-    from spectralmoe.experiments.cards import check_card, find_card, run_card
+    from spectralmoe.experiments.cards import check_card, find_card, run_card, write_card
 
+    if check and draw:
+        raise UserError("--check and --draw do not go together: the one runs cells, the other runs none")
     if quick and check:
         raise UserError("--quick and --check do not go together: the stored cells are those of the full form")
     plan, name = find_card(folder, quick=quick), folder.resolve().name
@@ -49,7 +54,7 @@ def card(
             lines = check_card(plan, place, jobs, progress)
             print_json(lines) if json else typer.echo("\n".join(lines))
             return
-        count, notes = run_card(plan, place, models, jobs, progress)
+        count, notes = (0, write_card(plan, place, models)) if draw else run_card(plan, place, models, jobs, progress)
     say_notes(notes)
     if json:
         print_json({"cells": count, "out": str(place), "notes": notes})

@@ -21,7 +21,7 @@ A card is a folder: README.md (claim and verdict), plan.py with ``FULL`` and ``Q
 
 from spectralmoe.experiments.cards.plan import Card, Cells, Check, Desk, Step, Tuning
 from spectralmoe.experiments.cards.results import Section
-from spectralmoe.experiments.cards.run import check_card, find_card, run_card
+from spectralmoe.experiments.cards.run import check_card, find_card, run_card, write_card
 from spectralmoe.experiments.cards.tries import try_settings
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "find_card",
     "run_card",
     "try_settings",
+    "write_card",
 ]

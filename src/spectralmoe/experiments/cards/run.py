@@ -23,7 +23,7 @@ from spectralmoe.files import make_folder, read_json, write_json, write_text
 from spectralmoe.machine import cpu_model, describe_machine
 from spectralmoe.training.loop import Progress
 
-__all__ = ["check_card", "find_card", "run_card"]
+__all__ = ["check_card", "find_card", "run_card", "write_card"]
 
 RUNNING = "cells"
 """Folder of the cells of a step that has not ended; when it has, they are in its file."""
@@ -65,14 +65,25 @@ def run_card(card: Card, out: Path, work: Path, processes: int, progress: Progre
         progress("done", 1.0)
         with suppress(OSError):
             (out / RUNNING).rmdir()
-        stored = {step.file: _content(step, out) for step in card.steps}
-        lines = result_lines(card.title, card.about, card.sections(stored))
-        write_text(out / "RESULTS.md", "\n".join(lines) + "\n")
-        if card.pictures is not None:
-            card.pictures(out, Desk(work, _tuned(card, out)))
-        _, notes = write_figures(out, card.figures(stored))
-        failed = [cell for cells in stored.values() if isinstance(cells, list) for cell in cells if DIVERGED in cell]
-        return count, [*(f"diverged: {_named(cell)}: {cell[DIVERGED]}" for cell in failed), *notes]
+        return count, write_card(card, out, work)
+
+
+def write_card(card: Card, out: Path, work: Path) -> list[str]:
+    """Write RESULTS.md and the figures from the cells that ``out`` holds; what a user should know, a line each.
+
+    Raises:
+        UserError: a damaged file; a folder without cells.
+    """
+    stored = {step.file: _content(step, out) for step in card.steps}
+    if not any(stored[step.file] for step in card.steps if isinstance(step, Cells)):
+        raise UserError(f"{out} holds no cells of this card; run it without --draw")
+    lines = result_lines(card.title, card.about, card.sections(stored))
+    write_text(out / "RESULTS.md", "\n".join(lines) + "\n")
+    if card.pictures is not None:
+        card.pictures(out, Desk(work, _tuned(card, out)))
+    _, notes = write_figures(out, card.figures(stored))
+    failed = [cell for cells in stored.values() if isinstance(cells, list) for cell in cells if DIVERGED in cell]
+    return [*(f"diverged: {_named(cell)}: {cell[DIVERGED]}" for cell in failed), *notes]
 
 
 def check_card(card: Card, out: Path, processes: int, progress: Progress) -> list[str]:
