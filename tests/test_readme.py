@@ -8,7 +8,7 @@ import pytest
 from spectralmoe import save
 from spectralmoe.cli.app import run
 from spectralmoe.data.image_data import load_data
-from spectralmoe.tape import moe_layers
+from spectralmoe.layers import moe_layers
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network
 from spectralmoe.training.settings import Network, Optimization

@@ -31,8 +31,8 @@ from spectralmoe import (
     shard_routers,
 )
 from spectralmoe.experts import Answer, Experts
+from spectralmoe.layers import moe_layers
 from spectralmoe.regularizers import load_balance, output_overlap, router_z, spectral_norm
-from spectralmoe.tape import moe_layers
 
 N, D, E, H = 24, 8, 4, 16
 TERMS = {

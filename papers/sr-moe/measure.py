@@ -16,9 +16,9 @@ from spectralmoe.adaptation.one_shot import Carried
 from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.diagnostics import evaluate, min_share
 from spectralmoe.experiments.cards import Desk
+from spectralmoe.layers import moe_layers
 from spectralmoe.linalg import sigma_max, stable_rank
 from spectralmoe.models import SRMoE, sr_moe
-from spectralmoe.tape import moe_layers
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
 from spectralmoe.training.tasks import ImageTask

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from spectralmoe.dispatch import Dense, Dispatch, Grouped, Loop
     from spectralmoe.errors import UserError
     from spectralmoe.experts import Adapter, EigenExperts, Experts, FeedForward, ModuleExperts
+    from spectralmoe.feeding import feed
     from spectralmoe.instruments.monitor import Monitor
     from spectralmoe.manifold import retract
     from spectralmoe.moe import MoE
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
         TopP,
     )
     from spectralmoe.steps import after_step, attach, param_groups
-    from spectralmoe.tape import Record, Tape, feed, record
+    from spectralmoe.tape import Record, Tape, record
     from spectralmoe.terms import Term, penalty
 
 __all__ = [
@@ -98,6 +99,7 @@ _NAMES = {
     "dispatch": ("Dense", "Dispatch", "Grouped", "Loop"),
     "errors": ("UserError",),
     "experts": ("Adapter", "EigenExperts", "Experts", "FeedForward", "ModuleExperts"),
+    "feeding": ("feed",),
     "instruments.monitor": ("Monitor",),
     "manifold": ("retract",),
     "moe": ("MoE",),
@@ -128,7 +130,7 @@ _NAMES = {
         "TopP",
     ),
     "steps": ("after_step", "attach", "param_groups"),
-    "tape": ("Record", "Tape", "feed", "record"),
+    "tape": ("Record", "Tape", "record"),
     "terms": ("Term", "penalty"),
 }
 """Module -> what the library's user finds here of it; imported when it is first asked for, with torch."""

@@ -7,9 +7,9 @@ import warnings
 from torch import nn
 
 from spectralmoe.errors import UserError
+from spectralmoe.layers import plain_name, unwrapped
 from spectralmoe.linalg import is_orthonormal, orthonormality_error
 from spectralmoe.parts import Part
-from spectralmoe.tape import plain_name, unwrapped
 
 __all__ = ["off_manifold", "retract", "warn_off_manifold"]
 

@@ -18,12 +18,12 @@ from spectralmoe.dispatch import DISPATCHES
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import EXPERTS
 from spectralmoe.formula import evaluate, is_formula
+from spectralmoe.layers import unwrapped
 from spectralmoe.moe import MoE
 from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
-from spectralmoe.tape import unwrapped
 from spectralmoe.torch_private import class_of
 from spectralmoe.units import UNITS
 

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.errors import UserError
+from spectralmoe.layers import moe_layers, plain_name
 from spectralmoe.movement import after, device_of, parallel_of, refuse_join
 from spectralmoe.parts import Part
 from spectralmoe.recording import Recordable
-from spectralmoe.tape import Record, Tape, moe_layers, plain_name
+from spectralmoe.tape import Record, Tape
 
 __all__ = ["Attachment", "after_step", "attach", "param_groups"]
 

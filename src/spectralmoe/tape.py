@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
-from spectralmoe.context import Context, Rows
+from spectralmoe.context import Rows
 from spectralmoe.dispatch.base import Kept
 from spectralmoe.errors import UserError
-from spectralmoe.recording import Feed, Recordable, Sink
+from spectralmoe.layers import moe_layers
+from spectralmoe.recording import Recordable, Sink
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 from spectralmoe.scorers import Scorer
 
-__all__ = ["Record", "Tape", "feed", "keeps", "moe_layers", "record"]
+__all__ = ["Record", "Tape", "keeps", "record"]
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
@@ -248,75 +244,3 @@ def record(model: nn.Module, keep: Sequence[str] = (), *, terms: Mapping[str, Ne
         yield tape
     finally:
         tape.seal()
-
-
-@contextmanager
-def feed(
-    model: nn.Module,
-    *,
-    mask: Tensor | None = None,
-    context: Context | Rows | None = None,
-    replay: Tape | None = None,
-) -> Iterator[None]:
-    """Hand side information to the MoE layers inside a model whose forward does not pass it on.
-
-    Args:
-        mask: (...) bool, True for a real token, for every layer.
-        context: side information that parts read by name, for every layer.
-        replay: reuse the choices of this tape, call by call; weights are recomputed from live logits. What is counted
-            of such a forward is not what was replayed: selection biases rest, and ``load_balance`` and ``Monitor`` go
-            by the choice that the router itself makes (``Routing.live``).
-
-    The block belongs to its thread: the forwards of others see nothing of it. A backward inside it runs in this thread
-    on every device.
-
-    Call backward inside the block if the model uses activation checkpointing, for the forwards of this block alone: a
-    recomputation gets the side information of the block it runs in. Where arithmetic does not repeat bit by bit, or
-    noise is not repeated, a recomputation may choose other experts than its forward, and nothing tells: around backward
-    alone, ``with feed(model, replay=tape)`` pins the choice.
-
-    Raises:
-        UserError: no MoE layer; a layer that the replayed tape does not hold, or that is called more often.
-    """
-    layers, compiling = moe_layers(model), torch.compiler.is_compiling()
-    feeds = {}
-    for name in layers:
-        routings = None if replay is None else [item.routing for item in replay.layer(name)]
-        feeds[name] = Feed(mask, context, routings)
-    before = {name: layer.here.fed for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.here.fed = feeds[name]
-    try:
-        with nullcontext() if compiling else torch.autograd.set_multithreading_enabled(False):
-            yield
-    finally:
-        for name, layer in layers.items():
-            feeds[name].closed, outer = True, before[name]
-            layer.here.fed = feeds[name] if outer is None else outer
-            if outer is None and torch.is_grad_enabled() and not compiling:
-                layer.ended = weakref.ref(feeds[name])
-
-
-def moe_layers(model: nn.Module) -> dict[str, Recordable]:
-    """The MoE layers of ``model`` by name, free of wrapper prefixes.
-
-    Raises:
-        UserError: there is none.
-    """
-    inside = unwrapped(model)
-    layers = {plain_name(path): module for path, module in inside.named_modules() if isinstance(module, Recordable)}
-    if not layers:
-        raise UserError(f"{type(inside).__name__} holds no MoE layer; put one in, or pass the model that holds it")
-    return layers
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside DDP, DataParallel, ``torch.compile`` and activation checkpoints."""
-    names = ("module",) if isinstance(model, DistributedDataParallel | DataParallel | AveragedModel) else _WRAPPERS
-    inside = [child for name, child in model.named_children() if name in names]
-    return unwrapped(inside[0]) if inside else model
-
-
-def plain_name(path: str) -> str:
-    """The path of a module or parameter without the parts that wrappers put in."""
-    return ".".join(part for part in path.split(".") if part and part not in _WRAPPERS)

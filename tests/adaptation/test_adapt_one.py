@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from spectralmoe import UserError, record
 from spectralmoe.adaptation import METHODS, Guard, adapt_one
+from spectralmoe.layers import moe_layers
 from spectralmoe.moe import MoE
-from spectralmoe.tape import moe_layers
 
 LAYERS = {
     "all": ["stages.0.moe", "stages.1.moe"],

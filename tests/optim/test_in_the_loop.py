@@ -119,7 +119,9 @@ def test_a_checkpoint_keeps_every_kind_of_state(data, tmp_path):
         assert torch.equal(again.state[parameter]["mean"], optimizer.state[parameter]["mean"])
 
 
-@pytest.mark.parametrize("value", [{1, 2}, (1, 2), {"inside": torch.ones(1)}, object()], ids=str)
+@pytest.mark.parametrize(
+    "value", [{1, 2}, (1, 2), {"inside": torch.ones(1)}, object()], ids=["set", "tuple", "tensor", "object"]
+)
 def test_state_that_a_checkpoint_cannot_keep_is_named(data, value, tmp_path, user_error):
     model = network(data)
     optimizer = phased(model, Optimization())

@@ -19,7 +19,7 @@ from spectralmoe import UserError, load, save
 from spectralmoe.cli.app import run
 from spectralmoe.data.image_data import ImageData, Split, load_data
 from spectralmoe.files import read_json
-from spectralmoe.tape import moe_layers
+from spectralmoe.layers import moe_layers
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import parse
 from spectralmoe.training.tasks import ImageTask

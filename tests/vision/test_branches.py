@@ -26,9 +26,9 @@ from spectralmoe import (
     record,
     save,
 )
+from spectralmoe.layers import moe_layers
 from spectralmoe.regularizers import REGULARIZERS
 from spectralmoe.spec import PARTS, build, describe
-from spectralmoe.tape import moe_layers
 from spectralmoe.vision import (
     Branch,
     BranchSpec,

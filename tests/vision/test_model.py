@@ -12,7 +12,7 @@ import torch
 
 from spectralmoe import Balanced, LinearScorer, ModuleExperts, Router, Soft, TopK, after_step, load, record, save
 from spectralmoe.compression import merge, prune, replicate
-from spectralmoe.tape import moe_layers
+from spectralmoe.layers import moe_layers
 from spectralmoe.vision import BranchSpec, add_branches, replace_mlp
 from spectralmoe.vision.model import VisionMoE, check_images, vision_moe
 

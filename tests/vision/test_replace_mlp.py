@@ -26,7 +26,7 @@ from spectralmoe import (
     after_step,
     record,
 )
-from spectralmoe.tape import moe_layers
+from spectralmoe.layers import moe_layers
 from spectralmoe.units import Pixel
 from spectralmoe.vision import BranchSpec, add_branches, model_blocks, replace_mlp
 from spectralmoe.vision.replace_mlp import OnePixel

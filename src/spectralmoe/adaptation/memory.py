@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.layers import moe_layers, unwrapped
 from spectralmoe.moe import MoE
 from spectralmoe.sharding import is_sharded
-from spectralmoe.tape import moe_layers, unwrapped
 from spectralmoe.torch_private import whole_of
 
 __all__ = ["same_elements", "share_memory", "shared_banks"]

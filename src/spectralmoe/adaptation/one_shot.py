@@ -25,8 +25,8 @@ from spectralmoe.adaptation.steady import steady
 from spectralmoe.adaptation.targets import Weights, choose_layers, logits_of, predicted
 from spectralmoe.adaptation.update import Update
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.layers import moe_layers
 from spectralmoe.moe import MoE
-from spectralmoe.tape import moe_layers
 
 __all__ = ["Carried", "Rule", "Trial", "behind_head", "carried", "one_shot_trials", "predict", "some_wrong"]
 

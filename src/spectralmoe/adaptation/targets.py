@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from spectralmoe.adaptation.memory import same_elements
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
+from spectralmoe.layers import moe_layers
 from spectralmoe.moe import MoE
 from spectralmoe.sharding import is_sharded
-from spectralmoe.tape import moe_layers, record
+from spectralmoe.tape import record
 from spectralmoe.torch_private import gradient_of_view, whole_of
 
 __all__ = [

@@ -19,8 +19,8 @@ from spectralmoe.adaptation.memory import same_elements
 from spectralmoe.adaptation.targets import Target, expert_target
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_whole
+from spectralmoe.layers import moe_layers
 from spectralmoe.moe import MoE
-from spectralmoe.tape import moe_layers
 
 __all__ = ["Update", "apply_update"]
 

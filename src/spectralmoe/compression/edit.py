@@ -10,11 +10,11 @@ from torch import nn
 
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
+from spectralmoe.layers import moe_layers, unwrapped
 from spectralmoe.moe import MoE
 from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.sharding import is_sharded
-from spectralmoe.tape import moe_layers, unwrapped
 
 __all__ = ["edited", "layers_of", "rebuilt", "whole_number"]
 

@@ -15,11 +15,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.layers import moe_layers
 from spectralmoe.moe import MoE
 from spectralmoe.parts import Part
 from spectralmoe.routing import Routing
 from spectralmoe.sharding import full
-from spectralmoe.tape import Record, Tape, moe_layers
+from spectralmoe.tape import Record, Tape
 
 __all__ = ["Seen", "Watch", "Watched", "layer_number", "watch"]
 

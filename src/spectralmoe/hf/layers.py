@@ -31,9 +31,9 @@ from spectralmoe.hf.structure import (
     router_name,
     stack_of,
 )
+from spectralmoe.layers import plain_name
 from spectralmoe.routing import Routing
 from spectralmoe.sharding import full
-from spectralmoe.tape import plain_name
 
 __all__ = ["HFLayer", "find_layers"]
 

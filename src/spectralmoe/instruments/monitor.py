@@ -20,8 +20,8 @@ from spectralmoe.instruments.findings import Finding
 from spectralmoe.instruments.monitor_log import FORMAT, MonitorLog
 from spectralmoe.instruments.rules import layer_findings
 from spectralmoe.instruments.window import Window
+from spectralmoe.layers import unwrapped
 from spectralmoe.movement import parallel_of, refuse_join
-from spectralmoe.tape import unwrapped
 
 __all__ = ["Monitor", "OpenWatch"]
 

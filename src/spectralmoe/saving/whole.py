@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError, first_line, refuse_differences
 from spectralmoe.files import exists, read_json
+from spectralmoe.layers import moe_layers, plain_name, unwrapped
 from spectralmoe.manifold import warn_off_manifold
 from spectralmoe.model_folder import CONFIG, WEIGHTS, read_model_folder, weights_file, write_model
 from spectralmoe.saving.tables import TABLES
 from spectralmoe.sharding import full, sharded_as
 from spectralmoe.spec import build, describe, of_today
-from spectralmoe.tape import moe_layers, plain_name, unwrapped
 from spectralmoe.vision.model import VisionMoE
 
 __all__ = ["FORMAT", "load", "read_config", "save"]

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from spectralmoe.errors import UserError
 from spectralmoe.files import exists, write_whole
+from spectralmoe.layers import unwrapped
 from spectralmoe.sharding import full, sharded_as
-from spectralmoe.tape import unwrapped
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

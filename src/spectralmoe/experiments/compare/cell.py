@@ -18,11 +18,12 @@ from spectralmoe.diagnostics.evaluation import Counted
 from spectralmoe.experiments.compare.settings import Cell
 from spectralmoe.experiments.compare.setup import Setup, Tuned
 from spectralmoe.experts import Experts
+from spectralmoe.layers import moe_layers
 from spectralmoe.linalg import sigma_max, stable_rank
 from spectralmoe.moe import MoE
 from spectralmoe.routing import Routing
 from spectralmoe.saving import save
-from spectralmoe.tape import moe_layers, record
+from spectralmoe.tape import record
 from spectralmoe.training.loop import History, train
 from spectralmoe.training.network import CHECKPOINT
 from spectralmoe.training.tasks import Task

@@ -1,0 +1,39 @@
+"""The MoE layers inside a model, whatever wraps it, and their names."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from spectralmoe.errors import UserError
+from spectralmoe.recording import Recordable
+
+__all__ = ["moe_layers", "plain_name", "unwrapped"]
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def moe_layers(model: nn.Module) -> dict[str, Recordable]:
+    """The MoE layers of ``model`` by name, free of wrapper prefixes.
+
+    Raises:
+        UserError: there is none.
+    """
+    inside = unwrapped(model)
+    layers = {plain_name(path): module for path, module in inside.named_modules() if isinstance(module, Recordable)}
+    if not layers:
+        raise UserError(f"{type(inside).__name__} holds no MoE layer; put one in, or pass the model that holds it")
+    return layers
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside DDP, DataParallel, ``torch.compile`` and activation checkpoints."""
+    names = ("module",) if isinstance(model, DistributedDataParallel | DataParallel | AveragedModel) else _WRAPPERS
+    inside = [child for name, child in model.named_children() if name in names]
+    return unwrapped(inside[0]) if inside else model
+
+
+def plain_name(path: str) -> str:
+    """The path of a module or parameter without the parts that wrappers put in."""
+    return ".".join(part for part in path.split(".") if part and part not in _WRAPPERS)
