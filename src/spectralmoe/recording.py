@@ -112,7 +112,7 @@ class Recordable(nn.Module):
         self.ended: weakref.ref[Feed] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy (an average of the weights, say) has no part in the tapes and feeds of its original."""
+        """Copies and pickles start without tapes and feeds (an average of the weights, for example)."""
         return {**self.__dict__, "watching": (), "kept": frozenset(), "ended": None}
 
     @property
@@ -146,12 +146,15 @@ class Recordable(nn.Module):
         trains = self.training and (self.router is None or self.router.training)
         for sink in sinks:
             if self.training or not sink.training_only:
-                own = kept.only(sink.keep) if kept is not None and sink.keep else None
+                asked = kept.only(sink.keep) if kept is not None and sink.keep else None
                 rows = None if sink.training_only else context  # such tapes last: they hold what they need alone
-                sink.chain = ((routing, own, tokens, trains, rows), sink.chain)
+                sink.chain = ((routing, asked, tokens, trains, rows), sink.chain)
 
     def names_to_keep(self) -> frozenset[str]:
-        """What the tapes want kept; in a recomputation what its first forward kept, whose tape may be sealed by now."""
+        """The names of tensors that open tapes ask for.
+
+        While a checkpoint recomputes, those that its first forward kept: the tape may be closed by then.
+        """
         if recomputing():
             return self.kept
         keep = frozenset(name for sink in self.sinks for name in sink.keep)

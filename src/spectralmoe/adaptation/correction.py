@@ -26,7 +26,7 @@ class Correction:
         experts: the experts that these weights are, layer by layer; empty in a baseline that writes more.
         max_steps, lr: bounds of the iteration; each method says what it makes of them.
         carry: share of the copies to reach.
-        strength: how much what must stay counts against what must become right, where a method weighs the two.
+        strength: weight of the reference samples against the samples to correct, where a method weighs the two.
         reference: samples that should stay as they are; None without a guard.
     """
 

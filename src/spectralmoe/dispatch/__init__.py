@@ -38,5 +38,7 @@ def _one_by_one(routing: Routing, experts: Experts) -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    small = sum(part.numel() for part in experts.parameters()) <= _SMALL  # each slot makes gradients of the whole bank
-    return small and bool(((indices >= 0) & (indices < experts.num_experts)).any())  # without an expert it makes none
+    # the loop's backward makes a gradient of the whole bank for each slot, so only small banks;
+    # and with no expert chosen it would leave the bank without gradients, which DDP waits for
+    small = sum(part.numel() for part in experts.parameters()) <= _SMALL
+    return small and bool(((indices >= 0) & (indices < experts.num_experts)).any())

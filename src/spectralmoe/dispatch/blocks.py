@@ -62,7 +62,7 @@ class Layout:
 
     Attributes:
         slots: (P,) the flat slot of each row, expert by expert; those without an expert may follow.
-        real: which rows are not there to fill up.
+        real: True for the rows of slots, False for rows that fill up.
         blocks: all rows of experts.
     """
 

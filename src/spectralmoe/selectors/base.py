@@ -68,7 +68,7 @@ class Selector(Part):
         """Combine weights (N, K) of the chosen experts, with gradient; 0 in an empty slot."""
         if not self.normalize:
             return take(self.scores(logits), indices)
-        chosen = take(logits, indices)  # the logarithm of the scores, up to what all of a token have in common
+        chosen = take(logits, indices)  # log-scores up to a constant a token, which the softmax takes out
         chosen = (chosen if self.score == "softmax" else F.logsigmoid(chosen)).masked_fill(indices < 0, -torch.inf)
         empty = (indices < 0).all(-1, keepdim=True)
         return chosen.masked_fill(empty, 0).softmax(-1).masked_fill(indices < 0, 0)

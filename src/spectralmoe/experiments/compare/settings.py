@@ -103,7 +103,7 @@ class CompareSettings(Settings):
         return TrainSettings(**values, backbone=self.backbone, moe=form.model_copy(update=of_row | sizes))
 
     def cells(self) -> list[Cell]:
-        """All cells; the rows take turns, so that a stopped run holds every row alike."""
+        """All cells, seed by seed, so that a stopped run has about as many of each row."""
         return [
             Cell(router, depth, seed)
             for seed in range(self.seed, self.seed + self.seeds)

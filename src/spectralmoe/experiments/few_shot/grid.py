@@ -74,7 +74,7 @@ class FewShotSettings(Settings):
     optimization: Optimization = FEW_SHOT
 
     def cells(self) -> list[Cell]:
-        """All cells; the rows take turns, so that a stopped run holds every row alike."""
+        """All cells, seed by seed, so that a stopped run has about as many of each row."""
         seeds = range(self.seed, self.seed + self.seeds)
         return [Cell(row, shots, seed) for seed in seeds for shots in self.shots for row in self.rows]
 
