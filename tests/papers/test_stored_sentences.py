@@ -22,10 +22,19 @@ def stored(card, name="results"):
     return json.loads((PAPERS / card / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def gain(key, row, baseline, depth, scale=1.0):
-    """(mean, half width) of a paired difference on mnist5k."""
-    found = difference(select(stored("sr-moe"), dataset="mnist5k", depth=depth), key, row, baseline)
-    return scale * found.mean, scale * found.half
+def gain(key, row, baseline, depth, scale=1.0, dataset="mnist5k"):
+    """(mean, half width) of a paired difference."""
+    pairs = difference(select(stored("sr-moe"), dataset=dataset, depth=depth), key, row, baseline)
+    return scale * pairs.mean, scale * pairs.half
+
+
+def clothes(key, row, baseline, depth):
+    return gain(key, row, baseline, depth, dataset="fashion-mnist")
+
+
+def at_all_depths(key, row, baseline):
+    """Mean and half width at every depth of mnist5k."""
+    return [value for depth in DEPTHS for value in gain(key, row, baseline, depth)]
 
 
 def gains(key, row, baseline, scale=1.0):
@@ -70,13 +79,26 @@ WORST = least("SR-MoE", "interference_worst")
 SHARES = least("SR-MoE", "min_load_share")
 
 SENTENCES = [
-    ("sr-moe", "the smallest share grows by # ±# and # ±#, separated", gains("min_load_share", BIASED, LINEAR)),
-    ("sr-moe", "gentler at depth #, by # ±# points, separated; at depth # # ±# is not",
-     [2, *gain("interference_mean", BIASED, LINEAR, 2), 8, *gain("interference_mean", BIASED, LINEAR, 8)]),
-    ("sr-moe", "add # ±# and # ±# points of accuracy, separated", gains("accuracy", BARE, BIASED)),
-    ("sr-moe", "In interference (# ±# and # ±#) they are not separated", gains("interference_mean", BARE, BIASED)),
-    ("sr-moe", "on top of both: # ±# and # ±# points of interference", gains("interference_mean", "SR-MoE", BARE)),
-    ("sr-moe", "# ±# and # ±# points of accuracy, the second separated", gains("accuracy", "SR-MoE", BARE)),
+    ("sr-moe", "the smallest share grows by # ±#, # ±#, # ±# and # ±#, separated",
+     at_all_depths("min_load_share", BIASED, LINEAR)),
+    ("sr-moe", "gentler: by # ±#, # ±# and # ±# points at depth #, # and #, separated (depth #: # ±#, not)",
+     [*(x for depth in (2, 4, 16) for x in gain("interference_mean", BIASED, LINEAR, depth)), 2, 4, 16, 8,
+      *gain("interference_mean", BIASED, LINEAR, 8)]),
+    ("sr-moe", "on fashion-mnist by # ±# at depth #, separated (depth #: # ±#, not)",
+     [*clothes("interference_mean", BIASED, LINEAR, 2), 2, 8, *clothes("interference_mean", BIASED, LINEAR, 8)]),
+    ("sr-moe", "add # ±#, # ±#, # ±# and # ±# points of accuracy on mnist5k, # ±# and # ±# on fashion-mnist",
+     [*at_all_depths("accuracy", BARE, BIASED), *clothes("accuracy", BARE, BIASED, 2),
+      *clothes("accuracy", BARE, BIASED, 8)]),
+    ("sr-moe", "at depth 16 alone (# ±#)", gain("interference_mean", BARE, BIASED, 16)),
+    ("sr-moe",
+     "in interference # ±#, # ±# and # ±# points at depth #, # and # of mnist5k, not separated; # ±# at depth #",
+     [*(x for depth in (2, 4, 8) for x in gain("interference_mean", "SR-MoE", BARE, depth)), 2, 4, 8,
+      *gain("interference_mean", "SR-MoE", BARE, 16), 16]),
+    ("sr-moe", "separated; # ±# (not) and # ±# (separated) on fashion-mnist",
+     [x for depth in (2, 8) for x in clothes("interference_mean", "SR-MoE", BARE, depth)]),
+    ("sr-moe", "In accuracy # ±#, # ±#, # ±# and # ±# on mnist5k", at_all_depths("accuracy", "SR-MoE", BARE)),
+    ("sr-moe", "by a hair, and # ±# and # ±# on fashion-mnist",
+     [x for depth in (2, 8) for x in clothes("accuracy", "SR-MoE", BARE, depth)]),
     ("sr-moe", "the worst single one cost # points", [-min(least("linear", "interference_worst"))]),
     ("sr-moe", "the mean stays between # and # at every depth",
      [max(means("SR-MoE", "interference_mean")), min(means("SR-MoE", "interference_mean"))]),
