@@ -59,8 +59,8 @@ def _statistics(layer: Recordable, parts: list[Part], seen: Sequence[Record]) ->
         if sums is None:
             continue
         for item in trained:
-            own = item.routing.load_counts() if item.routing.live is None else counts
-            added = part.statistics(tokens if item.tokens is None else _real(item.tokens, item.routing.mask), own)
+            loads = item.routing.load_counts() if item.routing.live is None else counts
+            added = part.statistics(tokens if item.tokens is None else _real(item.tokens, item.routing.mask), loads)
             sums = sums if added is None else sums + added
         gathered.append((part, sums, bool(trained) or not seen))
     return gathered

@@ -43,11 +43,11 @@ class Sink:
 
     def entries(self) -> list[Entry]:
         """What was left here, in the order of the calls."""
-        found, rest = [], self.chain
+        entries, rest = [], self.chain
         while rest is not None:
             entry, rest = rest
-            found.append(entry)
-        return found[::-1]
+            entries.append(entry)
+        return entries[::-1]
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)

@@ -134,11 +134,11 @@ class Attachment(Joinable):
             raise UserError("Join: name the model before what attach returned: Join([model, attachment])")
         if self._checked:
             return
-        held = {id(p) for ref in self._held.values() if (one := ref()) for g in one.param_groups for p in g["params"]}
+        moved = {id(p) for ref in self._held.values() if (one := ref()) for g in one.param_groups for p in g["params"]}
         for path, layer in self.layers.items():
             for where, part in layer.parts():
                 bases = {name: getattr(part, name) for name in part.manifold}
-                for name in (name for name, basis in bases.items() if basis.requires_grad and id(basis) not in held):
+                for name in (name for name, basis in bases.items() if basis.requires_grad and id(basis) not in moved):
                     raise UserError(
                         f"attach: {plain_name(f'{path}.{where}.{name}')} is trained by no optimizer that is attached; "
                         "name all optimizers of the model, attach([one, other], model), or freeze it with "
@@ -243,8 +243,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def _records(layers: dict[str, Recordable], tapes: Sequence[Tape]) -> list[Record]:
     """All records of ``tapes``; a tape of another model would silently count nothing."""
     records = [item for tape in tapes for item in tape.records]
-    own = {id(layer) for layer in layers.values()}
+    known = {id(layer) for layer in layers.values()}
     for item in records:
-        if id(item.layer) not in own:
+        if id(item.layer) not in known:
             raise UserError(f"the tape was recorded on another model: its layer {item.name!r} is not in this one")
     return records

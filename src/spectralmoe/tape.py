@@ -188,19 +188,19 @@ class Tape:
 
     def drain(self) -> tuple[Record, ...]:
         """What was recorded since the last drain, possibly nothing; the tape goes on recording."""
-        found = []
+        records = []
         for name, sink in self._sinks.items():
-            found += [Record(name, self._layers[name], *entry) for entry in sink.entries()]
+            records += [Record(name, self._layers[name], *entry) for entry in sink.entries()]
             sink.chain = None
-        return tuple(found)
+        return tuple(records)
 
     def layer(self, name: str) -> list[Record]:
         """The records of one layer, one a call."""
-        found = [item for item in self.records if item.name == name]
-        if not found:
+        records = [item for item in self.records if item.name == name]
+        if not records:
             names = ", ".join(dict.fromkeys(item.name for item in self.records))
             raise UserError(f"the tape holds no layer {name!r}; it holds: {names}")
-        return found
+        return records
 
     def __len__(self) -> int:
         return len(self.records)

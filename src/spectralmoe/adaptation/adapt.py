@@ -121,9 +121,9 @@ def split(model: nn.Module, layer: str) -> tuple[Head, nn.Module]:
     Nothing and the whole also where both parts read the same memory (tied weights): what is written into the rest
     would change what comes before it.
     """
-    own = getattr(model, "split", None)
-    if callable(own):
-        head, tail = own(layer)
+    model_split = getattr(model, "split", None)
+    if callable(model_split):
+        head, tail = model_split(layer)
         if not share_memory(head, tail):
             return head, tail
     return (lambda x: x), model

@@ -70,6 +70,6 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     >>> margins(torch.tensor([[1.0, 3.0], [2.0, 0.5]]), torch.tensor([0, 0]))
     tensor([-2.0000,  1.5000])
     """
-    own = logits.gather(1, labels[:, None])
+    label_logit = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf)
-    return (own - others.amax(1, keepdim=True)).squeeze(1)
+    return (label_logit - others.amax(1, keepdim=True)).squeeze(1)

@@ -107,13 +107,13 @@ class Guard:
         device = next(model.parameters()).device
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         key = (digest_of(tensors), first, len(self.protected), autocast)
-        held = self._measured
-        if held is None or held[0]() is not model or held[1] != key or not set(layers) <= set(held[2].tokens):
+        last = self._measured
+        if last is None or last[0]() is not model or last[1] != key or not set(layers) <= set(last[2].tokens):
             samples, labels = self._all()
             inputs = torch.cat([head(part.to(device)) for part in samples.split(BATCH)])
             reference = Reference(tail, inputs, labels.to(device), layers, len(labels) - len(self))
-            self._measured = held = (weakref.ref(model), key, reference)
-        return held[2]
+            self._measured = last = (weakref.ref(model), key, reference)
+        return last[2]
 
     @torch.no_grad()
     def judge(

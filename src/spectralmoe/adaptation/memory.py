@@ -88,8 +88,8 @@ def _tensors(module: nn.Module, skip: set[int] | None = None) -> Iterator[tuple[
             left_out = (*left_out, f"{path}.")
         if f"{path}.".startswith(left_out):
             continue
-        held = {**vars(inner), **inner._parameters, **inner._buffers}
-        yield from ((f"{path}.{name}", value) for name, value in held.items() if isinstance(value, Tensor))
+        attributes = {**vars(inner), **inner._parameters, **inner._buffers}
+        yield from ((f"{path}.{name}", value) for name, value in attributes.items() if isinstance(value, Tensor))
 
 
 def _spans(x: Tensor, reader: Hashable) -> Iterator[_Span]:

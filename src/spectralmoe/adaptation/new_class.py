@@ -61,10 +61,10 @@ def add_class(
     draw = torch.Generator().manual_seed(seed)
     with steady(model):
         tail, features, labels = behind_head(model, images, labels, rule)
-        own = labels == label
-        if not bool(own.any()):
+        of_class = labels == label
+        if not bool(of_class.any()):
             raise UserError(f"there is no test image of class {label}")
-        right, found = predict(tail, features) == labels, []
+        right, results = predict(tail, features) == labels, []
         for _ in range(tries):
             chosen = torch.randperm(len(support), generator=draw)[:shots]
             update = rule.correct(model, support[chosen].to(labels.device), torch.full((shots,), label), guard)
@@ -72,18 +72,18 @@ def add_class(
                 after = predict(tail, features) == labels
             finally:
                 update.revert()
-            found.append(
+            results.append(
                 Shots(
                     shots,
                     tuple(chosen.tolist()),
                     update.success,
                     update.method,
-                    _percent(right[own]),
-                    _percent(after[own]),
-                    _percent(after[~own]) - _percent(right[~own]),
+                    _percent(right[of_class]),
+                    _percent(after[of_class]),
+                    _percent(after[~of_class]) - _percent(right[~of_class]),
                 )
             )
-    return found
+    return results
 
 
 def _percent(right: Tensor) -> float:

@@ -135,7 +135,7 @@ def one_shot_trials(
     with steady(model):
         tail, features, labels = behind_head(model, images, labels, rule)
         head, _ = split(model, choose_layers(model, rule.layers)[0])
-        right, found = predict(tail, features) == labels, []
+        right, results = predict(tail, features) == labels, []
         order = some_wrong(right, trials, seed)
         for sample in order.tolist():
             image, label = images[sample : sample + 1].to(labels.device).clone(), labels[sample : sample + 1]
@@ -146,10 +146,10 @@ def one_shot_trials(
                 step[sample] = 0
                 after = _carries(tail, near, label)
             interference = 100 * int(step.sum()) / max(len(labels) - 1, 1)
-            found.append(Trial(sample, *done, interference, before, after))
+            results.append(Trial(sample, *done, interference, before, after))
             if progress is not None:
-                progress(len(found) / len(order))
-    return found
+                progress(len(results) / len(order))
+    return results
 
 
 class _Done(NamedTuple):

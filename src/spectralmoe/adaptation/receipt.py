@@ -62,8 +62,8 @@ class Held:
     Attributes:
         left_out: how many times the corrected sample is in these data; not counted.
         accuracy_before, accuracy_after: percent.
-        over_budget: whether the update costs more on these data than the guard allows on its own, beyond chance: the
-            whole interval of the interference lies below minus the budget. None without a guard.
+        over_budget: whether the update costs more on these data than the guard allows on the reference data, beyond
+            chance: the whole interval of the interference lies below minus the budget. None without a guard.
     """
 
     left_out: int

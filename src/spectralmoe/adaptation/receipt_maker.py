@@ -148,14 +148,14 @@ def _held(
 ) -> Held | None:
     if before is None or after is None:
         return None
-    own, labels = same_sample(test[0], x[0]), test[1].cpu()
-    others = own.logical_not()
+    same, labels = same_sample(test[0], x[0]), test[1].cpu()
+    others = same.logical_not()
     step = (after == labels).int() - (before == labels).int()
     moved = (others & (before != after)).nonzero().flatten()
-    was, now = ((found == labels)[others].double().mean() for found in (before, after))
+    was, now = ((predicted == labels)[others].double().mean() for predicted in (before, after))
     change = accuracy_change(step[others], int(others.sum()))
     return Held(
-        left_out=int(own.sum()),
+        left_out=int(same.sum()),
         accuracy_before=100 * float(was),
         accuracy_after=100 * float(now),
         interference=change,

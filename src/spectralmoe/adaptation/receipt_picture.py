@@ -114,14 +114,14 @@ def _facts(receipt: Receipt) -> list[tuple[str, str]]:
         (f"right class {right}: probability {before.right:.1%} before, {after.right:.1%} after", ""),
         (f"{experts}: {receipt.written:,} of {receipt.parameters:,} parameters, by {receipt.method}", "soft"),
     ]
-    moved, held = receipt.reference, receipt.test
+    moved, test = receipt.reference, receipt.test
     if moved is not None:
         c = moved.interference
         text = f"reference: {moved.samples:,} samples, {len(moved.flipped):,} predictions changed, "
         facts.append((text + f"interference {c.mean:+.2f} points [{c.low:+.2f}, {c.high:+.2f}]", "soft"))
-    if held is not None:
-        c = held.interference
-        text = f"test: {c.samples:,} samples, {len(held.flipped):,} predictions changed, "
+    if test is not None:
+        c = test.interference
+        text = f"test: {c.samples:,} samples, {len(test.flipped):,} predictions changed, "
         facts.append((text + f"interference {c.mean:+.2f} points [{c.low:+.2f}, {c.high:+.2f}]", "soft"))
     if receipt.warning:
         facts.append(("Costs more than its budget on the test data: the whole interval lies below it", "worse"))

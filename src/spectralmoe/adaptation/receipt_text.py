@@ -53,25 +53,25 @@ def written_line(receipt: Receipt) -> str:
 def reference_line(moved: Moved, kept: bool) -> str:
     """What the guard saw."""
     could = f"{moved.reachable:,} could change" if moved.reachable < moved.samples else "all could change"
-    own = " without this one" if moved.contains_sample else ""
+    without = " without this one" if moved.contains_sample else ""
     routes = f", {_count(len(moved.rerouted), 'route')} changed" if moved.rerouted else ", no route changed"
     lost = f"; {_count(moved.protected_lost, 'earlier correction')} lost" if moved.protected_lost else ""
     flips = "" if moved.max_flips is None else f", {moved.max_flips} flips"
     limit = f"budget {moved.budget:g} points{flips} on the reference data"
     verb = "changed" if kept else "would have changed"
     return (
-        f"reference: {_count(moved.samples, 'sample')}{own}, {could}; "
+        f"reference: {_count(moved.samples, 'sample')}{without}, {could}; "
         f"{_flips(moved.flipped, moved.interference, verb)}{routes}{lost}; "
         f"interference {_points(moved.interference)} ({limit})"
     )
 
 
-def _test_line(held: Held) -> str:
-    without = " without this one" if held.left_out else ""
+def _test_line(test: Held) -> str:
+    without = " without this one" if test.left_out else ""
     return (
-        f"test: {_count(held.interference.samples, 'sample')}{without}; "
-        f"{_flips(held.flipped, held.interference)}; "
-        f"accuracy {held.accuracy_before:.2f}% -> {held.accuracy_after:.2f}%, interference {_points(held.interference)}"
+        f"test: {_count(test.interference.samples, 'sample')}{without}; "
+        f"{_flips(test.flipped, test.interference)}; "
+        f"accuracy {test.accuracy_before:.2f}% -> {test.accuracy_after:.2f}%, interference {_points(test.interference)}"
     )
 
 

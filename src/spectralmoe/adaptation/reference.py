@@ -72,16 +72,16 @@ class Reference:
         for first in range(0, len(samples), BATCH):
             part, tokens = _pass(model, samples[first : first + BATCH], layers)
             parts.append(part)
-            for name, found in tokens.items():
-                kept.setdefault(name, []).append(Tokens(found.x, found.gates, found.owner + first))
+            for name, seen in tokens.items():
+                kept.setdefault(name, []).append(Tokens(seen.x, seen.gates, seen.owner + first))
         self.before, self.shared = _joined(parts), shared_banks(model)
         unknown = labels[(labels < 0) | (labels >= self.before.logits.shape[1])].tolist()
         if unknown:
             last = self.before.logits.shape[1] - 1
             raise UserError(f"Guard: label {unknown[0]} is out of range; the model knows 0 to {last}")
         self.tokens = {
-            name: Tokens(*(torch.cat([getattr(t, field) for t in found]) for field in ("x", "gates", "owner")))
-            for name, found in kept.items()
+            name: Tokens(*(torch.cat([getattr(t, field) for t in pieces]) for field in ("x", "gates", "owner")))
+            for name, pieces in kept.items()
         }
 
     def __len__(self) -> int:

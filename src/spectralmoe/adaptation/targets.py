@@ -85,10 +85,10 @@ class Weights:
     @contextmanager
     def trainable(self, model: nn.Module) -> Iterator[None]:
         """Gradients for these tensors alone inside the block."""
-        own = {id(whole_of(view)) for view in self.views.values()}
+        trained = {id(whole_of(view)) for view in self.views.values()}
         before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in own)
+            parameter.requires_grad_(id(parameter) in trained)
         try:
             with torch.enable_grad():
                 yield

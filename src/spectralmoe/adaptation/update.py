@@ -67,11 +67,11 @@ class Update:
     @property
     def differences(self) -> list[Tensor]:
         """New minus old of the touched tensors, in double precision; tied ones, which share memory, come once."""
-        found: dict[object, Tensor] = {}
+        changes: dict[object, Tensor] = {}
         for item in self.written:
             for view, old, new in zip(item.target.views.values(), item.old, item.new, strict=True):
-                found.setdefault(same_elements(view), new.double() - old.double())
-        return list(found.values())
+                changes.setdefault(same_elements(view), new.double() - old.double())
+        return list(changes.values())
 
     @property
     def change(self) -> float:

@@ -66,7 +66,7 @@ def rebuilt(layer: MoE, experts: Experts, table: Sequence[Sequence[int]], router
     """A copy of ``layer`` with another bank, in which expert e of the router has the places ``table[e]``.
 
     Args:
-        router: None: a copy of the layer's own.
+        router: None: a copy of the layer's router.
     """
     memo: dict[int, Any] = {id(layer.experts): experts, id(layer.placement): None}
     fresh = copy.deepcopy(layer, memo if router is None else memo | {id(layer.router): router})

@@ -73,8 +73,8 @@ def merge(
             if by is None:
                 raise UserError("merge: a number of networks needs a saliency; give by='frequency', or the groups")
             saliency = known.saliency(by, name, layer)
-            found = group_by_affinity(saliency[networks], known.affinity(name, layer)[networks][:, networks], number)
-            return _merged(layer, [[networks[i] for i in group] for group in found], saliency)
+            clusters = group_by_affinity(saliency[networks], known.affinity(name, layer)[networks][:, networks], number)
+            return _merged(layer, [[networks[i] for i in group] for group in clusters], saliency)
         alike = torch.ones(layer.router.num_experts)
         return _merged(layer, _disjoint(layer, groups), alike if by is None else known.saliency(by, name, layer))
 

@@ -41,8 +41,8 @@ def accuracy_change(step: Tensor, samples: int) -> Change:
         samples: n, at least ``len(step)``; 0 gives nan, never "no change".
 
     >>> import torch
-    >>> found = accuracy_change(torch.tensor([1, -1, -1, 0]), 1000)
-    >>> round(found.mean, 3), round(found.low, 3), round(found.high, 3)
+    >>> change = accuracy_change(torch.tensor([1, -1, -1, 0]), 1000)
+    >>> round(change.mean, 3), round(change.low, 3), round(change.high, 3)
     (-0.1, -0.491, 0.291)
     """
     gained, lost = int((step > 0).sum()), int((step < 0).sum())

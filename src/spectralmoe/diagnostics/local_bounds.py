@@ -67,7 +67,7 @@ def _bound(layer: nn.Module, x: Tensor, gated: bool, precision: torch.dtype) -> 
     name, kind = type(layer).__name__, type(layer)
     if has_forward_hooks(layer):
         raise UserError(f"certificate: a {name} of the processor has forward hooks, which may change what it does")
-    if is_parametrized(layer):  # its own class, whose weight is what the forward uses
+    if is_parametrized(layer):  # the class of such a layer is new, and its weight is what the forward uses
         kind = kind.__mro__[1]
     if kind is nn.Identity or kind is nn.ReLU:
         return lambda radius: radius

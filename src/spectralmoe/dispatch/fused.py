@@ -69,11 +69,11 @@ def _forward(  # noqa: PLR0917 (the schema of the operator)
     hidden[layout.end :], outputs[layout.end :] = 0, 0
     before = x.new_empty(0 if keep else most, up.shape[1])
     for block in layout.blocks:
-        here, own = slice(block.start, block.start + block.size), slice(block.size)
-        row, z = torch.index_select(x, 0, tokens[here], out=rows[own]), hidden[here] if keep else before[own]
+        here, front = slice(block.start, block.start + block.size), slice(block.size)
+        row, z = torch.index_select(x, 0, tokens[here], out=rows[front]), hidden[here] if keep else before[front]
         out = outputs[here] if len(outputs) else row
-        bank.lift(block, row, hidden=z, act=act[own])
-        bank.lower(block, act[own], outputs=out)
+        bank.lift(block, row, hidden=z, act=act[front])
+        bank.lower(block, act[front], outputs=out)
         y.index_add_(0, tokens[here], torch.mul(out, scale[here], out=row).to(y.dtype))
     return y.to(x.dtype), order, counts, hidden, outputs
 
@@ -112,14 +112,14 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
     before = x.new_empty(0 if kept else most, up.shape[1])
     d_before = d_act if up.shape[1] == down.shape[2] else x.new_empty(most, up.shape[1])
     for block in layout.blocks:
-        here, own = slice(block.start, block.start + block.size), slice(block.size)
-        z, h, d_h = hidden[here] if kept else before[own], act[own], d_act[own]
-        row = torch.index_select(x, 0, tokens[here], out=rows[own])
+        here, front = slice(block.start, block.start + block.size), slice(block.size)
+        z, h, d_h = hidden[here] if kept else before[front], act[front], d_act[front]
+        row = torch.index_select(x, 0, tokens[here], out=rows[front])
         if kept:
-            bank.activate(z, spare[own], out=h)
+            bank.activate(z, spare[front], out=h)
         else:
-            bank.lift(block, row, hidden=z, act=h, silu=spare[own])
-        g = torch.index_select(grad, 0, tokens[here], out=grads[own])
+            bank.lift(block, row, hidden=z, act=h, silu=spare[front])
+        g = torch.index_select(grad, 0, tokens[here], out=grads[front])
         if len(outputs):
             d_scale[here] = outputs[here].mul(g).sum(1)
             block.multiply(g.mul_(scale[here]), downs, out=d_h)
@@ -132,7 +132,7 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
             d_h.mul_(scale[here])
         if wants_bank:
             block.outer(g, h, out=d_downs)
-        bank.activate_backward(d_h, z, spare[own], scratch=h, out=(d_z := d_before[own]))
+        bank.activate_backward(d_h, z, spare[front], scratch=h, out=(d_z := d_before[front]))
         if wants_bank:
             block.outer(d_z, row, out=d_ups)
             if d_up_bias is not None and d_down_bias is not None:
@@ -220,8 +220,8 @@ def _second_gradients(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...
             allow_unused=True,
             create_graph=again,
         )
-    found = iter(second)
-    return *(None if part is None else next(found) for part in given), *[None] * 7
+    gradients = iter(second)
+    return *(None if part is None else next(gradients) for part in given), *[None] * 7
 
 
 def _tracked(part: Tensor) -> Tensor:

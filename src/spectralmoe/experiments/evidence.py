@@ -1,4 +1,4 @@
-"""Cells that a card has stored: chosen, compared by seed, shown, and held against a rerun.
+"""Cells that a card has stored: chosen, compared by seed, shown, and compared with a rerun.
 
 A cell is a mapping with a "seed", the "cpu" that it ran on, and measured values. A single cell is not stable: rounding
 differs between processors, training makes the difference grow, and other samples are wrong in the end. Means over seeds

@@ -62,18 +62,18 @@ def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str], grows: Se
                 )
         write_json(out / SETTINGS, settings)
         return settings
-    held = read_json(out / SETTINGS)
-    if not isinstance(held, dict) or not _same_keys(held, settings):
+    stored = read_json(out / SETTINGS)
+    if not isinstance(stored, dict) or not _same_keys(stored, settings):
         raise UserError(f"{out / SETTINGS} is not from a run of this command; choose another --out")
-    old, new = (_flat({key: value for key, value in one.items() if key not in grows}) for one in (held, settings))
+    old, new = (_flat({key: value for key, value in one.items() if key not in grows}) for one in (stored, settings))
     for key in sorted(new.keys() | old.keys()):
         if old.get(key) != new.get(key):
             raise UserError(
                 f"{out} holds a run with {key} = {old.get(key)}, not {new.get(key)}; "
                 "go on with the same settings or choose another --out"
             )
-    grown = {**settings, **{key: _united(held.get(key), settings[key], out / SETTINGS) for key in grows}}
-    if grown != held:
+    grown = {**settings, **{key: _united(stored.get(key), settings[key], out / SETTINGS) for key in grows}}
+    if grown != stored:
         write_json(out / SETTINGS, grown)
     return grown
 
@@ -87,9 +87,9 @@ def _united(old: Any, new: Any, path: Path) -> Any:
     raise UserError(f"{path} is not from a run of this command; choose another --out")
 
 
-def _same_keys(held: dict[str, Any], settings: dict[str, Any]) -> bool:
+def _same_keys(stored: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether both are settings of one command; an option of a later version is None for a run of an earlier one."""
-    return all({**held, **settings}[key] is None for key in held.keys() ^ settings.keys())
+    return all({**stored, **settings}[key] is None for key in stored.keys() ^ settings.keys())
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

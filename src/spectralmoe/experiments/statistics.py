@@ -47,21 +47,21 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     >>> e.mean, round(e.half, 3), e.n
     (2.0, 2.484, 3)
     """
-    found = tuple(value for value in values if value is not None and math.isfinite(value))
-    n = len(found)
+    finite = tuple(value for value in values if value is not None and math.isfinite(value))
+    n = len(finite)
     if not n:
         return None
-    mean = sum(found) / n
+    mean = sum(finite) / n
     if n == 1:
-        return Estimate(mean, None, found)
-    variance = sum((value - mean) ** 2 for value in found) / (n - 1)
-    return Estimate(mean, _t95(n - 1) * math.sqrt(variance / n), found)
+        return Estimate(mean, None, finite)
+    variance = sum((value - mean) ** 2 for value in finite) / (n - 1)
+    return Estimate(mean, _t95(n - 1) * math.sqrt(variance / n), finite)
 
 
 def paired(a: Mapping[Hashable, float | None], b: Mapping[Hashable, float | None]) -> Estimate | None:
     """The differences a - b under the keys (seeds) that both have; None if there are none.
 
-    Seeds that make both rows better or worse drop out, so it tells apart rows whose own intervals overlap.
+    Seeds that make both rows better or worse drop out, so it tells apart rows whose single intervals overlap.
 
     >>> difference = paired({0: 5.0, 1: 7.0, 2: 9.0}, {0: 4.0, 1: 6.1, 2: 7.9})
     >>> round(difference.mean, 3), round(difference.half, 3), difference.separated

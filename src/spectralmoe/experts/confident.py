@@ -59,10 +59,10 @@ class ConfidentExperts(Experts):
         self.bias = nn.Parameter(torch.zeros(experts.num_experts))
 
     def answer(self, x: Tensor, e: int) -> Answer:
-        own = slice(e, e + 1)
+        row = slice(e, e + 1)
         return self._weighed(
             self.experts.answer(x, e),
-            lambda rows: F.linear(rows, self.direction[own].to(rows.dtype), self.bias[own].to(rows.dtype)),
+            lambda rows: F.linear(rows, self.direction[row].to(rows.dtype), self.bias[row].to(rows.dtype)),
         )
 
     def forward(self, x: Tensor, counts: Tensor) -> Answer:

@@ -65,8 +65,8 @@ def _every_matrix(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Each row times every matrix, and its own expert's taken: for transforms, which know all of its operations."""
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     ends = counts.cumsum(0)
-    own = (rows >= ends - counts) & (rows < ends)
-    return torch.where(own.T[..., None], x @ weight.mT, 0).sum(0)
+    in_block = (rows >= ends - counts) & (rows < ends)
+    return torch.where(in_block.T[..., None], x @ weight.mT, 0).sum(0)
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

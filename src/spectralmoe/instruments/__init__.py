@@ -1,4 +1,4 @@
-"""Instruments: the values of ``diagnostics`` gathered over a run, held against thresholds, written down.
+"""Instruments: the values of ``diagnostics`` gathered over a run, compared with thresholds, written down.
 
 ``Inspector`` looks at a model once, ``Monitor`` while it trains; both make findings by the same rules.
 """

@@ -24,7 +24,7 @@ class Finding:
         message: one sentence with the figures.
         cure: what to do about it.
         measure: the value behind it, with its data (``Measure.as_json``).
-        threshold: what the value was held against.
+        threshold: what the value was compared with.
     """
 
     kind: str

@@ -57,10 +57,10 @@ def _find(kind: str, name: str, table: Mapping[str, Any], form: str) -> Any:
         return table[name]
     if ":" not in name:
         raise one_of(kind, name, [*table, form])
-    found = find_class(name)
-    if not callable(found):
+    function = find_class(name)
+    if not callable(function):
         raise UserError(f"{kind} {name!r} is no function")
-    return found
+    return function
 
 
 def make_optimizer(name: str, model: nn.Module, settings: Rates) -> Optimizer:

@@ -46,7 +46,7 @@ class Together(Optimizer):
             part.param_groups = [next(groups) for _ in part.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Called for the parts' own groups when this is made."""
+        """Called for the groups of the parts when this is made."""
         if not any(param_group is group for part in self.parts for group in part.param_groups):
             raise UserError("Together: no part would train this group; add it to a part before they are put together")
         super().add_param_group(param_group)

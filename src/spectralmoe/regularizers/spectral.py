@@ -160,10 +160,10 @@ def _matrix(record: Record, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
         return _gates(record), None
     if not callable(matrix):
         raise one_of("matrix of a spectral term", matrix, ["router", "gates", "a function of the record"])
-    own = full(matrix(record))
-    if own.dim() != 2:
-        raise UserError(f"the function given as matrix must return a matrix, got shape {tuple(own.shape)}")
-    return own.to(torch.promote_types(own.dtype, torch.float32)), None
+    given = full(matrix(record))
+    if given.dim() != 2:
+        raise UserError(f"the function given as matrix must return a matrix, got shape {tuple(given.shape)}")
+    return given.to(torch.promote_types(given.dtype, torch.float32)), None
 
 
 def _router(record: Record) -> tuple[Tensor, Tensor | None]:

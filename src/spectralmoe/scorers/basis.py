@@ -32,7 +32,7 @@ class BasisScorer(Scorer):
     alike.
 
     Args:
-        bank: the layer's own bank; None: the one that the layer gets, which is the same.
+        bank: the bank of the layer; None: the one that the layer gets, which is the same.
         score: "context" reads ``attended`` (N, D) from the context, "energy" nothing.
 
     Raises:

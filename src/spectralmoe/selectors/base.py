@@ -40,7 +40,7 @@ class Selector(Part):
         """Called once by the router with E: check the arguments against it, allocate state."""
 
     def scored(self, logits: Tensor) -> Tensor | Score:
-        """The value of ``Routing.score``: the name of the activation, or scores (N, E) of the selector's own.
+        """The value of ``Routing.score``: the name of the activation, or scores (N, E) that the selector computes.
 
         By name the scores are computed where they are read, and never where nobody does.
         """

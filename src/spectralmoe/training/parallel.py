@@ -59,8 +59,8 @@ class Ranks:
         """Factor on the mean loss of the share, so that the mean over the processes is that of all ``n`` samples."""
         if n < self.world:
             return 1.0
-        own = self.share(n)
-        return float((own.stop - own.start) * self.world / n)
+        share = self.share(n)
+        return float((share.stop - share.start) * self.world / n)
 
     def mean(self, value: float) -> float:
         """``value`` averaged over the processes."""

@@ -109,14 +109,14 @@ def load_weights(network: VisionMoE, path: Path) -> None:
         network.mean, network.std = source.mean, source.std
     else:
         tensors = without_prefix(read_tensors(path), network.backbone.state_dict().keys())
-    own = network.backbone.state_dict()
+    expected = network.backbone.state_dict()
     head = {id(p) for module in network.heads() for p in module.state_dict(keep_vars=True).values()}
     heads = [name for name, value in network.backbone.state_dict(keep_vars=True).items() if id(value) in head]
     for name in heads:
-        if name not in tensors or tensors[name].shape != own[name].shape:
-            tensors |= {name: own[name] for name in heads}
-    shapes, found = ({name: value.shape for name, value in part.items()} for part in (own, tensors))
-    refuse_differences(f"{path} does not fit {network.name!r}", shapes, found)
+        if name not in tensors or tensors[name].shape != expected[name].shape:
+            tensors |= {name: expected[name] for name in heads}
+    shapes, given = ({name: value.shape for name, value in part.items()} for part in (expected, tensors))
+    refuse_differences(f"{path} does not fit {network.name!r}", shapes, given)
     network.backbone.load_state_dict(tensors)
 
 

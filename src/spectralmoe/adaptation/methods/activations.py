@@ -16,7 +16,7 @@ from spectralmoe.experts import FeedForward
 __all__ = ["Moments", "bank_of", "hidden_moments", "input_moments", "own_tokens", "tokens_of"]
 
 LEAST_GATE = 0.02
-"""Tokens that weigh the expert less than this do not count as its own."""
+"""Tokens that weigh the expert less than this do not count as tokens of the expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ def own_tokens(tokens: Tokens, expert: int) -> tuple[Tensor, Tensor]:
         UserError: there are fewer than two.
     """
     gate = tokens.gates[:, expert]
-    own = gate > LEAST_GATE
-    if int(own.sum()) < 2:
+    used = gate > LEAST_GATE
+    if int(used.sum()) < 2:
         raise UserError(f"expert {expert} sees fewer than two tokens of the guard's reference data; give it more")
-    return tokens.x[own], gate[own]
+    return tokens.x[used], gate[used]
 
 
 def input_moments(correction: Correction, target: Target) -> Moments:

@@ -64,10 +64,10 @@ def unit(correction: Correction) -> int:
             f"expert {target.expert} of layer {target.layer!r} {cause}; method='unit' needs "
             "FeedForward(bias=True, spare=...), other methods do not"
         )
-    own = _Unit(bank, target.place, free[0])
-    own.start(_discriminant(correction, target), SHARPNESS[bank.activation])
-    margin(replace(correction, weights=Weights({"down": own.down}), copies=correction.samples[:0], max_steps=20))
-    return _train(correction, own, target)
+    spare = _Unit(bank, target.place, free[0])
+    spare.start(_discriminant(correction, target), SHARPNESS[bank.activation])
+    margin(replace(correction, weights=Weights({"down": spare.down}), copies=correction.samples[:0], max_steps=20))
+    return _train(correction, spare, target)
 
 
 class _Unit(Weights):
@@ -119,8 +119,8 @@ def _discriminant(correction: Correction, target: Target) -> _Start:
         raise _alike(target)
     q = q / reach
     fires = (tokens.x.double() - moments.mean) @ q
-    own = fires[tokens.gates[:, target.expert] > LEAST_GATE]
-    threshold = float(own.topk(min(FALSE_FIRES, len(own))).values[-1].clamp(0.5, 0.7))
+    expert_fires = fires[tokens.gates[:, target.expert] > LEAST_GATE]
+    threshold = float(expert_fires.topk(min(FALSE_FIRES, len(expert_fires))).values[-1].clamp(0.5, 0.7))
     return _Start(q.float(), moments.mean.float(), threshold)
 
 
@@ -156,12 +156,14 @@ class _Held:
         return (self.weight * lost).sum() + SPREAD * (logits - self.before).square().sum()
 
 
-def _nearest(correction: Correction, own: _Unit, target: Target) -> _Held:
+def _nearest(correction: Correction, spare: _Unit, target: Target) -> _Held:
     """The reference samples nearest to firing the unit as it is now, among those that use its expert at all."""
     reference, tokens = correction.reference, tokens_of(correction, target)
     assert reference is not None
     with torch.no_grad():
-        fires = (tokens.x @ own.rows[0].float() + own.biases[0]).masked_fill(tokens.gates[:, target.expert] == 0, -INF)
+        fires = (tokens.x @ spare.rows[0].float() + spare.biases[0]).masked_fill(
+            tokens.gates[:, target.expert] == 0, -INF
+        )
     highest = fires.new_full((len(reference),), -INF).scatter_reduce(0, tokens.owner, fires, "amax")
     chosen = highest.topk(min(NEAR, int((highest > -INF).sum()))).indices
     before, labels = reference.before.logits[chosen], reference.labels[chosen]
@@ -170,31 +172,31 @@ def _nearest(correction: Correction, own: _Unit, target: Target) -> _Held:
     return _Held(reference.samples[chosen], labels, before, margin.clamp_max(EPSILON), weight)
 
 
-def _train(correction: Correction, own: _Unit, target: Target) -> int:
+def _train(correction: Correction, spare: _Unit, target: Target) -> int:
     k, wanted = len(correction.labels), len(correction.targets)
     weight = torch.full((wanted,), COPIES_WEIGHT / max(wanted - k, 1), device=correction.labels.device)
     weight[:k] = SAMPLE_WEIGHT / k
     strength = correction.strength * STRENGTH / len(correction.reference or ())
-    leaves = [view.detach().clone() for view in own.views.values()]
+    leaves = [view.detach().clone() for view in spare.views.values()]
     optimizer = torch.optim.Adam([{"params": [leaf], "lr": RATE * float(leaf.abs().mean())} for leaf in leaves])
     for step in range(STEPS):
         if step % REFRESH == 0:
-            held = _nearest(correction, own, target)
-        logits = logits_of(correction.model, torch.cat([correction.inputs, held.samples]))
+            nearest = _nearest(correction, spare, target)
+        logits = logits_of(correction.model, torch.cat([correction.inputs, nearest.samples]))
         loss = (weight * (EPSILON - margins(logits[:wanted], correction.targets)).clamp_min(0)).sum()
-        loss = loss + strength * held.damage(logits[wanted:])
-        for leaf, gradient in zip(leaves, own.gradients(loss), strict=True):
+        loss = loss + strength * nearest.damage(logits[wanted:])
+        for leaf, gradient in zip(leaves, spare.gradients(loss), strict=True):
             leaf.grad = gradient.contiguous()
         optimizer.step()
-        own.write(leaves)
-    _reach(correction, own)
+        spare.write(leaves)
+    _reach(correction, spare)
     return STEPS
 
 
-def _reach(correction: Correction, own: _Unit) -> None:
+def _reach(correction: Correction, spare: _Unit) -> None:
     """Raise the unit's output until the samples are right, if they are nearly so."""
     for _ in range(20):
         if bool((margins(logits_of(correction.model, correction.samples), correction.labels) > 0.02).all()):
             return
         with torch.no_grad():
-            own.down.mul_(1.1)
+            spare.down.mul_(1.1)

@@ -87,7 +87,7 @@ class Check:
     """A few cells that ``--check`` runs again, trained anew.
 
     Attributes:
-        cells: which, and how they are measured; held against the cells in its file.
+        cells: which, and how they are measured; compared with the cells in its file.
         groups: keys that tell apart the rows whose means are compared.  keys: of the measures.
     """
 

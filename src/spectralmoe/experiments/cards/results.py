@@ -69,10 +69,10 @@ def _differences(section: Section) -> list[str]:
     for value in sorted({cell[within] for cell in section.cells}) if within else [None]:
         cells = select(section.cells, **{within: value}) if within else section.cells
         for row, baseline in section.pairs:
-            found = [difference(cells, column.key, row, baseline) for column in columns]
-            pairs = max((one.n for one in found if one), default=0)
+            differences = [difference(cells, column.key, row, baseline) for column in columns]
+            pairs = max((one.n for one in differences if one), default=0)
             if pairs:
-                fields = [show_difference(one, c.digits, c.scale) for one, c in zip(found, columns, strict=True)]
+                fields = [show_difference(one, c.digits, c.scale) for one, c in zip(differences, columns, strict=True)]
                 lines.append([row, baseline, *([value] if within else []), pairs, *fields])
     headings = ["row", "minus", *([within] if within else []), "seeds", *(column.title for column in columns)]
     return markdown_table(headings, lines)

@@ -20,7 +20,7 @@ __all__ = ["Recipe", "Setup", "Tuned"]
 
 
 class Tuned(NamedTuple):
-    """What tuning may change: the learning rate, and the weight of a row's own terms; factors on the presets."""
+    """What tuning may change: the learning rate, and the weight of the terms of a row; factors on the presets."""
 
     lr: float = 1.0
     strength: float = 1.0

@@ -67,12 +67,12 @@ def few_shot_network(
         UserError: a block that has a branch already; what ``spec`` refuses; training that diverges.
     """
     network = copy.deepcopy(model)
-    held = tuple(network.parts())
+    parts = tuple(network.parts())
     torch.manual_seed(settings.seed)
     network.new_head(num_classes)
     if spec is not None:
         add_branches(network.backbone, spec)
-    network.freeze([path for path in network.parts() if own or path not in held])
+    network.freeze([path for path in network.parts() if own or path not in parts])
     empty = Split(train.images[:0], train.labels[:0])
     data = ImageData("shots", train, empty, empty, tuple(map(str, range(num_classes))))
     run_training(network, ImageTask(data), settings, terms=terms, progress=progress)
