@@ -1,4 +1,4 @@
-"""Bases that averages of weights or edits by hand have moved off their manifold: found, and put back."""
+"""Finds bases that averages of weights or edits by hand have moved off their manifold, and puts them back."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _PATIENCE = 60.0
 
 
 def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write ``tensors``, and ``config`` with their SHA-256, to ``folder`` in place of the model that it held.
+    """Write ``tensors``, and ``config`` with their SHA-256, to ``folder`` in place of the model in it.
 
     Processes that save to one folder do so one after the other; the last one's model stays.
 
@@ -172,14 +172,14 @@ def _flush(handle: int) -> None:
 
 def _state(folder: Path) -> list[tuple[int, ...] | None]:
     """What changes when one of the files is replaced."""
-    found: list[tuple[int, ...] | None] = []
+    stamps: list[tuple[int, ...] | None] = []
     for name in (CONFIG, WEIGHTS, PARTS):
         try:
             stat = (folder / name).stat()
-            found.append((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+            stamps.append((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size))
         except (OSError, ValueError):
-            found.append(None)
-    return found
+            stamps.append(None)
+    return stamps
 
 
 def _checked_tensors(file: Path, digest: Any) -> dict[str, Tensor]:

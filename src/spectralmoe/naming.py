@@ -1,7 +1,7 @@
 """Parts by name: what the command line and settings files say, read into specs and checked.
 
 A part is a name of its table, ``"prototype"``; or a table with arguments, ``{type = "topp", p = 0.7}``; or
-``pkg:Class`` of a user's own. What the network around it knows (``FILLED_IN``) is left out.
+``pkg:Class`` of a user. What the network around it knows (``FILLED_IN``) is left out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ KINDS: dict[str, tuple[Mapping[str, type], type]] = {
     "selector": (SELECTORS, Selector),
     "experts": (EXPERTS, Experts),
 }
-"""The kinds of parts: their table, and the base class of a user's own. An argument of that name is such a part."""
+"""The kinds of parts: their table, and the base class of a user's classes. An argument of that name is such a part."""
 
 FILLED_IN = ("dim", "num_experts", "hidden", "bottleneck", "spare", "k")
 """Arguments that a part gets from the network if they are left out."""

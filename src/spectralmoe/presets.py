@@ -88,18 +88,18 @@ def find_preset(row: str | Table) -> Preset:
         return _checked(row, PRESETS[row])
     if ":" not in row:
         raise one_of("router", row, [*PRESETS, "pkg:object"])
-    found = find_class(row)
-    if isinstance(found, type) and issubclass(found, Scorer):
+    loaded = find_class(row)
+    if isinstance(loaded, type) and issubclass(loaded, Scorer):
         return _checked(row, {"summary": f"a class of your own, {row}", "scorer": row})
-    if callable(found) and not isinstance(found, type | Preset):
+    if callable(loaded) and not isinstance(loaded, type | Preset):
         try:
-            found = found()
+            loaded = loaded()
         except Exception as error:
             raise UserError(f"router {row!r} fails when it is called: {first_line(error)}") from error
-    if isinstance(found, Preset):
-        return found
-    if isinstance(found, Mapping):
-        return _checked(row, found)
+    if isinstance(loaded, Preset):
+        return loaded
+    if isinstance(loaded, Mapping):
+        return _checked(row, loaded)
     raise UserError(
         f"router {row!r} is not a subclass of spectralmoe.Scorer, nor a preset: a dict, or a function that returns one"
     )

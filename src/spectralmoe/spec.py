@@ -61,12 +61,12 @@ def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
     cls = class_of(part)
     names = {known: name for name, known in (tables or PARTS).items()}
     kind = names.get(cls, f"{cls.__module__}:{cls.__qualname__}")
-    own = part.spec_arguments() if hasattr(part, "spec_arguments") else {}
+    overrides = part.spec_arguments() if hasattr(part, "spec_arguments") else {}
     arguments = {}
     for name in parameters_of(cls):
-        if name not in own and not hasattr(part, name):
+        if name not in overrides and not hasattr(part, name):
             raise UserError(f"{cls.__name__} cannot be described: it does not keep its argument {name!r}")
-        arguments[name] = describe(own.get(name, getattr(part, name, None)), tables=tables)
+        arguments[name] = describe(overrides.get(name, getattr(part, name, None)), tables=tables)
     return {"type": kind, **arguments}
 
 
@@ -171,9 +171,9 @@ def find_class(path: str) -> Any:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code runs here
         raise UserError(f"{path!r}: cannot import {module_name!r} ({error})") from error
-    found: Any = module
+    value: Any = module
     for part in class_name.split("."):
-        found = getattr(found, part, None)
-    if found is None:
+        value = getattr(value, part, None)
+    if value is None:
         raise UserError(f"{path!r}: module {module_name!r} has no {class_name!r}")
-    return found
+    return value

@@ -123,15 +123,15 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _against_loop(module: nn.Module, inputs: Tensor) -> str | None:
-    """Output and all gradients."""
-    found: list[dict[str, Tensor | None]] = []
+    """None where output and all gradients agree with the loop in float64; else what is wrong."""
+    results: list[dict[str, Tensor | None]] = []
     for net, x in ((module, inputs.clone()), (_twin(module), inputs.double())):
         net.zero_grad(set_to_none=True)
         y = net(x.requires_grad_())
         y.backward(torch.ones_like(y))
         gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
-        found.append({"output": y.detach(), "input": x.grad, **gradients})
-    return difference(found[0], {k: v for k, v in found[1].items() if v is not None}, torch.float32)
+        results.append({"output": y.detach(), "input": x.grad, **gradients})
+    return difference(results[0], {k: v for k, v in results[1].items() if v is not None}, torch.float32)
 
 
 @torch.no_grad()

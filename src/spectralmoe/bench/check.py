@@ -51,7 +51,9 @@ def warnings(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _why(found: Mapping[str, Any], key: str, name: str) -> str:
+def _why(result: Mapping[str, Any], key: str, name: str) -> str:
     """What the gate says of a candidate that is not measured any more."""
-    said = [c["gate"] for case in found["cases"] if case["key"] == key for c in case["candidates"] if c["name"] == name]
+    said = [
+        c["gate"] for case in result["cases"] if case["key"] == key for c in case["candidates"] if c["name"] == name
+    ]
     return f": {said[0]}" if said and said[0] != "passed" else ""

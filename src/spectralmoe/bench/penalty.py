@@ -119,12 +119,12 @@ class Trial:
             values = [_exact(part, m, m.shape[1] if kind == "gates" else min(m.shape)) for m in matrices[kind]]
             exact[term] = torch.stack(values).mean()
         torch.stack(list(exact.values())).sum().backward()
-        found: dict[str, Tensor | None] = dict(zip(terms, self.alone(terms), strict=True))
+        computed: dict[str, Tensor | None] = dict(zip(terms, self.alone(terms), strict=True))
         truth = {term: value.detach() for term, value in exact.items()}
         for place, (item, leaf) in enumerate(zip(self.records, leaves, strict=True)):
-            found[f"gradient {place}"] = item.matrix.grad  # type: ignore[union-attr]
+            computed[f"gradient {place}"] = item.matrix.grad  # type: ignore[union-attr]
             truth[f"gradient {place}"] = leaf.grad  # type: ignore[assignment]
-        return difference(found, truth, torch.float32)
+        return difference(computed, truth, torch.float32)
 
     def _forward(self) -> list[Record]:
         """Records whose scores are leaves, so that a backward ends there."""

@@ -140,8 +140,8 @@ class Problem:
         y = experts_one_by_one(x, route(x, router, self.sizes.k), up, down, self.activation)
         y.backward(self.gradient.double())
         stacks = {"up": up, "down": down}
-        own = {name: torch.stack([_gradient(w) for w in stack]) for name, stack in stacks.items()}
-        return {"output": y.detach(), "x": _gradient(x), "router": _gradient(router), **own}
+        stacked = {name: torch.stack([_gradient(w) for w in stack]) for name, stack in stacks.items()}
+        return {"output": y.detach(), "x": _gradient(x), "router": _gradient(router), **stacked}
 
     def truth(self, form: Form) -> dict[str, Tensor]:
         """What a candidate must give."""

@@ -75,13 +75,13 @@ def _candidate(kind: str, router: Router, x: Tensor, gradient: Tensor, form: For
 
     def check() -> str | None:
         """Against the same router in float64, with the same choice of experts."""
-        found, twin = run(), copy.deepcopy(router).double()
+        computed, twin = run(), copy.deepcopy(router).double()
         leaf = x.double().requires_grad_()
         weights = twin(leaf, replay=router(x)).weights
         weights.backward(gradient.double())
         truth = {"weights": weights.detach(), "x": leaf.grad, **{name: p.grad for name, p in twin.named_parameters()}}
-        wanted = {name: value for name, value in truth.items() if value is not None and name in found}
-        return difference(found, wanted, torch.float32)
+        wanted = {name: value for name, value in truth.items() if value is not None and name in computed}
+        return difference(computed, wanted, torch.float32)
 
     return Candidate(kind, run, "ours", check=check)
 

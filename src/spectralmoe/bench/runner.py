@@ -1,4 +1,4 @@
-"""Run suites: gate, measure, look whether the machine was idle, write what was found."""
+"""Run suites: gate, measure, look whether the machine was idle, write the result."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def run(
         for case in (case for name in suites for case in SUITES[name].cases(settings)):
             if case.key not in known:
                 tell = partial(_tell, progress, case.key, (len(cases), total))
-                found = measure(case, settings.rounds, order, tell)
-                known[case.key] = found | {"load_of_others": look(f"during {case.key}")}
+                measured = measure(case, settings.rounds, order, tell)
+                known[case.key] = measured | {"load_of_others": look(f"during {case.key}")}
             cases.append(known[case.key])
             result = _result(head, [*known.values()], load, settings, complete=len(cases) == total)
             if out is not None:
@@ -114,15 +114,15 @@ def _stopped(path: Path, head: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The cases of the stopped run in ``path``, by key; none where there is no such run."""
     if not path.exists():
         return {}
-    held = read_json(path)
-    if not isinstance(held, dict) or held.get("kind") != "bench" or not isinstance(held.get("cases"), list):
+    stored = read_json(path)
+    if not isinstance(stored, dict) or stored.get("kind") != "bench" or not isinstance(stored.get("cases"), list):
         raise UserError(f"{path} is not a result of spectralmoe bench; choose another --out")
-    if held.get("complete", True):
+    if stored.get("complete", True):
         return {}
     for key, value in head.items():
-        if held.get(key) != value:
+        if stored.get(key) != value:
             raise UserError(f"{path} holds a stopped run with other {key}; remove it or choose another --out")
-    return {case["key"]: case for case in held["cases"]}
+    return {case["key"]: case for case in stored["cases"]}
 
 
 def _result(

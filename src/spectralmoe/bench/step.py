@@ -52,8 +52,11 @@ def cases(settings: Settings) -> Iterator[Case]:
     """AdamW on the mean square of the output; ours also with everything that belongs to a step."""
     sizes = QUICK if settings.quick else SIZES
     problems = [Problem(sizes, "swiglu", torch.float32, settings.device, seed=seed) for seed in range(DEPTH)]
-    found = [find_peers(problem, "dense", "transformers") for problem in problems]
-    named = [{s.name: s for s in (spectralmoe_layer(p), *peers)} for p, (peers, _) in zip(problems, found, strict=True)]
+    peers_and_skipped = [find_peers(problem, "dense", "transformers") for problem in problems]
+    named = [
+        {s.name: s for s in (spectralmoe_layer(p), *peers)}
+        for p, (peers, _) in zip(problems, peers_and_skipped, strict=True)
+    ]
     candidates = []
     for name, first in named[0].items():
         if not name.endswith("batched_mm"):
@@ -61,13 +64,13 @@ def cases(settings: Settings) -> Iterator[Case]:
             candidates.append(_candidate(name, stack, first.kind, problems))
     recorded = Stack([_own_copy(spectralmoe_layer(problem)) for problem in problems])
     candidates.append(_candidate("spectralmoe, recorded, with spectral terms", recorded, "ours", problems, whole=True))
-    skipped = {item.name: item.why for item in found[0][1]}
+    skipped = {item.name: item.why for item in peers_and_skipped[0][1]}
     name = f"{DEPTH} layers, {sizes} swiglu float32 step with AdamW"
     yield Case("step", name, candidates, settings.device, skipped=skipped, baseline="spectralmoe")
 
 
 def _own_copy(subject: Subject) -> Subject:
-    """Its parameters are its own from here on: an optimizer will change them."""
+    """The subject with new parameters, copies that an optimizer may change."""
     for module in subject.module.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.detach().clone()))

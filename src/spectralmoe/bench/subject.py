@@ -95,8 +95,8 @@ def candidate(subject: Subject, problem: Problem, form: Form) -> Candidate:
 
     def check() -> str | None:
         x, y = run(problem.x)
-        own = subject.gradients() if training and subject.gradients is not None else {}
-        return difference({"output": y, "x": x.grad, **own}, problem.truth(form), problem.dtype)
+        gradients = subject.gradients() if training and subject.gradients is not None else {}
+        return difference({"output": y, "x": x.grad, **gradients}, problem.truth(form), problem.dtype)
 
     return Candidate(
         subject.name,
@@ -112,14 +112,14 @@ def candidate(subject: Subject, problem: Problem, form: Form) -> Candidate:
 
 def limits(problem: Problem, form: Form) -> list[Candidate]:
     """The arithmetic alone, as bmm and as a loop of mm."""
-    found = []
+    candidates = []
     for how in ("bmm", "mm"):
         work = Balanced(problem, how)
         run = work.forward if form == "forward" else work.forward_and_backward
-        found.append(
+        candidates.append(
             Candidate(f"balanced {how}", run, "limit", flops=problem.flops(form), held=held_bytes(*work.operands()))
         )
-    return found
+    return candidates
 
 
 def as_case(

@@ -1,4 +1,4 @@
-"""What the layers are held to, as data: ratios on 2 CPU cores, each from interleaved runs of one process."""
+"""The targets of the layers, as data: ratios on 2 CPU cores, each from interleaved runs of one process."""
 
 from __future__ import annotations
 
@@ -44,33 +44,33 @@ def _layer(sizes: Sizes, form: Form, activation: Activation = "gelu", dtype: tor
 
 def _targets() -> list[Target]:
     ours, training, evaluation = "spectralmoe", *FORMS
-    found = []
+    targets = []
     for form, limits in ((training, (1.05, 1.10, 1.10, 1.15)), (evaluation, (1.10, 1.15, 1.15, 1.25))):
         for sizes, limit in zip(SHAPES, limits, strict=True):
-            found.append(Target(f"layer {form} / limit, {sizes}", ours, LIMIT, (_layer(sizes, form),), limit))
+            targets.append(Target(f"layer {form} / limit, {sizes}", ours, LIMIT, (_layer(sizes, form),), limit))
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     peers = {k: tuple(_layer(sizes, training, "swiglu", d) for sizes in SHAPES) for k, d in dtypes.items()}
     both = (*peers["fp32"], *peers["bf16"])
     for kind, keys in peers.items():
-        found.append(Target(f"layer {training} / best peer, {kind}, all", ours, BEST_PEER, keys, 1.0))
-    found.append(Target(f"layer {training} / best peer, on half at least", ours, BEST_PEER, both, 0.8, 0.5))
+        targets.append(Target(f"layer {training} / best peer, {kind}, all", ours, BEST_PEER, keys, 1.0))
+    targets.append(Target(f"layer {training} / best peer, on half at least", ours, BEST_PEER, both, 0.8, 0.5))
     for kind, limit in (("eigenbasis", 2.0), ("prototype", 1.3)):
         for form in FORMS:
             key = f"router: {router.name(form, router.FULL)}"
-            found.append(Target(f"{kind} router / linear router, {form}", kind, "linear", (key,), limit))
+            targets.append(Target(f"{kind} router / linear router, {form}", kind, "linear", (key,), limit))
     key = f"penalty: {penalty.name(penalty.FULL)}"
-    found.append(Target("step with all spectral terms / without", penalty.ALL, penalty.PLAIN, (key,), 1.02))
+    targets.append(Target("step with all spectral terms / without", penalty.ALL, penalty.PLAIN, (key,), 1.02))
     key = f"scaling: {scaling.dispatch_name(scaling.BASE, torch.float32)}"
-    found.append(Target("dispatch and experts, E = 1024 / E = 8", "E = 1024", "E = 8", (key,), 1.5))
+    targets.append(Target("dispatch and experts, E = 1024 / E = 8", "E = 1024", "E = 8", (key,), 1.5))
     key = f"scaling: {scaling.whole_name(replace(scaling.BASE, e=1024), torch.float32)}"
-    found.append(Target("whole layer at E = 1024 / its limit", ours, LIMIT, (key,), 1.2))
+    targets.append(Target("whole layer at E = 1024 / its limit", ours, LIMIT, (key,), 1.2))
     key = f"decode: {title(decode.SIZES, 'swiglu', torch.float32, evaluation)}"
-    found.append(Target("decode of one token / best peer", ours, BEST_PEER, (key,), 1.0))
+    targets.append(Target("decode of one token / best peer", ours, BEST_PEER, (key,), 1.0))
     key = f"memory: {title(SHAPES[0], 'gelu', torch.float32, training)}"
-    found.append(Target("peak memory / the limit's own tensors", ours, LIMIT, (key,), 1.3))
+    targets.append(Target("peak memory / the limit's own tensors", ours, LIMIT, (key,), 1.3))
     command = "command: compare on mnist5k at demo size"
-    found.append(Target("compare on mnist5k (benchmarks/compare_speed.py)", "after", "before", (command,), 0.6))
-    return found
+    targets.append(Target("compare on mnist5k (benchmarks/compare_speed.py)", "after", "before", (command,), 0.6))
+    return targets
 
 
 TARGETS = _targets()
@@ -87,8 +87,8 @@ def against_targets(cases: Sequence[Mapping[str, Any]], settings: Settings) -> l
 
 
 def _row(target: Target, ratios: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> dict[str, Any]:
-    found = [ratios.get((key, target.of, target.over)) for key in target.keys]
-    rows = sorted((row for row in found if row is not None), key=lambda row: row["median"])
+    per_key = [ratios.get((key, target.of, target.over)) for key in target.keys]
+    rows = sorted((row for row in per_key if row is not None), key=lambda row: row["median"])
     whole = len(rows) == len(target.keys)
     worst = rows[math.ceil(target.share * len(rows)) - 1] if whole else None
     measured = None if worst is None else worst["median"]

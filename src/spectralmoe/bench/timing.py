@@ -100,15 +100,15 @@ def take_times(
         usual = SLOW * statistics.median(warm.values()) if warm else 0.0
         repeats = {name: max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-7))) for name, seconds in warm.items()}
         every = {name: max(math.ceil(warm[name] / usual), 1) if name in fewer and usual else 1 for name in sides}
-        found: dict[str, Times] = {name: {} for name in sides}
+        samples: dict[str, Times] = {name: {} for name in sides}
         for number in range(rounds):
             taking_part = [name for name in sides if number % every[name] == 0]
             order.shuffle(taking_part)
             for name in taking_part:
-                found[name][number] = stopwatch(_repeated(sides[name], repeats[name])) / repeats[name]
+                samples[name][number] = stopwatch(_repeated(sides[name], repeats[name])) / repeats[name]
             gc.collect()
             tick((number + 1) / rounds)
-    return found
+    return samples
 
 
 def pick_stopwatch(device: torch.device) -> Stopwatch:

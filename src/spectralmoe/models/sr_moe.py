@@ -239,7 +239,7 @@ def sr_moe(
 
 @torch.no_grad()
 def _start_small(bank: FeedForward, depth: int) -> None:
-    own = bank.down[..., : bank.width]
-    own.copy_(own.new_empty(own.shape).normal_(0, (bank.width * depth) ** -0.5))  # the same draws with spare units
+    down = bank.down[..., : bank.width]
+    down.copy_(down.new_empty(down.shape).normal_(0, (bank.width * depth) ** -0.5))  # the same draws with spare units
     if bank.down_bias is not None:
         bank.down_bias.zero_()

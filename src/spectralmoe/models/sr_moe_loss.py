@@ -57,12 +57,12 @@ def sr_moe_terms(
     >>> sorted(parts)
     ['processor_spectral_norm', 'processor_stable_rank', 'spectral_norm', 'stable_rank']
     """
-    own: Matrix = partial(_processor, {id(s.moe): s for s in network.stages if isinstance(s, Stage)})
+    processor: Matrix = partial(_processor, {id(s.moe): s for s in network.stages if isinstance(s, Stage)})
     looks: dict[str, dict[str, Matrix]] = {
         "router": {"": "router"},
         "gates": {"": "gates"},
-        "processor": {"": own},
-        "both": {"": "router", "processor_": own},
+        "processor": {"": processor},
+        "both": {"": "router", "processor_": processor},
     }
     if matrix not in looks:
         raise one_of("matrix of sr_moe_terms", matrix, looks)

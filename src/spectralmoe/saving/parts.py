@@ -35,14 +35,14 @@ def save_parts(model: VisionMoE, folder: str | Path, *, meta: dict[str, Any] | N
         UserError: the folder cannot be written, or holds the ``config.json`` of something else.
     """
     warn_off_manifold(model)
-    own, rest = _split(model)
+    of_parts, rest = _split(model)
     config = {
         _KEY: _FORMAT,
         "model": describe(model, tables=TABLES),
         "backbone_sha256": _digest(rest),
         "meta": meta or {},
     }
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in own.items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in of_parts.items()}
     write_model(Path(folder), config, tensors)
 
 
@@ -61,13 +61,15 @@ def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -
     try:
         with torch.random.fork_rng(devices=[]):
             with torch.device("meta"):  # first without memory: a config cannot ask for more than there is
-                own, rest = _split(build(config["model"], tables=TABLES))
+                of_parts, rest = _split(build(config["model"], tables=TABLES))
             given = _own_names(backbone)
             used = {name: given[name] for name in rest if name in given}
             if _digest(used) != config["backbone_sha256"]:
                 what = _difference(rest, used)
                 raise UserError(f"{folder} holds parts for another backbone than the one given: {what}")
-            if {name: value.shape for name, value in own.items()} != {n: value.shape for n, value in tensors.items()}:
+            if {name: value.shape for name, value in of_parts.items()} != {
+                n: value.shape for n, value in tensors.items()
+            }:
                 raise UserError(f"{folder / PARTS} holds other tensors than {CONFIG} describes")
             model: VisionMoE = build(config["model"], tables=TABLES)
         values = {**used, **tensors}
@@ -90,8 +92,8 @@ def _split(model: VisionMoE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     state = model.state_dict(keep_vars=True)
     trained = [*model.parts().values(), *model.heads()]
     ids = {id(value) for part in trained for value in part.state_dict(keep_vars=True).values()}
-    own = {name: value for name, value in state.items() if id(value) in ids}
-    return own, {name: value for name, value in state.items() if name not in own}
+    of_parts = {name: value for name, value in state.items() if id(value) in ids}
+    return of_parts, {name: value for name, value in state.items() if name not in of_parts}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -141,9 +141,9 @@ def _bound(spec: Any, limit: int, folder: Path) -> None:
 
 
 def _check_layers(folder: Path, model: nn.Module, expected: dict[str, Any]) -> None:
-    found = _describe_layers(model)
-    for name in sorted(found.keys() | expected.keys()):
-        if _given(found.get(name)) != _given(expected.get(name)):
+    layers = _describe_layers(model)
+    for name in sorted(layers.keys() | expected.keys()):
+        if _given(layers.get(name)) != _given(expected.get(name)):
             raise UserError(f"{folder} holds other MoE layers than the model: layer {name!r} differs")
 
 

@@ -47,8 +47,8 @@ def find_peers(problem: Problem, *names: str) -> tuple[list[Subject], list[Skipp
     for name in names or PEERS:
         try:
             with torch.random.fork_rng(devices=[]):
-                for found in PEERS[name](problem):
-                    (subjects if isinstance(found, Subject) else skipped).append(found)  # type: ignore[arg-type]
+                for outcome in PEERS[name](problem):
+                    (subjects if isinstance(outcome, Subject) else skipped).append(outcome)  # type: ignore[arg-type]
         except ImportError as error:
             skipped.append(Skipped(name, f"not installed ({first_line(error)})"))
         except Exception as error:  # whatever another library does when it is built

@@ -41,15 +41,15 @@ def subjects(problem: Problem) -> Iterator[Subject | Skipped]:
             device=problem.device,
         )
     )
-    gate, own = layer.router.layer, layer.experts.mlp
+    gate, mlp = layer.router.layer, layer.experts.mlp
     gate.weight = nn.Parameter(problem.router.to(problem.dtype))
     names = ("w1", "v1") if gated else ("w1",)
     for name, half in zip(names, problem.up.chunk(len(names), 1), strict=True):
-        setattr(own, name, nn.Parameter(half.flatten(0, 1).contiguous()))
-    own.w2 = nn.Parameter(problem.down.mT.flatten(0, 1).contiguous())
+        setattr(mlp, name, nn.Parameter(half.flatten(0, 1).contiguous()))
+    mlp.w2 = nn.Parameter(problem.down.mT.flatten(0, 1).contiguous())
 
     def gradients() -> dict[str, Tensor | None]:
-        up = torch.cat([getattr(own, name).grad.unflatten(0, (sizes.e, -1)) for name in names], 1)
-        return {"router": gate.weight.grad, "up": up, "down": own.w2.grad.unflatten(0, (sizes.e, -1)).mT}
+        up = torch.cat([getattr(mlp, name).grad.unflatten(0, (sizes.e, -1)) for name in names], 1)
+        return {"router": gate.weight.grad, "up": up, "down": mlp.w2.grad.unflatten(0, (sizes.e, -1)).mT}
 
     yield Subject("megablocks", layer, lambda x: layer(x[None])[0], gradients)

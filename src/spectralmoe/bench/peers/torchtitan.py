@@ -41,14 +41,14 @@ def subjects(problem: Problem) -> Iterator[Subject | Skipped]:
     with torch.device("meta"):
         layer = config.build()
     layer.tokens_per_expert_E = torch.zeros(sizes.e, device=problem.device)
-    gate, own = layer.router.gate, layer.routed_experts.inner_experts
+    gate, inner = layer.router.gate, layer.routed_experts.inner_experts
     gate.weight = nn.Parameter(problem.router.to(problem.dtype))
     first, second = problem.up.chunk(2, 1)
-    own.w1_EFD, own.w3_EFD = nn.Parameter(first.contiguous()), nn.Parameter(second.contiguous())
-    own.w2_EDF = nn.Parameter(problem.down)
+    inner.w1_EFD, inner.w3_EFD = nn.Parameter(first.contiguous()), nn.Parameter(second.contiguous())
+    inner.w2_EDF = nn.Parameter(problem.down)
 
     def gradients() -> dict[str, Tensor | None]:
-        up = torch.cat([own.w1_EFD.grad, own.w3_EFD.grad], 1)
-        return {"router": gate.weight.grad, "up": up, "down": own.w2_EDF.grad}
+        up = torch.cat([inner.w1_EFD.grad, inner.w3_EFD.grad], 1)
+        return {"router": gate.weight.grad, "up": up, "down": inner.w2_EDF.grad}
 
     yield Subject("torchtitan", layer, lambda x: layer(x[None])[0], gradients)

@@ -52,10 +52,10 @@ def subjects(problem: Problem) -> Iterator[Subject | Skipped]:
 
 
 def _subject(name: str, block: Any, config: Any, way: str, problem: Problem) -> Subject:
-    own = type(config).from_dict(config.to_dict())
-    own._experts_implementation = way
+    variant = type(config).from_dict(config.to_dict())
+    variant._experts_implementation = way
     with torch.device("meta"):
-        layer: nn.Module = block(own)
+        layer: nn.Module = block(variant)
     gate: Any = layer.gate
     experts: Any = layer.experts
     gate.weight = nn.Parameter(problem.router.to(problem.dtype))
