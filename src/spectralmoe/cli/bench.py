@@ -111,10 +111,10 @@ def _check(path: Path, json: bool) -> None:
     if settings.keep_memory:
         keep_freed_memory()
     with show_progress(quiet=json) as progress:
-        found = run(suites, settings, allow_busy=True, progress=progress)
-    lines = warnings(stored, found)
+        result = run(suites, settings, allow_busy=True, progress=progress)
+    lines = warnings(stored, result)
     if json:
-        print_json({"warnings": lines, "result": found})
+        print_json({"warnings": lines, "result": result})
         return
     for line in lines:
         typer.echo(f"warning: {line}")

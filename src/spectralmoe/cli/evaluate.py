@@ -52,17 +52,18 @@ def evaluate(
 
     network, meta = load_network(Path(model), pick_device(device), allow)
     images = open_data(data, meta, data_dir, download)
-    found = run_evaluation(network, images.test.images, images.test.labels)
+    evaluation = run_evaluation(network, images.test.images, images.test.labels)
     measures = {"max_vio": max_vio, "gini": gini, "min_load_share": min_share, "dead_experts": dead_experts}
     layers = {
-        name: {key: float(measure(load)) for key, measure in measures.items()} for name, load in found.loads.items()
+        name: {key: float(measure(load)) for key, measure in measures.items()}
+        for name, load in evaluation.loads.items()
     }
-    mistakes = [] if wrong is None else _write_wrong(wrong, images.test, found.predictions, meta.classes)
+    mistakes = [] if wrong is None else _write_wrong(wrong, images.test, evaluation.predictions, meta.classes)
     if json:
-        result = {"data": images.name, "images": len(images.test), "accuracy": found.accuracy, "layers": layers}
+        result = {"data": images.name, "images": len(images.test), "accuracy": evaluation.accuracy, "layers": layers}
         print_json(result if wrong is None else {**result, "wrong": mistakes})
         return
-    typer.echo(f"{found.accuracy:.2f}% of {len(images.test)} test images of {images.name} are right")
+    typer.echo(f"{evaluation.accuracy:.2f}% of {len(images.test)} test images of {images.name} are right")
     rows = [[name, *(f"{value:.3g}" for value in values.values())] for name, values in layers.items()]
     if rows:
         print_table("load of the experts", ["layer", "MaxVio", "Gini", "smallest share", "dead"], rows)

@@ -98,8 +98,8 @@ def inspect(
 def is_own(folder: Path) -> bool:
     """Whether ``spectralmoe.save`` wrote this folder."""
     config = folder / "config.json"
-    held = read_json(config) if config.is_file() else None
-    return isinstance(held, dict) and "spectralmoe" in held
+    content = read_json(config) if config.is_file() else None
+    return isinstance(content, dict) and "spectralmoe" in content
 
 
 def show(document: dict[str, Any], out: Path | None) -> None:

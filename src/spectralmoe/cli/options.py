@@ -194,8 +194,8 @@ def load_network(
     else:
         raise UserError(f"{folder} holds a {type(model).__name__} that is not an image network")
     known = parse(ModelMeta, meta, f"{folder / 'config.json'}: meta")
-    held = known.hold_out in (None, *known.classes)
-    if known.channels != channels or len(known.classes) != model.num_classes or not held:
+    hold_out_fits = known.hold_out in (None, *known.classes)
+    if known.channels != channels or len(known.classes) != model.num_classes or not hold_out_fits:
         raise UserError(f"{folder / 'config.json'}: meta does not fit the network")
     return model.to(device), known
 
@@ -207,13 +207,13 @@ def open_data(name: str | None, meta: ModelMeta, data_dir: Path | None, download
         UserError: it cannot be had, or does not fit the model.
     """
     data = read_data(name or meta.data, data_dir, download, meta.side)
-    for what, found, wanted in (
+    for what, given, wanted in (
         ("channels", data.channels, meta.channels),
         ("an image size of", data.image_size, meta.image_size),
         ("the classes", data.classes, meta.classes),
     ):
-        if found != wanted:
-            raise UserError(f"{data.name!r} does not fit the model: it has {what} {found}, the model {wanted}")
+        if given != wanted:
+            raise UserError(f"{data.name!r} does not fit the model: it has {what} {given}, the model {wanted}")
     return data
 
 

@@ -45,10 +45,10 @@ def predict(
     with torch.no_grad(), record(network) if holds_moe(network) else nullcontext(()) as tape:
         probabilities = network(images.to(where)).softmax(-1).cpu()
     experts = {item.name: leaning(item.routing, len(files)) for item in tape}
-    found: list[dict[str, Any]] = []
+    predictions: list[dict[str, Any]] = []
     for index, file in enumerate(files):
         label = int(probabilities[index].argmax())
-        found.append(
+        predictions.append(
             {
                 "file": str(file),
                 "class": meta.classes[label],
@@ -58,9 +58,9 @@ def predict(
             }
         )
     if json:
-        print_json(found)
+        print_json(predictions)
         return
-    for row in found:
+    for row in predictions:
         chosen = ", ".join(f"{name}: {expert}" for name, expert in row["experts"].items())
         experts_used = f"; experts {chosen}" if chosen else ""
         typer.echo(f"{row['file']}: {row['class']} ({row['probability']:.1%}{experts_used})")

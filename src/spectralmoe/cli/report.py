@@ -39,9 +39,9 @@ def report(
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file, for example {out / 'report.html'}")
     documents = read_documents(paths)
-    page = render_report(documents, title or _title([found.body.title for found in documents]))
+    page = render_report(documents, title or _title([document.body.title for document in documents]))
     write_text(out, page)
-    read = [{"kind": found.kind, "source": found.source, "title": found.body.title} for found in documents]
+    read = [{"kind": document.kind, "source": document.source, "title": document.body.title} for document in documents]
     size = out.stat().st_size
     if json:
         print_json({"out": str(out), "bytes": size, "documents": read})

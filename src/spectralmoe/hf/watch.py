@@ -164,8 +164,8 @@ def _detached(value: Any) -> Any:
 
 @torch.no_grad()
 def _routing(layer: HFLayer, call: _Call) -> Routing:
-    found = call.returned if len(call.returned) > 1 else call.returned[0]
-    routing = layer.routing(layer.read(found, call.tokens))
+    output = call.returned if len(call.returned) > 1 else call.returned[0]
+    routing = layer.routing(layer.read(output, call.tokens))
     count, (shape, mask) = len(routing.indices), (call.frame.shape, call.frame.mask)
     if shape is None or shape[0] * shape[1] != count:
         return routing

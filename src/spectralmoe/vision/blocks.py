@@ -106,13 +106,13 @@ def prefix_tokens(model: nn.Module) -> int:
 
 def _containers_below(model: nn.Module) -> dict[str, nn.Sequential | nn.ModuleList]:
     """The outermost lists of blocks in the parts of ``model``, by path, the longest first."""
-    found: dict[str, nn.Sequential | nn.ModuleList] = {}
+    containers: dict[str, nn.Sequential | nn.ModuleList] = {}
     for path, module in model.named_modules():
-        inner = any(path.startswith(f"{outer}.") for outer in found)
+        inner = any(path.startswith(f"{outer}.") for outer in containers)
         named = path.rpartition(".")[2] in _CONTAINERS and isinstance(module, nn.Sequential | nn.ModuleList)
         if named and not inner and any(isinstance(part, nn.Linear) for part in module.modules()):
-            found[path] = cast("nn.Sequential | nn.ModuleList", module)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+            containers[path] = cast("nn.Sequential | nn.ModuleList", module)
+    return dict(sorted(containers.items(), key=lambda item: -len(item[1])))
 
 
 def _flat(path: str, module: nn.Module, *, top: bool = True) -> Iterator[tuple[str, nn.Module]]:
@@ -132,17 +132,17 @@ def _flat(path: str, module: nn.Module, *, top: bool = True) -> Iterator[tuple[s
 
 def _indices(which: str | Sequence[int], depth: int) -> list[int]:
     if isinstance(which, Sequence) and not isinstance(which, str):
-        found = list(which)
+        indices = list(which)
     elif not isinstance(which, str):
         raise UserError(f'blocks={which!r} cannot be read; write "all", "last6", "1,3" or a list of indices')
     elif which == "all":
-        found = list(range(depth))
+        indices = list(range(depth))
     elif last := re.fullmatch(r"last(\d+)", which):
-        found = list(range(-min(int(last[1]), depth + 1), 0))  # one too many is an error of its own
+        indices = list(range(-min(int(last[1]), depth + 1), 0))  # one too many is an error of its own
     elif re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", which):
-        found = [int(index) for index in which.split(",")]
+        indices = [int(index) for index in which.split(",")]
     else:
         raise UserError(f'blocks={which!r} cannot be read; write "all", "last6", "1,3" or a list of indices')
-    if not all(type(index) is int for index in found):
+    if not all(type(index) is int for index in indices):
         raise UserError(f"blocks={which!r} holds something that is not an index")
-    return found
+    return indices

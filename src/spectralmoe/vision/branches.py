@@ -140,8 +140,8 @@ def _make_branch(path: str, block: nn.Module, prefix: int, spec: BranchSpec) -> 
         norm=spec.norm,
         scale=spec.scale,
     )
-    own = next(block.parameters(), None)
-    return branch if own is None else branch.to(own.device, own.dtype)
+    weight = next(block.parameters(), None)
+    return branch if weight is None else branch.to(weight.device, weight.dtype)
 
 
 def _branch_behind(block: nn.Module, _: Any, output: Any) -> Any:

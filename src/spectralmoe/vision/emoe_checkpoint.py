@@ -58,14 +58,14 @@ def load_emoe_checkpoint(
     """
     row = {"preset": "emoe-faithful", "rank": rank, "temperature": tau}
     spec = BranchSpec.of(row, k=k, experts=experts, bottleneck=bottleneck, blocks=blocks)
-    found = state_dict_of(source, "the source") if isinstance(source, Mapping) else read_tensors(Path(source))
+    state = state_dict_of(source, "the source") if isinstance(source, Mapping) else read_tensors(Path(source))
     order, chosen = list(model_blocks(vit)), choose_blocks(vit, blocks)
     prefixes = {path: f"branches.{order.index(path)}." for path in chosen}
     wanted = {f"vit.{name}": value.shape for name, value in vit.state_dict().items() if ".moe_branch." not in name}
     for path, prefix in prefixes.items():
         shapes = _branch_shapes(block_width(path, chosen[path]), rank, spec)
         wanted |= {prefix + name: shape for name, shape in shapes.items()}
-    tensors = {name: value for name, value in without_prefix(found, wanted).items() if not name.endswith(_UNUSED)}
+    tensors = {name: value for name, value in without_prefix(state, wanted).items() if not name.endswith(_UNUSED)}
     given = {name: value.shape for name, value in tensors.items()}
     refuse_differences("the EMoE checkpoint does not fit the model and settings", wanted, given)
     add_branches(vit, spec)

@@ -89,17 +89,17 @@ class VisionMoE(nn.Module):
 
     def parts(self) -> dict[str, nn.Module]:
         """The MoE parts by their path in the backbone."""
-        found: dict[str, nn.Module] = {}
+        parts: dict[str, nn.Module] = {}
         for path, module in self.backbone.named_modules():
-            inside = any(path.startswith(f"{outer}.") for outer in found)
+            inside = any(path.startswith(f"{outer}.") for outer in parts)
             if isinstance(module, Branch | Recordable) and not inside:
-                found[path] = module
-        return found
+                parts[path] = module
+        return parts
 
     def heads(self) -> list[nn.Module]:
         """The classifier; two of them in a distilled DeiT."""
-        found = self.backbone.get_classifier()
-        return list(found) if isinstance(found, tuple) else [found]
+        classifier = self.backbone.get_classifier()
+        return list(classifier) if isinstance(classifier, tuple) else [classifier]
 
     def new_head(self, num_classes: int) -> None:
         """Put a fresh classifier in."""
@@ -115,12 +115,12 @@ class VisionMoE(nn.Module):
         statistics of batch norms stand still), so it is the same function, bit by bit, before and after.
         """
         self.trained = tuple(self.parts() if parts is None else parts)
-        own = {id(p) for part in self._trained() for p in part.parameters()}
+        trained_ids = {id(p) for part in self._trained() for p in part.parameters()}
         for name, parameter in self.named_parameters():
-            if id(parameter) not in own and parameter.requires_grad:
+            if id(parameter) not in trained_ids and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 self.frozen.add(name)
-            elif id(parameter) in own and name in self.frozen:
+            elif id(parameter) in trained_ids and name in self.frozen:
                 parameter.requires_grad_(True)
                 self.frozen.discard(name)
         self.train(self.training)
@@ -196,9 +196,9 @@ def _create(name: str, num_classes: int, channels: int, arguments: Mapping[str, 
         raise UserError(
             f"unknown timm model {name!r}; {'near: ' + ', '.join(near) if near else 'see timm.list_models()'}"
         )
-    for theirs, own in OURS.items():
+    for theirs, reason in OURS.items():
         if theirs in arguments:
-            raise UserError(f"arguments of timm model {name!r}: {theirs} does not belong there; {own}")
+            raise UserError(f"arguments of timm model {name!r}: {theirs} does not belong there; {reason}")
     try:
         return timm.create_model(name, num_classes=num_classes, in_chans=channels, **arguments)
     except Exception as error:

@@ -121,9 +121,9 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
     bank = _bank_of_copies(mlp, spec.experts)
     if init == "random":
         _start_afresh(bank)
-    own = next(mlp.parameters())
+    weight = next(mlp.parameters())
     unit = Pixel() if _is_convolutional(mlp) else Token()
-    return MoE(router, bank.requires_grad_(), unit=unit).to(own.device, own.dtype).train(mlp.training)
+    return MoE(router, bank.requires_grad_(), unit=unit).to(weight.device, weight.dtype).train(mlp.training)
 
 
 def _sums_to_one(router: Router) -> bool:
@@ -188,8 +188,8 @@ def _stacked(plain: _Plain, experts: int) -> FeedForward:
     bank = FeedForward(
         experts, up.shape[1], up.shape[0], activation=plain.activation, bias=plain.up.bias is not None
     ).to(up.device, up.dtype)
-    own = ((bank.up, up), (bank.down, down), (bank.up_bias, plain.up.bias), (bank.down_bias, plain.down.bias))
-    for parameter, value in own:
+    pairs = ((bank.up, up), (bank.down, down), (bank.up_bias, plain.up.bias), (bank.down_bias, plain.down.bias))
+    for parameter, value in pairs:
         if parameter is not None and value is not None:
             parameter.copy_(value)
     return bank

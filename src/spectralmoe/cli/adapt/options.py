@@ -95,8 +95,8 @@ _OF_EVERY_JOB = tuple(field.name for field in fields(ModelOptions))
 
 
 def as_command(job: Callable[..., None]) -> Callable[..., None]:
-    """``job(options, ...)`` as a function of single parameters, which typer reads a command off: the model, the job's
-    own, and the other fields of its options.
+    """``job(options, ...)`` as a function of single parameters, which typer reads a command off: the model, those
+    of the job, and the other fields of its options.
     """
     hints = get_type_hints(job, include_extras=True)
     kind = hints["options"]
@@ -105,8 +105,8 @@ def as_command(job: Callable[..., None]) -> Callable[..., None]:
     model, *common = (_parameter(name, shared[name], defaults[name]) for name in shared if name in _OF_EVERY_JOB)
     how = [_parameter(name, shared[name], defaults[name]) for name in shared if name not in _OF_EVERY_JOB]
     _, *rest = inspect.signature(job).parameters.values()
-    own = [_parameter(parameter.name, hints[parameter.name], parameter.default) for parameter in rest]
-    parameters = [model, *own, *how, *common]
+    of_job = [_parameter(parameter.name, hints[parameter.name], parameter.default) for parameter in rest]
+    parameters = [model, *of_job, *how, *common]
 
     def command(**values: Any) -> None:
         job(kind(**{name: values.pop(name) for name in shared}), **values)
