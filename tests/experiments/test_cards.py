@@ -136,43 +136,24 @@ def test_the_verb(no_plan, tmp_path, capsys):
 
 
 WORKER = """
-import json, os, random, signal, sys
+import json, random, sys
 from pathlib import Path
+from dying import killed
 from seeds import shifted
 from toy_card.plan import card
 from spectralmoe.experiments.cards import run_card
 
 out, seeds, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-replace, moments = Path.replace, 0
 plan = card(range(seeds))
 
 
-def moment(last):
-    # One of the moments at which a card may die: in a cell, or either side of a file that takes its name.
-    global moments
-    moments += 1
-    if moments == last:
-        os.kill(os.getpid(), signal.SIGKILL)
+def work(progress):
+    run_card(plan, out, out, 1, progress)
 
 
-def child(last):
-    pid = os.fork()
-    if pid == 0:
-        def observed(path, target):
-            moment(last)
-            replace(path, target)
-            moment(last)
-            return target
-
-        Path.replace = observed
-        run_card(plan, out, out, 1, lambda text, done: moment(last))
-        os._exit(0)
-    return os.waitpid(pid, 0)[1]
-
-
-draw, killed, lost, files = random.Random(shifted(0)), 0, 0, {}
+draw, kills_done, lost, files = random.Random(shifted(0)), 0, 0, {}
 for _ in range(kills):
-    killed += child(draw.randint(1, 6 * seeds // kills)) == signal.SIGKILL
+    kills_done += killed(draw.randint(1, 6 * seeds // kills), work)
     content = {name: json.loads((out / f"{name}.json").read_text()) if (out / f"{name}.json").exists() else []
                for name in ("results", "others")}
     cells = {(name, cell["row"], cell["seed"]): cell for name, known in content.items() for cell in known}
@@ -182,11 +163,11 @@ for _ in range(kills):
             cells[path.parent.name, cell["row"], cell["seed"]] = cell
     lost += sum(cells.get(key) != cell for key, cell in files.items())
     files = cells
-assert child(None) == 0
+assert not killed(None, work)
 begun = (out / "begun").read_text().splitlines()
 results = json.loads((out / "results.json").read_text())
 print(json.dumps({
-    "killed": killed, "lost": lost, "begun": len(begun),
+    "killed": kills_done, "lost": lost, "begun": len(begun),
     "right": sorted((c["row"], c["seed"], c["value"]) for c in results)
     == sorted((row, seed, (1 + place) * (10 + seed**2)) for place, row in enumerate(("plain", "twice as much"))
               for seed in range(seeds)),

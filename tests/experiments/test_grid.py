@@ -68,49 +68,30 @@ def test_settings_that_grow_are_united_and_others_refused(tmp_path, user_error):
 
 
 WORKER = """
-import json, os, random, signal, sys
+import json, random, sys
 from pathlib import Path
+from dying import killed
 from grid_cells import run_missing
 from seeds import shifted
 
 out, count, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 cells, log = out / "cells", out / "log"
-replace, moments = Path.replace, 0
 
 
-def moment(last):
-    # One of the moments at which a run may die: in a cell, or either side of a file that takes its name.
-    global moments
-    moments += 1
-    if moments == last:
-        os.kill(os.getpid(), signal.SIGKILL)
+def work(progress):
+    run_missing(cells, count, log, 1, progress)
 
 
-def child(last):
-    pid = os.fork()
-    if pid == 0:
-        def observed(path, target):
-            moment(last)
-            replace(path, target)
-            moment(last)
-            return target
-
-        Path.replace = observed
-        run_missing(cells, count, log, 1, lambda text, done: moment(last))
-        os._exit(0)
-    return os.waitpid(pid, 0)[1]
-
-
-draw, lost, killed, files = random.Random(shifted(0)), 0, 0, {}
+draw, lost, kills_done, files = random.Random(shifted(0)), 0, 0, {}
 for _ in range(kills):  # three moments a cell; they do less than the whole together
-    killed += child(draw.randint(1, 3 * count // kills - 1)) == signal.SIGKILL
+    kills_done += killed(draw.randint(1, 3 * count // kills - 1), work)
     now = {path.name: path.read_bytes() for path in cells.glob("*.json")}
     lost += sum(now.get(name) != text for name, text in files.items())
     files = now
-assert child(None) == 0
+assert not killed(None, work)
 begun = log.read_text().split()
 finished = {path.stem: json.loads(path.read_text())["square"] for path in cells.glob("*.json")}
-print(json.dumps({"killed": killed, "lost": lost, "begun": len(begun), "distinct": len(set(begun)),
+print(json.dumps({"killed": kills_done, "lost": lost, "begun": len(begun), "distinct": len(set(begun)),
                   "right": finished == {f"number-{n}": n**2 for n in range(count)}}))
 """
 
