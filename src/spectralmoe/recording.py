@@ -106,6 +106,10 @@ class Recordable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router = None
+        self.without_tapes()
+
+    def without_tapes(self) -> None:
+        """Set what tapes and ``feed`` use: there is none yet."""
         self.here = Here()
         self.watching: tuple[Sink, ...] = ()
         self.kept: frozenset[str] = frozenset()
@@ -119,6 +123,14 @@ class Recordable(nn.Module):
     def keepable(self) -> tuple[str, ...]:
         """The names of what ``record`` can keep of this layer."""
         return KEEPABLE
+
+    def layer_path(self, path: str) -> str:
+        """The path of the MoE layer: of this module, whose own path is given, or of the one that it is a part of."""
+        return path
+
+    def watched(self, model: nn.Module, path: str) -> Any:
+        """What the instruments see of it in ``model``, where it is at ``path``: a ``Watched``; None: nothing."""
+        return None
 
     @property
     def sinks(self) -> tuple[Sink, ...]:
@@ -161,6 +173,21 @@ class Recordable(nn.Module):
         if keep != self.kept and torch.is_grad_enabled():
             self.kept = keep
         return keep
+
+    def seen(self, queries: Tensor, names: frozenset[str], *, streams: bool) -> Tensor | None:
+        """What the records get of what the router read, rows (N, D); a copy where a tape asks, which may be read later.
+
+        Args:
+            names: of tensors to keep.
+            streams: whether a part keeps statistics of the tokens of training.
+        """
+        if "tokens" in names:
+            queries = queries.clone()
+        elif streams and self.training and (self.router is None or self.router.training):
+            queries = queries.detach()
+        else:
+            return None
+        return queries.reshape(-1, queries.shape[-1])
 
     def take_feed(self, device: torch.device) -> Feed | None:
         """What ``feed`` left here for this thread, if its block is still open.
