@@ -56,22 +56,20 @@ class Feed:
 
     mask: Tensor | None = None
     context: Context | Rows | None = None
-    replay: list[Routing] | None = None
+    replay: list[Routing | Tensor] | None = None
     replayed: int = 0
     closed: bool = False
 
-    def next_replay(self) -> Routing | None:
-        """The recorded routing of this call of the layer; None without a replay."""
+    def next_replay(self) -> Routing | Tensor | None:
+        """The recorded routing or indices (N, K) of this call of the layer; None without a replay."""
         if self.replay is None:
             return None
         if recomputing():
             if len(self.replay) > 1:
-                raise UserError("feed(replay=...): a layer that is called several times cannot be recomputed")
+                raise UserError("feed(): a layer that is called several times cannot be recomputed with a replay")
             return self.replay[0]
         if self.replayed == len(self.replay):
-            raise UserError(
-                f"feed(replay=...): a layer is called more often than the {len(self.replay)} times recorded"
-            )
+            raise UserError(f"feed(): a layer is called more often than the {len(self.replay)} times recorded")
         self.replayed += 1
         return self.replay[self.replayed - 1]
 
