@@ -16,7 +16,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.structure import stack_of
 
-__all__ = ["TransformersModel", "encode", "run", "stored_names", "token_ids", "training_facts"]
+__all__ = ["TransformersModel", "arguments_of", "encode", "run", "stored_names", "token_ids", "training_facts"]
 
 _EXPERT = re.compile(r"(.*?)\.(?!shared)[^.]*expert")
 LENGTH, ROWS = 512, 4
@@ -68,7 +68,7 @@ def encode(loaded: TransformersModel, text: str, tokens: int) -> list[dict[str, 
     whole = len(ids) // length * length
     batches = [*ids[:whole].view(-1, length).split(ROWS)] if whole else []
     batches += [ids[whole:][None]] if whole < len(ids) else []
-    return [_arguments(loaded.model.config, batch) for batch in batches]
+    return [arguments_of(loaded.model.config, batch) for batch in batches]
 
 
 def token_ids(loaded: TransformersModel, text: str, *, special: bool = True) -> list[int]:
@@ -161,7 +161,8 @@ def stored_names(layers: Sequence[Watched], tensors: Iterable[str]) -> dict[str,
     return in_files
 
 
-def _arguments(config: Any, ids: Tensor) -> dict[str, Tensor]:
+def arguments_of(config: Any, ids: Tensor) -> dict[str, Tensor]:
+    """The arguments of a model's forward for token ids (B, S): a decoder beside an encoder gets them shifted."""
     if not config.is_encoder_decoder:
         return {"input_ids": ids}
     start = next(
