@@ -43,8 +43,13 @@ def folder(tmp_path, monkeypatch):
 
     build("mixtral").save_pretrained(tmp_path / "mixtral")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=260, max_position_embeddings=128, **sizes)).save_pretrained(tmp_path / "dense")
-    for domain, lines in {"prose": "the cat sat on the mat\n\n", "code": "for i in range(10):\n    print(i)\n\n"}.items():
+    LlamaForCausalLM(LlamaConfig(vocab_size=260, max_position_embeddings=128, **sizes)).save_pretrained(
+        tmp_path / "dense"
+    )
+    for domain, lines in {
+        "prose": "the cat sat on the mat\n\n",
+        "code": "for i in range(10):\n    print(i)\n\n",
+    }.items():
         (tmp_path / "books" / domain).mkdir(parents=True)
         for number in range(3):
             (tmp_path / "books" / domain / f"{number}.txt").write_text(f"# {number}\n" + lines * 20)

@@ -11,7 +11,7 @@ from families import batch, build
 from spectralmoe.hf.text_windows import Windows
 from spectralmoe.layers import moe_layers
 from spectralmoe.selectors import Balanced, TopK, TopP
-from spectralmoe.training.finetune_routers import put_routers, router_of, terms_of
+from spectralmoe.training.finetune_routers import swap_to_row, router_of, terms_of
 from spectralmoe.training.finetune_settings import FinetuneSettings
 
 
@@ -19,7 +19,7 @@ def put(family, row, **changes):
     model = build(family, **changes)
     ids = batch(model, rows=6)["input_ids"]
     preset = router_of(FinetuneSettings(router=row))
-    swapped = put_routers(model, preset, Windows(ids, ids), 4)
+    swapped = swap_to_row(model, preset, Windows(ids, ids), 4)
     return [layer.router for layer in moe_layers(model).values()], swapped
 
 

@@ -22,10 +22,11 @@ from spectralmoe.hf.load import quiet
 from spectralmoe.hf.lora import add_lora
 from spectralmoe.hf.quiet_trainer import follow_trainer, last_checkpoint, quiet_trainer
 from spectralmoe.hf.resume import resume_safe
+from spectralmoe.hf.router_files import stock_tensors, write_routers
 from spectralmoe.hf.trained_parts import chosen_layers, decoder_layers, train_only
 from spectralmoe.hf.trainer import trainer_callback
 from spectralmoe.steps import attach
-from spectralmoe.training.finetune_routers import put_routers, router_of, terms_of
+from spectralmoe.training.finetune_routers import swap_to_row, router_of, terms_of
 from spectralmoe.training.finetune_settings import FinetuneSettings
 from spectralmoe.training.loop import Diverged, Progress
 from spectralmoe.training.tasks import Metric
@@ -71,7 +72,9 @@ def finetune(
             log = _train(loaded, corpus, settings, out, progress)
         model.config.use_cache = use_cache  # the Trainer turns it off
         model.eval().requires_grad_(True)
-        model.save_pretrained(out)
+        model.save_pretrained(out, state_dict=stock_tensors(model))
+        if settings.router is not None:
+            write_routers(model, out)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(out)
     return _history(loaded.name, log)
@@ -101,7 +104,7 @@ def _train(
     torch.manual_seed(settings.seed)
     if (preset := router_of(settings)) is not None:
         progress(f"putting other routers into {loaded.name}", 0.0)
-        first["agreement"] = put_routers(model, preset, corpus.train, rows).agreement
+        first["agreement"] = swap_to_row(model, preset, corpus.train, rows).agreement
     train_only(model, settings.parts, settings.layers)
     trained = model if settings.lora is None else add_lora(model, chosen_layers(model, settings.layers), settings.lora)
     an_epoch = -(-len(corpus.train) // (rows * settings.accumulation))

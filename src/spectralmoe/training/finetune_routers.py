@@ -17,7 +17,7 @@ from spectralmoe.terms import Term
 from spectralmoe.training.finetune_settings import FinetuneSettings
 from spectralmoe.training.settings import laid_over
 
-__all__ = ["put_routers", "router_of", "terms_of"]
+__all__ = ["swap_to_row", "router_of", "terms_of"]
 
 CALIBRATION = 4096
 """Tokens, about, that a router is fitted on."""
@@ -54,7 +54,7 @@ def terms_of(settings: FinetuneSettings) -> dict[str, Term]:
     return dict(preset.terms)
 
 
-def put_routers(model: Any, preset: Preset, windows: Windows, rows: int) -> Swapped:
+def swap_to_row(model: Any, preset: Preset, windows: Windows, rows: int) -> Swapped:
     """Put the routers of ``preset`` into all MoE layers of ``model``.
 
     A linear scorer starts as the model's gate; any other one is fitted to it on some of the windows. Where the row
