@@ -95,7 +95,7 @@ def put_bias(selector: Selector, bias: Tensor | None) -> None:
     """Give the ``Balanced`` in a bound selector this bias of the choice (E,)."""
     for part in selector.modules():
         if isinstance(part, Balanced) and bias is not None:
-            assign_(part.bias, bias.to(part.bias))
+            assign_(part.bias, bias.flatten().to(part.bias))
 
 
 @torch.no_grad()
