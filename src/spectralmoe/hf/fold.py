@@ -18,12 +18,12 @@ from spectralmoe.hf.places import stock_layers, swapped_routers, take_out
 from spectralmoe.hf.rules import put_bias, read_rule
 from spectralmoe.hf.structure import correction_bias, matrix_name
 from spectralmoe.layers import unwrapped
+from spectralmoe.recorder import record
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
 from spectralmoe.selectors import Balanced, Selector
 from spectralmoe.sharding import assign_, full
 from spectralmoe.spec import build, describe
-from spectralmoe.tape import record
 
 __all__ = ["distill_to_gate", "fold_routers"]
 
