@@ -9,18 +9,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.hf.calls import Calls
 from spectralmoe.hf.fit import fit_scorer
-from spectralmoe.hf.frames import stack_around
 from spectralmoe.hf.gates import gate_of, start_from_gate
 from spectralmoe.hf.language import arguments_of
 from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
+from spectralmoe.hf.places import put_in, take_out
 from spectralmoe.hf.rules import Rule, put_bias, read_rule
-from spectralmoe.hf.swapped import SwappedRouter, swapped_router
+from spectralmoe.hf.swapped import SwappedRouter
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.naming import own_names, read_part
 from spectralmoe.router import Router
@@ -65,17 +63,10 @@ class Swapped:
     agreement: dict[str, float] | None
     _model: nn.Module = field(repr=False)
     _routers: list[SwappedRouter] = field(repr=False)
-    _hooks: list[RemovableHandle] = field(repr=False)
 
     def undo(self) -> None:
         """Put the stock routers back, the same modules with the tensors that the model kept of them. Twice is once."""
-        paths = {module: path for path, module in self._model.named_modules()}
-        for router in self._routers:
-            if router in paths:
-                self._model.set_submodule(paths[router], router.restored())
-        for hook in self._hooks:
-            hook.remove()
-        self._routers, self._hooks = [], []
+        take_out(self._model, self._routers)
 
 
 def swap_routers(
@@ -131,25 +122,15 @@ def swap_routers(
     chosen = _choose(find_layers(model), layers)
     rules = [read_rule(layer) for layer in chosen]
     read = {} if calibration is None else _calibrate(model, chosen, calibration)
-    routers = []
+    routers: dict[HFLayer, tuple[Router, Rule]] = {}
     for layer, (rule, own) in zip(chosen, rules, strict=True):
         made = _make_scorer(layer, scorer, init, read.get(layer.name))
-        routers.append(_make_router(layer, made, rule, own if selector is None else selector))
+        router = _make_router(layer, made, rule, own if selector is None else selector)
         if init == "fit":
-            _fit(routers[-1], read.get(layer.name))
-    pairs = zip(chosen, routers, strict=True)
-    agreement = {layer.name: _agreement(router, read[layer.name]) for layer, router in pairs} if read else None
-    calls: dict[nn.Module, Calls] = {}
-    swapped = Swapped([layer.name for layer in chosen], agreement, model, [], [])
-    for layer, router, (rule, _) in zip(chosen, routers, rules, strict=True):
-        stack = stack_around(model, layer.path)
-        if stack not in calls:
-            calls[stack] = Calls(stack)
-            swapped._hooks.append(stack.register_forward_pre_hook(calls[stack].enter, with_kwargs=True))
-        ours = swapped_router(layer.router, router, rule, calls[stack])
-        model.set_submodule(layer.router_path, ours)
-        swapped._routers.append(ours)
-    return swapped
+            _fit(router, read.get(layer.name))
+        routers[layer] = router, rule
+    shares = {layer.name: _agreement(router, read[layer.name]) for layer, (router, _) in routers.items() if read}
+    return Swapped([layer.name for layer in chosen], shares or None, model, put_in(model, routers))
 
 
 def _choose(found: Sequence[HFLayer], pattern: str) -> list[HFLayer]:
@@ -190,7 +171,8 @@ def _make_scorer(layer: HFLayer, scorer: ScorerLike, init: Init, read: _Read | N
     if init == "from_gate" and not start_from_gate(made, gate, tokens=tokens, tempered=tempered):
         beside = "" if gate.bias is None else ", which has a bias"
         raise UserError(
-            f'swap_routers: {type(made).__name__} cannot start from the gate of {layer.name}{beside}; say init="fresh"'
+            f"swap_routers: {type(made).__name__} cannot start from the gate of {layer.name}{beside}; say "
+            'init="fit" with a calibration, or init="fresh"'
         )
     return made
 
