@@ -14,7 +14,7 @@ from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.hf.fit import fit_scorer
 from spectralmoe.hf.gates import gate_of, start_from_gate
-from spectralmoe.hf.language import arguments
+from spectralmoe.hf.language import arguments_of
 from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
 from spectralmoe.hf.places import put_in, take_out
 from spectralmoe.hf.rules import Rule, put_bias, read_rule
@@ -122,17 +122,15 @@ def swap_routers(
     chosen = _choose(find_layers(model), layers)
     rules = [read_rule(layer) for layer in chosen]
     read = {} if calibration is None else _calibrate(model, chosen, calibration)
-    routers = []
+    routers: dict[HFLayer, tuple[Router, Rule]] = {}
     for layer, (rule, own) in zip(chosen, rules, strict=True):
         made = _make_scorer(layer, scorer, init, read.get(layer.name))
-        routers.append(_make_router(layer, made, rule, own if selector is None else selector))
+        router = _make_router(layer, made, rule, own if selector is None else selector)
         if init == "fit":
-            _fit(routers[-1], read.get(layer.name))
-    pairs = zip(chosen, routers, strict=True)
-    agreement = {layer.name: _agreement(router, read[layer.name]) for layer, router in pairs} if read else None
-    parts = zip(chosen, routers, rules, strict=True)
-    placed = put_in(model, {layer: (router, rule) for layer, router, (rule, _) in parts})
-    return Swapped([layer.name for layer in chosen], agreement, model, placed)
+            _fit(router, read.get(layer.name))
+        routers[layer] = router, rule
+    shares = {layer.name: _agreement(router, read[layer.name]) for layer, (router, _) in routers.items() if read}
+    return Swapped([layer.name for layer in chosen], shares or None, model, put_in(model, routers))
 
 
 def _choose(found: Sequence[HFLayer], pattern: str) -> list[HFLayer]:
@@ -173,7 +171,8 @@ def _make_scorer(layer: HFLayer, scorer: ScorerLike, init: Init, read: _Read | N
     if init == "from_gate" and not start_from_gate(made, gate, tokens=tokens, tempered=tempered):
         beside = "" if gate.bias is None else ", which has a bias"
         raise UserError(
-            f'swap_routers: {type(made).__name__} cannot start from the gate of {layer.name}{beside}; say init="fresh"'
+            f"swap_routers: {type(made).__name__} cannot start from the gate of {layer.name}{beside}; say "
+            'init="fit" with a calibration, or init="fresh"'
         )
     return made
 
@@ -209,7 +208,7 @@ def _calibrate(model: Any, chosen: Sequence[HFLayer], batches: Iterable[Any]) ->
     parts: dict[str, list[_Read]] = {layer.name: [] for layer in chosen}
     with evaluation_mode(model), watch_transformers(model) as watching:
         for batch in batches:
-            model(**arguments(model, batch))
+            model(**_arguments(model, batch))
             for call in watching.drain():
                 if call.layer.name in parts:
                     routing, tokens = call.routing, call.tokens
@@ -221,6 +220,17 @@ def _calibrate(model: Any, chosen: Sequence[HFLayer], batches: Iterable[Any]) ->
         name: _Read(*(torch.cat([getattr(one, part) for one in read]) for part in ("tokens", "logits", "members")))
         for name, read in parts.items()
     }
+
+
+def _arguments(model: Any, batch: Any) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    if isinstance(batch, Tensor):
+        return arguments_of(model.config, batch.to(device))
+    if isinstance(batch, Mapping):
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    raise UserError(
+        f"swap_routers: calibration must hold tables of the model's arguments or ids (B, S), got {type(batch).__name__}"
+    )
 
 
 @torch.no_grad()
