@@ -15,7 +15,7 @@ from spectralmoe.hf.layers import HFLayer
 from spectralmoe.recording import recomputing
 from spectralmoe.routing import EMPTY, Routing
 
-__all__ = ["Frame", "Frames"]
+__all__ = ["Frame", "Frames", "frame_of", "parameter_names", "stack_around"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,8 @@ class Frames:
     """The frames of the last calls of the stacks around ``layers``, by hooks on these stacks while it is open."""
 
     def __init__(self, model: nn.Module, layers: Sequence[HFLayer]) -> None:
-        self._stacks = {id(layer): _stack(model, layer) for layer in layers}
+        self._stacks = {id(layer): stack_around(model, layer.path) for layer in layers}
+        self._names = {stack: parameter_names(stack) for stack in self._stacks.values()}
         self._frames: dict[nn.Module, Frame] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -73,19 +74,26 @@ class Frames:
 
     def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not recomputing():
-            self._frames[stack] = _frame(stack, args, kwargs)
+            self._frames[stack] = frame_of(self._names[stack], args, kwargs)
 
 
-def _stack(model: nn.Module, layer: HFLayer) -> nn.Module:
+def stack_around(model: nn.Module, path: str) -> nn.Module:
     """The module that holds the numbered layers: ``model`` of ``model.layers.3.mlp``. It is called with the mask."""
-    parts = layer.path.split(".")
+    parts = path.split(".")
     first = next((place for place, part in enumerate(parts) if part.isdigit()), 1)
     return model.get_submodule(".".join(parts[: max(first - 1, 0)]))
 
 
-def _frame(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frame:
-    """Shape and mask from the arguments of a call; a mask that is longer than the input has the cached tokens first."""
-    names = list(inspect.signature(stack.forward).parameters)
+def parameter_names(stack: nn.Module) -> tuple[str, ...]:
+    """The names of what its forward takes, in order."""
+    return tuple(inspect.signature(stack.forward).parameters)
+
+
+def frame_of(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frame:
+    """Shape and mask from the arguments of a call of a stack, whose positional ones have these ``names``.
+
+    A mask that is longer than the input has the cached tokens first.
+    """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
