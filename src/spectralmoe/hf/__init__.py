@@ -1,16 +1,20 @@
 """MoE models of Hugging Face's transformers: load one, run it on text, watch its routers, monitor its training,
 make one of a dense model."""
 
+from spectralmoe.hf.added_terms import AddedTerms, add_terms
 from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
 from spectralmoe.hf.load import load_transformers
 from spectralmoe.hf.swap import Swapped, swap_routers
-from spectralmoe.hf.trainer import trainer_callback
+from spectralmoe.hf.trainer import attach_callback, trainer_callback
 from spectralmoe.hf.upcycle import upcycle
 from spectralmoe.hf.watch import watch_transformers
 
 __all__ = [
+    "AddedTerms",
     "Swapped",
     "TransformersModel",
+    "add_terms",
+    "attach_callback",
     "encode",
     "load_transformers",
     "run",

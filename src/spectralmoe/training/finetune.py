@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from spectralmoe.errors import UserError
-from spectralmoe.hf.add_terms import add_terms
+from spectralmoe.hf.added_terms import add_terms
 from spectralmoe.hf.corpus import Corpus, read_corpus
 from spectralmoe.hf.frozen_prefix import after_prefix, check_prefix, without_prefix
 from spectralmoe.hf.language import TransformersModel
