@@ -15,9 +15,19 @@ __all__ = [
     "TransformersModel",
     "add_terms",
     "attach_callback",
+from spectralmoe.hf.fit import Agreement, fit_scorer
+from spectralmoe.hf.fold import distill_to_gate, fold_routers
+from spectralmoe.hf.swapped_folder import load_swapped, save_swapped
+from spectralmoe.hf.trainer import trainer_callback
+    "Agreement",
+    "distill_to_gate",
     "encode",
+    "fit_scorer",
+    "fold_routers",
+    "load_swapped",
     "load_transformers",
     "run",
+    "save_swapped",
     "swap_routers",
     "trainer_callback",
     "training_facts",

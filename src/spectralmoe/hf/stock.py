@@ -86,8 +86,9 @@ def recordable_layers(model: nn.Module) -> Iterator[dict[str, Recordable]]:
         frames.open()
         hooks.callback(frames.close)
         for layer in found:
-            if layer.name not in ours:
-                view = StockLayer(layer, frames)
-                hooks.callback(layer.router.register_forward_hook(view.see, with_kwargs=True).remove)
-            layers[layer.name] = ours.get(layer.name, view)
+            if layer.name in ours:
+                layers[layer.name] = ours[layer.name]
+                continue
+            view = layers[layer.name] = StockLayer(layer, frames)
+            hooks.callback(layer.router.register_forward_hook(view.see, with_kwargs=True).remove)
         yield layers
