@@ -2,6 +2,7 @@
 
 from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
 from spectralmoe.hf.load import load_transformers
+from spectralmoe.hf.shrink import merge_experts, prune_experts
 from spectralmoe.hf.trainer import trainer_callback
 from spectralmoe.hf.watch import watch_transformers
 
@@ -9,6 +10,8 @@ __all__ = [
     "TransformersModel",
     "encode",
     "load_transformers",
+    "merge_experts",
+    "prune_experts",
     "run",
     "trainer_callback",
     "training_facts",

@@ -140,11 +140,22 @@ class HFLayer(Watched):
             if isinstance(experts, nn.ModuleList | nn.ModuleDict):
                 return cast(Tensor, experts_of(experts)[e](x))
             forward = inspect.unwrap(type(experts).forward)
-            if len(inspect.signature(forward).parameters) == 2:  # each expert gets its own tokens, whole (Llama 4)
+            if self.weighs_inputs:
                 alone: dict[str, Any] = {name: value[e : e + 1] for name, value in self._stacked()}
                 return cast(Tensor, functional_call(experts, alone, (x,)))
             indices = torch.full((len(x), 1), e, device=x.device)
             return cast(Tensor, forward(experts, x, indices, torch.ones_like(indices, dtype=x.dtype)))
+
+    @property
+    def weighs_inputs(self) -> bool:
+        """Whether each expert gets its own tokens, already times their combine weights (Llama 4)."""
+        stacked = not isinstance(self.experts, nn.ModuleList | nn.ModuleDict)
+        return stacked and len(inspect.signature(inspect.unwrap(type(self.experts).forward)).parameters) == 2
+
+    def part(self, x: Tensor, weights: Tensor, e: int) -> Tensor:
+        """What expert ``e`` adds to the output for tokens x (N, D) that chose it with combine weights (N,)."""
+        weights = weights[:, None]
+        return self.expert(x * weights.to(x), e) if self.weighs_inputs else self.expert(x, e) * weights
 
     def expert_weights(self, e: int) -> Tensor:
         """Its parameters by name, biases too."""
