@@ -78,6 +78,12 @@ class HFLayer(Watched):
         bias = correction_bias((self.router, self.layer), self.num_experts)
         return None if bias is None else full(bias).detach().flatten()
 
+    @property
+    def groups(self) -> tuple[int, int]:
+        """In how many groups of neighbours the experts are, and from how many of them a token may choose."""
+        total = number_of((self.router, self.layer), "num_group", "n_group") or 1
+        return total, number_of((self.router, self.layer), "topk_group") or total
+
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
         """Routes by a copy of the router without hooks: an open watch sees nothing of it, and one that changes its
         own module (Switch casts the matrix) changes the copy alone.
@@ -91,8 +97,7 @@ class HFLayer(Watched):
 
     def routing(self, returned: Returned) -> Routing:
         """Converts what the router returned to our ``Routing``."""
-        groups = number_of((self.router, self.layer), "num_group", "n_group") or 1
-        choice = Choice(self.correction_bias, groups, number_of((self.router, self.layer), "topk_group") or groups)
+        choice = Choice(self.correction_bias, *self.groups)
         form = self._form or returned.form(choice)
         self._form = form if form.sure else None  # found once: a step of training does not wait for it
         return returned.routing(choice, form)

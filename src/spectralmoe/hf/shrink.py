@@ -22,7 +22,6 @@ from spectralmoe.hf.calibration import Batches, Calibration
 from spectralmoe.hf.layers import HFLayer, find_layers
 from spectralmoe.hf.load import import_transformers
 from spectralmoe.hf.smaller import Cluster, with_clusters
-from spectralmoe.hf.structure import number_of
 from spectralmoe.layers import unwrapped
 from spectralmoe.recording import Recordable
 from spectralmoe.sharding import is_sharded
@@ -213,7 +212,7 @@ def _named(owner: str, layers: Mapping[str, HFLayer], keep: Mapping[str, Sequenc
 
 def _check_number(owner: str, layer: HFLayer, keep: int) -> None:
     """Raise unless tokens can choose among ``keep`` experts."""
-    k, groups = layer.top_k or 1, len(_blocks(layer))
+    k, (groups, on) = layer.top_k or 1, layer.groups
     if keep < k:
         raise UserError(f"{owner}: keep={keep} is less than the {k} experts that each token chooses in {layer.name}")
     if keep == layer.num_experts or groups == 1:
@@ -223,7 +222,6 @@ def _check_number(owner: str, layer: HFLayer, keep: int) -> None:
             f"{owner}: keep={keep} does not go into the {groups} groups of {layer.name} (n_group) with at least 2 "
             f"experts each; keep a multiple of {groups}, from {2 * groups}"
         )
-    on = number_of((layer.router, layer.layer), "topk_group") or groups
     if on * (keep // groups) < k:
         raise UserError(
             f"{owner}: with keep={keep} the {on} groups that a token of {layer.name} may choose from hold "
@@ -233,8 +231,7 @@ def _check_number(owner: str, layer: HFLayer, keep: int) -> None:
 
 def _blocks(layer: HFLayer) -> list[range]:
     """The groups that experts are chosen in, as runs of experts; one group without."""
-    groups = number_of((layer.router, layer.layer), "num_group", "n_group") or 1
-    size = layer.num_experts // groups
+    size = layer.num_experts // layer.groups[0]
     return [range(start, start + size) for start in range(0, layer.num_experts, size)]
 
 
