@@ -16,7 +16,7 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.hf.calls import Calls
 from spectralmoe.hf.frames import stack_around
 from spectralmoe.hf.gates import gate_of, start_from_gate
-from spectralmoe.hf.language import arguments_of
+from spectralmoe.hf.language import batch_arguments
 from spectralmoe.hf.layers import HFLayer, find_layers
 from spectralmoe.hf.rules import Rule, put_bias, read_rule
 from spectralmoe.hf.swapped import SwappedRouter, swapped_router
@@ -219,7 +219,7 @@ def _calibrate(model: Any, chosen: Sequence[HFLayer], batches: Iterable[Any]) ->
     parts: dict[str, list[_Read]] = {layer.name: [] for layer in chosen}
     with evaluation_mode(model), watch_transformers(model) as watching:
         for batch in batches:
-            model(**_arguments(model, batch))
+            model(**batch_arguments("swap_routers", model, batch))
             for call in watching.drain():
                 if call.layer.name in parts:
                     routing, tokens = call.routing, call.tokens
@@ -231,17 +231,6 @@ def _calibrate(model: Any, chosen: Sequence[HFLayer], batches: Iterable[Any]) ->
         name: _Read(*(torch.cat([getattr(one, part) for one in read]) for part in ("tokens", "logits", "members")))
         for name, read in parts.items()
     }
-
-
-def _arguments(model: Any, batch: Any) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    if isinstance(batch, Tensor):
-        return arguments_of(model.config, batch.to(device))
-    if isinstance(batch, Mapping):
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    raise UserError(
-        f"swap_routers: calibration must hold tables of the model's arguments or ids (B, S), got {type(batch).__name__}"
-    )
 
 
 @torch.no_grad()
