@@ -16,6 +16,8 @@ from spectralmoe.instruments.document import inspection_document, layer_names, v
 
 __all__ = ["expert_gram", "inspect_checkpoint"]
 
+_LIBRARIES = {"spectralmoe": "spectralmoe", "model_type": "transformers"}  # by a key of config.json
+
 
 def inspect_checkpoint(path: str | Path, *, experts: bool = True) -> dict[str, Any]:
     """The inspection document of a checkpoint, mode "router-only", in the memory of a few blocks of weights.
@@ -32,10 +34,13 @@ def inspect_checkpoint(path: str | Path, *, experts: bool = True) -> dict[str, A
     checkpoint = read_checkpoint(path)
     model = {
         "name": checkpoint.name,
+        "source": str(path),
+        "library": _library(checkpoint),
         "class": _model_class(checkpoint),
         "mode": "router-only",
         "dtype": checkpoint.dtype,
         "parameters": checkpoint.parameters,
+        "groups": checkpoint.config.get("n_group"),
     }
     notes = _notes(checkpoint, experts)
     data = {"source": str(path), "tokens": 0, "sequences": 0, "tokenizer": None, "notes": notes}
@@ -77,6 +82,11 @@ def _layer(layer: CheckpointLayer, experts: bool) -> dict[str, Any]:
 def _model_class(checkpoint: Checkpoint) -> str:
     named = checkpoint.config.get("architectures")
     return str(named[0]) if isinstance(named, list) and named else ""
+
+
+def _library(checkpoint: Checkpoint) -> str:
+    """What loads it: "spectralmoe", "transformers", or "" where that cannot be told."""
+    return next((name for key, name in _LIBRARIES.items() if key in checkpoint.config), "")
 
 
 def _notes(checkpoint: Checkpoint, experts: bool) -> list[str]:
