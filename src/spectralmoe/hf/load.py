@@ -20,7 +20,7 @@ from spectralmoe.hf.language import TransformersModel, stored_names
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.smollm2 import SMOLLM2, smollm2_file
 
-__all__ = ["import_transformers", "load_transformers"]
+__all__ = ["import_transformers", "load_transformers", "quiet"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -60,7 +60,7 @@ def load_transformers(
     if source == SMOLLM2:
         return _load_smollm2(tf, dtype, device, admit)
     folder = _folder(source)
-    with _quiet() as log:
+    with quiet() as log:
         config = _call(source, log, tf.AutoConfig.from_pretrained, source, trust_remote_code=False)
         config._attn_implementation = None  # sdpa, or eager for a family without it; of all parts of the config
         config._experts_implementation = "eager" if torch.device(device).type == "cpu" else None
@@ -93,7 +93,7 @@ def _load_smollm2(tf: Any, dtype: torch.dtype | None, device: str | torch.device
     """The model of a GGUF file, its weights unpacked, as an ordinary one: transformers would not save what it reads."""
     file = smollm2_file()
     place, more = str(file.parent), {"gguf_file": file.name}
-    with _quiet() as log:
+    with quiet() as log:
         config = _call(SMOLLM2, log, tf.AutoConfig.from_pretrained, place, **more)
         kind, empty = _empty_model(tf, SMOLLM2, config, log)
         _admitted(SMOLLM2, empty, admit)
@@ -179,7 +179,7 @@ def _refuse(source: str, names: list[str]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[list[str]]:
+def quiet() -> Iterator[list[str]]:
     """Sends messages of transformers into a list and progress bars nowhere; all is as before after the block."""
     from transformers.utils import logging as settings
 
