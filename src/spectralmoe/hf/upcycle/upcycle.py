@@ -62,8 +62,9 @@ def upcycle(
         router: how the router's rows start, a name in ``STARTS``: "random"; "prompts": towards the mean of what the
             MLP reads in each set of ``calibration``; "principal": along the principal directions of what it reads.
         scale: size of a row's entries; by default the standard deviation of initial weights that the config names.
-        calibration: sets of text, each a batch of the model's arguments (``input_ids``, ``attention_mask``) or a list
-            of batches. For "prompts" one set for each expert, in their order (with "virtual" for each copy).
+        calibration: sets of text, each a batch or a list of batches: ids (B, S), or a table of the model's arguments,
+            as ``encode`` makes them. For "prompts" one set for each expert, in their order (with "virtual" for each
+            copy).
         seed: the experts' draws do not depend on the router's start, nor the other way round.
 
     Returns:
