@@ -6,12 +6,14 @@ from pathlib import Path
 
 from spectralmoe.training.tasks.base import Batch, Metric, Part, Task
 from spectralmoe.training.tasks.images import ImageTask
+from spectralmoe.training.tasks.text import TextTask
 from spectralmoe.training.train_settings import TrainSettings
 
-__all__ = ["TASKS", "Batch", "ImageTask", "Metric", "Part", "Task", "open_task"]
+__all__ = ["TASKS", "Batch", "ImageTask", "Metric", "Part", "Task", "TextTask", "open_task"]
 
 TASKS: dict[str, type[Task]] = {
     "images": ImageTask,
+    "text": TextTask,
 }
 """What stands before the colon in the name of the data -> its task; other names are those of images."""
 

@@ -75,11 +75,13 @@ class Task(ABC):
         name: of the data.
         metrics: what ``score`` measures; choices on the validation part are made by the first.
         notes: what a user should know about how the data were read.
+        unit: what speeds are counted in, ``units`` of them a sample.
     """
 
     name: str
     metrics: tuple[Metric, ...]
     notes: tuple[str, ...] = ()
+    unit: str = "sample"
 
     @classmethod
     @abstractmethod
@@ -125,6 +127,16 @@ class Task(ABC):
     @abstractmethod
     def example(self) -> Tensor:
         """One sample (1, ...) as the network takes it, to count operations on."""
+
+    @property
+    def units(self) -> int:
+        """How many of ``unit`` a sample is."""
+        return 1
+
+    def inputs(self, part: Part) -> Tensor:
+        """Samples (N, ...) of a part as the network takes them, to look at routers with."""
+        labelled = self.labelled(part)
+        return self.example() if labelled is None else labelled[0]
 
     def labelled(self, part: Part) -> tuple[Tensor, Tensor] | None:
         """Inputs (N, ...) and classes (N,) of a part, where the task is to classify; else None."""
