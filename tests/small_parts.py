@@ -17,7 +17,16 @@ __all__ = ["NOT_ALONE", "make_bank", "make_scorer", "make_selector"]
 NOT_ALONE = {"basis", "context"}
 """Scorers that need more than tokens, a bank or a context: they have tests of their own instead."""
 
-_USUAL: dict[str, Any] = {"k": 2, "p": 0.5, "capacity": 2.0, "factor": 1.0, "groups": 1, "hidden": 6, "bottleneck": 4}
+_USUAL: dict[str, Any] = {
+    "k": 2,
+    "p": 0.5,
+    "capacity": 2.0,
+    "factor": 1.0,
+    "groups": 1,
+    "groups_on": 1,
+    "hidden": 6,
+    "bottleneck": 4,
+}
 _USUAL |= {"rank": 3, "selector": lambda: TopK(2)}
 _OWN: dict[Any, dict[str, Any]] = {  # what makes a small one a better test
     SCORERS["linear"]: {"bias": True},

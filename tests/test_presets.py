@@ -33,6 +33,7 @@ NEEDED = {
     "topp": {"p": 0.7},
     "capacity": {"factor": 1.25},
     "cluster_dropout": {"groups": 2},
+    "group_limited": {"groups": 2, "groups_on": 1},
     "eigen": {"rank": 3},
 }
 """What an entry needs besides its name."""

@@ -58,8 +58,10 @@ def draw_selector(draw, name, scorer, num_experts):
     normalize, k = draw(st.booleans()), draw(st.integers(1, num_experts))
     scores = ["softmax"] if scorer == "prototype" else ["softmax", "sigmoid"]  # sigmoids of distances underflow
     usual = {"normalize": normalize and k > 1, "score": draw(st.sampled_from(scores))}
-    if name in ("capacity", "cluster_dropout"):
+    if name in ("capacity", "cluster_dropout", "group_limited"):
         inner = SELECTORS["topk"](max(k - 1, 1), **{**usual, "normalize": False})
+        if name == "group_limited":  # with one group it is what it wraps
+            return SELECTORS[name](inner, 1, 1)
         return SELECTORS[name](inner, draw(st.floats(0.2, 2)) if name == "capacity" else 1)
     if name == "expert_choice":
         return SELECTORS[name](draw(st.floats(0.1, num_experts)))
@@ -79,7 +81,7 @@ def draw_layer(draw):
     scorer = draw(st.sampled_from(sorted(SCORERS.keys() - {"basis", "context"})))  # these need more than tokens
     bank = draw(st.sampled_from(sorted(BANKS)))
     selector = draw(st.sampled_from(sorted(SELECTORS)))
-    least = 2 if selector in ("balanced", "capacity", "cluster_dropout") else 1
+    least = 2 if selector in ("balanced", "capacity", "cluster_dropout", "group_limited") else 1
     dim, num_experts = draw(st.integers(3, 9)), draw(st.integers(least, 6))
     torch.manual_seed(shifted(draw(st.integers(0, 2**16))))
     router = Router(draw_scorer(draw, scorer, dim, num_experts), draw_selector(draw, selector, scorer, num_experts))
@@ -108,7 +110,7 @@ def expected(layer, scorer, selector, bank, x, mask, routing):
         assert chosen == oracle.bounded(wanted, part.factor, layer.router.num_experts)
         part = part.selector
     else:
-        if selector == "cluster_dropout":  # in evaluation it is what it wraps
+        if selector in ("cluster_dropout", "group_limited"):  # in evaluation it is what it wraps
             selector, part = "topk", part.selector
         oracle.check_choice(selector, part, oracle.scores_of(part, logits).detach(), chosen, CHOICE)
     weights = oracle.weights_of(part, oracle.scores_of(part, logits), chosen)

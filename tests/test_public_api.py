@@ -71,7 +71,7 @@ TABLES = {
     "scorers": (SCORERS, "basis context cosine eigenbasis linear principal prototype", Scorer),
     "selectors": (
         SELECTORS,
-        "balanced capacity cluster_dropout expert_choice noisy_topk soft soft_balanced topk topp",
+        "balanced capacity cluster_dropout expert_choice group_limited noisy_topk soft soft_balanced topk topp",
         Selector,
     ),
     "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules", Experts),

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 from spectralmoe.errors import UserError
 from spectralmoe.recording import Recordable
 
-__all__ = ["moe_layers", "plain_name", "unwrapped"]
+__all__ = ["layer_name", "moe_layers", "plain_name", "unwrapped"]
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -21,7 +21,11 @@ def moe_layers(model: nn.Module) -> dict[str, Recordable]:
         UserError: there is none.
     """
     inside = unwrapped(model)
-    layers = {plain_name(path): module for path, module in inside.named_modules() if isinstance(module, Recordable)}
+    layers = {
+        module.layer_path(layer_name(path)): module
+        for path, module in inside.named_modules()
+        if isinstance(module, Recordable) and "original_module" not in path.split(".")  # PEFT's dead copy
+    }
     if not layers:
         raise UserError(f"{type(inside).__name__} holds no MoE layer; put one in, or pass the model that holds it")
     return layers
@@ -37,3 +41,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def plain_name(path: str) -> str:
     """The path of a module or parameter without the parts that wrappers put in."""
     return ".".join(part for part in path.split(".") if part and part not in _WRAPPERS)
+
+
+def layer_name(path: str) -> str:
+    """The name of a layer: ``plain_name`` of its path, without what PEFT puts around a model and its modules.
+
+    >>> layer_name("base_model.model.model.layers.0.mlp.gate.modules_to_save.default")
+    'model.layers.0.mlp.gate'
+    """
+    parts = plain_name(path).removeprefix("base_model.model.").split(".")
+    while "modules_to_save" in parts:
+        place = parts.index("modules_to_save")
+        del parts[place : place + 2]
+    return ".".join(parts)

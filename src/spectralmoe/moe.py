@@ -114,7 +114,8 @@ class MoE(Recordable):
         side = rows_of(context, queries, mask)
         routing = self.router(queries, mask=mask, context=side, replay=replay)
         names = self.names_to_keep()
-        seen = self._seen(queries, names)
+        streams = self.router.scorer.streams_tokens or self.experts.streams_tokens
+        seen = self.seen(queries, names, streams=streams)
         scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))
         placed = scaled if self.placement is None else self.placement(scaled)
         rows = self.experts.beside(self._rows(units, leading), side)
@@ -138,17 +139,6 @@ class MoE(Recordable):
         if torch.is_autocast_enabled(units.device.type):
             units = units.to(torch.get_autocast_dtype(units.device.type))
         return units if leading == 1 else units.reshape(-1, *shape)
-
-    def _seen(self, queries: Tensor, names: frozenset[str]) -> Tensor | None:
-        """What the records get of what the router read; a copy where a tape asks, which may be read much later."""
-        streams = self.router.scorer.streams_tokens or self.experts.streams_tokens
-        if "tokens" in names:
-            queries = queries.clone()
-        elif streams and self.training and self.router.training:
-            queries = queries.detach()
-        else:
-            return None
-        return queries.reshape(-1, queries.shape[-1])
 
     def _run(self, rows: Tensor, routing: Routing, names: frozenset[str]) -> tuple[Tensor, Kept | None]:
         if not isinstance(self.dispatch, str):

@@ -56,22 +56,20 @@ class Feed:
 
     mask: Tensor | None = None
     context: Context | Rows | None = None
-    replay: list[Routing] | None = None
+    replay: list[Routing | Tensor] | None = None
     replayed: int = 0
     closed: bool = False
 
-    def next_replay(self) -> Routing | None:
-        """The recorded routing of this call of the layer; None without a replay."""
+    def next_replay(self) -> Routing | Tensor | None:
+        """The recorded routing or indices (N, K) of this call of the layer; None without a replay."""
         if self.replay is None:
             return None
         if recomputing():
             if len(self.replay) > 1:
-                raise UserError("feed(replay=...): a layer that is called several times cannot be recomputed")
+                raise UserError("feed(): a layer that is called several times cannot be recomputed with a replay")
             return self.replay[0]
         if self.replayed == len(self.replay):
-            raise UserError(
-                f"feed(replay=...): a layer is called more often than the {len(self.replay)} times recorded"
-            )
+            raise UserError(f"feed(): a layer is called more often than the {len(self.replay)} times recorded")
         self.replayed += 1
         return self.replay[self.replayed - 1]
 
@@ -106,6 +104,10 @@ class Recordable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router = None
+        self.without_tapes()
+
+    def without_tapes(self) -> None:
+        """Set what tapes and ``feed`` use: there is none yet."""
         self.here = Here()
         self.watching: tuple[Sink, ...] = ()
         self.kept: frozenset[str] = frozenset()
@@ -119,6 +121,14 @@ class Recordable(nn.Module):
     def keepable(self) -> tuple[str, ...]:
         """The names of what ``record`` can keep of this layer."""
         return KEEPABLE
+
+    def layer_path(self, path: str) -> str:
+        """The path of the MoE layer: of this module, whose own path is given, or of the one that it is a part of."""
+        return path
+
+    def watched(self, model: nn.Module, path: str) -> Any:
+        """What the instruments see of it in ``model``, where it is at ``path``: a ``Watched``; None: nothing."""
+        return None
 
     @property
     def sinks(self) -> tuple[Sink, ...]:
@@ -161,6 +171,21 @@ class Recordable(nn.Module):
         if keep != self.kept and torch.is_grad_enabled():
             self.kept = keep
         return keep
+
+    def seen(self, queries: Tensor, names: frozenset[str], *, streams: bool) -> Tensor | None:
+        """What the records get of what the router read, rows (N, D); a copy where a tape asks, which may be read later.
+
+        Args:
+            names: of tensors to keep.
+            streams: whether a part keeps statistics of the tokens of training.
+        """
+        if "tokens" in names:
+            queries = queries.clone()
+        elif streams and self.training and (self.router is None or self.router.training):
+            queries = queries.detach()
+        else:
+            return None
+        return queries.reshape(-1, queries.shape[-1])
 
     def take_feed(self, device: torch.device) -> Feed | None:
         """What ``feed`` left here for this thread, if its block is still open.

@@ -56,15 +56,15 @@ class Router(nn.Module):
         *,
         mask: Tensor | None = None,
         context: Context | Rows | None = None,
-        replay: Routing | None = None,
+        replay: Routing | Tensor | None = None,
     ) -> Routing:
         """Route x (..., D).
 
         Args:
             mask: (...) bool, True for a real token. Other tokens get no expert and are not counted.
             context: side information for the scorer and the selector: a ``Context``, or its rows (N, ...) by name.
-            replay: reuse this routing's indices; the weights are recomputed from live logits, and the router's own
-                choice is ``live`` of the result.
+            replay: reuse this routing's indices, or these (N, K); the weights are recomputed from live logits, and the
+                router's own choice is ``live`` of the result.
 
         Raises:
             UserError: x is not D wide; the mask or the replayed routing is of another shape.
@@ -137,8 +137,10 @@ def shard_routers(model: nn.Module, **options: Any) -> None:
             fully_shard(module, mp_policy=policy, **options)
 
 
-def _replayed(replay: Routing, logits: Tensor, mask: Tensor | None) -> Tensor:
-    if replay.logits.shape != logits.shape:
-        (n, e), (tokens, experts) = replay.logits.shape, logits.shape
+def _replayed(replay: Routing | Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
+    tokens, experts = logits.shape
+    n, e = (len(replay), experts) if isinstance(replay, Tensor) else replay.logits.shape
+    if (n, e) != (tokens, experts):
         raise UserError(f"Router: the replayed routing has N={n}, E={e}, but this forward has N={tokens}, E={experts}")
-    return replay.indices if mask is None else replay.indices.masked_fill(~mask[:, None], EMPTY)
+    indices = replay.to(logits.device) if isinstance(replay, Tensor) else replay.indices
+    return indices if mask is None else indices.masked_fill(~mask[:, None], EMPTY)

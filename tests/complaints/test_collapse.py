@@ -11,7 +11,7 @@ from seeds import shifted
 
 from spectralmoe import Balanced, Capacity, NoisyTopK, Term, TopK, TopP, after_step, penalty, record
 from spectralmoe.diagnostics import max_vio
-from spectralmoe.selectors import SELECTORS, ClusterDropout
+from spectralmoe.selectors import SELECTORS, ClusterDropout, GroupLimited
 
 ONE_EXPERT = {
     "topk": lambda **more: TopK(1, **more),
@@ -20,6 +20,7 @@ ONE_EXPERT = {
     "topp": lambda **more: TopP(0.5, max_k=1, **more),
     "capacity": lambda **more: Capacity(TopK(1, **more), 2.0),
     "cluster_dropout": lambda **more: ClusterDropout(TopK(1, **more), 1),
+    "group_limited": lambda **more: GroupLimited(TopK(1, **more), 2, 1),
 }
 of_one_expert = pytest.mark.parametrize("selector", ONE_EXPERT.values(), ids=ONE_EXPERT)
 

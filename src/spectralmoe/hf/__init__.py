@@ -2,14 +2,17 @@
 
 from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
 from spectralmoe.hf.load import load_transformers
+from spectralmoe.hf.swap import Swapped, swap_routers
 from spectralmoe.hf.trainer import trainer_callback
 from spectralmoe.hf.watch import watch_transformers
 
 __all__ = [
+    "Swapped",
     "TransformersModel",
     "encode",
     "load_transformers",
     "run",
+    "swap_routers",
     "trainer_callback",
     "training_facts",
     "watch_transformers",

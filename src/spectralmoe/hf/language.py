@@ -16,7 +16,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.structure import stack_of
 
-__all__ = ["TransformersModel", "encode", "run", "stored_names", "training_facts"]
+__all__ = ["TransformersModel", "arguments_of", "encode", "run", "stored_names", "training_facts"]
 
 _EXPERT = re.compile(r"(.*?)\.(?!shared)[^.]*expert")
 LENGTH, ROWS = 512, 4
@@ -82,7 +82,7 @@ def encode(loaded: TransformersModel, text: str, tokens: int) -> list[dict[str, 
     whole = len(ids) // length * length
     batches = [*ids[:whole].view(-1, length).split(ROWS)] if whole else []
     batches += [ids[whole:][None]] if whole < len(ids) else []
-    return [_arguments(loaded.model.config, batch) for batch in batches]
+    return [arguments_of(loaded.model.config, batch) for batch in batches]
 
 
 @torch.no_grad()
@@ -154,7 +154,8 @@ def _token_ids(loaded: TransformersModel, text: str) -> list[int]:
         raise UserError(f"{loaded.name}: its tokenizer cannot read this text ({first_line(error)})") from error
 
 
-def _arguments(config: Any, ids: Tensor) -> dict[str, Tensor]:
+def arguments_of(config: Any, ids: Tensor) -> dict[str, Tensor]:
+    """The arguments of a model's forward for token ids (B, S): a decoder beside an encoder gets them shifted."""
     if not config.is_encoder_decoder:
         return {"input_ids": ids}
     start = next(

@@ -31,7 +31,8 @@ from spectralmoe.hf.structure import (
     router_name,
     stack_of,
 )
-from spectralmoe.layers import plain_name
+from spectralmoe.layers import layer_name
+from spectralmoe.recording import Recordable
 from spectralmoe.routing import Routing
 from spectralmoe.sharding import full
 
@@ -49,16 +50,17 @@ class HFLayer(Watched):
 
     Attributes:
         router: the router's module.
+        router_path: its path in the model.
         experts: the experts' module.
     """
 
     def __init__(self, path: str, layer: nn.Module, router: str, keep: frozenset[str] = frozenset()) -> None:
-        self.path, self.name, self.number = path, plain_name(path), layer_number(path) or 0
+        self.path, self.name, self.number = path, layer_name(path), layer_number(path) or 0
         self.stack = stack_of(path)
         self.layer, self.router, self.experts = layer, layer.get_submodule(router), layer.get_submodule("experts")
         self.num_experts = count_experts(self.experts) or 0
         self._matrix = matrix_name(self.router, self.num_experts)
-        self._keep, self._prefix = keep, f"{path}.{router}."
+        self._keep, self.router_path = keep, f"{path}.{router}".removeprefix(".")
         self._form: Form | None = None
         self._given: dict[str, Any] | None = None
         self._flat = False
@@ -108,14 +110,17 @@ class HFLayer(Watched):
         x = x.to(dtype or (stored if stored.itemsize > 1 else x.dtype))
         more = {
             name: value.to(dtype) if dtype and isinstance(value, Tensor) and value.is_floating_point() else value
-            for name, value in self._more_inputs().items()
+            for name, value in self.more_inputs().items()
         }
-        router = self._router_copy(dtype)
+        return self.read(self.call(self.router_copy(dtype), x, more), x)
+
+    @staticmethod
+    def call(router: nn.Module, x: Tensor, more: dict[str, Any]) -> Any:
+        """What a router returns for tokens x (N, D), each a sequence of its own where a capacity counts."""
         try:
-            output = router(x[:, None] if hasattr(router, "expert_capacity") else x, **more)
+            return router(x[:, None] if hasattr(router, "expert_capacity") else x, **more)
         except ValueError:  # it unpacks (B, S, D)
-            output = router(x[None], **more)
-        return self.read(output, x)
+            return router(x[None], **more)
 
     def read(self, output: Any, tokens: Tensor) -> Returned:
         """Sorts the router's ``output`` for ``tokens`` (N, D) by role.
@@ -167,7 +172,7 @@ class HFLayer(Watched):
         bias = full(bias).detach().float() if isinstance(bias, Tensor) and bias.numel() == len(matrix) else None
         return F.linear(x.float(), matrix.float(), bias)
 
-    def _router_copy(self, dtype: torch.dtype | None) -> nn.Module:
+    def router_copy(self, dtype: torch.dtype | None) -> nn.Module:
         """A copy free of hooks, in evaluation mode; with ``dtype``, as a model loaded in it has it."""
         hooks = {
             id(value): type(value)()
@@ -177,7 +182,11 @@ class HFLayer(Watched):
         }
         router = copy.deepcopy(self.router, hooks).eval()
         for name, value in [*router.named_parameters(), *router.named_buffers()]:
-            kept = dtype is not None and dtype.itemsize == 2 and any(part in self._prefix + name for part in self._keep)
+            kept = (
+                dtype is not None
+                and dtype.itemsize == 2
+                and any(part in f"{self.router_path}.{name}" for part in self._keep)
+            )
             if dtype is not None and value.is_floating_point():
                 value.data = value.data.to(torch.float32 if kept else dtype)
         return router
@@ -203,7 +212,7 @@ class HFLayer(Watched):
         of_layer = {value.data_ptr() for value in parts}
         return [name for name, value in tensors.items() if value.data_ptr() not in of_layer]
 
-    def _more_inputs(self) -> dict[str, Any]:
+    def more_inputs(self) -> dict[str, Any]:
         """The router's inputs beside tokens: as in the last call that was seen; before one, by name from the layer."""
         given, unknown = self._given, self._of_tokens()
         if given is None:
@@ -230,13 +239,15 @@ def find_layers(model: nn.Module) -> list[HFLayer]:
     for path, module in model.named_modules():
         experts = dict(module.named_children()).get("experts")
         count = None if experts is None else count_experts(experts)
-        if count is None:
+        if count is None or "original_module" in path.split("."):  # PEFT's dead copy
             continue
         router = router_name(module, count)
         if router is None:
             kind = type(module).__name__
             raise UserError(f"{path} ({kind}) is of a model family it cannot read: no router for {count} experts")
-        layers.append(HFLayer(path, module, router, keep))
+        gate = module.get_submodule(router)
+        swapped = gate.watched(model, f"{path}.{router}".removeprefix(".")) if isinstance(gate, Recordable) else None
+        layers.append(swapped or HFLayer(path, module, router, keep))
     if not layers:
         raise UserError(f"{type(model).__name__} holds no mixture-of-experts layer{_why_none(model)}")
     return layers

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spectralmoe.recording import Recordable
+
 __all__ = [
     "correction_bias",
     "count_experts",
@@ -22,6 +24,7 @@ __all__ = [
 ]
 
 
+_BIASES = ("correction_bias", "expert_bias")
 _COUNT = re.compile(r"(?:^|_)(?:num|n)_(?:local_|routed_)?experts$")
 
 
@@ -51,24 +54,41 @@ def router_name(layer: nn.Module, num_experts: int) -> str | None:
     """
     ranked = []
     for name, child in layer.named_children():
-        matrices = [value.shape[0] for value in child.parameters() if value.dim() == 2]
+        path, child = _in_use(name, child)
+        if isinstance(child, Recordable):
+            return path
+        matrices = [value.shape[0] for _, value in _matrices(child)]
         unnamed = "gate" not in name and "router" not in name
         if name != "experts" and num_experts in matrices and not (unnamed and len(matrices) > 1):
-            ranked.append((len(matrices) > 1, type(child) is nn.Linear, unnamed, name))
+            ranked.append((len(matrices) > 1, type(child) is nn.Linear, unnamed, path))
     return min(ranked)[-1] if ranked else None
+
+
+def _in_use(name: str, child: nn.Module) -> tuple[str, nn.Module]:
+    """The name and the module that run where PEFT trains a copy of a module: its wrapper holds both."""
+    copies = getattr(child, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict) or not copies:
+        return name, child
+    active = next((each for each in getattr(child, "active_adapters", ()) if each in copies), next(iter(copies)))
+    return f"{name}.modules_to_save.{active}", copies[active]
+
+
+def _matrices(router: nn.Module) -> list[tuple[str, Tensor]]:
+    """Its parameters of two dimensions, but for a selection bias that is kept as a row (1, E)."""
+    return [(n, v) for n, v in router.named_parameters() if v.dim() == 2 and not n.endswith(_BIASES)]
 
 
 def matrix_name(router: nn.Module, num_experts: int) -> str | None:
     """The name of the router's matrix (E, D); None where it has several layers."""
-    matrices = [(name, value.shape[0]) for name, value in router.named_parameters() if value.dim() == 2]
-    return matrices[0][0] if len(matrices) == 1 and matrices[0][1] == num_experts else None
+    matrices = _matrices(router)
+    return matrices[0][0] if len(matrices) == 1 and len(matrices[0][1]) == num_experts else None
 
 
 def correction_bias(parts: Sequence[nn.Module], num_experts: int) -> Tensor | None:
     """The bias of the scores for the choice alone (E,), by its usual names; None without."""
     for module in parts:
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
-            if name.endswith(("correction_bias", "expert_bias")) and value.numel() == num_experts:
+            if name.endswith(_BIASES) and value.numel() == num_experts:
                 return value
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,26 +14,19 @@ from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.diagnostics.watch import Seen, Watch
 from spectralmoe.errors import UserError
+from spectralmoe.hf.frames import Frame, Frames
 from spectralmoe.hf.layers import HFLayer, find_layers
 from spectralmoe.recording import recomputing
-from spectralmoe.routing import EMPTY, Routing
+from spectralmoe.routing import Routing
 
 __all__ = ["watch_transformers"]
-
-
-@dataclass(slots=True)
-class _Frame:
-    """The call of the stack around some layers: (B, S) and which of its tokens are real."""
-
-    shape: tuple[int, int] | None = None
-    mask: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
     returned: Any
     tokens: Tensor
-    frame: _Frame
+    frame: Frame
     given: dict[str, Any]
     flat: bool
 
@@ -45,9 +38,8 @@ class _HFWatch(Watch):
         self.keep_tokens, self.training_only = tokens, training_only
         self.layers: list[HFLayer] = find_layers(model)
         self.calls: list[list[_Call]] = [[] for _ in self.layers]
-        self.frames: dict[nn.Module, _Frame] = {}
+        self.frames = Frames(model, self.layers)
         self.handles: list[RemovableHandle] = []
-        self.stacks = {id(layer): _stack(model, layer) for layer in self.layers}
         owners: dict[nn.Module, HFLayer] = {}
         for layer in self.layers:
             if (other := owners.setdefault(layer.router, layer)) is not layer:
@@ -55,13 +47,13 @@ class _HFWatch(Watch):
 
     def open(self) -> None:
         """Put the hooks in."""
-        for stack in set(self.stacks.values()):
-            self.handles.append(stack.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self.frames.open()
         for layer, calls in zip(self.layers, self.calls, strict=True):
             self.handles.append(layer.router.register_forward_hook(self._record(layer, calls), with_kwargs=True))
 
     def close(self) -> None:
         """Take the hooks out."""
+        self.frames.close()
         for handle in self.handles:
             handle.remove()
 
@@ -82,21 +74,15 @@ class _HFWatch(Watch):
             calls.clear()
         return seen
 
-    def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not recomputing():
-            self.frames[stack] = _frame(stack, args, kwargs)
-
     def _record(self, layer: HFLayer, calls: list[_Call]) -> Any:
-        stack, names = self.stacks[id(layer)], list(inspect.signature(layer.router.forward).parameters)
+        names = list(inspect.signature(layer.router.forward).parameters)
 
         def hook(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
             if not recomputing() and (router.training or not self.training_only):
                 inputs = {**dict(zip(names, args, strict=False)), **kwargs}
                 first = next(name for name, value in inputs.items() if isinstance(value, Tensor))
                 tokens = inputs.pop(first).detach()
-                frame = self.frames.get(stack, _Frame())
-                if tokens.dim() == 3:
-                    frame = _Frame((tokens.shape[0], tokens.shape[1]), frame.mask)
+                frame = self.frames.of(layer, tokens)
                 parts = returned if isinstance(returned, tuple | list) else (returned,)
                 kept = tuple(map(_detached, parts))
                 given = {name: _detached(value) for name, value in inputs.items()}
@@ -137,27 +123,6 @@ def watch_transformers(model: nn.Module, *, tokens: bool = True, training_only: 
         seen.close()
 
 
-def _stack(model: nn.Module, layer: HFLayer) -> nn.Module:
-    """The module that holds the numbered layers: ``model`` of ``model.layers.3.mlp``. It is called with the mask."""
-    parts = layer.path.split(".")
-    first = next((place for place, part in enumerate(parts) if part.isdigit()), 1)
-    return model.get_submodule(".".join(parts[: max(first - 1, 0)]))
-
-
-def _frame(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Frame:
-    """Shape and mask from the arguments of a call; a mask that is longer than the input has the cached tokens first."""
-    names = list(inspect.signature(stack.forward).parameters)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    tokens = given.get("input_ids")
-    tokens = given.get("inputs_embeds") if tokens is None else tokens
-    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
-        return _Frame()
-    shape, mask = (tokens.shape[0], tokens.shape[1]), given.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
-        return _Frame(shape)
-    return _Frame(shape, mask.detach()[:, mask.shape[1] - shape[1] :] != 0)
-
-
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
@@ -165,18 +130,4 @@ def _detached(value: Any) -> Any:
 @torch.no_grad()
 def _routing(layer: HFLayer, call: _Call) -> Routing:
     output = call.returned if len(call.returned) > 1 else call.returned[0]
-    routing = layer.routing(layer.read(output, call.tokens))
-    count, (shape, mask) = len(routing.indices), (call.frame.shape, call.frame.mask)
-    if shape is None or shape[0] * shape[1] != count:
-        return routing
-    routing = replace(routing, shape=shape)
-    if mask is None or mask.numel() != count:
-        return routing
-    real = mask.reshape(-1).to(routing.indices.device)
-    return replace(
-        routing,
-        mask=real,
-        indices=routing.indices.masked_fill(~real[:, None], EMPTY),
-        weights=routing.weights * real[:, None],
-        asked=None if routing.asked is None else real.sum() * routing.indices.shape[1],
-    )
+    return call.frame.put(layer.routing(layer.read(output, call.tokens)))

@@ -6,6 +6,7 @@ from spectralmoe.selectors.base import Selector
 from spectralmoe.selectors.capacity import Capacity
 from spectralmoe.selectors.cluster_dropout import ClusterDropout
 from spectralmoe.selectors.expert_choice import ExpertChoice
+from spectralmoe.selectors.group_limited import GroupLimited
 from spectralmoe.selectors.noisy_topk import NoisyTopK
 from spectralmoe.selectors.soft import Soft
 from spectralmoe.selectors.soft_balanced import SoftBalanced
@@ -19,6 +20,7 @@ __all__ = [
     "Capacity",
     "ClusterDropout",
     "ExpertChoice",
+    "GroupLimited",
     "NoisyTopK",
     "Selector",
     "Soft",
@@ -37,4 +39,5 @@ SELECTORS: dict[str, type[Selector]] = {
     "soft_balanced": SoftBalanced,
     "capacity": Capacity,
     "cluster_dropout": ClusterDropout,
+    "group_limited": GroupLimited,
 }
