@@ -36,14 +36,19 @@ class Calls:
 
     def __init__(self, stack: nn.Module) -> None:
         self.names = parameter_names(stack)
+        self.hook = stack.register_forward_pre_hook(self.enter, with_kwargs=True)
         self.here = _Here()
         self.last, self.recomputed, self.mixed = Frame(), True, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": Frame(), "recomputed": True, "mixed": False}
 
+    def close(self) -> None:
+        """See no more calls."""
+        self.hook.remove()
+
     def enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the stack."""
+        """The forward pre-hook of the stack."""
         if recomputing():
             return
         self.here.frame = frame_of(self.names, args, kwargs)

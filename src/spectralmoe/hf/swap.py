@@ -9,17 +9,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.hf.calls import Calls
-from spectralmoe.hf.frames import stack_around
 from spectralmoe.hf.gates import gate_of, start_from_gate
 from spectralmoe.hf.language import arguments_of
 from spectralmoe.hf.layers import HFLayer, find_layers
+from spectralmoe.hf.places import put_in, take_out
 from spectralmoe.hf.rules import Rule, put_bias, read_rule
-from spectralmoe.hf.swapped import SwappedRouter, swapped_router
+from spectralmoe.hf.swapped import SwappedRouter
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.naming import own_names, read_part
 from spectralmoe.router import Router
@@ -64,17 +62,10 @@ class Swapped:
     agreement: dict[str, float] | None
     _model: nn.Module = field(repr=False)
     _routers: list[SwappedRouter] = field(repr=False)
-    _hooks: list[RemovableHandle] = field(repr=False)
 
     def undo(self) -> None:
         """Put the stock routers back, the same modules with the tensors that the model kept of them. Twice is once."""
-        paths = {module: path for path, module in self._model.named_modules()}
-        for router in self._routers:
-            if router in paths:
-                self._model.set_submodule(paths[router], router.restored())
-        for hook in self._hooks:
-            hook.remove()
-        self._routers, self._hooks = [], []
+        take_out(self._model, self._routers)
 
 
 def swap_routers(
@@ -139,17 +130,9 @@ def swap_routers(
     if read is not None:
         pairs = zip(chosen, routers, strict=True)
         agreement = {layer.name: _agreement(router, read[layer.name]) for layer, router in pairs}
-    calls: dict[nn.Module, Calls] = {}
-    swapped = Swapped([layer.name for layer in chosen], agreement, model, [], [])
-    for layer, router, (rule, _) in zip(chosen, routers, rules, strict=True):
-        stack = stack_around(model, layer.path)
-        if stack not in calls:
-            calls[stack] = Calls(stack)
-            swapped._hooks.append(stack.register_forward_pre_hook(calls[stack].enter, with_kwargs=True))
-        ours = swapped_router(layer.router, router, rule, calls[stack])
-        model.set_submodule(layer.router_path, ours)
-        swapped._routers.append(ours)
-    return swapped
+    parts = zip(chosen, routers, rules, strict=True)
+    placed = put_in(model, {layer: (router, rule) for layer, router, (rule, _) in parts})
+    return Swapped([layer.name for layer in chosen], agreement, model, placed)
 
 
 def _choose(found: Sequence[HFLayer], pattern: str) -> list[HFLayer]:
