@@ -1,9 +1,11 @@
-"""MoE models of Hugging Face's transformers: load one, run it on text, watch its routers, monitor its training."""
+"""MoE models of Hugging Face's transformers: load one, run it on text, watch its routers, monitor its training,
+make one of a dense model."""
 
 from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
 from spectralmoe.hf.load import load_transformers
 from spectralmoe.hf.swap import Swapped, swap_routers
 from spectralmoe.hf.trainer import trainer_callback
+from spectralmoe.hf.upcycle import upcycle
 from spectralmoe.hf.watch import watch_transformers
 
 __all__ = [
@@ -15,5 +17,6 @@ __all__ = [
     "swap_routers",
     "trainer_callback",
     "training_facts",
+    "upcycle",
     "watch_transformers",
 ]
