@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
 
-__all__ = ["chosen_experts", "copy_with"]
+__all__ = ["chosen_experts", "copy_with", "means"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -44,3 +44,21 @@ def copy_with(module: Module, tensors: Mapping[Tensor, Tensor]) -> Module:
         new = new.to(old.dtype)
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     return copy.deepcopy(module, memo)
+
+
+def means(stack: Tensor, groups: Sequence[Sequence[int]], shares: Sequence[Tensor]) -> Tensor:
+    """Weighted means of the entries of ``stack`` (E, ...), one a group: (G, ...) float64.
+
+    Args:
+        groups: the members of each group.
+        shares: their weights (n,) float64, with sum 1.
+
+    >>> means(torch.tensor([[1.0], [2.0], [4.0]]), [[1], [0, 2]], [torch.ones(1), torch.tensor([0.75, 0.25])]).tolist()
+    [[2.0], [1.75]]
+    """
+    return torch.stack(
+        [
+            torch.tensordot(share.to(stack.device, torch.float64), stack[list(group)].double(), 1)
+            for group, share in zip(groups, shares, strict=True)
+        ]
+    )

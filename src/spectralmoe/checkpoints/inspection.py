@@ -32,10 +32,13 @@ def inspect_checkpoint(path: str | Path, *, experts: bool = True) -> dict[str, A
     checkpoint = read_checkpoint(path)
     model = {
         "name": checkpoint.name,
+        "source": str(path),
+        "library": _library(checkpoint),
         "class": _model_class(checkpoint),
         "mode": "router-only",
         "dtype": checkpoint.dtype,
         "parameters": checkpoint.parameters,
+        "groups": checkpoint.config.get("n_group"),
     }
     notes = _notes(checkpoint, experts)
     data = {"source": str(path), "tokens": 0, "sequences": 0, "tokenizer": None, "notes": notes}
@@ -77,6 +80,11 @@ def _layer(layer: CheckpointLayer, experts: bool) -> dict[str, Any]:
 def _model_class(checkpoint: Checkpoint) -> str:
     named = checkpoint.config.get("architectures")
     return str(named[0]) if isinstance(named, list) and named else ""
+
+
+def _library(checkpoint: Checkpoint) -> str:
+    """What loads it: "transformers", "spectralmoe", or "" for files without a config."""
+    return "spectralmoe" if "spectralmoe" in checkpoint.config else "transformers" if checkpoint.config else ""
 
 
 def _notes(checkpoint: Checkpoint, experts: bool) -> list[str]:

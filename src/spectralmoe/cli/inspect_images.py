@@ -54,6 +54,8 @@ def inspect_images(
         layers = inspector.layers(_Patches(images.test, order, images.classes))
     model = {
         "name": folder.name,
+        "source": str(folder),
+        "library": "spectralmoe",
         "class": type(network).__name__,
         "mode": "run",
         "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),

@@ -14,6 +14,7 @@ from torch import Tensor
 from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.errors import UserError
 from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
+from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.load import load_transformers
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.instruments import Inspector, inspection_document
@@ -57,11 +58,14 @@ def inspect_text(
         layer["name"] = loaded.stored_names.get(layer["name"], layer["name"])
     model = {
         "name": loaded.name,
+        "source": source,
+        "library": "transformers",
         "class": type(loaded.model).__name__,
         "mode": "run",
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "parameters": loaded.model.num_parameters(),
         "training": training_facts(loaded.model),
+        "groups": find_layers(loaded.model)[0].groups[0],
     }
     names = ", ".join("standard input" if name == "-" else name for name in texts)
     facts = {

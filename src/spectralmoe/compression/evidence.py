@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from spectralmoe.compression.saliency import SALIENCIES, frequency, random, reap, removal
+from spectralmoe.compression.saliency import SALIENCIES, affinity, frequency, random, reap, removal
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.moe import MoE
 from spectralmoe.tape import Record
@@ -76,9 +76,7 @@ class Evidence:
     def affinity(self, name: str, layer: MoE) -> Tensor:
         """Cosine of the logits that two experts get over all tokens: (E, E) float64."""
         routings = [item.routing for item in self.of(name, layer)]
-        logits = torch.cat([r.logits.detach() if r.mask is None else r.logits.detach()[r.mask] for r in routings])
-        columns = torch.nn.functional.normalize(logits.double(), dim=0)
-        return (columns.T @ columns).cpu()
+        return affinity(torch.cat([r.logits if r.mask is None else r.logits[r.mask] for r in routings]))
 
 
 def _reap(layer: MoE, records: list[Record]) -> Tensor:

@@ -7,6 +7,8 @@
   arXiv 2402.14800, section on expert pruning, who compare sets of experts by it. Differs: one expert at a time, so E
   sets and not all; the mean over tokens.
 - ``random``: the control.
+
+``affinity`` says how alike the router treats two experts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["SALIENCIES", "frequency", "random", "reap", "removal"]
+__all__ = ["SALIENCIES", "affinity", "frequency", "random", "reap", "removal"]
 
 SALIENCIES = ("frequency", "reap", "removal", "random")
 """Names of the saliencies, for ``by=``."""
@@ -74,3 +76,9 @@ def removal(outputs: Tensor, gates: Tensor, gates_without: Tensor) -> Tensor:
 def random(num_experts: int, generator: torch.Generator) -> Tensor:
     """A number between 0 and 1 for each expert."""
     return torch.rand(num_experts, generator=generator, dtype=torch.float64)
+
+
+def affinity(logits: Tensor) -> Tensor:
+    """Cosine of the logits (N, E) that two experts get over all tokens: (E, E) float64, on the CPU."""
+    columns = torch.nn.functional.normalize(logits.detach().double(), dim=0)
+    return (columns.T @ columns).cpu()

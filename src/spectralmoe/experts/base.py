@@ -11,7 +11,7 @@ from torch import Tensor
 from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.parts import Part
-from spectralmoe.stacks import chosen_experts, copy_with
+from spectralmoe.stacks import chosen_experts, copy_with, means
 
 __all__ = ["Answer", "Experts", "per_row"]
 
@@ -162,11 +162,7 @@ class Experts(Part):
         def mean(stack: Tensor) -> Tensor:
             if not stack.is_floating_point():
                 raise UserError(f"{type(self).__name__}.averaged: a buffer of {stack.dtype} has no mean")
-            means = [
-                torch.tensordot(share.to(stack.device), stack[group].double(), 1)
-                for group, share in zip(members, shares, strict=True)
-            ]
-            return torch.stack(means)
+            return means(stack, members, shares)
 
         return self._restacked(mean, len(members))
 

@@ -3,6 +3,7 @@ make one of a dense model."""
 
 from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
 from spectralmoe.hf.load import load_transformers
+from spectralmoe.hf.shrink import merge_experts, prune_experts
 from spectralmoe.hf.swap import Swapped, swap_routers
 from spectralmoe.hf.trainer import trainer_callback
 from spectralmoe.hf.upcycle import upcycle
@@ -13,6 +14,8 @@ __all__ = [
     "TransformersModel",
     "encode",
     "load_transformers",
+    "merge_experts",
+    "prune_experts",
     "run",
     "swap_routers",
     "trainer_callback",

@@ -80,6 +80,12 @@ class HFLayer(Watched):
         bias = correction_bias((self.router, self.layer), self.num_experts)
         return None if bias is None else full(bias).detach().flatten()
 
+    @property
+    def groups(self) -> tuple[int, int]:
+        """In how many groups of neighbours the experts are, and from how many of them a token may choose."""
+        total = number_of((self.router, self.layer), "num_group", "n_group") or 1
+        return total, number_of((self.router, self.layer), "topk_group") or total
+
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
         """Routes by a copy of the router without hooks: an open watch sees nothing of it, and one that changes its
         own module (Switch casts the matrix) changes the copy alone.
@@ -93,8 +99,7 @@ class HFLayer(Watched):
 
     def routing(self, returned: Returned) -> Routing:
         """Converts what the router returned to our ``Routing``."""
-        groups = number_of((self.router, self.layer), "num_group", "n_group") or 1
-        choice = Choice(self.correction_bias, groups, number_of((self.router, self.layer), "topk_group") or groups)
+        choice = Choice(self.correction_bias, *self.groups)
         form = self._form or returned.form(choice)
         self._form = form if form.sure else None  # found once: a step of training does not wait for it
         return returned.routing(choice, form)
@@ -145,11 +150,22 @@ class HFLayer(Watched):
             if isinstance(experts, nn.ModuleList | nn.ModuleDict):
                 return cast(Tensor, experts_of(experts)[e](x))
             forward = inspect.unwrap(type(experts).forward)
-            if len(inspect.signature(forward).parameters) == 2:  # each expert gets its own tokens, whole (Llama 4)
+            if self.weighs_inputs:
                 alone: dict[str, Any] = {name: value[e : e + 1] for name, value in self._stacked()}
                 return cast(Tensor, functional_call(experts, alone, (x,)))
             indices = torch.full((len(x), 1), e, device=x.device)
             return cast(Tensor, forward(experts, x, indices, torch.ones_like(indices, dtype=x.dtype)))
+
+    @property
+    def weighs_inputs(self) -> bool:
+        """Whether each expert gets its own tokens, already times their combine weights (Llama 4)."""
+        stacked = not isinstance(self.experts, nn.ModuleList | nn.ModuleDict)
+        return stacked and len(inspect.signature(inspect.unwrap(type(self.experts).forward)).parameters) == 2
+
+    def part(self, x: Tensor, weights: Tensor, e: int) -> Tensor:
+        """What expert ``e`` adds to the output for tokens x (N, D) that chose it with combine weights (N,)."""
+        weights = weights[:, None]
+        return self.expert(x * weights.to(x), e) if self.weighs_inputs else self.expert(x, e) * weights
 
     def expert_weights(self, e: int) -> Tensor:
         """Its parameters by name, biases too."""

@@ -14,6 +14,7 @@ from spectralmoe.recording import Recordable
 __all__ = [
     "correction_bias",
     "count_experts",
+    "count_settings",
     "experts_of",
     "matrix_name",
     "named_experts",
@@ -110,6 +111,14 @@ def named_experts(config: Mapping[str, Any]) -> int:
         if isinstance(count, int) and count > 1:
             return count
     return 0
+
+
+def count_settings(config: Any, count: int) -> list[tuple[Any, str]]:
+    """Where a config of transformers says ``count`` experts: (the config, or that of its text model; the name)."""
+    parts = {id(part): part for part in (config, config.get_text_config())}.values()
+    return [
+        (part, name) for part in parts for name, value in vars(part).items() if _COUNT.search(name) and value == count
+    ]
 
 
 def required(function: Callable[..., Any]) -> list[str]:

@@ -1,8 +1,12 @@
-"""Thresholds of the findings, and their cures in this library."""
+"""Thresholds of the findings, and their cures: in code for layers of this library, as commands for a known model."""
 
 from __future__ import annotations
 
-__all__ = ["CURES", "THRESHOLDS"]
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["CURES", "THRESHOLDS", "cures_for"]
 
 THRESHOLDS = {
     "dead_experts": 1.0,  # experts with less than DEAD_SHARE of an even load
@@ -53,4 +57,89 @@ CURES = {
     "not_run": "run the model on data: inspect without --router-only or --gates-only",
     "half_precision": "inspect a checkpoint in float32, where there is one (--dtype float32)",
 }
-"""The cure of a finding, by kind."""
+"""The cure of a finding, by kind, for layers of this library."""
+
+
+def cures_for(model: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The cures of the findings in one model: commands for it where there are some, else ``CURES``.
+
+    Args:
+        model: of an inspection document; ``library`` says whose it is, ``source`` is its folder or name.
+        layers: of the document.
+
+    >>> model = {"library": "transformers", "source": "./Mixtral-8x7B"}
+    >>> cures_for(model, [])["imbalance"]
+    'balance the load: spectralmoe finetune ./Mixtral-8x7B --terms load_balance=1e-2 --text FILE --out DIR'
+    """
+    library, source = model.get("library"), model.get("source")
+    if library == "transformers" and source:
+        return CURES | _for_transformers(source, layers, model.get("groups") or 1)
+    if library == "spectralmoe" and source:
+        train = "spectralmoe train --config F.toml --router linear+balanced --out DIR"
+        balance = dict.fromkeys(("dead_experts", "collapse", "imbalance"), f"balance the load: {train}; or {_BALANCE}")
+        return CURES | balance | {"not_run": f"run the model on data: {_command('inspect', source)}"}
+    return dict(CURES)
+
+
+def _for_transformers(source: str, layers: Sequence[Mapping[str, Any]], groups: int) -> dict[str, str]:
+    dead = [int(((layer.get("load") or {}).get("dead") or {}).get("value") or 0) for layer in layers]
+    cures = {
+        "not_run": f"run the model on text: {_command('inspect', source, '--text', 'FILE')}",
+        "no_data": f"give more tokens: {_command('inspect', source, '--tokens', '32768', '--text', 'FILE')}",
+        "half_precision": (
+            "look at a checkpoint in float32, where there is one: "
+            f"{_command('inspect', source, '--dtype', 'float32', '--text', 'FILE')}"
+        ),
+        "dropped_slots": "raise expert_capacity in its config.json",
+    }
+    if not any(layer.get("stack") for layer in layers):  # a decoder alone, which finetune trains
+        cures |= _trainings(source)
+    files = ("--text", "FILE", "--out", "DIR")
+    if spared := _keep(layers, min(dead, default=0), groups):
+        text = _command("prune", source, "--keep", str(spared), "--by", "frequency", *files)
+        cures["dead_experts"] = f"{cures.get('dead_experts', CURES['dead_experts'])}; or leave them out: {text}"
+    if half := _keep(layers, layers[0]["experts"] // 2 if layers else 0, groups):
+        text = _command("prune", source, "--keep", str(half), "--merge", *files)
+        apart = cures.get("homogeneous", CURES["homogeneous"])
+        cures["homogeneous"] = f"merge experts that are alike: {text}; or {apart}"
+    return cures
+
+
+def _trainings(source: str) -> dict[str, str]:
+    """The cures that train the model on."""
+
+    def finetune(*options: str) -> str:
+        return _command("finetune", source, *options, "--text", "FILE", "--out", "DIR")
+
+    balance = finetune("--terms", "load_balance=1e-2")
+    balanced = f"balance the load: {balance}"
+    coefficient = "set router_aux_loss_coef to 0 in its config.json and train with a term"
+    return {
+        "dead_experts": balanced,
+        "collapse": f"{balanced}; or change the router: {finetune('--router', 'sr-moe')}",
+        "sequence_collapse": balanced,
+        "imbalance": balanced,
+        "near_tie": f"widen the margins with another router: {finetune('--router', 'sr-moe')}",
+        "precision_flip": f"give it routers that stay in fp32: {finetune('--router', 'linear')}",
+        "homogeneous": f"make the experts differ: {finetune('--terms', 'stable_rank=1e-2')}",
+        "dropped_slots": f"raise expert_capacity in its config.json, or {balanced}",
+        "no_router": f"fetch or save the checkpoint again, or train the routers: {finetune('--train', 'routers')}",
+        "no_router_gradient": f"set norm_topk_prob to false in its config.json and train on: {finetune()}",
+        "balance_off": f"train with a balance term: {balance}",
+        "no_balancing": f"train with a balance term: {balance}",
+        "double_softmax": f"{coefficient}: {balance}",
+    }
+
+
+def _keep(layers: Sequence[Mapping[str, Any]], gone: int, groups: int) -> int | None:
+    """How many experts stay when ``gone`` of every layer go, whole in every group; None where that leaves no choice."""
+    counts = {layer["experts"] for layer in layers}
+    if len(counts) != 1 or gone < 1:
+        return None
+    (total,), most = counts, max(layer.get("top_k") or 1 for layer in layers)
+    left = -(-(total - gone) // groups) * groups
+    return left if total > left > most and (groups == 1 or left >= 2 * groups) else None
+
+
+def _command(verb: str, source: str, *options: str) -> str:
+    return shlex.join(["spectralmoe", verb, source, *options])

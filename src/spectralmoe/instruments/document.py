@@ -29,7 +29,8 @@ def inspection_document(
     """The document that ``spectralmoe inspect`` writes and ``spectralmoe report`` reads, with its findings.
 
     Args:
-        model: name, class, mode ("run" or "router-only"), dtype, parameters.
+        model: name, source (what it was loaded from), library ("transformers", "spectralmoe" or ""), class, mode ("run"
+            or "router-only"), dtype, parameters, groups (that experts are chosen in).
         data: source, tokens, sequences, tokenizer, notes.
         layers: of an ``Inspector``, or of a checkpoint.
         paths: of an ``Inspector``.

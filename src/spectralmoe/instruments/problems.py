@@ -1,4 +1,4 @@
-"""The findings of a document: what is wrong with its routers, from stated thresholds, with cures of this library.
+"""The findings of a document: what is wrong with its routers, from stated thresholds, with cures for the model.
 
 They are read off the values of an inspection (``spectralmoe inspect``), of a checkpoint that is not run,
 or of a training run (``Monitor``), so the three agree. A value without data gives no finding: the finding ``no_data``
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from spectralmoe.instruments.cures import CURES
+from spectralmoe.instruments.cures import CURES, cures_for
 from spectralmoe.instruments.findings import SEVERITIES, Finding, Severity
 from spectralmoe.instruments.rules import layer_findings, not_finite
 
@@ -24,31 +25,36 @@ def find_problems(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     >>> find_problems({"layers": [], "model": {}})
     []
     """
-    findings = [*model_findings(document["model"])]
+    cures = cures_for(document["model"], document["layers"])
+    findings = [*model_findings(document["model"], cures)]
     for layer in document["layers"]:
-        findings += layer_findings(layer)
+        findings += [replace(item, cure=cures[item.kind]) for item in layer_findings(layer)]
     if "probabilities_as_logits" in {item.kind for item in findings} and _computes_loss(document["model"]):
         text = "the model's balance loss takes the softmax of probabilities: its routers return them as logits"
-        findings.append(_about_model("double_softmax", "warning", text))
-    findings += _not_run() if document["model"].get("mode") == "router-only" else _unjudged(document)
+        findings.append(_about_model("double_softmax", "warning", text, cures["double_softmax"]))
+    findings += _not_run(cures) if document["model"].get("mode") == "router-only" else _unjudged(document, cures)
     return [item.as_json() for item in sorted(findings, key=lambda item: SEVERITIES.index(item.severity))]
 
 
-def model_findings(model: Mapping[str, Any]) -> Iterator[Finding]:
-    """The findings about how the model would be trained, from the "training" block of a Hugging Face model."""
+def model_findings(model: Mapping[str, Any], cures: Mapping[str, str] = CURES) -> Iterator[Finding]:
+    """The findings about how the model would be trained, from the "training" block of a Hugging Face model.
+
+    Args:
+        cures: by kind, as ``cures_for`` gives them.
+    """
     facts = model.get("training")
     if not facts:
         return
     coefficient, computes = facts["router_aux_loss_coef"], facts["computes_aux_loss"]
     if coefficient and computes and not facts["output_router_logits"]:
         text = f"the balance loss is off: its coefficient is {coefficient}, but output_router_logits is False"
-        yield _about_model("balance_off", "warning", text)
+        yield _about_model("balance_off", "warning", text, cures["balance_off"])
     elif coefficient and not computes:
         text = f"the balance loss is off: its coefficient is {coefficient}, but this family computes no such loss"
-        yield _about_model("balance_off", "warning", text, CURES["no_balancing"])
+        yield _about_model("balance_off", "warning", text, cures["no_balancing"])
     if facts["correction_bias"] and not computes:
         text = "the router has a selection bias, and nothing in transformers updates it"
-        yield _about_model("balance_off", "note", text, CURES["no_balancing"])
+        yield _about_model("balance_off", "note", text, cures["no_balancing"])
 
 
 _HALF = ("bfloat16", "float16")
@@ -62,7 +68,7 @@ _JUDGED = (
 )
 
 
-def _unjudged(document: Mapping[str, Any]) -> Iterator[Finding]:
+def _unjudged(document: Mapping[str, Any], cures: Mapping[str, str]) -> Iterator[Finding]:
     """A note about all that had too little data, one about all that no data would tell, one about the precision."""
     layers = [layer for layer in document["layers"] if not any(not_finite(layer))]
     few, never = Counter[str](), Counter[str]()
@@ -77,22 +83,22 @@ def _unjudged(document: Mapping[str, Any]) -> Iterator[Finding]:
         if missing:
             listed = ", ".join(f"{name} ({count})" for name, count in missing.items())
             text = f"{text} these values, in so many of {len(document['layers'])} layers: {listed}"
-            yield _about_model("no_data", "note", text, CURES[kind])
+            yield _about_model("no_data", "note", text, cures[kind])
     dtype = document["model"].get("dtype")
     if dtype in _HALF and any((layer.get("stability") or {}).get("bf16") for layer in layers):
         text = f"the weights were loaded in {dtype}: what rounding them to it did to the choices is not known"
-        yield _about_model("no_data", "note", text, CURES["half_precision"])
+        yield _about_model("no_data", "note", text, cures["half_precision"])
 
 
-def _not_run() -> Iterator[Finding]:
+def _not_run(cures: Mapping[str, str]) -> Iterator[Finding]:
     """A note that lists the values that weights alone do not tell."""
     text = "no data for load, entropy, stability and outputs: the weights alone were read, and nothing was run"
-    yield _about_model("no_data", "note", text, CURES["not_run"])
+    yield _about_model("no_data", "note", text, cures["not_run"])
 
 
 def _computes_loss(model: Mapping[str, Any]) -> bool:
     return bool((model.get("training") or {}).get("computes_aux_loss"))
 
 
-def _about_model(kind: str, severity: Severity, text: str, cure: str | None = None) -> Finding:
-    return Finding(kind, None, None, severity, text, cure or CURES[kind])
+def _about_model(kind: str, severity: Severity, text: str, cure: str) -> Finding:
+    return Finding(kind, None, None, severity, text, cure)
