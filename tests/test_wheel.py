@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("compare", "train", "evaluate", "predict", "adapt", "fewshot", "inspect", "report", "list")
+VERBS = ("compare", "train", "evaluate", "predict", "adapt", "fewshot", "finetune", "inspect", "report", "list")
 
 
 def call(*command: object, cwd: Path) -> str:

@@ -28,6 +28,7 @@ VERBS = (
     "adapt correct",
     "adapt apply",
     "fewshot",
+    "finetune",
     "report",
     "inspect",
     "bench",

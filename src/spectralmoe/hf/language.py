@@ -16,7 +16,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.structure import stack_of
 
-__all__ = ["TransformersModel", "arguments_of", "encode", "run", "stored_names", "training_facts"]
+__all__ = ["TransformersModel", "arguments_of", "encode", "run", "stored_names", "token_ids", "training_facts"]
 
 _EXPERT = re.compile(r"(.*?)\.(?!shared)[^.]*expert")
 LENGTH, ROWS = 512, 4
@@ -56,33 +56,47 @@ def encode(loaded: TransformersModel, text: str, tokens: int) -> list[dict[str, 
     encoder gets the start token and then the text, so that it predicts each token from those before.
 
     Raises:
-        UserError: no text; no tokenizer and a vocabulary of less than 256; a tokenizer that fails or is of another
-            model.
+        UserError: no text; as ``token_ids``.
     """
     if not text.strip() or tokens < 1:
         raise UserError("there is no text to run: give at least one word, and at least one token of it")
-    if loaded.tokenizer is not None:
-        token_ids = _token_ids(loaded, text[: 16 * tokens])  # a short read of a long text ...
-        if len(token_ids) < tokens and len(text) > 16 * tokens:  # ... if that is enough
-            token_ids = _token_ids(loaded, text)
-    elif loaded.vocabulary < BYTES:
-        raise UserError(
-            f"{loaded.name} has no tokenizer, and its vocabulary of {loaded.vocabulary} is too small to read text as "
-            "bytes (256); save its tokenizer in its folder"
-        )
-    else:
-        token_ids = list(text[:tokens].encode("utf-8"))
-    ids = torch.tensor(token_ids[:tokens], dtype=torch.int64, device=next(loaded.model.parameters()).device)
-    if ids.numel() and int(ids.max()) >= loaded.vocabulary:
-        raise UserError(
-            f"{loaded.name}: the tokenizer gives id {int(ids.max())}, the model knows {loaded.vocabulary}: it is of "
-            "another model"
-        )
+    read = token_ids(loaded, text[: 16 * tokens])  # a short read of a long text ...
+    if len(read) < tokens and len(text) > 16 * tokens:  # ... if that is enough
+        read = token_ids(loaded, text)
+    ids = torch.tensor(read[:tokens], dtype=torch.int64, device=next(loaded.model.parameters()).device)
     length = min(LENGTH, getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
     whole = len(ids) // length * length
     batches = [*ids[:whole].view(-1, length).split(ROWS)] if whole else []
     batches += [ids[whole:][None]] if whole < len(ids) else []
     return [arguments_of(loaded.model.config, batch) for batch in batches]
+
+
+def token_ids(loaded: TransformersModel, text: str, *, special: bool = True) -> list[int]:
+    """The tokens of ``text``; its bytes in UTF-8 where the model has no tokenizer.
+
+    Args:
+        special: with the tokens that the tokenizer puts around a text.
+
+    Raises:
+        UserError: no tokenizer and a vocabulary of less than 256; a tokenizer that fails or is of another model.
+    """
+    if loaded.tokenizer is None and loaded.vocabulary < BYTES:
+        raise UserError(
+            f"{loaded.name} has no tokenizer, and its vocabulary of {loaded.vocabulary} is too small to read text as "
+            "bytes (256); save its tokenizer in its folder"
+        )
+    if loaded.tokenizer is None:
+        return list(text.encode("utf-8"))
+    try:
+        ids = list(loaded.tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"])
+    except Exception as error:  # a tokenizer without an unknown token raises Exception itself
+        raise UserError(f"{loaded.name}: its tokenizer cannot read this text ({first_line(error)})") from error
+    if ids and max(ids) >= loaded.vocabulary:
+        raise UserError(
+            f"{loaded.name}: the tokenizer gives id {max(ids)}, the model knows {loaded.vocabulary}: it is of "
+            "another model"
+        )
+    return ids
 
 
 @torch.no_grad()
@@ -145,13 +159,6 @@ def stored_names(layers: Sequence[Watched], tensors: Iterable[str]) -> dict[str,
         if layer.name not in owners and len(alike) == 1:
             in_files[layer.name] = alike[0]
     return in_files
-
-
-def _token_ids(loaded: TransformersModel, text: str) -> list[int]:
-    try:
-        return list(loaded.tokenizer(text, verbose=False)["input_ids"])
-    except Exception as error:  # a tokenizer without an unknown token raises Exception itself
-        raise UserError(f"{loaded.name}: its tokenizer cannot read this text ({first_line(error)})") from error
 
 
 def arguments_of(config: Any, ids: Tensor) -> dict[str, Tensor]:

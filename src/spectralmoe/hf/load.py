@@ -17,7 +17,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.hf.language import TransformersModel, stored_names
 from spectralmoe.hf.layers import find_layers
 
-__all__ = ["import_transformers", "load_transformers"]
+__all__ = ["import_transformers", "load_transformers", "quiet"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,7 +49,7 @@ def load_transformers(
     """
     tf = import_transformers()
     folder = _folder(source)
-    with _quiet() as log:
+    with quiet() as log:
         config = _call(source, log, tf.AutoConfig.from_pretrained, source, trust_remote_code=False)
         config._attn_implementation = None  # sdpa, or eager for a family without it; of all parts of the config
         config._experts_implementation = "eager" if torch.device(device).type == "cpu" else None
@@ -147,7 +147,7 @@ def _refuse(source: str, names: list[str]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[list[str]]:
+def quiet() -> Iterator[list[str]]:
     """Sends messages of transformers into a list and progress bars nowhere; all is as before after the block."""
     from transformers.utils import logging as settings
 

@@ -1,0 +1,189 @@
+"""Finetuning of a Hugging Face MoE: routers put in, terms added, experts adapted; scored on text that is held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectralmoe.errors import UserError
+from spectralmoe.hf.corpus import Corpus, read_corpus
+from spectralmoe.hf.frozen_prefix import after_prefix, check_prefix, without_prefix
+from spectralmoe.hf.language import TransformersModel
+from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.load import quiet
+from spectralmoe.hf.lora import add_lora
+from spectralmoe.hf.quiet_trainer import follow_trainer, last_checkpoint, quiet_trainer
+from spectralmoe.hf.trained_parts import chosen_layers, decoder_layers, train_only
+from spectralmoe.hf.trainer import trainer_callback
+from spectralmoe.naming import read_term
+from spectralmoe.presets import find_preset
+from spectralmoe.terms import Term
+from spectralmoe.training.finetune_settings import FinetuneSettings
+from spectralmoe.training.loop import Diverged, Progress
+from spectralmoe.training.settings import laid_over
+from spectralmoe.training.tasks import Metric
+
+__all__ = ["CHECKPOINTS", "MONITOR", "finetune", "terms_of"]
+
+CHECKPOINTS, MONITOR, ADAPTER = "checkpoints", "monitor.jsonl", "adapter"
+"""What a finetuning writes beside the model: folders and a file."""
+
+BITS = Metric(
+    "bits_per_byte", "bits per byte", "bits that the model needs for a byte of held-out text", "lower", digits=3
+)
+
+
+def finetune(
+    loaded: TransformersModel,
+    texts: Mapping[str, Sequence[str]],
+    settings: FinetuneSettings,
+    out: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train ``loaded.model`` in place, save it to ``out`` with what the monitor saw, and score it before and after.
+
+    A training that was stopped goes on from its last checkpoint in ``out``, to the same weights.
+
+    Args:
+        texts: domain -> its documents, which are not empty.
+        out: the folder of this run, see ``run_folder``.
+
+    Returns:
+        The history, as ``history.json`` has it: ``before`` and ``after``, bits per byte of held-out text, ``epochs``.
+
+    Raises:
+        UserError: a model or text that does not fit the settings; ``Diverged``.
+    """
+    model = loaded.model
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{loaded.name} has an encoder; finetune trains models that continue a text")
+    layers, use_cache = chosen_layers(model, settings.layers), model.config.use_cache
+    corpus = read_corpus(loaded, texts, settings.length, share=settings.held_out, size=settings.domain_bytes)
+    with quiet():
+        with _late_layers(model, layers, corpus, settings, progress) as corpus:
+            log = _train(loaded, layers, corpus, settings, out=out, progress=progress)
+        model.config.use_cache = use_cache  # the Trainer turns it off
+        model.eval().requires_grad_(True)
+        model.save_pretrained(out)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(out)
+    return _history(loaded.name, log)
+
+
+def terms_of(settings: FinetuneSettings) -> dict[str, Term]:
+    """The terms of the loss: those of the router, and beside them those of the settings.
+
+    Raises:
+        UserError: an unknown router, term or argument.
+    """
+    if settings.router is not None:
+        return dict(find_preset(laid_over(settings.router, terms=settings.terms)).terms)
+    return {name: read_term(name, value) for name, value in settings.terms.items()}
+
+
+@contextmanager
+def _late_layers(
+    model: Any, layers: Sequence[HFLayer], corpus: Corpus, settings: FinetuneSettings, progress: Progress
+) -> Iterator[Corpus]:
+    """Where only late layers are trained: the model without those before them, and the corpus as these leave it."""
+    stack, first = decoder_layers(model, layers[0])
+    if settings.layers == "all" or first == 0:
+        yield corpus
+        return
+    progress(f"running the {first} layers that are not trained", 0.0)
+    check_prefix(model, stack, first, corpus.train)
+    cached = corpus.map(lambda windows: after_prefix(model, stack, first, windows, settings.batch_size))
+    with without_prefix(stack, first):
+        yield cached
+
+
+def _train(
+    loaded: TransformersModel,
+    layers: Sequence[HFLayer],
+    corpus: Corpus,
+    settings: FinetuneSettings,
+    *,
+    out: Path,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The training itself; returns its log, an entry for each loss and each score."""
+    model, rows = loaded.model, settings.batch_size
+    checkpoint = last_checkpoint(out / CHECKPOINTS)
+    before = {} if checkpoint else {"before": corpus.score(model, rows)}
+    torch.manual_seed(settings.seed)
+    train_only(model, settings.parts, layers)
+    trained = model if settings.lora is None else add_lora(model, layers, settings.lora)
+    an_epoch = -(-len(corpus.train) // (rows * settings.accumulation))
+    steps = min(settings.steps or an_epoch * settings.epochs, an_epoch * settings.epochs)
+    follow = follow_trainer(
+        begin=lambda: before,
+        every=an_epoch,
+        score=lambda: {"held_out": corpus.score(trained, rows)},
+        tell=_teller(loaded.name, progress),
+    )
+    with trainer_callback(out / MONITOR, every=settings.monitor_every, layers=True) as monitor:
+        trainer = quiet_trainer(
+            trained,
+            corpus.train,
+            out / CHECKPOINTS,
+            callbacks=[follow, monitor],
+            max_steps=steps,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=settings.accumulation,
+            learning_rate=settings.lr,
+            lr_scheduler_type="cosine",
+            warmup_steps=settings.warmup,
+            weight_decay=settings.weight_decay,
+            bf16=settings.autocast,
+            save_steps=settings.checkpoint_every,
+            seed=settings.seed,
+            use_cpu=model.device.type == "cpu",
+        )
+        trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
+    if settings.lora is not None:
+        trained.save_pretrained(out / ADAPTER)
+        trained.merge_and_unload()
+    return list(trainer.state.log_history)
+
+
+def _teller(name: str, progress: Progress) -> Callable[[Any, float], None]:
+    """Tells ``progress`` the loss of a step and the last score."""
+
+    def tell(state: Any, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the loss is no finite number at step {state.global_step}; start again in another folder with a "
+                "smaller lr"
+            )
+        scores = [entry["held_out"]["all"] for entry in state.log_history if "held_out" in entry]
+        text = f"finetuning {name}" + (f": {scores[-1]:.3f} bits per byte on held-out text" if scores else "")
+        progress(text, state.global_step / state.max_steps, f"loss {loss:.3g}")
+
+    return tell
+
+
+def _history(name: str, log: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """``history.json``: the training by epochs."""
+    losses = {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+    scores = {entry["step"]: entry["held_out"] for entry in log if "held_out" in entry}
+    epochs = []
+    for before, step in pairwise([0, *scores]):
+        mean = sum(losses[number] for number in range(before + 1, step + 1)) / (step - before)
+        epochs.append({"loss": mean, f"validation_{BITS.key}": scores[step]["all"]})
+    after = scores[max(scores)]
+    return {
+        "title": f"finetuning of {name}",
+        "metric": asdict(BITS),
+        "steps": max(losses),
+        "before": log[0]["before"],
+        "after": after,
+        f"test_{BITS.key}": after["all"],
+        "epochs": epochs,
+    }

@@ -1,0 +1,134 @@
+"""``spectralmoe finetune``: a model, its history and its page in one folder; one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from families import build
+
+SMALL = ("--length", 32, "--set", "lr=1e-2", "--set", "batch_size=4", "--set", "steps=3", "--set", "monitor_every=1")
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf") / "mixtral"
+    build("mixtral").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A file, and a folder of files."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "cats.txt").write_text("the cat sat on the mat\n" * 40)
+    (folder / "digits").mkdir()
+    for number in range(4):
+        (folder / "digits" / f"{number}.txt").write_text(f"{number} and {number + 1}\n" * 20)
+    return folder
+
+
+@pytest.fixture
+def tune(call, mixtral, texts):
+    return lambda *options: call("finetune", mixtral, "--text", texts / "cats.txt", *SMALL, *options)
+
+
+def test_a_model_and_what_is_known_of_it_stand_in_one_folder(tune, call, texts, tmp_path):
+    out = tmp_path / "out"
+    code, said, _ = tune("--text", texts / "digits", "--out", out)
+    assert code == 0
+    assert "bits per byte" in said
+    assert "3 steps" in said
+    assert all(word in said for word in ("all", "cats", "digits", f"model saved to {out}"))
+    assert {"config.json", "model.safetensors", "history.json", "monitor.jsonl"} < {path.name for path in out.iterdir()}
+    assert not (out / "checkpoints").exists()
+    page = (out / "report.html").read_text()
+    assert "finetuning of mixtral" in page
+    assert "bits per byte" in page
+    assert call("inspect", out, "--text", texts / "cats.txt", "--tokens", 100)[0] == 0
+    assert tune("--text", texts / "digits", "--out", out, "--json")[0] == 0  # there is nothing left to do
+
+
+def test_json(tune, tmp_path):
+    code, said, _ = tune("--out", tmp_path / "out", "--json")
+    assert code == 0
+    found = json.loads(said)
+    assert found["model"] == str(tmp_path / "out")
+    assert found["after"]["all"] < found["before"]["all"]
+    assert found == {"model": str(tmp_path / "out"), **json.loads((tmp_path / "out" / "history.json").read_text())}
+
+
+def test_settings_come_from_a_file_and_are_changed_by_options(call, mixtral, tmp_path):
+    (tmp_path / "f.toml").write_text('layers = "last2"\nlr = 1e-3\n[terms]\nload_balance = 0.1\n')
+    options = ("--set", "lr=2e-3", "--terms", "router_z=1e-3,load_balance=0.01", "--train", "routers,experts")
+    code, said, _ = call("finetune", mixtral, "--config", tmp_path / "f.toml", *options, "--print-config", "--json")
+    assert code == 0
+    found = json.loads(said)
+    assert (found["layers"], found["lr"], found["train"]) == ("last2", 2e-3, ["routers", "experts"])
+    assert found["terms"] == {"load_balance": 0.01, "router_z": 0.001}
+    code, said, _ = call("finetune", mixtral, "--config", tmp_path / "f.toml", *options, "--print-config")
+    (tmp_path / "g.toml").write_text(said)
+    assert call("finetune", mixtral, "--config", tmp_path / "g.toml", "--print-config")[1] == said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--terms", "load_balnce=1e-2"), ["unknown term 'load_balnce'", "did you mean 'load_balance'"]),
+        (("--terms", "load_balance"), ["has no weight", "load_balance=0.01"]),
+        (("--router", "sr_moe"), ["unknown router 'sr_moe'", "did you mean 'sr-moe'"]),
+        (("--train", "router"), ["train"]),
+        (("--set", "learning_rate=1"), ["unknown key 'learning_rate'"]),
+        (("--lora", "4", "--train", "experts"), ["with lora the experts are trained by adapters"]),
+    ],
+)
+def test_wrong_words(refused, mixtral, texts, tmp_path, options, words):
+    line = refused("finetune", mixtral, "--text", texts, "--out", tmp_path / "out", *options)
+    assert all(word in line for word in words), line
+
+
+def test_wrong_text(refused, mixtral, texts, tmp_path):
+    def line(*options):
+        return refused("finetune", mixtral, "--out", tmp_path / "out", *options)
+
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"\x89PNG\0\xff")
+    (tmp_path / "zeros").write_bytes(b"text\0text")
+    (tmp_path / "short.txt").write_text("one two three")
+    (tmp_path / "none").mkdir()
+    assert "give a file or a folder with --text" in line()
+    assert "empty.txt" in line("--text", tmp_path / "empty.txt")
+    assert "not UTF-8" in line("--text", tmp_path / "binary")
+    assert "zero" in line("--text", tmp_path / "zeros")
+    assert "no text" in line("--text", tmp_path / "none")
+    assert "no such file" in line("--text", tmp_path / "nowhere.txt")
+    assert "shorter than one window of 128 tokens" in line("--text", tmp_path / "short.txt")
+    assert "--out is missing" in refused("finetune", mixtral, "--text", texts)
+
+
+def test_wrong_models_and_folders(refused, call, texts, tmp_path, mixtral):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=260, **sizes)).save_pretrained(tmp_path / "llama")
+    line = refused("finetune", tmp_path / "llama", "--text", texts, "--out", tmp_path / "a")
+    assert "is a dense model" in line
+    assert f"spectralmoe upcycle {tmp_path / 'llama'}" in line
+    assert "was not written by this command" in refused(
+        "finetune", mixtral, "--text", texts, "--out", tmp_path / "llama"
+    )
+    small = ("--length", 16, "--set", "steps=1")
+    assert call("finetune", mixtral, "--text", texts, "--out", tmp_path / "b", *small)[0] == 0
+    line = refused("finetune", mixtral, "--text", texts, "--out", tmp_path / "b", *small, "--seed", 1)
+    assert "holds a run with seed = 0, not 1" in line
+
+
+def test_lora_without_peft(refused, mixtral, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    line = refused("finetune", mixtral, "--text", texts, "--lora", 4, "--out", tmp_path / "out")
+    assert "pip install spectralmoe[lora]" in line
