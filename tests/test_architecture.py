@@ -34,7 +34,7 @@ LEVELS = [
     {"spec", "instruments", "model_folder"},
     {"checkpoints", "models", "optim", "naming"},
     {"hf", "rows"},
-    {"presets"},
+    {"presets", "recorder"},
     {"vision"},
     {"saving"},
     {""},  # ``import spectralmoe``: whatever the package's own __init__ does not need

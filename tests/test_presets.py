@@ -15,11 +15,11 @@ from spectralmoe.experts import EXPERTS
 from spectralmoe.layers import moe_layers
 from spectralmoe.naming import own_names, read_table, shown
 from spectralmoe.presets import PRESETS, Preset, find_preset
+from spectralmoe.recorder import record
 from spectralmoe.regularizers import REGULARIZERS
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.spec import parameters_of
-from spectralmoe.tape import record
 from spectralmoe.terms import penalty
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import parse

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from spectralmoe.manifold import retract
     from spectralmoe.moe import MoE
     from spectralmoe.placement import Placement
+    from spectralmoe.recorder import record
     from spectralmoe.recording import Recordable
     from spectralmoe.router import Router, shard_routers
     from spectralmoe.routing import Routing
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
         TopP,
     )
     from spectralmoe.steps import after_step, attach, param_groups
-    from spectralmoe.tape import Record, Tape, record
+    from spectralmoe.tape import Record, Tape
     from spectralmoe.terms import Term, penalty
 
 __all__ = [
@@ -104,6 +105,7 @@ _NAMES = {
     "manifold": ("retract",),
     "moe": ("MoE",),
     "placement": ("Placement",),
+    "recorder": ("record",),
     "recording": ("Recordable",),
     "router": ("Router", "shard_routers"),
     "routing": ("Routing",),
@@ -130,7 +132,7 @@ _NAMES = {
         "TopP",
     ),
     "steps": ("after_step", "attach", "param_groups"),
-    "tape": ("Record", "Tape", "record"),
+    "tape": ("Record", "Tape"),
     "terms": ("Term", "penalty"),
 }
 """Module -> what the library's user finds here of it; imported when it is first asked for, with torch."""

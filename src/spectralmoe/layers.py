@@ -26,9 +26,23 @@ def moe_layers(model: nn.Module) -> dict[str, Recordable]:
         for path, module in inside.named_modules()
         if isinstance(module, Recordable) and "original_module" not in path.split(".")  # PEFT's dead copy
     }
+    if not layers and stock_experts(inside):
+        raise UserError(
+            f"{type(inside).__name__} has stock routers, which can be read by record(model) and no more: first put "
+            "routers of this library in, with spectralmoe.hf.swap_routers(model)"
+        )
     if not layers:
         raise UserError(f"{type(inside).__name__} holds no MoE layer; put one in, or pass the model that holds it")
     return layers
+
+
+def stock_experts(model: nn.Module) -> bool:
+    """Whether ``model`` holds experts that no layer or router of this library serves: a child called "experts"."""
+    if isinstance(model, Recordable):
+        return False
+    children = dict(model.named_children())
+    served = any(isinstance(child, Recordable) for child in children.values())
+    return ("experts" in children and not served) or any(stock_experts(child) for child in children.values())
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -131,6 +131,16 @@ class Recordable(nn.Module):
         return None
 
     @property
+    def matrix(self) -> Tensor | None:
+        """The routing matrix, as the router has it now; None where there is none."""
+        return None if self.router is None else self.router.scorer.matrix
+
+    @property
+    def trains_router(self) -> bool:
+        """Whether a forward trains the router: not in evaluation mode, nor where it is frozen."""
+        return self.training and self.router is not None and any(p.requires_grad for p in self.router.parameters())
+
+    @property
     def sinks(self) -> tuple[Sink, ...]:
         """Where the calling thread leaves its routings."""
         return (*self.watching, *self.here.sinks)

@@ -56,7 +56,7 @@ class Attachment(Joinable):
         self._stepped: set[int] = set()
         self._records: tuple[Record, ...] = ()
         self._checked = self._uneven = False
-        self._tape = Tape(model, training_only=True, attachment=weakref.ref(self))
+        self._tape = Tape(self.layers, training_only=True, attachment=weakref.ref(self))
         self._tape.open()
 
     def __del__(self) -> None:

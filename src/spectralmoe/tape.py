@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectralmoe.context import Rows
 from spectralmoe.dispatch.base import Kept
 from spectralmoe.errors import UserError
-from spectralmoe.layers import moe_layers
 from spectralmoe.recording import Recordable, Sink
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 from spectralmoe.scorers import Scorer
 
-__all__ = ["Record", "Tape", "keeps", "record"]
+__all__ = ["Record", "Tape", "keeps"]
 
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
@@ -75,8 +73,8 @@ class Record:
 
     @property
     def matrix(self) -> Tensor | None:
-        """The routing matrix, as the scorer has it now; None where there is none."""
-        return None if self.router is None else self.router.scorer.matrix
+        """The routing matrix, as the router has it now; None where there is none."""
+        return self.layer.matrix
 
     @property
     def scorer(self) -> Scorer | None:
@@ -122,26 +120,30 @@ class Record:
 
 
 class Tape:
-    """The records of the forwards that ran inside ``record``, ordered by layer, then by call.
+    """The records of the forwards that ran inside its block, ordered by layer, then by call: what ``record`` gives.
 
     A tape is sealed when it is first read and when its block ends; what runs later is not recorded, nor is a
     recomputation during backward. It belongs to the thread that opened it and sees no forward of another, but for
     tapes of training alone (``training_only``), which belong to the model.
 
+    Args:
+        layers: the layers to record, by name.
+        keep, terms: as for ``record``.
+
     Raises:
-        UserError: on reading, when no forward was recorded.
+        UserError: a name to keep that is unknown. On reading: no forward was recorded.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        layers: Mapping[str, Recordable],
         keep: Sequence[str] = (),
         *,
         terms: Mapping[str, Needs] | None = None,
         training_only: bool = False,
         attachment: Any = None,
     ) -> None:
-        self._layers = moe_layers(model)
+        self._layers = dict(layers)
         keep, terms = (keep,) if isinstance(keep, str) else tuple(keep), terms or {}
         known = list(dict.fromkeys(name for layer in self._layers.values() for name in layer.keepable))
         for name in (*keep, *(name for term in terms.values() for name in term.keeps)):
@@ -153,6 +155,13 @@ class Tape:
             self._sinks[path] = Sink(tuple(dict.fromkeys([*keep, *wanted])), training_only, attachment)
         self._training_only = training_only
         self._records: tuple[Record, ...] | None = None
+
+    def __enter__(self) -> Tape:
+        self.open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seal()
 
     def open(self) -> None:
         """Start recording."""
@@ -210,37 +219,3 @@ class Tape:
 
     def __getitem__(self, index: int) -> Record:
         return self.records[index]
-
-
-@contextmanager
-def record(model: nn.Module, keep: Sequence[str] = (), *, terms: Mapping[str, Needs] | None = None) -> Iterator[Tape]:
-    """Record what the MoE layers of ``model`` do inside the block.
-
-    Args:
-        model: any module that holds MoE layers; wrapped, compiled or sharded as you like.
-        keep: also keep "tokens" (N, D), what the router read, or "input" (M, D), "hidden" (M, H), "output" (M, D) of
-            the experts, sorted by expert, or what they say of themselves (``Experts.says``). A forward that keeps what
-            experts make takes the grouped dispatch, and so does its second under activation checkpointing.
-        terms: also keep what these ``Term`` s need, of the layers that they are about.
-
-    With ``torch.compile`` and activation checkpointing together, compile what holds the checkpoints, not what is
-    inside them, and set ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``; without it
-    the recorded forward is right, but runs uncompiled.
-
-    Raises:
-        UserError: the model holds no MoE layer; a name to keep that is unknown.
-
-    >>> import torch
-    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
-    >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
-    >>> with record(layer) as tape:
-    ...     y = layer(torch.randn(10, 8))
-    >>> int(tape[0].routing.counts().sum())
-    20
-    """
-    tape = Tape(model, keep, terms=terms)
-    tape.open()
-    try:
-        yield tape
-    finally:
-        tape.seal()

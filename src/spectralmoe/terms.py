@@ -93,7 +93,4 @@ def penalty(tape: Tape, terms: Mapping[str, Term], *, step: int = 0) -> tuple[Te
 
 
 def _trains_router(records: Sequence[Record]) -> bool:
-    return torch.is_grad_enabled() and any(
-        item.layer.training and item.router is not None and any(p.requires_grad for p in item.router.parameters())
-        for item in records
-    )
+    return torch.is_grad_enabled() and any(item.layer.trains_router for item in records)

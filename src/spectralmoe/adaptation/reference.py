@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from spectralmoe.adaptation.memory import shared_banks
 from spectralmoe.adaptation.targets import logits_of
 from spectralmoe.errors import UserError
+from spectralmoe.recorder import record
 from spectralmoe.routing import Routing
-from spectralmoe.tape import record
 
 __all__ = ["BATCH", "Measured", "Reference", "Tokens", "load_reference", "measured"]
 

@@ -15,8 +15,8 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
 from spectralmoe.layers import moe_layers
 from spectralmoe.moe import MoE
+from spectralmoe.recorder import record
 from spectralmoe.sharding import is_sharded
-from spectralmoe.tape import record
 from spectralmoe.torch_private import gradient_of_view, whole_of
 
 __all__ = [

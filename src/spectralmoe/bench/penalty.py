@@ -14,12 +14,13 @@ from spectralmoe.bench.case import Candidate, Case
 from spectralmoe.bench.gate import difference
 from spectralmoe.bench.settings import Settings
 from spectralmoe.models.sr_moe import sr_moe
+from spectralmoe.recorder import record
 from spectralmoe.regularizers.spectral import spectral_norm, spectral_penalty, stable_rank
 from spectralmoe.router import Router
 from spectralmoe.scorers import PrototypeScorer
 from spectralmoe.selectors import TopK
 from spectralmoe.steps import after_step, param_groups
-from spectralmoe.tape import Record, record
+from spectralmoe.tape import Record
 from spectralmoe.terms import Term, penalty
 
 __all__ = ["ALL", "FULL", "PLAIN", "cases", "count", "name"]

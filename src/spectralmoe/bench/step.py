@@ -16,9 +16,9 @@ from spectralmoe.bench.peers import find_peers
 from spectralmoe.bench.problem import Problem, Sizes, experts_one_by_one, route
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.subject import Subject, spectralmoe_layer
+from spectralmoe.recorder import record
 from spectralmoe.regularizers.spectral import spectral_penalty
 from spectralmoe.steps import after_step, param_groups
-from spectralmoe.tape import record
 from spectralmoe.terms import Term, penalty
 
 __all__ = ["cases", "count"]

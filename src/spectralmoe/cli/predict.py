@@ -34,7 +34,7 @@ def predict(
 
     from spectralmoe.data.image_files import conversions, read_image
     from spectralmoe.diagnostics import holds_moe
-    from spectralmoe.tape import record
+    from spectralmoe.recorder import record
     from spectralmoe.training.settings import pick_device
 
     where = pick_device(device)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.layers import moe_layers
 from spectralmoe.recording import Recordable
-from spectralmoe.tape import record
+from spectralmoe.tape import Tape
 
 __all__ = ["Counted", "Evaluation", "evaluate", "evaluation_mode", "holds_moe", "run_over"]
 
@@ -47,7 +48,7 @@ class Counted(nn.Module):
         self.model, self.counts = model, dict[str, Tensor]()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with record(self.model) if holds_moe(self.model) else nullcontext(()) as tape:
+        with Tape(moe_layers(self.model)) if holds_moe(self.model) else nullcontext(()) as tape:
             result = self.model(*args, **kwargs)
         for item in tape:
             self.counts[item.name] = self.counts.get(item.name, 0) + item.routing.load_counts().cpu()

@@ -145,12 +145,13 @@ class OwnLayer(Watched):
 
 class _OwnWatch(Watch):
     def __init__(self, model: nn.Module, tokens: bool, training_only: bool) -> None:
-        layers = {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
+        recorded = moe_layers(model)
+        layers = {name: layer for name, layer in recorded.items() if isinstance(layer, MoE)}
         self.layers = [
             OwnLayer(name, number, layers[name]) for name, number in zip(layers, _numbers(list(layers)), strict=True)
         ]
         self.keeps_tokens = tokens
-        self.tape = Tape(model, keep=("tokens",) if tokens else (), training_only=training_only)
+        self.tape = Tape(recorded, keep=("tokens",) if tokens else (), training_only=training_only)
 
     def drain(self) -> list[Seen]:
         """See ``Watch``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -36,7 +37,7 @@ from spectralmoe.recording import Recordable
 from spectralmoe.routing import Routing
 from spectralmoe.sharding import full
 
-__all__ = ["HFLayer", "find_layers"]
+__all__ = ["HFLayer", "find_layers", "refuse_shared"]
 
 
 class HFLayer(Watched):
@@ -72,7 +73,12 @@ class HFLayer(Watched):
     @property
     def matrix(self) -> Tensor | None:
         """The router's matrix; None where it has several layers."""
-        return None if self._matrix is None else full(self.router.get_parameter(self._matrix)).detach()
+        return None if (matrix := self.live_matrix) is None else full(matrix).detach()
+
+    @property
+    def live_matrix(self) -> Tensor | None:
+        """The same as a parameter, with gradient."""
+        return None if self._matrix is None else self.router.get_parameter(self._matrix)
 
     @property
     def correction_bias(self) -> Tensor | None:
@@ -98,17 +104,28 @@ class HFLayer(Watched):
         return self.routing(self.returned(x, dtype))
 
     def routing(self, returned: Returned) -> Routing:
-        """Converts what the router returned to our ``Routing``."""
-        choice = Choice(self.correction_bias, *self.groups)
+        """Converts what the router returned to our ``Routing``, whose scores are what the choice was made from."""
+        choice = self._choice()
+        return returned.ranked(choice, self._form_of(returned, choice))
+
+    def live_routing(self, returned: Returned) -> Routing:
+        """The same with gradient, if the tensors came with it, and the scores before a selection bias."""
+        return returned.routing(self._form_of(returned, self._choice()))
+
+    def _choice(self) -> Choice:
+        return Choice(self.correction_bias, *self.groups)
+
+    def _form_of(self, returned: Returned, choice: Choice) -> Form:
         form = self._form or returned.form(choice)
         self._form = form if form.sure else None  # found once: a step of training does not wait for it
-        return returned.routing(choice, form)
+        return form
 
     @torch.no_grad()
     def raw_logits(self, x: Tensor) -> Tensor:
         """The router's own logits, which may be probabilities."""
         return self.returned(x).logits
 
+    @torch.no_grad()
     def returned(self, x: Tensor, dtype: torch.dtype | None = None) -> Returned:
         """The router's output for tokens x (N, D), by role."""
         stored = next(self.experts.parameters()).dtype
@@ -267,6 +284,18 @@ def find_layers(model: nn.Module) -> list[HFLayer]:
     if not layers:
         raise UserError(f"{type(model).__name__} holds no mixture-of-experts layer{_why_none(model)}")
     return layers
+
+
+def refuse_shared(layers: Sequence[HFLayer]) -> None:
+    """Refuse layers whose calls cannot be told apart.
+
+    Raises:
+        UserError: two of them share a router.
+    """
+    owners: dict[nn.Module, HFLayer] = {}
+    for layer in layers:
+        if (other := owners.setdefault(layer.router, layer)) is not layer:
+            raise UserError(f"{other.name} and {layer.name} share one router: their calls cannot be told apart")
 
 
 def _why_none(model: nn.Module) -> str:

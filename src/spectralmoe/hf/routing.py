@@ -9,7 +9,7 @@ name says logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ __all__ = ["Returned", "read_returned"]
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The tensors that a router returned, by role.
+    """The tensors that a router returned, by role; with gradient if they came with it.
 
     Attributes:
         logits: (N, E), under this name in the model and in its precision: may be probabilities.
@@ -38,17 +38,21 @@ class Returned:
     indices: Tensor
     capped: bool = False
 
+    @torch.no_grad()
     def form(self, choice: Choice) -> Form:
         """The form of the scores: softmax or sigmoid of the logits, with what is added."""
         return find_form(_wide(self.logits), self.weights, self.indices, choice, are_probabilities(self.logits))
 
-    def routing(self, choice: Choice, form: Form) -> Routing:
-        """As our ``Routing``, in fp32 (float64 stays)."""
+    def routing(self, form: Form) -> Routing:
+        """As our ``Routing``, in fp32 (float64 stays): its scores are what the combine weights are made from."""
         logits = real_logits(_wide(self.logits), form.probabilities)
-        scores = choice_scores(logits, self.indices, choice, form)
-        count = self.indices.numel()
-        asked = torch.full((), count, device=logits.device) if self.capped else None
-        return Routing(logits, self.weights, self.indices, scores, asked=asked)
+        asked = torch.full((), self.indices.numel(), device=logits.device) if self.capped else None
+        return Routing(logits, self.weights, self.indices, form.score(logits), asked=asked)
+
+    def ranked(self, choice: Choice, form: Form) -> Routing:
+        """The same with the values (N, E) that the choice was made from as its scores, selection bias included."""
+        routing = self.routing(form)
+        return replace(routing, score=choice_scores(routing.logits, self.indices, choice, form))
 
 
 def read_returned(
@@ -66,7 +70,7 @@ def read_returned(
     [[0, 1], [1, 2]]
     """
     parts = returned if isinstance(returned, Sequence) else [returned]
-    tensors = [part.detach().reshape(-1, part.shape[-1]) for part in parts if isinstance(part, Tensor) and part.dim()]
+    tensors = [part.reshape(-1, part.shape[-1]) for part in parts if isinstance(part, Tensor) and part.dim()]
     whole = [t for t in tensors if not t.is_floating_point()]
     floats = [t for t in tensors if t.is_floating_point()]
     logits = _logits([t for t in floats if t.shape[1] == num_experts], raw)

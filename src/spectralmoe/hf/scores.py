@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spectralmoe.routing import Score
+
 __all__ = ["Choice", "Form", "choice_scores", "find_form", "real_logits"]
 
 _ACTIVATIONS = (
@@ -16,6 +18,8 @@ _ACTIVATIONS = (
     lambda logits: F.softplus(logits).sqrt(),  # DeepSeek-V4
 )
 """Functions that routers put between logits and the choice; softmax where weights and indices fit several."""
+
+_NAMES: tuple[Score | None, ...] = ("softmax", "sigmoid", None)
 
 _FITS, _CLEARLY = 0.01, 4.0
 
@@ -50,6 +54,10 @@ class Form:
     activation: int
     counted: int
     sure: bool
+
+    def score(self, logits: Tensor) -> Tensor | Score:
+        """How the scores follow from real logits (N, E): by its name, or the scores themselves."""
+        return _NAMES[self.activation] or _ACTIVATIONS[self.activation](logits)
 
 
 def find_form(logits: Tensor, weights: Tensor, indices: Tensor, choice: Choice, probabilities: bool) -> Form:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.diagnostics.watch import Seen, Watch
-from spectralmoe.errors import UserError
 from spectralmoe.hf.frames import Frame, Frames
-from spectralmoe.hf.layers import HFLayer, find_layers
+from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
 from spectralmoe.recording import recomputing
 from spectralmoe.routing import Routing
 
@@ -40,10 +39,7 @@ class _HFWatch(Watch):
         self.calls: list[list[_Call]] = [[] for _ in self.layers]
         self.frames = Frames(model, self.layers)
         self.handles: list[RemovableHandle] = []
-        owners: dict[nn.Module, HFLayer] = {}
-        for layer in self.layers:
-            if (other := owners.setdefault(layer.router, layer)) is not layer:
-                raise UserError(f"{other.name} and {layer.name} share one router: their calls cannot be told apart")
+        refuse_shared(self.layers)
 
     def open(self) -> None:
         """Put the hooks in."""

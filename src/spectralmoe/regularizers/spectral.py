@@ -169,10 +169,10 @@ def _matrix(record: Record, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
 def _router(record: Record) -> tuple[Tensor, Tensor | None]:
     """The scorer's matrix (E, D) and, if it is a large one, the leading direction it keeps."""
     matrix, scorer = record.matrix, record.scorer
-    if matrix is None or scorer is None:
+    if matrix is None:
         kind = "no router" if scorer is None else type(scorer).__name__
         raise UserError(f"layer {record.name!r} ({kind}) has no routing matrix for a spectral term to look at")
-    return full(matrix), scorer.spectral_direction()
+    return full(matrix), None if scorer is None else scorer.spectral_direction()
 
 
 def _gates(record: Record) -> Tensor:

@@ -18,9 +18,10 @@ from spectralmoe.diagnostics import holds_moe
 from spectralmoe.errors import UserError
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.optim import find_schedule, make_optimizer
+from spectralmoe.recorder import record
 from spectralmoe.sharding import full
 from spectralmoe.steps import after_step
-from spectralmoe.tape import Tape, record
+from spectralmoe.tape import Tape
 from spectralmoe.terms import Term, penalty
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from spectralmoe.training.logs import Log

@@ -21,9 +21,9 @@ from spectralmoe.experts import Experts
 from spectralmoe.layers import moe_layers
 from spectralmoe.linalg import sigma_max, stable_rank
 from spectralmoe.moe import MoE
+from spectralmoe.recorder import record
 from spectralmoe.routing import Routing
 from spectralmoe.saving import save
-from spectralmoe.tape import record
 from spectralmoe.training.loop import History, train
 from spectralmoe.training.network import CHECKPOINT
 from spectralmoe.training.tasks import Task
