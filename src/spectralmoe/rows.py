@@ -23,6 +23,9 @@ __all__ = ["BRANCH", "K", "Preset", "experts_a_token"]
 K = int | Literal["soft"]
 """Experts a token: a number, or "soft": all of them."""
 
+RELU: Table = {"type": "feed_forward", "activation": "relu", "bias": True}
+"""The experts of SR-MoE: ReLU networks with biases."""
+
 BRANCH = {"tokens": "all", "norm": True, "start": "model"}
 """How a branch reads a model's features where a row does not say it."""
 
@@ -97,15 +100,16 @@ class Preset:
         """(D, E) -> a new router, with ``k`` experts a token."""
         return partial(self.make_router, k=k)
 
-    def make_experts(self, num_experts: int, dim: int, hidden: int, spare: int = 0) -> Experts:
+    def make_experts(self, num_experts: int, dim: int, hidden: int, spare: int = 0, default: Table = RELU) -> Experts:
         """A new bank of E experts on tokens of width D, H wide inside where they have an inside.
 
-        Without ``experts`` of its own a row has the bank of SR-MoE: ReLU networks with biases.
+        Args:
+            default: the bank of the network, for a row without ``experts`` of its own: that of SR-MoE.
 
         Raises:
             UserError: what the bank refuses; spare units for one that has none.
         """
-        spec = self.experts or {"type": "feed_forward", "activation": "relu", "bias": True}
+        spec = self.experts or default
         if spare and "spare" not in parameters_of(part_class("experts", spec["type"])):
             raise UserError(f"experts {spec['type']!r} have no spare units; leave spare at 0")
         sizes = {"dim": dim, "num_experts": num_experts, "hidden": hidden, "bottleneck": hidden, "spare": spare}

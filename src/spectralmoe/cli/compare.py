@@ -38,8 +38,8 @@ def compare(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|folder:PATH",
-            help="Data set (see 'spectralmoe list'), image folder, or KIND:NAME of another task.",
+            metavar="NAME|folder:PATH|text:NAME",
+            help="Data set (see 'spectralmoe list'), image folder, text, or KIND:NAME of another task.",
             show_default="mnist5k",
             autocompletion=complete_data,
         ),
@@ -72,9 +72,17 @@ def compare(
         str | None, typer.Option(metavar="K|soft", help="Experts a token, or soft mixing of all.", show_default="2")
     ] = None,
     experts: Annotated[int | None, typer.Option(min=1, help="Experts a layer.", show_default="8")] = None,
-    train_size: Annotated[int | None, typer.Option(min=1, help="Training images; all by default.")] = None,
+    train_size: Annotated[
+        int | None, typer.Option(min=1, help="Training images, or windows of text; all by default.")
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side that the images of folder:PATH are resized to.")
+    ] = None,
+    vocab: Annotated[
+        str | None,
+        typer.Option(
+            metavar="bytes|N", help="Vocabulary of text: N tokens by byte-pair encoding.", show_default="bytes"
+        ),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Epochs of training for each network.", show_default="8")
@@ -129,6 +137,7 @@ def compare(
         "image_size": image_size,
         "train_size": train_size,
         "tune": tune,
+        "text.vocab": None if vocab is None else int(vocab) if vocab.isdecimal() else vocab,
         "optimization.epochs": epochs,
         "network.k": None if k is None else read_k(k),
         "network.num_experts": experts,

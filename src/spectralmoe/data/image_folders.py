@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectralmoe.data.image_files import is_image_name, named, probe, read_image
-from spectralmoe.data.sources import one_line
+from spectralmoe.data.sources import entries, files_below, subfolders
 from spectralmoe.errors import UserError
 
 __all__ = ["FolderImages", "read_folder"]
@@ -85,7 +85,7 @@ def read_folder(root: Path, side: int | None = None) -> FolderImages:
 
 def _part_folders(root: Path) -> dict[str, Path]:
     """Part -> its folder: the named parts of ``root``, or "all"."""
-    folders = [folder for folder in _subfolders(root) if folder.name.lower() in PARTS and _subfolders(folder)]
+    folders = [folder for folder in subfolders(root) if folder.name.lower() in PARTS and subfolders(folder)]
     parts: dict[str, Path] = {}
     for folder in folders:
         part = PARTS[folder.name.lower()]
@@ -105,7 +105,7 @@ def _part_folders(root: Path) -> dict[str, Path]:
 
 
 def _classes(root: Path, folders: dict[str, Path]) -> tuple[str, ...]:
-    classes = sorted({folder.name for part in folders.values() for folder in _subfolders(part)})
+    classes = sorted({folder.name for part in folders.values() for folder in subfolders(part)})
     if not classes:
         raise UserError(f"image folder {str(root)!r} has no class subfolders; put the images of each class in one")
     if len(classes) == 1:
@@ -121,7 +121,7 @@ def _files_of_classes(
     strangers = []
     for part, folder in folders.items():
         for label, name in enumerate(classes):
-            for file in _files_below(folder / name) if (folder / name).is_dir() else ():
+            for file in files_below(folder / name) if (folder / name).is_dir() else ():
                 if is_image_name(file):
                     files[part].append((file, label))
                 else:
@@ -179,11 +179,11 @@ def _passed_over(
         names = named([file.relative_to(root) for file in sorted(strangers)])
         yield f"passed over: {_count(len(strangers), 'file')} without the name of an image ({names})"
     places = {root, *folders.values()}
-    loose = [path for place in places for path in _entries(place) if not path.is_dir() and is_image_name(path)]
+    loose = [path for place in places for path in entries(place) if not path.is_dir() and is_image_name(path)]
     if loose:
         names = named([file.relative_to(root) for file in sorted(loose)])
         yield f"passed over: {_count(len(loose), 'image')} in no class folder ({names})"
-    others = [] if "all" in folders else [path for path in _subfolders(root) if path not in folders.values()]
+    others = [] if "all" in folders else [path for path in subfolders(root) if path not in folders.values()]
     if others:
         names = named([f"{path.name}/" for path in others])
         yield f"passed over: {_count(len(others), 'folder')} beside the parts ({names})"
@@ -191,22 +191,3 @@ def _passed_over(
 
 def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
-
-
-def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """All files below ``folder``; a link back to a folder above is not followed."""
-    above = (*above, folder.resolve())
-    for path in _entries(folder):
-        if not path.is_dir():
-            yield path
-        elif path.resolve() not in above:
-            yield from _files_below(path, above)
-
-
-def _entries(folder: Path) -> list[Path]:
-    with one_line(f"cannot list {str(folder)!r}"):
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.is_dir()]

@@ -1,4 +1,4 @@
-"""Readers of the file formats that the named data sets come in: packaged CSV tables and IDX files."""
+"""Folders of files, and readers of the formats that the named data sets come in: packaged CSV tables and IDX files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ from torch import Tensor
 
 from spectralmoe.errors import UserError
 
-__all__ = ["INSTALL", "download_fashion", "one_line", "packaged_file", "read_idx", "read_idx_pair", "read_table"]
+__all__ = [
+    "INSTALL",
+    "download_fashion",
+    "entries",
+    "files_below",
+    "one_line",
+    "packaged_file",
+    "read_idx",
+    "read_idx_pair",
+    "read_table",
+    "subfolders",
+]
 
 INSTALL = "install it with 'pip install spectralmoe[data]'"
 
@@ -36,6 +47,31 @@ def one_line(failure: str) -> Iterator[None]:
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{failure}: {' '.join(str(reason).split())}") from error
+
+
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All files below ``folder`` but hidden ones, sorted; a link back to a folder above is not followed."""
+    above = (*above, folder.resolve())
+    for path in entries(folder):
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:
+            yield from files_below(path, above)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What ``folder`` holds, sorted, without hidden files.
+
+    Raises:
+        UserError: it cannot be listed.
+    """
+    with one_line(f"cannot list {str(folder)!r}"):
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in ``folder``, sorted."""
+    return [path for path in entries(folder) if path.is_dir()]
 
 
 def packaged_file(data_set: str, package: str, inside: str) -> Path:

@@ -1,15 +1,30 @@
-"""Whole networks of the papers."""
+"""Whole networks: those of the papers, and a small language model."""
 
 from torch import nn
 
+from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
 
-__all__ = ["MODELS", "ConvStem", "SRMoE", "Stage", "VectorStem", "prototype_router", "sr_moe", "sr_moe_terms"]
+__all__ = [
+    "MODELS",
+    "ConvStem",
+    "DecoderBlock",
+    "LanguageMoE",
+    "SRMoE",
+    "Stage",
+    "VectorStem",
+    "language_moe",
+    "prototype_router",
+    "sr_moe",
+    "sr_moe_terms",
+]
 
 MODELS: dict[str, type[nn.Module]] = {
     "sr_moe": SRMoE,
     "sr_moe_stage": Stage,
     "conv_stem": ConvStem,
     "vector_stem": VectorStem,
+    "language_moe": LanguageMoE,
+    "decoder_block": DecoderBlock,
 }

@@ -8,24 +8,27 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from spectralmoe.naming import shown
 from spectralmoe.training.settings import Network, Optimization, Positive, Row, Settings, laid_over
+from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
 from spectralmoe.training.vision_settings import Backbone, MoEParts
 
 __all__ = ["TrainSettings"]
 
+_IMAGES = ("image_size", "hold_out")
 _SR_MOE, _TIMM = ("router", "experts", "depth", "network"), ("backbone", "moe")
 
 
 class TrainSettings(Settings):
-    """One training run, ``spectralmoe train --config F.toml``: of a timm model where there is a section ``[backbone]``,
-    else of an SR-MoE network.
+    """One training run, ``spectralmoe train --config F.toml``: of a language model on text, of a timm model where there
+    is a section ``[backbone]``, else of an SR-MoE network.
 
     Attributes:
-        router, depth, network: of an SR-MoE network: a name or a table, see ``find_preset``; how many MoE stages; their
-            sizes.
+        router, depth, network: of an SR-MoE network or a language model: a name or a table, see ``find_preset``; how
+            many MoE stages or blocks; their sizes.
         experts: of an SR-MoE network: the bank by name, or a table with its arguments; None: the router's, or its own.
         backbone, moe: a timm model and its MoE parts; without parts it is dense, to be a start for others.
         terms: regularizers by name with their weights, beside those of the router; one of the same name changes it.
         image_size: images are resized to this side; those of a folder when they are read. None: as the data have them.
+        text: how text is cut and read; with data text:NAME, which have defaults of their own in other sections, too.
         train_size: training samples; None: all.
         hold_out: name of a class that training and validation do not see; the network can be taught it later.
 
@@ -40,14 +43,21 @@ class TrainSettings(Settings):
     depth: Positive = 2
     backbone: Backbone | None = None
     moe: MoEParts | None = None
+    text: Text | None = None
     image_size: Positive | None = None
     train_size: Positive | None = None
     hold_out: str | None = None
     network: Network = Network()
     optimization: Optimization = Optimization()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, values: Any) -> Any:
+        return with_text_defaults(values)
+
     @model_validator(mode="after")
     def _one_network(self) -> Self:
+        check_text(self)
         if self.backbone is None and self.moe is not None:
             raise ValueError("[moe] are parts of a timm model, but there is no section [backbone]")
         for key in _SR_MOE:
@@ -57,8 +67,8 @@ class TrainSettings(Settings):
 
     @model_serializer(mode="wrap")
     def _without_the_other(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What describes the other kind of network is left out."""
-        absent = _TIMM if self.backbone is None else _SR_MOE
+        """What describes another kind of network is left out."""
+        absent = {*(_TIMM if self.backbone is None else _SR_MOE), *(("text",) if self.text is None else _IMAGES)}
         return {key: value for key, value in handler(self).items() if key not in absent}
 
     @property

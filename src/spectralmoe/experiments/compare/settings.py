@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from spectralmoe.errors import UserError
 from spectralmoe.naming import file_name, shown
 from spectralmoe.presets import find_preset
 from spectralmoe.training.names import DEFAULT_ROUTERS
 from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
+from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
 from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.training.vision_settings import Backbone, MoEParts
 
@@ -44,13 +45,14 @@ class CompareSettings(Settings):
     Attributes:
         data: name of a data set, ``folder:PATH``, or ``KIND:NAME`` of another task.
         routers: names of presets, tables (kept as text), or ``pkg:object`` of your own; see ``find_preset``.
-        depths: numbers of MoE stages; of a timm model, its last N blocks get the experts.
+        depths: numbers of MoE stages, or of a language model's blocks; of a timm model, its last N blocks get experts.
         seeds: how many seeds, counted from ``seed``.
         image_size: side that the images of a folder are resized to when they are read; None: see ``load_data``.
         train_size: training samples; None: all.
         trials: one-shot adaptation trials a cell (all misclassified test samples where there are fewer).
         tune: settings tried for each row and depth, on the validation part; 0: the presets as they are.
-        network: sizes of an SR-MoE network, and experts a layer and a token of any.
+        text: how text is cut and read; with data text:NAME, which have defaults of their own in other sections, too.
+        network: sizes of an SR-MoE network or a language model, and experts a layer and a token of any.
         backbone: a timm model in its place.
         moe: the form of its MoE parts; router, blocks and numbers of experts are those of the row and of ``network``.
     """
@@ -64,10 +66,26 @@ class CompareSettings(Settings):
     train_size: Positive | None = None
     trials: Positive = 50
     tune: Annotated[int, Field(ge=0)] = 0
+    text: Text | None = None
     network: Network = Network()
     backbone: Backbone | None = None
     moe: MoEParts | None = None
     optimization: Optimization = Optimization()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, values: Any) -> Any:
+        return with_text_defaults(values)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        check_text(self)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_text(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without text there is no word of it."""
+        return {key: value for key, value in handler(self).items() if key != "text" or value is not None}
 
     def check(self) -> None:
         """Refuse what would fail after hours, before anything runs.
@@ -94,7 +112,7 @@ class CompareSettings(Settings):
         """
         optimization = self.optimization.model_copy(update={"seed": cell.seed, "lr": self.optimization.lr * lr})
         values: dict[str, Any] = {"data": self.data, "image_size": self.image_size, "train_size": self.train_size}
-        values["optimization"] = optimization
+        values |= {"optimization": optimization, "text": self.text}
         if self.backbone is None:
             return TrainSettings(**values, router=cell.router, depth=cell.depth, network=self.network)
         form = self.moe or MoEParts(kind="replace_mlp", init="random", bottleneck=self.network.hidden)

@@ -86,6 +86,7 @@ class Task(ABC):
         notes: what a user should know about how the data were read.
         does: what a network of the task does, for people: "classifies images".
         options: what ``predict`` can be asked for beside its inputs.
+        unit: what speeds are counted in, ``units`` of them a sample.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Task(ABC):
     notes: tuple[str, ...] = ()
     does: ClassVar[str] = "has a task of its own"
     options: ClassVar[Sequence[str]] = ()
+    unit: str = "sample"
 
     @classmethod
     @abstractmethod
@@ -138,6 +140,16 @@ class Task(ABC):
     @abstractmethod
     def example(self) -> Tensor:
         """One sample (1, ...) as the network takes it, to count operations on."""
+
+    @property
+    def units(self) -> int:
+        """How many of ``unit`` a sample is."""
+        return 1
+
+    def inputs(self, part: Part) -> Tensor:
+        """Samples (N, ...) of a part as the network takes them, to look at routers with."""
+        labelled = self.labelled(part)
+        return self.example() if labelled is None else labelled[0]
 
     def labelled(self, part: Part) -> tuple[Tensor, Tensor] | None:
         """Inputs (N, ...) and classes (N,) of a part, where the task is to classify; else None."""

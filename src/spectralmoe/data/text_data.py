@@ -1,0 +1,97 @@
+"""Text by name, split once and for all into training, validation and test documents.
+
+A document's part depends on its content alone, so it is in the same part whatever it is read with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spectralmoe.data.text_sources import TEXTS, Document, Source, read_path
+from spectralmoe.errors import UserError, one_of
+
+__all__ = ["TEXT_PARTS", "TextData", "TextPart", "load_text", "part_of"]
+
+TextPart = Literal["train", "validation", "test"]
+TEXT_PARTS: tuple[TextPart, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class TextData:
+    """Documents in three disjoint parts; ``notes`` says how they were read.
+
+    Attributes:
+        domains: names of the domains, sorted.
+        parts: part -> its documents, domain by domain.
+
+    >>> data = load_text("pydoc")
+    >>> data.domains, len(data.parts["train"]) > len(data.parts["test"]) > 0
+    (('pydoc',), True)
+    """
+
+    name: str
+    domains: tuple[str, ...]
+    parts: Mapping[TextPart, Sequence[Document]]
+    notes: tuple[str, ...] = ()
+
+
+def load_text(name: str, data_dir: Path | None = None) -> TextData:
+    """Load text by a name of ``TEXTS``, a file or a folder (``read_path``), or several of them joined by "+".
+
+    Alone a text has the domains of its own (the topics of "fortunes", the subfolders of a folder); of several joined
+    each is one domain. Of each ten documents about eight are for training, one for validation and one for testing.
+    Documents that stand there twice are taken once.
+
+    Raises:
+        UserError: an unknown name; text that cannot be had or read; too few documents to fill all parts.
+    """
+    names = [name] if name in TEXTS or Path(name).expanduser().exists() else name.split("+")
+    sources = [_read(each, data_dir) for each in names]
+    documents = sources[0].documents
+    if len(names) > 1:
+        titles = [each if each in TEXTS else Path(each).stem for each in names]
+        if len(set(titles)) < len(titles):
+            raise UserError(f"text {name!r} names a domain twice: {', '.join(titles)}")
+        documents = [
+            Document(title, document.text)
+            for title, source in zip(titles, sources, strict=True)
+            for document in source.documents
+        ]
+    parts: dict[TextPart, list[Document]] = {part: [] for part in TEXT_PARTS}
+    once: dict[str, Document] = {}
+    for document in documents:
+        once.setdefault(document.text, document)
+    for document in sorted(once.values(), key=lambda document: document.domain):
+        parts[part_of(document.text)].append(document)
+    domains = tuple(sorted({document.domain for document in once.values()}))
+    for part in TEXT_PARTS:
+        if not parts[part]:
+            raise UserError(
+                f"text {name!r} has too few documents: none of its {len(once)} falls into the {part} part; about "
+                "30 fill all parts"
+            )
+    notes = tuple(note for source in sources for note in source.notes)
+    return TextData(f"text:{name}", domains, parts, notes)
+
+
+def part_of(text: str) -> TextPart:
+    """The part that a document belongs to, by a digest of its content.
+
+    >>> [part_of(text) for text in ("a", "b", "n")]
+    ['train', 'train', 'train']
+    """
+    tenth = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10
+    return "validation" if tenth == 0 else "test" if tenth == 1 else "train"
+
+
+def _read(name: str, data_dir: Path | None) -> Source:
+    if name in TEXTS:
+        return TEXTS[name](data_dir and data_dir.expanduser())
+    path = Path(name).expanduser()
+    if not path.exists() and len(path.parts) < 2 and not path.suffix:
+        raise one_of("text", name, [*TEXTS, "PATH"])
+    return read_path(path)

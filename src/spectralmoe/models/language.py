@@ -1,0 +1,263 @@
+"""A small language model: a decoder with an MoE layer in every block, read from top to bottom.
+
+Rotary positions: Su et al., "RoFormer", arXiv 2104.09864, section 3.2.2. RMSNorm: Zhang and Sennrich, arXiv 1910.07467,
+in front of each part of a block. SwiGLU experts: Shazeer, arXiv 2002.05202. Output matrix tied to the embedding: Press
+and Wolf, arXiv 1608.05859. Without biases, as in Llama (Touvron et al., arXiv 2302.13971, section 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectralmoe.diagnostics.evaluation import evaluation_mode
+from spectralmoe.errors import UserError
+from spectralmoe.experts import Experts, FeedForward
+from spectralmoe.moe import MoE
+from spectralmoe.router import Router
+from spectralmoe.scorers import LinearScorer
+from spectralmoe.selectors import Balanced, Soft
+
+__all__ = ["Cache", "CausalAttention", "DecoderBlock", "LanguageMoE", "balanced_router", "language_moe"]
+
+ROPE_BASE = 10_000.0
+
+
+class LanguageMoE(nn.Module):
+    r"""Tokens (B, S) int64 -> logits (B, S, V): embedding, blocks, RMSNorm, linear head. ``language_moe`` builds one.
+
+    Logits at position s are those of the token at s + 1, from the tokens up to s alone, as long as the routers look at
+    each token by itself (``ExpertChoice`` and ``Capacity`` do not).
+
+    Args:
+        blocks: all D wide.
+        vocab: V.
+        tied: the head's matrix is the embedding.
+
+    Raises:
+        UserError: no block; blocks of different widths; in forward, tokens of another shape or type.
+
+    >>> model = language_moe(256, width=32, depth=2, num_experts=4, hidden=16)
+    >>> model(torch.tensor([[72, 101, 108]])).shape
+    torch.Size([1, 3, 256])
+    >>> model.generate(torch.tensor([[72, 101, 108]]), 5, temperature=0).shape
+    torch.Size([1, 8])
+    """
+
+    def __init__(self, blocks: Sequence[DecoderBlock], vocab: int, *, tied: bool = True) -> None:
+        super().__init__()
+        widths = sorted({block.attention.dim for block in blocks})
+        if not widths:
+            raise UserError("LanguageMoE: depth must be at least 1")
+        if len(widths) > 1:
+            raise UserError(f"LanguageMoE: all blocks must be equally wide, got {widths}")
+        self.vocab, self.tied = vocab, tied
+        self.embedding = nn.Embedding(vocab, widths[0])
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(widths[0])
+        self.head = nn.Linear(widths[0], vocab, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits (B, S, V) for tokens (B, S).
+
+        Args:
+            cache: keys and values of the tokens before these; those of these tokens are added.
+        """
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise UserError(f"LanguageMoE: takes tokens (B, S) of integers, got {tokens.dtype} {tuple(tokens.shape)}")
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, cache)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        count: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        cached: bool = True,
+    ) -> Tensor:
+        """``tokens`` (B, S) and ``count`` more, drawn one after the other in evaluation mode: (B, S + count).
+
+        Args:
+            temperature: logits are divided by it; 0 takes the largest.
+            top_k: draw among so many largest logits alone; None: among all.
+            generator: of the draws, on the device of the tokens; None: torch's own.
+            cached: keep keys and values instead of computing them again for every token.
+
+        Raises:
+            UserError: no token to start from, a negative number of tokens or temperature, ``top_k`` below 1.
+        """
+        if tokens.shape[-1] < 1 or count < 0:
+            raise UserError(f"generate: needs a token to start from and count >= 0, got {tokens.shape[-1]} and {count}")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise UserError(f"generate: temperature must be >= 0 and top_k >= 1, got {temperature} and {top_k}")
+        cache, unread = (Cache() if cached else None), tokens
+        with evaluation_mode(self):
+            for _ in range(count):
+                logits = self(unread, cache)[:, -1].float()
+                drawn = _draw(logits, temperature, top_k, generator)
+                tokens = torch.cat([tokens, drawn], 1)
+                unread = drawn if cached else tokens
+        return tokens
+
+
+class DecoderBlock(nn.Module):
+    r"""One block: :math:`x \leftarrow x + \mathrm{Attention}(\mathrm{RMS}(x))`,
+    :math:`x \leftarrow x + \mathrm{MoE}(\mathrm{RMS}(x))`.
+
+    Args:
+        moe: the layer, D wide.
+        heads: of the attention.
+    """
+
+    def __init__(self, moe: MoE, heads: int) -> None:
+        super().__init__()
+        dim = moe.router.scorer.dim
+        self.heads = heads
+        self.attention_norm, self.attention = nn.RMSNorm(dim), CausalAttention(dim, heads)
+        self.moe_norm, self.moe = nn.RMSNorm(dim), moe
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache)
+        y: Tensor = x + self.moe(self.moe_norm(x))
+        return y
+
+
+class CausalAttention(nn.Module):
+    """Self-attention in which a token sees those before it and itself: x (B, S, D) -> (B, S, D).
+
+    Args:
+        dim: D.
+        heads: D / heads is even.
+
+    Raises:
+        UserError: D is not a multiple of 2 * heads.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or dim % (2 * heads):
+            raise UserError(f"CausalAttention: the width D={dim} must be a multiple of twice the {heads} heads")
+        self.dim, self.heads = dim, heads
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, S, D / heads)
+        before = 0 if cache is None else cache.length(self)
+        q, k = rotated(q, before), rotated(k, before)
+        if cache is not None:
+            k, v = cache.add(self, k, v)
+        sees = (
+            None if not before else torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(before)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=sees is None)
+        joined: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return joined
+
+
+class Cache:
+    """Keys and values (B, heads, S, D / heads) of the tokens that each attention has read."""
+
+    def __init__(self) -> None:
+        self.read: dict[CausalAttention, tuple[Tensor, Tensor]] = {}
+
+    def length(self, attention: CausalAttention) -> int:
+        """How many tokens it has read."""
+        return self.read[attention][0].shape[2] if attention in self.read else 0
+
+    def add(self, attention: CausalAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of all tokens that it has read, with these."""
+        if attention in self.read:
+            k, v = (torch.cat([old, new], 2) for old, new in zip(self.read[attention], (k, v), strict=True))
+        self.read[attention] = k, v
+        return k, v
+
+
+def rotated(x: Tensor, first: int = 0) -> Tensor:
+    r"""Rotary positions: coordinates i and i + d/2 of x (..., S, d) are turned by the angle :math:`p\,\theta^{-2i/d}`.
+
+    Args:
+        first: the position p of the first of the S tokens.
+    """
+    half = x.shape[-1] // 2
+    turns = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = torch.arange(first, first + x.shape[-2], device=x.device)[:, None] * turns
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+RouterFactory = Callable[[int, int], Router]
+ExpertsFactory = Callable[[int, int, int], Experts]
+
+
+def balanced_router(dim: int, num_experts: int) -> Router:
+    """A linear gate, two experts a token, a loss-free selection bias; of fewer than three experts all are used."""
+    scorer = LinearScorer(dim, num_experts)
+    if num_experts < 3:
+        return Router(scorer, Soft())
+    return Router(scorer, Balanced(2, score="softmax", normalize=False, rate=1e-2))
+
+
+def language_moe(
+    vocab: int,
+    *,
+    width: int = 128,
+    depth: int = 4,
+    heads: int = 4,
+    num_experts: int = 8,
+    hidden: int = 128,
+    spare: int = 0,
+    router: RouterFactory = balanced_router,
+    experts: ExpertsFactory | None = None,
+    tied: bool = True,
+) -> LanguageMoE:
+    """A LanguageMoE of ``depth`` equal blocks.
+
+    Everything but the routers is initialised first: under one seed two models that differ only in their routers start
+    with the same other parts. What is added to the residual stream starts small, so that its variance stays bounded in
+    any depth. With one expert the model is dense: that of k experts of width H has its dense twin of equal active width
+    in one expert of width k * H.
+
+    Args:
+        vocab, width, depth, heads, num_experts, hidden: V, D, number of blocks, heads of each attention, E, H.
+        spare: zero hidden units an expert, for later corrections (``FeedForward``).
+        router: (D, E) -> a router; default: ``balanced_router``.
+        experts: (E, D, H) -> a bank; None: SwiGLU networks with ``spare`` units.
+        tied: the head's matrix is the embedding.
+    """
+    make_bank = experts or partial(FeedForward, activation="swiglu", spare=spare)
+    banks = [make_bank(num_experts, width, hidden) for _ in range(depth)]
+    state = torch.get_rng_state()
+    routers = [router(width, num_experts) for _ in range(depth)]
+    torch.set_rng_state(state)
+    blocks = [DecoderBlock(MoE(r, bank), heads) for r, bank in zip(routers, banks, strict=True)]
+    with torch.no_grad():
+        for block in blocks:
+            block.attention.out.weight *= (2 * depth) ** -0.5
+            if isinstance(block.moe.experts, FeedForward):
+                block.moe.experts.down *= (2 * depth) ** -0.5
+    return LanguageMoE(blocks, vocab, tied=tied)
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token (B, 1) for each row of logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

@@ -1,0 +1,275 @@
+"""Language modelling: the next token of a window of text, in bits per byte."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectralmoe.data.text_data import TEXT_PARTS, TextData, TextPart, load_text
+from spectralmoe.data.text_sources import Document
+from spectralmoe.data.vocabulary import SEPARATOR, Vocabulary
+from spectralmoe.diagnostics.evaluation import evaluation_mode
+from spectralmoe.errors import UserError
+from spectralmoe.models import LanguageMoE, language_moe
+from spectralmoe.naming import shown
+from spectralmoe.presets import find_preset
+from spectralmoe.training.settings import Settings, Several
+from spectralmoe.training.tasks.base import Metric, Part, Task, rounded
+from spectralmoe.training.text_settings import Text
+from spectralmoe.training.train_settings import TrainSettings
+
+__all__ = ["TextMeta", "TextTask", "Windows", "cut_windows"]
+
+BITS = Metric(
+    "bits_per_byte", "bits/byte", "negative log-likelihood of the text over its bytes", "lower", unit="", digits=3
+)
+OWN_METRICS = 8
+"""Up to so many domains have metrics of their own."""
+_TOKENS = 2**14
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Windows of S + 1 tokens each; the last S are predicted.
+
+    Attributes:
+        tokens: (B, S + 1).
+        domains: (B, S), the domain of each predicted token.
+    """
+
+    tokens: Tensor
+    domains: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Windows:
+        return Windows(self.tokens[chosen], self.domains[chosen])
+
+    def part(self, chosen: slice, device: torch.device) -> Windows:
+        """Some of the windows, on ``device``, in the types that a network takes."""
+        return Windows(self.tokens[chosen].to(device).long(), self.domains[chosen].to(device).long())
+
+
+class TextTask(Task):
+    r"""Predict the next token.
+
+    A sample is a window of S tokens; an epoch shows every window of the training part once. Windows follow each other
+    without a gap or an overlap through all documents of a part, domain by domain, with a separator between two
+    documents; the rest of a part that fills no window is left out.
+
+    ``bits_per_byte`` is :math:`\sum_t -\log_2 p(x_t) / \sum_t b(x_t)`, b the bytes of a token, over the windows that
+    are measured; the separator counts as a byte. So vocabularies of different sizes are compared on the same scale.
+    ``bits_per_byte_DOMAIN`` is the same over the tokens of one domain, where there are 2 to ``OWN_METRICS`` of them.
+
+    Args:
+        data: training, validation and test documents.
+        text: window, vocabulary, and how many windows are measured.
+        train_size: training windows, in equal numbers from each domain as far as they last; None: all.
+
+    Raises:
+        UserError: more windows than there are; a part too short for a window; a domain without text in a part.
+
+    >>> from spectralmoe.data.text_data import load_text
+    >>> task = TextTask(load_text("pydoc"), train_size=100)
+    >>> task.size, tuple(task.example().shape), task.metric.key
+    (100, (1, 256), 'bits_per_byte')
+    """
+
+    unit = "token"
+
+    def __init__(self, data: TextData, text: Text | None = None, *, train_size: int | None = None) -> None:
+        self.data, self.text, self.name, self.notes = data, text or Text(), data.name, data.notes
+        size = self.text.vocab
+        train = data.parts["train"]
+        self.vocabulary = (
+            Vocabulary() if size == "bytes" else Vocabulary.learn((document.text for document in train), size)
+        )
+        reported = data.domains if 1 < len(data.domains) <= OWN_METRICS else ()
+        self.metrics = (BITS, *map(_metric_of, reported))
+        self.parts = {part: self._windows(part, reported) for part in TEXT_PARTS}
+        if train_size is not None:
+            if not 1 <= train_size <= self.size:
+                raise UserError(f"cannot take {train_size} training windows of {self.name!r}, which has {self.size}")
+            self.parts["train"] = _in_turns(self.parts["train"], train_size)
+
+    @classmethod
+    def open(cls, settings: TrainSettings, data_dir: Path | None = None, download: bool = False) -> Self:
+        data = load_text(settings.data.partition(":")[2], data_dir)
+        return cls(data, settings.text, train_size=settings.train_size)
+
+    @property
+    def size(self) -> int:
+        return len(self.parts["train"])
+
+    @property
+    def units(self) -> int:
+        return self.text.length
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(self.vocabulary.merges).encode())
+        for windows in self.parts.values():
+            digest.update(windows.tokens.numpy().data)
+            digest.update(windows.domains.numpy().data)
+        return digest.hexdigest()[:16]
+
+    def build(self, settings: TrainSettings) -> LanguageMoE:
+        """The untrained model: ``[network]`` has D, E, H and k, the depth is the number of blocks."""
+        network, preset = settings.network, find_preset(settings.row)
+        torch.manual_seed(settings.optimization.seed)
+        return language_moe(
+            self.vocabulary.size,
+            width=network.width,
+            depth=settings.depth,
+            heads=self.text.heads,
+            num_experts=network.num_experts,
+            hidden=network.hidden,
+            experts=partial(preset.make_experts, spare=network.spare, default=SWIGLU),
+            router=preset.routers(network.k),
+        )
+
+    def batch(self, indices: Tensor, draw: np.random.Generator) -> Windows:
+        return self.parts["train"][indices]
+
+    def loss(self, model: nn.Module, batch: Windows) -> Tensor:
+        """Mean cross-entropy."""
+        return token_losses(model, batch).mean()
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, part: Part) -> dict[str, float]:
+        windows, device = self.parts[part], next(model.parameters()).device
+        lengths, domains = self.vocabulary.lengths.to(device), len(self.data.domains)
+        bits = torch.zeros(domains, dtype=torch.float64, device=device)
+        size = bits.clone()
+        with evaluation_mode(model):
+            for start in range(0, len(windows), many := max(1, _TOKENS // self.text.length)):
+                batch = windows.part(slice(start, start + many), device)
+                place = batch.domains.flatten()
+                bits.index_add_(0, place, token_losses(model, batch).flatten().double() / math.log(2))
+                size.index_add_(0, place, lengths[batch.tokens[:, 1:]].flatten().double())
+        scores = {BITS.key: float(bits.sum() / size.sum())}
+        for metric in self.metrics[1:]:
+            domain = self.data.domains.index(metric.key.removeprefix(f"{BITS.key}_"))
+            scores[metric.key] = float(bits[domain] / size[domain])
+        return scores
+
+    def example(self) -> Tensor:
+        return self.parts["test"].tokens[:1, :-1].long()
+
+    def inputs(self, part: Part) -> Tensor:
+        return self.parts[part].tokens[:, :-1].long()
+
+    def meta(
+        self, settings: TrainSettings, results: Mapping[str, float], loads: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        meta = TextMeta(
+            data=self.name,
+            domains=self.data.domains,
+            length=self.text.length,
+            vocabulary=self.vocabulary.as_json(),
+            router=shown(settings.row),
+            settings=settings.model_dump(mode="json"),
+            results=rounded(results, loads),
+        )
+        return meta.model_dump(mode="json")
+
+    def _windows(self, part: TextPart, reported: Sequence[str]) -> Windows:
+        """All windows of the training part; of another part those that are measured."""
+        windows = cut_windows(self.data.parts[part], self.data.domains, self.vocabulary, self.text.length)
+        if not len(windows):
+            raise UserError(
+                f"{self.name!r}: its {part} part is shorter than one window of {self.text.length} tokens; add text, or "
+                "choose a shorter [text] length"
+            )
+        if part == "train":
+            return windows
+        windows = windows[_measured(windows, self.text.measured)]
+        for domain in reported:
+            if not bool((windows.domains == self.data.domains.index(domain)).any()):
+                raise UserError(f"{self.name!r}: its {part} part has no text of domain {domain!r}; add documents to it")
+        return windows
+
+
+class TextMeta(Settings):
+    """What a saved language model needs to be used on text.
+
+    Attributes:
+        length: S of the windows that it was trained on.
+        vocabulary: for ``Vocabulary.of_json``.
+        results: measured after training.
+        settings: of the run that trained it.
+    """
+
+    data: str
+    domains: Several[str]
+    length: int
+    vocabulary: dict[str, Any]
+    router: str
+    results: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+SWIGLU = {"type": "feed_forward", "activation": "swiglu"}
+
+
+def token_losses(model: nn.Module, windows: Windows) -> Tensor:
+    """Negative log-likelihood of each predicted token in nats: (B, S) fp32."""
+    logits = model(windows.tokens[:, :-1]).float()
+    return F.cross_entropy(logits.transpose(1, 2), windows.tokens[:, 1:], reduction="none")
+
+
+def cut_windows(documents: Sequence[Document], domains: Sequence[str], vocabulary: Vocabulary, length: int) -> Windows:
+    """Windows of ``length`` + 1 tokens, each beginning with the last token of the one before, through all documents."""
+    encoded = vocabulary.encode_all([document.text for document in documents])
+    tokens = np.fromiter((token for one in encoded for token in (SEPARATOR, *one)), np.int32)
+    places = [domains.index(document.domain) for document in documents]
+    owner = np.repeat(np.array(places, np.int16), [1 + len(one) for one in encoded])
+    count = max(len(tokens) - 1, 0) // length
+    inside = torch.arange(count)[:, None] * length + torch.arange(length + 1)
+    return Windows(torch.from_numpy(tokens)[inside], torch.from_numpy(owner)[inside[:, 1:]])
+
+
+def _metric_of(domain: str) -> Metric:
+    meaning = f"{BITS.meaning}, domain {domain}"
+    return Metric(f"{BITS.key}_{domain}", f"{BITS.title} {domain}", meaning, BITS.better, digits=BITS.digits)
+
+
+def _measured(windows: Windows, most: int) -> Tensor:
+    """Which windows are measured: up to ``most`` of each domain, spread evenly over it. A window is of the domain of
+    its first predicted token.
+    """
+    chosen = []
+    for domain in windows.domains[:, 0].unique():
+        there = (windows.domains[:, 0] == domain).nonzero().flatten()
+        chosen.append(there[torch.linspace(0, len(there) - 1, min(most, len(there))).round().long()])
+    return torch.cat(chosen)
+
+
+def _in_turns(windows: Windows, count: int) -> Windows:
+    """``count`` windows in equal numbers from each domain as far as they last, spread evenly over each."""
+    owners = windows.domains[:, 0].long()
+    there = owners.bincount()
+    quota = torch.zeros_like(there)
+    while (left := count - int(quota.sum())) > 0:
+        open_domains = (quota < there).nonzero().flatten()
+        share = max(1, left // len(open_domains))
+        for domain in open_domains[:left]:
+            quota[domain] += min(share, int(there[domain] - quota[domain]))
+    chosen = []
+    for domain, many in enumerate(quota.tolist()):
+        members = (owners == domain).nonzero().flatten()
+        if many:
+            chosen.append(members[torch.linspace(0, len(members) - 1, many).round().long()])
+    return windows[torch.cat(chosen)]
