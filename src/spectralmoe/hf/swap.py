@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.hf.fit import fit_scorer
 from spectralmoe.hf.gates import gate_of, start_from_gate
 from spectralmoe.hf.language import arguments_of
-from spectralmoe.hf.layers import HFLayer, find_layers
+from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
 from spectralmoe.hf.places import put_in, take_out
 from spectralmoe.hf.rules import Rule, put_bias, read_rule
 from spectralmoe.hf.swapped import SwappedRouter
@@ -27,8 +28,8 @@ from spectralmoe.spec import build
 
 __all__ = ["Swapped", "swap_routers"]
 
-Init = Literal["from_gate", "fresh"]
-_INITS = ("from_gate", "fresh")
+Init = Literal["from_gate", "fit", "fresh"]
+_INITS = ("from_gate", "fit", "fresh")
 
 ScorerLike = str | Mapping[str, Any] | Callable[[int, int], Scorer]
 SelectorLike = str | Mapping[str, Any] | Callable[[], Selector] | None
@@ -120,19 +121,16 @@ def swap_routers(
         raise one_of("init", init, _INITS)
     chosen = _choose(find_layers(model), layers)
     rules = [read_rule(layer) for layer in chosen]
-    read = None if calibration is None else _calibrate(model, chosen, calibration)
-    routers = []
+    read = {} if calibration is None else _calibrate(model, chosen, calibration)
+    routers: dict[HFLayer, tuple[Router, Rule]] = {}
     for layer, (rule, own) in zip(chosen, rules, strict=True):
-        seen = None if read is None else read[layer.name]
-        made = _make_scorer(layer, scorer, init, seen)
-        routers.append(_make_router(layer, made, rule, own if selector is None else selector))
-    agreement = None
-    if read is not None:
-        pairs = zip(chosen, routers, strict=True)
-        agreement = {layer.name: _agreement(router, read[layer.name]) for layer, router in pairs}
-    parts = zip(chosen, routers, rules, strict=True)
-    placed = put_in(model, {layer: (router, rule) for layer, router, (rule, _) in parts})
-    return Swapped([layer.name for layer in chosen], agreement, model, placed)
+        made = _make_scorer(layer, scorer, init, read.get(layer.name))
+        router = _make_router(layer, made, rule, own if selector is None else selector)
+        if init == "fit":
+            _fit(router, read.get(layer.name))
+        routers[layer] = router, rule
+    shares = {layer.name: _agreement(router, read[layer.name]) for layer, (router, _) in routers.items() if read}
+    return Swapped([layer.name for layer in chosen], shares or None, model, put_in(model, routers))
 
 
 def _choose(found: Sequence[HFLayer], pattern: str) -> list[HFLayer]:
@@ -140,6 +138,7 @@ def _choose(found: Sequence[HFLayer], pattern: str) -> list[HFLayer]:
     if not chosen:
         names = ", ".join(layer.name for layer in found)
         raise UserError(f"swap_routers: layers={pattern!r} matches no MoE layer; the model has: {names}")
+    refuse_shared(chosen)
     for layer in chosen:
         if isinstance(layer.router, SwappedRouter):
             raise UserError(
@@ -172,7 +171,8 @@ def _make_scorer(layer: HFLayer, scorer: ScorerLike, init: Init, read: _Read | N
     if init == "from_gate" and not start_from_gate(made, gate, tokens=tokens, tempered=tempered):
         beside = "" if gate.bias is None else ", which has a bias"
         raise UserError(
-            f'swap_routers: {type(made).__name__} cannot start from the gate of {layer.name}{beside}; say init="fresh"'
+            f"swap_routers: {type(made).__name__} cannot start from the gate of {layer.name}{beside}; say "
+            'init="fit" with a calibration, or init="fresh"'
         )
     return made
 
@@ -194,6 +194,12 @@ def _make_router(layer: HFLayer, scorer: Scorer, rule: Rule, selector: SelectorL
     if "mask" in rule.roles and getattr(made, "k", 1) != 1:
         raise UserError(f"swap_routers: {layer.name} takes one expert a token; give a selector with k=1")
     return router.to(next(scorer.parameters()).device)
+
+
+def _fit(router: Router, read: _Read | None) -> None:
+    if read is None:
+        raise UserError('swap_routers: init="fit" learns the gates\' logits on a calibration; give calibration=...')
+    fit_scorer(router.scorer, read.tokens, read.logits, router.selector)
 
 
 @torch.no_grad()
