@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,16 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.structure import stack_of
 
-__all__ = ["TransformersModel", "arguments_of", "encode", "run", "stored_names", "token_ids", "training_facts"]
+__all__ = [
+    "TransformersModel",
+    "arguments",
+    "arguments_of",
+    "encode",
+    "run",
+    "stored_names",
+    "token_ids",
+    "training_facts",
+]
 
 _EXPERT = re.compile(r"(.*?)\.(?!shared)[^.]*expert")
 LENGTH, ROWS = 512, 4
@@ -159,6 +168,20 @@ def stored_names(layers: Sequence[Watched], tensors: Iterable[str]) -> dict[str,
         if layer.name not in owners and len(alike) == 1:
             in_files[layer.name] = alike[0]
     return in_files
+
+
+def arguments(model: Any, batch: Any) -> dict[str, Any]:
+    """The arguments of a model's forward, on its device, for a batch: token ids (B, S), or a table of arguments.
+
+    Raises:
+        UserError: it is something else.
+    """
+    device = next(model.parameters()).device
+    if isinstance(batch, Tensor):
+        return arguments_of(model.config, batch.to(device))
+    if isinstance(batch, Mapping):
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    raise UserError(f"a batch must be token ids (B, S) or a table of the model's arguments, got {type(batch).__name__}")
 
 
 def arguments_of(config: Any, ids: Tensor) -> dict[str, Tensor]:

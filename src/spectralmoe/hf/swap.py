@@ -14,7 +14,7 @@ from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.hf.fit import fit_scorer
 from spectralmoe.hf.gates import gate_of, start_from_gate
-from spectralmoe.hf.language import arguments_of
+from spectralmoe.hf.language import arguments
 from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
 from spectralmoe.hf.places import put_in, take_out
 from spectralmoe.hf.rules import Rule, put_bias, read_rule
@@ -208,7 +208,7 @@ def _calibrate(model: Any, chosen: Sequence[HFLayer], batches: Iterable[Any]) ->
     parts: dict[str, list[_Read]] = {layer.name: [] for layer in chosen}
     with evaluation_mode(model), watch_transformers(model) as watching:
         for batch in batches:
-            model(**_arguments(model, batch))
+            model(**arguments(model, batch))
             for call in watching.drain():
                 if call.layer.name in parts:
                     routing, tokens = call.routing, call.tokens
@@ -220,17 +220,6 @@ def _calibrate(model: Any, chosen: Sequence[HFLayer], batches: Iterable[Any]) ->
         name: _Read(*(torch.cat([getattr(one, part) for one in read]) for part in ("tokens", "logits", "members")))
         for name, read in parts.items()
     }
-
-
-def _arguments(model: Any, batch: Any) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    if isinstance(batch, Tensor):
-        return arguments_of(model.config, batch.to(device))
-    if isinstance(batch, Mapping):
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    raise UserError(
-        f"swap_routers: calibration must hold tables of the model's arguments or ids (B, S), got {type(batch).__name__}"
-    )
 
 
 @torch.no_grad()
