@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from spectralmoe.hf import merge_experts, prune_experts
+from spectralmoe.hf import merge_experts, prune_experts, swap_routers
 from spectralmoe.hf.calibration import Calibration
 from spectralmoe.hf.layers import HFLayer, find_layers
 from spectralmoe.hf.structure import correction_bias
 from spectralmoe.hf.watch import watch_transformers
-from spectralmoe.recording import Recordable
 
 transformers = pytest.importorskip("transformers")
 
@@ -203,7 +202,37 @@ def test_reap_is_the_mean_part_of_an_expert_in_the_output(family, close):
         close(known.saliency("reap", layer.name), mean, torch.float32)
 
 
-@pytest.mark.parametrize("by", ["frequency", "reap"])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "glm4_moe", "gpt_oss", "llama4"])
+@torch.no_grad()
+def test_removal_is_what_the_layer_does_without_the_expert(family, close):
+    """The tokens of an expert that is gone go where the router with this row masked sends them."""
+    model = copy.deepcopy(model_of(family))
+    inputs = batch(model, rows=1)
+    known = Calibration("test", model, [inputs], tokens=1000, seed=0)
+    layer = known.layers[next(iter(known.layers))]
+    with watch_transformers(model) as seen:
+        model(**inputs)
+        x = next(call.tokens for call in seen.drain() if call.layer.name == layer.name)
+
+    def run() -> Tensor:
+        output = layer.layer(x[None])
+        return (output[0] if isinstance(output, tuple) else output).view(len(x), -1).double()
+
+    whole = run()
+    bias = None if layer.correction_bias is None else layer.correction_bias.clone()
+    changes = []
+    for e in range(layer.num_experts):
+        others = [other for other in range(layer.num_experts) if other != e]
+        if bias is not None:
+            correction_bias((layer.router,), layer.num_experts)[e] = -torch.inf
+        with Masked([layer], {layer.name: others}):
+            changes.append((run() - whole).square().sum(-1).mean())
+        if bias is not None:
+            correction_bias((layer.router,), layer.num_experts).copy_(bias)
+    close(known.saliency("removal", layer.name), torch.stack(changes), torch.float32)
+
+
+@pytest.mark.parametrize("by", ["frequency", "reap", "removal"])
 @torch.no_grad()
 def test_the_most_salient_experts_stay(by):
     model = model_of("mixtral")
@@ -301,8 +330,7 @@ def test_models_that_it_cannot_make_smaller(user_error):
     with user_error("MixtralForCausalLM", "cannot make smaller", "extra 'model.layers.1.mlp.gate.extra'"):
         prune_experts(changed, 4, by="random")
     swapped = copy.deepcopy(model_of("mixtral"))
-    gate = swapped.model.layers[1].mlp.gate
-    gate.__class__ = type("Swapped", (type(gate), Recordable), {})
+    swap_routers(swapped, layers="*.1.mlp")
     with user_error("model.layers.1.mlp was swapped", "fold or undo"):
         prune_experts(swapped, 4, by="random")
     unnamed = copy.deepcopy(model_of("mixtral"))

@@ -168,7 +168,8 @@ def test_a_router_without_a_gradient_is_warned_of(dense_of):
         ({"layers": []}, ["layers=[]"]),
         ({"router": "principal"}, ["'principal'", "calibration"]),
         ({"router": "prompts", "calibration": [{"input_ids": ids()}]}, ["'prompts'", "4", "got 1"]),
-        ({"router": "principal", "calibration": [ids()]}, ["calibration", "input_ids"]),
+        ({"router": "principal", "calibration": ["text"]}, ["calibration", "str"]),
+        ({"router": "principal", "calibration": []}, ["calibration", "there is none"]),
         ({"router": "principal", "calibration": [{"input_ids": ids()[:1, :2]}]}, ["2 directions"]),
     ],
 )

@@ -32,7 +32,7 @@ def finetune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face MoE: folder or hub name.")],
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="PATH", help="File or folder of UTF-8 text; several are domains of their own."),
+        typer.Option("--text", metavar="PATH|text:NAME", help="File or folder of UTF-8 text; several are domains."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for everything that is written.")
@@ -100,7 +100,8 @@ def finetune(
     if settings.lora is not None:
         import_peft()
     refuse_outputs(Path(model))
-    texts = read_domains(text or ())
+    texts, notes = read_domains(text or ())
+    say_notes(notes)
     claim = {**settings.model_dump(mode="json"), "model": model, "text": _digest(texts)}
     with run_folder(out, claim, (HISTORY, MONITOR, CHECKPOINTS, "config.json", "model.safetensors")):
         if (out / HISTORY).exists():  # finished before

@@ -12,7 +12,7 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.moe import MoE
 from spectralmoe.tape import Record
 
-__all__ = ["Evidence"]
+__all__ = ["Evidence", "dense_gates"]
 
 
 class Evidence:
@@ -99,12 +99,12 @@ def _removal(layer: MoE, records: list[Record]) -> Tensor:
         rows, routing = item.input.detach(), item.routing
         seen, its_row = _seen(item.order // max(routing.indices.shape[1], 1))
         logits = routing.logits.detach()[seen]
-        gates = _gates(routing.indices[seen], routing.weights.detach()[seen], range(total_experts), total_experts)
+        gates = dense_gates(routing.indices[seen], routing.weights.detach()[seen], range(total_experts), total_experts)
         without = []
         for selector, rest in zip(selectors, rests, strict=True):
             left = logits[:, rest]
             indices = selector.limit(selector.choose(left), len(rest))
-            without.append(_gates(indices, selector.weigh(left, indices), rest, total_experts))
+            without.append(dense_gates(indices, selector.weigh(left, indices), rest, total_experts))
         outputs = torch.stack([_output(layer, e, rows[its_row]) for e in range(total_experts)])
         total += removal(outputs.to(gates), gates, torch.stack(without)).cpu() * len(seen)
         tokens += len(seen)
@@ -117,7 +117,7 @@ def _seen(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return seen, torch.empty_like(seen).scatter_(0, number, torch.arange(len(tokens), device=tokens.device))
 
 
-def _gates(indices: Tensor, weights: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
+def dense_gates(indices: Tensor, weights: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
     """Combine weights (N, E) of slots that call ``experts`` 0, 1, ..."""
     names = torch.tensor([*experts, num_experts], device=indices.device)[indices]  # -1: the last
     dense = weights.new_zeros(len(names), num_experts + 1)

@@ -8,20 +8,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.compression.saliency import affinity, frequency, random, reap
+from spectralmoe.compression.evidence import dense_gates
+from spectralmoe.compression.saliency import SALIENCIES, affinity, frequency, random, reap, removal
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.hf.language import TransformersModel, run
+from spectralmoe.hf.language import TransformersModel, batch_arguments, run
 from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.rules import put_bias, read_rule
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.instruments.samples import TokenSample
+from spectralmoe.spec import build
 
 __all__ = ["Batches", "Calibration"]
 
-_KNOWN = ("frequency", "reap", "random")
+Batches = Iterable[Mapping[str, Any] | Tensor]
+"""Tables of the model's arguments, as ``encode`` makes them of text, or token ids (B, S)."""
 
-Batches = Iterable[Mapping[str, Any]]
-"""Arguments of the model's forward, a dict a batch, as ``encode`` makes them of text."""
+_NUMBERS = 2**24  # in the outputs of all experts of a layer for the same tokens
+_BELOW = 4.0  # scores lie between 0 and 1
 
 
 class Calibration:
@@ -48,7 +52,7 @@ class Calibration:
             self.layers = {layer.name: cast(HFLayer, layer) for layer in seen.layers}
             self._samples = {name: TokenSample(tokens, seed + place) for place, name in enumerate(self.layers)}
             for batch in batches or ():
-                run(loaded, [dict(batch)])
+                run(loaded, [batch_arguments(owner, model, batch)])
                 for call in seen.drain():
                     name, routing = call.layer.name, call.routing
                     self.counts[name] = self.counts.get(name, 0) + routing.load_counts().cpu()
@@ -63,14 +67,14 @@ class Calibration:
             UserError: an unknown saliency; nothing was run; a router that reads more than its tokens; numbers that are
                 not finite.
         """
-        if by not in _KNOWN:
-            raise one_of("saliency, by", by, _KNOWN)
+        if by not in SALIENCIES:
+            raise one_of("saliency, by", by, SALIENCIES)
         layer = self.layers[name]
         if by == "random":
             return random(layer.num_experts, self.generator)
         if by == "frequency":
             return frequency(self._of(by, name))
-        values = _reap(layer, self._sample(by, name))
+        values = (_reap if by == "reap" else _removal)(layer, self._sample(by, name))
         if not values.isfinite().all():
             raise UserError(f"{self.owner}: by={by!r} of layer {name!r} is not a finite number")
         return values.cpu()
@@ -111,3 +115,34 @@ def _reap(layer: HFLayer, x: Tensor) -> Tensor:
         if len(rows):
             parts[rows, slots] = layer.part(x[rows], routing.weights[rows, slots], e).float().norm(dim=-1).to(parts)
     return reap(routing.indices, torch.ones_like(parts), parts, layer.num_experts)
+
+
+def _removal(layer: HFLayer, x: Tensor) -> Tensor:
+    """By the layer's own rule, where the expert that is gone has a logit of minus infinity, and no bias lifts it."""
+    rule, spec = read_rule(layer)
+    if spec is None:
+        raise UserError(
+            f"by='removal' needs to know how {layer.name} chooses, and its rule is not known; use by='reap'"
+        )
+    every, bias = range(layer.num_experts), layer.correction_bias
+    selector = build(spec).to(x.device)
+    selector.bind(layer.num_experts)
+
+    def gates_without(logits: Tensor, gone: int) -> Tensor:
+        here = torch.tensor(gone, device=logits.device)
+        put_bias(selector, None if bias is None else bias.index_fill(0, here, float(bias.min()) - _BELOW))
+        left = logits.index_fill(1, here, -torch.inf)
+        indices = selector.limit(selector.choose(left), layer.num_experts)
+        return dense_gates(indices, selector.weigh(left, indices) * rule.scale, every, layer.num_experts)
+
+    total = torch.zeros(layer.num_experts, dtype=torch.float64)
+    for part in x.split(max(_NUMBERS // (layer.num_experts * x.shape[1]), 1)):
+        routing = layer.route(part)
+        gates = dense_gates(routing.indices, routing.weights, every, layer.num_experts)
+        without = torch.stack([gates_without(routing.logits, e) for e in every])
+        alone = selector.scores(routing.logits) * rule.scale  # what an expert would weigh, whoever is beside it
+        outputs = [layer.part(part, alone[:, e], e) if layer.weighs_inputs else layer.expert(part, e) for e in every]
+        if layer.weighs_inputs:
+            gates, without = (gates > 0).to(gates), (without > 0).to(gates)
+        total += removal(torch.stack(outputs).to(gates), gates, without).cpu() * len(part)
+    return total / max(len(x), 1)
