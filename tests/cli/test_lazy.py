@@ -24,6 +24,7 @@ VERBS = (
     "train",
     "evaluate",
     "predict",
+    "prune",
     "adapt",
     "adapt correct",
     "adapt apply",

@@ -22,6 +22,7 @@ from spectralmoe.cli.finetune import finetune
 from spectralmoe.cli.inspect import inspect
 from spectralmoe.cli.list import list_everything
 from spectralmoe.cli.predict import predict
+from spectralmoe.cli.prune import prune
 from spectralmoe.cli.report import report
 from spectralmoe.cli.train import train
 from spectralmoe.errors import UserError
@@ -40,6 +41,7 @@ app.command(short_help="Classes of image files.")(predict)
 app.add_typer(adapt, name="adapt", short_help="Correct samples by one expert; what else moves.")
 app.command(short_help="Learn a new task from a few images a class.")(fewshot)
 app.command(short_help="Train a Hugging Face MoE on text.")(finetune)
+app.command(short_help="A Hugging Face MoE with fewer experts.")(prune)
 app.command(short_help="One HTML page about what was measured.")(report)
 app.command(short_help="What the routers and experts of a model do.")(inspect)
 app.command(short_help="How fast the layers are.")(bench)
