@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -178,9 +178,12 @@ def load_saved(folder: Path, device: torch.device, allow: Sequence[str] | None) 
     Raises:
         UserError: not a model folder, with what it is if this library wrote it; a model that is of no task.
     """
+    from spectralmoe.saving import load, read_config
     from spectralmoe.training.tasks import task_of
 
-    network, values = _load(folder, allow)
+    refuse_outputs(folder)
+    see_own_modules(allow or ())
+    network, values = load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
     task = task_of(values.get("data") if isinstance(values, dict) else None)
     return task, network.to(device), task.read_meta(network, values, folder)
 
@@ -191,22 +194,14 @@ def load_network(
     """An image network and how it reads images.
 
     Raises:
-        UserError: not a model folder, with what it is if this library wrote it; a model that is not an image network
-            of spectralmoe's.
+        UserError: as ``load_saved``; a network of another task.
     """
-    from spectralmoe.training.network import read_image_meta
+    from spectralmoe.training.network import ModelMeta
 
-    network, values = _load(folder, allow)
-    return network.to(device), read_image_meta(network, values, folder)
-
-
-def _load(folder: Path, allow: Sequence[str] | None) -> tuple[Any, Any]:
-    """The model in a folder, and the values that were saved beside it."""
-    from spectralmoe.saving import load, read_config
-
-    refuse_outputs(folder)
-    see_own_modules(allow or ())
-    return load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
+    task, network, meta = load_saved(folder, device, allow)
+    if not isinstance(meta, ModelMeta):
+        raise UserError(f"{folder} {task.does}; adapt and fewshot are for networks that classify images")
+    return cast("SRMoE | VisionMoE", network), meta
 
 
 def open_data(name: str | None, meta: ModelMeta, data_dir: Path | None, download: bool) -> ImageData:

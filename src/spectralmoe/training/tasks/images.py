@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -145,6 +146,9 @@ class ImageTask(Task):
 
     @classmethod
     def predict(cls, network: nn.Module, meta: ModelMeta, inputs: Sequence[str], **options: Any) -> Predictions:
+        for given in inputs:
+            if not os.path.exists(given):
+                raise UserError(f"there is no file {given!r}; the model {cls.does}, and reads them from files")
         return classify(network, meta, [Path(file) for file in inputs])
 
     def summary(self, scores: Mapping[str, float]) -> Shown:
