@@ -11,7 +11,7 @@ from families import batch, build
 from spectralmoe.hf.text_windows import Windows
 from spectralmoe.layers import moe_layers
 from spectralmoe.selectors import Balanced, TopK, TopP
-from spectralmoe.training.finetune_routers import swap_to_row, router_of, terms_of
+from spectralmoe.training.finetune_routers import router_of, swap_to_row, terms_of
 from spectralmoe.training.finetune_settings import FinetuneSettings
 
 

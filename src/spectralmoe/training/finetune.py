@@ -26,7 +26,7 @@ from spectralmoe.hf.router_files import stock_tensors, write_routers
 from spectralmoe.hf.trained_parts import chosen_layers, decoder_layers, train_only
 from spectralmoe.hf.trainer import trainer_callback
 from spectralmoe.steps import attach
-from spectralmoe.training.finetune_routers import swap_to_row, router_of, terms_of
+from spectralmoe.training.finetune_routers import router_of, swap_to_row, terms_of
 from spectralmoe.training.finetune_settings import FinetuneSettings
 from spectralmoe.training.loop import Diverged, Progress
 from spectralmoe.training.tasks import Metric

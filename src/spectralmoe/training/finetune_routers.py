@@ -17,7 +17,7 @@ from spectralmoe.terms import Term
 from spectralmoe.training.finetune_settings import FinetuneSettings
 from spectralmoe.training.settings import laid_over
 
-__all__ = ["swap_to_row", "router_of", "terms_of"]
+__all__ = ["router_of", "swap_to_row", "terms_of"]
 
 CALIBRATION = 4096
 """Tokens, about, that a router is fitted on."""
