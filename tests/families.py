@@ -12,7 +12,7 @@ import torch
 from seeds import generator, shifted
 from torch import nn
 
-__all__ = ["FAMILIES", "batch", "build"]
+__all__ = ["FAMILIES", "MORE", "batch", "build"]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,
@@ -121,6 +121,24 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+MORE: dict[str, tuple[str, dict[str, Any]]] = {  # the first layer is dense
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            **SIZES,
+            "head_dim": 8,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {**SIZES, "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1},
+    ),
+}
+
 MODELS = {"Llama4": "Llama4ForCausalLM", "SwitchTransformers": "SwitchTransformersForConditionalGeneration"}
 CONFIGS = {"Llama4": "Llama4TextConfig"}
 
@@ -129,7 +147,7 @@ def build(name: str, **changes: Any) -> Any:
     """The tiny model of family ``name``, with changes to its config; every weight is random (biases too)."""
     import transformers
 
-    prefix, arguments = SPECS[name]
+    prefix, arguments = {**SPECS, **MORE}[name]
     config = getattr(transformers, CONFIGS.get(prefix, f"{prefix}Config"))(**{**arguments, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(shifted(0))
@@ -156,4 +174,4 @@ def batch(model: Any, rows: int = 2, length: int = 24, seed: int = 0) -> dict[st
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {name: (lambda name=name: build(name)) for name in SPECS}
-"""The nine families: name -> a function that builds the tiny model."""
+"""The nine families: name -> a function that builds the tiny model. ``build`` knows those of ``MORE``, too."""

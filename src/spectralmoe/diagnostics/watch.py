@@ -15,14 +15,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.layers import moe_layers
+from spectralmoe.layers import moe_layers, unwrapped
 from spectralmoe.moe import MoE
 from spectralmoe.parts import Part
+from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 from spectralmoe.sharding import full
 from spectralmoe.tape import Record, Tape
 
-__all__ = ["Seen", "Watch", "Watched", "layer_number", "watch"]
+__all__ = ["Seen", "Watch", "Watched", "layer_number", "seen_of", "watch"]
 
 
 class Watched(ABC):
@@ -145,11 +146,13 @@ class OwnLayer(Watched):
 
 class _OwnWatch(Watch):
     def __init__(self, model: nn.Module, tokens: bool, training_only: bool) -> None:
-        recorded = moe_layers(model)
-        layers = {name: layer for name, layer in recorded.items() if isinstance(layer, MoE)}
-        self.layers = [
-            OwnLayer(name, number, layers[name]) for name, number in zip(layers, _numbers(list(layers)), strict=True)
-        ]
+        inside = unwrapped(model)
+        recorded, paths = moe_layers(inside), {module: path for path, module in inside.named_modules()}
+        layers = {
+            name: OwnLayer(name, number, layer) if isinstance(layer, MoE) else layer.watched(inside, paths[layer])
+            for (name, layer), number in zip(recorded.items(), _numbers(list(recorded)), strict=True)
+        }
+        self.layers = [layer for layer in layers.values() if layer is not None]
         self.keeps_tokens = tokens
         self.tape = Tape(recorded, keep=("tokens",) if tokens else (), training_only=training_only)
 
@@ -157,20 +160,24 @@ class _OwnWatch(Watch):
         """See ``Watch``."""
         layers = {layer.name: layer for layer in self.layers}
         records = [item for item in self.tape.drain() if item.name in layers]
-        return [Seen(layers[item.name], _ranked(item), _tokens(item, self.keeps_tokens)) for item in records]
+        return [seen_of(item, layers[item.name], self.keeps_tokens) for item in records]
 
 
-def _ranked(item: Record) -> Routing:
-    """The routing with what the choice was made from as its scores: with the selection bias, where there is one."""
-    router = cast(MoE, item.layer).router
-    return replace(item.routing.unforced, score=router.selector.ranked(item.routing.logits.detach()))
+def seen_of(item: Record, layer: Watched, tokens: bool) -> Seen:
+    """The call of ``layer`` that a tape recorded, with its tokens if they were kept.
+
+    The routing has what the choice was made from as its scores: with the selection bias, where there is one.
+    """
+    router = cast(Router, item.router)
+    routing = replace(item.routing.unforced, score=router.selector.ranked(item.routing.logits.detach()))
+    return Seen(layer, routing, _tokens(item, tokens))
 
 
 def _tokens(item: Record, asked: bool) -> Tensor:
     """The tokens that the router read, with zeros for padding; none where the experts read something else."""
-    layer = cast(MoE, item.layer)
-    if not asked or layer.experts.reads or layer.unit.pooled:
-        return item.routing.logits.new_empty(0, layer.router.scorer.dim)
+    layer = item.layer
+    if not asked or (isinstance(layer, MoE) and (layer.experts.reads or layer.unit.pooled)):
+        return item.routing.logits.new_empty(0, cast(Router, item.router).scorer.dim)
     tokens, mask = item.tensor("tokens").detach(), item.routing.mask
     return tokens if mask is None else tokens.masked_fill(~mask[:, None], 0)
 

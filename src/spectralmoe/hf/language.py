@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.structure import stack_of
 
-__all__ = ["TransformersModel", "arguments_of", "encode", "run", "stored_names", "training_facts"]
+__all__ = ["TransformersModel", "arguments", "encode", "run", "stored_names", "training_facts"]
 
 _EXPERT = re.compile(r"(.*?)\.(?!shared)[^.]*expert")
 LENGTH, ROWS = 512, 4
@@ -82,7 +82,7 @@ def encode(loaded: TransformersModel, text: str, tokens: int) -> list[dict[str, 
     whole = len(ids) // length * length
     batches = [*ids[:whole].view(-1, length).split(ROWS)] if whole else []
     batches += [ids[whole:][None]] if whole < len(ids) else []
-    return [arguments_of(loaded.model.config, batch) for batch in batches]
+    return [_arguments(loaded.model.config, batch) for batch in batches]
 
 
 @torch.no_grad()
@@ -154,7 +154,21 @@ def _token_ids(loaded: TransformersModel, text: str) -> list[int]:
         raise UserError(f"{loaded.name}: its tokenizer cannot read this text ({first_line(error)})") from error
 
 
-def arguments_of(config: Any, ids: Tensor) -> dict[str, Tensor]:
+def arguments(model: Any, batch: Any) -> dict[str, Any]:
+    """The arguments of a model's forward, on its device, for a batch: token ids (B, S), or a table of arguments.
+
+    Raises:
+        UserError: it is something else.
+    """
+    device = next(model.parameters()).device
+    if isinstance(batch, Tensor):
+        return _arguments(model.config, batch.to(device))
+    if isinstance(batch, Mapping):
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    raise UserError(f"a batch must be token ids (B, S) or a table of the model's arguments, got {type(batch).__name__}")
+
+
+def _arguments(config: Any, ids: Tensor) -> dict[str, Tensor]:
     """The arguments of a model's forward for token ids (B, S): a decoder beside an encoder gets them shifted."""
     if not config.is_encoder_decoder:
         return {"input_ids": ids}

@@ -95,7 +95,7 @@ def put_bias(selector: Selector, bias: Tensor | None) -> None:
     """Give the ``Balanced`` in a bound selector this bias of the choice (E,)."""
     for part in selector.modules():
         if isinstance(part, Balanced) and bias is not None:
-            assign_(part.bias, bias.to(part.bias))
+            assign_(part.bias, bias.flatten().to(part.bias))
 
 
 @torch.no_grad()
@@ -175,14 +175,23 @@ class _Trial:
 
     def selectors(self) -> Iterator[dict[str, Any]]:
         """The specs of the choices and weights that are known."""
+        parts = (self.layer.router, self.layer.layer)
+        groups = number_of(parts, "num_group", "n_group") or 1
+        groups_on = number_of(parts, "topk_group") or groups
         for score in ("softmax", "sigmoid"):
             for normalize in (False, True) if self.k > 1 else (False,):
                 kind = "topk" if self.selection_bias is None else "balanced"
-                yield {"type": kind, "k": self.k, "score": score, "normalize": normalize}
+                plain = {"type": kind, "k": self.k, "score": score, "normalize": normalize}
+                if groups_on == groups:
+                    yield plain
+                for counted in (2, 1) if groups_on < groups else ():
+                    limit = {"groups": groups, "groups_on": groups_on, "counted": counted}
+                    yield {"type": "group_limited", "selector": plain, **limit}
 
     def ratio(self, spec: dict[str, Any]) -> float | None:
         """By what the weights of this selector must be multiplied to be those returned; None where they differ."""
-        scorer = LinearScorer(*reversed(self.matrix.shape), bias=self.bias is not None)
+        with torch.random.fork_rng(devices=[]):
+            scorer = LinearScorer(*reversed(self.matrix.shape), bias=self.bias is not None)
         try:
             router = Router(scorer, build(spec))
         except UserError:

@@ -9,18 +9,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.hf.calls import Calls
-from spectralmoe.hf.frames import stack_around
+from spectralmoe.hf.fit import fit_scorer
 from spectralmoe.hf.gates import gate_of, start_from_gate
-from spectralmoe.hf.language import arguments_of
-from spectralmoe.hf.layers import HFLayer, find_layers
+from spectralmoe.hf.language import arguments
+from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
+from spectralmoe.hf.places import put_in, take_out
 from spectralmoe.hf.rules import Rule, put_bias, read_rule
-from spectralmoe.hf.swapped import SwappedRouter, swapped_router
+from spectralmoe.hf.swapped import SwappedRouter
 from spectralmoe.hf.watch import watch_transformers
+from spectralmoe.layers import layer_name
 from spectralmoe.naming import own_names, read_part
 from spectralmoe.router import Router
 from spectralmoe.scorers import Scorer
@@ -29,8 +29,8 @@ from spectralmoe.spec import build
 
 __all__ = ["Swapped", "swap_routers"]
 
-Init = Literal["from_gate", "fresh"]
-_INITS = ("from_gate", "fresh")
+Init = Literal["from_gate", "fit", "fresh"]
+_INITS = ("from_gate", "fit", "fresh")
 
 ScorerLike = str | Mapping[str, Any] | Callable[[int, int], Scorer]
 SelectorLike = str | Mapping[str, Any] | Callable[[], Selector] | None
@@ -63,18 +63,21 @@ class Swapped:
     layers: list[str]
     agreement: dict[str, float] | None
     _model: nn.Module = field(repr=False)
-    _routers: list[SwappedRouter] = field(repr=False)
-    _hooks: list[RemovableHandle] = field(repr=False)
+    _undone: bool = field(default=False, repr=False)
 
     def undo(self) -> None:
-        """Put the stock routers back, the same modules with the tensors that the model kept of them. Twice is once."""
-        paths = {module: path for path, module in self._model.named_modules()}
-        for router in self._routers:
-            if router in paths:
-                self._model.set_submodule(paths[router], router.restored())
-        for hook in self._hooks:
-            hook.remove()
-        self._routers, self._hooks = [], []
+        """Put the stock routers back, the same modules with the tensors that the model kept of them. Twice is once.
+
+        Raises:
+            UserError: PEFT trains a copy of a router.
+        """
+        inside = {path: module for path, module in self._model.named_modules() if isinstance(module, SwappedRouter)}
+        ours = {path: module for path, module in inside.items() if module.layer_path(layer_name(path)) in self.layers}
+        if copied := next((path for path in ours if "modules_to_save" in path.split(".")), None):
+            raise UserError(f"undo: PEFT trains a copy of a router, {copied}; merge or unload the adapter first")
+        if not self._undone:
+            take_out(self._model, ours.values())
+        self._undone = True
 
 
 def swap_routers(
@@ -129,27 +132,17 @@ def swap_routers(
         raise one_of("init", init, _INITS)
     chosen = _choose(find_layers(model), layers)
     rules = [read_rule(layer) for layer in chosen]
-    read = None if calibration is None else _calibrate(model, chosen, calibration)
-    routers = []
+    read = {} if calibration is None else _calibrate(model, chosen, calibration)
+    routers: dict[HFLayer, tuple[Router, Rule]] = {}
     for layer, (rule, own) in zip(chosen, rules, strict=True):
-        seen = None if read is None else read[layer.name]
-        made = _make_scorer(layer, scorer, init, seen)
-        routers.append(_make_router(layer, made, rule, own if selector is None else selector))
-    agreement = None
-    if read is not None:
-        pairs = zip(chosen, routers, strict=True)
-        agreement = {layer.name: _agreement(router, read[layer.name]) for layer, router in pairs}
-    calls: dict[nn.Module, Calls] = {}
-    swapped = Swapped([layer.name for layer in chosen], agreement, model, [], [])
-    for layer, router, (rule, _) in zip(chosen, routers, rules, strict=True):
-        stack = stack_around(model, layer.path)
-        if stack not in calls:
-            calls[stack] = Calls(stack)
-            swapped._hooks.append(stack.register_forward_pre_hook(calls[stack].enter, with_kwargs=True))
-        ours = swapped_router(layer.router, router, rule, calls[stack])
-        model.set_submodule(layer.router_path, ours)
-        swapped._routers.append(ours)
-    return swapped
+        made = _make_scorer(layer, scorer, init, read.get(layer.name))
+        router = _make_router(layer, made, rule, own if selector is None else selector)
+        if init == "fit":
+            _fit(router, read.get(layer.name))
+        routers[layer] = router, rule
+    shares = {layer.name: _agreement(router, read[layer.name]) for layer, (router, _) in routers.items() if read}
+    put_in(model, routers)
+    return Swapped([layer.name for layer in chosen], shares or None, model)
 
 
 def _choose(found: Sequence[HFLayer], pattern: str) -> list[HFLayer]:
@@ -157,6 +150,7 @@ def _choose(found: Sequence[HFLayer], pattern: str) -> list[HFLayer]:
     if not chosen:
         names = ", ".join(layer.name for layer in found)
         raise UserError(f"swap_routers: layers={pattern!r} matches no MoE layer; the model has: {names}")
+    refuse_shared(chosen)
     for layer in chosen:
         if isinstance(layer.router, SwappedRouter):
             raise UserError(
@@ -189,7 +183,8 @@ def _make_scorer(layer: HFLayer, scorer: ScorerLike, init: Init, read: _Read | N
     if init == "from_gate" and not start_from_gate(made, gate, tokens=tokens, tempered=tempered):
         beside = "" if gate.bias is None else ", which has a bias"
         raise UserError(
-            f'swap_routers: {type(made).__name__} cannot start from the gate of {layer.name}{beside}; say init="fresh"'
+            f"swap_routers: {type(made).__name__} cannot start from the gate of {layer.name}{beside}; say "
+            'init="fit" with a calibration, or init="fresh"'
         )
     return made
 
@@ -213,13 +208,19 @@ def _make_router(layer: HFLayer, scorer: Scorer, rule: Rule, selector: SelectorL
     return router.to(next(scorer.parameters()).device)
 
 
+def _fit(router: Router, read: _Read | None) -> None:
+    if read is None:
+        raise UserError('swap_routers: init="fit" learns the gates\' logits on a calibration; give calibration=...')
+    fit_scorer(router.scorer, read.tokens, read.logits, router.selector)
+
+
 @torch.no_grad()
 def _calibrate(model: Any, chosen: Sequence[HFLayer], batches: Iterable[Any]) -> dict[str, _Read]:
     """Layer -> what its router read and decided in one run over ``batches``."""
     parts: dict[str, list[_Read]] = {layer.name: [] for layer in chosen}
     with evaluation_mode(model), watch_transformers(model) as watching:
         for batch in batches:
-            model(**_arguments(model, batch))
+            model(**arguments(model, batch))
             for call in watching.drain():
                 if call.layer.name in parts:
                     routing, tokens = call.routing, call.tokens
@@ -231,17 +232,6 @@ def _calibrate(model: Any, chosen: Sequence[HFLayer], batches: Iterable[Any]) ->
         name: _Read(*(torch.cat([getattr(one, part) for one in read]) for part in ("tokens", "logits", "members")))
         for name, read in parts.items()
     }
-
-
-def _arguments(model: Any, batch: Any) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    if isinstance(batch, Tensor):
-        return arguments_of(model.config, batch.to(device))
-    if isinstance(batch, Mapping):
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    raise UserError(
-        f"swap_routers: calibration must hold tables of the model's arguments or ids (B, S), got {type(batch).__name__}"
-    )
 
 
 @torch.no_grad()

@@ -89,9 +89,10 @@ class SwappedRouter(Recordable):
     def restored(self) -> nn.Module:
         """The stock router with the tensors that this module keeps of it, where they are now."""
         (stock,) = self.stock
-        tensors: list[tuple[str, Tensor]] = [*stock.named_parameters(), *stock.named_buffers()]
-        for name, tensor in tensors:
-            tensor.data = self.get_buffer(name)
+        for name, parameter in stock.named_parameters():
+            parameter.data = self.get_buffer(name)
+        for name, buffer in stock.named_buffers():
+            buffer.data = self.get_buffer(name)
         return stock
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -122,10 +123,10 @@ def _class_for(family: type[nn.Module]) -> Any:
 
 def _keep_tensors(keeper: nn.Module, module: nn.Module) -> None:
     """Give ``keeper`` all tensors of ``module`` as buffers of the same names: none is trained."""
-    for name, tensor in module.named_parameters(recurse=False):
-        keeper.register_buffer(name, tensor.detach())
-    for name, tensor in module.named_buffers(recurse=False):
-        keeper.register_buffer(name, tensor, persistent=name not in module._non_persistent_buffers_set)
+    for name, parameter in module.named_parameters(recurse=False):
+        keeper.register_buffer(name, parameter.detach())
+    for name, buffer in module.named_buffers(recurse=False):
+        keeper.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
     for name, child in module.named_children():
         inside = nn.Module()
         _keep_tensors(inside, child)
@@ -155,6 +156,11 @@ class SwappedLayer(HFLayer):
         return None if rows is None else full(rows).detach()
 
     @property
+    def live_matrix(self) -> Tensor | None:
+        """The same with gradient."""
+        return self.router.router.scorer.matrix
+
+    @property
     def correction_bias(self) -> Tensor | None:
         """The selection bias as it is now (E,); None without."""
         biases = (getattr(part, "bias", None) for part in self.router.router.selector.modules())
@@ -164,8 +170,7 @@ class SwappedLayer(HFLayer):
     @property
     def reroutes(self) -> bool:
         """Not where the router reads side information, or tokens compete."""
-        router = self.router.router
-        return router.selector.per_token and not self.router.rule.capacity and not any(p.reads for p in self._parts())
+        return self.router.router.selector.per_token and not any(part.reads for part in self._parts())
 
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
         """As in evaluation. The router computes in fp32 in any model: ``dtype`` rounds the tokens alone."""

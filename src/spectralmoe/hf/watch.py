@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from spectralmoe.diagnostics.watch import Seen, Watch
+from spectralmoe.diagnostics.watch import Seen, Watch, seen_of
 from spectralmoe.hf.frames import Frame, Frames
 from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
-from spectralmoe.recording import recomputing
+from spectralmoe.recording import Recordable, recomputing
 from spectralmoe.routing import Routing
+from spectralmoe.tape import Tape
 
 __all__ = ["watch_transformers"]
 
@@ -40,16 +41,21 @@ class _HFWatch(Watch):
         self.frames = Frames(model, self.layers)
         self.handles: list[RemovableHandle] = []
         refuse_shared(self.layers)
+        ours = {layer.name: layer.router for layer in self.layers if isinstance(layer.router, Recordable)}
+        self.tape = Tape(ours, keep=("tokens",) if tokens and ours else (), training_only=training_only)
 
     def open(self) -> None:
         """Put the hooks in."""
         self.frames.open()
+        self.tape.open()
         for layer, calls in zip(self.layers, self.calls, strict=True):
-            self.handles.append(layer.router.register_forward_hook(self._record(layer, calls), with_kwargs=True))
+            if not isinstance(layer.router, Recordable):
+                self.handles.append(layer.router.register_forward_hook(self._record(layer, calls), with_kwargs=True))
 
     def close(self) -> None:
         """Take the hooks out."""
         self.frames.close()
+        self.tape.seal()
         for handle in self.handles:
             handle.remove()
 
@@ -59,7 +65,7 @@ class _HFWatch(Watch):
         Raises:
             UserError: a router returned something unknown.
         """
-        seen = []
+        seen, records = [], self.tape.drain()
         for layer, calls in zip(self.layers, self.calls, strict=True):
             if calls:
                 layer.remember(calls[-1].given, calls[-1].flat)
@@ -67,6 +73,7 @@ class _HFWatch(Watch):
                 Seen(layer, _routing(layer, call), call.tokens if self.keep_tokens else call.tokens[:0])
                 for call in calls
             ]
+            seen += [seen_of(item, layer, self.keep_tokens) for item in records if item.name == layer.name]
             calls.clear()
         return seen
 
