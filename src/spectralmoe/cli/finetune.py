@@ -83,7 +83,7 @@ def finetune(
     from spectralmoe.experiments.run_folder import run_folder
     from spectralmoe.hf.lora import import_peft
     from spectralmoe.naming import own_names
-    from spectralmoe.report import read_documents, render_report
+    from spectralmoe.report import as_document, read_documents, render_report
     from spectralmoe.training.finetune import CHECKPOINTS, MONITOR
     from spectralmoe.training.finetune import finetune as run_finetuning
     from spectralmoe.training.finetune_routers import terms_of
@@ -112,10 +112,10 @@ def finetune(
             say_notes(loaded.notes)
             with show_progress(quiet=json) as progress:
                 history = run_finetuning(loaded, texts, settings, out, progress)
-            write_json(out / HISTORY, history)
-            documents = read_documents([out / HISTORY, out / MONITOR])
+            documents = [as_document(history, HISTORY), *read_documents([out / MONITOR])]
             write_text(out / "report.html", render_report(documents, history["title"]))
             shutil.rmtree(out / CHECKPOINTS)
+            write_json(out / HISTORY, history)
     if json:
         print_json({"model": str(out), **history})
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -69,7 +69,7 @@ def swap_to_row(model: Any, preset: Preset, windows: Windows, rows: int) -> Swap
     count = min(len(windows), -(-CALIBRATION // windows.labels.shape[1]))
     places = torch.linspace(0, len(windows) - 1, count).round().long()  # of every domain
     batches = [{windows.name: batch} for batch in windows.inputs[places].split(rows)]
-    init = "from_gate" if preset.scorer["type"] == "linear" else "fit"
+    init: Literal["from_gate", "fit"] = "from_gate" if preset.scorer["type"] == "linear" else "fit"
     return swap_routers(model, preset.scorer, _selector(model, preset), init=init, calibration=batches)
 
 
