@@ -369,15 +369,20 @@ def test_quantised_experts_are_no_data(kind, tmp_path):
 
 def test_document(tmp_path):
     tensors = numbered()
-    folder = written(tmp_path, tensors, {"architectures": ["XForCausalLM"], "num_experts_per_tok": 2})
+    folder = written(
+        tmp_path, tensors, {"architectures": ["XForCausalLM"], "model_type": "x", "num_experts_per_tok": 2}
+    )
     document = inspect_checkpoint(folder)
     json.dumps(document, allow_nan=False)
     assert document["model"] == {
         "name": tmp_path.name,
+        "source": str(tmp_path),
+        "library": "transformers",
         "class": "XForCausalLM",
         "mode": "router-only",
         "dtype": "float32",
         "parameters": E * D * (3 * F + 1),
+        "groups": None,
     }
     (layer,) = document["layers"]
     assert [layer[key] for key in ("name", "layer", "stack", "experts", "top_k", "width")] == [

@@ -126,7 +126,7 @@ def test_mistakes(model, keep, options, words, arguments, refused, tmp_path):
 
 
 def test_mistakes_about_text_and_folder(arguments, refused, place, tmp_path):
-    for text, words in (("empty.txt", "empty"), ("binary.txt", "is not text"), ("no.txt", "no such file")):
+    for text, words in (("empty.txt", "empty"), ("binary.txt", "is not text"), ("no.txt", "does not exist")):
         line = refused("prune", place / "mixtral", "--keep", 4, "--text", place / text, "--out", tmp_path / "out")
         assert words in line
     assert "--text" in refused("prune", place / "mixtral", "--keep", 4, "--out", tmp_path / "out")

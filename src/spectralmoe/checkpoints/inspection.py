@@ -16,6 +16,8 @@ from spectralmoe.instruments.document import inspection_document, layer_names, v
 
 __all__ = ["expert_gram", "inspect_checkpoint"]
 
+_LIBRARIES = {"spectralmoe": "spectralmoe", "model_type": "transformers"}  # by a key of config.json
+
 
 def inspect_checkpoint(path: str | Path, *, experts: bool = True) -> dict[str, Any]:
     """The inspection document of a checkpoint, mode "router-only", in the memory of a few blocks of weights.
@@ -83,8 +85,8 @@ def _model_class(checkpoint: Checkpoint) -> str:
 
 
 def _library(checkpoint: Checkpoint) -> str:
-    """What loads it: "transformers", "spectralmoe", or "" for files without a config."""
-    return "spectralmoe" if "spectralmoe" in checkpoint.config else "transformers" if checkpoint.config else ""
+    """What loads it: "spectralmoe", "transformers", or "" where that cannot be told."""
+    return next((name for key, name in _LIBRARIES.items() if key in checkpoint.config), "")
 
 
 def _notes(checkpoint: Checkpoint, experts: bool) -> list[str]:

@@ -175,9 +175,7 @@ class _Trial:
 
     def selectors(self) -> Iterator[dict[str, Any]]:
         """The specs of the choices and weights that are known."""
-        parts = (self.layer.router, self.layer.layer)
-        groups = number_of(parts, "num_group", "n_group") or 1
-        groups_on = number_of(parts, "topk_group") or groups
+        groups, groups_on = self.layer.groups
         for score in ("softmax", "sigmoid"):
             for normalize in (False, True) if self.k > 1 else (False,):
                 kind = "topk" if self.selection_bias is None else "balanced"

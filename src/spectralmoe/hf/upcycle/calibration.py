@@ -60,7 +60,9 @@ def read_calibration(
                 for layer, x in seen.items():
                     _add(reads[layer], number, _real(x, arguments.get("attention_mask")))
     if not sets or not all(layer.counts.all() for layer in reads.values()):
-        raise UserError("upcycle: calibration must hold sets of text with tokens; one of them has none, or there is none")
+        raise UserError(
+            "upcycle: calibration must hold sets of text with tokens; one of them has none, or there is none"
+        )
     return reads
 
 
