@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from spectralmoe.diagnostics import holds_moe
 from spectralmoe.diagnostics.watch import watch
 from spectralmoe.errors import UserError
 from spectralmoe.hf.load import import_transformers
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.instruments.monitor import Monitor
+from spectralmoe.moe import MoE
 
 __all__ = ["trainer_callback"]
 
@@ -51,7 +51,8 @@ def trainer_callback(path: str | Path | None = None, *, every: int = 50, layers:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self.stack.close()  # of a training that failed
-            watching = watch if holds_moe(model) else watch_transformers
+            own = any(isinstance(module, MoE) for module in model.modules())
+            watching = watch if own else watch_transformers
             self.monitor = Monitor(model, path, every=every, layers=layers, watching=watching)
             self.stack.enter_context(self.monitor)
 

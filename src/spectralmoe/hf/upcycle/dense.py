@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.errors import UserError
 from spectralmoe.hf.load import import_transformers
 from spectralmoe.hf.structure import named_experts
 
-__all__ = ["OTHERS", "Dense", "Mlp", "read_dense"]
+__all__ = ["OTHERS", "Dense", "Mlp", "admit_dense", "read_dense"]
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -129,6 +130,12 @@ def read_dense(model: Any) -> Dense:
     if not gate.is_floating_point() or gate.shape != torch.Size([dense.hidden, dense.width]):
         raise UserError(f"{kind}: its weights are quantised; load it without quantisation, or dequantise it first")
     return dense
+
+
+def admit_dense(model: Any) -> list[Watched]:
+    """For ``load_transformers``: refuses what cannot be upcycled, and gives the MoE layers of the rest, none."""
+    read_dense(model)
+    return []
 
 
 def _windowed(config: Any) -> frozenset[int]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectralmoe.hf.assemble import assemble
 from spectralmoe.hf.load import import_transformers
 from spectralmoe.hf.upcycle.calibration import Calibration, Reads, read_calibration
 from spectralmoe.hf.upcycle.dense import Dense, Mlp, read_dense
@@ -99,8 +100,11 @@ def upcycle(
     )
     family = find_target(target, dense, plan)
     rows = _rows(dense, plan, calibration)
-    moe = _without_memory(dense, plan, family)
-    _fill(moe, {**_kept(dense, plan), **dict(_made(dense, plan, family, rows))})
+    tf = import_transformers()
+    config = getattr(tf, family.config)(**{**dense.common(), **family.settings(dense, plan)})
+    tensors = {**_kept(dense, plan), **dict(_made(dense, plan, family, rows))}
+    moe = assemble(tf.AutoModelForCausalLM, config, tensors, attention=model.config._attn_implementation)
+    moe.generation_config = copy.deepcopy(model.generation_config)
     for note in plan.notes():
         warnings.warn(note, stacklevel=2)
     return moe.train(model.training)
@@ -115,16 +119,6 @@ def _rows(dense: Dense, plan: Plan, calibration: Calibration | None) -> dict[int
     start = STARTS[plan.router]
     rows = {layer: start(plan.groups, dense.width, reads.get(layer), draw) for layer in plan.layers}
     return {layer: (plan.scale * value).repeat_interleave(plan.granularity, 0) for layer, value in rows.items()}
-
-
-def _without_memory(dense: Dense, plan: Plan, family: Target) -> Any:
-    """The MoE model, its tensors without memory."""
-    tf = import_transformers()
-    config = getattr(tf, family.config)(**{**dense.common(), **family.settings(dense, plan)})
-    with torch.device("meta"):
-        moe = tf.AutoModelForCausalLM.from_config(config, attn_implementation=dense.model.config._attn_implementation)
-    moe.generation_config = copy.deepcopy(dense.model.generation_config)
-    return moe
 
 
 def _kept(dense: Dense, plan: Plan) -> dict[str, Tensor]:
@@ -160,10 +154,3 @@ def _stacked(mlp: Mlp, plan: Plan, draw: torch.Generator) -> tuple[Mlp, Tensor, 
     for e in range(plan.experts):
         gate_up[e, 0], gate_up[e, 1], down[e] = method.expert(mlp, e, number, draw)
     return Mlp(gate_up[0, 0], gate_up[0, 1], down[0]), gate_up.flatten(1, 2), down
-
-
-def _fill(moe: Any, tensors: dict[str, Tensor]) -> None:
-    """Give a model without memory its tensors, and compute what is not saved: the angles of rotary embeddings."""
-    moe.load_state_dict(tensors, assign=True)
-    moe.model.rotary_emb = type(moe.model.rotary_emb)(moe.config).to(moe.model.norm.weight.device)
-    moe.tie_weights()
