@@ -180,7 +180,10 @@ def _stock_layers(owner: str, model: nn.Module) -> list[HFLayer]:
     layers = find_layers(model)
     for layer in layers:
         if any(isinstance(module, Recordable) for module in layer.layer.modules()):
-            raise UserError(f"{owner}: the router of {layer.name} was swapped; fold or undo the swap first")
+            raise UserError(
+                f"{owner}: the router of {layer.name} was swapped; undo the swap, or make a stock gate of it first "
+                "(hf.fold_routers, hf.distill_to_gate)"
+            )
         parameters = list(layer.layer.parameters())
         if any(is_sharded(value) or value.is_meta for value in parameters):
             raise UserError(f"{owner}: {layer.name} is sharded or not in memory; load the whole model")
