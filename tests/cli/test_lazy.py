@@ -29,6 +29,7 @@ VERBS = (
     "adapt correct",
     "adapt apply",
     "fewshot",
+    "upcycle",
     "finetune",
     "report",
     "inspect",

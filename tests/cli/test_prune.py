@@ -9,8 +9,7 @@ import torch
 from families import SIZES, batch, build
 
 from spectralmoe import save
-from spectralmoe.hf import prune_experts, swap_routers
-from spectralmoe.hf.swapped_folder import save_swapped
+from spectralmoe.hf import prune_experts, save_swapped, swap_routers
 from spectralmoe.models import sr_moe
 
 transformers = pytest.importorskip("transformers")

@@ -296,7 +296,7 @@ def test_nothing_to_judge_by(user_error):
         prune_experts(model, 4, by="frequenzy", calibration=[batch(model)])
     with user_error("merge_experts: keep must be a whole number of experts"):
         merge_experts(model, {"model.layers.0.mlp": [0, 1]}, calibration=[batch(model)])
-    with user_error("token ids (B, S) or a table", "got str"):
+    with user_error("prune_experts", "ids (B, S)", "got str"):
         prune_experts(model, 4, calibration="text")
     lost = copy.deepcopy(model)
     with torch.no_grad():

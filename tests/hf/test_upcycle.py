@@ -95,6 +95,11 @@ def test_some_layers(dense_of):
     torch.testing.assert_close(moe(ids()).logits, expected, atol=1e-4, rtol=0)
 
 
+def test_the_last_layers(dense_of):
+    first, second = (quiet(dense_of("llama")[0], experts=4, k=2, layers=layers) for layers in ("last2", [-1, 1]))
+    assert first.config.mlp_only_layers == second.config.mlp_only_layers == [0]
+
+
 def test_generation_is_that_of_the_dense_model(dense_of):
     for name in ("llama", "qwen3"):
         model, _ = dense_of(name)
@@ -164,11 +169,13 @@ def test_a_router_without_a_gradient_is_warned_of(dense_of):
         ({"method": "virtual", "granularity": 0}, ["granularity", "0"]),
         ({"scale": 0.0}, ["scale"]),
         ({"layers": "some"}, ["layers='some'"]),
+        ({"layers": "last4"}, ["out of range", "3 layers"]),
         ({"layers": [3]}, ["[3]", "3 layers"]),
         ({"layers": []}, ["layers=[]"]),
         ({"router": "principal"}, ["'principal'", "calibration"]),
         ({"router": "prompts", "calibration": [{"input_ids": ids()}]}, ["'prompts'", "4", "got 1"]),
-        ({"router": "principal", "calibration": [ids()]}, ["calibration", "input_ids"]),
+        ({"router": "principal", "calibration": ["text"]}, ["calibration", "str"]),
+        ({"router": "principal", "calibration": []}, ["calibration", "there is none"]),
         ({"router": "principal", "calibration": [{"input_ids": ids()[:1, :2]}]}, ["2 directions"]),
     ],
 )

@@ -53,7 +53,7 @@ def test_prompts_give_the_means_of_their_sets(model):
     mask = torch.ones_like(sets[0])
     mask[1, 25:] = 0
     calibration = [{"input_ids": sets[0], "attention_mask": mask}, [{"input_ids": one[None]} for one in sets[1]]]
-    calibration += [{"input_ids": one} for one in sets[2:]]
+    calibration += sets[2:]
     got = rows_of(model, router="prompts", calibration=calibration)
     means = []
     for number, ids in enumerate(sets):

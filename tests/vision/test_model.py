@@ -26,7 +26,7 @@ SMALL = {  # name -> timm model, arguments, channels
         {"img_size": 28, "patch_size": 1, "window_size": 7, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)},
         1,
     ),
-    "eva": ("eva02_tiny_patch14_224", {"img_size": 28, "embed_dim": 16, "depth": 2, "num_heads": 2}, 3),
+    "eva": ("eva02_base_patch14_224", {"img_size": 28, "embed_dim": 16, "depth": 2, "num_heads": 2}, 3),
     "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}, 3),
 }
 

@@ -25,6 +25,7 @@ from spectralmoe.cli.predict import predict
 from spectralmoe.cli.prune import prune
 from spectralmoe.cli.report import report
 from spectralmoe.cli.train import train
+from spectralmoe.cli.upcycle import upcycle
 from spectralmoe.errors import UserError
 
 __all__ = ["app", "run"]
@@ -40,6 +41,7 @@ app.command(short_help="Test accuracy of a model, load of its experts.")(evaluat
 app.command(short_help="Classes of image files.")(predict)
 app.add_typer(adapt, name="adapt", short_help="Correct samples by one expert; what else moves.")
 app.command(short_help="Learn a new task from a few images a class.")(fewshot)
+app.command(short_help="Make a Hugging Face MoE of a dense model.")(upcycle)
 app.command(short_help="Train a Hugging Face MoE on text.")(finetune)
 app.command(short_help="A Hugging Face MoE with fewer experts.")(prune)
 app.command(short_help="One HTML page about what was measured.")(report)

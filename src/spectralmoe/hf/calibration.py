@@ -12,7 +12,7 @@ from spectralmoe.compression.evidence import dense_gates
 from spectralmoe.compression.saliency import SALIENCIES, affinity, frequency, random, reap, removal
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.hf.language import TransformersModel, arguments, run
+from spectralmoe.hf.language import TransformersModel, batch_arguments, run
 from spectralmoe.hf.layers import HFLayer
 from spectralmoe.hf.rules import put_bias, read_rule
 from spectralmoe.hf.watch import watch_transformers
@@ -52,7 +52,7 @@ class Calibration:
             self.layers = {layer.name: cast(HFLayer, layer) for layer in seen.layers}
             self._samples = {name: TokenSample(tokens, seed + place) for place, name in enumerate(self.layers)}
             for batch in batches or ():
-                run(loaded, [arguments(model, batch)])
+                run(loaded, [batch_arguments(owner, model, batch)])
                 for call in seen.drain():
                     name, routing = call.layer.name, call.routing
                     self.counts[name] = self.counts.get(name, 0) + routing.load_counts().cpu()

@@ -12,7 +12,7 @@ from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError
 from spectralmoe.hf.fit import Agreement, fit_scorer
 from spectralmoe.hf.gates import gate_of, start_from_gate
-from spectralmoe.hf.language import arguments
+from spectralmoe.hf.language import batch_arguments
 from spectralmoe.hf.layers import HFLayer
 from spectralmoe.hf.places import stock_layers, swapped_routers, take_out
 from spectralmoe.hf.rules import put_bias, read_rule
@@ -139,7 +139,7 @@ def _tokens(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     with evaluation_mode(model):
         for batch in batches:
             with record(model, keep=("tokens",)) as tape:
-                model(**arguments(model, batch))
+                model(**batch_arguments("distill_to_gate", model, batch))
             for item in tape:
                 if (tokens := item.tokens) is not None:
                     mask = item.routing.mask

@@ -16,7 +16,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.structure import stack_of
 
-__all__ = ["TransformersModel", "arguments", "encode", "run", "stored_names", "token_ids", "training_facts"]
+__all__ = ["TransformersModel", "batch_arguments", "encode", "run", "stored_names", "token_ids", "training_facts"]
 
 _EXPERT = re.compile(r"(.*?)\.(?!shared)[^.]*expert")
 LENGTH, ROWS = 512, 4
@@ -161,18 +161,24 @@ def stored_names(layers: Sequence[Watched], tensors: Iterable[str]) -> dict[str,
     return in_files
 
 
-def arguments(model: Any, batch: Any) -> dict[str, Any]:
-    """The arguments of a model's forward, on its device, for a batch: token ids (B, S), or a table of arguments.
+def batch_arguments(owner: str, model: Any, batch: Any) -> dict[str, Any]:
+    """A batch of calibration data as arguments of the model's forward, on its device.
+
+    Args:
+        owner: who asks, for errors.
+        batch: a table of arguments, or token ids (B, S).
 
     Raises:
-        UserError: it is something else.
+        UserError: it is neither.
     """
     device = next(model.parameters()).device
     if isinstance(batch, Tensor):
-        return _arguments(model.config, batch.to(device))
+        return dict(_arguments(model.config, batch.to(device)))
     if isinstance(batch, Mapping):
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    raise UserError(f"a batch must be token ids (B, S) or a table of the model's arguments, got {type(batch).__name__}")
+    raise UserError(
+        f"{owner}: calibration must hold tables of the model's arguments or ids (B, S), got {type(batch).__name__}"
+    )
 
 
 def _arguments(config: Any, ids: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.hf.fit import fit_scorer
 from spectralmoe.hf.gates import gate_of, start_from_gate
-from spectralmoe.hf.language import arguments
+from spectralmoe.hf.language import batch_arguments
 from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
 from spectralmoe.hf.places import put_in, take_out
 from spectralmoe.hf.rules import Rule, put_bias, read_rule
@@ -208,7 +208,7 @@ def _calibrate(model: Any, chosen: Sequence[HFLayer], batches: Iterable[Any]) ->
     parts: dict[str, list[_Read]] = {layer.name: [] for layer in chosen}
     with evaluation_mode(model), watch_transformers(model) as watching:
         for batch in batches:
-            model(**arguments(model, batch))
+            model(**batch_arguments("swap_routers", model, batch))
             for call in watching.drain():
                 if call.layer.name in parts:
                     routing, tokens = call.routing, call.tokens

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 from types import MethodType
-from typing import Literal, NamedTuple, TypeGuard, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts, FeedForward, ModuleExperts
@@ -22,6 +21,7 @@ from spectralmoe.router import Router
 from spectralmoe.units import Pixel, Token
 from spectralmoe.vision.blocks import block_width, choose_blocks
 from spectralmoe.vision.branch_spec import BranchSpec
+from spectralmoe.vision.mlp_parts import MlpParts, is_convolutional, parts_of
 
 __all__ = ["MlpCopies", "OnePixel", "replace_mlp"]
 
@@ -54,7 +54,7 @@ class MlpCopies:
 
     def layer(self, mlp: nn.Module) -> nn.Module:
         """The layer with E copies of ``mlp``."""
-        if any(isinstance(module, nn.Conv2d) for module in mlp.modules()):
+        if is_convolutional(mlp):
             experts = ModuleExperts([OnePixel(copy.deepcopy(mlp)) for _ in range(self.num_experts)])
             return MoE(self.router, experts, placement=self.placement, unit=Pixel())
         experts = ModuleExperts([copy.deepcopy(mlp) for _ in range(self.num_experts)])
@@ -64,11 +64,12 @@ class MlpCopies:
 def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] = "copy") -> Model:
     """Put experts in place of the ``.mlp`` of the chosen blocks of ``model``, in place; returns ``model``.
 
-    A plain MLP (linear, GELU or ReLU, linear; no dropout) becomes a stacked ``FeedForward`` bank of the same hidden
-    width, any other (inner norm, gate, 1x1 convolutions, another activation, dropout) ``ModuleExperts``. The block's
-    residual path, layer scale and drop path stay. Used of ``spec``: router, experts and blocks. The new parameters
-    take gradients, whatever those of the MLP did. Of other libraries' models pass the part that holds the blocks:
-    ``replace_mlp(model.encoder, ...)`` for torchvision's ViT, ``replace_mlp(model.vit, ...)`` for Hugging Face's.
+    A plain MLP (linear, GELU or ReLU, linear) and one with a SiLU gate (SwiGLU: Llama's, the packed ones of ViTs)
+    become a stacked ``FeedForward`` bank of the same hidden width, any other (another gate or activation, inner norm,
+    dropout) ``ModuleExperts``. The block's residual path, layer scale and drop path stay. Used of ``spec``: router,
+    experts and blocks. The new parameters take gradients, whatever those of the MLP did. Of other libraries' models
+    pass the part that holds the blocks: ``replace_mlp(model.encoder, ...)`` for torchvision's ViT,
+    ``replace_mlp(model.vit, ...)`` for Hugging Face's, ``replace_mlp(model.model, ...)`` for its language models.
 
     Args:
         init: "copy": every expert starts as the MLP, so that the model computes the same at step 0. Its router gets no
@@ -122,7 +123,7 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
     if init == "random":
         _start_afresh(bank)
     weight = next(mlp.parameters())
-    unit = Pixel() if _is_convolutional(mlp) else Token()
+    unit = Pixel() if is_convolutional(mlp) else Token()
     return MoE(router, bank.requires_grad_(), unit=unit).to(weight.device, weight.dtype).train(mlp.training)
 
 
@@ -131,67 +132,21 @@ def _sums_to_one(router: Router) -> bool:
 
 
 def _bank_of_copies(mlp: nn.Module, experts: int) -> Experts:
-    plain = _plain(mlp)
-    if plain is not None:
-        return _stacked(plain, experts)
+    parts = parts_of(mlp)
+    if parts is not None:
+        return _stacked(parts, experts)
     copies = [copy.deepcopy(mlp) for _ in range(experts)]
-    return ModuleExperts([OnePixel(one) for one in copies] if _is_convolutional(mlp) else copies)
-
-
-class _Plain(NamedTuple):
-    up: nn.Linear | nn.Conv2d
-    activation: Literal["gelu", "relu"]
-    down: nn.Linear | nn.Conv2d
-
-
-def _plain(mlp: nn.Module) -> _Plain | None:
-    """The parts of a linear, GELU or ReLU, linear network; None for any other."""
-    parts = [part for part in mlp.children() if not _does_nothing(part)]
-    if len(parts) != 3:
-        return None
-    up, act, down = parts
-    activation = _activation(act)
-    if activation is None or not _is_linear(up) or not _is_linear(down):
-        return None
-    fits = up.weight.shape[0] == down.weight.shape[1] and (up.bias is None) == (down.bias is None)
-    return _Plain(up, activation, down) if fits else None
-
-
-def _does_nothing(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
-
-
-def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
-    pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-    return isinstance(module, nn.Linear) or pointwise
-
-
-def _activation(act: nn.Module) -> Literal["gelu", "relu"] | None:
-    """What ``act`` computes, found by trying: libraries have classes of their own for GELU, exact or not."""
-    if next(act.parameters(), None) is not None:
-        return None
-    x = torch.linspace(-6, 6, 101)
-    y = act(x.clone())
-    if torch.allclose(y, F.gelu(x), atol=1e-6):
-        return "gelu"
-    return "relu" if torch.equal(y, F.relu(x)) else None
-
-
-def _is_convolutional(mlp: nn.Module) -> bool:
-    return any(isinstance(module, nn.Conv2d) for module in mlp.modules())
+    return ModuleExperts([OnePixel(one) for one in copies] if is_convolutional(mlp) else copies)
 
 
 @torch.no_grad()
-def _stacked(plain: _Plain, experts: int) -> FeedForward:
-    """E copies of a plain MLP as one bank; a 1x1 convolution is a linear layer."""
-    up, down = plain.up.weight.flatten(1), plain.down.weight.flatten(1)
-    bank = FeedForward(
-        experts, up.shape[1], up.shape[0], activation=plain.activation, bias=plain.up.bias is not None
-    ).to(up.device, up.dtype)
-    pairs = ((bank.up, up), (bank.down, down), (bank.up_bias, plain.up.bias), (bank.down_bias, plain.down.bias))
-    for parameter, value in pairs:
-        if parameter is not None and value is not None:
-            parameter.copy_(value)
+def _stacked(parts: MlpParts, experts: int) -> FeedForward:
+    """E copies of an MLP as one bank."""
+    width, hidden = parts.down.shape
+    bank = FeedForward(experts, width, hidden, activation=parts.activation, bias=parts.up_bias is not None)
+    bank = bank.to(parts.up.device, parts.up.dtype)
+    for name, parameter in bank.named_parameters():
+        parameter.copy_(getattr(parts, name))
     return bank
 
 
@@ -205,7 +160,7 @@ def _works_on_lone_tokens(mlp: nn.Module, dim: int) -> bool:
     rows = torch.randn(4, dim, generator=random)
     image = rows.view(1, 2, 2, dim)
     try:
-        y = whole(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if _is_convolutional(mlp) else whole(image)
+        y = whole(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if is_convolutional(mlp) else whole(image)
         return torch.allclose(y.reshape(4, dim), _bank_of_copies(whole, 1).expert(rows, 0), rtol=1e-3, atol=1e-3)
     except Exception:  # whatever the MLP's own code says to lone rows, or to a call without its other inputs
         return False

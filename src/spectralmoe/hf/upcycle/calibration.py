@@ -12,12 +12,14 @@ from torch import Tensor
 
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError
+from spectralmoe.hf.language import batch_arguments
 from spectralmoe.hf.upcycle.dense import Dense
 
 __all__ = ["Batch", "Calibration", "Reads", "read_calibration"]
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any] | Tensor
 Calibration = Sequence[Batch | Sequence[Batch]]
+"""Sets of text: each a batch, which is a table of the model's arguments or ids (B, S), or several."""
 
 
 @dataclass(slots=True)
@@ -42,25 +44,25 @@ def read_calibration(
     """Run the model on every set; padding, by ``attention_mask``, is left out.
 
     Args:
-        calibration: sets of text, each a batch of the model's arguments or several.
+        calibration: sets of text.
 
     Raises:
-        UserError: there is none, or something that is no batch.
+        UserError: there is none, one without a token, or something that is no batch.
     """
-    sets = [[batches] if isinstance(batches, Mapping) else list(batches) for batches in calibration]
-    if not sets or not all(sets) or not all(isinstance(b, Mapping) and "input_ids" in b for s in sets for b in s):
-        raise UserError("calibration is a list of batches such as {'input_ids': ids}, or of lists of batches")
+    sets = [[batches] if isinstance(batches, Mapping | Tensor) else list(batches) for batches in calibration]
     reads = {layer: _nothing(len(sets), dense.width, products) for layer in layers}
     with evaluation_mode(dense.model):
         for number, batches in enumerate(sets):
             for batch in batches:
-                arguments = {name: value.to(dense.model.device) for name, value in batch.items()}
+                arguments = batch_arguments("upcycle", dense.model, batch)
                 with _tapped(dense, layers) as seen:
                     dense.model.model(**arguments, use_cache=False)
                 for layer, x in seen.items():
-                    _add(reads[layer], number, _real(x, batch.get("attention_mask")))
-    if not all(bool(layer.counts.all()) for layer in reads.values()):
-        raise UserError("calibration holds a set of text without a token")
+                    _add(reads[layer], number, _real(x, arguments.get("attention_mask")))
+    if not sets or not all(layer.counts.all() for layer in reads.values()):
+        raise UserError(
+            "upcycle: calibration must hold sets of text with tokens; one of them has none, or there is none"
+        )
     return reads
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from spectralmoe.hf.upcycle.dense import Dense
 from spectralmoe.hf.upcycle.methods import METHODS
 from spectralmoe.hf.upcycle.starts import STARTS
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "router_notes"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,19 +41,17 @@ class Plan:
         """How many different rows the router has: one a copy of the MLP."""
         return self.experts // self.granularity
 
-    def notes(self) -> list[str]:
-        """What the caller should know, a sentence each."""
-        notes = []
-        if METHODS[self.method].equal and self.k > 1:
-            notes.append(
-                f"method {self.method!r} makes experts that are alike, so the router gets no gradient from the task "
-                "until training has moved them apart; method 'drop' or 'noise' makes them differ"
-            )
-        if self.k == 1:
-            notes.append(
-                "with k=1 a token's only weight is 1, so the router never gets a gradient from the task; use k >= 2"
-            )
-        return notes
+
+def router_notes(method: str, k: int) -> list[str]:
+    """What the caller should know of the gradient that the router gets, a sentence each."""
+    if k == 1:
+        return ["with k=1 a token's only weight is 1, so the router never gets a gradient from the task; use k >= 2"]
+    if METHODS[method].equal:
+        return [
+            f"method {method!r} makes experts that are alike, so the router gets no gradient from the task until "
+            "training has moved them apart; method 'drop' or 'noise' makes them differ"
+        ]
+    return []
 
 
 def make_plan(
@@ -120,9 +119,10 @@ def _check_groups(dense: Dense, experts: int, k: int, shards: int) -> None:
 def _chosen(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
     """The numbers of the layers, in order."""
     if isinstance(layers, str):
-        if layers != "all":
-            raise UserError(f'upcycle: layers={layers!r} cannot be read; write "all" or a list of numbers')
-        return tuple(range(depth))
+        last = re.fullmatch(r"last(\d+)", layers)
+        if last is None and layers != "all":
+            raise UserError(f'upcycle: layers={layers!r} cannot be read; write "all", "last4" or a list of numbers')
+        layers = range(-int(last[1]), 0) if last else range(depth)
     if not layers or not all(-depth <= layer < depth for layer in layers):
         raise UserError(f"upcycle: layers={list(layers)} is empty or out of range: there are {depth} layers, from 0")
     return tuple(sorted({layer % depth for layer in layers}))

@@ -15,7 +15,7 @@ from spectralmoe.hf.load import import_transformers
 from spectralmoe.hf.upcycle.calibration import Calibration, Reads, read_calibration
 from spectralmoe.hf.upcycle.dense import Dense, Mlp, read_dense
 from spectralmoe.hf.upcycle.methods import METHODS
-from spectralmoe.hf.upcycle.plan import Plan, make_plan
+from spectralmoe.hf.upcycle.plan import Plan, make_plan, router_notes
 from spectralmoe.hf.upcycle.starts import STARTS
 from spectralmoe.hf.upcycle.targets import Target, find_target
 
@@ -58,12 +58,13 @@ def upcycle(
             "noise": add Gaussian noise; "virtual": experts are shards of copies.
         ratio: with "drop" the share (0.5), with "noise" the standard deviation relative to each matrix's (0.1).
         granularity: shards G of a copy with "virtual"; by default k, so that a token costs what it did.
-        layers: "all", or numbers of the layers that get experts, negative ones from the end.
+        layers: "all", "lastN", or numbers of the layers that get experts, negative ones from the end.
         router: how the router's rows start, a name in ``STARTS``: "random"; "prompts": towards the mean of what the
             MLP reads in each set of ``calibration``; "principal": along the principal directions of what it reads.
         scale: size of a row's entries; by default the standard deviation of initial weights that the config names.
-        calibration: sets of text, each a batch of the model's arguments (``input_ids``, ``attention_mask``) or a list
-            of batches. For "prompts" one set for each expert, in their order (with "virtual" for each copy).
+        calibration: sets of text, each a batch or a list of batches: ids (B, S), or a table of the model's arguments,
+            as ``encode`` makes them. For "prompts" one set for each expert, in their order (with "virtual" for each
+            copy).
         seed: the experts' draws do not depend on the router's start, nor the other way round.
 
     Returns:
@@ -105,7 +106,7 @@ def upcycle(
     tensors = {**_kept(dense, plan), **dict(_made(dense, plan, family, rows))}
     moe = assemble(tf.AutoModelForCausalLM, config, tensors, attention=model.config._attn_implementation)
     moe.generation_config = copy.deepcopy(model.generation_config)
-    for note in plan.notes():
+    for note in router_notes(method, k):
         warnings.warn(note, stacklevel=2)
     return moe.train(model.training)
 
