@@ -20,6 +20,12 @@ from spectralmoe.cli.app import run
 PAGE = (Path(__file__).parents[1] / "docs" / "llm.md").read_text(encoding="utf-8")
 REAL = "## The walk on a real model"
 DOCUMENTED, WALK = PAGE.split(REAL)
+SMALLER = {  # these commands with their sizes take minutes
+    "compare": "--routers linear --depths 1 --seeds 1 --epochs 1 --train-size 8 --trials 1 --set network.width=16 "
+    "--set network.hidden=8 --set text.length=32 --set text.measured=2",
+    "train": "--set optimization.epochs=1 --set train_size=8 --set network.width=16 --set network.hidden=8 "
+    "--set text.length=32 --set text.measured=2",
+}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -33,7 +39,7 @@ def run_blocks(page: str) -> None:
             verb, *arguments = shlex.split(command, comments=True) or [""]
             if verb:
                 assert verb == "spectralmoe", command
-                assert run(arguments) == 0, command
+                assert run([*arguments, *SMALLER.get(arguments[0], "").split()]) == 0, command
 
 
 @pytest.fixture
@@ -51,8 +57,8 @@ def folder(tmp_path, monkeypatch):
         "code": "for i in range(10):\n    print(i)\n\n",
     }.items():
         (tmp_path / "books" / domain).mkdir(parents=True)
-        for number in range(3):
-            (tmp_path / "books" / domain / f"{number}.txt").write_text(f"# {number}\n" + lines * 20)
+        for number in range(30):
+            (tmp_path / "books" / domain / f"{number}.txt").write_text(f"{number}\n{lines * 3}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -46,7 +46,6 @@ class StockLayer(Recordable):
         """Whether a forward trains the stock router."""
         return self.layer.router.training and any(p.requires_grad for p in self.layer.router.parameters())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def see(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         """A forward hook of the router."""
         if not self.sinks or recomputing():
@@ -87,8 +86,9 @@ def recordable_layers(model: nn.Module) -> Iterator[dict[str, Recordable]]:
         frames.open()
         hooks.callback(frames.close)
         for layer in found:
-            if layer.name not in ours:
-                view = StockLayer(layer, frames)
-                hooks.callback(layer.router.register_forward_hook(view.see, with_kwargs=True).remove)
-            layers[layer.name] = ours.get(layer.name, view)
+            if layer.name in ours:
+                layers[layer.name] = ours[layer.name]
+                continue
+            view = layers[layer.name] = StockLayer(layer, frames)
+            hooks.callback(layer.router.register_forward_hook(view.see, with_kwargs=True).remove)
         yield layers

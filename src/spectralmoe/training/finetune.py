@@ -14,18 +14,16 @@ from typing import Any
 import torch
 
 from spectralmoe.errors import UserError
-from spectralmoe.hf.add_terms import add_terms
+from spectralmoe.hf.added_terms import add_terms
 from spectralmoe.hf.corpus import Corpus, read_corpus
 from spectralmoe.hf.frozen_prefix import after_prefix, check_prefix, without_prefix
 from spectralmoe.hf.language import TransformersModel
 from spectralmoe.hf.load import quiet
 from spectralmoe.hf.lora import add_lora
 from spectralmoe.hf.quiet_trainer import follow_trainer, last_checkpoint, quiet_trainer
-from spectralmoe.hf.resume import resume_safe
 from spectralmoe.hf.router_files import stock_tensors, write_routers
 from spectralmoe.hf.trained_parts import chosen_layers, decoder_layers, train_only
-from spectralmoe.hf.trainer import trainer_callback
-from spectralmoe.steps import attach
+from spectralmoe.hf.trainer import attach_callback, trainer_callback
 from spectralmoe.training.finetune_routers import router_of, swap_to_row, terms_of
 from spectralmoe.training.finetune_settings import FinetuneSettings
 from spectralmoe.training.loop import Diverged, Progress
@@ -116,21 +114,18 @@ def _train(
     )
     with ExitStack() as stack:
         monitor = stack.enter_context(trainer_callback(out / MONITOR, every=settings.monitor_every, layers=True))
+        bias = [] if preset is None else [attach_callback()]
         trainer = quiet_trainer(
             trained,
             corpus.train,
             out / CHECKPOINTS,
-            callbacks=[follow, monitor],
+            callbacks=[*bias, follow, monitor],
             max_steps=min(settings.steps or sys.maxsize, an_epoch * settings.epochs),
             use_cpu=model.device.type == "cpu",
             **_arguments(settings),
         )
-        if preset is not None:
-            trainer.create_optimizer()
-            stack.callback(attach(trainer.optimizer, trained).remove)
         if terms:
             stack.enter_context(add_terms(trained, terms))
-        resume_safe(trainer)
         trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
     if settings.lora is not None:
         trained.save_pretrained(out / ADAPTER)

@@ -68,7 +68,6 @@ class AddedTerms:
             self._tape.seal()
         self._tape = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if recomputing():
             return None
@@ -80,7 +79,6 @@ class AddedTerms:
         quiet = self._balances and "output_router_logits" in self._names
         return (args, {**kwargs, "output_router_logits": False}) if quiet else None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if recomputing() or self._tape is None:
             return None
@@ -116,8 +114,8 @@ def add_terms(model: nn.Module, terms: Mapping[str, Term], *, into: Literal["los
     no label (padding, prompts, the first of a sequence) where micro-batches have unequal shares of them, and where it
     reads no tokens (the spectral terms of the matrix). A term of the statistics of a batch (``load_balance``,
     ``importance_cv2``, the spectral terms of the gates) is not linear in them: it asks each micro-batch to be balanced,
-    which is more than that all together are. Without ``num_items_in_batch`` the penalty counts whole: divide the loss by
-    the number of micro-batches, as accelerate's ``accumulate`` does.
+    which is more than that all together are. Without ``num_items_in_batch`` the penalty counts whole: divide the loss
+    by the number of micro-batches, as accelerate's ``accumulate`` does.
 
     **The model's own balance loss.** With a term of balance (``load_balance``, ``importance_cv2``), calls in training
     run with ``output_router_logits=False``, whatever config and call say, so the family adds none of its own: nothing
@@ -126,15 +124,13 @@ def add_terms(model: nn.Module, terms: Mapping[str, Term], *, into: Literal["los
     **Losses computed elsewhere.** TRL's ``SFTTrainer`` computes its loss of log-probabilities and reads ``aux_loss``,
     times ``router_aux_loss_coef``, never ``loss``. For it, ``into="aux_loss"`` writes the penalty to
     ``output.aux_loss``, unscaled: set ``output_router_logits`` true and the coefficient to 1 in the config that it
-    reads. A trainer that has no loss from the model (label smoothing, ``compute_loss_func``) gets an error, not silence.
+    reads. A trainer that asks for no loss (label smoothing, ``compute_loss_func``) gets an error, not silence.
 
     Raises:
         UserError: no MoE layer, or one that cannot be read; no terms; a term that reads what the experts made, which
             models of others do not keep. At a forward in training: no loss, or a tuple, was returned; what
             ``penalty`` raises.
 
-    >>> from types import SimpleNamespace
-    >>> from spectralmoe.hf.add_terms import add_terms
     >>> class Gate(nn.Linear):
     ...     def forward(self, x):
     ...         return (z := super().forward(x)), *z.softmax(-1).topk(2)
@@ -147,9 +143,9 @@ def add_terms(model: nn.Module, terms: Mapping[str, Term], *, into: Literal["los
     ...         return {"loss": self.gate(x)[1].sum()}
     >>> model = Model()
     >>> with add_terms(model, {"balance": Term(load_balance, 0.01)}) as added:
-    ...     more = model(torch.ones(10, 8))["loss"]
-    >>> less = model(torch.ones(10, 8))["loss"]
-    >>> round(float((more - less) / added.last["balance"]), 4)
+    ...     more = model(torch.ones(10, 8))["loss"].item()
+    >>> less = model(torch.ones(10, 8))["loss"].item()
+    >>> round((more - less) / added.last["balance"].item(), 3)
     0.01
     """
     if into not in ("loss", "aux_loss"):
@@ -172,10 +168,17 @@ def _function(term: Term) -> Any:
 
 def _share(module: Any, given: Mapping[str, Any]) -> Tensor | float:
     """m / M: the labels of this call that count, as the loss counts them, of all in the batch; 1 where M is unknown."""
-    total, labels, shifted = (given.get(name) for name in ("num_items_in_batch", "labels", "shift_labels"))
-    if total is None or (labels is None and shifted is None):
+    total, labels = given.get("num_items_in_batch"), given.get("shift_labels")
+    if labels is None:
+        labels = given.get("labels")
+        if labels is not None and _shifts(module):
+            labels = labels[..., 1:]
+    if total is None or labels is None:
         return 1.0
-    shifts = getattr(module, "loss_type", None) in _SHIFTED and not module.config.is_encoder_decoder
-    if shifted is None:
-        shifted = labels[..., 1:] if shifts else labels
-    return shifted.ne(_IGNORED).sum() / total  # type: ignore[no-any-return]
+    counted: Tensor = (labels != _IGNORED).sum() / total
+    return counted
+
+
+def _shifts(module: Any) -> bool:
+    """Whether the loss of a model of transformers leaves out the first label of each sequence."""
+    return getattr(module, "loss_type", None) in _SHIFTED and not module.config.is_encoder_decoder
