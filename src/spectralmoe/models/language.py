@@ -160,10 +160,10 @@ class CausalAttention(nn.Module):
         q, k = rotated(q, before), rotated(k, before)
         if cache is not None:
             k, v = cache.add(self, k, v)
-        sees = (
-            None if not before else torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(before)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=sees is None)
+        length, seen, sees = q.shape[2], k.shape[2], None
+        if before and length > 1:  # a single token sees all before it
+            sees = torch.ones(length, seen, dtype=torch.bool, device=x.device).tril(before)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=not before)
         joined: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return joined
 
@@ -193,10 +193,11 @@ def rotated(x: Tensor, first: int = 0) -> Tensor:
         first: the position p of the first of the S tokens.
     """
     half = x.shape[-1] // 2
-    turns = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    turns = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=precise) / half)
     angles = torch.arange(first, first + x.shape[-2], device=x.device)[:, None] * turns
     cos, sin = angles.cos(), angles.sin()
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    a, b = x.to(precise).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 

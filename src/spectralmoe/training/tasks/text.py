@@ -285,16 +285,17 @@ SWIGLU = {"type": "feed_forward", "activation": "swiglu"}
 
 def token_losses(model: nn.Module, windows: Windows) -> Tensor:
     """Negative log-likelihood of each predicted token in nats: (B, S) fp32."""
-    logits = model(windows.tokens[:, :-1]).float()
-    return F.cross_entropy(logits.transpose(1, 2), windows.tokens[:, 1:], reduction="none")
+    logits, targets = model(windows.tokens[:, :-1]).float(), windows.tokens[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def cut_windows(documents: Sequence[Document], domains: Sequence[str], vocabulary: Vocabulary, length: int) -> Windows:
     """Windows of ``length`` + 1 tokens, each beginning with the last token of the one before, through all documents."""
     encoded = vocabulary.encode_all([document.text for document in documents])
-    tokens = np.fromiter((token for one in encoded for token in (SEPARATOR, *one)), np.int32)
-    places = [domains.index(document.domain) for document in documents]
-    owner = np.repeat(np.array(places, np.int16), [1 + len(one) for one in encoded])
+    separator = np.array([SEPARATOR], np.int32)
+    tokens = np.concatenate([part for one in encoded for part in (separator, one)])
+    places = np.array([domains.index(document.domain) for document in documents], np.int16)
+    owner = np.repeat(places, [1 + len(one) for one in encoded])
     count = max(len(tokens) - 1, 0) // length
     inside = torch.arange(count)[:, None] * length + torch.arange(length + 1)
     return Windows(torch.from_numpy(tokens)[inside], torch.from_numpy(owner)[inside[:, 1:]])
