@@ -50,4 +50,4 @@ def make_trainer(model: nn.Module, folder: Path, data: list[dict[str, Tensor]], 
     fixed: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     plain: dict[str, Any] = {"optim": "sgd", "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
     arguments = TrainingArguments(str(folder), **{**fixed, **plain, "max_grad_norm": 0.0, **options})
-    return Trainer(model, arguments, train_dataset=InOrder(data), **more)
+    return Trainer(model, arguments, train_dataset=data, **more)

@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 from families import FAMILIES, build
 from torch import nn
 from torch.nn import functional as F
-from trainers import batch_of, make_trainer, sequences
+from trainers import InOrder, batch_of, make_trainer, sequences
 
 from spectralmoe import Term, penalty, record
 from spectralmoe.hf import add_terms, attach_callback, swap_routers
@@ -90,7 +90,7 @@ def test_the_trainer_accumulates_what_one_batch_is(family, tmp_path, close):
         swap_routers(model, selector=selector)
         options = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": size, "max_steps": 2}
         with add_terms(model, LINEAR):
-            make_trainer(model, tmp_path, data, callbacks=[attach_callback()], **options).train()
+            make_trainer(model, tmp_path, InOrder(data), callbacks=[attach_callback()], **options).train()
         trained.append(parameters_of(model))
     one, four = trained
     biases = [name for name in one if name.endswith("selector.bias")]
