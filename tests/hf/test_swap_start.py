@@ -105,7 +105,14 @@ def test_the_modes_of_the_model_stay():
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4"])
 @pytest.mark.parametrize(
-    "selector", [{"type": "topp", "p": 0.5}, {"type": "expert_choice", "capacity": 1.0}, "soft", {"type": "noisy_topk", "k": 1}, lambda: TopP(0.9)]
+    "selector",
+    [
+        {"type": "topp", "p": 0.5},
+        {"type": "expert_choice", "capacity": 1.0},
+        "soft",
+        {"type": "noisy_topk", "k": 1},
+        lambda: TopP(0.9),
+    ],
 )
 def test_any_selector_serves(family, selector):
     model = copy_of(family).train()
@@ -152,7 +159,7 @@ def test_a_pattern_takes_some_layers_and_the_others_another_time():
 
 
 def test_a_gate_with_a_bias_needs_a_scorer_with_one(user_error):
-    with user_error("CosineScorer cannot start", "which has a bias", 'init="fresh"'):
+    with user_error("CosineScorer cannot start", "which has a bias", 'init="fit"'):
         swap_routers(copy_of("gpt_oss"), "cosine")
     with user_error("LinearScorer cannot start", "which has a bias"):
         swap_routers(copy_of("gpt_oss"), {"type": "linear", "bias": False})

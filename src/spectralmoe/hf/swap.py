@@ -122,17 +122,15 @@ def swap_routers(
     chosen = _choose(find_layers(model), layers)
     rules = [read_rule(layer) for layer in chosen]
     read = {} if calibration is None else _calibrate(model, chosen, calibration)
-    routers = []
+    routers: dict[HFLayer, tuple[Router, Rule]] = {}
     for layer, (rule, own) in zip(chosen, rules, strict=True):
         made = _make_scorer(layer, scorer, init, read.get(layer.name))
-        routers.append(_make_router(layer, made, rule, own if selector is None else selector))
+        router = _make_router(layer, made, rule, own if selector is None else selector)
         if init == "fit":
-            _fit(routers[-1], read.get(layer.name))
-    pairs = zip(chosen, routers, strict=True)
-    agreement = {layer.name: _agreement(router, read[layer.name]) for layer, router in pairs} if read else None
-    parts = zip(chosen, routers, rules, strict=True)
-    placed = put_in(model, {layer: (router, rule) for layer, router, (rule, _) in parts})
-    return Swapped([layer.name for layer in chosen], agreement, model, placed)
+            _fit(router, read.get(layer.name))
+        routers[layer] = router, rule
+    shares = {layer.name: _agreement(router, read[layer.name]) for layer, (router, _) in routers.items() if read}
+    return Swapped([layer.name for layer in chosen], shares or None, model, put_in(model, routers))
 
 
 def _choose(found: Sequence[HFLayer], pattern: str) -> list[HFLayer]:
@@ -173,7 +171,8 @@ def _make_scorer(layer: HFLayer, scorer: ScorerLike, init: Init, read: _Read | N
     if init == "from_gate" and not start_from_gate(made, gate, tokens=tokens, tempered=tempered):
         beside = "" if gate.bias is None else ", which has a bias"
         raise UserError(
-            f'swap_routers: {type(made).__name__} cannot start from the gate of {layer.name}{beside}; say init="fresh"'
+            f"swap_routers: {type(made).__name__} cannot start from the gate of {layer.name}{beside}; say "
+            'init="fit" with a calibration, or init="fresh"'
         )
     return made
 

@@ -13,6 +13,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.hf.load import import_transformers
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.instruments.monitor import Monitor
+from spectralmoe.layers import stock_experts
 
 __all__ = ["trainer_callback"]
 
@@ -51,7 +52,7 @@ def trainer_callback(path: str | Path | None = None, *, every: int = 50, layers:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self.stack.close()  # of a training that failed
-            watching = watch if holds_moe(model) else watch_transformers
+            watching = watch if holds_moe(model) and not stock_experts(model) else watch_transformers
             self.monitor = Monitor(model, path, every=every, layers=layers, watching=watching)
             self.stack.enter_context(self.monitor)
 
