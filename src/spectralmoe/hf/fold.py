@@ -68,6 +68,30 @@ def distill_to_gate(model: nn.Module, batches: Iterable[Any], *, steps: int = 30
     Raises:
         UserError: no router was swapped; a batch of another kind, or none; a router that reads more than tokens; a
             family whose own rule is unknown.
+
+    >>> from spectralmoe.hf import swap_routers
+    >>> class Gate(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = nn.Parameter(torch.randn(4, 8))
+    ...
+    ...     def forward(self, x):
+    ...         logits = x @ self.weight.T
+    ...         return logits, *logits.softmax(-1).topk(2)
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+    ...         self.layers = nn.ModuleList([nn.ModuleDict({"gate": Gate(), "experts": experts})])
+    ...
+    ...     def forward(self, inputs_embeds):
+    ...         return self.layers[0]["gate"](inputs_embeds)
+    >>> _ = torch.manual_seed(0)
+    >>> model = Model()
+    >>> _ = swap_routers(model, "cosine", init="fresh")
+    >>> agreements = distill_to_gate(model, [{"inputs_embeds": torch.randn(300, 8)}])
+    >>> agreements["layers.0"].after > 0.9 > agreements["layers.0"].before, type(model.layers[0]["gate"]).__name__
+    (True, 'Gate')
     """
     stock = unwrapped(model)
     routers = {name: swapped.router for name, swapped in swapped_routers(stock).items()}
