@@ -45,10 +45,21 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-HEAVY = {"timm", "transformers", "huggingface_hub", "sklearn", "mlxtend", "PIL", "torchvision", "matplotlib"}
+HEAVY = {
+    "timm",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "sklearn",
+    "mlxtend",
+    "PIL",
+    "torchvision",
+    "matplotlib",
+}
 ONLY_IN = {
     "timm": {"vision/model.py"},
     "transformers": {"hf/load.py", "bench/peers/transformers.py"},
+    "tokenizers": {"data/vocabulary.py"},
     "huggingface_hub": {"saving/hub.py"},
     "matplotlib": {"draw/figure.py"},
 }

@@ -193,10 +193,11 @@ def rotated(x: Tensor, first: int = 0) -> Tensor:
         first: the position p of the first of the S tokens.
     """
     half = x.shape[-1] // 2
-    turns = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    turns = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=precise) / half)
     angles = torch.arange(first, first + x.shape[-2], device=x.device)[:, None] * turns
     cos, sin = angles.cos(), angles.sin()
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    a, b = x.to(precise).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 

@@ -39,6 +39,7 @@ def build_network(data: ImageData, network: Network, row: Row, depth: int, seed:
         UserError: as ``find_preset``; what its parts refuse.
     """
     preset = find_preset(row)
+    num_experts, hidden = preset.sizes(network.num_experts, network.hidden, network.k)
     torch.manual_seed(seed)
     mean, std = pixel_statistics(data)
     return sr_moe(
@@ -46,8 +47,8 @@ def build_network(data: ImageData, network: Network, row: Row, depth: int, seed:
         channels=data.channels,
         width=network.width,
         depth=depth,
-        num_experts=network.num_experts,
-        hidden=network.hidden,
+        num_experts=num_experts,
+        hidden=hidden,
         experts=partial(preset.make_experts, spare=network.spare),
         router=preset.routers(network.k),
         mean=mean,

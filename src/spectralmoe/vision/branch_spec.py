@@ -98,7 +98,11 @@ class BranchSpec:
         preset = find_preset(row)
         if preset.experts is not None:
             raise UserError(f"router {shown(row)!r}: its experts do not fit, branches have adapters; leave them out")
-        return cls(router=preset.routers(experts_a_token(k)), **{**preset.branch, **options})
+        k = experts_a_token(k)
+        wanted = (options.pop("experts", cls.experts), options.pop("bottleneck", cls.bottleneck))
+        experts, bottleneck = preset.sizes(*wanted, k)
+        options = {**preset.branch, **options, "experts": experts, "bottleneck": bottleneck}
+        return cls(router=preset.routers(k), **options)
 
     def make_router(self, dim: int) -> Router:
         """A new router for tokens of width ``dim``."""

@@ -141,14 +141,15 @@ class TextTask(Task):
     def build(self, settings: TrainSettings) -> LanguageMoE:
         """The untrained model: ``[network]`` has D, E, H and k, the depth is the number of blocks."""
         network, preset = settings.network, find_preset(settings.row)
+        num_experts, hidden = preset.sizes(network.num_experts, network.hidden, network.k)
         torch.manual_seed(settings.optimization.seed)
         return language_moe(
             self.vocabulary.size,
             width=network.width,
             depth=settings.depth,
             heads=self.text.heads,
-            num_experts=network.num_experts,
-            hidden=network.hidden,
+            num_experts=num_experts,
+            hidden=hidden,
             experts=partial(preset.make_experts, spare=network.spare, default=SWIGLU),
             router=preset.routers(network.k),
         )
