@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from itertools import chain, zip_longest
@@ -25,6 +26,7 @@ from spectralmoe.training.tasks.shown import HeldOut, Running, Shown
 __all__ = ["TextMeta", "continue_text", "continue_texts", "held_out_windows", "read_prompt", "read_text_meta"]
 
 _AROUND, _TOGETHER, _SHOWN = 24, 2048, 200
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class TextMeta(Settings):
@@ -169,7 +171,8 @@ def _from_each(domains: Tensor) -> list[int]:
 
 
 def _shown(given: str, prompt: str, continuation: str) -> Shown:
-    """A text and how it goes on; of a long beginning people see the end."""
+    """A text and how it goes on; people see the end of a long beginning, and no character that steers a terminal."""
     source = {"file": given} if prompt != given else {}
     beginning = prompt if len(prompt) <= _SHOWN else "…" + prompt[-_SHOWN:]
-    return Shown({**source, "prompt": prompt, "continuation": continuation}, beginning + continuation)
+    values = {**source, "prompt": prompt, "continuation": continuation}
+    return Shown(values, _CONTROL.sub("\ufffd", beginning + continuation))
