@@ -22,7 +22,8 @@ from spectralmoe.saving import read_config
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import parse
 from spectralmoe.training.tasks import TextTask, open_task
-from spectralmoe.training.tasks.text import TextMeta, cut_windows
+from spectralmoe.training.tasks.text_verbs import TextMeta
+from spectralmoe.training.tasks.windows import cut_windows
 from spectralmoe.training.text_settings import Text
 from spectralmoe.training.train_settings import TrainSettings
 
