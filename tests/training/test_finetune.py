@@ -94,7 +94,11 @@ def test_routers_alone(tune):
     assert changed(before, after) == {f"model.layers.{place}.mlp.gate.weight" for place in range(3)}
 
 
-@pytest.mark.parametrize("settings", [{"lora": 2, "layers": "last2"}], ids=["lora"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"lora": 2, "layers": "last2"}, {"router": "sr-moe", "layers": "last1", "train": ["routers", "experts"]}],
+    ids=["all", "lora", "late routers"],
+)
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tune, tmp_path, settings, close):
     if "lora" in settings:
         pytest.importorskip("peft")

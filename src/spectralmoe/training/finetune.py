@@ -21,6 +21,7 @@ from spectralmoe.hf.language import TransformersModel
 from spectralmoe.hf.load import quiet
 from spectralmoe.hf.lora import add_lora
 from spectralmoe.hf.quiet_trainer import follow_trainer, last_checkpoint, quiet_trainer
+from spectralmoe.hf.resume import resume_safe
 from spectralmoe.hf.router_files import stock_tensors, write_routers
 from spectralmoe.hf.trained_parts import chosen_layers, decoder_layers, train_only
 from spectralmoe.hf.trainer import attach_callback, trainer_callback
@@ -126,6 +127,7 @@ def _train(
         )
         if terms:
             stack.enter_context(add_terms(trained, terms))
+        resume_safe(trainer)
         trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
     if settings.lora is not None:
         trained.save_pretrained(out / ADAPTER)
