@@ -19,7 +19,7 @@ tf = pytest.importorskip("transformers")
 
 PAIRS = {
     "llama": ["mixtral", "qwen2_moe", "glm4_moe"],
-    "llama_tied": ["mixtral"],
+    "llama_tied": ["mixtral", "qwen2_moe", "glm4_moe"],
     "mistral_window": ["mixtral", "qwen2_moe"],
     "qwen2": ["qwen2_moe", "glm4_moe"],
     "qwen2_window": ["qwen2_moe"],

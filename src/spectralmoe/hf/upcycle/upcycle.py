@@ -125,12 +125,13 @@ def _rows(dense: Dense, plan: Plan, calibration: Calibration | None) -> dict[int
 def _kept(dense: Dense, plan: Plan) -> dict[str, Tensor]:
     """Copies of the tensors outside of the layers that get experts, tied ones of one piece of memory."""
     replaced = tuple(f"model.layers.{layer}.mlp." for layer in plan.layers)
-    copies: dict[int, Tensor] = {}
-    return {
-        name: copies.setdefault(value.data_ptr(), value.clone())
-        for name, value in dense.model.state_dict().items()
-        if not name.startswith(replaced)
-    }
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    kept = {}
+    for name, value in dense.model.state_dict().items():
+        if not name.startswith(replaced):
+            place = (value.data_ptr(), value.shape)
+            kept[name] = copies[place] if place in copies else copies.setdefault(place, value.clone())
+    return kept
 
 
 @torch.no_grad()
