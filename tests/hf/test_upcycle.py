@@ -19,7 +19,7 @@ tf = pytest.importorskip("transformers")
 
 PAIRS = {
     "llama": ["mixtral", "qwen2_moe", "glm4_moe"],
-    "llama_tied": ["mixtral"],
+    "llama_tied": ["mixtral", "qwen2_moe", "glm4_moe"],
     "mistral_window": ["mixtral", "qwen2_moe"],
     "qwen2": ["qwen2_moe", "glm4_moe"],
     "qwen2_window": ["qwen2_moe"],
@@ -172,6 +172,7 @@ def test_a_router_without_a_gradient_is_warned_of(dense_of):
         ({"layers": "last4"}, ["out of range", "3 layers"]),
         ({"layers": [3]}, ["[3]", "3 layers"]),
         ({"layers": []}, ["layers=[]"]),
+        ({"calibration": [ids()]}, ["'random'", "calibration"]),
         ({"router": "principal"}, ["'principal'", "calibration"]),
         ({"router": "prompts", "calibration": [{"input_ids": ids()}]}, ["'prompts'", "4", "got 1"]),
         ({"router": "principal", "calibration": ["text"]}, ["calibration", "str"]),

@@ -88,7 +88,7 @@ def _real(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _nothing(sets: int, width: int, products: bool) -> Reads:
     square = torch.zeros(width, width, dtype=torch.float64) if products else None
-    return Reads(torch.zeros(sets), torch.zeros(sets, width, dtype=torch.float64), square)
+    return Reads(torch.zeros(sets, dtype=torch.int64), torch.zeros(sets, width, dtype=torch.float64), square)
 
 
 def _add(reads: Reads, number: int, x: Tensor) -> None:

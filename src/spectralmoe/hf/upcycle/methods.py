@@ -1,7 +1,7 @@
 """How an expert is made of the dense MLP.
 
 ``copy``: Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", arXiv 2212.05055,
-section 2: every expert is the MLP. Differs: no token is dropped.
+section 3: every expert is the MLP. Differs: no token is dropped.
 
 ``drop``: Nakamura et al., "Drop-Upcycling: Training Sparse Mixture of Experts with Partial Re-initialization", arXiv
 2502.19261, section 3: a share of each expert's hidden units is drawn anew, the same units in all three matrices, from
@@ -9,10 +9,10 @@ normal distributions with the mean and the standard deviation of what they repla
 
 ``noise``: the copies of sparse upcycling plus Gaussian noise, counted in standard deviations of each matrix.
 
-``virtual``: He et al., "Upcycling Large Language Models into Mixture of Experts", arXiv 2410.07524, section 4: the MLP
-is split into G shards of F/G hidden units, and expert e is shard e mod G; the router's rows are alike for the shards of
-a copy, so that all of them are chosen together, and the shards' outputs are scaled by G. Differs: the scale is G
-exactly, as the weights of stock routers sum to 1.
+``virtual``: He et al., "Upcycling Large Language Models into Mixture of Experts", arXiv 2410.07524, their "virtual
+group" initialisation: the MLP is split into G shards of F/G hidden units, and expert e is shard e mod G; the router's
+rows are alike for the shards of a copy, so that all of them are chosen together, and the shards' outputs are scaled.
+Differs: the scale is G, on the down projection alone, as the weights of stock routers sum to 1.
 """
 
 from __future__ import annotations

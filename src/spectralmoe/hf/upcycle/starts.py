@@ -1,6 +1,6 @@
 r"""How the router of an upcycled layer starts: its rows, one a copy of the MLP.
 
-``random``: normal numbers, as in Komatsuzaki et al., arXiv 2212.05055, section 2.2.
+``random``: normal numbers, as in Komatsuzaki et al., arXiv 2212.05055, section 3.
 
 ``prompts``: the mean of what the layer's MLP reads in each set of prompts, after the "hidden" mode of mergekit-moe
 (Goddard et al., "Arcee's MergeKit", arXiv 2403.13257; github.com/arcee-ai/mergekit, LGPL-3.0). Differs: written anew;

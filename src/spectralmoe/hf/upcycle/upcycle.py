@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectralmoe.errors import UserError
 from spectralmoe.hf.assemble import assemble
 from spectralmoe.hf.load import import_transformers
 from spectralmoe.hf.upcycle.calibration import Calibration, Reads, read_calibration
@@ -43,6 +44,8 @@ def upcycle(
     all :math:`f_e` start from the layer's MLP. So with ``method="copy"`` and ``"virtual"`` the model computes at step 0
     what the dense one does. Everything else is copied; the dense model stays as it is. The result is an ordinary model
     of transformers: ``save_pretrained`` writes a folder that plain ``from_pretrained`` and other engines read.
+
+    In 16 bits two copies may tie in a router's logits, and with "virtual" a token then gets shards of both.
 
     Exact copies give the router no gradient from the task, and differ only as training moves them apart: "drop" or
     "noise" is the better start for training. With k = 1 the only weight is always 1 and no method helps.
@@ -79,9 +82,10 @@ def upcycle(
     Warns:
         UserWarning: the router would get no gradient from the task.
 
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> import pytest
+    >>> transformers = pytest.importorskip("transformers")
     >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    >>> dense = LlamaForCausalLM(LlamaConfig(**sizes))
+    >>> dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     >>> moe = upcycle(dense, experts=4, k=2, method="drop")
     >>> type(moe).__name__, tuple(moe.model.layers[0].mlp.experts.down_proj.shape)
     ('MixtralForCausalLM', (4, 16, 24))
@@ -116,6 +120,8 @@ def _rows(dense: Dense, plan: Plan, calibration: Calibration | None) -> dict[int
     draw = torch.Generator().manual_seed(2 * plan.seed)
     reads: dict[int, Reads] = {}
     if calibration is not None:
+        if plan.router == "random":
+            raise UserError("upcycle: router 'random' reads no calibration; 'prompts' and 'principal' do")
         reads = read_calibration(dense, calibration, plan.layers, products=plan.router == "principal")
     start = STARTS[plan.router]
     rows = {layer: start(plan.groups, dense.width, reads.get(layer), draw) for layer in plan.layers}
@@ -125,12 +131,13 @@ def _rows(dense: Dense, plan: Plan, calibration: Calibration | None) -> dict[int
 def _kept(dense: Dense, plan: Plan) -> dict[str, Tensor]:
     """Copies of the tensors outside of the layers that get experts, tied ones of one piece of memory."""
     replaced = tuple(f"model.layers.{layer}.mlp." for layer in plan.layers)
-    copies: dict[int, Tensor] = {}
-    return {
-        name: copies.setdefault(value.data_ptr(), value.clone())
-        for name, value in dense.model.state_dict().items()
-        if not name.startswith(replaced)
-    }
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    kept = {}
+    for name, value in dense.model.state_dict().items():
+        if not name.startswith(replaced):
+            place = (value.data_ptr(), value.shape)
+            kept[name] = copies[place] if place in copies else copies.setdefault(place, value.clone())
+    return kept
 
 
 @torch.no_grad()
