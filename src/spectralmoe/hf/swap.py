@@ -111,7 +111,6 @@ def swap_routers(
         UserError: no experts in the model, or routers of an unknown form; a pattern that matches nothing; a router that
             was swapped before; a scorer that cannot start as asked.
 
-    >>> from types import SimpleNamespace
     >>> class Gate(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
