@@ -248,9 +248,9 @@ def language_moe(
     blocks = [DecoderBlock(MoE(r, bank), heads) for r, bank in zip(routers, banks, strict=True)]
     with torch.no_grad():
         for block in blocks:
-            block.attention.out.weight *= (2 * depth) ** -0.5
+            block.attention.out.weight.mul_((2 * depth) ** -0.5)
             if isinstance(block.moe.experts, FeedForward):
-                block.moe.experts.down *= (2 * depth) ** -0.5
+                block.moe.experts.down.mul_((2 * depth) ** -0.5)
     return LanguageMoE(blocks, vocab, tied=tied)
 
 
