@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -228,6 +229,43 @@ def test_a_cached_step_masks_its_own_token_alone():
         model(input_ids=torch.tensor([[5], [6]]), attention_mask=mask, past_key_values=past)
     assert tape[0].routing.mask.tolist() == [True, False]
     assert tape[0].routing.shape == (2, 1)
+
+
+@torch.no_grad()
+def test_a_router_by_itself_is_of_no_call(close):
+    model = swapped_of("mixtral")
+    inputs, x = padded(model), torch.randn(48, 32)
+    layer = next(iter(moe_layers(model).values()))
+    before = layer(x)
+    model(**inputs)
+    assert inputs["input_ids"].numel() == len(x)
+    close(layer(x)[1], before[1])
+    assert layer(x[:0])[2].shape == (0, 2)
+
+
+@torch.no_grad()
+def test_calls_of_two_threads_keep_their_masks():
+    model = swapped_of("mixtral")
+    inner, outer = {**padded(model)}, {**padded(model)}
+    inner["attention_mask"] = 1 - inner["attention_mask"].flip(0)
+    masks: dict[str, Any] = {}
+
+    def other() -> None:
+        with record(model) as tape:
+            model(**inner)
+        masks["inner"] = tape[-1].routing.mask
+
+    def between(*_: Any) -> None:
+        thread = threading.Thread(target=other)
+        handle.remove()
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[1].register_forward_pre_hook(between)
+    with record(model) as tape:
+        model(**outer)
+    assert torch.equal(tape[-1].routing.mask, outer["attention_mask"].flatten().bool())
+    assert torch.equal(masks["inner"], inner["attention_mask"].flatten().bool())
 
 
 @torch.no_grad()

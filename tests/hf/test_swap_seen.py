@@ -120,9 +120,10 @@ def test_a_saved_model_is_the_one_before_the_swap_in_plain_transformers(family, 
     assert torch.equal(loaded.eval()(**inputs).logits, stock(**inputs).logits)
 
 
-def test_peft_trains_a_copy_of_the_router_and_the_dead_one_is_left_out():
+def test_peft_trains_a_copy_of_the_router_and_the_dead_one_is_left_out(user_error):
     peft = pytest.importorskip("peft")
-    model = swapped_of("mixtral")
+    model = copy.deepcopy(stock_of("mixtral"))
+    swapped = swap_routers(model)
     names, inputs = list(moe_layers(model)), padded(model)
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=experts, modules_to_save=["gate"])
@@ -143,6 +144,15 @@ def test_peft_trains_a_copy_of_the_router_and_the_dead_one_is_left_out():
     before = stock[0].router.scorer.weight.clone()
     optimizer.step()
     assert torch.equal(stock[0].router.scorer.weight, before)
+    with user_error("PEFT trains a copy of a router", "merge or unload"):
+        swapped.undo()
+    merged = wrapped.merge_and_unload()
+    assert list(moe_layers(merged)) == names
+    assert not torch.equal(moe_layers(merged)[names[0]].router.scorer.weight, before)
+    swapped.undo()
+    assert [type(layer.router) for layer in find_layers(merged)] == [
+        type(each.router) for each in find_layers(stock_of("mixtral"))
+    ]
 
 
 @pytest.fixture

@@ -19,17 +19,14 @@ from spectralmoe.router import Router
 __all__ = ["put_in", "stock_layers", "swapped_routers", "take_out"]
 
 
-def put_in(model: nn.Module, routers: Mapping[HFLayer, tuple[Router, Rule]]) -> list[SwappedRouter]:
+def put_in(model: nn.Module, routers: Mapping[HFLayer, tuple[Router, Rule]]) -> None:
     """Put a router, with the rule of the stock one, into each of these layers of ``model``, which were not swapped."""
     calls: dict[nn.Module, Calls] = {}
-    placed = []
     for layer, (router, rule) in routers.items():
         stack = stack_around(model, layer.path)
         if stack not in calls:
             calls[stack] = Calls(stack)
-        placed.append(swapped_router(layer.router, router, rule, calls[stack]))
-        model.set_submodule(layer.router_path, placed[-1])
-    return placed
+        model.set_submodule(layer.router_path, swapped_router(layer.router, router, rule, calls[stack]))
 
 
 def take_out(model: nn.Module, routers: Iterable[SwappedRouter]) -> None:
