@@ -295,6 +295,19 @@ def test_damaged_folders(folder, user_error):
     refused(TENSORS)
 
 
+def test_the_stock_model_is_checked_too(folder, user_error):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("MixtralForCausalLM", "OurForCausalLM"))
+    with user_error("OurForCausalLM", "transformers does not have"):
+        load_swapped(folder)
+    (folder / "config.json").write_text(text)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("lm_head.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with user_error("missing", "lm_head.weight"):
+        load_swapped(folder)
+
+
 def test_a_class_of_ones_own_needs_leave(tmp_path, user_error):
     model = swapped_of("mixtral", Doubled, init="fresh")
     save_swapped(model, tmp_path / "model")

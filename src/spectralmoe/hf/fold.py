@@ -17,13 +17,13 @@ from spectralmoe.hf.layers import HFLayer
 from spectralmoe.hf.places import stock_layers, swapped_routers, take_out
 from spectralmoe.hf.rules import put_bias, read_rule
 from spectralmoe.hf.structure import correction_bias, matrix_name
-from spectralmoe.layers import unwrapped
-from spectralmoe.recorder import record
+from spectralmoe.layers import moe_layers, unwrapped
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
 from spectralmoe.selectors import Balanced, Selector
 from spectralmoe.sharding import assign_, full
 from spectralmoe.spec import build, describe
+from spectralmoe.tape import Tape
 
 __all__ = ["distill_to_gate", "fold_routers"]
 
@@ -159,10 +159,10 @@ def _put(stored: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def _tokens(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Layer -> the tokens (N, D) that its swapped router read in one run over ``batches``, without padding."""
-    parts: dict[str, list[Tensor]] = {}
+    layers, parts = moe_layers(model), dict[str, list[Tensor]]()
     with evaluation_mode(model):
         for batch in batches:
-            with record(model, keep=("tokens",)) as tape:
+            with Tape(layers, ("tokens",)) as tape:
                 model(**batch_arguments("distill_to_gate", model, batch))
             for item in tape:
                 if (tokens := item.tokens) is not None:
