@@ -81,11 +81,11 @@ def test_epochs_are_scored_one_by_one(tune):
 
 
 def test_only_the_last_layers_are_trained(tune, tmp_path):
-    _, before, after = tune(layers="last1", train=["routers", "experts"], steps=3)
+    _, before, after = tune(layers="last1", train=["routers", "experts"], steps=3, checkpoint_every=2)
     assert changed(before, after) == {
         f"model.layers.2.mlp.{name}" for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
     }
-    saved = load_file(tmp_path / "out" / CHECKPOINTS / "checkpoint-3" / "model.safetensors")
+    saved = load_file(tmp_path / "out" / CHECKPOINTS / "checkpoint-2" / "model.safetensors")
     assert not any(".layers.0." in name for name in saved)
 
 
@@ -96,7 +96,11 @@ def test_routers_alone(tune):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"lora": 2, "layers": "last2"}, {"router": "sr-moe", "layers": "last1", "train": ["routers", "experts"]}],
+    [
+        {},
+        {"lora": 2, "layers": "last2"},
+        {"router": "linear+balanced", "layers": "last1", "train": ["routers", "experts"]},
+    ],
     ids=["all", "lora", "late routers"],
 )
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tune, tmp_path, settings, close):
@@ -121,6 +125,28 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tune, tmp_path,
         close(value, wanted[name])
     steps = [line["step"] for line in read_monitor(tmp_path / "parts" / MONITOR) if line["kind"] == "step"]
     assert steps == [2, 4, 6]
+
+
+def test_a_training_that_was_stopped_while_it_saved_saves_again(tune, tmp_path):
+    settings = {"router": "linear+balanced", "steps": 4, "checkpoint_every": 2}
+    history, _, wanted = tune(**settings)
+    (tmp_path / "out" / "config.json").unlink()
+    again, _, got = tune(**settings)
+    assert {**again, "findings": []} == {**history, "findings": []}
+    for name, value in got.items():
+        assert value.equal(wanted[name]), name
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_model_with_routers_of_ours_is_trained_on(tune, folder, tmp_path):
+    tune("first", router="linear+balanced", steps=2)
+    loaded = load_transformers(str(tmp_path / "first"))
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    settings = FinetuneSettings(**SMALL, steps=2, layers="last1", train=["routers"])
+    finetune(loaded, TEXTS, settings, tmp_path, lambda *_: None)
+    again = load_transformers(str(tmp_path)).model.state_dict()
+    gate = "model.layers.2.mlp.gate.router"
+    assert changed(before, again) == {f"{gate}.scorer.weight", f"{gate}.selector.bias"}
 
 
 def test_lora_trains_adapters_and_routers_and_saves_the_merged_model_too(tune, folder, tmp_path, close):

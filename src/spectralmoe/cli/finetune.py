@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectralmoe.cli.completion import one_among
-from spectralmoe.cli.console import count, print_json, print_table, show_progress
+from spectralmoe.cli.console import count, print_finding, print_json, print_table, show_progress
 from spectralmoe.cli.options import Allow, Assign, DeviceName, Json, refuse_outputs, say_notes, split_names, trust_own
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json, to_json, write_json, write_text
@@ -177,7 +177,9 @@ def _print(settings: FinetuneSettings, json: bool) -> None:
 
 
 def _tell(history: dict[str, Any], out: Path) -> None:
-    """A table of bits per byte, and where things are."""
+    """What is wrong, a table of bits per byte, and where things are."""
+    for finding in history["findings"]:
+        print_finding(finding["severity"], finding["kind"], [finding["message"]], finding["cure"], err=True)
     before, after = history["before"], history["after"]
     rows = [[name, f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in after]
     print_table("bits per byte", ["held-out text", "before", "after"], rows)

@@ -58,6 +58,8 @@ def follow_trainer(
 ) -> Any:
     """A ``TrainerCallback`` that writes scores into the log of the training, which its checkpoints hold.
 
+    The last step has no checkpoint: the model is saved after it.
+
     Args:
         begin: gives what is logged as of step 0; not asked when a training goes on.
         every: steps between two calls of ``score``, which is called after the last step, too.
@@ -72,7 +74,9 @@ def follow_trainer(
                 state.log_history.append({"step": 0, **begin()})
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step % every == 0 or state.global_step == state.max_steps:
+            last = state.global_step == state.max_steps
+            control.should_save &= not last  # what goes on from the last step does one more
+            if last or state.global_step % every == 0:
                 state.log_history.append({"step": state.global_step, **score()})
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from spectralmoe.diagnostics import holds_moe
 from spectralmoe.errors import UserError
 from spectralmoe.hf.added_terms import add_terms
 from spectralmoe.hf.corpus import Corpus, read_corpus
@@ -25,6 +26,7 @@ from spectralmoe.hf.resume import resume_safe
 from spectralmoe.hf.router_files import stock_tensors, write_routers
 from spectralmoe.hf.trained_parts import chosen_layers, decoder_layers, train_only
 from spectralmoe.hf.trainer import attach_callback, trainer_callback
+from spectralmoe.instruments.findings import Finding
 from spectralmoe.training.finetune_routers import router_of, swap_to_row, terms_of
 from spectralmoe.training.finetune_settings import FinetuneSettings
 from spectralmoe.training.loop import Diverged, Progress
@@ -56,7 +58,8 @@ def finetune(
         out: the folder of this run, see ``run_folder``.
 
     Returns:
-        The history, as ``history.json`` has it: ``before`` and ``after``, bits per byte of held-out text, ``epochs``.
+        The history, as ``history.json`` has it: ``before`` and ``after``, bits per byte of held-out text; ``epochs``;
+        ``agreement`` of the routers that were put in with the gates; ``findings`` of the monitor.
 
     Raises:
         UserError: a model or text that does not fit the settings; ``Diverged``.
@@ -68,15 +71,15 @@ def finetune(
     corpus = read_corpus(loaded, texts, settings.length, share=settings.held_out, size=settings.domain_bytes)
     with quiet():
         with _late_layers(model, corpus, settings, progress) as corpus:
-            log = _train(loaded, corpus, settings, out, progress)
+            log, findings = _train(loaded, corpus, settings, out, progress)
         model.config.use_cache = use_cache  # the Trainer turns it off
         model.eval().requires_grad_(True)
         model.save_pretrained(out, state_dict=stock_tensors(model))
-        if settings.router is not None:
+        if holds_moe(model):
             write_routers(model, out)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(out)
-    return _history(loaded.name, log)
+    return {**_history(loaded.name, log), "findings": [finding.as_json() for finding in findings]}
 
 
 @contextmanager
@@ -95,8 +98,8 @@ def _late_layers(model: Any, corpus: Corpus, settings: FinetuneSettings, progres
 
 def _train(
     loaded: TransformersModel, corpus: Corpus, settings: FinetuneSettings, out: Path, progress: Progress
-) -> list[dict[str, Any]]:
-    """The training itself; returns its log, an entry for each loss and each score."""
+) -> tuple[list[dict[str, Any]], list[Finding]]:
+    """The training itself; returns its log, an entry for each loss and each score, and what is wrong at its end."""
     model, rows, terms = loaded.model, settings.batch_size, terms_of(settings)
     checkpoint = last_checkpoint(out / CHECKPOINTS)
     first: dict[str, Any] = {} if checkpoint else {"before": corpus.score(model, rows)}
@@ -115,7 +118,7 @@ def _train(
     )
     with ExitStack() as stack:
         monitor = stack.enter_context(trainer_callback(out / MONITOR, every=settings.monitor_every, layers=True))
-        bias = [] if preset is None else [attach_callback()]
+        bias = [attach_callback()] if holds_moe(model) else []
         trainer = quiet_trainer(
             trained,
             corpus.train,
@@ -132,7 +135,7 @@ def _train(
     if settings.lora is not None:
         trained.save_pretrained(out / ADAPTER)
         trained.merge_and_unload()
-    return list(trainer.state.log_history)
+    return list(trainer.state.log_history), monitor.monitor.findings
 
 
 def _arguments(settings: FinetuneSettings) -> dict[str, Any]:
