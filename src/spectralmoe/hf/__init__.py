@@ -6,7 +6,7 @@ from spectralmoe.hf.load import load_transformers
 from spectralmoe.hf.shrink import merge_experts, prune_experts
 from spectralmoe.hf.swap import Swapped, swap_routers
 from spectralmoe.hf.trainer import trainer_callback
-from spectralmoe.hf.upcycle import upcycle
+from spectralmoe.hf.upcycling import upcycle
 from spectralmoe.hf.watch import watch_transformers
 
 __all__ = [
