@@ -98,6 +98,17 @@ def layer(rng: np.random.Generator, number: int, experts: int, labels: int, sick
     }
 
 
+def passage(rng: np.random.Generator, layers: list[dict[str, Any]], title: str, tokens: int = 60) -> dict[str, Any]:
+    """Running text; one token has no expert."""
+    pieces = [f"{word} " if i % 17 else f"{word}.\n" for i, word in enumerate(rng.choice(WORDS, tokens), 1)]
+    leaning = []
+    for made in layers:
+        chosen = rng.choice(made["experts"], tokens - 1, p=rng.dirichlet(np.ones(made["experts"])))
+        weights = rng.uniform(0.3, 1, tokens - 1).round(3)
+        leaning.append({"experts": [None, *chosen.tolist()], "weights": [None, *weights.tolist()]})
+    return {"title": title, "pieces": pieces, "layers": leaning}
+
+
 def inspection(
     layers: int = 4,
     experts: int = 8,
@@ -167,6 +178,7 @@ def inspection(
             }
             for place, flow in enumerate(flows)
         ],
+        "text": [passage(rng, made, title) for title in ("prose", "code")],
         "findings": findings,
     }
 

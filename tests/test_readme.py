@@ -80,6 +80,7 @@ def test_instrument_examples_run(number, capsys, tmp_path, monkeypatch):
         "docs/certificate.md",
         "docs/vision.md",
         "docs/inspect.md",
+        "docs/llm.md",
         "docs/architecture.md",
         "CONTRIBUTING.md",
     ],

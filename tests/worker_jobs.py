@@ -1,4 +1,4 @@
-"""Jobs for tests/compare/test_workers.py, in a module that other processes can import."""
+"""Jobs for tests/experiments/test_workers.py, in a module that other processes can import."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import os
 import signal
 import time
 
+import torch
+
 from spectralmoe import UserError
 
-__all__ = ["die", "fail", "square"]
+__all__ = ["count_threads", "die", "fail", "square"]
+
+
+def count_threads(progress):
+    return torch.get_num_threads()
 
 
 def square(number, progress):

@@ -54,10 +54,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scorer": {"type": "eigenbasis", "rank": "= min(128, dim)", "temperature": 1.0},
         "branch": {"tokens": "patches", "norm": False, "start": "authors"},
     },
+    "dense": {
+        "summary": "no choice: one network as wide as the experts of a token together",
+        "scorer": "linear",
+        "k": 1,
+        "dense": True,
+    },
 }
 """Name -> row, whose keys are those of ``Preset``, and ``preset``: the row that it starts from."""
 
-_KEYS = ("preset", "summary", "scorer", "selector", "soft", "experts", "k", "terms", "branch")
+_KEYS = ("preset", "summary", "scorer", "selector", "soft", "experts", "k", "dense", "terms", "branch")
 _KIND_OF = {"scorer": "scorer", "selector": "selector", "soft": "selector", "experts": "experts"}
 
 
@@ -131,6 +137,7 @@ def _read(name: str, row: Table) -> Preset:
         summary=row.get("summary", name),
         **_parts(row, base),
         k=experts_a_token(row["k"]) if "k" in row else base.k,
+        dense=bool(row.get("dense", base.dense)),
         terms={**base.terms, **{key: read_term(key, value, base.terms.get(key)) for key, value in terms.items()}},
         branch={**base.branch, **branch},
         allow=(*base.allow, *own_names({key: value for key, value in row.items() if key != "preset"})),

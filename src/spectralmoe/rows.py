@@ -40,6 +40,7 @@ class Preset:
         soft: the selector where a token uses all experts; None: ``selector`` serves there, too.
         experts: the bank's spec; None: the network's own.
         k: experts a token; None: as many as the network asks for.
+        dense: no choice: one expert as wide as the k of a token together.
         terms: regularizers by name, with their weights.
         branch: of a branch behind a vision model's block: tokens, norm and start, see ``BranchSpec``.
         allow: the classes of a user's own that it names.
@@ -51,6 +52,7 @@ class Preset:
     soft: Table | None = field(default_factory=lambda: {"type": "soft"})
     experts: Table | None = None
     k: K | None = None
+    dense: bool = False
     terms: Mapping[str, Term] = field(default_factory=dict)
     branch: Table = field(default_factory=lambda: dict(BRANCH))
     allow: tuple[str, ...] = ()
@@ -58,6 +60,16 @@ class Preset:
     def strengthened(self, factor: float) -> Preset:
         """The same row with the weights of its terms multiplied by ``factor``."""
         return replace(self, terms={name: _scaled(term, factor) for name, term in self.terms.items()})
+
+    def sizes(self, num_experts: int, hidden: int, k: K) -> tuple[int, int]:
+        """E and H of its banks in a network with banks of these sizes and ``k`` experts a token.
+
+        >>> Preset("", {"type": "linear"}, dense=True).sizes(8, 32, 2)
+        (1, 64)
+        """
+        if not self.dense:
+            return num_experts, hidden
+        return 1, hidden * (num_experts if k == "soft" else k)
 
     def make_router(self, dim: int, num_experts: int, *, k: K) -> Router:
         """A new router for tokens of width D in front of E experts, ``k`` of them a token.
@@ -81,6 +93,7 @@ class Preset:
         Raises:
             UserError: as ``make_router``, ``make_experts`` and ``MoE``; a part that reads side information, or fails.
         """
+        num_experts, hidden = self.sizes(num_experts, hidden, k)
         try:
             with torch.random.fork_rng(devices=[]):
                 router = self.make_router(dim, num_experts, k=k)

@@ -15,7 +15,6 @@ import torch
 
 from spectralmoe import load, record
 from spectralmoe.adaptation import COPIES, carried
-from spectralmoe.cli.evaluate import _in_name
 from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.files import read_json
 from spectralmoe.saving import save
@@ -23,6 +22,7 @@ from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network, model_meta
 from spectralmoe.training.settings import Network, Optimization
 from spectralmoe.training.tasks import ImageTask
+from spectralmoe.training.tasks.image_verbs import _in_name
 
 WRITTEN = ["config.json", "model.safetensors", "receipt.json", "receipt.svg", "update.safetensors"]
 GUARD = ["--guard", "digits"]

@@ -86,6 +86,12 @@ def test_a_hugging_face_folder_is_run_on_text(folders, text, family, call, tmp_p
         assert sum(layer["load"]["counts"]) == asked - round(layer["load"]["dropped"]["value"] * asked)
         first = next(examples[0] for examples in layer["examples"] if examples)
         assert first["before"] + first["text"] + first["after"] in TEXT or first["text"] == "(start)"
+    (passage,) = document["text"]
+    assert "".join(passage["pieces"]) == TEXT[: len(passage["pieces"])]
+    for leaning, layer in zip(passage["layers"], document["layers"], strict=True):
+        assert len(leaning["experts"]) == len(passage["pieces"]) > 100
+        assert (leaning["experts"][-1] is None) >= (layer["stack"] == "decoder")
+        assert max(e for e in leaning["experts"] if e is not None) < layer["experts"]
 
 
 def test_byte_order_marks_and_line_ends_are_no_part_of_a_text(folders, call, refused, tmp_path):
@@ -113,6 +119,7 @@ def test_several_texts_are_topics(folders, text, call, tmp_path):
     assert code == 0
     (found,) = {tuple(layer["association"]["labels"]) for layer in json.loads(out)["layers"]}
     assert found == (str(text), str(other))
+    assert [passage["title"] for passage in json.loads(out)["text"]] == [str(text), str(other)]
 
 
 def test_weights_alone(folders, call):

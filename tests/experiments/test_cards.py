@@ -16,6 +16,7 @@ from spectralmoe.cli.app import run
 from spectralmoe.experiments.cards import check_card, find_card, run_card, try_settings, write_card
 from spectralmoe.files import read_json
 from spectralmoe.training.loop import Diverged
+from spectralmoe.training.tasks import Metric
 
 psutil = pytest.importorskip("psutil")
 TOY = Path(__file__).parents[1] / "toy_card"
@@ -220,3 +221,9 @@ def test_a_try_that_diverges_counts_as_one_and_is_never_the_best(user_error):
     assert (tried.setting, tried.made) == ({"lr": 0.1}, 0.1)  # the first of equal ones
     with user_error("diverged with every setting", "5.0"):
         try_settings([{"lr": 5.0}], train, lambda share: None)
+
+
+def test_tries_take_the_lowest_where_lower_is_better():
+    bits = Metric("bits", "bits", "bits per byte", "lower")
+    tried = try_settings([{"lr": 3.0}, {"lr": 2.0}], lambda s: (s["lr"], None), lambda share: None, bits)
+    assert (tried.setting, tried.tries[0]) == ({"lr": 2.0}, {"lr": 3.0, "validation_bits": 3.0})

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from worker_jobs import die, fail, square
+import torch
+from worker_jobs import count_threads, die, fail, square
 
 from spectralmoe import UserError
 from spectralmoe.experiments.workers import Job, WorkerLost, run_jobs
@@ -26,6 +27,17 @@ def test_every_job_gives_its_result(processes):
     assert ({pid for _, pid in found.values()} == {os.getpid()}) == (processes == 1)
     assert all(0 <= done <= 1 for _, done in seen)
     assert all(text.startswith("job ") and text.endswith("/5)") for text, _ in seen)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_job_has_one_thread_however_many_there_are(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        threads = dict(run_jobs([Job(n, "", count_threads, ()) for n in range(count)], 2, lambda text, done: None))
+        assert (set(threads.values()), torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_no_jobs_are_no_results():

@@ -16,7 +16,7 @@ from spectralmoe.hf.trained_parts import chosen_layers, decoder_layers, train_on
 def parts(family, layers):
     model = build(family).train()
     chosen = chosen_layers(model, layers)
-    train_only(model, ["routers", "experts"], chosen)
+    train_only(model, ["routers", "experts"], layers)
     ids = batch(model, rows=3)["input_ids"]
     return model, *decoder_layers(model, chosen[0]), Windows(ids, ids)
 

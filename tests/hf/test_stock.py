@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from families import FAMILIES, batch, build
 from seeds import generator, shifted
-from torch import nn
+from stock_model import StockLayer
 from torch.nn import functional as F
 
 from spectralmoe import Term, attach, feed, penalty, record
@@ -24,25 +24,6 @@ from spectralmoe.regularizers import load_balance, router_z, spectral_norm
 
 family = pytest.mark.parametrize("family", list(FAMILIES))
 TERMS = {"balance": Term(load_balance, 0.1), "z": Term(router_z, 0.1), "norm": Term(spectral_norm, 0.1)}
-
-
-class Gate(nn.Linear):
-    def forward(self, x):
-        logits = super().forward(x)
-        return logits, *logits.softmax(-1).topk(2)
-
-
-class Layer(nn.Module):
-    """A stock layer without a family."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate, self.experts = Gate(8, 4), nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, x):
-        _, weights, indices = self.gate(x.flatten(0, 1))
-        every = torch.stack([expert(x).flatten(0, 1) for expert in self.experts], 1)
-        return (every.gather(1, indices[..., None].expand(-1, -1, 8)) * weights[..., None]).sum(1).view_as(x)
 
 
 def padded(model: Any) -> dict[str, torch.Tensor]:
@@ -182,7 +163,7 @@ def test_two_models_are_apart():
 
 def test_inside_a_compiled_model(close):
     torch._dynamo.reset()
-    model, x = Layer(), torch.randn(2, 5, 8, generator=generator(0))
+    model, x = StockLayer(), torch.randn(2, 5, 8, generator=generator(0))
     with record(model) as tape:
         model(x)
     fast = torch.compile(model, backend="eager")

@@ -185,7 +185,7 @@ def test_what_cannot_start_as_asked_is_refused_and_leaves_the_model(user_error):
         swap_routers(model, lambda dim, experts: LinearScorer(dim, experts + 1))
     with user_error("calibration holds no batch"):
         swap_routers(model, calibration=[])
-    with user_error("calibration must hold", "got str"):
+    with user_error("a table of the model", "got str"):
         swap_routers(model, calibration=padded())
     assert [type(module) for module in model.modules()] == kinds
     swap_routers(model)

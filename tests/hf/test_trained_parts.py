@@ -16,7 +16,7 @@ EXPERTS = {f"model.layers.{place}.mlp.experts.{name}" for place in range(3) for 
 
 def trained(parts, layers):
     model = build("mixtral")
-    train_only(model, parts, chosen_layers(model, layers))
+    train_only(model, parts, layers)
     return {name for name, value in model.named_parameters() if value.requires_grad}
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectralmoe import LinearScorer, PrototypeScorer, Router, Soft, TopK, UserError, load, record, save
-from spectralmoe.experiments.compare.cell import active_flops
+from spectralmoe.experiments.compare.look import active_flops
 from spectralmoe.models import SRMoE, Stage, VectorStem, prototype_router, sr_moe
 
 

@@ -34,7 +34,7 @@ def test_everything_is_reached_by_keyboard(page):
     for _ in range(400):
         press(page, Keys.TAB)
         reached.add(page.execute_script(mark))
-    controls = "a, select, input:not([type=radio]), main button, summary, .heat, .lines[tabindex], .bands"
+    controls = "a, select, input:not([type=radio]), main button, summary, .heat, .lines[tabindex], .bands, .running"
     missed = f"""return [...document.querySelectorAll("{controls}")]
       .filter((n) => n.checkVisibility() && !n.dataset.reached).map((n) => n.outerHTML.slice(0, 120))"""
     assert page.execute_script(missed) == []

@@ -10,7 +10,7 @@ from browser_tools import BLANK_CANVASES, all_of, choose, column, errors, one
 from synthetic_documents import inspection, monitor
 
 PANELS = ["summary", "load", "training", "layers", "similarity", "spectra", "paths"]
-PANELS += ["association", "examples", "comparisons", "receipts"]
+PANELS += ["association", "text", "examples", "comparisons", "receipts"]
 
 
 def test_every_panel_is_drawn_without_errors(page):
@@ -18,12 +18,13 @@ def test_every_panel_is_drawn_without_errors(page):
     assert page.execute_script(BLANK_CANVASES) == []
     for chart in all_of(page, "[data-chart]"):
         name = chart.get_attribute("data-chart")
-        drawn = all_of(chart, "canvas, svg path, svg rect, table, ol li")
+        drawn = all_of(chart, "canvas, svg path, svg rect, table, ol li, .token")
         assert drawn, name
     assert len(all_of(page, "[data-chart=load] canvas[data-drawn='4 x 8']")) == 2
     assert len(all_of(page, "[data-chart=steps] .lines path.series")) == 2 * 5
     assert one(page, "#training .none").text == "no data"  # no slot was ever counted as dropped or kept
     assert len(all_of(page, "#paths path.band")) > 20
+    assert page.execute_script("return document.querySelectorAll('#text .running .token').length") == 2 * 2 * 60
     assert len(all_of(page, "#comparisons svg rect.mean")) > 10
     assert "null" not in one(page, "main").text.split()
     assert not {"NaN", "undefined", "[object"} & set(one(page, "main").text.split())

@@ -106,6 +106,7 @@ def test_panels_stand_in_order_and_only_with_data(folder):
     for layer in document["layers"]:
         layer["similarity"]["matrices"] = {"output": None, "weights": None, "rows": None}
         layer["examples"] = [[], [], [], []]
+    document["text"] = []
     assert panels(render_report([document], "t")) == ["summary", "load", "layers", "spectra", "paths"]
     assert panels(render_report(read_documents([folder / "results.json"]), "t")) == ["comparisons"]
     assert panels(render_report(read_documents([folder / "receipt.json"]), "t")) == ["receipts"]
@@ -117,6 +118,7 @@ def test_a_checkpoint_that_was_not_run_is_not_called_healthy():
     document["model"]["mode"] = "router-only"
     document |= {
         "paths": [],
+        "text": [],
         "data": {"source": "x.safetensors", "tokens": 0, "sequences": 0, "tokenizer": None, "notes": []},
     }
     for layer in document["layers"]:

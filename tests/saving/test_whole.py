@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectralmoe import (
     Adapter,
@@ -553,15 +554,35 @@ def nested(depth):
     return spec
 
 
+class Made(TorchDispatchMode):
+    """What a load makes: modules, and the numbers of the largest tensor that has memory."""
+
+    modules = largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result.is_meta:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
 @pytest.mark.parametrize("edit", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_configs(saved, user_error, edit, tmp_path, monkeypatch):
     folder, _ = saved
     monkeypatch.chdir(tmp_path)
     rewrite(folder, edit=edit)
-    start = time.monotonic()
-    with user_error():
+    made = Made()
+    start = nn.Module.__init__
+
+    def counted(module, *args, **kwargs):
+        made.modules += 1
+        start(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__init__", counted)
+    with made, user_error():
         load(folder)
-    assert time.monotonic() - start < 20
+    assert made.modules < 5_000
+    assert made.largest <= 2**12
     assert not (tmp_path / "mark").exists()
 
 

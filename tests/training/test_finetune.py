@@ -94,7 +94,11 @@ def test_routers_alone(tune):
     assert changed(before, after) == {f"model.layers.{place}.mlp.gate.weight" for place in range(3)}
 
 
-@pytest.mark.parametrize("settings", [{"lora": 2, "layers": "last2"}], ids=["lora"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"lora": 2, "layers": "last2"}, {"router": "sr-moe", "layers": "last1", "train": ["routers", "experts"]}],
+    ids=["all", "lora", "late routers"],
+)
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tune, tmp_path, settings, close):
     if "lora" in settings:
         pytest.importorskip("peft")
@@ -131,6 +135,46 @@ def test_lora_trains_adapters_and_routers_and_saves_the_merged_model_too(tune, f
     again = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").merge_and_unload()
     for name, value in again.state_dict().items():
         close(value, after[name])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"router": "sr-moe", "layers": "last2", "train": ["routers"]},
+        {"router": "linear+balanced", "terms": {"load_balance": 0.1}},
+        {"router": "cosine", "lora": 2},
+    ],
+    ids=["sr-moe", "balanced", "lora"],
+)
+def test_routers_are_put_in_trained_and_saved_beside_the_stock_model(tune, folder, tmp_path, settings, close):
+    if "lora" in settings:
+        pytest.importorskip("peft")
+    history, before, after = tune(steps=4, **settings)
+    assert min(history["agreement"].values()) > 0.9
+    assert history["after"]["all"] < history["before"]["all"]
+    again = load_transformers(str(tmp_path / "out")).model
+    assert again.state_dict().keys() == after.keys() > before.keys()
+    for name, value in again.state_dict().items():
+        assert value.equal(after[name]), name
+    assert len([name for name in after if name.endswith("gate.weight")]) == 3
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert plain.keys() == before.keys()
+    for name in before:
+        if name.endswith("gate.weight"):
+            assert plain[name].equal(before[name]), name
+    biases = [value for name, value in after.items() if name.endswith("selector.bias")]
+    assert all(bool(value.any()) for value in biases)  # they have moved
+    assert len(biases) == {"sr-moe": 2, "linear+balanced": 3, "cosine": 0}[settings["router"]]
+
+
+def test_a_term_moves_the_load(tune, tmp_path):
+    for name, weight in (("with", 1.0), ("without", 1e-9)):
+        tune(name, terms={"load_balance": weight}, train=["routers"], monitor_every=8, steps=8)
+    vios = [
+        next(line["max_vio"] for line in read_monitor(tmp_path / name / MONITOR) if line["kind"] == "step")
+        for name in ("with", "without")
+    ]
+    assert vios[0] < vios[1]
 
 
 def test_mistakes(tune, user_error):

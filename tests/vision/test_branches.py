@@ -117,8 +117,8 @@ def test_a_model_starts_as_it_was_and_learns(spec, name, make_vision, top, image
             assert bool(parameter.grad.any()) == (step == 1)
         routed = [p.grad for router in scorers for p in router.parameters() if p.grad is not None]
         assert bool(routed and any(grad.any() for grad in routed)) == (step == 1)
-        optimizer.step()
-        after_step(model, tape)
+        optimizer.step()  # routers stay as they are: experts that learned in the first step are used in the second
+    after_step(model, tape)
     assert not torch.equal(model.eval()(images), expected)
 
 

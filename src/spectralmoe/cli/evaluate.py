@@ -1,35 +1,24 @@
-"""``spectralmoe evaluate``: accuracy and expert load of a saved model."""
+"""``spectralmoe evaluate``: how good a saved model is, and how evenly its experts are used."""
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from spectralmoe.cli.console import print_json, print_table
-from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, load_network, open_data
-from spectralmoe.errors import UserError
-from spectralmoe.files import make_folder, write_whole
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from spectralmoe.data.image_data import Split
+from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, load_saved, say_notes
 
 __all__ = ["evaluate"]
-
-_LONGEST = 20
 
 
 def evaluate(
     model: Model,
     data: Annotated[
-        str | None, typer.Option(metavar="NAME|folder:PATH", help="Data set; by default the model's own.")
+        str | None,
+        typer.Option(metavar="NAME|folder:PATH|text:NAME", help="Data set or text; by default the model's own."),
     ] = None,
     data_dir: DataDir = None,
     download: Download = False,
@@ -40,30 +29,33 @@ def evaluate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Test accuracy of MODEL, and how evenly its experts are used in each layer.
+    """Test accuracy of MODEL, or bits per byte of a language model, and how evenly its experts are used in each layer.
 
     Examples: spectralmoe evaluate runs/first/models/sr-moe-depth2-seed0
 
     spectralmoe evaluate runs/first/models/sr-moe-depth2-seed0 --wrong runs/wrong
+
+    spectralmoe evaluate runs/language --data text:book.txt
     """
     from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
-    from spectralmoe.diagnostics import evaluate as run_evaluation
+    from spectralmoe.diagnostics.evaluation import Counted
     from spectralmoe.training.settings import pick_device
 
-    network, meta = load_network(Path(model), pick_device(device), allow)
-    images = open_data(data, meta, data_dir, download)
-    evaluation = run_evaluation(network, images.test.images, images.test.labels)
+    kind, network, meta = load_saved(Path(model), pick_device(device), allow)
+    task = kind.reopen(meta, data, data_dir, download)
+    say_notes(task.notes)
+    mistakes = [] if wrong is None else task.write_wrong(network, wrong)
+    counted = Counted(network)
+    summary = task.summary(task.score(counted, "test"))
     measures = {"max_vio": max_vio, "gini": gini, "min_load_share": min_share, "dead_experts": dead_experts}
     layers = {
-        name: {key: float(measure(load)) for key, measure in measures.items()}
-        for name, load in evaluation.loads.items()
+        name: {key: float(measure(load)) for key, measure in measures.items()} for name, load in counted.loads.items()
     }
-    mistakes = [] if wrong is None else _write_wrong(wrong, images.test, evaluation.predictions, meta.classes)
     if json:
-        result = {"data": images.name, "images": len(images.test), "accuracy": evaluation.accuracy, "layers": layers}
+        result = {"data": task.name, **summary.values, "layers": layers}
         print_json(result if wrong is None else {**result, "wrong": mistakes})
         return
-    typer.echo(f"{evaluation.accuracy:.2f}% of {len(images.test)} test images of {images.name} are right")
+    typer.echo(summary.text)
     rows = [[name, *(f"{value:.3g}" for value in values.values())] for name, values in layers.items()]
     if rows:
         print_table("load of the experts", ["layer", "MaxVio", "Gini", "smallest share", "dead"], rows)
@@ -72,37 +64,5 @@ def evaluate(
         if layers:
             asked = [*(["--data", data] if data else []), *(["--data-dir", str(data_dir)] if data_dir else [])]
             asked += [word for name in allow or () for word in ("--allow", name)]
-            words = ["--sample", mistakes[0]["sample"], "--guard", images.name, *asked, "--out", "runs/corrected"]
+            words = ["--sample", mistakes[0]["sample"], "--guard", task.name, *asked, "--out", "runs/corrected"]
             typer.echo(f"correct it: {shlex.join(['spectralmoe', 'adapt', 'correct', str(model), *words])}")
-
-
-def _write_wrong(folder: Path, test: Split, predictions: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Write each wrong test image as a PNG file that says number, label and prediction; returns one entry for each.
-
-    Raises:
-        UserError: the folder holds something already, or cannot be written.
-    """
-    from spectralmoe.adaptation.receipt_picture import png
-
-    make_folder(folder)
-    if any(folder.iterdir()):
-        raise UserError(
-            f"--wrong {folder} is not empty; name a new folder, so that old images do not mix with new ones"
-        )
-    mistakes = []
-    for index in (predictions != test.labels).nonzero().flatten().tolist():
-        label, prediction = int(test.labels[index]), int(predictions[index])
-        file = f"test-{index}_label-{_in_name(classes, label)}_predicted-{_in_name(classes, prediction)}.png"
-        write_whole(folder / file, partial(_write_bytes, png(test.images[index])))
-        names = {"label": classes[label], "prediction": classes[prediction]}
-        mistakes.append({"sample": f"test:{index}", **names, "file": file})
-    return mistakes
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
-
-
-def _in_name(classes: Sequence[str], label: int) -> str:
-    """A class in the name of a file: letters, digits, "-" and "_", at most 20; its number where nothing is left."""
-    return re.sub(r"[^\w-]+", "_", classes[label]).strip("_")[:_LONGEST] or str(label)

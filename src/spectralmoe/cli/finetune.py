@@ -84,8 +84,9 @@ def finetune(
     from spectralmoe.hf.lora import import_peft
     from spectralmoe.naming import own_names
     from spectralmoe.report import read_documents, render_report
-    from spectralmoe.training.finetune import CHECKPOINTS, MONITOR, terms_of
+    from spectralmoe.training.finetune import CHECKPOINTS, MONITOR
     from spectralmoe.training.finetune import finetune as run_finetuning
+    from spectralmoe.training.finetune_routers import terms_of
     from spectralmoe.training.settings import pick_device
 
     options = {"router": router, "layers": layers, "lora": lora, "length": length, "seed": seed}

@@ -21,10 +21,15 @@ def inspect(
     ],
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="FILE|-", help="Text for a language model; several are compared as topics."),
+        typer.Option("--text", metavar="FILE|-", help="Text for a Hugging Face model; several are compared as topics."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="NAME|folder:PATH", help="Images; by default the model's own data.")
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="NAME|folder:PATH|text:NAME",
+            help="Data for a network of spectralmoe; its own by default.",
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens to run.")] = 4096,
     out: Annotated[
@@ -56,7 +61,7 @@ def inspect(
     spectralmoe inspect ./Mixtral-8x7B --router-only --out runs/mixtral
     """
     from spectralmoe.checkpoints.inspection import inspect_checkpoint
-    from spectralmoe.cli.inspect_images import inspect_images
+    from spectralmoe.cli.inspect_own import inspect_own
     from spectralmoe.cli.inspect_text import DTYPES, inspect_text
     from spectralmoe.report import render_report
     from spectralmoe.training.settings import pick_device
@@ -76,14 +81,15 @@ def inspect(
     elif is_own(folder):
         if text:
             raise UserError(
-                f"{folder} holds an image network of spectralmoe; leave out --text, and name images with --data"
+                f"{folder} holds a network of spectralmoe; leave out --text, and name its data with --data: images, or "
+                "text:FILE for a language model"
             )
-        document = inspect_images(
+        document = inspect_own(
             folder, where, data=data, data_dir=data_dir, download=download, tokens=tokens, allow=allow, seed=seed
         )
     else:
         if data is not None:
-            raise UserError("--data is for image networks of spectralmoe; give a language model text with --text FILE")
+            raise UserError("--data is for networks of spectralmoe; give a Hugging Face model text with --text FILE")
         document = inspect_text(model, where, texts=text or (), tokens=tokens, dtype=dtype, seed=seed)
     if out is not None:
         page = render_report([document], document["title"])

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import codecs
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectralmoe.diagnostics.watch import Watched
+from spectralmoe.diagnostics.watch import Watch, Watched
 from spectralmoe.errors import UserError
 from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.load import load_transformers
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.instruments import Inspector, inspection_document
+from spectralmoe.instruments.running_text import PASSAGES, TOKENS, passage, split_text
 from spectralmoe.instruments.samples import Place
 
 __all__ = ["DTYPES", "inspect_text"]
@@ -53,7 +54,8 @@ def inspect_text(
                 ids = batch["input_ids"]
                 inspector.add(seen.drain(), torch.full((len(ids),), topic, device=device) if labels else None)
                 sequences += list(ids.cpu())
-        layers = inspector.layers(_Words(loaded, sequences))
+        words = _Words(loaded, sequences)
+        layers, passages = inspector.layers(words), _passages(loaded, seen, batches, words)
     for layer in layers:
         layer["name"] = loaded.stored_names.get(layer["name"], layer["name"])
     model = {
@@ -75,7 +77,21 @@ def inspect_text(
         "tokenizer": "bytes (UTF-8)" if loaded.tokenizer is None else type(loaded.tokenizer).__name__,
         "notes": list(loaded.notes),
     }
-    return inspection_document(loaded.name, model, facts, layers, inspector.paths())
+    return inspection_document(loaded.name, model, facts, layers, inspector.paths(), text=passages)
+
+
+def _passages(
+    loaded: TransformersModel, seen: Watch, batches: Mapping[str, Sequence[dict[str, Tensor]]], words: _Words
+) -> list[dict[str, Any]]:
+    """The beginning of each text, with the experts of its tokens."""
+    names = list(batches)[:PASSAGES]
+    passages = []
+    for name in names:
+        first = {key: value[:1, : TOKENS // len(names)] for key, value in batches[name][0].items()}
+        run(loaded, [first])
+        pieces = split_text(first["input_ids"][0], words.text)
+        passages.append(passage(pieces, seen.layers, seen.drain(), name if len(batches) > 1 else ""))
+    return passages
 
 
 def _read(name: str) -> str:

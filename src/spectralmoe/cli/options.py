@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,10 +15,12 @@ from spectralmoe.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from spectralmoe.data.image_data import ImageData
     from spectralmoe.models import SRMoE
     from spectralmoe.training.network import ModelMeta
+    from spectralmoe.training.tasks import Task
     from spectralmoe.vision.model import VisionMoE
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Out",
     "Seed",
     "load_network",
+    "load_saved",
     "open_data",
     "read_data",
     "read_k",
@@ -169,51 +172,48 @@ def refuse_outputs(path: Path) -> None:
             raise UserError(f"{path} holds {what.format(path=path)}, not a model")
 
 
+def load_saved(folder: Path, device: torch.device, allow: Sequence[str] | None) -> tuple[type[Task], nn.Module, Any]:
+    """The task that a saved network was trained for, the network, and what its task saved beside it.
+
+    Raises:
+        UserError: not a model folder, with what it is if this library wrote it; a model that is of no task.
+    """
+    from spectralmoe.saving import load, read_config
+    from spectralmoe.training.tasks import task_of
+
+    refuse_outputs(folder)
+    see_own_modules(allow or ())
+    network, values = load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
+    task = task_of(values.get("data") if isinstance(values, dict) else None)
+    return task, network.to(device), task.read_meta(network, values, folder)
+
+
 def load_network(
     folder: Path, device: torch.device, allow: Sequence[str] | None
 ) -> tuple[SRMoE | VisionMoE, ModelMeta]:
     """An image network and how it reads images.
 
     Raises:
-        UserError: not a model folder, with what it is if this library wrote it; a model that is not an image network
-            of spectralmoe's.
+        UserError: as ``load_saved``; a network of another task.
     """
-    from spectralmoe.models import ConvStem, SRMoE
-    from spectralmoe.saving import load, read_config
     from spectralmoe.training.network import ModelMeta
-    from spectralmoe.training.settings import parse
-    from spectralmoe.vision.model import VisionMoE
 
-    refuse_outputs(folder)
-    see_own_modules(allow or ())
-    model, meta = load(folder, allow=tuple(allow or ())), read_config(folder)["meta"]
-    if isinstance(model, VisionMoE):
-        channels = model.channels
-    elif isinstance(model, SRMoE) and isinstance(model.stem, ConvStem):
-        channels = model.stem.channels
-    else:
-        raise UserError(f"{folder} holds a {type(model).__name__} that is not an image network")
-    known = parse(ModelMeta, meta, f"{folder / 'config.json'}: meta")
-    hold_out_fits = known.hold_out in (None, *known.classes)
-    if known.channels != channels or len(known.classes) != model.num_classes or not hold_out_fits:
-        raise UserError(f"{folder / 'config.json'}: meta does not fit the network")
-    return model.to(device), known
+    task, network, meta = load_saved(folder, device, allow)
+    if not isinstance(meta, ModelMeta):
+        raise UserError(f"{folder} {task.does}; adapt and fewshot are for networks that classify images")
+    return cast("SRMoE | VisionMoE", network), meta
 
 
 def open_data(name: str | None, meta: ModelMeta, data_dir: Path | None, download: bool) -> ImageData:
-    """The data set called ``name``, or the one that the model was trained on.
+    """The data set called ``name``, or the one that the model was trained on; how it was read is said on stderr.
 
     Raises:
         UserError: it cannot be had, or does not fit the model.
     """
-    data = read_data(name or meta.data, data_dir, download, meta.side)
-    for what, given, wanted in (
-        ("channels", data.channels, meta.channels),
-        ("an image size of", data.image_size, meta.image_size),
-        ("the classes", data.classes, meta.classes),
-    ):
-        if given != wanted:
-            raise UserError(f"{data.name!r} does not fit the model: it has {what} {given}, the model {wanted}")
+    from spectralmoe.training.network import fitting_data
+
+    data = fitting_data(name, meta, data_dir, download)
+    say_notes(data.notes)
     return data
 
 

@@ -1,4 +1,4 @@
-"""``spectralmoe train``: one network from a TOML file."""
+"""``spectralmoe train``: one network, from a TOML file or from the name of its data."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectralmoe.cli.completion import LOG_NAMES, listed, one_among
+from spectralmoe.cli.completion import LOG_NAMES, complete_data, listed, one_among
 from spectralmoe.cli.console import print_finding, print_json, show_progress
 from spectralmoe.cli.options import (
     Allow,
@@ -39,7 +39,17 @@ MONITOR = "monitor.jsonl"
 
 
 def train(
-    config: Annotated[Path, typer.Option(metavar="F.toml", help="Settings of the run.")],
+    config: Annotated[
+        Path | None, typer.Option(metavar="F.toml", help="Settings of the run; without it those of --data and --set.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|folder:PATH|text:NAME",
+            help="Data set or text, in place of the file's.",
+            autocompletion=complete_data,
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for everything that is written.")] = None,
     assign: Assign = None,
     print_config: Annotated[
@@ -85,9 +95,12 @@ def train(
     device: DeviceName = "auto",
     json: Json = False,
 ) -> None:
-    """Train one network and save it to --out: an SR-MoE network, or with a section [backbone] a timm model.
+    """Train one network and save it to --out: an SR-MoE network, with a section [backbone] a timm model, on text a
+    language model.
 
     Example: spectralmoe train --config examples/train.toml --out runs/sr-moe
+
+    Example: spectralmoe train --data text:pydoc --router sr-moe --out runs/language
 
     Example: spectralmoe train --config examples/emoe-vit.toml --set optimization.epochs=2 --out runs/emoe-vit
 
@@ -108,7 +121,7 @@ def train(
     from spectralmoe.training.tasks import open_task
     from spectralmoe.training.vision import router_terms
 
-    settings = _read(config, assign or (), network, router, seed, pretrained)
+    settings = _read(config, data, assign or (), network, router, seed, pretrained)
     if print_config:
         _print(settings, json)
         return
@@ -160,19 +173,20 @@ def train(
         return
     for finding in watched.findings if watched else ():
         print_finding(finding.severity, finding.kind, [finding.message], finding.cure, err=True)
-    validation = "" if math.isnan(history.validation) else f"validation {task.metric.show(history.validation)}, "
-    typer.echo(f"{validation}test {task.metric.show(scores[task.metric.key_of('test')])}; model saved to {out}")
+    validation = "" if math.isnan(history.validation) else f"validation {task.metric.named(history.validation)}, "
+    typer.echo(f"{validation}test {task.metric.named(scores[task.metric.key_of('test')])}; model saved to {out}")
 
 
 def _read(
-    config: Path,
+    config: Path | None,
+    data: str | None,
     assign: Sequence[str],
     network: str | None,
     router: str | None,
     seed: int | None,
     pretrained: bool,
 ) -> TrainSettings:
-    """What the file says, changed by the options: --network and --set first, then the others.
+    """What the file says, changed by the options: --network, --data and --set first, then the others.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --pretrained without a timm model.
@@ -181,7 +195,12 @@ def _read(
     from spectralmoe.training.toml_text import change, choose_network, put
     from spectralmoe.training.train_settings import TrainSettings
 
-    values = read_toml(config)
+    if config is None and data is None:
+        raise UserError("nothing says what to train on: give a settings file with --config, or the data with --data")
+    values: dict[str, Any] = {} if config is None else read_toml(config)
+    source = "the settings" if config is None else str(config)
+    if data is not None:
+        put(values, "data", data)
     if network is not None:
         choose_network(values, network)
     change(values, assign)
@@ -190,10 +209,10 @@ def _read(
     if router is not None:
         put(values, "moe.router" if "backbone" in values else "router", router)
     if pretrained and "backbone" not in values:
-        raise UserError(f"--pretrained starts a timm model, but {config} has no section [backbone]")
+        raise UserError("--pretrained starts a timm model, but the settings have no section [backbone]")
     if pretrained:
         put(values, "backbone.pretrained", True)
-    return parse(TrainSettings, values, f"{config} with --set" if assign else str(config))
+    return parse(TrainSettings, values, f"{source} with --set" if assign else source)
 
 
 def _print(settings: TrainSettings, json: bool) -> None:
@@ -213,7 +232,7 @@ def _check(settings: TrainSettings, parallel: str | None, allow: Sequence[str], 
     from spectralmoe.naming import own_names
 
     if parallel is not None and settings.backbone is None:
-        raise UserError("--parallel trains timm models; the settings file has no section [backbone]")
+        raise UserError("--parallel trains timm models; the settings have no section [backbone]")
     trust_own(settings.row, (*allow, *own_names(router)))
 
 
@@ -226,7 +245,7 @@ def _shown(progress: Progress, title: str, epochs: int, metric: Metric) -> Calla
             last = standing.epochs[-1]
             text += f", epoch {finished}/{epochs}: loss {last['loss']:.3g}"
             if not math.isnan(value := last[metric.key_of("validation")]):
-                text += f", validation {metric.show(value)}"
+                text += f", validation {metric.named(value)}"
         progress(text, standing.done, "" if math.isnan(standing.loss) else f"loss {standing.loss:.3g}")
 
     return follow

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple
@@ -49,7 +50,8 @@ def run_jobs(jobs: Sequence[Job], processes: int, progress: Progress) -> Iterato
 
     A small network makes little use of a second core, but two networks do: with ``processes`` > 1 as many jobs run at a
     time, each in a process of its own on one thread. The processes end with the one that started them, however that
-    ends. They import the main module anew, so a script that calls this needs ``if __name__ == "__main__"``.
+    ends. They import the main module anew, so a script that calls this needs ``if __name__ == "__main__"``. A job that
+    is alone runs here, on one thread too, so that its bits do not depend on how many jobs there were.
 
     Raises:
         WorkerLost: a process was killed from outside.
@@ -60,7 +62,19 @@ def run_jobs(jobs: Sequence[Job], processes: int, progress: Progress) -> Iterato
         return
     for place, job in enumerate(jobs):
         tell = partial(_tell, progress, _title(job, place, jobs), place, len(jobs))
-        yield job.key, job.function(*job.arguments, tell)
+        with _threads(1 if processes > 1 else torch.get_num_threads()):
+            result = job.function(*job.arguments, tell)
+        yield job.key, result
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _in_processes(jobs: Sequence[Job], processes: int, progress: Progress) -> Iterator[tuple[Any, Any]]:

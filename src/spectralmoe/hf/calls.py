@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -35,13 +36,21 @@ class Calls:
     """
 
     def __init__(self, stack: nn.Module) -> None:
-        self.names = parameter_names(stack)
+        self.stack, self.names = stack, parameter_names(stack)
         self.hook = stack.register_forward_pre_hook(self.enter, with_kwargs=True)
         self.here = _Here()
         self.last, self.recomputed, self.mixed = Frame(), True, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": Frame(), "recomputed": True, "mixed": False}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Calls:
+        """Of a router without its stack, as PEFT copies it: the same; else that of the copied stack."""
+        if id(self.stack) not in memo:
+            return self
+        copied = memo[id(self)] = Calls.__new__(Calls)
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def close(self) -> None:
         """See no more calls."""

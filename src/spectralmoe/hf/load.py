@@ -18,9 +18,10 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.hf.assemble import assemble
 from spectralmoe.hf.language import TransformersModel, stored_names
 from spectralmoe.hf.layers import find_layers
+from spectralmoe.hf.router_files import ROUTERS, put_routers
 from spectralmoe.hf.smollm2 import SMOLLM2, smollm2_file
 
-__all__ = ["import_transformers", "load_transformers", "quiet"]
+__all__ = ["import_transformers", "load_stock", "load_transformers", "quiet"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -67,26 +68,53 @@ def load_transformers(
         kind, empty = _empty_model(tf, source, config, log)
         layers = _admitted(source, empty, admit)
         stored = {} if folder is None else stored_tensors(folder)  # all files are there, and whole
-        model, info = _call(
-            source,
-            log,
-            kind.from_pretrained,
-            source,
-            config=config,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        _refuse(source, sorted(info["missing_keys"]))
+        model, info = _read_weights(source, kind, config, log, dtype or "auto")
         tokenizer = _tokenizer(tf, source, folder, log)
     notes = ["no tokenizer in the model's folder: text is read as UTF-8 bytes"] if tokenizer is None else []
     if kind not in (tf.AutoModelForSeq2SeqLM, tf.AutoModelForCausalLM):
         notes.append("a multimodal model: it is run on text alone")
     if info["unexpected_keys"]:
         notes.append(f"tensors in the files that the model has no place for: {len(info['unexpected_keys'])}")
-    name = source if folder is None else folder.resolve().name
-    return TransformersModel(model.to(device).eval(), tokenizer, name, notes, stored_names(layers, stored))
+    name, model = source if folder is None else folder.resolve().name, model.to(device).eval()
+    if folder is not None and (folder / ROUTERS).is_file():
+        put_routers(model, folder)
+        notes.append("the routers are those that save_swapped wrote beside the model")
+    return TransformersModel(model, tokenizer, name, notes, stored_names(layers, stored))
+
+
+def load_stock(folder: str | Path) -> Any:
+    """The model in ``folder`` as plain transformers loads it, of the class that its config names, in evaluation mode.
+
+    Raises:
+        UserError: as ``load_transformers``; a config without the name of a class of transformers.
+    """
+    tf, source = import_transformers(), str(folder)
+    _folder(source)
+    with quiet() as log:
+        config = _call(source, log, tf.AutoConfig.from_pretrained, source, trust_remote_code=False)
+        config._attn_implementation = None  # as in load_transformers
+        name = (config.architectures or [""])[0]
+        kind = getattr(tf, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, tf.PreTrainedModel)):
+            raise UserError(f"{source}: its config.json names the class {name!r}, which transformers does not have")
+        return _read_weights(source, kind, config, log, "auto")[0].eval()
+
+
+def _read_weights(source: str, kind: Any, config: Any, log: list[str], dtype: torch.dtype | str) -> tuple[Any, Any]:
+    """The model and what transformers says of its loading; all tensors are there."""
+    model, info = _call(
+        source,
+        log,
+        kind.from_pretrained,
+        source,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    _refuse(source, sorted(info["missing_keys"]))
+    return model, info
 
 
 def _load_smollm2(tf: Any, dtype: torch.dtype | None, device: str | torch.device, admit: Admit) -> TransformersModel:

@@ -14,7 +14,6 @@ from torch import nn
 
 from spectralmoe.errors import UserError
 from spectralmoe.hf.layers import HFLayer
-from spectralmoe.hf.structure import router_name
 
 __all__ = ["add_lora", "import_peft"]
 
@@ -43,9 +42,7 @@ def add_lora(model: nn.Module, layers: Sequence[HFLayer], rank: int, *, routers:
         lora_alpha=2 * rank,
         target_modules=single or None,
         target_parameters=stacked or None,
-        modules_to_save=[f"{layer.path}.{router_name(layer.layer, layer.num_experts)}" for layer in layers]
-        if routers
-        else None,
+        modules_to_save=[layer.router_path for layer in layers] if routers else None,
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, config)

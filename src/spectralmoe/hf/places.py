@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 
 from spectralmoe.errors import UserError
 from spectralmoe.hf.calls import Calls
 from spectralmoe.hf.frames import stack_around
-from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.layers import HFLayer, find_layers
 from spectralmoe.hf.rules import Rule
 from spectralmoe.hf.swapped import SwappedRouter, swapped_router
 from spectralmoe.layers import moe_layers
 from spectralmoe.router import Router
 
-__all__ = ["put_in", "swapped_routers", "take_out"]
+__all__ = ["put_in", "stock_layers", "swapped_routers", "take_out"]
 
 
-def put_in(model: nn.Module, routers: Mapping[HFLayer, tuple[Router, Rule]]) -> list[SwappedRouter]:
+def put_in(model: nn.Module, routers: Mapping[HFLayer, tuple[Router, Rule]]) -> None:
     """Put a router, with the rule of the stock one, into each of these layers of ``model``, which were not swapped."""
     calls: dict[nn.Module, Calls] = {}
-    placed = []
     for layer, (router, rule) in routers.items():
         stack = stack_around(model, layer.path)
         if stack not in calls:
             calls[stack] = Calls(stack)
-        placed.append(swapped_router(layer.router, router, rule, calls[stack]))
-        model.set_submodule(layer.router_path, placed[-1])
-    return placed
+        model.set_submodule(layer.router_path, swapped_router(layer.router, router, rule, calls[stack]))
 
 
 def take_out(model: nn.Module, routers: Iterable[SwappedRouter]) -> None:
@@ -40,6 +38,19 @@ def take_out(model: nn.Module, routers: Iterable[SwappedRouter]) -> None:
     needed = {module.calls for module in model.modules() if isinstance(module, SwappedRouter)}
     for calls in {router.calls for router in routers} - needed:
         calls.close()
+
+
+@contextmanager
+def stock_layers(model: nn.Module) -> Iterator[dict[str, HFLayer]]:
+    """The swapped layers of ``model`` by name, with their stock routers in place; after the block ours are back."""
+    paths = {path: module for path, module in model.named_modules() if isinstance(module, SwappedRouter)}
+    for path, router in paths.items():
+        model.set_submodule(path, router.restored())
+    try:
+        yield {layer.name: layer for layer in find_layers(model) if layer.router_path in paths}
+    finally:
+        for path, router in paths.items():
+            model.set_submodule(path, router)
 
 
 def swapped_routers(model: nn.Module) -> dict[str, SwappedRouter]:

@@ -20,6 +20,7 @@ from spectralmoe.hf.places import put_in, take_out
 from spectralmoe.hf.rules import Rule, put_bias, read_rule
 from spectralmoe.hf.swapped import SwappedRouter
 from spectralmoe.hf.watch import watch_transformers
+from spectralmoe.layers import layer_name
 from spectralmoe.naming import own_names, read_part
 from spectralmoe.router import Router
 from spectralmoe.scorers import Scorer
@@ -62,11 +63,21 @@ class Swapped:
     layers: list[str]
     agreement: dict[str, float] | None
     _model: nn.Module = field(repr=False)
-    _routers: list[SwappedRouter] = field(repr=False)
+    _undone: bool = field(default=False, repr=False)
 
     def undo(self) -> None:
-        """Put the stock routers back, the same modules with the tensors that the model kept of them. Twice is once."""
-        take_out(self._model, self._routers)
+        """Put the stock routers back, the same modules with the tensors that the model kept of them. Twice is once.
+
+        Raises:
+            UserError: PEFT trains a copy of a router.
+        """
+        inside = {path: module for path, module in self._model.named_modules() if isinstance(module, SwappedRouter)}
+        ours = {path: module for path, module in inside.items() if module.layer_path(layer_name(path)) in self.layers}
+        if copied := next((path for path in ours if "modules_to_save" in path.split(".")), None):
+            raise UserError(f"undo: PEFT trains a copy of a router, {copied}; merge or unload the adapter first")
+        if not self._undone:
+            take_out(self._model, ours.values())
+        self._undone = True
 
 
 def swap_routers(
@@ -130,7 +141,8 @@ def swap_routers(
             _fit(router, read.get(layer.name))
         routers[layer] = router, rule
     shares = {layer.name: _agreement(router, read[layer.name]) for layer, (router, _) in routers.items() if read}
-    return Swapped([layer.name for layer in chosen], shares or None, model, put_in(model, routers))
+    put_in(model, routers)
+    return Swapped([layer.name for layer in chosen], shares or None, model)
 
 
 def _choose(found: Sequence[HFLayer], pattern: str) -> list[HFLayer]:

@@ -170,8 +170,7 @@ class SwappedLayer(HFLayer):
     @property
     def reroutes(self) -> bool:
         """Not where the router reads side information, or tokens compete."""
-        router = self.router.router
-        return router.selector.per_token and not self.router.rule.capacity and not any(p.reads for p in self._parts())
+        return self.router.router.selector.per_token and not any(part.reads for part in self._parts())
 
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
         """As in evaluation. The router computes in fp32 in any model: ``dtype`` rounds the tokens alone."""

@@ -47,16 +47,18 @@ def decoder_layers(model: nn.Module, layer: HFLayer) -> tuple[nn.ModuleList, int
     return stack, int(match[2])
 
 
-def train_only(model: nn.Module, parts: Sequence[str], layers: Sequence[HFLayer]) -> None:
-    """Let only ``parts`` of ``layers`` take gradients.
+def train_only(model: nn.Module, parts: Sequence[str], layers: str) -> None:
+    """Let only ``parts`` of the MoE layers that ``layers`` names take gradients.
 
     Args:
         parts: "routers"; "experts": those and what the layer has beside them, such as a shared expert; "all": the
-            decoder layers whole, and the rest of the model too where ``layers`` are all that it has.
+            decoder layers whole, and where ``layers`` is "all" the rest of the model too.
+
+    Raises:
+        UserError: as ``chosen_layers``.
     """
-    whole = "all" in parts and len(layers) == len(find_layers(model))
-    model.requires_grad_(whole)
-    for layer in layers:
+    model.requires_grad_("all" in parts and layers == "all")
+    for layer in chosen_layers(model, layers):
         if "all" in parts:
             stack, place = decoder_layers(model, layer)
             stack[place].requires_grad_(True)

@@ -25,6 +25,8 @@ def inspection_document(
     data: Mapping[str, Any],
     layers: Sequence[Mapping[str, Any]],
     paths: Sequence[Mapping[str, Any]] = (),
+    *,
+    text: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The document that ``spectralmoe inspect`` writes and ``spectralmoe report`` reads, with its findings.
 
@@ -34,6 +36,7 @@ def inspection_document(
         data: source, tokens, sequences, tokenizer, notes.
         layers: of an ``Inspector``, or of a checkpoint.
         paths: of an ``Inspector``.
+        text: passages, of a language model.
     """
     document = {
         "kind": "inspection",
@@ -44,6 +47,7 @@ def inspection_document(
         "data": dict(data),
         "layers": list(layers),
         "paths": list(paths),
+        **({"text": list(text)} if text else {}),
     }
     return {**document, "findings": find_problems(document)}
 

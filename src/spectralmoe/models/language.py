@@ -160,7 +160,9 @@ class CausalAttention(nn.Module):
         q, k = rotated(q, before), rotated(k, before)
         if cache is not None:
             k, v = cache.add(self, k, v)
-        sees = None if not before else torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(before)
+        sees = (
+            None if not before else torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(before)
+        )
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=sees is None)
         joined: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return joined

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from spectralmoe.report.encode import bits_that_fit, pack, short
-from spectralmoe.report.schema import Inspection, Layer, Path
+from spectralmoe.report.schema import Inspection, Layer, Leaning, Passage, Path
 from spectralmoe.report.schema_runs import Comparison, Estimate, Monitor
 
 __all__ = ["comparison_data", "inspection_data", "monitor_data"]
 
 SIMILARITY_LETTERS, LOAD_LETTERS, TABLE_LETTERS, EXAMPLE_LETTERS = 900_000, 300_000, 150_000, 180_000
+TEXT_LETTERS = 200_000
 """The letters that one run may take of the page."""
 
-FLOWS, PAIRS, LABELS, CONTEXT = 60, 10, 40, 60
+FLOWS, PAIRS, LABELS, CONTEXT, PIECE = 60, 10, 40, 60, 40
 MATRICES = ("output", "weights", "rows")
 
 
@@ -33,6 +34,32 @@ def inspection_data(inspection: Inspection) -> dict[str, Any]:
         "examples": kept,
         "layers": [{**_layer(layer, bits, len(layers)), "examples": examples[i]} for i, layer in enumerate(layers)],
         "paths": [_path(path, (layers[path.first].experts, layers[path.last].experts)) for path in inspection.paths],
+        "text": [_passage(passage, _room(passage, len(inspection.text))) for passage in inspection.text],
+    }
+
+
+def _room(passage: Passage, passages: int) -> int:
+    """How many tokens of a passage fit: each takes its piece, and about six letters in every layer."""
+    return int(TEXT_LETTERS / (passages * (6 * len(passage.layers) + PIECE)))
+
+
+def _passage(passage: Passage, room: int) -> dict[str, Any]:
+    """The first tokens of a passage; of each layer the experts, -1 for none, and the weights in packed form."""
+    return {
+        "title": passage.title,
+        "all": len(passage.pieces),
+        "pieces": [piece[:PIECE] for piece in passage.pieces[:room]],
+        "layers": [leaning and _leaning(leaning, room) for leaning in passage.layers],
+    }
+
+
+def _leaning(leaning: Leaning, room: int) -> dict[str, Any]:
+    weights = np.array(leaning.weights[:room], dtype=np.float64)
+    high = float(weights[np.isfinite(weights)].max(initial=1.0))
+    return {
+        "experts": [-1 if e is None else e for e in leaning.experts[:room]],
+        "high": high,
+        "weights": pack(weights, 8, 0.0, high),
     }
 
 

@@ -114,7 +114,7 @@ def _document(value: Any, source: str) -> Document:
             return Document("inspection", source, Inspection.model_validate({"title": source, **value}))
         if "summary" in value and "cells" in value:
             return Document("comparison", source, _comparison(value, source))
-        if "epochs" in value and ("test_accuracy" in value or "metric" in value):
+        if "epochs" in value and ("metric" in value or "test_accuracy" in value):
             return Document("history", source, History.model_validate({"title": source, **value}))
         if "touched" in value and "carried_before" in value:
             return Document("receipt", source, _receipt(value, source))

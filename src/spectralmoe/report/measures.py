@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from spectralmoe.diagnostics.measure import mean_of
 from spectralmoe.diagnostics.table import GROUPS, VALUES
-from spectralmoe.report.schema import Group, Inspection, Layer, Quantity
+from spectralmoe.report.schema import Inspection, Layer
+from spectralmoe.report.schema_parts import Group, Quantity
 
 __all__ = ["Cell", "Column", "Tile", "amount", "columns", "compare", "coverage", "figure", "tiles"]
 

@@ -25,7 +25,7 @@ __all__ = ["render_report"]
 
 SCRIPTS = (
     *("core", "colour", "heat", "lines", "load", "training", "similarity"),
-    *("spectra", "paths", "examples", "tables", "estimates", "main"),
+    *("spectra", "paths", "text", "examples", "tables", "estimates", "main"),
 )
 STYLES = ("base", "panels", "print")
 

@@ -10,7 +10,7 @@ from spectralmoe.report.documents import Document, ReceiptFile
 from spectralmoe.report.measures import Column, cell, columns, compare, coverage, figure, tiles
 from spectralmoe.report.receipts import receipt_panel
 from spectralmoe.report.runs import comparison_panel, history_summary
-from spectralmoe.report.schema import Found, Inspection, Layer
+from spectralmoe.report.schema import Found, Inspection, Layer, Passage
 from spectralmoe.report.schema_runs import Comparison, History, Monitor
 
 __all__ = ["make_panels"]
@@ -109,6 +109,12 @@ def _layer_panels(inspections: Sequence[Inspection], monitors: Sequence[Monitor]
             with_layer(lambda layer: layer.association is not None and layer.association.labels),
         ),
         chart(
+            "text",
+            "Running text",
+            "Each token in the colour of the expert that it leans on: the one with the largest combine weight.",
+            _runs(inspections, lambda body: any(map(_has_text, body.text))),
+        ),
+        chart(
             "examples", "Examples", "What the experts get; the number is the combine weight.", with_layer(_has_examples)
         ),
     ]
@@ -123,6 +129,10 @@ def _has_matrices(layer: Layer) -> bool:
         return False
     matrices = layer.similarity.matrices
     return any(m is not None and m.size for m in (matrices.output, matrices.weights, matrices.rows))
+
+
+def _has_text(passage: Passage) -> bool:
+    return any(passage.layers)
 
 
 def _has_examples(layer: Layer) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from spectralmoe.instruments.findings import Severity
+from spectralmoe.report.schema_parts import Count, Group, Part, Quantity
 
-__all__ = ["Example", "Found", "Group", "Inspection", "Layer", "Matrix", "Part", "Path", "Quantity"]
+__all__ = ["Example", "Found", "Inspection", "Layer", "Leaning", "Matrix", "Passage", "Path"]
 
 _IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 
@@ -35,54 +35,20 @@ def _image(value: Any) -> Any:
 
 
 Matrix = Annotated[np.ndarray, BeforeValidator(_matrix)]
-Count = Annotated[int, Field(ge=0)]
 MOST_EXPERTS = 2**16
-
-
-class Part(BaseModel):
-    """Keys that the page does not know are kept and ignored."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, arbitrary_types_allowed=True)
-
-
-class Quantity(Part):
-    """``Measure.as_json``: a value, and how much data it rests on."""
-
-    value: float | None
-    data: Count = 0
-    unit: str = ""
-    needs: Count = 1
-
-
-class Group(Part):
-    """Measures by name, beside whatever else the group holds."""
-
-    @property
-    def measures(self) -> dict[str, Quantity]:
-        """Every entry that is a measure, in the order of the file."""
-        return {
-            key: Quantity.model_validate(value)
-            for key, value in (self.model_extra or {}).items()
-            if isinstance(value, Mapping) and "value" in value
-        }
-
-    @model_validator(mode="after")
-    def _are_measures(self) -> Self:
-        assert self.measures is not None  # read once, so that a broken one is found when the file is read
-        return self
 
 
 class Load(Group):
     """Slots of each expert (E,); no shares where the layer's numbers are not finite."""
 
     counts: list[Count]
-    share: list[float | None] = []
+    share: list[float | None] = Field(default_factory=list)
 
 
 class Geometry(Group):
     """Singular values of the routing matrix, largest first."""
 
-    spectrum: list[float | None] = []
+    spectrum: list[float | None] = Field(default_factory=list)
 
 
 class Matrices(Part):
@@ -119,7 +85,7 @@ class Example(Part):
 class Weights(Part):
     """Share of all combine weight that each expert carries (E,)."""
 
-    share: list[float | None] = []
+    share: list[float | None] = Field(default_factory=list)
 
 
 class Layer(Part):
@@ -138,7 +104,7 @@ class Layer(Part):
     stability: Group | None = None
     association: Association | None = None
     weights: Weights | None = None
-    examples: list[list[Example]] = []
+    examples: list[list[Example]] = Field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -182,6 +148,21 @@ class Path(Part):
     mutual_information: Quantity | None = None
 
 
+class Leaning(Part):
+    """The expert that each token of a passage leans on in one layer, and its combine weight; null: no expert."""
+
+    experts: list[Count | None]
+    weights: list[float | None]
+
+
+class Passage(Part):
+    """Running text: one piece a token; for each layer where they went, null where it routed other things."""
+
+    title: str = ""
+    pieces: list[str]
+    layers: list[Leaning | None]
+
+
 class Found(Part):
     """One finding."""
 
@@ -213,7 +194,7 @@ class Data(Part):
     tokens: Count = 0
     sequences: Count = 0
     tokenizer: str | None = None
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
 
 class Inspection(Part):
@@ -223,11 +204,20 @@ class Inspection(Part):
     model: Model
     data: Data | None = None
     layers: list[Layer] = Field(min_length=1)
-    paths: list[Path] = []
-    findings: list[Found] = []
+    paths: list[Path] = Field(default_factory=list)
+    text: list[Passage] = Field(default_factory=list)
+    findings: list[Found] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        for passage in self.text:
+            if len(passage.layers) != len(self.layers):
+                raise ValueError("text: a passage has not one entry a layer")
+            for leaning, layer in zip(passage.layers, self.layers, strict=True):
+                if leaning and {len(leaning.experts), len(leaning.weights)} != {len(passage.pieces)}:
+                    raise ValueError(f"text: layer {layer.label} has not one expert and one weight a token")
+                if leaning and any(e is not None and e >= layer.experts for e in leaning.experts):
+                    raise ValueError(f"text: layer {layer.label}: an expert that is not there")
         for path in self.paths:
             if max(path.first, path.last) >= len(self.layers):
                 raise ValueError("paths: a layer that is not there")

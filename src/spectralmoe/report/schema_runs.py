@@ -6,7 +6,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from spectralmoe.report.schema import Found, Layer, Part
+from spectralmoe.report.schema import Found, Layer
+from spectralmoe.report.schema_parts import Part
 
 __all__ = ["Comparison", "Estimate", "History", "Metric", "Monitor", "Row"]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -13,24 +14,23 @@ from typing import Any
 import torch
 
 from spectralmoe.errors import UserError
+from spectralmoe.hf.added_terms import add_terms
 from spectralmoe.hf.corpus import Corpus, read_corpus
 from spectralmoe.hf.frozen_prefix import after_prefix, check_prefix, without_prefix
 from spectralmoe.hf.language import TransformersModel
-from spectralmoe.hf.layers import HFLayer
 from spectralmoe.hf.load import quiet
 from spectralmoe.hf.lora import add_lora
 from spectralmoe.hf.quiet_trainer import follow_trainer, last_checkpoint, quiet_trainer
+from spectralmoe.hf.resume import resume_safe
+from spectralmoe.hf.router_files import stock_tensors, write_routers
 from spectralmoe.hf.trained_parts import chosen_layers, decoder_layers, train_only
-from spectralmoe.hf.trainer import trainer_callback
-from spectralmoe.naming import read_term
-from spectralmoe.presets import find_preset
-from spectralmoe.terms import Term
+from spectralmoe.hf.trainer import attach_callback, trainer_callback
+from spectralmoe.training.finetune_routers import router_of, swap_to_row, terms_of
 from spectralmoe.training.finetune_settings import FinetuneSettings
 from spectralmoe.training.loop import Diverged, Progress
-from spectralmoe.training.settings import laid_over
 from spectralmoe.training.tasks import Metric
 
-__all__ = ["CHECKPOINTS", "MONITOR", "finetune", "terms_of"]
+__all__ = ["CHECKPOINTS", "MONITOR", "finetune"]
 
 CHECKPOINTS, MONITOR, ADAPTER = "checkpoints", "monitor.jsonl", "adapter"
 """What a finetuning writes beside the model: folders and a file."""
@@ -64,36 +64,25 @@ def finetune(
     model = loaded.model
     if model.config.is_encoder_decoder:
         raise UserError(f"{loaded.name} has an encoder; finetune trains models that continue a text")
-    layers, use_cache = chosen_layers(model, settings.layers), model.config.use_cache
+    use_cache = model.config.use_cache
     corpus = read_corpus(loaded, texts, settings.length, share=settings.held_out, size=settings.domain_bytes)
     with quiet():
-        with _late_layers(model, layers, corpus, settings, progress) as corpus:
-            log = _train(loaded, layers, corpus, settings, out=out, progress=progress)
+        with _late_layers(model, corpus, settings, progress) as corpus:
+            log = _train(loaded, corpus, settings, out, progress)
         model.config.use_cache = use_cache  # the Trainer turns it off
         model.eval().requires_grad_(True)
-        model.save_pretrained(out)
+        model.save_pretrained(out, state_dict=stock_tensors(model))
+        if settings.router is not None:
+            write_routers(model, out)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(out)
     return _history(loaded.name, log)
 
 
-def terms_of(settings: FinetuneSettings) -> dict[str, Term]:
-    """The terms of the loss: those of the router, and beside them those of the settings.
-
-    Raises:
-        UserError: an unknown router, term or argument.
-    """
-    if settings.router is not None:
-        return dict(find_preset(laid_over(settings.router, terms=settings.terms)).terms)
-    return {name: read_term(name, value) for name, value in settings.terms.items()}
-
-
 @contextmanager
-def _late_layers(
-    model: Any, layers: Sequence[HFLayer], corpus: Corpus, settings: FinetuneSettings, progress: Progress
-) -> Iterator[Corpus]:
+def _late_layers(model: Any, corpus: Corpus, settings: FinetuneSettings, progress: Progress) -> Iterator[Corpus]:
     """Where only late layers are trained: the model without those before them, and the corpus as these leave it."""
-    stack, first = decoder_layers(model, layers[0])
+    stack, first = decoder_layers(model, chosen_layers(model, settings.layers)[0])
     if settings.layers == "all" or first == 0:
         yield corpus
         return
@@ -105,52 +94,60 @@ def _late_layers(
 
 
 def _train(
-    loaded: TransformersModel,
-    layers: Sequence[HFLayer],
-    corpus: Corpus,
-    settings: FinetuneSettings,
-    *,
-    out: Path,
-    progress: Progress,
+    loaded: TransformersModel, corpus: Corpus, settings: FinetuneSettings, out: Path, progress: Progress
 ) -> list[dict[str, Any]]:
     """The training itself; returns its log, an entry for each loss and each score."""
-    model, rows = loaded.model, settings.batch_size
+    model, rows, terms = loaded.model, settings.batch_size, terms_of(settings)
     checkpoint = last_checkpoint(out / CHECKPOINTS)
-    before = {} if checkpoint else {"before": corpus.score(model, rows)}
+    first: dict[str, Any] = {} if checkpoint else {"before": corpus.score(model, rows)}
     torch.manual_seed(settings.seed)
-    train_only(model, settings.parts, layers)
-    trained = model if settings.lora is None else add_lora(model, layers, settings.lora)
+    if (preset := router_of(settings)) is not None:
+        progress(f"putting other routers into {loaded.name}", 0.0)
+        first["agreement"] = swap_to_row(model, preset, corpus.train, rows).agreement
+    train_only(model, settings.parts, settings.layers)
+    trained = model if settings.lora is None else add_lora(model, chosen_layers(model, settings.layers), settings.lora)
     an_epoch = -(-len(corpus.train) // (rows * settings.accumulation))
-    steps = min(settings.steps or an_epoch * settings.epochs, an_epoch * settings.epochs)
     follow = follow_trainer(
-        begin=lambda: before,
+        begin=lambda: first,
         every=an_epoch,
         score=lambda: {"held_out": corpus.score(trained, rows)},
         tell=_teller(loaded.name, progress),
     )
-    with trainer_callback(out / MONITOR, every=settings.monitor_every, layers=True) as monitor:
+    with ExitStack() as stack:
+        monitor = stack.enter_context(trainer_callback(out / MONITOR, every=settings.monitor_every, layers=True))
+        bias = [] if preset is None else [attach_callback()]
         trainer = quiet_trainer(
             trained,
             corpus.train,
             out / CHECKPOINTS,
-            callbacks=[follow, monitor],
-            max_steps=steps,
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=settings.accumulation,
-            learning_rate=settings.lr,
-            lr_scheduler_type="cosine",
-            warmup_steps=settings.warmup,
-            weight_decay=settings.weight_decay,
-            bf16=settings.autocast,
-            save_steps=settings.checkpoint_every,
-            seed=settings.seed,
+            callbacks=[*bias, follow, monitor],
+            max_steps=min(settings.steps or sys.maxsize, an_epoch * settings.epochs),
             use_cpu=model.device.type == "cpu",
+            **_arguments(settings),
         )
+        if terms:
+            stack.enter_context(add_terms(trained, terms))
+        resume_safe(trainer)
         trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
     if settings.lora is not None:
         trained.save_pretrained(out / ADAPTER)
         trained.merge_and_unload()
     return list(trainer.state.log_history)
+
+
+def _arguments(settings: FinetuneSettings) -> dict[str, Any]:
+    """The settings as ``TrainingArguments`` has them."""
+    return {
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulation,
+        "learning_rate": settings.lr,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": settings.warmup,
+        "weight_decay": settings.weight_decay,
+        "bf16": settings.autocast,
+        "save_steps": settings.checkpoint_every,
+        "seed": settings.seed,
+    }
 
 
 def _teller(name: str, progress: Progress) -> Callable[[Any, float], None]:
@@ -182,6 +179,7 @@ def _history(name: str, log: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "title": f"finetuning of {name}",
         "metric": asdict(BITS),
         "steps": max(losses),
+        "agreement": log[0].get("agreement"),
         "before": log[0]["before"],
         "after": after,
         f"test_{BITS.key}": after["all"],

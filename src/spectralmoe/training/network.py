@@ -1,19 +1,31 @@
-"""The network that a training run builds, and what is saved beside it."""
+"""The image network that a training run builds, what is saved beside it, and the data that fit it."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import nn
 
-from spectralmoe.data.image_data import ImageData
-from spectralmoe.models import SRMoE, sr_moe
+from spectralmoe.data.image_data import ImageData, load_data
+from spectralmoe.errors import UserError
+from spectralmoe.models import ConvStem, SRMoE, sr_moe
 from spectralmoe.presets import find_preset
-from spectralmoe.training.settings import Network, Row, Settings, Several
+from spectralmoe.training.settings import Network, Row, Settings, Several, parse
+from spectralmoe.vision.model import VisionMoE
 
-__all__ = ["CHECKPOINT", "ModelMeta", "build_network", "model_meta", "pixel_statistics"]
+__all__ = [
+    "CHECKPOINT",
+    "ModelMeta",
+    "build_network",
+    "fitting_data",
+    "model_meta",
+    "pixel_statistics",
+    "read_image_meta",
+]
 
 CHECKPOINT = "training.safetensors"
 """The checkpoint's name in the folder of a run."""
@@ -27,6 +39,7 @@ def build_network(data: ImageData, network: Network, row: Row, depth: int, seed:
         UserError: as ``find_preset``; what its parts refuse.
     """
     preset = find_preset(row)
+    num_experts, hidden = preset.sizes(network.num_experts, network.hidden, network.k)
     torch.manual_seed(seed)
     mean, std = pixel_statistics(data)
     return sr_moe(
@@ -34,8 +47,8 @@ def build_network(data: ImageData, network: Network, row: Row, depth: int, seed:
         channels=data.channels,
         width=network.width,
         depth=depth,
-        num_experts=network.num_experts,
-        hidden=network.hidden,
+        num_experts=num_experts,
+        hidden=hidden,
         experts=partial(preset.make_experts, spare=network.spare),
         router=preset.routers(network.k),
         mean=mean,
@@ -93,3 +106,39 @@ def model_meta(data: ImageData, router: str, hold_out: str | None = None, **know
         **known,
     )
     return meta.model_dump(mode="json")
+
+
+def read_image_meta(network: nn.Module, values: Any, folder: Path) -> ModelMeta:
+    """What was saved beside an image network.
+
+    Raises:
+        UserError: another network; values that are missing, or do not fit it.
+    """
+    if isinstance(network, VisionMoE):
+        channels, classes = network.channels, network.num_classes
+    elif isinstance(network, SRMoE) and isinstance(network.stem, ConvStem):
+        channels, classes = network.stem.channels, network.num_classes
+    else:
+        raise UserError(f"{folder} holds a {type(network).__name__} that is not an image network")
+    meta = parse(ModelMeta, values, f"{folder / 'config.json'}: meta")
+    hold_out_fits = meta.hold_out in (None, *meta.classes)
+    if meta.channels != channels or len(meta.classes) != classes or not hold_out_fits:
+        raise UserError(f"{folder / 'config.json'}: meta does not fit the network")
+    return meta
+
+
+def fitting_data(name: str | None, meta: ModelMeta, data_dir: Path | None, download: bool) -> ImageData:
+    """The data set called ``name``, or the one that the network was trained on.
+
+    Raises:
+        UserError: it cannot be had, or does not fit the network.
+    """
+    data = load_data(name or meta.data, data_dir=data_dir, download=download, side=meta.side)
+    for what, given, wanted in (
+        ("channels", data.channels, meta.channels),
+        ("an image size of", data.image_size, meta.image_size),
+        ("the classes", data.classes, meta.classes),
+    ):
+        if given != wanted:
+            raise UserError(f"{data.name!r} does not fit the model: it has {what} {given}, the model {wanted}")
+    return data

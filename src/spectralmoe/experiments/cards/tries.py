@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from spectralmoe.errors import UserError
 from spectralmoe.training.loop import Diverged
+from spectralmoe.training.tasks import Metric
+from spectralmoe.training.tasks.classification import ACCURACY
 
 __all__ = ["Tried", "try_settings"]
 
@@ -15,7 +17,7 @@ class Tried(NamedTuple):
     """What a row's tries came to.
 
     Attributes:
-        tries: every setting with its "validation_accuracy", None where training diverged.
+        tries: every setting with its value of the metric ("validation_accuracy"), None where training diverged.
         setting: the best; the first of equal ones.
         made: what the training with it made.
     """
@@ -29,11 +31,14 @@ def try_settings(
     settings: Sequence[Mapping[str, Any]],
     train: Callable[[Mapping[str, Any]], tuple[float, Any]],
     progress: Callable[[float], None],
+    metric: Metric = ACCURACY,
 ) -> Tried:
     """Train with each setting.
 
     Args:
-        train: a setting -> the validation accuracy that it reaches, and what else is wanted of the best.
+        train: a setting -> the value of ``metric`` that it reaches on validation data, and what else is wanted of the
+            best.
+        metric: what the settings are compared by.
 
     Raises:
         UserError: training diverged with every setting.
@@ -45,17 +50,18 @@ def try_settings(
     ({'lr': 0.01}, {'lr': 0.001, 'validation_accuracy': 90.001})
     """
     tries: list[dict[str, Any]] = []
+    key = metric.key_of("validation")
     best: tuple[float, Mapping[str, Any], Any] | None = None
     for index, setting in enumerate(settings):
         progress(index / len(settings))
         try:
-            accuracy, made = train(setting)
+            value, made = train(setting)
         except Diverged:
-            tries.append({**setting, "validation_accuracy": None})
+            tries.append({**setting, key: None})
             continue
-        tries.append({**setting, "validation_accuracy": accuracy})
-        if best is None or accuracy > best[0]:
-            best = (accuracy, setting, made)
+        tries.append({**setting, key: value})
+        if best is None or metric.rank(value) > metric.rank(best[0]):
+            best = (value, setting, made)
     if best is None:
         raise UserError(f"training diverged with every setting that was tried: {list(map(dict, settings))}")
     return Tried(tries, *best[1:])

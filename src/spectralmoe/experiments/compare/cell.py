@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from spectralmoe.adaptation import Trial, one_shot_trials
 from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
 from spectralmoe.diagnostics.evaluation import Counted
+from spectralmoe.experiments.compare.look import active_flops, active_parameters, choices
 from spectralmoe.experiments.compare.settings import Cell
 from spectralmoe.experiments.compare.setup import Setup, Tuned
-from spectralmoe.experts import Experts
 from spectralmoe.layers import moe_layers
 from spectralmoe.linalg import sigma_max, stable_rank
-from spectralmoe.moe import MoE
-from spectralmoe.recorder import record
-from spectralmoe.routing import Routing
 from spectralmoe.saving import save
 from spectralmoe.training.loop import History, train
 from spectralmoe.training.network import CHECKPOINT
 from spectralmoe.training.tasks import Task
 
-__all__ = ["active_flops", "run_cell"]
+__all__ = ["run_cell"]
 
 
 def run_cell(cell: Cell, tuned: Tuned, setup: Setup, progress: Callable[[float], None]) -> dict[str, Any]:
@@ -41,32 +34,9 @@ def run_cell(cell: Cell, tuned: Tuned, setup: Setup, progress: Callable[[float],
     scores = task.score(counted, "test")
     save(network, folder, meta=task.meta(run, scores, counted.loads))
     row = {**cell._asdict(), "tuned": tuned._asdict(), **scores, **_measures(network, task, counted.loads, history)}
-    if (labelled := task.labelled("test")) is not None:
-        row |= _adaptation(one_shot_trials(network, *labelled, trials=setup.settings.trials, seed=cell.seed))
-    return row
-
-
-def active_flops(model: nn.Module, sample: Tensor) -> int:
-    """Floating-point operations of one forward for one sample (1, ...): only the experts that it uses count.
-
-    What runs outside the banks is counted as it runs, the chosen experts by ``Experts.costs``.
-    """
-    counted, total = copy.deepcopy(model).cpu().eval(), 0.0
-    with torch.no_grad(), record(counted, keep=("input", "output")) as tape:
-        counted(sample)
-    for item in tape:
-        if isinstance(item.layer, MoE) and item.kept is not None:
-            costs = item.layer.experts.costs(item.input.shape[1:])
-            total += float(item.kept.slots.counts.to(costs) @ costs)
-            item.layer.dispatch = partial(_nothing, item.output.shape[1:])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        counted(sample)
-    return int(total) + int(counter.get_total_flops())
-
-
-def _nothing(shape: Sequence[int], x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """A dispatch without experts, which give rows of ``shape``."""
-    return x.new_zeros(len(x), *shape)
+    if (labelled := task.labelled("test")) is None:
+        return row | choices(network, task.inputs("test"))
+    return row | _adaptation(one_shot_trials(network, *labelled, trials=setup.settings.trials, seed=cell.seed))
 
 
 def _measures(network: nn.Module, task: Task, loads: Mapping[str, Tensor], history: History) -> dict[str, Any]:
@@ -85,8 +55,10 @@ def _measures(network: nn.Module, task: Task, loads: Mapping[str, Tensor], histo
         "sigma_1": _mean([float(sigma_max(m)) for m in matrices]),
         "stable_rank": _mean([float(stable_rank(m)) for m in matrices]),
         "parameters": sum(p.numel() for p in network.parameters()),
+        "active_parameters": active_parameters(network, task.example()),
         "active_flops": active_flops(network, task.example()),
         "seconds_per_epoch": history.seconds_per_epoch,
+        "per_second": task.size * task.units / history.seconds_per_epoch,
         "epochs": history.epochs,
         "loads": {name: load.tolist() for name, load in loads.items()},
     }

@@ -68,6 +68,25 @@ _CORRECTIONS = (
     ),
 )
 
+_CHOICES = (
+    Column("entropy", "entropy", 2, "entropy of the scores of a token, over log E, mean over tokens and layers"),
+    Column(
+        "output_overlap",
+        "output cos²",
+        3,
+        "squared cosine of two experts' outputs for one token, mean over pairs, tokens and layers",
+        better="lower",
+    ),
+    Column(
+        "noise_flips",
+        "flips %",
+        1,
+        "share of tokens whose choice changes under noise of 5% of their norm, mean over layers, 0 to 1",
+        100.0,
+        better="lower",
+    ),
+)
+
 _COST = (
     Column("parameters", "params k", 1, "trained parameters", 1e-3),
     Column(
@@ -83,9 +102,20 @@ _COST = (
 
 
 def columns_of(task: Task) -> tuple[Column, ...]:
-    """The metrics of the task, then what every comparison measures; corrections where the task is to classify."""
-    corrections = () if task.labelled("test") is None else _CORRECTIONS
-    return (*map(_column, task.metrics), *_ROUTING, *corrections, *_COST)
+    """The metrics of the task, then what every comparison measures; corrections where the task is to classify, else a
+    look at the routers' choices.
+    """
+    if task.labelled("test") is not None:
+        return (*map(_column, task.metrics), *_ROUTING, *_CORRECTIONS, *_COST)
+    active = Column("active_parameters", "active k", 1, "parameters that a token meets", 1e-3, better="lower")
+    speed = Column(
+        "per_second",
+        f"{task.unit}s/s",
+        0,
+        f"{task.unit}s trained on a second, one network among others",
+        better="higher",
+    )
+    return (*map(_column, task.metrics), *_ROUTING, *_CHOICES, _COST[0], active, *_COST[1:], speed)
 
 
 def _column(metric: Metric) -> Column:

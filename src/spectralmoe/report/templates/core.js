@@ -46,6 +46,9 @@ function unpack(text, count, bits, low, high) {
   return found;
 }
 
+// What a text would hide is shown; with ``breaks`` its lines stay.
+const visible = (text, breaks = false) => text.replaceAll("\n", breaks ? "⏎\n" : "⏎").replaceAll("\t", "⇥");
+
 let identifiers = 0;
 const fresh = (name) => `${name}-${++identifiers}`;
 

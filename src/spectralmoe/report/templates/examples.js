@@ -62,6 +62,5 @@ function exampleList(host) {
     if (image) return el("li", { class: "patch" }, el("img", { src: image, alt: text || "a piece of an image" }), el("span", {}, el("bdi", {}, text)), value);
     return el("li", {}, el("span", { class: "context", dir: "auto" }, el("bdi", {}, visible(before)), el("mark", {}, el("bdi", {}, visible(text) || "␣")), el("bdi", {}, visible(after))), value);
   }
-  const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
   offer();
 }

@@ -1,7 +1,7 @@
 // Everything is drawn where the page asks for it; printing opens what is closed and takes the light theme.
 const CHARTS = {
   steps: stepCharts, epochs: epochCharts, history: historyMaps, similarity: similarityMap, spectra: spectraChart, paths: pathBands,
-  association: associationMap, examples: exampleList, estimates: estimateCharts, layers: layerTable,
+  association: associationMap, text: runningText, examples: exampleList, estimates: estimateCharts, layers: layerTable,
 };
 
 themeSwitch(document.querySelector("[data-theme-switch]"));

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from spectralmoe.training.tasks.base import Batch, Metric, Part, Task
 from spectralmoe.training.tasks.images import ImageTask
 from spectralmoe.training.tasks.text import TextTask
 from spectralmoe.training.train_settings import TrainSettings
 
-__all__ = ["TASKS", "Batch", "ImageTask", "Metric", "Part", "Task", "TextTask", "open_task"]
+__all__ = ["TASKS", "Batch", "ImageTask", "Metric", "Part", "Task", "TextTask", "open_task", "task_of"]
 
 TASKS: dict[str, type[Task]] = {
     "images": ImageTask,
@@ -19,7 +20,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def open_task(settings: TrainSettings, data_dir: Path | None = None, download: bool = False) -> Task:
-    """The task of a run, found by the name of its data: ``KIND:NAME``, or the name of a set of images.
+    """The task of a run, found by the name of its data.
 
     Raises:
         UserError: as ``Task.open``.
@@ -28,5 +29,14 @@ def open_task(settings: TrainSettings, data_dir: Path | None = None, download: b
     >>> task.name, task.size, task.metric.key
     ('digits', 100, 'accuracy')
     """
-    kind, colon, _ = settings.data.partition(":")
-    return TASKS.get(kind if colon else "images", ImageTask).open(settings, data_dir, download)
+    return task_of(settings.data).open(settings, data_dir, download)
+
+
+def task_of(data: Any) -> type[Task]:
+    """The kind of task that data of this name are: ``KIND:NAME``, or the name of a set of images.
+
+    >>> task_of("digits").__name__, task_of("folder:pictures").__name__
+    ('ImageTask', 'ImageTask')
+    """
+    kind, colon, _ = str(data).partition(":")
+    return TASKS.get(kind if colon else "images", ImageTask)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.errors import UserError
+from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
 from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = ["Batch", "Metric", "Part", "Task", "rounded"]
@@ -54,6 +56,10 @@ class Metric:
         space = "" if self.unit in ("", "%") else " "
         return f"{value:.{self.digits}f}{space}{self.unit}"
 
+    def named(self, value: float) -> str:
+        """The value with its unit, or with its title where it has none."""
+        return self.show(value) if self.unit else f"{self.show(value)} {self.title}"
+
     def rank(self, value: float) -> float:
         """A number that grows as the value gets better."""
         return value if self.better == "higher" else -value
@@ -71,16 +77,23 @@ class Task(ABC):
 
     A subclass is one file and one entry of ``TASKS``. A network is any module that ``loss`` and ``score`` can call.
 
+    Of a saved network the verbs know what ``read_meta`` made of the values saved beside it, and hand it to ``reopen``,
+    ``predict`` and ``write_wrong``. A task that leaves these out can be trained and compared.
+
     Attributes:
         name: of the data.
         metrics: what ``score`` measures; choices on the validation part are made by the first.
         notes: what a user should know about how the data were read.
+        does: what a network of the task does, for people: "classifies images".
+        options: what ``predict`` can be asked for beside its inputs.
         unit: what speeds are counted in, ``units`` of them a sample.
     """
 
     name: str
     metrics: tuple[Metric, ...]
     notes: tuple[str, ...] = ()
+    does: ClassVar[str] = "has a task of its own"
+    options: ClassVar[Sequence[str]] = ()
     unit: str = "sample"
 
     @classmethod
@@ -153,10 +166,62 @@ class Task(ABC):
         """
         return {"data": self.name, "settings": settings.model_dump(mode="json"), "results": rounded(results, loads)}
 
+    @classmethod
+    def read_meta(cls, network: nn.Module, values: Any, folder: Path) -> Any:
+        """What ``meta`` saved beside a network, checked.
+
+        Raises:
+            UserError: it is not of this task, or does not fit the network; names the folder.
+        """
+        raise _absent("evaluate, predict and inspect", cls)
+
+    @classmethod
+    def reopen(cls, meta: Any, name: str | None = None, data_dir: Path | None = None, download: bool = False) -> Self:
+        """The task of a saved network on the data called ``name``, by default those that it was trained on.
+
+        Raises:
+            UserError: they cannot be had, or do not fit the network.
+        """
+        raise _absent("evaluate and inspect", cls)
+
+    @classmethod
+    def predict(cls, network: nn.Module, meta: Any, inputs: Sequence[str], **options: Any) -> Predictions:
+        """What a saved network says to each input, in evaluation mode.
+
+        Raises:
+            UserError: an input that cannot be read.
+        """
+        raise _absent("predict", cls)
+
+    def summary(self, scores: Mapping[str, float]) -> Shown:
+        """Scores on the test part for ``evaluate``; the text is the metric in a sentence."""
+        value = self.metric.named(scores[self.metric.key])
+        return Shown(dict(scores), f"{value} on the test part of {self.name}")
+
+    def write_wrong(self, network: nn.Module, folder: Path) -> list[dict[str, Any]]:
+        """Write the test samples that the network gets wrong as files; one entry for each, with its ``file``.
+
+        Raises:
+            UserError: nothing is right or wrong in this task; the folder cannot be written.
+        """
+        raise _absent("--wrong", type(self))
+
+    def held_out(self) -> HeldOut:
+        """Samples of the test part to look at routers with.
+
+        Raises:
+            UserError: the task has no form for it.
+        """
+        raise _absent("inspect", type(self))
+
     @property
     def metric(self) -> Metric:
         """The metric that choices are made by."""
         return self.metrics[0]
+
+
+def _absent(what: str, task: type[Task]) -> UserError:
+    return UserError(f"{what}: not for a network that {task.does}")
 
 
 def rounded(results: Mapping[str, float], loads: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 from spectralmoe.training.tasks.base import Metric
 
-__all__ = ["CLASSIFICATION", "calibration_error", "class_scores", "macro_f1", "negative_log_likelihood"]
+__all__ = ["ACCURACY", "CLASSIFICATION", "calibration_error", "class_scores", "macro_f1", "negative_log_likelihood"]
+
+ACCURACY = Metric("accuracy", "accuracy", "share of samples whose class is right", "higher", unit="%")
 
 CLASSIFICATION = (
-    Metric("accuracy", "accuracy", "share of samples whose class is right", "higher", unit="%"),
+    ACCURACY,
     Metric("macro_f1", "macro F1", "F1 of each class that there is, mean over classes", "higher", unit="%"),
     Metric(
         "nll", "NLL", "negative log-likelihood of the right class, mean over samples", "lower", unit="nats", digits=3

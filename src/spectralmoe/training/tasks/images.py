@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,9 +18,11 @@ from spectralmoe.data.image_data import ImageData, Split, load_data
 from spectralmoe.diagnostics.evaluation import run_over
 from spectralmoe.errors import UserError
 from spectralmoe.naming import shown
-from spectralmoe.training.network import build_network, model_meta
+from spectralmoe.training.network import ModelMeta, build_network, fitting_data, model_meta, read_image_meta
 from spectralmoe.training.tasks.base import Part, Task, rounded
 from spectralmoe.training.tasks.classification import CLASSIFICATION, class_scores
+from spectralmoe.training.tasks.image_verbs import classify, patch, write_wrong
+from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
 from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.training.vision import build_vision
 
@@ -57,6 +61,7 @@ class ImageTask(Task):
     """
 
     metrics = CLASSIFICATION
+    does = "classifies images"
 
     def __init__(self, data: ImageData, *, label_smoothing: float = 0.0, mixup: float = 0.0) -> None:
         self.data, self.label_smoothing, self.mixup = data, label_smoothing, mixup
@@ -128,6 +133,36 @@ class ImageTask(Task):
             settings=settings.model_dump(mode="json"),
             results={**rounded(results, loads), "test_images": len(self.data.test)},
         )
+
+    @classmethod
+    def read_meta(cls, network: nn.Module, values: Any, folder: Path) -> ModelMeta:
+        return read_image_meta(network, values, folder)
+
+    @classmethod
+    def reopen(
+        cls, meta: ModelMeta, name: str | None = None, data_dir: Path | None = None, download: bool = False
+    ) -> Self:
+        return cls(fitting_data(name, meta, data_dir, download))
+
+    @classmethod
+    def predict(cls, network: nn.Module, meta: ModelMeta, inputs: Sequence[str], **options: Any) -> Predictions:
+        for given in inputs:
+            if not os.path.exists(given):
+                raise UserError(f"there is no file {given!r}; the model {cls.does}, and reads them from files")
+        return classify(network, meta, [Path(file) for file in inputs])
+
+    def summary(self, scores: Mapping[str, float]) -> Shown:
+        images, accuracy = len(self.data.test), scores["accuracy"]
+        text = f"{accuracy:.2f}% of {images} test images of {self.name} are right"
+        return Shown({"images": images, "accuracy": accuracy}, text)
+
+    def write_wrong(self, network: nn.Module, folder: Path) -> list[dict[str, Any]]:
+        test = self.data.test
+        return write_wrong(folder, test, run_over(network, test.images).argmax(-1), self.data.classes)
+
+    def held_out(self) -> HeldOut:
+        test, classes = self.data.test, self.data.classes
+        return HeldOut("images", test.images, test.labels, classes, partial(patch, test, classes))
 
     def _split(self, part: Part) -> Split:
         return self.data.validation if part == "validation" else self.data.test

@@ -24,9 +24,11 @@ from spectralmoe.errors import UserError
 from spectralmoe.models import LanguageMoE, language_moe
 from spectralmoe.naming import shown
 from spectralmoe.presets import find_preset
-from spectralmoe.training.settings import Settings, Several
+from spectralmoe.training.settings import Settings, Several, parse
 from spectralmoe.training.tasks.base import Metric, Part, Task, rounded
-from spectralmoe.training.text_settings import Text
+from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
+from spectralmoe.training.tasks.text_verbs import continue_text, held_out_windows, read_prompt, shown_text
+from spectralmoe.training.text_settings import Text, is_text
 from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = ["TextMeta", "TextTask", "Windows", "cut_windows"]
@@ -77,6 +79,7 @@ class TextTask(Task):
         data: training, validation and test documents.
         text: window, vocabulary, and how many windows are measured.
         train_size: training windows, in equal numbers from each domain as far as they last; None: all.
+        vocabulary: of a model that there is already; None: as ``text`` says.
 
     Raises:
         UserError: more windows than there are; a part too short for a window; a domain without text in a part.
@@ -89,16 +92,26 @@ class TextTask(Task):
 
     unit = "token"
 
-    def __init__(self, data: TextData, text: Text | None = None, *, train_size: int | None = None) -> None:
+    does = "continues text"
+    options = ("tokens", "temperature", "seed")
+
+    def __init__(
+        self,
+        data: TextData,
+        text: Text | None = None,
+        *,
+        train_size: int | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         self.data, self.text, self.name, self.notes = data, text or Text(), data.name, data.notes
         size = self.text.vocab
         train = data.parts["train"]
-        self.vocabulary = (
+        self.vocabulary = vocabulary or (
             Vocabulary() if size == "bytes" else Vocabulary.learn((document.text for document in train), size)
         )
-        reported = data.domains if 1 < len(data.domains) <= OWN_METRICS else ()
-        self.metrics = (BITS, *map(_metric_of, reported))
-        self.parts = {part: self._windows(part, reported) for part in TEXT_PARTS}
+        self.reported = data.domains if 1 < len(data.domains) <= OWN_METRICS else ()
+        self.metrics = (BITS, *map(_metric_of, self.reported))
+        self.parts = {part: self._windows(part) for part in TEXT_PARTS}
         if train_size is not None:
             if not 1 <= train_size <= self.size:
                 raise UserError(f"cannot take {train_size} training windows of {self.name!r}, which has {self.size}")
@@ -128,14 +141,15 @@ class TextTask(Task):
     def build(self, settings: TrainSettings) -> LanguageMoE:
         """The untrained model: ``[network]`` has D, E, H and k, the depth is the number of blocks."""
         network, preset = settings.network, find_preset(settings.row)
+        num_experts, hidden = preset.sizes(network.num_experts, network.hidden, network.k)
         torch.manual_seed(settings.optimization.seed)
         return language_moe(
             self.vocabulary.size,
             width=network.width,
             depth=settings.depth,
             heads=self.text.heads,
-            num_experts=network.num_experts,
-            hidden=network.hidden,
+            num_experts=num_experts,
+            hidden=hidden,
             experts=partial(preset.make_experts, spare=network.spare, default=SWIGLU),
             router=preset.routers(network.k),
         )
@@ -185,7 +199,52 @@ class TextTask(Task):
         )
         return meta.model_dump(mode="json")
 
-    def _windows(self, part: TextPart, reported: Sequence[str]) -> Windows:
+    @classmethod
+    def read_meta(cls, network: nn.Module, values: Any, folder: Path) -> TextMeta:
+        where = f"{folder / 'config.json'}: meta"
+        if not isinstance(network, LanguageMoE):
+            raise UserError(f"{folder} holds a {type(network).__name__}, and its meta is that of a language model")
+        meta = parse(TextMeta, values, where)
+        if Vocabulary.of_json(meta.vocabulary).size != network.vocab:
+            raise UserError(f"{where} does not fit the network")
+        return meta
+
+    @classmethod
+    def reopen(
+        cls, meta: TextMeta, name: str | None = None, data_dir: Path | None = None, download: bool = False
+    ) -> Self:
+        if not is_text(name or meta.data):
+            raise UserError(f"{name!r} does not fit the model, which {cls.does}: name text:NAME or text:PATH")
+        text = parse(Text, {**meta.settings.get("text", {}), "length": meta.length}, "the model's meta")
+        data = load_text((name or meta.data).partition(":")[2], data_dir)
+        return cls(data, text, vocabulary=Vocabulary.of_json(meta.vocabulary))
+
+    @classmethod
+    def predict(cls, network: nn.Module, meta: TextMeta, inputs: Sequence[str], **options: Any) -> Predictions:
+        """Goes on with each text by ``tokens`` tokens, drawn under ``seed`` at a ``temperature``."""
+        assert isinstance(network, LanguageMoE)
+        vocabulary, device = Vocabulary.of_json(meta.vocabulary), next(network.parameters()).device
+        asked = {"tokens": 100, "temperature": 0.8, "seed": 0, **options}
+        draws = torch.Generator(device).manual_seed(asked.pop("seed"))
+        results = []
+        for given in inputs:
+            prompt = read_prompt(given)
+            text = continue_text(network, vocabulary, prompt, length=meta.length, draws=draws, **asked)
+            results.append(shown_text(given, prompt, text))
+        return Predictions(results)
+
+    def summary(self, scores: Mapping[str, float]) -> Shown:
+        windows, total = len(self.parts["test"]), BITS.named(scores[BITS.key])
+        lines = [f"{total} in {windows} test windows of {self.name}"]
+        for metric, domain in zip(self.metrics[1:], self.reported, strict=True):
+            lines.append(f"  {domain}: {BITS.named(scores[metric.key])}")
+        return Shown({"windows": windows, **scores}, "\n".join(lines))
+
+    def held_out(self) -> HeldOut:
+        test = self.parts["test"]
+        return held_out_windows(self.inputs("test"), test.domains.long(), self.data.domains, self.vocabulary)
+
+    def _windows(self, part: TextPart) -> Windows:
         """All windows of the training part; of another part those that are measured."""
         windows = cut_windows(self.data.parts[part], self.data.domains, self.vocabulary, self.text.length)
         if not len(windows):
@@ -196,7 +255,7 @@ class TextTask(Task):
         if part == "train":
             return windows
         windows = windows[_measured(windows, self.text.measured)]
-        for domain in reported:
+        for domain in self.reported:
             if not bool((windows.domains == self.data.domains.index(domain)).any()):
                 raise UserError(f"{self.name!r}: its {part} part has no text of domain {domain!r}; add documents to it")
         return windows

@@ -1,0 +1,90 @@
+"""What a comparison looks at in a trained network beside its scores: the routers' choices, and what a sample costs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spectralmoe.diagnostics.entropy import token_entropy
+from spectralmoe.diagnostics.evaluation import run_over
+from spectralmoe.diagnostics.measure import mean_of
+from spectralmoe.diagnostics.similarity import cosine_matrix, expert_outputs, mean_offdiagonal
+from spectralmoe.diagnostics.stability import noise_flips
+from spectralmoe.diagnostics.watch import watch
+from spectralmoe.experts import Experts
+from spectralmoe.layers import moe_layers
+from spectralmoe.moe import MoE
+from spectralmoe.recorder import record
+from spectralmoe.routing import Routing
+
+__all__ = ["active_flops", "active_parameters", "choices"]
+
+_NUMBERS, _THROUGH_ALL = 2**12, 256
+"""Numbers of the inputs that are looked at; tokens of each layer that go through every expert."""
+
+
+@torch.no_grad()
+def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
+    """How firm the choices of the routers are and how alike the experts, mean over layers; None where too few tokens
+    say anything.
+
+    Args:
+        inputs: (N, ...); about 4,000 numbers of them are looked at, spread evenly.
+    """
+    most = max(1, min(len(inputs), _NUMBERS // inputs[:1].numel()))
+    with watch(model) as seen:
+        run_over(model, inputs[torch.linspace(0, len(inputs) - 1, most).long()])
+        calls = seen.drain()
+    measured: dict[str, list[float | None]] = {"entropy": [], "output_overlap": [], "noise_flips": []}
+    for call in calls:
+        tokens = call.tokens[torch.linspace(0, len(call.tokens) - 1, _THROUGH_ALL).long().unique()]
+        outputs = cosine_matrix(expert_outputs(call.layer, tokens).flatten(2))
+        measured["entropy"].append(token_entropy(call.routing).value)
+        measured["output_overlap"].append(mean_offdiagonal(outputs).value)
+        measured["noise_flips"].append(noise_flips(call.layer, call.tokens).value if call.layer.reroutes else None)
+    return {key: mean_of([value for value in values if value is not None]) for key, values in measured.items()}
+
+
+def active_parameters(model: nn.Module, sample: Tensor) -> int:
+    """Parameters that a token meets: of each bank as much as the sample (1, ...) has experts a token."""
+    counted = copy.deepcopy(model).eval()
+    layers = [layer for layer in moe_layers(counted).values() if isinstance(layer, MoE)]
+    banks = {id(p) for layer in layers for p in layer.experts.parameters()}
+    total = float(sum(p.numel() for p in counted.parameters() if id(p) not in banks))
+    with torch.no_grad(), record(counted) as tape:
+        counted(sample.to(next(counted.parameters()).device))
+    for item in tape:
+        if isinstance(item.layer, MoE):
+            bank = item.layer.experts
+            slots = int(item.routing.counts()[: bank.num_experts].sum())
+            size = sum(p.numel() for p in bank.parameters())
+            total += size * slots / len(item.routing.logits) / bank.num_experts
+    return round(total)
+
+
+def active_flops(model: nn.Module, sample: Tensor) -> int:
+    """Floating-point operations of one forward for one sample (1, ...): only the experts that it uses count.
+
+    What runs outside the banks is counted as it runs, the chosen experts by ``Experts.costs``.
+    """
+    counted, total = copy.deepcopy(model).cpu().eval(), 0.0
+    with torch.no_grad(), record(counted, keep=("input", "output")) as tape:
+        counted(sample)
+    for item in tape:
+        if isinstance(item.layer, MoE) and item.kept is not None:
+            costs = item.layer.experts.costs(item.input.shape[1:])
+            total += float(item.kept.slots.counts.to(costs) @ costs)
+            item.layer.dispatch = partial(_nothing, item.output.shape[1:])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        counted(sample)
+    return int(total) + int(counter.get_total_flops())
+
+
+def _nothing(shape: Sequence[int], x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """A dispatch without experts, which give rows of ``shape``."""
+    return x.new_zeros(len(x), *shape)
