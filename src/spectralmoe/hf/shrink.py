@@ -49,17 +49,18 @@ def prune_experts(
     writes a folder that plain transformers loads. Experts stay in their order. Keeping all changes nothing.
 
     It takes the memory of the smaller model beside that of the old one. The old one is run once over ``calibration``;
-    experts run on the sampled tokens, one layer at a time.
+    then experts run on the sampled tokens, one layer at a time.
 
     Args:
         model: of transformers, with its stock routers. All layers keep equally many experts, because the config has one
             number for them. Where experts are chosen in groups (``n_group``), every group keeps equally many.
         keep: how many experts, those of the largest saliency; or layer's name -> the experts themselves.
         by: the saliency: "frequency"; "reap": mean over the tokens of an expert of its weight times the size of its
-            output; "random".
-        calibration: arguments of the model's forward, a dict a batch, as ``encode`` makes them of text; "random" and
-            named experts need none.
-        tokens: how many of each layer's tokens "reap" looks at, drawn evenly.
+            output; "removal": how much the layer's output changes without it, which runs all experts on every token
+            looked at; "random".
+        calibration: batches of tables of the model's arguments, as ``encode`` makes them of text, or of token ids
+            (B, S); "random" and named experts need none.
+        tokens: how many of each layer's tokens "reap" and "removal" look at, drawn evenly.
         seed: of the draw and of "random".
 
     Raises:
@@ -93,8 +94,8 @@ def merge_experts(
     .. math:: \theta_g = \sum_{i \in g} s_i \theta_i \Big/ \sum_{i \in g} s_i
 
     with s the saliency ``by`` of each expert. The ``keep`` most salient experts are the centres of the groups g; every
-    other joins the centre whose logits go most like its own (``compression.group_by_affinity``). The router keeps the
-    rows of the centres. All else as ``prune_experts``.
+    other joins the centre whose logits go most like its own (``compression.group_by_affinity``), inside the groups that
+    the router chooses in. The router keeps the rows of the centres. All else as ``prune_experts``.
 
     Raises:
         UserError: as ``prune_experts``.
@@ -141,6 +142,8 @@ def plan(
     stock: Model = unwrapped(model)  # type: ignore[assignment]
     layers = {layer.name: layer for layer in _stock_layers(owner, stock)}
     if isinstance(keep, Mapping):
+        if join:
+            raise UserError(f"{owner}: keep must be a whole number of experts: the others join those that stay")
         named = _named(owner, layers, keep)
         return Plan(owner, stock, layers, {n: list(map(Cluster.alone, kept)) for n, kept in named.items()}, {}, {})
     total = min(layer.num_experts for layer in layers.values())
@@ -177,7 +180,10 @@ def _stock_layers(owner: str, model: nn.Module) -> list[HFLayer]:
     layers = find_layers(model)
     for layer in layers:
         if any(isinstance(module, Recordable) for module in layer.layer.modules()):
-            raise UserError(f"{owner}: the router of {layer.name} was swapped; fold or undo the swap first")
+            raise UserError(
+                f"{owner}: the router of {layer.name} was swapped; undo the swap, or make a stock gate of it first "
+                "(hf.fold_routers, hf.distill_to_gate)"
+            )
         parameters = list(layer.layer.parameters())
         if any(is_sharded(value) or value.is_meta for value in parameters):
             raise UserError(f"{owner}: {layer.name} is sharded or not in memory; load the whole model")

@@ -52,7 +52,7 @@ def with_clusters(
 ) -> Model:
     """A copy of ``model`` whose layers have one expert a cluster; the model stays as it is.
 
-    It takes the memory of what is left, beside the model: what goes is never copied.
+    It takes the memory of what is left, beside the model: entries of stacks that go are never copied.
 
     Args:
         owner: who asks, for errors.
