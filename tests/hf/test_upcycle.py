@@ -13,7 +13,7 @@ from dense_models import DENSE, dense_model, ids
 from families import FAMILIES
 
 from spectralmoe.hf import upcycle
-from spectralmoe.hf.upcycle.targets import TARGETS
+from spectralmoe.hf.upcycling.targets import TARGETS
 
 tf = pytest.importorskip("transformers")
 

@@ -12,7 +12,7 @@ from spectralmoe.hf.shrink import merge_experts, prune_experts
 from spectralmoe.hf.swap import Swapped, swap_routers
 from spectralmoe.hf.swapped_folder import load_swapped, save_swapped
 from spectralmoe.hf.trainer import attach_callback, trainer_callback
-from spectralmoe.hf.upcycle import upcycle
+from spectralmoe.hf.upcycling import upcycle
 from spectralmoe.hf.watch import watch_transformers
 
 __all__ = [

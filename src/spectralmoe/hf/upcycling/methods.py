@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectralmoe.hf.upcycle.dense import Mlp
+from spectralmoe.hf.upcycling.dense import Mlp
 
 __all__ = ["METHODS", "Method", "copy", "drop", "noise", "virtual"]
 

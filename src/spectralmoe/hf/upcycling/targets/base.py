@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from spectralmoe.hf.upcycle.dense import Dense, Mlp
-from spectralmoe.hf.upcycle.plan import Plan
+from spectralmoe.hf.upcycling.dense import Dense, Mlp
+from spectralmoe.hf.upcycling.plan import Plan
 
 __all__ = ["Target"]
 

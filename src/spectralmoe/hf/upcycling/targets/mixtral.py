@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectralmoe.hf.upcycle.dense import Dense
-from spectralmoe.hf.upcycle.plan import Plan
-from spectralmoe.hf.upcycle.targets.base import Target
+from spectralmoe.hf.upcycling.dense import Dense
+from spectralmoe.hf.upcycling.plan import Plan
+from spectralmoe.hf.upcycling.targets.base import Target
 
 __all__ = ["Mixtral"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
-from spectralmoe.hf.upcycle.calibration import Reads
+from spectralmoe.hf.upcycling.calibration import Reads
 
 __all__ = ["STARTS", "principal", "prompts", "random"]
 

@@ -1,13 +1,13 @@
 """Families of MoE models in transformers that dense models become: one file a family, each a line in ``TARGETS``."""
 
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.hf.upcycle.dense import OTHERS, Dense
-from spectralmoe.hf.upcycle.plan import Plan
-from spectralmoe.hf.upcycle.targets.base import Target
-from spectralmoe.hf.upcycle.targets.glm4_moe import Glm4Moe
-from spectralmoe.hf.upcycle.targets.mixtral import Mixtral
-from spectralmoe.hf.upcycle.targets.qwen2_moe import Qwen2Moe
-from spectralmoe.hf.upcycle.targets.qwen3_moe import Qwen3Moe
+from spectralmoe.hf.upcycling.dense import OTHERS, Dense
+from spectralmoe.hf.upcycling.plan import Plan
+from spectralmoe.hf.upcycling.targets.base import Target
+from spectralmoe.hf.upcycling.targets.glm4_moe import Glm4Moe
+from spectralmoe.hf.upcycling.targets.mixtral import Mixtral
+from spectralmoe.hf.upcycling.targets.qwen2_moe import Qwen2Moe
+from spectralmoe.hf.upcycling.targets.qwen3_moe import Qwen3Moe
 
 __all__ = ["TARGETS", "Target", "find_target"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError
 from spectralmoe.hf.language import batch_arguments
-from spectralmoe.hf.upcycle.dense import Dense
+from spectralmoe.hf.upcycling.dense import Dense
 
 __all__ = ["Batch", "Calibration", "Reads", "read_calibration"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.hf.upcycle.dense import Dense
-from spectralmoe.hf.upcycle.methods import METHODS
-from spectralmoe.hf.upcycle.starts import STARTS
+from spectralmoe.hf.upcycling.dense import Dense
+from spectralmoe.hf.upcycling.methods import METHODS
+from spectralmoe.hf.upcycling.starts import STARTS
 
 __all__ = ["Plan", "make_plan", "router_notes"]
 

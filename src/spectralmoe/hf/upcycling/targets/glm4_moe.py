@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralmoe.hf.upcycle.dense import Dense, Mlp
-from spectralmoe.hf.upcycle.plan import Plan
-from spectralmoe.hf.upcycle.targets.base import Target
+from spectralmoe.hf.upcycling.dense import Dense, Mlp
+from spectralmoe.hf.upcycling.plan import Plan
+from spectralmoe.hf.upcycling.targets.base import Target
 
 __all__ = ["Glm4Moe"]
 

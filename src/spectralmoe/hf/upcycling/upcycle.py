@@ -13,12 +13,12 @@ from torch import Tensor
 from spectralmoe.errors import UserError
 from spectralmoe.hf.assemble import assemble
 from spectralmoe.hf.load import import_transformers
-from spectralmoe.hf.upcycle.calibration import Calibration, Reads, read_calibration
-from spectralmoe.hf.upcycle.dense import Dense, Mlp, read_dense
-from spectralmoe.hf.upcycle.methods import METHODS
-from spectralmoe.hf.upcycle.plan import Plan, make_plan, router_notes
-from spectralmoe.hf.upcycle.starts import STARTS
-from spectralmoe.hf.upcycle.targets import Target, find_target
+from spectralmoe.hf.upcycling.calibration import Calibration, Reads, read_calibration
+from spectralmoe.hf.upcycling.dense import Dense, Mlp, read_dense
+from spectralmoe.hf.upcycling.methods import METHODS
+from spectralmoe.hf.upcycling.plan import Plan, make_plan, router_notes
+from spectralmoe.hf.upcycling.starts import STARTS
+from spectralmoe.hf.upcycling.targets import Target, find_target
 
 __all__ = ["upcycle"]
 
