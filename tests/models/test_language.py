@@ -50,13 +50,10 @@ def normed(x, weight):
 def turned(vector, position):
     """Pairs (i, i + d/2) as complex numbers, turned by position * 10000^(-2i/d)."""
     half = len(vector) // 2
-    out = vector.clone()
-    for i in range(half):
-        angle = position * 10_000 ** (-2 * i / len(vector))
-        a, b = vector[i], vector[i + half]
-        out[i] = a * math.cos(angle) - b * math.sin(angle)
-        out[i + half] = a * math.sin(angle) + b * math.cos(angle)
-    return out
+    angles = [position * 10_000 ** (-2 * i / len(vector)) for i in range(half)]
+    cos, sin = (torch.tensor([f(angle) for angle in angles], dtype=vector.dtype) for f in (math.cos, math.sin))
+    a, b = vector[:half], vector[half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin])
 
 
 def slow_block(block, x):
