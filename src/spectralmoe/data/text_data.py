@@ -50,6 +50,8 @@ def load_text(name: str, data_dir: Path | None = None) -> TextData:
     Raises:
         UserError: an unknown name; text that cannot be had or read; too few documents to fill all parts.
     """
+    if not name:
+        raise one_of("text", name, [*TEXTS, "PATH"])
     names = [name] if name in TEXTS or Path(name).expanduser().exists() else name.split("+")
     sources = [_read(each, data_dir) for each in names]
     documents = sources[0].documents
