@@ -17,13 +17,13 @@ from spectralmoe.hf.layers import HFLayer
 from spectralmoe.hf.places import stock_layers, swapped_routers, take_out
 from spectralmoe.hf.rules import put_bias, read_rule
 from spectralmoe.hf.structure import correction_bias, matrix_name
-from spectralmoe.layers import unwrapped
-from spectralmoe.recorder import record
+from spectralmoe.layers import moe_layers, unwrapped
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
 from spectralmoe.selectors import Balanced, Selector
 from spectralmoe.sharding import assign_, full
 from spectralmoe.spec import build, describe
+from spectralmoe.tape import Tape
 
 __all__ = ["distill_to_gate", "fold_routers"]
 
@@ -138,7 +138,7 @@ def _tokens(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     with evaluation_mode(model):
         for batch in batches:
-            with record(model, keep=("tokens",)) as tape:
+            with Tape(moe_layers(model), keep=("tokens",)) as tape:
                 model(**arguments(model, batch))
             for item in tape:
                 if (tokens := item.tokens) is not None:
