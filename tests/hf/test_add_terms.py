@@ -11,13 +11,13 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from families import FAMILIES, build
+from families import ELEVEN, build
 from torch import nn
 from torch.nn import functional as F
-from trainers import InOrder, batch_of, make_trainer, sequences
+from trainers import InOrder, batch_of, make_trainer, sequences, swap_balanced
 
 from spectralmoe import Term, penalty, record
-from spectralmoe.hf import add_terms, attach_callback, swap_routers
+from spectralmoe.hf import add_terms, attach_callback
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.regularizers import load_balance, output_overlap, router_z, spectral_norm
 
@@ -76,18 +76,16 @@ def test_a_part_of_a_batch_counts_by_its_labels(close):
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name == "mixtral" else pytest.mark.full) for name in FAMILIES]
+    "family", [pytest.param(name, marks=[] if name == "mixtral" else pytest.mark.full) for name in ELEVEN]
 )
 def test_the_trainer_accumulates_what_one_batch_is(family, tmp_path, close):
     """With terms that are means over tokens, and a selection bias, which counts whole batches."""
     data, trained = sequences(8, vocabulary=260), []
     for steps, size in ((1, 4), (4, 1)):
-        model = FAMILIES[family]().train()
+        model = build(family).train()
         if family == "switch":
             model.accepts_loss_kwargs = False  # its loss pays no heed to the number of labels
-        k, score = find_layers(model)[0].top_k, "sigmoid" if family in ("llama4", "deepseek_v3") else "softmax"
-        selector = {"type": "balanced", "k": k, "score": score, "normalize": False}
-        swap_routers(model, selector=selector)
+        swap_balanced(model)
         options = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": size, "max_steps": 2}
         with add_terms(model, LINEAR):
             make_trainer(model, tmp_path, InOrder(data), callbacks=[attach_callback()], **options).train()
@@ -141,7 +139,7 @@ def test_the_family_s_own_balance_loss_is_not_counted_twice(close):
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_a_trainer_that_reads_aux_loss_alone(family, close):
     """TRL's formula: the sum of log-probabilities over all labels, and coefficient * aux_loss / accumulation steps."""
-    model = FAMILIES[family]().train()
+    model = build(family).train()
     parts = [batch_of(items) for items in (sequences(4, vocabulary=260)[:2], sequences(4, vocabulary=260)[2:])]
     terms, coefficient, gradients = {"z": Term(router_z, 1e-2)}, 1.0, []
 

@@ -14,7 +14,7 @@ from spectralmoe.hf.fit import Agreement, fit_scorer
 from spectralmoe.hf.gates import gate_of, start_from_gate
 from spectralmoe.hf.language import batch_arguments
 from spectralmoe.hf.layers import HFLayer
-from spectralmoe.hf.places import stock_layers, swapped_routers, take_out
+from spectralmoe.hf.places import refuse_adapters, stock_layers, swapped_routers, take_out
 from spectralmoe.hf.rules import put_bias, read_rule
 from spectralmoe.hf.structure import correction_bias, matrix_name
 from spectralmoe.layers import moe_layers, unwrapped
@@ -37,9 +37,10 @@ def fold_routers(model: nn.Module) -> None:
 
     Raises:
         UserError: no router was swapped; one that no gate of the family equals: another scorer, another selector than
-            the family's own. ``distill_to_gate`` takes those to the nearest gate.
+            the family's own (``distill_to_gate`` takes those to the nearest gate); adapters of PEFT.
     """
     stock = unwrapped(model)
+    refuse_adapters("fold_routers", stock)
     routers = {name: swapped.router for name, swapped in swapped_routers(stock).items()}
     with stock_layers(stock) as layers:
         selectors = {name: read_rule(layer)[1] for name, layer in layers.items()}
@@ -67,7 +68,7 @@ def distill_to_gate(model: nn.Module, batches: Iterable[Any], *, steps: int = 30
 
     Raises:
         UserError: no router was swapped; a batch of another kind, or none; a router that reads more than tokens; a
-            family whose own rule is unknown.
+            family whose own rule is unknown; adapters of PEFT.
 
     >>> from spectralmoe.hf import swap_routers
     >>> class Gate(nn.Module):
@@ -94,6 +95,7 @@ def distill_to_gate(model: nn.Module, batches: Iterable[Any], *, steps: int = 30
     (True, 'Gate')
     """
     stock = unwrapped(model)
+    refuse_adapters("distill_to_gate", stock)
     routers = {name: swapped.router for name, swapped in swapped_routers(stock).items()}
     for name, router in routers.items():
         if reads := [each for part in (router.scorer, router.selector) for each in part.reads]:

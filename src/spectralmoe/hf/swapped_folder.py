@@ -13,7 +13,7 @@ from torch import nn
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.files import exists, flush, make_folder, part_folder, writing
 from spectralmoe.hf.load import import_transformers, load_stock, quiet
-from spectralmoe.hf.places import swapped_routers
+from spectralmoe.hf.places import refuse_adapters, swapped_routers
 from spectralmoe.hf.router_files import ROUTERS, put_routers, read_routers_config, stock_tensors, write_routers
 from spectralmoe.layers import unwrapped
 from spectralmoe.manifold import warn_off_manifold
@@ -93,8 +93,7 @@ def _exchange(target: Path, new: Path, old: Path) -> None:
 def _saveable(model: nn.Module) -> Any:
     """The model of transformers that ``model`` is or wraps."""
     stock = unwrapped(model)
-    if getattr(stock, "peft_config", None):
-        raise UserError("save_swapped: the model holds adapters of PEFT; merge them first, by merge_and_unload()")
+    refuse_adapters("save_swapped", stock)
     if not isinstance(stock, import_transformers().PreTrainedModel):
         raise UserError(f"save_swapped: {type(stock).__name__} is no model of transformers; use save(model, folder)")
     return stock
