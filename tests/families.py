@@ -12,7 +12,7 @@ import torch
 from seeds import generator, shifted
 from torch import nn
 
-__all__ = ["FAMILIES", "MORE", "batch", "build"]
+__all__ = ["ELEVEN", "FAMILIES", "MORE", "batch", "build"]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,
@@ -175,3 +175,5 @@ def batch(model: Any, rows: int = 2, length: int = 24, seed: int = 0) -> dict[st
 
 FAMILIES: dict[str, Callable[[], Any]] = {name: (lambda name=name: build(name)) for name in SPECS}
 """The nine families: name -> a function that builds the tiny model. ``build`` knows those of ``MORE``, too."""
+
+ELEVEN = (*FAMILIES, *MORE)

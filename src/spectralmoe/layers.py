@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 from spectralmoe.errors import UserError
 from spectralmoe.recording import Recordable
 
-__all__ = ["layer_name", "moe_layers", "plain_name", "unwrapped"]
+__all__ = ["layer_name", "moe_layers", "plain_name", "stock_experts", "unwrapped"]
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -41,8 +41,9 @@ def stock_experts(model: nn.Module) -> bool:
     if isinstance(model, Recordable):
         return False
     children = dict(model.named_children())
-    served = any(isinstance(child, Recordable) for child in children.values())
-    return ("experts" in children and not served) or any(stock_experts(child) for child in children.values())
+    if "experts" in children and not any(isinstance(module, Recordable) for module in model.modules()):
+        return True
+    return any(stock_experts(child) for child in children.values())
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

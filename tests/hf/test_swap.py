@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MORE, batch, build
+from families import FAMILIES, MORE, SIZES, batch, build
 from torch import Tensor
 
 from spectralmoe import Term, attach, feed, penalty, record
@@ -322,6 +322,21 @@ def test_the_rule_is_read_from_the_router(changes):
     model, inputs = copy.deepcopy(stock), batch(stock)
     swap_routers(model)
     torch.testing.assert_close(model(**inputs).logits, stock(**inputs).logits, rtol=0, atol=1e-5)
+
+
+def test_a_router_that_is_given_a_bias_by_its_layer_takes_it_once():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 8}
+    stock = transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**{**SIZES, **sizes})).eval()
+    biases = [tensor for name, tensor in stock.named_buffers() if name.endswith("correction_bias")]
+    for tensor in biases:
+        tensor.copy_(torch.rand(8))
+    model, inputs = copy.deepcopy(stock), batch(stock)
+    swap_routers(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, stock(**inputs).logits, rtol=0, atol=1e-5)
+    for layer, bias in zip(moe_layers(model).values(), biases, strict=True):
+        assert torch.equal(balanced_of(layer.router)[0].bias, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

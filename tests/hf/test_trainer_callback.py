@@ -11,8 +11,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from families import FAMILIES
-from seeds import generator, shifted
+from seeds import shifted
 from torch import nn
+from trainers import InOrder, batch_of, sequences
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
@@ -42,17 +43,7 @@ def mixtral():
 
 def samples(n=STEPS * BATCH):
     """Sequences with padding at the end, of 10 to 24 tokens."""
-    found = []
-    for i in range(n):
-        ids = torch.randint(1, 64, (SEQUENCE,), generator=generator(i))
-        mask = (torch.arange(SEQUENCE) < 10 + i % 15).long()
-        labels = torch.where(mask.bool(), ids, -100)
-        found.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})
-    return found
-
-
-def batch_of(part):
-    return {key: torch.stack([item[key] for item in part]) for key in part[0]}
+    return sequences(n, SEQUENCE, padded=True)
 
 
 def trainer(model, folder, callbacks, **options):
@@ -62,19 +53,6 @@ def trainer(model, folder, callbacks, **options):
         str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, **options
     )
     return Trainer(model, arguments, train_dataset=InOrder(samples()), eval_dataset=samples(3), callbacks=callbacks)
-
-
-class InOrder(list):
-    """A data set that the Trainer's sampler cannot shuffle: it asks by place, and gets the next."""
-
-    def __init__(self, items):
-        super().__init__(items)
-        self.next = 0
-
-    def __getitem__(self, place):
-        item = super().__getitem__(self.next % len(self))
-        self.next += 1
-        return item
 
 
 class ByHand:

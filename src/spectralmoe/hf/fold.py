@@ -161,10 +161,10 @@ def _put(stored: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def _tokens(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Layer -> the tokens (N, D) that its swapped router read in one run over ``batches``, without padding."""
-    layers, parts = moe_layers(model), dict[str, list[Tensor]]()
+    parts: dict[str, list[Tensor]] = {}
     with evaluation_mode(model):
         for batch in batches:
-            with Tape(layers, ("tokens",)) as tape:
+            with Tape(moe_layers(model), keep=("tokens",)) as tape:
                 model(**arguments(model, batch))
             for item in tape:
                 if (tokens := item.tokens) is not None:

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from spectralmoe.hf.frames import Frames
 from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
-from spectralmoe.layers import unwrapped
+from spectralmoe.layers import moe_layers, stock_experts, unwrapped
 from spectralmoe.recording import Recordable, recomputing
 
 __all__ = ["recordable_layers"]
@@ -46,7 +46,6 @@ class StockLayer(Recordable):
         """Whether a forward trains the stock router."""
         return self.layer.router.training and any(p.requires_grad for p in self.layer.router.parameters())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def see(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         """A forward hook of the router."""
         if not self.sinks or recomputing():
@@ -68,25 +67,27 @@ def _as_it_is(value: Tensor) -> Tensor:
 
 @contextmanager
 def recordable_layers(model: nn.Module) -> Iterator[dict[str, Recordable]]:
-    """The MoE layers of a Hugging Face model for a ``Tape``, by name: views of those whose routers are stock.
+    """The MoE layers of any model for a ``Tape``, by name: views of those whose routers are stock.
 
-    A layer with a router of this library stands for itself. The hooks are gone after the block.
+    A layer or router of this library stands for itself. The hooks are gone after the block.
 
     Raises:
         UserError: the model holds no MoE layer, or one of a kind that cannot be read; two layers share a router.
     """
+    if not stock_experts(model):
+        yield moe_layers(model)
+        return
     inside = unwrapped(model)
     found = find_layers(inside)
     refuse_shared(found)
-    stock = [layer for layer in found if not isinstance(layer.router, Recordable)]
-    frames, layers = Frames(inside, stock), dict[str, Recordable]()
+    ours = {layer.name: part for layer in found for part in (layer.layer, layer.router) if isinstance(part, Recordable)}
+    frames, layers = Frames(inside, [layer for layer in found if layer.name not in ours]), dict[str, Recordable]()
     with ExitStack() as hooks:
         frames.open()
         hooks.callback(frames.close)
         for layer in found:
-            recordable = layer.router if isinstance(layer.router, Recordable) else StockLayer(layer, frames)
-            if isinstance(recordable, StockLayer):
-                handle = layer.router.register_forward_hook(recordable.see, with_kwargs=True)
-                hooks.callback(handle.remove)
-            layers[layer.name] = recordable
+            if layer.name not in ours:
+                view = StockLayer(layer, frames)
+                hooks.callback(layer.router.register_forward_hook(view.see, with_kwargs=True).remove)
+            layers[layer.name] = ours.get(layer.name, view)
         yield layers

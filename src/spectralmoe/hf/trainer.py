@@ -1,4 +1,4 @@
-"""The monitor inside the ``Trainer`` of transformers."""
+"""The monitor, and the work around an optimizer step, inside the ``Trainer`` of transformers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from spectralmoe.hf.load import import_transformers
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.layers import stock_experts
+from spectralmoe.steps import attach
 
-__all__ = ["trainer_callback"]
+__all__ = ["attach_callback", "trainer_callback"]
 
 
 def trainer_callback(path: str | Path | None = None, *, every: int = 50, layers: bool = False) -> Any:
@@ -34,9 +35,7 @@ def trainer_callback(path: str | Path | None = None, *, every: int = 50, layers:
     Raises:
         UserError: transformers or accelerate is not installed; what ``Monitor`` raises, when the training begins.
     """
-    tf = import_transformers()
-    if find_spec("accelerate") is None:
-        raise UserError("the Trainer of transformers needs accelerate; install it with 'pip install accelerate'")
+    tf = _import_trainer()
 
     class MonitorCallback(tf.TrainerCallback):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -74,3 +73,41 @@ def trainer_callback(path: str | Path | None = None, *, every: int = 50, layers:
             self.stack.close()
 
     return MonitorCallback()
+
+
+def attach_callback(*, group: Any = None) -> Any:
+    """A ``TrainerCallback`` that does ``attach`` in transformers' ``Trainer``: for ``Trainer(callbacks=[...])``.
+
+    For models with routers of this library (``swap_routers``, ``replace_mlp``): their bases are retracted and their
+    selection biases moved at each optimizer step, from the counts of all its micro-batches and ranks. The hooks go when
+    the training ends.
+
+    Args:
+        group: as for ``attach``.
+
+    Raises:
+        UserError: transformers or accelerate is not installed; what ``attach`` raises, when the training begins.
+    """
+    tf = _import_trainer()
+
+    class AttachCallback(tf.TrainerCallback):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.hooks = ExitStack()
+
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+        ) -> None:
+            self.hooks.close()  # of a training that failed
+            inside = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks
+            self.hooks.callback(attach(inside, model, group=group).remove)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.hooks.close()
+
+    return AttachCallback()
+
+
+def _import_trainer() -> Any:
+    if find_spec("accelerate") is None:
+        raise UserError("the Trainer of transformers needs accelerate; install it with 'pip install accelerate'")
+    return import_transformers()
