@@ -175,6 +175,38 @@ def test_mistakes_are_named(user_error):
     assert len(swapped_routers(model)) == 3
 
 
+class Normed(nn.Module):
+    """A gate that normalises its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = nn.functional.normalize(x, dim=-1) @ self.weight.T
+        return logits, *logits.softmax(-1).topk(2)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.layers = nn.ModuleList([nn.ModuleDict({"gate": Normed(), "experts": experts})])
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layers[0]["gate"](x)
+
+
+def test_a_family_whose_gate_is_no_product_is_refused(user_error):
+    model = Model()
+    swap_routers(model, init="fresh")
+    with user_error("layers.0", "Normed", "not those of one matrix"):
+        fold_routers(model)
+    with user_error("layers.0", "no linear gate"):
+        distill_to_gate(model, [{"x": torch.randn(20, 8)}])
+    assert len(swapped_routers(model)) == 1
+
+
 def test_adapters_are_merged_first(user_error):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"], init_lora_weights=False)

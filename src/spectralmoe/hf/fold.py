@@ -15,7 +15,7 @@ from spectralmoe.hf.gates import gate_of, start_from_gate
 from spectralmoe.hf.language import batch_arguments
 from spectralmoe.hf.layers import HFLayer
 from spectralmoe.hf.places import refuse_adapters, stock_layers, swapped_routers, take_out
-from spectralmoe.hf.rules import put_bias, read_rule
+from spectralmoe.hf.rules import Rule, put_bias, read_rule
 from spectralmoe.hf.structure import correction_bias, matrix_name
 from spectralmoe.layers import moe_layers, unwrapped
 from spectralmoe.router import Router
@@ -43,9 +43,8 @@ def fold_routers(model: nn.Module) -> None:
     refuse_adapters("fold_routers", stock)
     routers = {name: swapped.router for name, swapped in swapped_routers(stock).items()}
     with stock_layers(stock) as layers:
-        selectors = {name: read_rule(layer)[1] for name, layer in layers.items()}
         for name, router in routers.items():
-            if obstacle := _obstacle(router, layers[name], selectors[name]):
+            if obstacle := _obstacle(router, layers[name], *read_rule(layers[name])):
                 raise UserError(f"fold_routers: {name} {obstacle}; use distill_to_gate(model, batches)")
         for name, router in routers.items():
             _write(layers[name], router)
@@ -68,7 +67,7 @@ def distill_to_gate(model: nn.Module, batches: Iterable[Any], *, steps: int = 30
 
     Raises:
         UserError: no router was swapped; a batch of another kind, or none; a router that reads more than tokens; a
-            family whose own rule is unknown; adapters of PEFT.
+            family whose routers are no linear gates, or choose by an unknown rule; adapters of PEFT.
 
     >>> from spectralmoe.hf import swap_routers
     >>> class Gate(nn.Module):
@@ -104,12 +103,14 @@ def distill_to_gate(model: nn.Module, batches: Iterable[Any], *, steps: int = 30
     students, agreements = {}, {}
     with stock_layers(stock) as layers:
         for name, layer in layers.items():
-            spec, router = read_rule(layer)[1], routers[name]
-            if spec is None:
-                raise UserError(f"distill_to_gate: {name} chooses its experts by a rule that is not known here")
+            (rule, spec), router = read_rule(layer), routers[name]
+            if spec is None or not rule.affine:
+                raise UserError(
+                    f"distill_to_gate: the stock router of {name} is no linear gate with a choice known here"
+                )
             student = _gate_router(layer, spec, router)
             before, after = _agreement(router, student, tokens[name]), 1.0
-            if _obstacle(router, layer, spec):
+            if _obstacle(router, layer, rule, spec):
                 fit_scorer(student.scorer, tokens[name], _logits(router, tokens[name]), student.selector, steps=steps)
                 students[name], after = student, _agreement(router, student, tokens[name])
             agreements[name] = Agreement(before, after)
@@ -119,9 +120,11 @@ def distill_to_gate(model: nn.Module, batches: Iterable[Any], *, steps: int = 30
     return agreements
 
 
-def _obstacle(router: Router, layer: HFLayer, spec: dict[str, Any] | None) -> str | None:
+def _obstacle(router: Router, layer: HFLayer, rule: Rule, spec: dict[str, Any] | None) -> str | None:
     """Why no gate of the family is this router; None where one is. ``spec`` describes the family's selector."""
     scorer, selector = router.scorer, router.selector
+    if not rule.affine:
+        return f"had a {type(layer.router).__name__}, whose logits are not those of one matrix"
     if type(scorer) is not LinearScorer:
         return f"scores by {type(scorer).__name__}, which is no stock gate"
     if scorer.bias is not None and gate_of(layer).bias is None and bool(full(scorer.bias).any()):
@@ -161,10 +164,10 @@ def _put(stored: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def _tokens(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Layer -> the tokens (N, D) that its swapped router read in one run over ``batches``, without padding."""
-    layers, parts = moe_layers(model), dict[str, list[Tensor]]()
+    parts: dict[str, list[Tensor]] = {}
     with evaluation_mode(model):
         for batch in batches:
-            with Tape(layers, ("tokens",)) as tape:
+            with Tape(moe_layers(model), keep=("tokens",)) as tape:
                 model(**batch_arguments("distill_to_gate", model, batch))
             for item in tape:
                 if (tokens := item.tokens) is not None:
