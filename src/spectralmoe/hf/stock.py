@@ -46,9 +46,13 @@ class StockLayer(Recordable):
         """Whether a forward trains the stock router."""
         return self.layer.router.training and any(p.requires_grad for p in self.layer.router.parameters())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StockLayer:
+        """No copy: the hook of a copied router ends here, where it is not known."""
+        return self
+
     def see(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         """A forward hook of the router."""
-        if not self.sinks or recomputing():
+        if not self.sinks or recomputing() or router is not self.layer.router:
             return
         self.training = router.training
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -80,14 +84,13 @@ def recordable_layers(model: nn.Module) -> Iterator[dict[str, Recordable]]:
     inside = unwrapped(model)
     found = find_layers(inside)
     refuse_shared(found)
-    ours = {layer.name: part for layer in found for part in (layer.layer, layer.router) if isinstance(part, Recordable)}
-    frames, layers = Frames(inside, [layer for layer in found if layer.name not in ours]), dict[str, Recordable]()
+    frames, layers = Frames(inside, found), dict[str, Recordable]()
     with ExitStack() as hooks:
         frames.open()
         hooks.callback(frames.close)
         for layer in found:
-            if layer.name not in ours:
-                view = StockLayer(layer, frames)
-                hooks.callback(layer.router.register_forward_hook(view.see, with_kwargs=True).remove)
-            layers[layer.name] = ours.get(layer.name, view)
+            ours = next((part for part in (layer.layer, layer.router) if isinstance(part, Recordable)), None)
+            layers[layer.name] = recordable = StockLayer(layer, frames) if ours is None else ours
+            if isinstance(recordable, StockLayer):
+                hooks.callback(layer.router.register_forward_hook(recordable.see, with_kwargs=True).remove)
         yield layers
