@@ -19,6 +19,7 @@ from spectralmoe.errors import UserError, first_line
 
 __all__ = [
     "exists",
+    "flush",
     "make_folder",
     "part_folder",
     "publish",
@@ -86,10 +87,15 @@ def part_folder(parent: Path) -> Iterator[Path]:
 
 def publish(file: Path, path: Path) -> None:
     """Flush ``file`` of a part folder to disk, give it the permissions of a new file and rename it to ``path``."""
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())
+    flush(file)
     file.chmod(_mode_of_new_files(file.parent))
     file.replace(path)
+
+
+def flush(file: Path) -> None:
+    """Flush what was written to ``file`` to disk."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
 
 
 def exists(path: Path) -> bool:

@@ -25,7 +25,17 @@ from torch import Tensor
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.files import exists, make_folder, part_folder, publish, read_json, to_json, write_json, writing
 
-__all__ = ["CONFIG", "PARTS", "WEIGHTS", "is_ours", "read_model_folder", "refuse_others", "weights_file", "write_model"]
+__all__ = [
+    "CONFIG",
+    "PARTS",
+    "WEIGHTS",
+    "alone",
+    "is_ours",
+    "read_model_folder",
+    "refuse_others",
+    "weights_file",
+    "write_model",
+]
 
 CONFIG, WEIGHTS, PARTS = "config.json", "model.safetensors", "parts.safetensors"
 _NAMES = {"spectralmoe": WEIGHTS, "spectralmoe_parts": PARTS}
@@ -53,7 +63,7 @@ def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     with writing(weights), part_folder(folder) as part:
         save_file(dict(tensors), part / weights.name)
         digest = _sha256(part / weights.name)
-        with _alone(folder) as handle:
+        with alone(folder) as handle:
             replaced = refuse_others(folder)
             _finish(folder)
             try:
@@ -141,7 +151,7 @@ def _finish(folder: Path) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[int]:
+def alone(folder: Path) -> Iterator[int]:
     """A handle of ``folder`` that no other process has within the block; the system takes it from a killed one."""
     handle, patience_ends = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
     try:

@@ -173,3 +173,22 @@ def test_mistakes_are_named(user_error):
     with user_error("model.layers.0.mlp", "reads", "no gate"):
         distill_to_gate(model, [batch(model)])
     assert len(swapped_routers(model)) == 3
+
+
+def test_adapters_are_merged_first(user_error):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"], init_lora_weights=False)
+    model = peft.get_peft_model(swapped_of("mixtral"), config).eval()
+    for refused in (fold_routers, lambda model: distill_to_gate(model, [batch(model)])):
+        with user_error("PEFT", "merge_and_unload"):
+            refused(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+        inputs = batch(stock_of("mixtral"))
+        before = model(**inputs).logits
+        merged = model.merge_and_unload()
+        fold_routers(merged)
+        torch.testing.assert_close(merged(**inputs).logits, before, rtol=0, atol=1e-4)
+    assert [type(module) for module in merged.modules()] == [type(module) for module in stock_of("mixtral").modules()]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import threading
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MORE, batch, build
+from families import FAMILIES, MORE, SIZES, batch, build
 from torch import Tensor
 
 from spectralmoe import Term, attach, feed, penalty, record
@@ -231,6 +232,43 @@ def test_a_cached_step_masks_its_own_token_alone():
 
 
 @torch.no_grad()
+def test_a_router_by_itself_is_of_no_call(close):
+    model = swapped_of("mixtral")
+    inputs, x = padded(model), torch.randn(48, 32)
+    layer = next(iter(moe_layers(model).values()))
+    before = layer(x)
+    model(**inputs)
+    assert inputs["input_ids"].numel() == len(x)
+    close(layer(x)[1], before[1])
+    assert layer(x[:0])[2].shape == (0, 2)
+
+
+@torch.no_grad()
+def test_calls_of_two_threads_keep_their_masks():
+    model = swapped_of("mixtral")
+    inner, outer = {**padded(model)}, {**padded(model)}
+    inner["attention_mask"] = 1 - inner["attention_mask"].flip(0)
+    masks: dict[str, Any] = {}
+
+    def other() -> None:
+        with record(model) as tape:
+            model(**inner)
+        masks["inner"] = tape[-1].routing.mask
+
+    def between(*_: Any) -> None:
+        thread = threading.Thread(target=other)
+        handle.remove()
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[1].register_forward_pre_hook(between)
+    with record(model) as tape:
+        model(**outer)
+    assert torch.equal(tape[-1].routing.mask, outer["attention_mask"].flatten().bool())
+    assert torch.equal(masks["inner"], inner["attention_mask"].flatten().bool())
+
+
+@torch.no_grad()
 def test_feed_reaches_the_routers():
     model = swapped_of("mixtral")
     inputs = batch(model)
@@ -284,6 +322,21 @@ def test_the_rule_is_read_from_the_router(changes):
     model, inputs = copy.deepcopy(stock), batch(stock)
     swap_routers(model)
     torch.testing.assert_close(model(**inputs).logits, stock(**inputs).logits, rtol=0, atol=1e-5)
+
+
+def test_a_router_that_is_given_a_bias_by_its_layer_takes_it_once():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 8}
+    stock = transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**{**SIZES, **sizes})).eval()
+    biases = [tensor for name, tensor in stock.named_buffers() if name.endswith("correction_bias")]
+    for tensor in biases:
+        tensor.copy_(torch.rand(8))
+    model, inputs = copy.deepcopy(stock), batch(stock)
+    swap_routers(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, stock(**inputs).logits, rtol=0, atol=1e-5)
+    for layer, bias in zip(moe_layers(model).values(), biases, strict=True):
+        assert torch.equal(balanced_of(layer.router)[0].bias, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -14,7 +14,7 @@ from spectralmoe.hf.fit import Agreement, fit_scorer
 from spectralmoe.hf.gates import gate_of, start_from_gate
 from spectralmoe.hf.language import arguments
 from spectralmoe.hf.layers import HFLayer
-from spectralmoe.hf.places import stock_layers, swapped_routers, take_out
+from spectralmoe.hf.places import refuse_adapters, stock_layers, swapped_routers, take_out
 from spectralmoe.hf.rules import put_bias, read_rule
 from spectralmoe.hf.structure import correction_bias, matrix_name
 from spectralmoe.layers import moe_layers, unwrapped
@@ -37,9 +37,10 @@ def fold_routers(model: nn.Module) -> None:
 
     Raises:
         UserError: no router was swapped; one that no gate of the family equals: another scorer, another selector than
-            the family's own. ``distill_to_gate`` takes those to the nearest gate.
+            the family's own (``distill_to_gate`` takes those to the nearest gate); adapters of PEFT.
     """
     stock = unwrapped(model)
+    refuse_adapters("fold_routers", stock)
     routers = {name: swapped.router for name, swapped in swapped_routers(stock).items()}
     with stock_layers(stock) as layers:
         selectors = {name: read_rule(layer)[1] for name, layer in layers.items()}
@@ -67,9 +68,34 @@ def distill_to_gate(model: nn.Module, batches: Iterable[Any], *, steps: int = 30
 
     Raises:
         UserError: no router was swapped; a batch of another kind, or none; a router that reads more than tokens; a
-            family whose own rule is unknown.
+            family whose own rule is unknown; adapters of PEFT.
+
+    >>> from spectralmoe.hf import swap_routers
+    >>> class Gate(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = nn.Parameter(torch.randn(4, 8))
+    ...
+    ...     def forward(self, x):
+    ...         logits = x @ self.weight.T
+    ...         return logits, *logits.softmax(-1).topk(2)
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+    ...         self.layers = nn.ModuleList([nn.ModuleDict({"gate": Gate(), "experts": experts})])
+    ...
+    ...     def forward(self, inputs_embeds):
+    ...         return self.layers[0]["gate"](inputs_embeds)
+    >>> _ = torch.manual_seed(0)
+    >>> model = Model()
+    >>> _ = swap_routers(model, "cosine", init="fresh")
+    >>> agreements = distill_to_gate(model, [{"inputs_embeds": torch.randn(300, 8)}])
+    >>> agreements["layers.0"].after > 0.9 > agreements["layers.0"].before, type(model.layers[0]["gate"]).__name__
+    (True, 'Gate')
     """
     stock = unwrapped(model)
+    refuse_adapters("distill_to_gate", stock)
     routers = {name: swapped.router for name, swapped in swapped_routers(stock).items()}
     for name, router in routers.items():
         if reads := [each for part in (router.scorer, router.selector) for each in part.reads]:
@@ -135,10 +161,10 @@ def _put(stored: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def _tokens(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Layer -> the tokens (N, D) that its swapped router read in one run over ``batches``, without padding."""
-    parts: dict[str, list[Tensor]] = {}
+    layers, parts = moe_layers(model), dict[str, list[Tensor]]()
     with evaluation_mode(model):
         for batch in batches:
-            with Tape(moe_layers(model), keep=("tokens",)) as tape:
+            with Tape(layers, ("tokens",)) as tape:
                 model(**arguments(model, batch))
             for item in tape:
                 if (tokens := item.tokens) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
@@ -30,16 +30,20 @@ class Gate:
     bias: Tensor | None = None
 
 
-def gate_of(layer: HFLayer) -> Gate:
+def gate_of(layer: HFLayer, router: nn.Module | None = None) -> Gate:
     """The gate of a stock router, in fp32 (float64 stays).
+
+    Args:
+        router: a copy of the layer's router, whose gate is meant; None: the router itself.
 
     Raises:
         UserError: the router has several layers.
     """
-    name = matrix_name(layer.router, layer.num_experts)
+    router = layer.router if router is None else router
+    name = matrix_name(router, layer.num_experts)
     if name is None:
         raise UserError(f"{layer.name}: its router has several layers, and no single gate")
-    tensors = dict(layer.router.named_parameters())
+    tensors = dict(router.named_parameters())
     weight, bias = tensors[name], tensors.get(f"{name.removesuffix('weight')}bias")
     wide = torch.promote_types(weight.dtype, torch.float32)
     return Gate(full(weight).detach().to(wide), None if bias is None else full(bias).detach().to(wide))

@@ -16,7 +16,7 @@ from spectralmoe.hf.swapped import SwappedRouter, swapped_router
 from spectralmoe.layers import moe_layers
 from spectralmoe.router import Router
 
-__all__ = ["put_in", "stock_layers", "swapped_routers", "take_out"]
+__all__ = ["put_in", "refuse_adapters", "stock_layers", "swapped_routers", "take_out"]
 
 
 def put_in(model: nn.Module, routers: Mapping[HFLayer, tuple[Router, Rule]]) -> None:
@@ -64,3 +64,13 @@ def swapped_routers(model: nn.Module) -> dict[str, SwappedRouter]:
     if not routers:
         raise UserError(f"{type(model).__name__} holds no swapped router; swap_routers(model) puts them in")
     return routers
+
+
+def refuse_adapters(who: str, model: nn.Module) -> None:
+    """Refuse a model with adapters of PEFT, whose weights are not its own yet.
+
+    Raises:
+        UserError: it has some.
+    """
+    if getattr(model, "peft_config", None):
+        raise UserError(f"{who}: the model holds adapters of PEFT; merge them first, by merge_and_unload()")

@@ -41,7 +41,7 @@ def write_routers(model: nn.Module, folder: Path) -> None:
         UserError: no layer of ``model`` was swapped; a router that cannot be described.
     """
     swapped = swapped_routers(model)
-    layers = {name: describe(each.router) for name, each in swapped.items()}
+    layers = {name: {"router": describe(each.router), "gate": _digest(each)} for name, each in swapped.items()}
     tensors = {
         f"{layer}.{name}": full(value).detach().cpu().contiguous().clone()
         for layer, each in swapped.items()
@@ -53,7 +53,6 @@ def write_routers(model: nn.Module, folder: Path) -> None:
         "versions": {"torch": torch.__version__},
         "layers": layers,
         "shapes": {name: list(value.shape) for name, value in stock_tensors(model).items()},
-        "gates": {layer: _digest(each) for layer, each in swapped.items()},
         "sha256": _sha256(folder / TENSORS),
         "files": sorted({path.name for path in folder.iterdir() if path.is_file()} | {ROUTERS}),
     }
@@ -71,8 +70,11 @@ def read_routers_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / ROUTERS)
     if not isinstance(config, dict) or config.get(_KEY) != _FORMAT:
         raise UserError(f"{folder / ROUTERS} describes no routers of format {_FORMAT}, which this version reads")
-    if not all(isinstance(config.get(name), dict) for name in ("layers", "shapes", "gates")):
-        raise UserError(f"{folder / ROUTERS} lacks the layers, shapes or gates; save the model again")
+    layers, shapes = config.get("layers"), config.get("shapes")
+    if not isinstance(shapes, dict) or not isinstance(layers, dict):
+        raise UserError(f"{folder / ROUTERS} lacks the layers or the shapes of their base; save the model again")
+    if not all(isinstance(layer, dict) and layer.keys() == {"router", "gate"} for layer in layers.values()):
+        raise UserError(f"{folder / ROUTERS} describes a layer without its router and gate; save the model again")
     return config
 
 
@@ -89,18 +91,17 @@ def put_routers(model: nn.Module, folder: Path, *, allow: Sequence[str] = ()) ->
     stock, layers = unwrapped(model), {layer.name: layer for layer in find_layers(unwrapped(model))}
     other = f"the routers in {folder} belong to another model"
     refuse_differences(other, {n: value.shape for n, value in stock_tensors(stock).items()}, config["shapes"])
-    for name, digest in config["gates"].items():
+    for name, layer in config["layers"].items():
         if name not in layers or isinstance(layers[name].router, SwappedRouter):
             raise UserError(f"{other}: {name!r} is no layer here with the router of its family")
-        if _digest(layers[name].router) != digest:
+        if _digest(layers[name].router) != layer["gate"]:
             raise UserError(f"{other}: the gate of {name} has other weights (SHA-256)")
     tensors = _read_tensors(folder, config.get("sha256"))
     routers = {}
-    for name, spec in config["layers"].items():
-        prefix = f"{name}."
+    for name, layer in config["layers"].items():
+        prefix, device = f"{name}.", next(layers[name].router.parameters()).device
         values = {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
-        device = next(layers[name].router.parameters()).device
-        routers[layers[name]] = _router(f"{folder / ROUTERS}, {name}", spec, values, allow).to(device)
+        routers[layers[name]] = _router(f"{folder / ROUTERS}, {name}", layer["router"], values, allow).to(device)
     put_in(stock, {layer: (router, read_rule(layer)[0]) for layer, router in routers.items()})
 
 

@@ -11,24 +11,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.diagnostics.entropy import are_probabilities
 from spectralmoe.errors import UserError
+from spectralmoe.hf.gates import Gate, gate_of
 from spectralmoe.hf.layers import HFLayer
-from spectralmoe.hf.routing import read_returned
+from spectralmoe.hf.routing import Returned, read_returned
+from spectralmoe.hf.scores import real_logits
 from spectralmoe.hf.structure import correction_bias, matrix_name, number_of
-from spectralmoe.router import Router
 from spectralmoe.routing import EMPTY, Routing
-from spectralmoe.scorers import LinearScorer
 from spectralmoe.selectors import Balanced, Selector
 from spectralmoe.sharding import assign_
 from spectralmoe.spec import build
 
 __all__ = ["Rule", "put_bias", "read_rule"]
 
-_TOKENS, _BIAS = 64, 0.1
+_TOKENS, _BIAS, _NEAR = 64, 0.1, 1e-3
 _MOST = 0.95  # of the tokens must agree: two logits may lie within rounding of each other
 _FORMS = (
     {"logits", "weights", "indices"},
@@ -48,12 +48,14 @@ class Rule:
         sequences: whether tokens that come as (B, S, D) are returned so.
         scale: factor of the weights (``routed_scaling_factor``).
         capacity: how many tokens of a sequence an expert takes; 0: all.
+        affine: whether their logits are those of one matrix, and a bias.
     """
 
     roles: tuple[str, ...]
     sequences: bool
     scale: float = 1.0
     capacity: int = 0
+    affine: bool = True
 
     def limited(self, routing: Routing) -> Routing:
         """``routing`` without the tokens of a sequence that overrun the capacity of their expert, the last ones."""
@@ -105,102 +107,133 @@ def read_rule(layer: HFLayer) -> tuple[Rule, dict[str, Any] | None]:
     Raises:
         UserError: it returns something unknown, or needs more than tokens.
     """
-    trial = _Trial(layer)
+    trial = _try(layer)
     capacity = number_of((layer.router,), "expert_capacity") or 0
     scale = float(getattr(layer.router, "routed_scaling_factor", 1.0))
-    for spec in trial.selectors():
-        ratio = trial.ratio(spec)
-        if ratio is not None:
-            scale = scale if abs(ratio - scale) < 1e-3 * scale else ratio
-            return Rule(*trial.form(), scale, capacity), spec
-    return Rule(*trial.form(), scale, capacity), None
+    known = ((spec, ratio) for spec in _selectors(layer, trial) if (ratio := trial.ratio(spec)) is not None)
+    spec, ratio = next(known, (None, scale))
+    scale = scale if abs(ratio - scale) < _NEAR * scale else ratio
+    return Rule(trial.roles, trial.output[0].dim() == 3, scale, capacity, trial.is_affine), spec
 
 
+@dataclass(frozen=True, slots=True)
 class _Trial:
-    """Random tokens (N, D) through a copy of a stock router with random weights."""
+    """Random tokens through a copy of a stock router with random weights.
 
-    def __init__(self, layer: HFLayer) -> None:
-        self.layer, make = layer, torch.Generator().manual_seed(0)
-        self.router = layer.router_copy(torch.float32)
-        on_meta = any(tensor.is_meta for tensor in self.router.parameters())
-        self.router = self.router.to_empty(device="cpu") if on_meta else self.router.cpu()
-        for tensor in (*self.router.parameters(), *self.router.buffers()):
-            if tensor.is_floating_point():
-                tensor.copy_(_BIAS * torch.rand(tensor.shape, generator=make))
-        name = matrix_name(self.router, layer.num_experts)
-        if name is None:
-            raise UserError(f"{layer.name}: its router has several layers, and no single gate")
-        self.matrix = self.router.get_parameter(name)
-        self.matrix.copy_(torch.randn(self.matrix.shape, generator=make) * self.matrix.shape[1] ** -0.5)
-        self.bias = dict(self.router.named_parameters()).get(f"{name.removesuffix('weight')}bias")
-        more = {
-            name: _BIAS * torch.rand(value.shape, generator=make) if isinstance(value, Tensor) else value
-            for name, value in layer.more_inputs().items()
-        }
-        given = [value for value in more.values() if isinstance(value, Tensor) and value.numel() == layer.num_experts]
-        bias = correction_bias((self.router,), layer.num_experts)
-        self.selection_bias = bias if bias is not None else next(iter(given), None)
-        self.tokens = torch.randn(_TOKENS, self.matrix.shape[1], generator=make)
-        output = layer.call(self.router, self.tokens, more)
-        self.output = tuple(output) if isinstance(output, tuple | list) else (output,)
-        self.logits = F.linear(self.tokens, self.matrix, self.bias)
-        returned = read_returned(self.output, layer.num_experts, lambda: self.logits, layer.top_k)
-        if returned is None or {*self.form()[0]} not in _FORMS:
-            kinds = ", ".join(f"{tuple(each.shape)}" if isinstance(each, Tensor) else "?" for each in self.output)
-            raise UserError(
-                f"{layer.name} ({type(layer.layer).__name__}) is of a model family whose routers cannot be swapped: "
-                f"they return {kinds}, not logits, weights and indices"
-            )
-        self.k = returned.indices.shape[1]
-        gates = torch.zeros(_TOKENS, layer.num_experts + 1)
-        places = torch.where(returned.indices < 0, layer.num_experts, returned.indices)
-        self.gates = gates.scatter(1, places, returned.weights)[:, :-1]
+    Attributes:
+        tokens: (N, D).
+        gate: of the copy.
+        bias: its selection bias (E,); None without.
+        output: what it returned.
+        roles: of the parts of the output.
+        returned: the output by role.
+    """
 
-    def form(self) -> tuple[tuple[str, ...], bool]:
-        """The roles of what was returned, "" for what is unknown, and whether it came in sequences."""
-        size, roles = self.layer.num_experts, []
-        chosen = any(not part.is_floating_point() for part in self.output)
-        wide = [part for part in self.output if part.is_floating_point() and part.shape[-1] == size]
-        nearest = min(
-            wide, key=lambda part: float((part.reshape_as(self.logits) - self.logits).abs().max()), default=None
-        )
-        for part in self.output:
-            if not part.is_floating_point():
-                roles.append("mask" if part.shape[-1] == size != self.layer.top_k else "indices")
-            elif nearest is not None and part is nearest:
-                roles.append("probabilities" if are_probabilities(part.flatten(0, -2)) else "logits")
-            else:
-                roles.append("weights" if chosen else "gates")
-        return tuple(roles), self.output[0].dim() == 3
+    tokens: Tensor
+    gate: Gate
+    bias: Tensor | None
+    output: tuple[Tensor, ...]
+    roles: tuple[str, ...]
+    returned: Returned
 
-    def selectors(self) -> Iterator[dict[str, Any]]:
-        """The specs of the choices and weights that are known."""
-        parts = (self.layer.router, self.layer.layer)
-        groups = number_of(parts, "num_group", "n_group") or 1
-        groups_on = number_of(parts, "topk_group") or groups
-        for score in ("softmax", "sigmoid"):
-            for normalize in (False, True) if self.k > 1 else (False,):
-                kind = "topk" if self.selection_bias is None else "balanced"
-                plain = {"type": kind, "k": self.k, "score": score, "normalize": normalize}
-                if groups_on == groups:
-                    yield plain
-                for counted in (2, 1) if groups_on < groups else ():
-                    limit = {"groups": groups, "groups_on": groups_on, "counted": counted}
-                    yield {"type": "group_limited", "selector": plain, **limit}
+    @property
+    def logits(self) -> Tensor:
+        """The real logits (N, E) that it returned, up to a shift of each token."""
+        return real_logits(self.returned.logits, "probabilities" in self.roles)
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the logits are those of the gate, up to a shift of each token."""
+        gates = F.linear(self.tokens, self.gate.weight, self.gate.bias)
+        off = (self.logits - self.logits.mean(-1, keepdim=True)) - (gates - gates.mean(-1, keepdim=True))
+        return bool(off.abs().max() < _NEAR * gates.abs().max())
 
     def ratio(self, spec: dict[str, Any]) -> float | None:
         """By what the weights of this selector must be multiplied to be those returned; None where they differ."""
-        with torch.random.fork_rng(devices=[]):
-            scorer = LinearScorer(*reversed(self.matrix.shape), bias=self.bias is not None)
         try:
-            router = Router(scorer, build(spec))
-        except UserError:
+            selector: Selector = build(spec)
+            selector.bind(len(self.gate.weight))
+        except UserError:  # it cannot be for these sizes
             return None
-        scorer.weight.copy_(self.matrix)
-        if scorer.bias is not None and self.bias is not None:
-            scorer.bias.copy_(self.bias)
-        put_bias(router.selector, self.selection_bias)
-        gates = router(self.tokens).gates()
-        ratio = float(self.gates.sum() / gates.sum())
-        agree = (gates * ratio - self.gates).abs().amax(-1) < 1e-3 * self.gates.amax(-1)
+        put_bias(selector, self.bias)
+        logits, indices = self.logits, selector.choose(self.logits)
+        ours = Routing(logits, selector.weigh(logits, indices), indices).gates()
+        theirs = Routing(logits, self.returned.weights, self.returned.indices).gates()
+        ratio = float(theirs.sum() / ours.sum())
+        agree = (ours * ratio - theirs).abs().amax(-1) < _NEAR * theirs.amax(-1)
         return ratio if float(agree.float().mean()) >= _MOST else None
+
+
+def _try(layer: HFLayer) -> _Trial:
+    """Try the router of ``layer``."""
+    make = torch.Generator().manual_seed(0)
+    router = _random_copy(layer, make)
+    gate = gate_of(layer, router)
+    more = {
+        name: _BIAS * torch.rand(value.shape, generator=make) if isinstance(value, Tensor) else value
+        for name, value in layer.more_inputs().items()
+    }
+    given = [value for value in more.values() if isinstance(value, Tensor) and value.numel() == layer.num_experts]
+    bias = correction_bias((router,), layer.num_experts)
+    tokens = torch.randn(_TOKENS, gate.weight.shape[1], generator=make)
+    output = layer.call(router, tokens, more)
+    parts = tuple(output) if isinstance(output, tuple | list) else (output,)
+    logits = F.linear(tokens, gate.weight, gate.bias)
+    returned = read_returned(parts, layer.num_experts, lambda: logits, layer.top_k)
+    roles = _roles(parts, logits, layer.top_k)
+    if returned is None or {*roles} not in _FORMS:
+        kinds = ", ".join(f"{tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__ for each in parts)
+        raise UserError(
+            f"{layer.name} ({type(layer.layer).__name__}) is of a model family whose routers cannot be swapped: they "
+            f"return {kinds}, not logits, weights and indices"
+        )
+    return _Trial(tokens, gate, bias if bias is not None else next(iter(given), None), parts, roles, returned)
+
+
+def _random_copy(layer: HFLayer, make: torch.Generator) -> nn.Module:
+    """A copy of the router with other weights, on the CPU: logits of unit variance, small biases."""
+    router = layer.router_copy(torch.float32)
+    on_meta = any(tensor.is_meta for tensor in router.parameters())
+    router = router.to_empty(device="cpu") if on_meta else router.cpu()
+    matrix = matrix_name(router, layer.num_experts)
+    for name, tensor in (*router.named_parameters(), *router.named_buffers()):
+        if name == matrix:
+            tensor.copy_(torch.randn(tensor.shape, generator=make) * tensor.shape[1] ** -0.5)
+        elif tensor.is_floating_point():
+            tensor.copy_(_BIAS * torch.rand(tensor.shape, generator=make))
+    return router
+
+
+def _roles(parts: tuple[Any, ...], logits: Tensor, k: int | None) -> tuple[str, ...]:
+    """The roles of what a router returned, "" for what is unknown; ``logits`` (N, E) are those of its gate."""
+    if not all(isinstance(part, Tensor) for part in parts):
+        return ("",)
+    size, roles = logits.shape[1], []
+    floats = [part for part in parts if part.is_floating_point()]
+    wide = [part for part in floats if part.numel() == logits.numel() and part.shape[-1] == size]
+    off = [float((part.reshape_as(logits) - logits).abs().max()) for part in wide]
+    nearest = wide[off.index(min(off))] if wide else None
+    for part in parts:
+        if not part.is_floating_point():
+            roles.append("mask" if part.shape[-1] == size != k else "indices")
+        elif nearest is not None and part is nearest:
+            roles.append("probabilities" if are_probabilities(part.reshape_as(logits)) else "logits")
+        else:
+            roles.append("weights" if len(floats) < len(parts) else "gates")
+    return tuple(roles)
+
+
+def _selectors(layer: HFLayer, trial: _Trial) -> Iterator[dict[str, Any]]:
+    """The specs of the choices and weights that are known."""
+    parts, k = (layer.router, layer.layer), trial.returned.indices.shape[1]
+    groups = number_of(parts, "num_group", "n_group") or 1
+    groups_on = number_of(parts, "topk_group") or groups
+    kind = "topk" if trial.bias is None else "balanced"
+    for score in ("softmax", "sigmoid"):
+        for normalize in (False, True) if k > 1 else (False,):
+            plain = {"type": kind, "k": k, "score": score, "normalize": normalize}
+            if groups_on == groups:
+                yield plain
+            for counted in (2, 1) if groups_on < groups else ():
+                limit = {"groups": groups, "groups_on": groups_on, "counted": counted}
+                yield {"type": "group_limited", "selector": plain, **limit}

@@ -111,7 +111,6 @@ def swap_routers(
         UserError: no experts in the model, or routers of an unknown form; a pattern that matches nothing; a router that
             was swapped before; a scorer that cannot start as asked.
 
-    >>> from types import SimpleNamespace
     >>> class Gate(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
@@ -135,7 +134,7 @@ def swap_routers(
     read = {} if calibration is None else _calibrate(model, chosen, calibration)
     routers: dict[HFLayer, tuple[Router, Rule]] = {}
     for layer, (rule, own) in zip(chosen, rules, strict=True):
-        made = _make_scorer(layer, scorer, init, read.get(layer.name))
+        made = _make_scorer(layer, rule, scorer, init, read.get(layer.name))
         router = _make_router(layer, made, rule, own if selector is None else selector)
         if init == "fit":
             _fit(router, read.get(layer.name))
@@ -164,7 +163,7 @@ def _choose(found: Sequence[HFLayer], pattern: str) -> list[HFLayer]:
     return chosen
 
 
-def _make_scorer(layer: HFLayer, scorer: ScorerLike, init: Init, read: _Read | None) -> Scorer:
+def _make_scorer(layer: HFLayer, rule: Rule, scorer: ScorerLike, init: Init, read: _Read | None) -> Scorer:
     """A scorer for the tokens and experts of ``layer``, started as asked."""
     gate = gate_of(layer)
     num_experts, dim = gate.weight.shape
@@ -180,8 +179,8 @@ def _make_scorer(layer: HFLayer, scorer: ScorerLike, init: Init, read: _Read | N
         made = build(spec, allow=own_names(scorer), sizes={"dim": dim, "num_experts": num_experts})
     made.to(gate.weight.device, gate.weight.dtype)
     tokens = None if read is None else read.tokens
-    if init == "from_gate" and not start_from_gate(made, gate, tokens=tokens, tempered=tempered):
-        beside = "" if gate.bias is None else ", which has a bias"
+    if init == "from_gate" and not (rule.affine and start_from_gate(made, gate, tokens=tokens, tempered=tempered)):
+        beside = ", which has a bias" if gate.bias is not None else "" if rule.affine else ", which is no matrix alone"
         raise UserError(
             f"swap_routers: {type(made).__name__} cannot start from the gate of {layer.name}{beside}; say "
             'init="fit" with a calibration, or init="fresh"'

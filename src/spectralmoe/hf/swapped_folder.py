@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 from torch import nn
 
 from spectralmoe.errors import UserError, first_line
-from spectralmoe.files import exists, make_folder, part_folder, writing
+from spectralmoe.files import exists, flush, make_folder, part_folder, writing
 from spectralmoe.hf.load import import_transformers, load_stock, quiet
-from spectralmoe.hf.places import swapped_routers
+from spectralmoe.hf.places import refuse_adapters, swapped_routers
 from spectralmoe.hf.router_files import ROUTERS, put_routers, read_routers_config, stock_tensors, write_routers
 from spectralmoe.layers import unwrapped
 from spectralmoe.manifold import warn_off_manifold
+from spectralmoe.model_folder import alone
+from spectralmoe.sharding import full
 
 __all__ = ["load_swapped", "save_swapped"]
 
@@ -26,7 +29,7 @@ def save_swapped(model: nn.Module, folder: str | Path) -> None:
     The folder is what ``save_pretrained`` writes of the model with the gates that it had before the swap, so
     ``from_pretrained`` and other engines load that base model. ``load_swapped`` loads the swapped one. The folder
     appears whole or not at all; one that ``save_swapped`` wrote before is replaced, and what others have put there (a
-    tokenizer) stays.
+    tokenizer) stays. A sharded model is gathered first: every rank must call, and writes the same.
 
     Raises:
         UserError: no layer of the model was swapped; it is no model of transformers, or holds adapters of PEFT; the
@@ -35,7 +38,7 @@ def save_swapped(model: nn.Module, folder: str | Path) -> None:
     stock, target = _saveable(model), Path(folder)
     swapped_routers(stock)
     warn_off_manifold(stock)
-    others = _files_of_others(target)
+    _files_of_others(target)
     target = target.resolve()
     make_folder(target.parent)
     with writing(target / ROUTERS), part_folder(target.parent) as part:
@@ -43,13 +46,16 @@ def save_swapped(model: nn.Module, folder: str | Path) -> None:
         new.mkdir()
         with quiet():
             try:
-                stock.save_pretrained(new, state_dict=stock_tensors(stock))
+                stock.save_pretrained(new, state_dict={name: full(v) for name, v in stock_tensors(stock).items()})
             except ValueError as error:  # a quantised model that cannot be written
                 raise UserError(f"transformers cannot save this model ({first_line(error)})") from error
         write_routers(stock, new)
-        for path in others:
-            (shutil.copytree if path.is_dir() else shutil.copy2)(path, new / path.name)
-        _exchange(target, new, part / "old")
+        for path in new.iterdir():
+            flush(path)
+        with alone(target.parent):
+            for path in _files_of_others(target):
+                _link(path, new / path.name)
+            _exchange(target, new, part / "old")
 
 
 def load_swapped(folder: str | Path, *, base: nn.Module | str | Path | None = None, allow: Sequence[str] = ()) -> Any:
@@ -87,11 +93,21 @@ def _exchange(target: Path, new: Path, old: Path) -> None:
 def _saveable(model: nn.Module) -> Any:
     """The model of transformers that ``model`` is or wraps."""
     stock = unwrapped(model)
-    if getattr(stock, "peft_config", None):
-        raise UserError("save_swapped: the model holds adapters of PEFT; merge them first, by merge_and_unload()")
+    refuse_adapters("save_swapped", stock)
     if not isinstance(stock, import_transformers().PreTrainedModel):
         raise UserError(f"save_swapped: {type(stock).__name__} is no model of transformers; use save(model, folder)")
     return stock
+
+
+def _link(path: str | Path, copy: str | Path) -> None:
+    """Give a file or folder a second place, without a copy of the bytes where the file system can."""
+    if Path(path).is_dir():
+        shutil.copytree(path, copy, copy_function=_link)
+        return
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copy2(path, copy)
 
 
 def _files_of_others(target: Path) -> list[Path]:
