@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from accelerate import Accelerator
 from families import ELEVEN, build
 from torch import nn
 from torch.nn import functional as F
@@ -193,6 +195,20 @@ def test_what_would_be_lost_is_an_error(user_error):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_accelerate_accumulates_what_one_batch_is(close):
+    gradients = []
+    for size in (2, 4):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4 // size)
+        model = mixtral()
+        with add_terms(model, LINEAR):
+            prepared = accelerator.prepare(model)
+            for start in range(0, 4, size):
+                with accelerator.accumulate(prepared):
+                    accelerator.backward(prepared(**batch_of(sequences(4)[start : start + size])).loss)
+        gradients.append(gradient(model))
+    close(*gradients)
+
+
 def test_label_smoothing_is_an_error(tmp_path, user_error):
     model = mixtral()
     with add_terms(model, LINEAR), user_error("no loss"):
@@ -215,6 +231,19 @@ def test_two_models_are_apart(close):
         assert torch.equal(two(**inputs).loss, plain)
         assert not added.last
         close(one(**inputs).loss - plain, plain_penalty(two, inputs, LINEAR).detach())
+
+
+def test_a_copy_is_without_them(user_error):
+    model, inputs = mixtral(), batch_of(sequences(2))
+    plain = model(**inputs).loss
+    with add_terms(model, LINEAR) as added:
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(**inputs).loss, plain)
+        assert not added.last
+        assert not torch.equal(model(**inputs).loss, plain)
+        with user_error("DataParallel", "torchrun"):
+            model._replicate_for_data_parallel()(**inputs)
+    twin(**inputs).loss.backward()
 
 
 def test_checkpointing_changes_no_gradient(close):

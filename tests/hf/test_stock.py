@@ -18,6 +18,7 @@ from stock_model import StockLayer
 from torch.nn import functional as F
 
 from spectralmoe import Term, attach, feed, penalty, record
+from spectralmoe.hf import swap_routers
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.regularizers import load_balance, router_z, spectral_norm
@@ -151,6 +152,22 @@ def test_what_needs_another_router_says_so(user_error):
     model.model.layers[1].mlp.gate = model.model.layers[0].mlp.gate
     with user_error("share one router"), record(model):
         pass
+
+
+def test_layers_that_were_swapped_are_recorded_beside_the_others(close):
+    model = FAMILIES["mixtral"]().train()
+    with record(model) as stock:
+        model(**padded(model))
+    swap_routers(model, layers="model.layers.[01].*")
+    with record(model, terms=TERMS) as tape:
+        model(**padded(model))
+    assert [item.name for item in tape] == [item.name for item in stock]
+    assert [item.router is None for item in tape] == [False, False, True]
+    for one, two in zip(tape, stock, strict=True):
+        close(one.routing.weights, two.routing.weights)
+        close(one.routing.scores[one.routing.mask], two.routing.scores[two.routing.mask])
+    penalty(tape, TERMS)[0].backward()
+    assert all(bool((item.matrix.grad != 0).any()) for item in tape)
 
 
 def test_two_models_are_apart():

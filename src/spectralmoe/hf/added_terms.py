@@ -52,6 +52,10 @@ class AddedTerms:
                 stack.callback(handle.remove)
             self._hooks = stack.pop_all()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AddedTerms:
+        """No copy: the hooks of a copied model end here, where it is not known."""
+        return self
+
     def __enter__(self) -> AddedTerms:
         return self
 
@@ -69,7 +73,12 @@ class AddedTerms:
         self._tape = None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if recomputing():
+        if getattr(module, "_is_replica", False):
+            raise UserError(
+                "add_terms: DataParallel runs copies of the model, which it cannot follow; run one process for each "
+                "device (torchrun, accelerate launch), or show this one a single device"
+            )
+        if recomputing() or module is not self._module:
             return None
         self._seal()  # of a forward that failed
         if not module.training or not torch.is_grad_enabled():
@@ -80,7 +89,7 @@ class AddedTerms:
         return (args, {**kwargs, "output_router_logits": False}) if quiet else None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if recomputing() or self._tape is None:
+        if recomputing() or self._tape is None or module is not self._module:
             return None
         value, self.last = penalty(self._tape, self.terms, step=self.step)
         self._seal()
