@@ -13,16 +13,13 @@ from spectralmoe.data import text_sources
 from spectralmoe.data.text_data import TEXT_PARTS, load_text, part_of
 from spectralmoe.data.text_sources import SECTION, TEXTS, read_path, read_text
 
-WORDS = {
-    "prose": ["the", "cat", "sat", "on", "a", "mat", "and", "slept"],
-    "code": ["def", "x", "(", ")", ":", "return", "1"],
-}
+PROSE, CODE = ["the", "cat", "sat", "on", "a", "mat", "and", "slept"], ["def", "x", "(", ")", ":", "return", "1"]
 
 
 def write_corpus(root, files=120, words=40):
     """Subfolders "prose" and "code" with ``files`` documents each, all different."""
     draw = random.Random(shifted(0))
-    for domain, vocabulary in WORDS.items():
+    for domain, vocabulary in (("prose", PROSE), ("code", CODE)):
         (root / domain).mkdir(parents=True)
         for i in range(files):
             text = " ".join(draw.choice(vocabulary) for _ in range(words))
@@ -54,6 +51,7 @@ def test_a_document_stays_in_its_part_whatever_it_is_read_with(tmp_path):
     (tmp_path / "a" / "verse" / "1.txt").write_text("another domain")
     later = load_text(str(tmp_path / "a"))
     assert later.domains == ("code", "prose", "verse")
+    assert of(load_text(later.name.removeprefix("text:"))) == of(later)
     assert of(later).items() > alone.items()
     mixed = load_text(f"pydoc+{tmp_path / 'a'}")
     assert mixed.domains == ("a", "pydoc")

@@ -197,7 +197,7 @@ def test_routers_are_compared_on_text_from_a_folder(tmp_path, capsys):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{part}{i}.txt").write_text(document.text)
     line = (
-        f"compare --data text:{tmp_path / 'texts'} --routers linear,sr-moe,dense --depths 1 --seeds 1 --epochs 1 "
+        f"compare --data text:{tmp_path / 'texts'} --routers linear,dense --depths 1 --seeds 1 --epochs 1 "
         f"--experts 4 --train-size 60 --vocab 280 --processes 1 --set text.length=16 --set text.heads=2 "
         f"--set network.width=16 --set network.hidden=8 --out {tmp_path / 'out'}"
     )
@@ -206,12 +206,12 @@ def test_routers_are_compared_on_text_from_a_folder(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "bits/byte prose" in shown
     results = read_json(tmp_path / "out" / "results.json")
-    linear, sr_moe, dense = results["cells"]
-    for cell in (linear, sr_moe, dense):
+    linear, dense = results["cells"]
+    for cell in (linear, dense):
         assert 1 < cell["bits_per_byte"] < 9
         assert cell["bits_per_byte_code"] != cell["bits_per_byte_prose"]
         assert cell["per_second"] > 0
-    assert linear["active_parameters"] == sr_moe["active_parameters"] < linear["parameters"]
+    assert linear["active_parameters"] < linear["parameters"]
     assert abs(dense["active_parameters"] - linear["active_parameters"]) == 3 * 16
     assert dense["active_parameters"] == dense["parameters"]
     assert 0 <= linear["noise_flips"] <= 1
@@ -221,6 +221,5 @@ def test_routers_are_compared_on_text_from_a_folder(tmp_path, capsys):
     vocabulary = Vocabulary.of_json(meta.vocabulary)
     tokens = torch.tensor([vocabulary.encode("the cat")])
     assert vocabulary.decode(model.generate(tokens, 5)[0].tolist()).startswith("the cat")
-    assert run([*line.split()[:-1], str(tmp_path / "out")]) == 0  # nothing is left to do
     task = open_task(parse(CompareSettings, results["settings"], "again").run_of(CompareSettings().cells()[0]))
     assert task.metric.key == "bits_per_byte"

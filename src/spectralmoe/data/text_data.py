@@ -25,6 +25,7 @@ class TextData:
     """Documents in three disjoint parts; ``notes`` says how they were read.
 
     Attributes:
+        name: "text:" and what ``load_text`` reads, whatever the current folder is then.
         domains: names of the domains, sorted.
         parts: part -> its documents, domain by domain.
 
@@ -75,7 +76,8 @@ def load_text(name: str, data_dir: Path | None = None) -> TextData:
                 "30 fill all parts"
             )
     notes = tuple(note for source in sources for note in source.notes)
-    return TextData(f"text:{name}", domains, parts, notes)
+    whole_names = [each if each in TEXTS else str(Path(each).expanduser().resolve()) for each in names]
+    return TextData(f"text:{'+'.join(whole_names)}", domains, parts, notes)
 
 
 def part_of(text: str) -> TextPart:

@@ -160,10 +160,10 @@ class CausalAttention(nn.Module):
         q, k = rotated(q, before), rotated(k, before)
         if cache is not None:
             k, v = cache.add(self, k, v)
-        sees = (
-            None if not before else torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(before)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=sees is None)
+        length, seen, sees = q.shape[2], k.shape[2], None
+        if before and length > 1:  # a single token sees all before it
+            sees = torch.ones(length, seen, dtype=torch.bool, device=x.device).tril(before)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=not before)
         joined: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return joined
 

@@ -225,8 +225,8 @@ SWIGLU = {"type": "feed_forward", "activation": "swiglu"}
 
 def token_losses(model: nn.Module, windows: Windows) -> Tensor:
     """Negative log-likelihood of each predicted token in nats: (B, S) fp32."""
-    logits = model(windows.tokens[:, :-1]).float()
-    return F.cross_entropy(logits.transpose(1, 2), windows.tokens[:, 1:], reduction="none")
+    logits, targets = model(windows.tokens[:, :-1]).float(), windows.tokens[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def _metric_of(domain: str) -> Metric:

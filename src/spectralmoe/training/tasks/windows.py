@@ -41,9 +41,10 @@ class Windows:
 def cut_windows(documents: Sequence[Document], domains: Sequence[str], vocabulary: Vocabulary, length: int) -> Windows:
     """Windows of ``length`` + 1 tokens, each beginning with the last token of the one before, through all documents."""
     encoded = vocabulary.encode_all([document.text for document in documents])
-    tokens = np.fromiter((token for one in encoded for token in (SEPARATOR, *one)), np.int32)
-    places = [domains.index(document.domain) for document in documents]
-    owner = np.repeat(np.array(places, np.int16), [1 + len(one) for one in encoded])
+    separator = np.array([SEPARATOR], np.int32)
+    tokens = np.concatenate([part for one in encoded for part in (separator, one)])
+    places = np.array([domains.index(document.domain) for document in documents], np.int16)
+    owner = np.repeat(places, [1 + len(one) for one in encoded])
     count = max(len(tokens) - 1, 0) // length
     inside = torch.arange(count)[:, None] * length + torch.arange(length + 1)
     return Windows(torch.from_numpy(tokens)[inside], torch.from_numpy(owner)[inside[:, 1:]])
