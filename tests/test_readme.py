@@ -95,7 +95,6 @@ def test_instrument_examples_run(number, capsys, tmp_path, monkeypatch):
         "docs/vision.md",
         "docs/llm.md",
         "docs/inspect.md",
-        "docs/llm.md",
         "docs/architecture.md",
         "CONTRIBUTING.md",
     ],
