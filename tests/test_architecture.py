@@ -61,7 +61,7 @@ ONLY_IN = {
     "timm": {"vision/model.py"},
     "transformers": {"hf/load.py", "bench/peers/transformers.py"},
     "tokenizers": {"data/vocabulary.py"},
-    "peft": {"hf/lora.py"},
+    "peft": {"hf/training/lora.py"},
     "huggingface_hub": {"saving/hub.py"},
     "matplotlib": {"draw/figure.py"},
 }

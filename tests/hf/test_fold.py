@@ -13,7 +13,7 @@ from torch import nn
 
 from spectralmoe import record
 from spectralmoe.hf import distill_to_gate, fold_routers, swap_routers
-from spectralmoe.hf.places import swapped_routers
+from spectralmoe.hf.routers.places import swapped_routers
 from spectralmoe.layers import moe_layers
 from spectralmoe.selectors import Balanced
 

@@ -18,8 +18,8 @@ from torch import nn
 
 from spectralmoe import LinearScorer
 from spectralmoe.hf import load_swapped, load_transformers, save_swapped, swap_routers
-from spectralmoe.hf.places import swapped_routers
-from spectralmoe.hf.swapped import SwappedRouter
+from spectralmoe.hf.routers.places import swapped_routers
+from spectralmoe.hf.routers.swapped import SwappedRouter
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError
-from spectralmoe.hf.fit import Agreement, fit_scorer
-from spectralmoe.hf.gates import gate_of, start_from_gate
 from spectralmoe.hf.language import batch_arguments
 from spectralmoe.hf.layers import HFLayer
-from spectralmoe.hf.places import refuse_adapters, stock_layers, swapped_routers, take_out
-from spectralmoe.hf.rules import Rule, put_bias, read_rule
+from spectralmoe.hf.routers.fit import Agreement, fit_scorer
+from spectralmoe.hf.routers.gates import gate_of, start_from_gate
+from spectralmoe.hf.routers.places import refuse_adapters, stock_layers, swapped_routers, take_out
+from spectralmoe.hf.routers.rules import Rule, put_bias, read_rule
 from spectralmoe.hf.structure import correction_bias, matrix_name
 from spectralmoe.layers import moe_layers, unwrapped
 from spectralmoe.router import Router

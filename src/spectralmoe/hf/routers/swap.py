@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.hf.fit import fit_scorer
-from spectralmoe.hf.gates import gate_of, start_from_gate
 from spectralmoe.hf.language import batch_arguments
 from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
-from spectralmoe.hf.places import put_in, take_out
-from spectralmoe.hf.rules import Rule, put_bias, read_rule
-from spectralmoe.hf.swapped import SwappedRouter
+from spectralmoe.hf.routers.fit import fit_scorer
+from spectralmoe.hf.routers.gates import gate_of, start_from_gate
+from spectralmoe.hf.routers.places import put_in, take_out
+from spectralmoe.hf.routers.rules import Rule, put_bias, read_rule
+from spectralmoe.hf.routers.swapped import SwappedRouter
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.layers import layer_name
 from spectralmoe.naming import own_names, read_part
@@ -27,7 +27,7 @@ from spectralmoe.scorers import Scorer
 from spectralmoe.selectors import Selector
 from spectralmoe.spec import build
 
-__all__ = ["Swapped", "swap_routers"]
+__all__ = ["Init", "Swapped", "swap_routers"]
 
 Init = Literal["from_gate", "fit", "fresh"]
 _INITS = ("from_gate", "fit", "fresh")

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from spectralmoe.errors import UserError, first_line, refuse_differences
 from spectralmoe.files import exists, read_json, write_json
 from spectralmoe.hf.layers import find_layers
-from spectralmoe.hf.places import put_in, swapped_routers
-from spectralmoe.hf.rules import read_rule
-from spectralmoe.hf.swapped import SwappedRouter
+from spectralmoe.hf.routers.places import put_in, swapped_routers
+from spectralmoe.hf.routers.rules import read_rule
+from spectralmoe.hf.routers.swapped import SwappedRouter
 from spectralmoe.layers import unwrapped
 from spectralmoe.router import Router
 from spectralmoe.sharding import full

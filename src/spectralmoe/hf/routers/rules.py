@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from spectralmoe.diagnostics.entropy import are_probabilities
 from spectralmoe.errors import UserError
-from spectralmoe.hf.gates import Gate, gate_of
 from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.routers.gates import Gate, gate_of
 from spectralmoe.hf.routing import Returned, read_returned
 from spectralmoe.hf.scores import real_logits
 from spectralmoe.hf.structure import correction_bias, matrix_name, number_of

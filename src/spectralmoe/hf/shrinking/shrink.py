@@ -18,10 +18,10 @@ from spectralmoe.compression.edit import whole_number
 from spectralmoe.compression.merge import group_by_affinity
 from spectralmoe.compression.prune import most_salient
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.hf.calibration import Batches, Calibration
 from spectralmoe.hf.layers import HFLayer, find_layers
 from spectralmoe.hf.load import import_transformers
-from spectralmoe.hf.smaller import Cluster, with_clusters
+from spectralmoe.hf.shrinking.calibration import Batches, Calibration
+from spectralmoe.hf.shrinking.smaller import Cluster, with_clusters
 from spectralmoe.layers import unwrapped
 from spectralmoe.recording import Recordable
 from spectralmoe.sharding import is_sharded

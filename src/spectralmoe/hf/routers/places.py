@@ -11,8 +11,8 @@ from spectralmoe.errors import UserError
 from spectralmoe.hf.calls import Calls
 from spectralmoe.hf.frames import stack_around
 from spectralmoe.hf.layers import HFLayer, find_layers
-from spectralmoe.hf.rules import Rule
-from spectralmoe.hf.swapped import SwappedRouter, swapped_router
+from spectralmoe.hf.routers.rules import Rule
+from spectralmoe.hf.routers.swapped import SwappedRouter, swapped_router
 from spectralmoe.layers import moe_layers
 from spectralmoe.router import Router
 

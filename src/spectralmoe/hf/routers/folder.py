@@ -13,8 +13,8 @@ from torch import nn
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.files import exists, flush, make_folder, part_folder, writing
 from spectralmoe.hf.load import import_transformers, load_stock, quiet
-from spectralmoe.hf.places import refuse_adapters, swapped_routers
-from spectralmoe.hf.router_files import ROUTERS, put_routers, read_routers_config, stock_tensors, write_routers
+from spectralmoe.hf.routers.files import ROUTERS, put_routers, read_routers_config, stock_tensors, write_routers
+from spectralmoe.hf.routers.places import refuse_adapters, swapped_routers
 from spectralmoe.layers import unwrapped
 from spectralmoe.manifold import warn_off_manifold
 from spectralmoe.model_folder import alone

@@ -11,7 +11,7 @@ import torch
 
 from spectralmoe.errors import UserError
 from spectralmoe.hf.language import TransformersModel
-from spectralmoe.hf.text_windows import Passages, Windows, bits_per_byte, cut_windows, hold_out
+from spectralmoe.hf.training.text_windows import Passages, Windows, bits_per_byte, cut_windows, hold_out
 
 __all__ = ["Corpus", "read_corpus"]
 

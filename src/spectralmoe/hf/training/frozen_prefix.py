@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.hf.text_windows import Windows
+from spectralmoe.hf.training.text_windows import Windows
 
 __all__ = ["after_prefix", "check_prefix", "without_prefix"]
 
