@@ -127,6 +127,8 @@ def upcycle(
                 calibration=calibration or None,
                 seed=seed,
             )
+        if moe.device.type == "cpu":  # as load_transformers: the grouped kernel refuses some widths there
+            moe.set_experts_implementation("eager")
         progress("writing", 0.7)
         save_stock(moe, loaded.tokenizer, out)
     result = {

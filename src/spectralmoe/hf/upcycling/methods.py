@@ -36,13 +36,11 @@ class Method:
         expert: (MLP, e, number, draw) -> expert e; the number is the ratio or the granularity.
         ratio: the usual ratio; None where it takes none.
         splits: experts are shards, as many of a copy as the granularity says.
-        equal: the model computes at step 0 what the dense one does.
     """
 
     expert: Callable[[Mlp, int, float, torch.Generator], Mlp]
     ratio: float | None = None
     splits: bool = False
-    equal: bool = False
 
 
 def copy(mlp: Mlp, e: int, _: float, draw: torch.Generator) -> Mlp:
@@ -74,10 +72,10 @@ def virtual(mlp: Mlp, e: int, granularity: float, draw: torch.Generator) -> Mlp:
 
 
 METHODS = {
-    "copy": Method(copy, equal=True),
+    "copy": Method(copy),
     "drop": Method(drop, ratio=0.5),
     "noise": Method(noise, ratio=0.1),
-    "virtual": Method(virtual, splits=True, equal=True),
+    "virtual": Method(virtual, splits=True),
 }
 
 

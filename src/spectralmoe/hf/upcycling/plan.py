@@ -46,10 +46,10 @@ def router_notes(method: str, k: int) -> list[str]:
     """What the caller should know of the gradient that the router gets, a sentence each."""
     if k == 1:
         return ["with k=1 a token's only weight is 1, so the router never gets a gradient from the task; use k >= 2"]
-    if METHODS[method].equal:
+    if method == "copy":
         return [
-            f"method {method!r} makes experts that are alike, so the router gets no gradient from the task until "
-            "training has moved them apart; method 'drop' or 'noise' makes them differ"
+            "method 'copy' makes experts that are alike, so the router gets no gradient from the task until training "
+            "has moved them apart; method 'drop' or 'noise' makes them differ"
         ]
     return []
 
