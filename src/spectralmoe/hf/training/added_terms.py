@@ -124,7 +124,8 @@ def add_terms(model: nn.Module, terms: Mapping[str, Term], *, into: Literal["los
     reads no tokens (the spectral terms of the matrix). A term of the statistics of a batch (``load_balance``,
     ``importance_cv2``, the spectral terms of the gates) is not linear in them: it asks each micro-batch to be balanced,
     which is more than that all together are. Without ``num_items_in_batch`` the penalty counts whole: divide the loss
-    by the number of micro-batches, as accelerate's ``accumulate`` does.
+    by the number of micro-batches, as accelerate's ``accumulate`` does. The Trainer does so too for a model with
+    ``accepts_loss_kwargs = False``, which one needs whose loss pays no heed to M (Switch).
 
     **The model's own balance loss.** With a term of balance (``load_balance``, ``importance_cv2``), calls in training
     run with ``output_router_logits=False``, whatever config and call say, so the family adds none of its own: nothing
