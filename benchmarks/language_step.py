@@ -59,6 +59,8 @@ def main() -> None:
             theirs[name] = model
         else:
             refused[name] = wrong
+    if not theirs:
+        raise SystemExit(f"no way of transformers gives what ours gives: {refused}")
     rows = {name: built(sizes, find_preset(name).routers(2)) for name in (LINEAR, *ROWS)}
     sides = {name: step_of(model, length) for name, model in {OURS: ours, **theirs}.items()}
     sides |= {name: step_of(model, length, find_preset(name).terms) for name, model in rows.items()}

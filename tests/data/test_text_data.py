@@ -145,6 +145,8 @@ def test_unknown_names_and_too_little_text_are_errors_of_one_line(tmp_path, user
         load_text("pydok")
     with user_error("unknown text 'stdlb'", "did you mean 'stdlib'"):
         load_text("pydoc+stdlb")
+    with user_error("unknown text ''", "PATH", "pydoc"):
+        load_text("")
     with user_error("'/no/such/path' does not exist"):
         load_text("/no/such/path")
     with user_error("names a domain twice"):

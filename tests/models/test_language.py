@@ -27,6 +27,10 @@ def top2(dim, experts):
     return Router(LinearScorer(dim, experts), TopK(2))
 
 
+def all_experts(dim, experts):
+    return Router(LinearScorer(dim, experts), Soft())
+
+
 def made(**changes):
     torch.manual_seed(shifted(0))
     model = language_moe(V, **{"router": top2, **SIZES, **changes}).eval()
@@ -40,19 +44,16 @@ def tokens_of(batch=2, length=7):
 
 
 def normed(x, weight):
-    return x / (x.square().mean() + torch.finfo(x.dtype).eps).sqrt() * weight
+    return x / (x.square().mean() + 1e-6).sqrt() * weight
 
 
 def turned(vector, position):
     """Pairs (i, i + d/2) as complex numbers, turned by position * 10000^(-2i/d)."""
     half = len(vector) // 2
-    out = vector.clone()
-    for i in range(half):
-        angle = position * 10_000 ** (-2 * i / len(vector))
-        a, b = vector[i], vector[i + half]
-        out[i] = a * math.cos(angle) - b * math.sin(angle)
-        out[i + half] = a * math.sin(angle) + b * math.cos(angle)
-    return out
+    angles = [position * 10_000 ** (-2 * i / len(vector)) for i in range(half)]
+    cos, sin = (torch.tensor([f(angle) for angle in angles], dtype=vector.dtype) for f in (math.cos, math.sin))
+    a, b = vector[:half], vector[half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin])
 
 
 def slow_block(block, x):
@@ -96,6 +97,13 @@ def test_the_model_is_embedding_blocks_norm_and_the_tied_matrix(close):
         x = slow_block(block, x)
     logits = torch.stack([model.embedding.weight @ normed(row, model.norm.weight) for row in x])
     close(model(tokens)[0], logits)
+
+
+def test_precision_changes_no_norm(close):
+    """A norm whose epsilon follows its dtype would."""
+    torch.manual_seed(shifted(0))
+    model, tokens = language_moe(V, **SIZES, router=all_experts).eval(), tokens_of()
+    close(copy.deepcopy(model).double()(tokens).float(), model(tokens))
 
 
 def test_rotary_products_depend_on_the_distance_alone(close):
@@ -237,7 +245,7 @@ def test_checkpointed_blocks_give_the_same_gradients_and_one_record_a_layer(clos
 
 
 def test_autocast_runs_attention_in_16_bits_and_routers_in_32():
-    model, tokens = made(router=lambda d, e: Router(LinearScorer(d, e), Soft())), tokens_of()
+    model, tokens = made(router=all_experts), tokens_of()
     with torch.autocast("cpu", torch.bfloat16), record(model) as tape:
         logits = model(tokens)
     assert logits.dtype == torch.bfloat16

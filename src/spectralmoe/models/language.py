@@ -24,7 +24,7 @@ from spectralmoe.selectors import Balanced, Soft
 
 __all__ = ["Cache", "CausalAttention", "DecoderBlock", "LanguageMoE", "balanced_router", "language_moe"]
 
-ROPE_BASE = 10_000.0
+ROPE_BASE, RMS_EPS = 10_000.0, 1e-6
 
 
 class LanguageMoE(nn.Module):
@@ -58,7 +58,7 @@ class LanguageMoE(nn.Module):
         self.vocab, self.tied = vocab, tied
         self.embedding = nn.Embedding(vocab, widths[0])
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(widths[0])
+        self.norm = nn.RMSNorm(widths[0], eps=RMS_EPS)
         self.head = nn.Linear(widths[0], vocab, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         if tied:
@@ -127,8 +127,8 @@ class DecoderBlock(nn.Module):
         super().__init__()
         dim = moe.router.scorer.dim
         self.heads = heads
-        self.attention_norm, self.attention = nn.RMSNorm(dim), CausalAttention(dim, heads)
-        self.moe_norm, self.moe = nn.RMSNorm(dim), moe
+        self.attention_norm, self.attention = nn.RMSNorm(dim, eps=RMS_EPS), CausalAttention(dim, heads)
+        self.moe_norm, self.moe = nn.RMSNorm(dim, eps=RMS_EPS), moe
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cache)
@@ -248,9 +248,9 @@ def language_moe(
     blocks = [DecoderBlock(MoE(r, bank), heads) for r, bank in zip(routers, banks, strict=True)]
     with torch.no_grad():
         for block in blocks:
-            block.attention.out.weight *= (2 * depth) ** -0.5
+            block.attention.out.weight.mul_((2 * depth) ** -0.5)
             if isinstance(block.moe.experts, FeedForward):
-                block.moe.experts.down *= (2 * depth) ** -0.5
+                block.moe.experts.down.mul_((2 * depth) ** -0.5)
     return LanguageMoE(blocks, vocab, tied=tied)
 
 
