@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -156,6 +157,20 @@ def build(name: str, **changes: Any) -> Any:
             for tensor in [*model.parameters(), *_buffers(model)]:
                 tensor += 0.1 * torch.randn_like(tensor)
     return model
+
+
+@functools.cache
+def stock_of(name: str) -> Any:
+    """The tiny model of family ``name`` for tests that do not change it."""
+    return build(name)
+
+
+def left_padded(model: Any) -> dict[str, torch.Tensor]:
+    """A batch with an attention mask; its second row has 7 tokens of padding on the left."""
+    inputs = batch(model)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, :7] = 0
+    return {**inputs, "attention_mask": mask}
 
 
 def _buffers(model: nn.Module) -> list[torch.Tensor]:

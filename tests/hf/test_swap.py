@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 import threading
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MORE, SIZES, batch, build
+from families import FAMILIES, MORE, SIZES, batch, build, left_padded, stock_of
 from torch import Tensor
 
 from spectralmoe import Term, attach, feed, penalty, record
@@ -27,12 +26,6 @@ every_family = pytest.mark.parametrize("family", ALL)
 TERMS = {"z": Term(router_z, 0.1), "balance": Term(load_balance, 0.1)}
 
 
-@functools.cache
-def stock_of(family: str) -> Any:
-    """The tiny model, not to be changed."""
-    return build(family)
-
-
 def swapped_of(family: str, *args: Any, **options: Any) -> Any:
     """A copy of it with routers of this library."""
     model = copy.deepcopy(stock_of(family))
@@ -42,14 +35,6 @@ def swapped_of(family: str, *args: Any, **options: Any) -> Any:
 
 def balanced_of(router: Any) -> list[Balanced]:
     return [part for part in router.selector.modules() if isinstance(part, Balanced)]
-
-
-def padded(model: Any) -> dict[str, Tensor]:
-    """Two rows of which one has 7 tokens of padding on the left."""
-    inputs = batch(model)
-    mask = torch.ones_like(inputs["input_ids"])
-    mask[1, :7] = 0
-    return {**inputs, "attention_mask": mask}
 
 
 def trained(model: Any, inputs: dict[str, Tensor], terms: dict[str, Term] = TERMS) -> tuple[Any, Tensor]:
@@ -75,7 +60,7 @@ def test_from_the_gate_the_model_stays_as_it_was(family):
 @torch.no_grad()
 def test_greedy_text_is_that_of_the_stock_model_with_and_without_cache(family):
     stock, model = stock_of(family), swapped_of(family)
-    ids = padded(stock)
+    ids = left_padded(stock)
     ids.pop("decoder_input_ids", None)
     options = {"max_new_tokens": 4, "do_sample": False}
     texts = [
@@ -123,7 +108,7 @@ def test_undo_puts_the_stock_modules_back(family):
 @torch.no_grad()
 def test_copies_and_pickles_are_models_of_their_own(family):
     model = swapped_of(family)
-    inputs = padded(model)
+    inputs = left_padded(model)
     want = model(**inputs).logits
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for parameter in model.parameters():
@@ -160,7 +145,7 @@ def test_checkpointing_leaves_one_record_and_the_same_gradients(family, close):
         model = swapped_of(family).train()
         if checkpointed:
             model.gradient_checkpointing_enable()
-        tape, loss = trained(model, padded(model))
+        tape, loss = trained(model, left_padded(model))
         loss.backward()
         assert len(tape) == len(moe_layers(model))
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -172,7 +157,7 @@ def test_checkpointing_leaves_one_record_and_the_same_gradients(family, close):
 def test_a_recomputation_that_cannot_tell_its_mask_says_so(user_error):
     model = swapped_of("mixtral").train()
     model.gradient_checkpointing_enable()
-    inputs = padded(model)
+    inputs = left_padded(model)
     model(**inputs).logits.sum().backward()
     losses = [model(**inputs).logits.sum(), model(**inputs).logits.sum()]  # the same mask
     sum(losses).backward()
@@ -194,7 +179,7 @@ def test_the_selection_bias_of_the_family_moves_with_attach(family):
     attach(optimizer, model)
     counts = []
     for _ in range(2):  # two micro-batches
-        tape, loss = trained(model, padded(model))
+        tape, loss = trained(model, left_padded(model))
         loss.backward()
         counts.append([item.routing.counts() for item in tape])
     optimizer.step()
@@ -209,7 +194,7 @@ def test_the_selection_bias_of_the_family_moves_with_attach(family):
 @torch.no_grad()
 def test_padding_has_no_expert_and_changes_no_other_token():
     stock, model = stock_of("mixtral"), swapped_of("mixtral")
-    inputs = padded(stock)
+    inputs = left_padded(stock)
     real = inputs["attention_mask"].bool()
     with record(model) as tape:
         got = model(**inputs).logits
@@ -222,7 +207,7 @@ def test_padding_has_no_expert_and_changes_no_other_token():
 @torch.no_grad()
 def test_a_cached_step_masks_its_own_token_alone():
     model = swapped_of("qwen3_moe")
-    inputs = padded(model)
+    inputs = left_padded(model)
     past = model(**inputs, use_cache=True).past_key_values
     mask = torch.cat([inputs["attention_mask"], torch.tensor([[1], [0]])], 1)
     with record(model) as tape:
@@ -234,7 +219,7 @@ def test_a_cached_step_masks_its_own_token_alone():
 @torch.no_grad()
 def test_a_router_by_itself_is_of_no_call(close):
     model = swapped_of("mixtral")
-    inputs, x = padded(model), torch.randn(48, 32)
+    inputs, x = left_padded(model), torch.randn(48, 32)
     layer = next(iter(moe_layers(model).values()))
     before = layer(x)
     model(**inputs)
@@ -246,7 +231,7 @@ def test_a_router_by_itself_is_of_no_call(close):
 @torch.no_grad()
 def test_calls_of_two_threads_keep_their_masks():
     model = swapped_of("mixtral")
-    inner, outer = {**padded(model)}, {**padded(model)}
+    inner, outer = {**left_padded(model)}, {**left_padded(model)}
     inner["attention_mask"] = 1 - inner["attention_mask"].flip(0)
     masks: dict[str, Any] = {}
 

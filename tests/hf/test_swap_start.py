@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
 import torch
-from families import SIZES, batch, build
+from families import SIZES, batch, stock_of
 from torch import nn
 
 from spectralmoe import CosineScorer, ExpertChoice, LinearScorer, PrototypeScorer, TopP, record
@@ -18,12 +17,6 @@ from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.layers import moe_layers
 
 transformers = pytest.importorskip("transformers")
-
-
-@functools.cache
-def stock_of(family: str) -> Any:
-    """The tiny model, not to be changed."""
-    return build(family)
 
 
 def copy_of(family: str) -> Any:
