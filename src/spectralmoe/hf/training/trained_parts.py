@@ -10,9 +10,7 @@ from torch import nn
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.hf.layers import HFLayer, find_layers
 
-__all__ = ["PARTS", "chosen_layers", "decoder_layers", "train_only"]
-
-PARTS = ("routers", "experts", "all")
+__all__ = ["chosen_layers", "decoder_layers", "train_only"]
 
 _LAST = re.compile(r"last(\d+)")
 
