@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from seeds import generator, shifted
 from torch import nn
 
-__all__ = ["FAMILIES", "MORE", "batch", "build"]
+__all__ = ["ELEVEN", "FAMILIES", "MORE", "batch", "build"]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,
@@ -158,6 +159,20 @@ def build(name: str, **changes: Any) -> Any:
     return model
 
 
+@functools.cache
+def stock_of(name: str) -> Any:
+    """The tiny model of family ``name`` for tests that do not change it."""
+    return build(name)
+
+
+def left_padded(model: Any) -> dict[str, torch.Tensor]:
+    """A batch with an attention mask; its second row has 7 tokens of padding on the left."""
+    inputs = batch(model)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, :7] = 0
+    return {**inputs, "attention_mask": mask}
+
+
 def _buffers(model: nn.Module) -> list[torch.Tensor]:
     """Buffers that are weights in all but name: the correction bias of a router."""
     return [tensor for name, tensor in model.named_buffers() if name.endswith("correction_bias")]
@@ -175,3 +190,5 @@ def batch(model: Any, rows: int = 2, length: int = 24, seed: int = 0) -> dict[st
 
 FAMILIES: dict[str, Callable[[], Any]] = {name: (lambda name=name: build(name)) for name in SPECS}
 """The nine families: name -> a function that builds the tiny model. ``build`` knows those of ``MORE``, too."""
+
+ELEVEN = (*FAMILIES, *MORE)

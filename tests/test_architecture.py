@@ -45,11 +45,23 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-HEAVY = {"timm", "transformers", "peft", "huggingface_hub", "sklearn", "mlxtend", "PIL", "torchvision", "matplotlib"}
+HEAVY = {
+    "timm",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "huggingface_hub",
+    "sklearn",
+    "mlxtend",
+    "PIL",
+    "torchvision",
+    "matplotlib",
+}
 ONLY_IN = {
     "timm": {"vision/model.py"},
     "transformers": {"hf/load.py", "bench/peers/transformers.py"},
-    "peft": {"hf/lora.py"},
+    "tokenizers": {"data/vocabulary.py"},
+    "peft": {"hf/training/lora.py"},
     "huggingface_hub": {"saving/hub.py"},
     "matplotlib": {"draw/figure.py"},
 }

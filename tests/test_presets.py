@@ -13,6 +13,7 @@ from spectralmoe.experiments.compare.settings import Cell, CompareSettings
 from spectralmoe.experiments.compare.setup import Setup, Tuned
 from spectralmoe.experts import EXPERTS
 from spectralmoe.layers import moe_layers
+from spectralmoe.moe import MoE
 from spectralmoe.naming import own_names, read_table, shown
 from spectralmoe.presets import PRESETS, Preset, find_preset
 from spectralmoe.recorder import record
@@ -24,6 +25,7 @@ from spectralmoe.terms import penalty
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import parse
 from spectralmoe.training.tasks.images import ImageTask
+from spectralmoe.vision import BranchSpec
 
 SIZES = {"width": 12, "num_experts": 4, "hidden": 8}
 
@@ -89,9 +91,10 @@ def test_every_entry_of_the_tables_trains_in_a_comparison_by_name(row, task, tmp
     assert history.epochs[0]["loss"] > 0
     assert not torch.equal(before["head.weight"], network.head.weight)
     (layer,) = moe_layers(network).values()
-    assert layer.router.num_experts == layer.experts.num_experts == 4
+    assert layer.router.num_experts == layer.experts.num_experts == (1 if find_preset(row).dense else 4)
     for kind, table in (("scorer", SCORERS), ("selector", SELECTORS)):
-        spec = getattr(find_preset(row), kind)
+        preset = find_preset(row)
+        spec = preset.soft if preset.dense and kind == "selector" else getattr(preset, kind)
         assert type(getattr(layer.router, kind)) is table[spec["type"]]
 
 
@@ -313,3 +316,15 @@ def test_a_comparison_takes_tables_and_names_their_folders():
     assert len(set(names)) == 3
     settings.check()
     assert len(Cell(shown({"scorer": "x" * 500}), 2, 0).name) < 100
+
+
+def test_a_dense_row_is_one_expert_as_wide_as_those_of_a_token():
+    dense = find_preset("dense")
+    assert [dense.sizes(8, 32, k) for k in (1, 2, "soft")] == [(1, 32), (1, 64), (1, 256)]
+    assert find_preset("linear").sizes(8, 32, 2) == (8, 32)
+    assert find_preset('{preset = "dense", terms = {router_z = 1e-3}}').dense
+    layer = MoE(dense.make_router(6, 1, k=2), dense.make_experts(1, 6, 64))
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(layer(x), layer.experts.expert(x, 0))
+    branch = BranchSpec.of("dense", k=2, experts=4, bottleneck=8).make_moe(6)
+    assert tuple(branch.experts.up.shape) == (1, 16, 6)

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from spectralmoe import save
 from spectralmoe.cli.app import run
 from spectralmoe.data.image_data import load_data
 from spectralmoe.layers import moe_layers
+from spectralmoe.recording import Recordable
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network
 from spectralmoe.training.settings import Network, Optimization
@@ -33,6 +35,18 @@ def test_vision_example_runs():
     assert {name.split(".")[1] for name in moe_layers(names["vit"])} == {"10", "11"}
 
 
+def test_language_example_runs():
+    pytest.importorskip("transformers")
+    from families import build
+
+    model = build("mixtral").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    names = {"model": model, "optimizer": optimizer, "batch": {"input_ids": torch.arange(20).view(2, 10)}}
+    exec(compile(EXAMPLES[2], "README.md", "exec"), names)
+    assert [item.name for item in names["tape"]] == names["swapped"].layers
+    assert not any(isinstance(module, Recordable) for module in model.modules())
+
+
 def test_correction_example_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = load_data("digits").subset(400)
@@ -41,10 +55,10 @@ def test_correction_example_runs(capsys, tmp_path, monkeypatch):
     wrong = int((model.eval()(data.test.images).argmax(-1) != data.test.labels).nonzero()[0])
     names = {"model": model, "images": data.train.images, "labels": data.train.labels}
     names |= {"image": data.test.images[wrong : wrong + 1], "label": int(data.test.labels[wrong])}
-    exec(compile(EXAMPLES[2], "README.md", "exec"), names)
+    exec(compile(EXAMPLES[3], "README.md", "exec"), names)
     assert re.search(r"corrected: .*\nwritten: expert .*\nreference: 400 samples, ", capsys.readouterr().out)
     assert (tmp_path / "update.safetensors").is_file()
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
 
 
 def test_vision_pages_examples_run(tmp_path, monkeypatch):
@@ -79,8 +93,8 @@ def test_instrument_examples_run(number, capsys, tmp_path, monkeypatch):
         "docs/training.md",
         "docs/certificate.md",
         "docs/vision.md",
-        "docs/inspect.md",
         "docs/llm.md",
+        "docs/inspect.md",
         "docs/architecture.md",
         "CONTRIBUTING.md",
     ],

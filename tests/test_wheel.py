@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("compare", "train", "evaluate", "predict", "adapt", "fewshot", "finetune", "inspect", "report", "list")
+VERBS = (
+    "compare",
+    "train",
+    "evaluate",
+    "predict",
+    "adapt",
+    "fewshot",
+    "upcycle",
+    "finetune",
+    "inspect",
+    "report",
+    "list",
+)
 
 
 def call(*command: object, cwd: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from seeds import generator
 from torch import Tensor, nn
 
-__all__ = ["InOrder", "batch_of", "make_trainer", "sequences"]
+__all__ = ["InOrder", "batch_of", "make_trainer", "sequences", "swap_balanced"]
 
 ENDS = 15
 
@@ -51,3 +51,15 @@ def make_trainer(model: nn.Module, folder: Path, data: list[dict[str, Tensor]], 
     plain: dict[str, Any] = {"optim": "sgd", "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
     arguments = TrainingArguments(str(folder), **{**fixed, **plain, "max_grad_norm": 0.0, **options})
     return Trainer(model, arguments, train_dataset=data, **more)
+
+
+def swap_balanced(model: nn.Module) -> None:
+    """Give every layer a router with a selection bias: the family's own rule if it has one."""
+    from spectralmoe.hf import swap_routers
+    from spectralmoe.hf.layers import find_layers
+
+    layer = find_layers(model)[0]
+    score = "sigmoid" if type(layer.router).__name__.startswith("Llama4") else "softmax"
+    own = layer.correction_bias is not None
+    spec = {"type": "balanced", "k": layer.top_k, "score": score, "normalize": False}
+    swap_routers(model, selector=None if own else spec)

@@ -13,11 +13,12 @@ import spectralmoe
 from spectralmoe.bench import SUITES
 from spectralmoe.cli import completion
 from spectralmoe.data.image_data import DATASETS
+from spectralmoe.data.text_sources import TEXTS
 from spectralmoe.experiments.few_shot.grid import FewShotSettings, recipe
 from spectralmoe.experiments.few_shot.learning import FEW_SHOT
 from spectralmoe.presets import PRESETS
 from spectralmoe.training.logs import LOGS
-from spectralmoe.training.names import DATA_NAMES, DEFAULT_ROUTERS, FRESH_ROWS, OWN_ROWS, ROUTER_NAMES
+from spectralmoe.training.names import DATA_NAMES, DEFAULT_ROUTERS, FRESH_ROWS, OWN_ROWS, ROUTER_NAMES, TEXT_NAMES
 
 VERBS = (
     "compare",
@@ -81,6 +82,7 @@ def test_the_names_of_help_and_completion_are_those_of_the_tables():
     assert tuple(PRESETS) == ROUTER_NAMES
     assert set(DEFAULT_ROUTERS) <= set(PRESETS)
     assert tuple(DATASETS) == DATA_NAMES
+    assert tuple(TEXTS) == TEXT_NAMES
     assert tuple(SUITES) == completion.SUITES
     assert tuple(LOGS) == completion.LOG_NAMES
     for row in {*FRESH_ROWS, *OWN_ROWS, *completion.complete_few_shot_rows("")}:

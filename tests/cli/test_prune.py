@@ -9,7 +9,7 @@ import torch
 from families import SIZES, batch, build
 
 from spectralmoe import save
-from spectralmoe.hf import prune_experts
+from spectralmoe.hf import prune_experts, save_swapped, swap_routers
 from spectralmoe.models import sr_moe
 
 transformers = pytest.importorskip("transformers")
@@ -25,6 +25,9 @@ def place(tmp_path_factory):
         build(name).save_pretrained(folder / name)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(folder / "dense")
     save(sr_moe(10, channels=1), folder / "own")
+    swapped = build("mixtral")
+    swap_routers(swapped)
+    save_swapped(swapped, folder / "swapped")
     (folder / "text.txt").write_text(TEXT)
     (folder / "empty.txt").write_text(" \n")
     (folder / "binary.txt").write_bytes(b"\xff\x00\xfe" * 50)
@@ -115,6 +118,7 @@ def test_json_says_what_was_done(options, arguments, call, tmp_path, close):
         ("dense", 2, (), ["dense", "no mixture-of-experts layer"]),
         ("switch", 4, (), ["encoder", "hf.prune_experts"]),
         ("own", 2, (), ["spectralmoe.compression.prune"]),
+        ("swapped", 4, (), ["was swapped", "hf.fold_routers"]),
         ("nothing", 2, (), ["no such model folder"]),
         ("model.json", 2, (), ["not a model"]),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spectralmoe.hf import load_transformers
-from spectralmoe.hf.upcycle import METHODS, STARTS, TARGETS
+from spectralmoe.hf.upcycling import METHODS, STARTS, TARGETS
 
 tf = pytest.importorskip("transformers")
 

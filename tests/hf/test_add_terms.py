@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from families import FAMILIES, build
+from accelerate import Accelerator
+from families import ELEVEN, build
 from torch import nn
 from torch.nn import functional as F
-from trainers import InOrder, batch_of, make_trainer, sequences
+from trainers import InOrder, batch_of, make_trainer, sequences, swap_balanced
 
 from spectralmoe import Term, penalty, record
-from spectralmoe.hf import add_terms, attach_callback, swap_routers
+from spectralmoe.hf import add_terms, attach_callback
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.regularizers import load_balance, output_overlap, router_z, spectral_norm
 
@@ -76,18 +78,16 @@ def test_a_part_of_a_batch_counts_by_its_labels(close):
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name == "mixtral" else pytest.mark.full) for name in FAMILIES]
+    "family", [pytest.param(name, marks=[] if name == "mixtral" else pytest.mark.full) for name in ELEVEN]
 )
 def test_the_trainer_accumulates_what_one_batch_is(family, tmp_path, close):
     """With terms that are means over tokens, and a selection bias, which counts whole batches."""
     data, trained = sequences(8, vocabulary=260), []
     for steps, size in ((1, 4), (4, 1)):
-        model = FAMILIES[family]().train()
+        model = build(family).train()
         if family == "switch":
             model.accepts_loss_kwargs = False  # its loss pays no heed to the number of labels
-        k, score = find_layers(model)[0].top_k, "sigmoid" if family in ("llama4", "deepseek_v3") else "softmax"
-        selector = {"type": "balanced", "k": k, "score": score, "normalize": False}
-        swap_routers(model, selector=selector)
+        swap_balanced(model)
         options = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": size, "max_steps": 2}
         with add_terms(model, LINEAR):
             make_trainer(model, tmp_path, InOrder(data), callbacks=[attach_callback()], **options).train()
@@ -141,7 +141,7 @@ def test_the_family_s_own_balance_loss_is_not_counted_twice(close):
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_a_trainer_that_reads_aux_loss_alone(family, close):
     """TRL's formula: the sum of log-probabilities over all labels, and coefficient * aux_loss / accumulation steps."""
-    model = FAMILIES[family]().train()
+    model = build(family).train()
     parts = [batch_of(items) for items in (sequences(4, vocabulary=260)[:2], sequences(4, vocabulary=260)[2:])]
     terms, coefficient, gradients = {"z": Term(router_z, 1e-2)}, 1.0, []
 
@@ -195,6 +195,20 @@ def test_what_would_be_lost_is_an_error(user_error):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_accelerate_accumulates_what_one_batch_is(close):
+    gradients = []
+    for size in (2, 4):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4 // size)
+        model = mixtral()
+        with add_terms(model, LINEAR):
+            prepared = accelerator.prepare(model)
+            for start in range(0, 4, size):
+                with accelerator.accumulate(prepared):
+                    accelerator.backward(prepared(**batch_of(sequences(4)[start : start + size])).loss)
+        gradients.append(gradient(model))
+    close(*gradients)
+
+
 def test_label_smoothing_is_an_error(tmp_path, user_error):
     model = mixtral()
     with add_terms(model, LINEAR), user_error("no loss"):
@@ -217,6 +231,19 @@ def test_two_models_are_apart(close):
         assert torch.equal(two(**inputs).loss, plain)
         assert not added.last
         close(one(**inputs).loss - plain, plain_penalty(two, inputs, LINEAR).detach())
+
+
+def test_a_copy_is_without_them(user_error):
+    model, inputs = mixtral(), batch_of(sequences(2))
+    plain = model(**inputs).loss
+    with add_terms(model, LINEAR) as added:
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(**inputs).loss, plain)
+        assert not added.last
+        assert not torch.equal(model(**inputs).loss, plain)
+        with user_error("DataParallel", "torchrun"):
+            model._replicate_for_data_parallel()(**inputs)
+    twin(**inputs).loss.backward()
 
 
 def test_checkpointing_changes_no_gradient(close):

@@ -9,7 +9,7 @@ import torch
 from small_parts import NOT_ALONE
 
 from spectralmoe import Balanced, EigenbasisScorer, LinearScorer, PrincipalScorer, PrototypeScorer, TopK
-from spectralmoe.hf.fit import fit_scorer
+from spectralmoe.hf.routers.fit import fit_scorer
 from spectralmoe.linalg import is_orthonormal
 from spectralmoe.scorers import SCORERS, BasisScorer, ContextScorer
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from spectralmoe import record
 from spectralmoe.hf import distill_to_gate, fold_routers, swap_routers
-from spectralmoe.hf.places import swapped_routers
+from spectralmoe.hf.routers.places import swapped_routers
 from spectralmoe.layers import moe_layers
 from spectralmoe.selectors import Balanced
 
@@ -173,3 +173,54 @@ def test_mistakes_are_named(user_error):
     with user_error("model.layers.0.mlp", "reads", "no gate"):
         distill_to_gate(model, [batch(model)])
     assert len(swapped_routers(model)) == 3
+
+
+class Normed(nn.Module):
+    """A gate that normalises its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = nn.functional.normalize(x, dim=-1) @ self.weight.T
+        return logits, *logits.softmax(-1).topk(2)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.layers = nn.ModuleList([nn.ModuleDict({"gate": Normed(), "experts": experts})])
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layers[0]["gate"](x)
+
+
+def test_a_family_whose_gate_is_no_product_is_refused(user_error):
+    model = Model()
+    swap_routers(model, init="fresh")
+    with user_error("layers.0", "Normed", "not those of one matrix"):
+        fold_routers(model)
+    with user_error("layers.0", "no linear gate"):
+        distill_to_gate(model, [{"x": torch.randn(20, 8)}])
+    assert len(swapped_routers(model)) == 1
+
+
+def test_adapters_are_merged_first(user_error):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"], init_lora_weights=False)
+    model = peft.get_peft_model(swapped_of("mixtral"), config).eval()
+    for refused in (fold_routers, lambda model: distill_to_gate(model, [batch(model)])):
+        with user_error("PEFT", "merge_and_unload"):
+            refused(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+        inputs = batch(stock_of("mixtral"))
+        before = model(**inputs).logits
+        merged = model.merge_and_unload()
+        fold_routers(merged)
+        torch.testing.assert_close(merged(**inputs).logits, before, rtol=0, atol=1e-4)
+    assert [type(module) for module in merged.modules()] == [type(module) for module in stock_of("mixtral").modules()]

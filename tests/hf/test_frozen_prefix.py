@@ -8,9 +8,9 @@ pytest.importorskip("transformers")
 
 from families import batch, build
 
-from spectralmoe.hf.frozen_prefix import after_prefix, check_prefix, without_prefix
-from spectralmoe.hf.text_windows import Windows
-from spectralmoe.hf.trained_parts import chosen_layers, decoder_layers, train_only
+from spectralmoe.hf.training.frozen_prefix import after_prefix, check_prefix, without_prefix
+from spectralmoe.hf.training.text_windows import Windows
+from spectralmoe.hf.training.trained_parts import chosen_layers, decoder_layers, train_only
 
 
 def parts(family, layers):

@@ -10,28 +10,25 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from families import FAMILIES, build
+from families import ELEVEN, build
 from seeds import generator
-from trainers import batch_of, make_trainer, sequences
+from trainers import batch_of, make_trainer, sequences, swap_balanced
 
 from spectralmoe import Term
-from spectralmoe.hf import add_terms, attach_callback, resume_safe, swap_routers
-from spectralmoe.hf.layers import find_layers
+from spectralmoe.hf import add_terms, attach_callback, resume_safe
 from spectralmoe.regularizers import load_balance
 
 TERMS = {"balance": Term(load_balance, 0.1)}
 OPTIONS = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
 family = pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name == "mixtral" else pytest.mark.full) for name in FAMILIES]
+    "family", [pytest.param(name, marks=[] if name == "mixtral" else pytest.mark.full) for name in ELEVEN]
 )
 
 
 def model_of(family: str, swapped: bool) -> Any:
-    model = FAMILIES[family]().train()
+    model = build(family).train()
     if swapped:
-        k, sigmoid = find_layers(model)[0].top_k, family in ("llama4", "deepseek_v3")
-        score = "sigmoid" if sigmoid else "softmax"
-        swap_routers(model, selector={"type": "balanced", "k": k, "score": score, "normalize": False})
+        swap_balanced(model)
     return model
 
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from spectralmoe.hf import merge_experts, prune_experts, swap_routers
-from spectralmoe.hf.calibration import Calibration
 from spectralmoe.hf.layers import HFLayer, find_layers
+from spectralmoe.hf.shrinking.calibration import Calibration
 from spectralmoe.hf.structure import correction_bias
 from spectralmoe.hf.watch import watch_transformers
 
@@ -294,6 +294,10 @@ def test_nothing_to_judge_by(user_error):
         merge_experts(model, 4, by="reap")
     with user_error("by", "'frequenzy'", "'frequency'", "reap"):
         prune_experts(model, 4, by="frequenzy", calibration=[batch(model)])
+    with user_error("merge_experts: keep must be a whole number of experts"):
+        merge_experts(model, {"model.layers.0.mlp": [0, 1]}, calibration=[batch(model)])
+    with user_error("prune_experts", "ids (B, S)", "got str"):
+        prune_experts(model, 4, calibration="text")
     lost = copy.deepcopy(model)
     with torch.no_grad():
         find_layers(lost)[0].experts.down_proj.fill_(torch.nan)
@@ -312,7 +316,7 @@ def test_models_that_it_cannot_make_smaller(user_error):
         prune_experts(changed, 4, by="random")
     swapped = copy.deepcopy(model_of("mixtral"))
     swap_routers(swapped, layers="*.1.mlp")
-    with user_error("model.layers.1.mlp was swapped", "fold or undo"):
+    with user_error("model.layers.1.mlp was swapped", "undo", "fold_routers"):
         prune_experts(swapped, 4, by="random")
     unnamed = copy.deepcopy(model_of("mixtral"))
     unnamed.config.num_local_experts = 9

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
+import threading
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MORE, batch, build
+from families import FAMILIES, MORE, SIZES, batch, build, left_padded, stock_of
 from torch import Tensor
 
 from spectralmoe import Term, attach, feed, penalty, record
@@ -26,12 +26,6 @@ every_family = pytest.mark.parametrize("family", ALL)
 TERMS = {"z": Term(router_z, 0.1), "balance": Term(load_balance, 0.1)}
 
 
-@functools.cache
-def stock_of(family: str) -> Any:
-    """The tiny model, not to be changed."""
-    return build(family)
-
-
 def swapped_of(family: str, *args: Any, **options: Any) -> Any:
     """A copy of it with routers of this library."""
     model = copy.deepcopy(stock_of(family))
@@ -41,14 +35,6 @@ def swapped_of(family: str, *args: Any, **options: Any) -> Any:
 
 def balanced_of(router: Any) -> list[Balanced]:
     return [part for part in router.selector.modules() if isinstance(part, Balanced)]
-
-
-def padded(model: Any) -> dict[str, Tensor]:
-    """Two rows of which one has 7 tokens of padding on the left."""
-    inputs = batch(model)
-    mask = torch.ones_like(inputs["input_ids"])
-    mask[1, :7] = 0
-    return {**inputs, "attention_mask": mask}
 
 
 def trained(model: Any, inputs: dict[str, Tensor], terms: dict[str, Term] = TERMS) -> tuple[Any, Tensor]:
@@ -74,7 +60,7 @@ def test_from_the_gate_the_model_stays_as_it_was(family):
 @torch.no_grad()
 def test_greedy_text_is_that_of_the_stock_model_with_and_without_cache(family):
     stock, model = stock_of(family), swapped_of(family)
-    ids = padded(stock)
+    ids = left_padded(stock)
     ids.pop("decoder_input_ids", None)
     options = {"max_new_tokens": 4, "do_sample": False}
     texts = [
@@ -122,7 +108,7 @@ def test_undo_puts_the_stock_modules_back(family):
 @torch.no_grad()
 def test_copies_and_pickles_are_models_of_their_own(family):
     model = swapped_of(family)
-    inputs = padded(model)
+    inputs = left_padded(model)
     want = model(**inputs).logits
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for parameter in model.parameters():
@@ -159,7 +145,7 @@ def test_checkpointing_leaves_one_record_and_the_same_gradients(family, close):
         model = swapped_of(family).train()
         if checkpointed:
             model.gradient_checkpointing_enable()
-        tape, loss = trained(model, padded(model))
+        tape, loss = trained(model, left_padded(model))
         loss.backward()
         assert len(tape) == len(moe_layers(model))
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -171,7 +157,7 @@ def test_checkpointing_leaves_one_record_and_the_same_gradients(family, close):
 def test_a_recomputation_that_cannot_tell_its_mask_says_so(user_error):
     model = swapped_of("mixtral").train()
     model.gradient_checkpointing_enable()
-    inputs = padded(model)
+    inputs = left_padded(model)
     model(**inputs).logits.sum().backward()
     losses = [model(**inputs).logits.sum(), model(**inputs).logits.sum()]  # the same mask
     sum(losses).backward()
@@ -193,7 +179,7 @@ def test_the_selection_bias_of_the_family_moves_with_attach(family):
     attach(optimizer, model)
     counts = []
     for _ in range(2):  # two micro-batches
-        tape, loss = trained(model, padded(model))
+        tape, loss = trained(model, left_padded(model))
         loss.backward()
         counts.append([item.routing.counts() for item in tape])
     optimizer.step()
@@ -208,7 +194,7 @@ def test_the_selection_bias_of_the_family_moves_with_attach(family):
 @torch.no_grad()
 def test_padding_has_no_expert_and_changes_no_other_token():
     stock, model = stock_of("mixtral"), swapped_of("mixtral")
-    inputs = padded(stock)
+    inputs = left_padded(stock)
     real = inputs["attention_mask"].bool()
     with record(model) as tape:
         got = model(**inputs).logits
@@ -221,13 +207,50 @@ def test_padding_has_no_expert_and_changes_no_other_token():
 @torch.no_grad()
 def test_a_cached_step_masks_its_own_token_alone():
     model = swapped_of("qwen3_moe")
-    inputs = padded(model)
+    inputs = left_padded(model)
     past = model(**inputs, use_cache=True).past_key_values
     mask = torch.cat([inputs["attention_mask"], torch.tensor([[1], [0]])], 1)
     with record(model) as tape:
         model(input_ids=torch.tensor([[5], [6]]), attention_mask=mask, past_key_values=past)
     assert tape[0].routing.mask.tolist() == [True, False]
     assert tape[0].routing.shape == (2, 1)
+
+
+@torch.no_grad()
+def test_a_router_by_itself_is_of_no_call(close):
+    model = swapped_of("mixtral")
+    inputs, x = left_padded(model), torch.randn(48, 32)
+    layer = next(iter(moe_layers(model).values()))
+    before = layer(x)
+    model(**inputs)
+    assert inputs["input_ids"].numel() == len(x)
+    close(layer(x)[1], before[1])
+    assert layer(x[:0])[2].shape == (0, 2)
+
+
+@torch.no_grad()
+def test_calls_of_two_threads_keep_their_masks():
+    model = swapped_of("mixtral")
+    inner, outer = {**left_padded(model)}, {**left_padded(model)}
+    inner["attention_mask"] = 1 - inner["attention_mask"].flip(0)
+    masks: dict[str, Any] = {}
+
+    def other() -> None:
+        with record(model) as tape:
+            model(**inner)
+        masks["inner"] = tape[-1].routing.mask
+
+    def between(*_: Any) -> None:
+        thread = threading.Thread(target=other)
+        handle.remove()
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[1].register_forward_pre_hook(between)
+    with record(model) as tape:
+        model(**outer)
+    assert torch.equal(tape[-1].routing.mask, outer["attention_mask"].flatten().bool())
+    assert torch.equal(masks["inner"], inner["attention_mask"].flatten().bool())
 
 
 @torch.no_grad()
@@ -284,6 +307,21 @@ def test_the_rule_is_read_from_the_router(changes):
     model, inputs = copy.deepcopy(stock), batch(stock)
     swap_routers(model)
     torch.testing.assert_close(model(**inputs).logits, stock(**inputs).logits, rtol=0, atol=1e-5)
+
+
+def test_a_router_that_is_given_a_bias_by_its_layer_takes_it_once():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 8}
+    stock = transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**{**SIZES, **sizes})).eval()
+    biases = [tensor for name, tensor in stock.named_buffers() if name.endswith("correction_bias")]
+    for tensor in biases:
+        tensor.copy_(torch.rand(8))
+    model, inputs = copy.deepcopy(stock), batch(stock)
+    swap_routers(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, stock(**inputs).logits, rtol=0, atol=1e-5)
+    for layer, bias in zip(moe_layers(model).values(), biases, strict=True):
+        assert torch.equal(balanced_of(layer.router)[0].bias, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from typing import Any
 
 import pytest
 import torch
-from families import batch, build
+from families import batch, build, left_padded, stock_of
 
 from spectralmoe import Term, attach, penalty, record
 from spectralmoe.diagnostics.watch import watch
@@ -24,12 +23,6 @@ from spectralmoe.regularizers import load_balance
 transformers = pytest.importorskip("transformers")
 
 
-@functools.cache
-def stock_of(family: str) -> Any:
-    """The tiny model, not to be changed."""
-    return build(family)
-
-
 def swapped_of(family: str, *args: Any, **options: Any) -> Any:
     """A copy of it with routers of this library."""
     model = copy.deepcopy(stock_of(family))
@@ -37,18 +30,11 @@ def swapped_of(family: str, *args: Any, **options: Any) -> Any:
     return model
 
 
-def padded(model: Any) -> dict[str, torch.Tensor]:
-    inputs = batch(model)
-    mask = torch.ones_like(inputs["input_ids"])
-    mask[1, :7] = 0
-    return {**inputs, "attention_mask": mask}
-
-
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama4", "switch", "ernie4_5_moe"])
 @torch.no_grad()
 def test_every_watch_sees_what_it_sees_of_the_stock_model(family):
     stock, model = stock_of(family), swapped_of(family)
-    inputs = padded(stock)
+    inputs = left_padded(stock)
     calls = []
     for one, watching in ((stock, watch_transformers), (model, watch_transformers), (model, watch)):
         with watching(one) as seen:
@@ -77,7 +63,7 @@ def test_an_inspection_reads_the_router_that_is_in():
     for one in (stock, model):
         with watch_transformers(one) as seen, torch.no_grad():
             inspector = Inspector(seen.layers, seed=0)
-            one(**padded(one))
+            one(**left_padded(one))
             inspector.add(seen.drain(), None)
             inspections.append(inspector.layers())
     theirs, ours = inspections
@@ -92,7 +78,7 @@ def test_a_monitor_counts_what_the_tapes_count():
     with Monitor(model, every=2) as monitor:
         for _ in range(2):
             with record(model) as tape:
-                model(**padded(model))
+                model(**left_padded(model))
             monitor.step()
     assert monitor.last["tokens"] == 2 * int(tape[0].routing.mask.sum())
 
@@ -100,7 +86,7 @@ def test_a_monitor_counts_what_the_tapes_count():
 def test_a_part_of_the_layers_is_seen_beside_stock_ones():
     model = swapped_of("mixtral", layers="*.1.mlp")
     with watch_transformers(model) as seen, torch.no_grad():
-        model(**padded(model))
+        model(**left_padded(model))
         calls = seen.drain()
     assert [call.layer.name for call in calls] == [f"model.layers.{n}.mlp" for n in range(3)]
     assert all(call.routing.mask is not None for call in calls)
@@ -124,7 +110,7 @@ def test_peft_trains_a_copy_of_the_router_and_the_dead_one_is_left_out(user_erro
     peft = pytest.importorskip("peft")
     model = copy.deepcopy(stock_of("mixtral"))
     swapped = swap_routers(model)
-    names, inputs = list(moe_layers(model)), padded(model)
+    names, inputs = list(moe_layers(model)), left_padded(model)
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=experts, modules_to_save=["gate"])
     wrapped = peft.get_peft_model(model, lora).train()
@@ -166,7 +152,7 @@ def fresh_compiler():
 def test_a_compiled_model_is_the_same_and_is_recorded(close):
     model = build("mixtral", num_hidden_layers=1).train()
     swap_routers(model)
-    inputs = padded(model)
+    inputs = left_padded(model)
     results = []
     for one in (model, torch.compile(model, backend="aot_eager")):
         model.zero_grad()
@@ -199,9 +185,9 @@ def test_the_callback_of_the_trainer_watches_swapped_and_stock_layers(tmp_path):
     callback = trainer_callback(path, every=1, layers=True)
     callback.on_train_begin(None, None, None, model=model)
     with torch.no_grad():
-        model(**padded(model))
+        model(**left_padded(model))
     callback.monitor.step()
     callback.on_train_end(None, None, None)
-    assert callback.monitor.last["tokens"] == int(padded(model)["attention_mask"].sum())
+    assert callback.monitor.last["tokens"] == int(left_padded(model)["attention_mask"].sum())
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert any(len(row.get("layers", [])) == 3 for row in rows), rows

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
 import torch
-from families import SIZES, batch, build
+from families import SIZES, batch, stock_of
 from torch import nn
 
 from spectralmoe import CosineScorer, ExpertChoice, LinearScorer, PrototypeScorer, TopP, record
@@ -18,12 +17,6 @@ from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.layers import moe_layers
 
 transformers = pytest.importorskip("transformers")
-
-
-@functools.cache
-def stock_of(family: str) -> Any:
-    """The tiny model, not to be changed."""
-    return build(family)
 
 
 def copy_of(family: str) -> Any:
@@ -221,6 +214,18 @@ class Odd(nn.Module):
         return logits, chosen.values.square(), chosen.indices
 
 
+class Normed(Odd):
+    """A gate of scaled tokens, which returns more than others."""
+
+    def __init__(self, *more: object) -> None:
+        super().__init__()
+        self.more = more
+
+    def forward(self, x):
+        logits = nn.functional.normalize(x, dim=-1) @ self.weight.T
+        return logits, *logits.softmax(-1).topk(2), *self.more
+
+
 class Alone(Odd):
     """A gate that returns logits alone."""
 
@@ -243,6 +248,28 @@ def test_a_rule_that_is_unknown_needs_a_selector(user_error):
     torch.testing.assert_close(weights.sum(-1), torch.ones(5))
     with user_error("family it cannot read", "float32"):
         swap_routers(model_with(Alone()))
+    with user_error("routers cannot be swapped", "NoneType"):
+        swap_routers(model_with(Normed(None)))
+
+
+def test_a_gate_that_does_more_than_a_product_starts_nothing(user_error, close):
+    model, x = model_with(Normed()), torch.randn(50, 8)
+    gate = model.layers[0]["mlp"]["gate"]
+    with user_error("LinearScorer cannot start from the gate of layers.0.mlp, which is no matrix alone"):
+        swap_routers(model)
+    swap_routers(model, lambda dim, experts: Unit(gate), init="fresh")
+    close(model.layers[0]["mlp"]["gate"](x)[0], gate(x)[0])
+
+
+class Unit(LinearScorer):
+    """The scorer that such a gate is."""
+
+    def __init__(self, gate: Normed) -> None:
+        super().__init__(8, 4)
+        self.weight.data.copy_(gate.weight.detach())
+
+    def forward(self, x, *, context=None):
+        return super().forward(nn.functional.normalize(x, dim=-1))
 
 
 def test_a_forward_that_another_library_replaced_is_refused(user_error):

@@ -18,8 +18,8 @@ from torch import nn
 
 from spectralmoe import LinearScorer
 from spectralmoe.hf import load_swapped, load_transformers, save_swapped, swap_routers
-from spectralmoe.hf.places import swapped_routers
-from spectralmoe.hf.swapped import SwappedRouter
+from spectralmoe.hf.routers.places import swapped_routers
+from spectralmoe.hf.routers.swapped import SwappedRouter
 
 transformers = pytest.importorskip("transformers")
 
@@ -103,7 +103,9 @@ def test_the_auto_class_loads_the_base_model(saved):
 
 
 def test_half_precision_and_other_heads_come_back(tmp_path):
-    model = transformers.MixtralForSequenceClassification(stock_of("mixtral").config).eval().to(torch.bfloat16)
+    kind = transformers.MixtralForSequenceClassification
+    kind(stock_of("mixtral").config).save_pretrained(tmp_path)
+    model = kind.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()  # .to() would round the rotary angles too
     swap_routers(model, "prototype", init="fresh")
     save_swapped(model, tmp_path / "model")
     loaded = load_swapped(tmp_path / "model")
@@ -293,6 +295,19 @@ def test_damaged_folders(folder, user_error):
     refused(TENSORS)
     (folder / TENSORS).unlink()
     refused(TENSORS)
+
+
+def test_the_stock_model_is_checked_too(folder, user_error):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("MixtralForCausalLM", "OurForCausalLM"))
+    with user_error("OurForCausalLM", "transformers does not have"):
+        load_swapped(folder)
+    (folder / "config.json").write_text(text)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("lm_head.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with user_error("missing", "lm_head.weight"):
+        load_swapped(folder)
 
 
 def test_a_class_of_ones_own_needs_leave(tmp_path, user_error):

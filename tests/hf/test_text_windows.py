@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spectralmoe.hf.language import TransformersModel
-from spectralmoe.hf.text_windows import IGNORED, Passages, Windows, bits_per_byte, cut_windows, hold_out
+from spectralmoe.hf.training.text_windows import IGNORED, Passages, Windows, bits_per_byte, cut_windows, hold_out
 
 
 class Counting(torch.nn.Module):

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 
 from families import build
 
-from spectralmoe.hf.trained_parts import chosen_layers, train_only
+from spectralmoe.hf.training.trained_parts import chosen_layers, train_only
 
 GATES = {f"model.layers.{place}.mlp.gate.weight" for place in range(3)}
 EXPERTS = {f"model.layers.{place}.mlp.experts.{name}" for place in range(3) for name in ("gate_up_proj", "down_proj")}

@@ -17,7 +17,7 @@ from trainers import InOrder, batch_of, sequences
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
-from spectralmoe.hf.trainer import trainer_callback
+from spectralmoe.hf.training.callbacks import trainer_callback
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.instruments.monitor_log import read_monitor

@@ -13,13 +13,13 @@ from dense_models import DENSE, dense_model, ids
 from families import FAMILIES
 
 from spectralmoe.hf import upcycle
-from spectralmoe.hf.upcycle.targets import TARGETS
+from spectralmoe.hf.upcycling import METHODS, TARGETS
 
 tf = pytest.importorskip("transformers")
 
 PAIRS = {
     "llama": ["mixtral", "qwen2_moe", "glm4_moe"],
-    "llama_tied": ["mixtral"],
+    "llama_tied": ["mixtral", "qwen2_moe", "glm4_moe"],
     "mistral_window": ["mixtral", "qwen2_moe"],
     "qwen2": ["qwen2_moe", "glm4_moe"],
     "qwen2_window": ["qwen2_moe"],
@@ -146,9 +146,19 @@ def test_a_router_without_a_gradient_is_warned_of(dense_of):
         upcycle(model, experts=4, k=2)
     with pytest.warns(UserWarning, match="k=1.*use k >= 2"):
         upcycle(model, experts=4, k=1, method="drop")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        upcycle(model, experts=4, k=2, method="drop")
+    for method in ("drop", "noise", "virtual"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            upcycle(model, experts=4, k=2, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_warned_of_is_so(method, dense_of):
+    """Copies give the router no gradient beyond rounding; experts that differ do, shards of a copy among them."""
+    moe = quiet(dense_of("llama")[0], experts=4, k=2, method=method)
+    moe(ids(), labels=ids()).loss.backward()
+    sizes = [float(layer.mlp.gate.weight.grad.abs().max()) for layer in moe.model.layers]
+    assert max(sizes) < 1e-6 if method == "copy" else min(sizes) > 1e-5, sizes
 
 
 @pytest.mark.parametrize(
@@ -172,6 +182,7 @@ def test_a_router_without_a_gradient_is_warned_of(dense_of):
         ({"layers": "last4"}, ["out of range", "3 layers"]),
         ({"layers": [3]}, ["[3]", "3 layers"]),
         ({"layers": []}, ["layers=[]"]),
+        ({"calibration": [ids()]}, ["'random'", "calibration"]),
         ({"router": "principal"}, ["'principal'", "calibration"]),
         ({"router": "prompts", "calibration": [{"input_ids": ids()}]}, ["'prompts'", "4", "got 1"]),
         ({"router": "principal", "calibration": ["text"]}, ["calibration", "str"]),

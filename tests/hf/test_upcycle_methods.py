@@ -7,8 +7,8 @@ import torch
 from seeds import generator
 from torch.nn import functional as F
 
-from spectralmoe.hf.upcycle import METHODS
-from spectralmoe.hf.upcycle.dense import Mlp
+from spectralmoe.hf.upcycling import METHODS
+from spectralmoe.hf.upcycling.dense import Mlp
 
 
 def mlp_of(hidden=40, width=12, dtype=torch.float64):

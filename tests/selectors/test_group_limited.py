@@ -96,7 +96,6 @@ def test_with_others_around_it_stays_inside_the_groups(make):
     router = Router(LinearScorer(E, E), make(GroupLimited(TopK(3), 4, 2))).train()
     routing = router(torch.randn(100, E, generator=generator(1)))
     assert (routing.members().view(100, 4, -1).any(-1)).sum(-1).max() <= 2
-    assert (routing.indices < 0).any()
     assert not routing.weights[routing.indices < 0].any()
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from spectralmoe import UserError
 from spectralmoe.hf import load_transformers
-from spectralmoe.hf.corpus import read_corpus
+from spectralmoe.hf.training.corpus import read_corpus
 from spectralmoe.instruments.monitor_log import read_monitor
 from spectralmoe.training.finetune import CHECKPOINTS, MONITOR, finetune
 from spectralmoe.training.finetune_settings import FinetuneSettings

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 
 from families import batch, build
 
-from spectralmoe.hf.text_windows import Windows
+from spectralmoe.hf.training.text_windows import Windows
 from spectralmoe.layers import moe_layers
 from spectralmoe.selectors import Balanced, TopK, TopP
 from spectralmoe.training.finetune_routers import router_of, swap_to_row, terms_of

@@ -19,7 +19,7 @@ from spectralmoe.presets import find_preset
 from spectralmoe.saving import read_config
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization, parse
-from spectralmoe.training.tasks import TASKS, ImageTask, Metric, Task, open_task
+from spectralmoe.training.tasks import TASKS, ImageTask, Metric, Task, open_task, task_of
 from spectralmoe.training.tasks.classification import calibration_error, class_scores, macro_f1
 from spectralmoe.training.train_settings import TrainSettings
 
@@ -153,6 +153,19 @@ def test_the_name_of_the_data_finds_the_task(monkeypatch, user_error):
     assert isinstance(open_task(settings(data="digits")), ImageTask)
     with user_error("unknown data set 'movies:new'"):
         open_task(settings(data="movies:new"))
+
+
+def test_verbs_say_what_a_task_of_ones_own_leaves_out(user_error, tmp_path, monkeypatch):
+    task, network = NoisyRotation(), nn.Linear(D, D)
+    with user_error("predict: not for a network that has a task of its own"):
+        NoisyRotation.predict(network, None, ["x"])
+    for call in (task.held_out, lambda: task.write_wrong(network, tmp_path), lambda: NoisyRotation.reopen(None)):
+        with user_error("not for a network that has a task of its own"):
+            call()
+    assert task.summary({"error": 0.25}).text == "0.2500 squared error on the test part of rotation:small"
+    monkeypatch.setitem(TASKS, "rotation", NoisyRotation)
+    assert task_of("rotation:small") is NoisyRotation
+    assert task_of("rotation") is task_of("folder:rotation:small") is task_of(None) is ImageTask
 
 
 def test_a_network_of_two_kinds_is_one_line(user_error):

@@ -81,7 +81,7 @@ def finetune(
     from spectralmoe.cli.inspect_text import DTYPES
     from spectralmoe.cli.texts import read_domains
     from spectralmoe.experiments.run_folder import run_folder
-    from spectralmoe.hf.lora import import_peft
+    from spectralmoe.hf.training.lora import import_peft
     from spectralmoe.naming import own_names
     from spectralmoe.report import as_document, read_documents, render_report
     from spectralmoe.training.finetune import CHECKPOINTS, MONITOR

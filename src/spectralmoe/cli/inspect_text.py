@@ -20,6 +20,7 @@ from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.instruments import Inspector, inspection_document
 from spectralmoe.instruments.running_text import PASSAGES, TOKENS, passage, split_text
 from spectralmoe.instruments.samples import Place
+from spectralmoe.recording import Recordable
 
 __all__ = ["DTYPES", "inspect_text"]
 
@@ -58,6 +59,7 @@ def inspect_text(
         layers, passages = inspector.layers(words), _passages(loaded, seen, batches, words)
     for layer in layers:
         layer["name"] = loaded.stored_names.get(layer["name"], layer["name"])
+    found = find_layers(loaded.model)
     model = {
         "name": loaded.name,
         "source": source,
@@ -67,7 +69,8 @@ def inspect_text(
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "parameters": loaded.model.num_parameters(),
         "training": training_facts(loaded.model),
-        "groups": find_layers(loaded.model)[0].groups[0],
+        "groups": found[0].groups[0],
+        "swapped": any(isinstance(layer.router, Recordable) for layer in found),
     }
     names = ", ".join("standard input" if name == "-" else name for name in texts)
     facts = {

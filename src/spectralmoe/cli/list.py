@@ -63,11 +63,12 @@ _WIDTH = 20  # of the names of a table, or more
 
 
 def list_everything(json: Json = False) -> None:
-    """Data sets, router presets, the parts that networks are made of, and the values that ``inspect`` measures.
+    """Data sets, texts, router presets, the parts that networks are made of, and the values that ``inspect`` measures.
 
     Example: spectralmoe list
     """
     from spectralmoe.data.image_data import DATASETS
+    from spectralmoe.data.text_sources import TEXTS
     from spectralmoe.diagnostics.table import VALUES
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
@@ -82,6 +83,10 @@ def list_everything(json: Json = False) -> None:
         "data sets": {
             **{name: _first_line(loader) for name, loader in DATASETS.items()},
             "folder:PATH": "an image folder",
+        },
+        "texts": {
+            **{f"text:{name}": _first_line(reader) for name, reader in TEXTS.items()},
+            "text:PATH": "a file, or a folder whose subfolders are domains; several with +: text:stdlib+pydoc",
         },
         "presets": {name: row["summary"] for name, row in PRESETS.items()},
     }

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from spectralmoe.hf import TransformersModel
-    from spectralmoe.hf.shrink import Plan
-    from spectralmoe.hf.text_windows import Windows
+    from spectralmoe.hf.shrinking.shrink import Plan
+    from spectralmoe.hf.training.text_windows import Windows
     from spectralmoe.training.loop import Progress
 
 __all__ = ["prune"]
@@ -72,9 +72,9 @@ def prune(
     from spectralmoe.cli.inspect_text import DTYPES
     from spectralmoe.cli.texts import read_domains
     from spectralmoe.compression.saliency import SALIENCIES
-    from spectralmoe.hf.corpus import read_corpus
-    from spectralmoe.hf.shrink import plan
+    from spectralmoe.hf.shrinking.shrink import plan
     from spectralmoe.hf.stock_folder import make_new_folder, save_stock
+    from spectralmoe.hf.training.corpus import read_corpus
     from spectralmoe.training.settings import pick_device
 
     by = by or ("frequency" if merge else "reap")

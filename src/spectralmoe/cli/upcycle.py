@@ -91,8 +91,8 @@ def upcycle(
     from spectralmoe.cli.texts import read_domains
     from spectralmoe.hf import encode
     from spectralmoe.hf.stock_folder import make_new_folder, save_stock
-    from spectralmoe.hf.upcycle import upcycle as run_upcycling
-    from spectralmoe.hf.upcycle.plan import router_notes
+    from spectralmoe.hf.upcycling import upcycle as run_upcycling
+    from spectralmoe.hf.upcycling.plan import router_notes
     from spectralmoe.training.settings import pick_device
 
     if dtype not in DTYPES:
@@ -127,6 +127,8 @@ def upcycle(
                 calibration=calibration or None,
                 seed=seed,
             )
+        if moe.device.type == "cpu":  # as load_transformers: the grouped kernel refuses some widths there
+            moe.set_experts_implementation("eager")
         progress("writing", 0.7)
         save_stock(moe, loaded.tokenizer, out)
     result = {
@@ -159,7 +161,7 @@ def _load(source: str, dtype: Any, device: Any) -> TransformersModel:
     """
     from spectralmoe.cli.inspect import is_own
     from spectralmoe.hf.load import load_transformers
-    from spectralmoe.hf.upcycle.dense import admit_dense
+    from spectralmoe.hf.upcycling.dense import admit_dense
 
     refuse_outputs(Path(source))
     if is_own(Path(source)):

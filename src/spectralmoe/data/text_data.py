@@ -25,6 +25,7 @@ class TextData:
     """Documents in three disjoint parts; ``notes`` says how they were read.
 
     Attributes:
+        name: "text:" and what ``load_text`` reads, whatever the current folder is then.
         domains: names of the domains, sorted.
         parts: part -> its documents, domain by domain.
 
@@ -49,6 +50,8 @@ def load_text(name: str, data_dir: Path | None = None) -> TextData:
     Raises:
         UserError: an unknown name; text that cannot be had or read; too few documents to fill all parts.
     """
+    if not name:
+        raise one_of("text", name, [*TEXTS, "PATH"])
     names = [name] if name in TEXTS or Path(name).expanduser().exists() else name.split("+")
     sources = [_read(each, data_dir) for each in names]
     documents = sources[0].documents
@@ -75,14 +78,15 @@ def load_text(name: str, data_dir: Path | None = None) -> TextData:
                 "30 fill all parts"
             )
     notes = tuple(note for source in sources for note in source.notes)
-    return TextData(f"text:{name}", domains, parts, notes)
+    whole_names = [each if each in TEXTS else str(Path(each).expanduser().resolve()) for each in names]
+    return TextData(f"text:{'+'.join(whole_names)}", domains, parts, notes)
 
 
 def part_of(text: str) -> TextPart:
     """The part that a document belongs to, by a digest of its content.
 
-    >>> [part_of(text) for text in ("a", "b", "n")]
-    ['train', 'train', 'train']
+    >>> [part_of(text) for text in ("b", "a", "q")]
+    ['train', 'validation', 'test']
     """
     tenth = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10
     return "validation" if tenth == 0 else "test" if tenth == 1 else "train"

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -79,15 +81,16 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
-        return self.encode_all([text])[0]
+        tokens: list[int] = self.encode_all([text])[0].tolist()
+        return tokens
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text."""
+    def encode_all(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """The tokens of each text, int32."""
         if not self.merges:
-            return [list(text.encode()) for text in texts]
+            return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
         if self._encoder is None:
             self._encoder = _encoder(self.merges)
-        return [encoding.ids for encoding in self._encoder.encode_batch(list(texts))]
+        return [np.array(encoding.ids, np.int32) for encoding in self._encoder.encode_batch(list(texts))]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens; a character that is cut off becomes U+FFFD, a separator an empty line."""

@@ -1,18 +1,18 @@
 """MoE models of Hugging Face's transformers: load one, run it on text, watch its routers, monitor its training,
 make one of a dense model."""
 
-from spectralmoe.hf.added_terms import AddedTerms, add_terms
-from spectralmoe.hf.fit import Agreement, fit_scorer
-from spectralmoe.hf.fold import distill_to_gate, fold_routers
-from spectralmoe.hf.freezing import freeze_routers, train_only_routers
 from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
 from spectralmoe.hf.load import load_transformers
-from spectralmoe.hf.resume import resume_safe
-from spectralmoe.hf.shrink import merge_experts, prune_experts
-from spectralmoe.hf.swap import Swapped, swap_routers
-from spectralmoe.hf.swapped_folder import load_swapped, save_swapped
-from spectralmoe.hf.trainer import attach_callback, trainer_callback
-from spectralmoe.hf.upcycle import upcycle
+from spectralmoe.hf.routers.fit import Agreement, fit_scorer
+from spectralmoe.hf.routers.fold import distill_to_gate, fold_routers
+from spectralmoe.hf.routers.folder import load_swapped, save_swapped
+from spectralmoe.hf.routers.swap import Swapped, swap_routers
+from spectralmoe.hf.shrinking.shrink import merge_experts, prune_experts
+from spectralmoe.hf.training.added_terms import AddedTerms, add_terms
+from spectralmoe.hf.training.callbacks import attach_callback, trainer_callback
+from spectralmoe.hf.training.freezing import freeze_routers, train_only_routers
+from spectralmoe.hf.training.resume import resume_safe
+from spectralmoe.hf.upcycling import upcycle
 from spectralmoe.hf.watch import watch_transformers
 
 __all__ = [

@@ -37,7 +37,10 @@ class Calls:
 
     def __init__(self, stack: nn.Module) -> None:
         self.stack, self.names = stack, parameter_names(stack)
-        self.hook = stack.register_forward_pre_hook(self.enter, with_kwargs=True)
+        self.hooks = (
+            stack.register_forward_pre_hook(self.enter, with_kwargs=True),
+            stack.register_forward_hook(self.leave),
+        )
         self.here = _Here()
         self.last, self.recomputed, self.mixed = Frame(), True, False
 
@@ -54,10 +57,11 @@ class Calls:
 
     def close(self) -> None:
         """See no more calls."""
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
 
     def enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pre-hook of the stack."""
+        """The stack is called: its forward pre-hook."""
         if recomputing():
             return
         self.here.frame = frame_of(self.names, args, kwargs)
@@ -65,6 +69,11 @@ class Calls:
             waits = getattr(stack, "gradient_checkpointing", False) and not self.recomputed
             self.mixed = waits and (self.mixed or _differ(self.last.mask, self.here.frame.mask))
             self.last, self.recomputed = self.here.frame, False
+
+    def leave(self, *_: Any) -> None:
+        """The call has ended: its forward hook. What a router is given by itself is of no call."""
+        if not recomputing():
+            self.here.frame = Frame()
 
     def frame(self) -> Frame:
         """The frame of the running call.

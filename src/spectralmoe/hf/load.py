@@ -18,7 +18,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.hf.assemble import assemble
 from spectralmoe.hf.language import TransformersModel, stored_names
 from spectralmoe.hf.layers import find_layers
-from spectralmoe.hf.router_files import ROUTERS, put_routers
+from spectralmoe.hf.routers.files import ROUTERS, put_routers
 from spectralmoe.hf.smollm2 import SMOLLM2, smollm2_file
 
 __all__ = ["import_transformers", "load_stock", "load_transformers", "quiet"]

@@ -46,9 +46,13 @@ class StockLayer(Recordable):
         """Whether a forward trains the stock router."""
         return self.layer.router.training and any(p.requires_grad for p in self.layer.router.parameters())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StockLayer:
+        """No copy: the hook of a copied router ends here, where it is not known."""
+        return self
+
     def see(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         """A forward hook of the router."""
-        if not self.sinks or recomputing():
+        if not self.sinks or recomputing() or router is not self.layer.router:
             return
         self.training = router.training
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}

@@ -64,7 +64,8 @@ def cures_for(model: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> 
     """The cures of the findings in one model: commands for it where there are some, else ``CURES``.
 
     Args:
-        model: of an inspection document; ``library`` says whose it is, ``source`` is its folder or name.
+        model: of an inspection document; ``library`` says whose it is, ``source`` is its folder or name, ``swapped``
+            that its routers are of this library.
         layers: of the document.
 
     >>> model = {"library": "transformers", "source": "./Mixtral-8x7B"}
@@ -73,7 +74,13 @@ def cures_for(model: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> 
     """
     library, source = model.get("library"), model.get("source")
     if library == "transformers" and source:
-        return CURES | _for_transformers(source, layers, model.get("groups") or 1)
+        cures = CURES | _for_transformers(source)
+        if any(layer.get("stack") for layer in layers):  # an encoder beside a decoder: finetune and prune take none
+            return cures
+        trainings = _trainings(source)
+        if model.get("swapped"):
+            return cures | {kind: text for kind, text in trainings.items() if "--router" not in text}
+        return _with_prune(cures | trainings, source, layers, model.get("groups") or 1)
     if library == "spectralmoe" and source:
         train = "spectralmoe train --config F.toml --router linear+balanced --out DIR"
         balance = dict.fromkeys(("dead_experts", "collapse", "imbalance"), f"balance the load: {train}; or {_BALANCE}")
@@ -81,9 +88,9 @@ def cures_for(model: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> 
     return dict(CURES)
 
 
-def _for_transformers(source: str, layers: Sequence[Mapping[str, Any]], groups: int) -> dict[str, str]:
-    dead = [int(((layer.get("load") or {}).get("dead") or {}).get("value") or 0) for layer in layers]
-    cures = {
+def _for_transformers(source: str) -> dict[str, str]:
+    """What can be done with any model of transformers."""
+    return {
         "not_run": f"run the model on text: {_command('inspect', source, '--text', 'FILE')}",
         "no_data": f"give more tokens: {_command('inspect', source, '--tokens', '32768', '--text', 'FILE')}",
         "half_precision": (
@@ -92,16 +99,18 @@ def _for_transformers(source: str, layers: Sequence[Mapping[str, Any]], groups: 
         ),
         "dropped_slots": "raise expert_capacity in its config.json",
     }
-    if not any(layer.get("stack") for layer in layers):  # a decoder alone, which finetune trains
-        cures |= _trainings(source)
+
+
+def _with_prune(cures: dict[str, str], source: str, layers: Sequence[Mapping[str, Any]], groups: int) -> dict[str, str]:
+    """With what leaves experts out, or merges them, before all else that is done about experts that are alike."""
+    dead = [int(((layer.get("load") or {}).get("dead") or {}).get("value") or 0) for layer in layers]
     files = ("--text", "FILE", "--out", "DIR")
     if spared := _keep(layers, min(dead, default=0), groups):
         text = _command("prune", source, "--keep", str(spared), "--by", "frequency", *files)
-        cures["dead_experts"] = f"{cures.get('dead_experts', CURES['dead_experts'])}; or leave them out: {text}"
+        cures["dead_experts"] = f"{cures['dead_experts']}; or leave them out: {text}"
     if half := _keep(layers, layers[0]["experts"] // 2 if layers else 0, groups):
         text = _command("prune", source, "--keep", str(half), "--merge", *files)
-        apart = cures.get("homogeneous", CURES["homogeneous"])
-        cures["homogeneous"] = f"merge experts that are alike: {text}; or {apart}"
+        cures["homogeneous"] = f"merge experts that are alike: {text}; or {cures['homogeneous']}"
     return cures
 
 

@@ -32,7 +32,8 @@ def inspection_document(
 
     Args:
         model: name, source (what it was loaded from), library ("transformers", "spectralmoe" or ""), class, mode ("run"
-            or "router-only"), dtype, parameters, groups (that experts are chosen in).
+            or "router-only"), dtype, parameters, groups (that experts are chosen in), swapped (routers of this
+            library in a model of transformers).
         data: source, tokens, sequences, tokenizer, notes.
         layers: of an ``Inspector``, or of a checkpoint.
         paths: of an ``Inspector``.

@@ -24,7 +24,7 @@ from spectralmoe.selectors import Balanced, Soft
 
 __all__ = ["Cache", "CausalAttention", "DecoderBlock", "LanguageMoE", "balanced_router", "language_moe"]
 
-ROPE_BASE = 10_000.0
+ROPE_BASE, RMS_EPS = 10_000.0, 1e-6
 
 
 class LanguageMoE(nn.Module):
@@ -58,7 +58,7 @@ class LanguageMoE(nn.Module):
         self.vocab, self.tied = vocab, tied
         self.embedding = nn.Embedding(vocab, widths[0])
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(widths[0])
+        self.norm = nn.RMSNorm(widths[0], eps=RMS_EPS)
         self.head = nn.Linear(widths[0], vocab, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         if tied:
@@ -127,8 +127,8 @@ class DecoderBlock(nn.Module):
         super().__init__()
         dim = moe.router.scorer.dim
         self.heads = heads
-        self.attention_norm, self.attention = nn.RMSNorm(dim), CausalAttention(dim, heads)
-        self.moe_norm, self.moe = nn.RMSNorm(dim), moe
+        self.attention_norm, self.attention = nn.RMSNorm(dim, eps=RMS_EPS), CausalAttention(dim, heads)
+        self.moe_norm, self.moe = nn.RMSNorm(dim, eps=RMS_EPS), moe
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cache)
@@ -160,10 +160,10 @@ class CausalAttention(nn.Module):
         q, k = rotated(q, before), rotated(k, before)
         if cache is not None:
             k, v = cache.add(self, k, v)
-        sees = (
-            None if not before else torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(before)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=sees is None)
+        length, seen, sees = q.shape[2], k.shape[2], None
+        if before and length > 1:  # a single token sees all before it
+            sees = torch.ones(length, seen, dtype=torch.bool, device=x.device).tril(before)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=not before)
         joined: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return joined
 
@@ -193,10 +193,11 @@ def rotated(x: Tensor, first: int = 0) -> Tensor:
         first: the position p of the first of the S tokens.
     """
     half = x.shape[-1] // 2
-    turns = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    turns = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=precise) / half)
     angles = torch.arange(first, first + x.shape[-2], device=x.device)[:, None] * turns
     cos, sin = angles.cos(), angles.sin()
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    a, b = x.to(precise).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
@@ -247,9 +248,9 @@ def language_moe(
     blocks = [DecoderBlock(MoE(r, bank), heads) for r, bank in zip(routers, banks, strict=True)]
     with torch.no_grad():
         for block in blocks:
-            block.attention.out.weight *= (2 * depth) ** -0.5
+            block.attention.out.weight.mul_((2 * depth) ** -0.5)
             if isinstance(block.moe.experts, FeedForward):
-                block.moe.experts.down *= (2 * depth) ** -0.5
+                block.moe.experts.down.mul_((2 * depth) ** -0.5)
     return LanguageMoE(blocks, vocab, tied=tied)
 
 

@@ -39,7 +39,8 @@ class Metric(Part):
 
     def show(self, value: float | None) -> str:
         """The value with its unit."""
-        return "no data" if value is None else f"{value:.{self.digits}f}{'' if self.unit == '%' else ' '}{self.unit}"
+        space = "" if self.unit in ("", "%") else " "
+        return "no data" if value is None else f"{value:.{self.digits}f}{space}{self.unit}"
 
 
 class Epoch(Part):

@@ -15,17 +15,17 @@ import torch
 
 from spectralmoe.diagnostics import holds_moe
 from spectralmoe.errors import UserError
-from spectralmoe.hf.added_terms import add_terms
-from spectralmoe.hf.corpus import Corpus, read_corpus
-from spectralmoe.hf.frozen_prefix import after_prefix, check_prefix, without_prefix
 from spectralmoe.hf.language import TransformersModel
 from spectralmoe.hf.load import quiet
-from spectralmoe.hf.lora import add_lora
-from spectralmoe.hf.quiet_trainer import follow_trainer, last_checkpoint, quiet_trainer
-from spectralmoe.hf.resume import resume_safe
-from spectralmoe.hf.router_files import stock_tensors, write_routers
-from spectralmoe.hf.trained_parts import chosen_layers, decoder_layers, train_only
-from spectralmoe.hf.trainer import attach_callback, trainer_callback
+from spectralmoe.hf.routers.files import stock_tensors, write_routers
+from spectralmoe.hf.training.added_terms import add_terms
+from spectralmoe.hf.training.callbacks import attach_callback, trainer_callback
+from spectralmoe.hf.training.corpus import Corpus, read_corpus
+from spectralmoe.hf.training.frozen_prefix import after_prefix, check_prefix, without_prefix
+from spectralmoe.hf.training.lora import add_lora
+from spectralmoe.hf.training.quiet_trainer import follow_trainer, last_checkpoint, quiet_trainer
+from spectralmoe.hf.training.resume import resume_safe
+from spectralmoe.hf.training.trained_parts import chosen_layers, decoder_layers, train_only
 from spectralmoe.instruments.findings import Finding
 from spectralmoe.training.finetune_routers import router_of, swap_to_row, terms_of
 from spectralmoe.training.finetune_settings import FinetuneSettings

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from spectralmoe.errors import UserError
 from spectralmoe.hf.layers import find_layers
-from spectralmoe.hf.rules import read_rule
-from spectralmoe.hf.swap import Swapped, swap_routers
-from spectralmoe.hf.text_windows import Windows
+from spectralmoe.hf.routers.rules import read_rule
+from spectralmoe.hf.routers.swap import Init, Swapped, swap_routers
+from spectralmoe.hf.training.text_windows import Windows
 from spectralmoe.naming import read_term
 from spectralmoe.presets import Preset, find_preset
 from spectralmoe.terms import Term
@@ -69,7 +69,7 @@ def swap_to_row(model: Any, preset: Preset, windows: Windows, rows: int) -> Swap
     count = min(len(windows), -(-CALIBRATION // windows.labels.shape[1]))
     places = torch.linspace(0, len(windows) - 1, count).round().long()  # of every domain
     batches = [{windows.name: batch} for batch in windows.inputs[places].split(rows)]
-    init: Literal["from_gate", "fit"] = "from_gate" if preset.scorer["type"] == "linear" else "fit"
+    init: Init = "from_gate" if preset.scorer["type"] == "linear" else "fit"
     return swap_routers(model, preset.scorer, _selector(model, preset), init=init, calibration=batches)
 
 

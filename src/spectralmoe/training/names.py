@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DATA_NAMES", "DEFAULT_ROUTERS", "FRESH_ROWS", "OWN_ROWS", "ROUTER_NAMES"]
+__all__ = ["DATA_NAMES", "DEFAULT_ROUTERS", "FRESH_ROWS", "OWN_ROWS", "ROUTER_NAMES", "TEXT_NAMES"]
 
 ROUTER_NAMES = (
     "linear",
@@ -18,5 +18,6 @@ ROUTER_NAMES = (
 )
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
 DATA_NAMES = ("digits", "fashion-mnist", "mnist5k")
+TEXT_NAMES = ("pydoc", "stdlib", "fortunes")
 FRESH_ROWS = ("emoe", "linear-probe", "adapter", "linear", "linear+load_balance")
 OWN_ROWS = ("own", "linear-probe")

@@ -90,18 +90,19 @@ class BranchSpec:
                 "all", True and "model" for most.
 
         Raises:
-            UserError: as ``find_preset`` and the class; a dense row; a row with a bank of experts, which branches have
-                themselves.
+            UserError: as ``find_preset`` and the class; a row with a bank of experts, which branches have themselves.
 
         >>> BranchSpec.of("emoe-faithful").tokens, BranchSpec.of("emoe", blocks="last2").tokens
         ('patches', 'all')
         """
         preset = find_preset(row)
-        if preset.dense:
-            raise UserError(f"router {shown(row)!r} chooses nothing; a branch without a choice has experts = 1")
         if preset.experts is not None:
             raise UserError(f"router {shown(row)!r}: its experts do not fit, branches have adapters; leave them out")
-        return cls(router=preset.routers(experts_a_token(k)), **{**preset.branch, **options})
+        k = experts_a_token(k)
+        wanted = (options.pop("experts", cls.experts), options.pop("bottleneck", cls.bottleneck))
+        experts, bottleneck = preset.sizes(*wanted, k)
+        options = {**preset.branch, **options, "experts": experts, "bottleneck": bottleneck}
+        return cls(router=preset.routers(k), **options)
 
     def make_router(self, dim: int) -> Router:
         """A new router for tokens of width ``dim``."""

@@ -115,11 +115,12 @@ def columns_of(task: Task) -> tuple[Column, ...]:
         f"{task.unit}s trained on a second, one network among others",
         better="higher",
     )
-    return (*map(_column, task.metrics), *_ROUTING, *_CHOICES, _COST[0], active, *_COST[1:], speed)
+    metrics = [_column(metric, "on the test part") for metric in task.metrics]
+    return (*metrics, *_ROUTING, *_CHOICES, _COST[0], active, *_COST[1:], speed)
 
 
-def _column(metric: Metric) -> Column:
-    meaning = f"{metric.meaning}, on the test part before corrections"
+def _column(metric: Metric, where: str = "on the test part before corrections") -> Column:
+    meaning = f"{metric.meaning}, {where}"
     return Column(metric.key, metric.heading, metric.digits, meaning, better=metric.better)
 
 

@@ -103,8 +103,6 @@ class CompareSettings(Settings):
             preset = find_preset(name)
             if self.backbone is None:  # else the widths are those of the timm model
                 preset.check(self.network.width, experts, self.network.hidden, k=k, spare=self.network.spare)
-            elif preset.dense:
-                raise UserError(f"router {name!r} has no experts to put into a timm model; leave it out")
 
     def run_of(self, cell: Cell, lr: float = 1.0) -> TrainSettings:
         """The training run of one cell.

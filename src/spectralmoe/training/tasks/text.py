@@ -5,33 +5,31 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.data.text_data import TEXT_PARTS, TextData, TextPart, load_text
-from spectralmoe.data.text_sources import Document
-from spectralmoe.data.vocabulary import SEPARATOR, Vocabulary
+from spectralmoe.data.vocabulary import Vocabulary
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError
 from spectralmoe.models import LanguageMoE, language_moe
 from spectralmoe.naming import shown
 from spectralmoe.presets import find_preset
-from spectralmoe.training.settings import Settings, Several, parse
+from spectralmoe.training.settings import parse
 from spectralmoe.training.tasks.base import Metric, Part, Task, rounded
 from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
-from spectralmoe.training.tasks.text_verbs import continue_text, held_out_windows, read_prompt, shown_text
+from spectralmoe.training.tasks.text_verbs import TextMeta, continue_texts, held_out_windows, read_text_meta
+from spectralmoe.training.tasks.windows import Windows, cut_windows, in_turns, measured
 from spectralmoe.training.text_settings import Text, is_text
 from spectralmoe.training.train_settings import TrainSettings
 
-__all__ = ["TextMeta", "TextTask", "Windows", "cut_windows"]
+__all__ = ["TextTask"]
 
 BITS = Metric(
     "bits_per_byte", "bits/byte", "negative log-likelihood of the text over its bytes", "lower", unit="", digits=3
@@ -39,29 +37,6 @@ BITS = Metric(
 OWN_METRICS = 8
 """Up to so many domains have metrics of their own."""
 _TOKENS = 2**14
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """Windows of S + 1 tokens each; the last S are predicted.
-
-    Attributes:
-        tokens: (B, S + 1).
-        domains: (B, S), the domain of each predicted token.
-    """
-
-    tokens: Tensor
-    domains: Tensor
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, chosen: Tensor | slice) -> Windows:
-        return Windows(self.tokens[chosen], self.domains[chosen])
-
-    def part(self, chosen: slice, device: torch.device) -> Windows:
-        """Some of the windows, on ``device``, in the types that a network takes."""
-        return Windows(self.tokens[chosen].to(device).long(), self.domains[chosen].to(device).long())
 
 
 class TextTask(Task):
@@ -115,7 +90,7 @@ class TextTask(Task):
         if train_size is not None:
             if not 1 <= train_size <= self.size:
                 raise UserError(f"cannot take {train_size} training windows of {self.name!r}, which has {self.size}")
-            self.parts["train"] = _in_turns(self.parts["train"], train_size)
+            self.parts["train"] = in_turns(self.parts["train"], train_size)
 
     @classmethod
     def open(cls, settings: TrainSettings, data_dir: Path | None = None, download: bool = False) -> Self:
@@ -201,13 +176,7 @@ class TextTask(Task):
 
     @classmethod
     def read_meta(cls, network: nn.Module, values: Any, folder: Path) -> TextMeta:
-        where = f"{folder / 'config.json'}: meta"
-        if not isinstance(network, LanguageMoE):
-            raise UserError(f"{folder} holds a {type(network).__name__}, and its meta is that of a language model")
-        meta = parse(TextMeta, values, where)
-        if Vocabulary.of_json(meta.vocabulary).size != network.vocab:
-            raise UserError(f"{where} does not fit the network")
-        return meta
+        return read_text_meta(network, values, folder)
 
     @classmethod
     def reopen(
@@ -221,17 +190,7 @@ class TextTask(Task):
 
     @classmethod
     def predict(cls, network: nn.Module, meta: TextMeta, inputs: Sequence[str], **options: Any) -> Predictions:
-        """Goes on with each text by ``tokens`` tokens, drawn under ``seed`` at a ``temperature``."""
-        assert isinstance(network, LanguageMoE)
-        vocabulary, device = Vocabulary.of_json(meta.vocabulary), next(network.parameters()).device
-        asked = {"tokens": 100, "temperature": 0.8, "seed": 0, **options}
-        draws = torch.Generator(device).manual_seed(asked.pop("seed"))
-        results = []
-        for given in inputs:
-            prompt = read_prompt(given)
-            text = continue_text(network, vocabulary, prompt, length=meta.length, draws=draws, **asked)
-            results.append(shown_text(given, prompt, text))
-        return Predictions(results)
+        return Predictions(continue_texts(network, meta, inputs, **options))
 
     def summary(self, scores: Mapping[str, float]) -> Shown:
         windows, total = len(self.parts["test"]), BITS.named(scores[BITS.key])
@@ -241,8 +200,8 @@ class TextTask(Task):
         return Shown({"windows": windows, **scores}, "\n".join(lines))
 
     def held_out(self) -> HeldOut:
-        test = self.parts["test"]
-        return held_out_windows(self.inputs("test"), test.domains.long(), self.data.domains, self.vocabulary)
+        domains = self.parts["test"].domains.long()
+        return held_out_windows(self.inputs("test"), domains, self.data.domains, self.vocabulary)
 
     def _windows(self, part: TextPart) -> Windows:
         """All windows of the training part; of another part those that are measured."""
@@ -254,30 +213,11 @@ class TextTask(Task):
             )
         if part == "train":
             return windows
-        windows = windows[_measured(windows, self.text.measured)]
+        windows = windows[measured(windows, self.text.measured)]
         for domain in self.reported:
             if not bool((windows.domains == self.data.domains.index(domain)).any()):
                 raise UserError(f"{self.name!r}: its {part} part has no text of domain {domain!r}; add documents to it")
         return windows
-
-
-class TextMeta(Settings):
-    """What a saved language model needs to be used on text.
-
-    Attributes:
-        length: S of the windows that it was trained on.
-        vocabulary: for ``Vocabulary.of_json``.
-        results: measured after training.
-        settings: of the run that trained it.
-    """
-
-    data: str
-    domains: Several[str]
-    length: int
-    vocabulary: dict[str, Any]
-    router: str
-    results: dict[str, Any] = Field(default_factory=dict)
-    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 SWIGLU = {"type": "feed_forward", "activation": "swiglu"}
@@ -285,50 +225,10 @@ SWIGLU = {"type": "feed_forward", "activation": "swiglu"}
 
 def token_losses(model: nn.Module, windows: Windows) -> Tensor:
     """Negative log-likelihood of each predicted token in nats: (B, S) fp32."""
-    logits = model(windows.tokens[:, :-1]).float()
-    return F.cross_entropy(logits.transpose(1, 2), windows.tokens[:, 1:], reduction="none")
-
-
-def cut_windows(documents: Sequence[Document], domains: Sequence[str], vocabulary: Vocabulary, length: int) -> Windows:
-    """Windows of ``length`` + 1 tokens, each beginning with the last token of the one before, through all documents."""
-    encoded = vocabulary.encode_all([document.text for document in documents])
-    tokens = np.fromiter((token for one in encoded for token in (SEPARATOR, *one)), np.int32)
-    places = [domains.index(document.domain) for document in documents]
-    owner = np.repeat(np.array(places, np.int16), [1 + len(one) for one in encoded])
-    count = max(len(tokens) - 1, 0) // length
-    inside = torch.arange(count)[:, None] * length + torch.arange(length + 1)
-    return Windows(torch.from_numpy(tokens)[inside], torch.from_numpy(owner)[inside[:, 1:]])
+    logits, targets = model(windows.tokens[:, :-1]).float(), windows.tokens[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def _metric_of(domain: str) -> Metric:
     meaning = f"{BITS.meaning}, domain {domain}"
     return Metric(f"{BITS.key}_{domain}", f"{BITS.title} {domain}", meaning, BITS.better, digits=BITS.digits)
-
-
-def _measured(windows: Windows, most: int) -> Tensor:
-    """Which windows are measured: up to ``most`` of each domain, spread evenly over it. A window is of the domain of
-    its first predicted token.
-    """
-    chosen = []
-    for domain in windows.domains[:, 0].unique():
-        there = (windows.domains[:, 0] == domain).nonzero().flatten()
-        chosen.append(there[torch.linspace(0, len(there) - 1, min(most, len(there))).round().long()])
-    return torch.cat(chosen)
-
-
-def _in_turns(windows: Windows, count: int) -> Windows:
-    """``count`` windows in equal numbers from each domain as far as they last, spread evenly over each."""
-    owners = windows.domains[:, 0].long()
-    there = owners.bincount()
-    quota = torch.zeros_like(there)
-    while (left := count - int(quota.sum())) > 0:
-        open_domains = (quota < there).nonzero().flatten()
-        share = max(1, left // len(open_domains))
-        for domain in open_domains[:left]:
-            quota[domain] += min(share, int(there[domain] - quota[domain]))
-    chosen = []
-    for domain, many in enumerate(quota.tolist()):
-        members = (owners == domain).nonzero().flatten()
-        if many:
-            chosen.append(members[torch.linspace(0, len(members) - 1, many).round().long()])
-    return windows[torch.cat(chosen)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from itertools import chain, zip_longest
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
 from spectralmoe.data.text_sources import read_text
 from spectralmoe.data.vocabulary import SEPARATOR, Vocabulary
@@ -18,11 +20,47 @@ from spectralmoe.errors import UserError
 from spectralmoe.instruments.running_text import PASSAGES, TOKENS, split_text
 from spectralmoe.instruments.samples import Place
 from spectralmoe.models import LanguageMoE
+from spectralmoe.training.settings import Settings, Several, parse
 from spectralmoe.training.tasks.shown import HeldOut, Running, Shown
 
-__all__ = ["continue_text", "held_out_windows", "read_prompt", "shown_text"]
+__all__ = ["TextMeta", "continue_text", "continue_texts", "held_out_windows", "read_prompt", "read_text_meta"]
 
 _AROUND, _TOGETHER, _SHOWN = 24, 2048, 200
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class TextMeta(Settings):
+    """What a saved language model needs to be used on text.
+
+    Attributes:
+        length: S of the windows that it was trained on.
+        vocabulary: for ``Vocabulary.of_json``.
+        results: measured after training.
+        settings: of the run that trained it.
+    """
+
+    data: str
+    domains: Several[str]
+    length: int
+    vocabulary: dict[str, Any]
+    router: str
+    results: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+def read_text_meta(network: nn.Module, values: Any, folder: Path) -> TextMeta:
+    """What was saved beside a language model.
+
+    Raises:
+        UserError: another network; values that are missing, or do not fit it.
+    """
+    where = f"{folder / 'config.json'}: meta"
+    if not isinstance(network, LanguageMoE):
+        raise UserError(f"{folder} holds a {type(network).__name__}, and its meta is that of a language model")
+    meta = parse(TextMeta, values, where)
+    if Vocabulary.of_json(meta.vocabulary).size != network.vocab:
+        raise UserError(f"{where} does not fit the network")
+    return meta
 
 
 def read_prompt(given: str) -> str:
@@ -47,6 +85,30 @@ def read_prompt(given: str) -> str:
     if len(given.split()) == 1 and Path(given).suffix[1:].isalnum():
         raise UserError(f"there is no file {given!r}; to go on with these letters as a text, put a space before them")
     return given
+
+
+def continue_texts(
+    network: nn.Module,
+    meta: TextMeta,
+    inputs: Sequence[str],
+    *,
+    tokens: int = 100,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> list[Shown]:
+    """How each text goes on (``read_prompt``): ``tokens`` more, each drawn under ``seed`` at a ``temperature``.
+
+    Raises:
+        UserError: as ``read_prompt``.
+    """
+    assert isinstance(network, LanguageMoE)
+    vocabulary, device = Vocabulary.of_json(meta.vocabulary), next(network.parameters()).device
+    how: dict[str, Any] = {"length": meta.length, "tokens": tokens, "temperature": temperature}
+    results = []
+    for given, prompt in [(given, read_prompt(given)) for given in inputs]:
+        draws = torch.Generator(device).manual_seed(seed)
+        results.append(_shown(given, prompt, continue_text(network, vocabulary, prompt, draws=draws, **how)))
+    return results
 
 
 def continue_text(
@@ -74,13 +136,6 @@ def continue_text(
         )
         text = torch.cat([text, more[:, seen.shape[1] :]], 1)
     return vocabulary.decode(text[0, len(start) :].tolist())
-
-
-def shown_text(given: str, prompt: str, continuation: str) -> Shown:
-    """A text and how it goes on; of a long beginning people see the end."""
-    source = {"file": given} if prompt != given else {}
-    beginning = prompt if len(prompt) <= _SHOWN else "…" + prompt[-_SHOWN:]
-    return Shown({**source, "prompt": prompt, "continuation": continuation}, beginning + continuation)
 
 
 def held_out_windows(windows: Tensor, domains: Tensor, names: Sequence[str], vocabulary: Vocabulary) -> HeldOut:
@@ -113,3 +168,11 @@ def _from_each(domains: Tensor) -> list[int]:
     first = domains[:, 0]
     queues = [(first == domain).nonzero().flatten().tolist()[:PASSAGES] for domain in first.unique()]
     return [index for index in chain(*zip_longest(*queues)) if index is not None][:PASSAGES]
+
+
+def _shown(given: str, prompt: str, continuation: str) -> Shown:
+    """A text and how it goes on; people see the end of a long beginning, and no character that steers a terminal."""
+    source = {"file": given} if prompt != given else {}
+    beginning = prompt if len(prompt) <= _SHOWN else "…" + prompt[-_SHOWN:]
+    values = {**source, "prompt": prompt, "continuation": continuation}
+    return Shown(values, _CONTROL.sub("\ufffd", beginning + continuation))

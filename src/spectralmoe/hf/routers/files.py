@@ -1,0 +1,159 @@
+"""The routers of a swapped model in two files beside the stock ones: written, and put into a model of that base.
+
+``spectral_routers.json`` describes the router of each layer and the base that they belong to, by its shapes and the
+SHA-256 of its gates; ``spectral_routers.safetensors`` holds their tensors by ``LAYER.NAME``. Nothing in either runs
+code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spectralmoe.errors import UserError, first_line, refuse_differences
+from spectralmoe.files import exists, read_json, write_json
+from spectralmoe.hf.layers import find_layers
+from spectralmoe.hf.routers.places import put_in, swapped_routers
+from spectralmoe.hf.routers.rules import read_rule
+from spectralmoe.hf.routers.swapped import SwappedRouter
+from spectralmoe.layers import unwrapped
+from spectralmoe.router import Router
+from spectralmoe.sharding import full
+from spectralmoe.spec import build, describe
+
+__all__ = ["ROUTERS", "put_routers", "read_routers_config", "stock_tensors", "write_routers"]
+
+ROUTERS, TENSORS = "spectral_routers.json", "spectral_routers.safetensors"
+_KEY, _FORMAT = "spectralmoe_routers", 1
+
+
+def write_routers(model: nn.Module, folder: Path) -> None:
+    """Write the routers of a swapped model to ``folder``, beside the files of the stock one.
+
+    Raises:
+        UserError: no layer of ``model`` was swapped; a router that cannot be described.
+    """
+    swapped = swapped_routers(model)
+    layers = {name: {"router": describe(each.router), "gate": _digest(each)} for name, each in swapped.items()}
+    tensors = {
+        f"{layer}.{name}": full(value).detach().cpu().contiguous().clone()
+        for layer, each in swapped.items()
+        for name, value in each.router.state_dict().items()
+    }
+    save_file(tensors, folder / TENSORS)
+    config = {
+        _KEY: _FORMAT,
+        "versions": {"torch": torch.__version__},
+        "layers": layers,
+        "shapes": {name: list(value.shape) for name, value in stock_tensors(model).items()},
+        "sha256": _sha256(folder / TENSORS),
+        "files": sorted({path.name for path in folder.iterdir() if path.is_file()} | {ROUTERS}),
+    }
+    write_json(folder / ROUTERS, config)
+
+
+def read_routers_config(folder: Path) -> dict[str, Any]:
+    """What ``spectral_routers.json`` in ``folder`` describes.
+
+    Raises:
+        UserError: there is none, or none that this version can read.
+    """
+    if not exists(folder / ROUTERS):
+        raise UserError(f"{folder} holds no swapped routers: it has no {ROUTERS}, which save_swapped writes")
+    config = read_json(folder / ROUTERS)
+    if not isinstance(config, dict) or config.get(_KEY) != _FORMAT:
+        raise UserError(f"{folder / ROUTERS} describes no routers of format {_FORMAT}, which this version reads")
+    layers, shapes = config.get("layers"), config.get("shapes")
+    if not isinstance(shapes, dict) or not isinstance(layers, dict):
+        raise UserError(f"{folder / ROUTERS} lacks the layers or the shapes of their base; save the model again")
+    if not all(isinstance(layer, dict) and layer.keys() == {"router", "gate"} for layer in layers.values()):
+        raise UserError(f"{folder / ROUTERS} describes a layer without its router and gate; save the model again")
+    return config
+
+
+def put_routers(model: nn.Module, folder: Path, *, allow: Sequence[str] = ()) -> None:
+    """Put the routers that ``write_routers`` wrote to ``folder`` into a model of their base, which was not swapped.
+
+    Args:
+        allow: classes outside spectralmoe's tables that the folder may name, as "pkg:Class".
+
+    Raises:
+        UserError: no such files, or damaged ones; a model of other shapes or with other gates.
+    """
+    config = read_routers_config(folder)
+    stock, layers = unwrapped(model), {layer.name: layer for layer in find_layers(unwrapped(model))}
+    other = f"the routers in {folder} belong to another model"
+    refuse_differences(other, {n: value.shape for n, value in stock_tensors(stock).items()}, config["shapes"])
+    for name, layer in config["layers"].items():
+        if name not in layers or isinstance(layers[name].router, SwappedRouter):
+            raise UserError(f"{other}: {name!r} is no layer here with the router of its family")
+        if _digest(layers[name].router) != layer["gate"]:
+            raise UserError(f"{other}: the gate of {name} has other weights (SHA-256)")
+    tensors = _read_tensors(folder, config.get("sha256"))
+    routers = {}
+    for name, layer in config["layers"].items():
+        prefix, device = f"{name}.", next(layers[name].router.parameters()).device
+        values = {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
+        routers[layers[name]] = _router(f"{folder / ROUTERS}, {name}", layer["router"], values, allow).to(device)
+    put_in(stock, {layer: (router, read_rule(layer)[0]) for layer, router in routers.items()})
+
+
+def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model as its family has it: a swapped layer with the gate that it had before."""
+    state: dict[str, Tensor] = model.state_dict()
+    ours = tuple(f"{path}.router." for path, each in model.named_modules() if isinstance(each, SwappedRouter))
+    return {name: value for name, value in state.items() if not name.startswith(ours)}
+
+
+def _router(start: str, spec: Any, tensors: Mapping[str, Tensor], allow: Sequence[str]) -> Router:
+    """The router that ``spec`` describes, first built without memory: it cannot ask for more than its file holds."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
+                shapes = {name: value.shape for name, value in build(spec, allow=allow).state_dict().items()}
+            refuse_differences(start, shapes, {name: value.shape for name, value in tensors.items()})
+            router = build(spec, allow=allow)
+        for name, target in router.state_dict(keep_vars=True).items():
+            target.data = target.data.to(tensors[name].dtype)
+        router.load_state_dict(tensors)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a constructor says to a file that was tampered with
+        raise UserError(f"{start}: no router is described ({first_line(error)})") from error
+    if not isinstance(router, Router):
+        raise UserError(f"{start}: describes a {type(router).__name__}, not a router")
+    return router
+
+
+def _read_tensors(folder: Path, digest: Any) -> dict[str, Tensor]:
+    try:
+        tensors, same = load_file(folder / TENSORS), _sha256(folder / TENSORS) == digest
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{folder / TENSORS} cannot be read ({first_line(error)}); save the model again") from error
+    if not same:
+        raise UserError(f"{folder / TENSORS} holds other routers than {ROUTERS} describes (SHA-256)")
+    return tensors
+
+
+def _digest(router: nn.Module) -> str:
+    """The SHA-256 of the tensors of a stock router, or of those that a swapped one keeps: names, shapes, values."""
+    digest, state = hashlib.sha256(), router.state_dict()
+    for name in sorted(state):
+        if isinstance(router, SwappedRouter) and name.startswith("router."):
+            continue
+        value = full(state[name]).detach().cpu().double().contiguous()
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.numpy().data)
+    return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

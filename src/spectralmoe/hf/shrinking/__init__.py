@@ -1,0 +1,1 @@
+"""Models of the same family with fewer experts."""
