@@ -14,7 +14,8 @@ from families import FAMILIES
 from seeds import generator
 from torch import Tensor, nn
 
-from spectralmoe.hf.layers import HFLayer, find_layers
+from spectralmoe.hf.layer import HFLayer
+from spectralmoe.hf.layers import find_layers
 
 __all__ = ["SICK", "healthy", "matrix_of", "stacks"]
 

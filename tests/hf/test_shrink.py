@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from spectralmoe.hf import merge_experts, prune_experts, swap_routers
-from spectralmoe.hf.layers import HFLayer, find_layers
+from spectralmoe.hf.layer import HFLayer
+from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.shrinking.calibration import Calibration
 from spectralmoe.hf.structure import correction_bias
 from spectralmoe.hf.watch import watch_transformers

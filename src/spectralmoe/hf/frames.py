@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.layer import HFLayer
 from spectralmoe.recording import recomputing
 from spectralmoe.routing import EMPTY, Routing
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from spectralmoe.hf.frames import Frames
-from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
+from spectralmoe.hf.layer import HFLayer
+from spectralmoe.hf.layers import find_layers, refuse_shared
 from spectralmoe.layers import moe_layers, stock_experts, unwrapped
 from spectralmoe.recording import Recordable, recomputing
 

@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.diagnostics.watch import Seen, Watch, seen_of
 from spectralmoe.hf.frames import Frame, Frames
-from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
+from spectralmoe.hf.layer import HFLayer
+from spectralmoe.hf.layers import find_layers, refuse_shared
 from spectralmoe.recording import Recordable, recomputing
 from spectralmoe.routing import Routing
 from spectralmoe.tape import Tape

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError
 from spectralmoe.hf.language import batch_arguments
-from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.routers.fit import Agreement, fit_scorer
 from spectralmoe.hf.routers.gates import gate_of, start_from_gate
 from spectralmoe.hf.routers.places import refuse_adapters, stock_layers, swapped_routers, take_out

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
-from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.structure import matrix_name
 from spectralmoe.scorers import CosineScorer, LinearScorer, Scorer
 from spectralmoe.sharding import full

@@ -10,7 +10,8 @@ from torch import nn
 from spectralmoe.errors import UserError
 from spectralmoe.hf.calls import Calls
 from spectralmoe.hf.frames import stack_around
-from spectralmoe.hf.layers import HFLayer, find_layers
+from spectralmoe.hf.layer import HFLayer
+from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.routers.rules import Rule
 from spectralmoe.hf.routers.swapped import SwappedRouter, swapped_router
 from spectralmoe.layers import moe_layers

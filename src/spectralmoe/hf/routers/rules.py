@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from spectralmoe.diagnostics.entropy import are_probabilities
 from spectralmoe.errors import UserError
-from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.routers.gates import Gate, gate_of
 from spectralmoe.hf.routing import Returned, read_returned
 from spectralmoe.hf.scores import real_logits

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.hf.language import batch_arguments
-from spectralmoe.hf.layers import HFLayer, find_layers, refuse_shared
+from spectralmoe.hf.layer import HFLayer
+from spectralmoe.hf.layers import find_layers, refuse_shared
 from spectralmoe.hf.routers.fit import fit_scorer
 from spectralmoe.hf.routers.gates import gate_of, start_from_gate
 from spectralmoe.hf.routers.places import put_in, take_out

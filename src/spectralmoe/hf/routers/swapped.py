@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spectralmoe.context import rows_of
 from spectralmoe.hf.calls import Calls
-from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.routers.rules import Rule
 from spectralmoe.parts import Part
 from spectralmoe.recording import Recordable

@@ -13,7 +13,7 @@ from spectralmoe.compression.saliency import SALIENCIES, affinity, frequency, ra
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.hf.language import TransformersModel, batch_arguments, run
-from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.routers.rules import put_bias, read_rule
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.instruments.samples import TokenSample

@@ -18,7 +18,8 @@ from spectralmoe.compression.edit import whole_number
 from spectralmoe.compression.merge import group_by_affinity
 from spectralmoe.compression.prune import most_salient
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.hf.layers import HFLayer, find_layers
+from spectralmoe.hf.layer import HFLayer
+from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.load import import_transformers
 from spectralmoe.hf.shrinking.calibration import Batches, Calibration
 from spectralmoe.hf.shrinking.smaller import Cluster, with_clusters

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError, refuse_differences
-from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.structure import count_settings, experts_of
 from spectralmoe.stacks import copy_with, means
 

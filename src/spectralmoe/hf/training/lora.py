@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.hf.layers import HFLayer
+from spectralmoe.hf.layer import HFLayer
 
 __all__ = ["add_lora", "import_peft"]
 

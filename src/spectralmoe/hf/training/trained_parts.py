@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.hf.layers import HFLayer, find_layers
+from spectralmoe.hf.layer import HFLayer
+from spectralmoe.hf.layers import find_layers
 
 __all__ = ["chosen_layers", "decoder_layers", "train_only"]
 
