@@ -72,7 +72,7 @@ def hold_out(documents: Sequence[str], share: float, size: int | None = None) ->
     >>> hold_out(["0\\n1\\n2\\n3\\n4\\n5\\n6\\n7\\n8\\n9\\n"], 0.25)
     (['0\\n1\\n2\\n3\\n4\\n5\\n6\\n'], ['7\\n8\\n9\\n'])
     >>> [sorted(part) for part in hold_out(["cat", "dog", "owl", "fox"], 0.25)]
-    [['cat', 'dog', 'owl'], ['fox']]
+    [['cat', 'dog', 'fox'], ['owl']]
     """
     ordered = _first(sorted(documents, key=lambda text: hashlib.sha256(text.encode()).hexdigest()), size)
     wanted = share * sum(map(len, ordered))
