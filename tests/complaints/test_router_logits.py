@@ -89,5 +89,5 @@ def test_unsloth_4812_a_class_of_the_same_name_is_not_taken_for_a_layer(make_net
 
     net = make_net(depth=1)
     net.blocks[0].moe = Copied(net.blocks[0].moe)
-    with user_error("Net holds no MoE layer"), record(net):
+    with user_error("blocks.0.moe (Copied)", "returns Routing"), record(net):
         net(torch.randn(10, 16))

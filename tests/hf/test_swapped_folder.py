@@ -195,12 +195,12 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(number, folder, monke
 
         return call
 
-    monkeypatch.setattr("spectralmoe.hf.router_files.save_file", failing(save_file))
-    monkeypatch.setattr("spectralmoe.hf.swapped_folder.flush", failing(lambda path: None))
+    monkeypatch.setattr("spectralmoe.hf.routers.files.save_file", failing(save_file))
+    monkeypatch.setattr("spectralmoe.hf.routers.folder.flush", failing(lambda path: None))
     monkeypatch.setattr(Path, "rename", failing(Path.rename))
     if number > 2:  # the two renames alone
-        monkeypatch.setattr("spectralmoe.hf.router_files.save_file", save_file)
-        monkeypatch.setattr("spectralmoe.hf.swapped_folder.flush", lambda path: None)
+        monkeypatch.setattr("spectralmoe.hf.routers.files.save_file", save_file)
+        monkeypatch.setattr("spectralmoe.hf.routers.folder.flush", lambda path: None)
         number -= 2
     with user_error("cannot write", "No space left"):
         save_swapped(model, folder)

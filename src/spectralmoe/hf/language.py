@@ -177,7 +177,7 @@ def batch_arguments(owner: str, model: Any, batch: Any) -> dict[str, Any]:
     if isinstance(batch, Mapping):
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     raise UserError(
-        f"{owner}: calibration must hold tables of the model's arguments or ids (B, S), got {type(batch).__name__}"
+        f"{owner}: a batch must be token ids (B, S) or a table of the model's arguments, got {type(batch).__name__}"
     )
 
 
