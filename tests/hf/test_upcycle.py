@@ -185,7 +185,7 @@ def test_what_is_warned_of_is_so(method, dense_of):
         ({"calibration": [ids()]}, ["'random'", "calibration"]),
         ({"router": "principal"}, ["'principal'", "calibration"]),
         ({"router": "prompts", "calibration": [{"input_ids": ids()}]}, ["'prompts'", "4", "got 1"]),
-        ({"router": "principal", "calibration": ["text"]}, ["calibration", "str"]),
+        ({"router": "principal", "calibration": ["text"]}, ["a batch must be", "got str"]),
         ({"router": "principal", "calibration": []}, ["calibration", "there is none"]),
         ({"router": "principal", "calibration": [{"input_ids": ids()[:1, :2]}]}, ["2 directions"]),
     ],
