@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""What a result was measured on, and with how many threads."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["cpu_model", "describe_machine"]
+__all__ = ["cpu_model", "describe_machine", "threads"]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -47,3 +49,19 @@ def _first_cpu(listing: str) -> str:
     fields = dict(re.findall(r"^(.+?)[ \t]*:[ \t]*(.+)$", listing.partition("\n\n")[0], re.MULTILINE))
     name, model = fields.get("model name", platform.machine()), fields.get("model")
     return name if model is None else f"{name}, model {model}"
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch computes on ``count`` threads inside the block.
+
+    >>> with threads(1):
+    ...     torch.get_num_threads()
+    1
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

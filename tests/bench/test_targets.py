@@ -103,7 +103,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(peers, "PEERS", {"naive": peers.PEERS["naive"]})
     monkeypatch.setattr(subject, "matmul_rate", lambda dtype, device, size: matmul_rate(dtype, device, 16))
     monkeypatch.setattr(targets, "TARGETS", targets._targets())
-    monkeypatch.setattr(runner, "_threads", lambda count: nullcontext())  # one thread, whatever the settings say
+    monkeypatch.setattr(runner, "threads", lambda count: nullcontext())  # one thread, whatever the settings say
 
 
 @pytest.mark.full

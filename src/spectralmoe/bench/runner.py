@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 import spectralmoe
 from spectralmoe.bench import branch, decode, layer, memory, penalty, router, scaling, step
@@ -23,7 +20,7 @@ from spectralmoe.bench.show import as_markdown
 from spectralmoe.bench.targets import against_targets
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.files import make_folder, read_json, write_json, write_text
-from spectralmoe.machine import describe_machine
+from spectralmoe.machine import describe_machine, threads
 from spectralmoe.training.loop import Progress
 
 __all__ = ["SUITES", "run"]
@@ -84,7 +81,7 @@ def run(
             raise one_of("suite", name, SUITES)
     idle = idle or Idle()
     look = (lambda when: idle.others()) if allow_busy else idle.demand
-    with _threads(settings.threads):
+    with threads(settings.threads):
         head, total = _head(suites, settings), sum(SUITES[name].count(settings) for name in suites)
         if out is not None:
             make_folder(out)
@@ -175,13 +172,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

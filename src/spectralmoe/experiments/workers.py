@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError
+from spectralmoe.machine import threads
 from spectralmoe.training.loop import Progress
 
 __all__ = ["Job", "WorkerLost", "run_jobs"]
@@ -62,19 +62,9 @@ def run_jobs(jobs: Sequence[Job], processes: int, progress: Progress) -> Iterato
         return
     for place, job in enumerate(jobs):
         tell = partial(_tell, progress, _title(job, place, jobs), place, len(jobs))
-        with _threads(1 if processes > 1 else torch.get_num_threads()):
+        with threads(1 if processes > 1 else torch.get_num_threads()):
             result = job.function(*job.arguments, tell)
         yield job.key, result
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _in_processes(jobs: Sequence[Job], processes: int, progress: Progress) -> Iterator[tuple[Any, Any]]:
