@@ -25,7 +25,6 @@ def test_bytes_are_themselves():
     assert vocabulary.encode("aß") == [97, 195, 159]
     assert vocabulary.decode([97, 195, 159]) == "aß"
     assert vocabulary.decode([97, 195]) == "a\N{REPLACEMENT CHARACTER}"
-    assert vocabulary.pieces([97, 195]) == ["a", "·"]
     assert vocabulary.lengths.tolist() == [1] * 256
     assert vocabulary.decode([97, SEPARATOR, 98]) == "a\n\nb"
 

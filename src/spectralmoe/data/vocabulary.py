@@ -35,8 +35,8 @@ class Vocabulary:
         UserError: a merge of tokens that are not there yet; in ``encode``, ``tokenizers`` is missing.
 
     >>> vocabulary = Vocabulary([(116, 104)])
-    >>> vocabulary.size, vocabulary.pieces([256, 101]), Vocabulary().encode("the")
-    (257, ['th', 'e'], [116, 104, 101])
+    >>> vocabulary.size, vocabulary.decode([256, 101]), Vocabulary().encode("the")
+    (257, 'the', [116, 104, 101])
     """
 
     def __init__(self, merges: Merges = ()) -> None:
@@ -95,10 +95,6 @@ class Vocabulary:
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens; a character that is cut off becomes U+FFFD, a separator an empty line."""
         return self._bytes(tokens).decode(errors="replace")
-
-    def pieces(self, tokens: Iterable[int]) -> list[str]:
-        """The text of each token alone; of a part of a character a full stop in the middle, ·."""
-        return [self._bytes([token]).decode(errors="ignore") or "·" for token in tokens]
 
     def as_json(self) -> dict[str, Any]:
         """JSON values that ``of_json`` reads back."""
