@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -17,20 +18,39 @@ from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 from spectralmoe.scorers import Scorer
 
-__all__ = ["Record", "Tape", "keeps"]
+__all__ = ["Record", "Tape", "keeps", "of_model", "said"]
 
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
-def keeps(*names: str) -> Callable[[Function], Function]:
-    """Mark a regularizer that reads kept tensors: a ``Term`` of it has ``record(model, terms=terms)`` keep them."""
+def keeps(*names: str, argument: str | None = None) -> Callable[[Function], Function]:
+    """Mark a regularizer that reads kept tensors: a ``Term`` of it has ``record(model, terms=terms)`` keep them.
+
+    Args:
+        argument: of the regularizer, names another tensor in their place where a ``partial`` sets it.
+    """
 
     def mark(function: Function) -> Function:
-        function.keeps = names  # type: ignore[attr-defined]
+        function.keeps, function.keeps_argument = names, argument  # type: ignore[attr-defined]
         return function
 
     return mark
+
+
+def of_model(function: Function) -> Function:
+    """Mark a regularizer that gets the records of all layers at once: a ``Term`` of it has ``scope="model"``."""
+    function.scope = "model"  # type: ignore[attr-defined]
+    return function
+
+
+def said(function: Callable[..., Tensor]) -> tuple[tuple[str, ...], Literal["layer", "model"]]:
+    """What a regularizer says of itself: the kept tensors that it reads, and its scope."""
+    given: Mapping[str, Any] = {}
+    if isinstance(function, partial):
+        function, given = function.func, function.keywords
+    named = given.get(getattr(function, "keeps_argument", None))
+    return (named,) if named else getattr(function, "keeps", ()), getattr(function, "scope", "layer")
 
 
 class Needs(Protocol):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.tape import Record, Tape
+from spectralmoe.tape import Record, Tape, said
 
 __all__ = ["Term", "penalty"]
 
@@ -26,7 +25,7 @@ class Term:
         weight: factor, or a function of the step.
         layers: pattern on layer names (``*`` and ``?``).
         reduce: "mean" or "sum" over the records.
-        scope: "layer" or "model".
+        scope: "layer" or "model"; by default what ``fn`` itself says, else "layer".
         keeps: tensors that ``record(model, terms=terms)`` keeps for it; by default what ``fn`` itself says it reads.
 
     >>> Term(lambda item: item.hidden.abs().mean(), weight=1e-3, keeps=("hidden",)).keeps
@@ -37,13 +36,13 @@ class Term:
     weight: float | Callable[[int], float]
     layers: str = "*"
     reduce: Literal["mean", "sum"] = "mean"
-    scope: Literal["layer", "model"] = "layer"
+    scope: Literal["layer", "model"] | None = None
     keeps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.keeps:
-            function = self.fn.func if isinstance(self.fn, partial) else self.fn
-            object.__setattr__(self, "keeps", getattr(function, "keeps", ()))
+        keeps, scope = said(self.fn)
+        object.__setattr__(self, "keeps", self.keeps or keeps)
+        object.__setattr__(self, "scope", self.scope or scope)
         if self.reduce not in ("mean", "sum"):
             raise one_of("Term(reduce=...)", self.reduce, ["mean", "sum"])
         if self.scope not in ("layer", "model"):

@@ -1,22 +1,31 @@
-"""Regularizers: record -> scalar, unweighted, fp32, mean over real tokens. Weigh them with ``Term``."""
+"""Regularizers: record -> scalar, unweighted, fp32, mean over real tokens; marked ``of_model``: records -> scalar.
+
+Weigh them with ``Term``.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from spectralmoe.regularizers.activation_overlap import activation_overlap
 from spectralmoe.regularizers.balance import importance_cv2, load_balance, router_z
 from spectralmoe.regularizers.orthonormality import orthonormality
 from spectralmoe.regularizers.output_overlap import output_overlap
+from spectralmoe.regularizers.path_coupling import path_coupling
+from spectralmoe.regularizers.score_variance import score_variance
 from spectralmoe.regularizers.spectral import spectral_norm, spectral_penalty, stable_rank
 
 __all__ = [
     "REGULARIZERS",
+    "activation_overlap",
     "importance_cv2",
     "load_balance",
     "orthonormality",
     "output_overlap",
+    "path_coupling",
     "router_z",
+    "score_variance",
     "spectral_norm",
     "spectral_penalty",
     "stable_rank",
@@ -31,4 +40,7 @@ REGULARIZERS: dict[str, Callable[[Any], Tensor]] = {
     "router_z": router_z,
     "importance_cv2": importance_cv2,
     "output_overlap": output_overlap,
+    "score_variance": score_variance,
+    "activation_overlap": activation_overlap,
+    "path_coupling": path_coupling,
 }

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spectralmoe.errors import UserError, one_of
+from spectralmoe.errors import one_of
+from spectralmoe.regularizers.slots import grams_of_tokens, rows_by_token
 from spectralmoe.tape import Record, keeps
 
 __all__ = ["output_overlap"]
@@ -40,23 +41,15 @@ def output_overlap(
     >>> round(output_overlap(tape[0], form="cosine").item(), 3), round(output_overlap(tape[0]).item(), 3)
     (2.0, 50.0)
     """
-    routing, rows = record.routing, record.output.flatten(1)
-    n, k = routing.indices.shape
-    if k < 2:
-        raise UserError(
-            f"output_overlap compares the experts of a token, but layer {record.name!r} gives it one (K={k})"
-        )
     if form not in ("projection", "cosine"):
         raise one_of("form of output_overlap", form, ["projection", "cosine"])
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    outputs = rows.new_zeros(n * k, rows.shape[1]).index_copy(0, record.order, rows).view(n, k, rows.shape[1])
+    outputs = rows_by_token("output_overlap", record, "output")
     if form == "cosine":
         outputs = F.normalize(outputs, dim=-1)
-    with torch.autocast(rows.device.type, enabled=False):
-        products = outputs @ outputs.mT
+    products = grams_of_tokens(outputs)
     squares = products.diagonal(dim1=1, dim2=2)
     shares = products.square()
     if form == "projection":
         shares = shares * (squares / (squares + eps).square()).unsqueeze(1)
-    itself = torch.eye(k, dtype=torch.bool, device=rows.device)
-    return routing.real(shares.masked_fill(itself, 0).sum((1, 2)))
+    itself = torch.eye(products.shape[1], dtype=torch.bool, device=products.device)
+    return record.routing.real(shares.masked_fill(itself, 0).sum((1, 2)))
