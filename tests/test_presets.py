@@ -68,8 +68,8 @@ def task():
     return ImageTask(load_data("digits").subset(60))
 
 
-def setup_of(task, tmp_path, *names, **changes):
-    settings = CompareSettings(data="digits", routers=names, depths=(1,), seeds=1)
+def setup_of(task, tmp_path, *names, depth=1, **changes):
+    settings = CompareSettings(data="digits", routers=names, depths=(depth,), seeds=1)
     network = settings.network.model_copy(update={**SIZES, **changes})
     settings = settings.model_copy(
         update={
@@ -83,14 +83,15 @@ def setup_of(task, tmp_path, *names, **changes):
 
 @pytest.mark.parametrize("row", sorted(rows()))
 def test_every_entry_of_the_tables_trains_in_a_comparison_by_name(row, task, tmp_path):
-    setup = setup_of(task, tmp_path, row)
+    across = any(term.scope == "model" for term in find_preset(row).terms.values())
+    setup = setup_of(task, tmp_path, row, depth=2 if across else 1)
     (cell,) = setup.settings.cells()
     network, run, terms = setup.recipe(cell, Tuned())
     before = {name: value.clone() for name, value in network.state_dict().items()}
     history = train(network, task, run.optimization, terms=terms)
     assert history.epochs[0]["loss"] > 0
     assert not torch.equal(before["head.weight"], network.head.weight)
-    (layer,) = moe_layers(network).values()
+    layer = next(iter(moe_layers(network).values()))
     assert layer.router.num_experts == layer.experts.num_experts == (1 if find_preset(row).dense else 4)
     for kind, table in (("scorer", SCORERS), ("selector", SELECTORS)):
         preset = find_preset(row)

@@ -54,6 +54,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scorer": {"type": "eigenbasis", "rank": "= min(128, dim)", "temperature": 1.0},
         "branch": {"tokens": "patches", "norm": False, "start": "authors"},
     },
+    "synergy": {
+        "summary": "dot-product gate with losses on hidden activations and neighbouring layers (synergistic losses)",
+        "scorer": "linear",
+        "terms": {"load_balance": 1e-2, "activation_overlap": 2e-3, "path_coupling": 1e-3},
+    },
+    "specialization": {
+        "summary": "dot-product gate with losses on outputs and scores (Advancing Expert Specialization)",
+        "scorer": "linear",
+        "terms": {"load_balance": 1e-2, "output_overlap": 0.1, "score_variance": 0.5},
+    },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
         "scorer": "linear",

@@ -24,7 +24,7 @@ __all__ = ["Record", "Tape", "keeps", "of_model", "said"]
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
-def keeps(*names: str, argument: str | None = None) -> Callable[[Function], Function]:
+def keeps(*names: str, argument: str = "") -> Callable[[Function], Function]:
     """Mark a regularizer that reads kept tensors: a ``Term`` of it has ``record(model, terms=terms)`` keep them.
 
     Args:
@@ -46,11 +46,10 @@ def of_model(function: Function) -> Function:
 
 def said(function: Callable[..., Tensor]) -> tuple[tuple[str, ...], Literal["layer", "model"]]:
     """What a regularizer says of itself: the kept tensors that it reads, and its scope."""
-    given: Mapping[str, Any] = {}
-    if isinstance(function, partial):
-        function, given = function.func, function.keywords
-    named = given.get(getattr(function, "keeps_argument", None))
-    return (named,) if named else getattr(function, "keeps", ()), getattr(function, "scope", "layer")
+    given = function.keywords if isinstance(function, partial) else {}
+    marked: Any = function.func if isinstance(function, partial) else function
+    named = given.get(getattr(marked, "keeps_argument", ""))
+    return (named,) if named else getattr(marked, "keeps", ()), getattr(marked, "scope", "layer")
 
 
 class Needs(Protocol):

@@ -46,7 +46,7 @@ class Term:
         if self.reduce not in ("mean", "sum"):
             raise one_of("Term(reduce=...)", self.reduce, ["mean", "sum"])
         if self.scope not in ("layer", "model"):
-            raise one_of("Term(scope=...)", self.scope, ["layer", "model"])
+            raise one_of("Term(scope=...)", str(self.scope), ["layer", "model"])
 
     def values(self, records: Sequence[Record]) -> list[tuple[list[Record], Tensor]]:
         """What each call of ``fn`` was given, and what it gave, over the records that ``layers`` names."""

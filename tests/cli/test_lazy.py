@@ -97,7 +97,7 @@ def test_the_defaults_that_help_shows_are_those_of_the_library(call):
 
 def test_lists_are_completed_name_by_name():
     assert completion.complete_routers("li") == ["linear", "linear+load_balance", "linear+balanced"]
-    assert completion.complete_routers("linear,s") == ["linear,sr-moe"]
+    assert completion.complete_routers("linear,sr") == ["linear,sr-moe"]
     assert completion.complete_routers("sr-moe,sr") == []
     assert completion.complete_data("f") == ["fashion-mnist", "folder:"]
     assert completion.one_among(*completion.SUITES)("s") == ["step", "scaling"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, Term, TopK, feed, penalty, record
 from spectralmoe.regularizers import REGULARIZERS, load_balance
@@ -144,13 +145,19 @@ def test_automodel_3359_and_trl_6083_accumulation_does_not_change_the_coefficien
 
 
 @pytest.mark.parametrize("name", sorted(REGULARIZERS))
-def test_tutel_167_every_loss_works_where_one_does(make_router, selector_name, name):
+def test_tutel_167_every_loss_works_where_one_does(make_router, selector_name, name, user_error):
     """Tutel #167: The second loss of the library failed on a model that trained well with the first.
 
-    Here every regularizer takes the record of every selector: in training, in bf16, with padding, without a token.
+    Here every regularizer takes the records of every selector: in training, in bf16, with padding, without a token.
+    One that could have no gradient where all experts are used says so.
     """
-    layer = MoE(make_router("linear", selector_name, 12, 6), FeedForward(6, 12, 8)).train()
+    layer = nn.Sequential(*(MoE(make_router("linear", selector_name, 12, 6), FeedForward(6, 12, 8)) for _ in range(2)))
     terms = {name: Term(REGULARIZERS[name], 1.0)}
+    if name == "path_coupling" and layer[0].router.soft:
+        with user_error("path_coupling has no gradient"), record(layer) as tape:
+            layer(torch.randn(30, 12))
+            penalty(tape, terms)
+        return
     for x, mask in (
         (torch.randn(30, 12), None),
         (torch.randn(3, 10, 12, dtype=torch.bfloat16), torch.rand(3, 10) < 0.7),

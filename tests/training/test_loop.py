@@ -131,7 +131,7 @@ def test_diverged_loss_names_the_step_and_keeps_the_last_checkpoint(data, task, 
 
 @pytest.mark.parametrize("router", list(PRESETS))
 def test_absurd_learning_rate_stops_with_one_line(data, task, router):
-    network = build_network(data, SMALL, router, 1, seed=0)
+    network = build_network(data, SMALL, router, 2, seed=0)
     with pytest.raises(Diverged, match=r"training diverged at step \d+ \(epoch 1\)") as caught:
         train(network, task, Optimization(epochs=1, batch_size=8, lr=1e30, warmup=0), terms=find_preset(router).terms)
     assert "\n" not in str(caught.value)

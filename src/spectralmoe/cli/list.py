@@ -48,6 +48,9 @@ PLAIN = {
     "orthonormality": "distance of the routing matrix from orthonormal rows",
     "load_balance": "Switch load-balancing loss; 1 for a perfectly even load",
     "output_overlap": "how much the outputs of a token's experts point in the same direction",
+    "activation_overlap": "how much the hidden activations of a token's experts point in the same direction",
+    "path_coupling": "minus how firmly tokens follow paths from the experts of one layer to those of the next",
+    "score_variance": "minus how much an expert's scores differ between tokens",
     "router_z": "router z-loss, which keeps logits small",
     "importance_cv2": "how unevenly the experts' importance is spread, squared",
 }

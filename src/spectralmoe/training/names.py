@@ -14,6 +14,8 @@ ROUTER_NAMES = (
     "eigenbasis",
     "emoe",
     "emoe-faithful",
+    "synergy",
+    "specialization",
     "dense",
 )
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
