@@ -54,6 +54,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scorer": {"type": "eigenbasis", "rank": "= min(128, dim)", "temperature": 1.0},
         "branch": {"tokens": "patches", "norm": False, "start": "authors"},
     },
+    "l2r": {
+        "summary": "saturated inner products with several anchors in a low-rank space, with the loss-free bias (L2R)",
+        "scorer": {"type": "saturated", "anchors": 4, "gain": 4.0},
+        **_BALANCED,
+    },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
         "scorer": "linear",
