@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "l2r": {
         "summary": "saturated inner products with several anchors in a low-rank space, with the loss-free bias (L2R)",
-        "scorer": {"type": "saturated", "anchors": 4, "gain": 4.0},
+        "scorer": {"type": "saturated", "anchors": 4, "gain": 9.0},
         **_BALANCED,
     },
     "dense": {
