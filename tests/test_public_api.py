@@ -45,6 +45,7 @@ NAMES = [
     "Recordable",
     "Router",
     "Routing",
+    "SaturatedScorer",
     "Scorer",
     "Selector",
     "Soft",
@@ -68,7 +69,7 @@ NAMES = [
 ]
 
 TABLES = {
-    "scorers": (SCORERS, "basis context cosine eigenbasis linear principal prototype", Scorer),
+    "scorers": (SCORERS, "basis context cosine eigenbasis linear principal prototype saturated", Scorer),
     "selectors": (
         SELECTORS,
         "balanced capacity cluster_dropout expert_choice group_limited noisy_topk soft soft_balanced topk topp",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         LinearScorer,
         PrincipalScorer,
         PrototypeScorer,
+        SaturatedScorer,
         Scorer,
     )
     from spectralmoe.selectors import (
@@ -73,6 +74,7 @@ __all__ = [
     "Recordable",
     "Router",
     "Routing",
+    "SaturatedScorer",
     "Scorer",
     "Selector",
     "Soft",
@@ -118,6 +120,7 @@ _NAMES = {
         "LinearScorer",
         "PrincipalScorer",
         "PrototypeScorer",
+        "SaturatedScorer",
         "Scorer",
     ),
     "selectors": (

@@ -64,6 +64,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scorer": "linear",
         "terms": {"load_balance": 1e-2, "output_overlap": 0.1, "score_variance": 0.5},
     },
+    "l2r": {
+        "summary": "saturated inner products with several anchors in a low-rank space, with the loss-free bias (L2R)",
+        "scorer": {"type": "saturated", "anchors": 4, "gain": 9.0},
+        **_BALANCED,
+    },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
         "scorer": "linear",

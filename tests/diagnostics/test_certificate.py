@@ -21,6 +21,7 @@ from spectralmoe import (
     PrincipalScorer,
     PrototypeScorer,
     Router,
+    SaturatedScorer,
     Scorer,
     Soft,
     TopK,
@@ -104,7 +105,9 @@ def by_hand():
     projected, basis = CosineScorer(2, 2, proj_dim=2, temperature=2.0), EigenbasisScorer(2, 2, rank=2, eps=0.1)
     projected.keys.data, projected.projection.data = eye, 3 * eye
     basis.basis.data, basis.mask_logits.data = eye, eye
-    return [*scorers, projected, basis]
+    saturated = SaturatedScorer(2, 2, rank=2)
+    saturated.keys.data, saturated.projection.data = eye[:, None], 3 * eye
+    return [*scorers, projected, basis, saturated]
 
 
 @pytest.mark.parametrize("scorer", by_hand(), ids=lambda s: type(s).__name__)
@@ -118,11 +121,11 @@ def in_the_plane():
     made = [LinearScorer(2, 4, bias=True), PrototypeScorer(2, 4), CosineScorer(2, 4), CosineScorer(2, 4, proj_dim=3)]
     basis = EigenbasisScorer(2, 4, rank=2, eps=0.5)
     nn.init.normal_(basis.bias, std=0.1)
-    return [*made, basis]
+    return [*made, basis, SaturatedScorer(2, 4, rank=3), SaturatedScorer(2, 4, saturation="affine")]
 
 
 @pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(7))
 def test_a_grid_in_the_plane_finds_the_same_distance(which, k):
     """Exact geometries, independently: the nearest of 161 x 161 points around each token that is routed otherwise."""
     router, x = Router(in_the_plane()[which].double(), TopK(k)), tokens(20, 2)
@@ -168,6 +171,9 @@ def skewed():
 OTHERS = {  # name: (scorer, least median of radius / attack distance)
     "cosine": (lambda: CosineScorer(D, E), 0.99),
     "cosine, projected": (lambda: CosineScorer(D, E, proj_dim=4), 0.99),
+    "saturated": (lambda: SaturatedScorer(D, E, rank=4, gain=3.0), 0.99),
+    "saturated, affine": (lambda: SaturatedScorer(D, E, rank=4, saturation="affine"), 0.99),
+    "saturated, anchors": (lambda: SaturatedScorer(D, E, rank=4, anchors=3), 0.05),
     "eigenbasis": (eigenbasis, 0.99),
     "eigenbasis, large eps": (lambda: eigenbasis(eps=3.0), 0.99),
     "eigenbasis, skewed": (skewed, 0.5),
@@ -197,7 +203,7 @@ def test_other_scorers(name, k, record_property):
     check(Router(make().double(), TopK(k)), tokens(200), record_property, least=least)
 
 
-@pytest.mark.parametrize("make", [LinearScorer, PrototypeScorer])
+@pytest.mark.parametrize("make", [LinearScorer, PrototypeScorer, SaturatedScorer])
 def test_balanced_with_softmax(make, record_property):
     router = Router(make(D, E).double(), Balanced(2, score="softmax"))
     router.selector.bias = 0.05 * torch.randn(E)
@@ -442,9 +448,13 @@ GATES = {
     "prototype, scaled": lambda d: Router(PrototypeScorer(d, E, scale=d**-0.5, temperature=0.3), TopK(2)),
     "cosine": lambda d: Router(CosineScorer(d, E), TopK(2)),
     "cosine, projected": lambda d: Router(CosineScorer(d, E, proj_dim=3), TopK(2)),
+    "saturated": lambda d: Router(SaturatedScorer(d, E), TopK(2)),
+    "saturated, affine": lambda d: Router(SaturatedScorer(d, E, rank=3, saturation="affine"), TopK(2)),
+    "saturated, anchors": lambda d: Router(SaturatedScorer(d, E, anchors=3), TopK(2)),
     "eigenbasis": lambda d: Router(sharp_eigenbasis(d), TopK(2)),
     "principal": lambda d: Router(trained_principal(d), TopK(2)),
     "linear, balanced": lambda d: balanced(biased_linear(d)),
+    "saturated, balanced": lambda d: balanced(SaturatedScorer(d, E, rank=3, anchors=2)),
     "prototype, balanced": lambda d: balanced(PrototypeScorer(d, E, scale=d**-0.5)),
 }
 

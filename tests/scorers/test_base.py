@@ -47,7 +47,10 @@ def test_lipschitz_is_the_slope_of_the_centred_logits(make_scorer, scorer_name):
         return
     x = torch.randn(12, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda x: (s := scorer(x[None])[0]) - s.mean(), x)
-    assert bound == pytest.approx(float(torch.linalg.matrix_norm(jacobian, 2)))
+    slope = float(torch.linalg.matrix_norm(jacobian, 2))
+    assert slope <= bound * (1 + 1e-6)
+    if scorer.affine() is not None:  # then it is the same everywhere
+        assert slope == pytest.approx(bound)
 
 
 def test_small_matrices_need_no_kept_direction(make_scorer, scorer_name):

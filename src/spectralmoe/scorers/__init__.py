@@ -8,6 +8,7 @@ from spectralmoe.scorers.eigenbasis import EigenbasisScorer
 from spectralmoe.scorers.linear import LinearScorer
 from spectralmoe.scorers.principal import PrincipalScorer
 from spectralmoe.scorers.prototype import PrototypeScorer
+from spectralmoe.scorers.saturated import SaturatedScorer
 
 __all__ = [
     "SCORERS",
@@ -18,6 +19,7 @@ __all__ = [
     "LinearScorer",
     "PrincipalScorer",
     "PrototypeScorer",
+    "SaturatedScorer",
     "Scorer",
 ]
 
@@ -29,4 +31,5 @@ SCORERS: dict[str, type[Scorer]] = {
     "principal": PrincipalScorer,
     "context": ContextScorer,
     "basis": BasisScorer,
+    "saturated": SaturatedScorer,
 }
