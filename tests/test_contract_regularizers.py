@@ -9,16 +9,16 @@ import math
 
 import pytest
 import torch
+from small_parts import make_regularizer
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, Term, TopK, penalty, record
-from spectralmoe.regularizers import REGULARIZERS
 
 D, E = 12, 6
 
 
 @pytest.fixture
 def term(regularizer_name):
-    return REGULARIZERS[regularizer_name]
+    return make_regularizer(regularizer_name)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def layer():
 
 def value_of(term, layer, x, mask=None):
     """The value of the term for one forward of the layer."""
-    with record(layer, keep=getattr(term, "keeps", ())) as tape:
+    with record(layer, keep=Term(term, 1.0).keeps) as tape:
         layer(x, mask=mask)
     return term(tape[0])
 
@@ -44,7 +44,7 @@ def test_it_is_a_finite_fp32_scalar_of_any_number_of_tokens(term, layer, n, auto
 
 
 def test_autocast_takes_nothing_from_its_precision(term, layer, close):
-    with record(layer, keep=getattr(term, "keeps", ())) as tape:
+    with record(layer, keep=Term(term, 1.0).keeps) as tape:
         layer(torch.randn(40, D))
     with torch.autocast("cpu", torch.bfloat16):
         value = term(tape[0])
@@ -67,7 +67,7 @@ def test_extreme_input_gives_a_finite_value_and_gradient(term, layer, gradients,
 def test_its_gradient_reaches_the_router_or_what_it_keeps(term, layer, gradients):
     layer.router.scorer.weight.data *= 3 / layer.router.scorer.weight.norm()  # sigma_1 above 1: no hinge is idle
     layer.router.scorer.weight.data += 1
-    reached = layer.parameters() if getattr(term, "keeps", ()) else layer.router.parameters()
+    reached = layer.parameters() if Term(term, 1.0).keeps else layer.router.parameters()
     assert any(g.any() for g in gradients(value_of(term, layer, torch.randn(40, D)), reached))
 
 
@@ -91,7 +91,7 @@ def test_it_is_the_same_of_a_compiled_layer(term, layer, gradients, close):
     torch.compiler.reset()
     x, values = torch.randn(40, D), []
     for forward in (layer, torch.compile(layer, backend="aot_eager")):
-        with record(layer, keep=getattr(term, "keeps", ())) as tape:
+        with record(layer, keep=Term(term, 1.0).keeps) as tape:
             forward(x)
         values.append(term(tape[0]))
     close(*values)
@@ -100,7 +100,7 @@ def test_it_is_the_same_of_a_compiled_layer(term, layer, gradients, close):
 
 
 def test_a_term_weighs_it(term, layer, regularizer_name, close):
-    with record(layer, keep=getattr(term, "keeps", ())) as tape:
+    with record(layer, keep=Term(term, 1.0).keeps) as tape:
         layer(torch.randn(40, D))
     total, parts = penalty(tape, {regularizer_name: Term(term, 0.5)})
     close(total, 0.5 * term(tape[0]))

@@ -95,7 +95,8 @@ def test_tables(folder):
 
 def test_regularizers():
     names = (
-        "importance_cv2 load_balance orthonormality output_overlap router_z spectral_norm spectral_penalty stable_rank"
+        "cluster_variance importance_cv2 load_balance orthonormality output_overlap router_z spectral_norm "
+        "spectral_penalty stable_rank"
     )
     assert set(names.split()) <= set(REGULARIZERS)
     assert all(function.__name__ == name for name, function in REGULARIZERS.items())

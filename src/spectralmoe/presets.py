@@ -20,6 +20,8 @@ _BALANCED = {
     "selector": {"type": "balanced", "score": "softmax", "normalize": False, "rate": 1e-2},
     "soft": {"type": "soft_balanced", "rate": 1e-2},
 }
+_GROUPS = "= max(1, num_experts // 4)"  # of four siblings; the interval suits runs of some hundred steps
+_DROPOUT = {"type": "cluster_dropout", "selector": {"type": "topk"}, "groups": _GROUPS, "interval": 10}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "linear": {"summary": "dot-product gate", "scorer": "linear"},
@@ -53,6 +55,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "summary": "energy shares in an orthonormal basis of rank 128 (EMoE, as its authors have it)",
         "scorer": {"type": "eigenbasis", "rank": "= min(128, dim)", "temperature": 1.0},
         "branch": {"tokens": "patches", "norm": False, "start": "authors"},
+    },
+    "moec": {
+        "summary": "cosine gate with groups of siblings: even among them, half of each left out in training (MoEC)",
+        "scorer": {"type": "cosine", "proj_dim": "= min(32, dim)"},
+        "selector": _DROPOUT,
+        "soft": {**_DROPOUT, "selector": {"type": "soft"}},
+        "terms": {"load_balance": 1e-2, "cluster_variance": {"weight": 1.0, "groups": _GROUPS}},
     },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_parts import make_regularizer
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, Term, TopK, feed, penalty, record
 from spectralmoe.regularizers import REGULARIZERS, load_balance
@@ -150,7 +151,7 @@ def test_tutel_167_every_loss_works_where_one_does(make_router, selector_name, n
     Here every regularizer takes the record of every selector: in training, in bf16, with padding, without a token.
     """
     layer = MoE(make_router("linear", selector_name, 12, 6), FeedForward(6, 12, 8)).train()
-    terms = {name: Term(REGULARIZERS[name], 1.0)}
+    terms = {name: Term(make_regularizer(name), 1.0)}
     for x, mask in (
         (torch.randn(30, 12), None),
         (torch.randn(3, 10, 12, dtype=torch.bfloat16), torch.rand(3, 10) < 0.7),

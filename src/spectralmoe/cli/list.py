@@ -48,6 +48,7 @@ PLAIN = {
     "orthonormality": "distance of the routing matrix from orthonormal rows",
     "load_balance": "Switch load-balancing loss; 1 for a perfectly even load",
     "output_overlap": "how much the outputs of a token's experts point in the same direction",
+    "cluster_variance": "how unevenly the scores are spread within groups of consecutive experts",
     "router_z": "router z-loss, which keeps logits small",
     "importance_cv2": "how unevenly the experts' importance is spread, squared",
 }
