@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from spectralmoe import TopK
 from spectralmoe.experts import EXPERTS, Experts, FeedForward
+from spectralmoe.regularizers import REGULARIZERS
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 
-__all__ = ["NOT_ALONE", "make_bank", "make_scorer", "make_selector"]
+__all__ = ["NOT_ALONE", "make_bank", "make_regularizer", "make_scorer", "make_selector", "needed_by"]
 
 NOT_ALONE = {"basis", "context"}
 """Scorers that need more than tokens, a bank or a context: they have tests of their own instead."""
@@ -57,6 +60,18 @@ def make_bank(name: str, dim: int = 8, num_experts: int = 4) -> Any:
 
     sizes = {"dim": dim, "channels": dim, "num_experts": num_experts}
     return _made(EXPERTS[name], **sizes, modules=modules, experts=experts)
+
+
+def make_regularizer(name: str) -> Callable[..., Any]:
+    """A regularizer from the table, with the arguments that it needs."""
+    needed = needed_by(name)
+    return partial(REGULARIZERS[name], **needed) if needed else REGULARIZERS[name]
+
+
+def needed_by(name: str) -> dict[str, Any]:
+    """The arguments that a regularizer must be given beside the record."""
+    _, *parameters = inspect.signature(REGULARIZERS[name]).parameters.values()
+    return {each.name: _USUAL[each.name] for each in parameters if each.default is each.empty}
 
 
 def _made(cls: Any, **sizes: Any) -> Any:

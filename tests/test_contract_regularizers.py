@@ -10,17 +10,17 @@ import math
 
 import pytest
 import torch
+from small_parts import make_regularizer
 from torch import nn
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, Term, TopK, penalty, record
-from spectralmoe.regularizers import REGULARIZERS
 
 D, E = 12, 6
 
 
 @pytest.fixture
 def term(regularizer_name):
-    return REGULARIZERS[regularizer_name]
+    return make_regularizer(regularizer_name)
 
 
 class Two(nn.Module):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from small_parts import needed_by
 
 from spectralmoe.data.image_data import load_data
 from spectralmoe.experiments.compare.settings import Cell, CompareSettings
@@ -17,7 +19,7 @@ from spectralmoe.moe import MoE
 from spectralmoe.naming import own_names, read_table, shown
 from spectralmoe.presets import PRESETS, Preset, find_preset
 from spectralmoe.recorder import record
-from spectralmoe.regularizers import REGULARIZERS
+from spectralmoe.regularizers import REGULARIZERS, cluster_variance
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.spec import parameters_of
@@ -60,7 +62,7 @@ def rows():
         for name in table.keys() - NOT_HERE:
             yield shown(TOGETHER.get(name) or {"scorer": "linear", **part(kind, table, name)})
     for name in REGULARIZERS:
-        yield shown({"scorer": "linear", "terms": {name: 0.1}})
+        yield shown({"scorer": "linear", "terms": {name: {"weight": 0.1, **needed_by(name)}}})
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,14 @@ def test_values_follow_from_the_sizes_of_the_network():
     row = '{scorer = {type = "eigenbasis", rank = "= max(2, dim // num_experts) - 1"}, k = 1}'
     assert find_preset(row).make_router(24, 4, k=2).scorer.rank == 5
     assert find_preset("prototype").make_router(16, 4, k=2).scorer.scale == 0.25
+    terms = find_preset('{preset = "moec", terms = {cluster_variance = {form = 0}}}').terms
+    routers = [find_preset("moec").make_router(16, experts, k=1) for experts in (2, 4, 8, 64)]
+    assert [router.selector.groups for router in routers] == [1, 1, 2, 16]
+    for router in routers[1:]:
+        routing, groups = router(torch.randn(9, 16)), router.selector.groups
+        assert terms["cluster_variance"].fn(SimpleNamespace(routing=routing)) == cluster_variance(
+            routing, groups=groups, form=0
+        )
     assert [find_preset("emoe-faithful").make_router(dim, 4, k=2).scorer.rank for dim in (16, 200)] == [16, 128]
 
 
@@ -192,6 +202,7 @@ def test_values_follow_from_the_sizes_of_the_network():
         ('{scorer = "linear", terms = {load_balance = "much"}}', ("'load_balance' needs a weight",)),
         ('{scorer = "linear", terms = {spectral_norm = {weight = 1, bond = 2}}}', ("'bond'", "did you mean 'bound'?")),
         ('{scorer = "linear", terms = {router_z = {weight = 1, reduce = "max"}}}', ("reduce", "mean, sum")),
+        ('{scorer = "linear", terms = {cluster_variance = 1.0}}', ("'cluster_variance' needs the argument 'groups'",)),
         ('{scorer = "linear", terms = 3}', ("terms is no table",)),
         ('{scorer = "linear", branch = {token = "all"}}', ("unknown key of branch 'token'", "did you mean 'tokens'?")),
     ],
@@ -208,6 +219,9 @@ def test_a_row_that_cannot_be_is_one_line(row, words, user_error):
         ('{scorer = "eigenbasis", rank = 13}', 2, ("rank R", "D=12")),
         ('{scorer = "eigenbasis", rank = "= dims"}', 2, ("'= dims'", "did you mean 'dim'?")),
         ('{scorer = "linear", k = 5}', 2, ("k=5", "E=4")),
+        ("moec", 4, ("ClusterDropout", "soft")),
+        ('{preset = "moec", terms = {cluster_variance = {groups = 3}}}', 2, ("groups=3", "E=4")),
+        ('{scorer = "linear", terms = {output_overlap = 1}}', 1, ("output_overlap", "K=1")),
         ('{scorer = "basis"}', 2, ("EigenExperts", "FeedForward")),
         ('{scorer = "linear", experts = "conv", channels = 12}', 2, ("unit=Token", "rows of shape")),
         ('{scorer = "context"}', 2, ("ContextScorer reads 'severity'", "this network gives none")),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from spectralmoe.errors import UserError, one_of
 
-__all__ = ["evaluate", "is_formula"]
+__all__ = ["Sized", "evaluate", "is_formula"]
 
 _LARGEST = 10**9
 _OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
@@ -43,6 +46,32 @@ def evaluate(text: str, sizes: Mapping[str, Any]) -> Any:
         raise UserError(f"formula {text!r}: {error}") from error
     except (SyntaxError, ValueError, ArithmeticError, TypeError, RecursionError, MemoryError) as error:
         raise UserError(f"formula {text!r} is no arithmetic such as '= min(128, dim)'") from error
+
+
+class Sized(partial[Tensor]):
+    """A regularizer with options, of which formulas follow from the layer that it is given a record of.
+
+    They may name ``num_experts`` and ``k``, E and K of its routing; of several records, those of the first.
+
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> routing = SimpleNamespace(num_experts=8, indices=torch.zeros(5, 2))
+    >>> term = Sized(lambda record, groups, form: (groups, form), groups="= num_experts // 4", form=1)
+    >>> term(SimpleNamespace(routing=routing))
+    (2, 1)
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sized) and (self.func, self.keywords) == (other.func, other.keywords)
+
+    def __hash__(self) -> int:
+        return hash(self.func)
+
+    def __call__(self, given: Any) -> Tensor:
+        routing = (given[0] if isinstance(given, list | tuple) else given).routing
+        sizes = {"num_experts": routing.num_experts, "k": routing.indices.shape[1]}
+        options = {n: evaluate(value, sizes) if is_formula(value) else value for n, value in self.keywords.items()}
+        return self.func(given, **options)
 
 
 def _value(node: ast.expr, sizes: Mapping[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spectralmoe.errors import UserError, first_line, one_of
 from spectralmoe.experts import EXPERTS, Experts
+from spectralmoe.formula import Sized, is_formula
 from spectralmoe.regularizers import REGULARIZERS
 from spectralmoe.scorers import SCORERS, Scorer
 from spectralmoe.selectors import SELECTORS, Selector
@@ -185,13 +186,15 @@ def read_term(name: str, value: Any, start: Term | None = None) -> Term:
     """The term called ``name``: a weight, or a table with ``weight`` and more.
 
     Its ``type`` is a name of the regularizers' table or ``pkg:function``, by default ``name``; ``layers``, ``reduce``
-    and ``scope`` are those of ``Term``, all else are arguments of the regularizer.
+    and ``scope`` are those of ``Term``, all else are arguments of the regularizer, formulas among them
+    (``"= num_experts // 4"``).
 
     Args:
         start: the term of that name so far; what the table leaves out stays as it has it, unless there is a ``type``.
 
     Raises:
-        UserError: an unknown type or argument; a weight that is missing or no number; what ``Term`` refuses.
+        UserError: an unknown type; an argument that is unknown or missing; a weight that is missing or no number; what
+            ``Term`` refuses.
 
     >>> read_term("load_balance", 0.01).weight
     0.01
@@ -203,12 +206,24 @@ def read_term(name: str, value: Any, start: Term | None = None) -> Term:
     weight = fields.get("weight", start.weight if start else None)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise UserError(f"term {name!r} needs a weight, such as {_key(name)} = 0.01")
-    known = list(parameters_of(fn))[1:]
+    fn = _with_options(name, fn, options)
+    return Term(fn, **fields) if start is None else replace(start, fn=fn, **fields)
+
+
+def _with_options(name: str, fn: Callable[..., Tensor], options: Table) -> Callable[..., Tensor]:
+    """The regularizer ``fn``, which may have options already, with these."""
+    known = dict(list(parameters_of(fn).items())[1:])
     for argument in options:
         if argument not in known:
             raise one_of(f"argument of term {name!r}", argument, [*known, *_TERM])
-    fn = partial(fn, **options) if options else fn
-    return Term(fn, **fields) if start is None else replace(start, fn=fn, **fields)
+    for argument, parameter in known.items():
+        if argument not in options and parameter.default is parameter.empty and parameter.kind not in (2, 4):
+            raise UserError(f"term {name!r} needs the argument {argument!r}")
+    if not options:
+        return fn
+    if isinstance(fn, Sized):
+        options, fn = {**fn.keywords, **options}, fn.func
+    return (Sized if any(map(is_formula, options.values())) else partial)(fn, **options)
 
 
 def _regularizer(name: Any) -> Callable[..., Tensor]:

@@ -20,6 +20,8 @@ _BALANCED = {
     "selector": {"type": "balanced", "score": "softmax", "normalize": False, "rate": 1e-2},
     "soft": {"type": "soft_balanced", "rate": 1e-2},
 }
+_GROUPS = "= max(1, num_experts // 4)"  # of four siblings; the interval suits runs of some hundred steps
+_DROPOUT = {"type": "cluster_dropout", "selector": {"type": "topk"}, "groups": _GROUPS, "interval": 10}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "linear": {"summary": "dot-product gate", "scorer": "linear"},
@@ -68,6 +70,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "summary": "saturated inner products with several anchors in a low-rank space, with the loss-free bias (L2R)",
         "scorer": {"type": "saturated", "anchors": 4, "gain": 9.0},
         **_BALANCED,
+    },
+    "moec": {
+        "summary": "cosine gate with groups of siblings: even among them, half of each left out in training (MoEC)",
+        "scorer": {"type": "cosine", "proj_dim": "= min(32, dim)"},
+        "selector": _DROPOUT,
+        "soft": {**_DROPOUT, "selector": {"type": "soft"}},
+        "terms": {"load_balance": 1e-2, "cluster_variance": {"weight": 1.0, "groups": _GROUPS}},
     },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",

@@ -16,6 +16,7 @@ from spectralmoe.naming import Table, part_class, shown
 from spectralmoe.parts import Part
 from spectralmoe.router import Router
 from spectralmoe.spec import build, parameters_of
+from spectralmoe.tape import Tape
 from spectralmoe.terms import Term
 
 __all__ = ["BRANCH", "K", "Preset", "experts_a_token"]
@@ -91,7 +92,8 @@ class Preset:
         """Build a layer and run two tokens, so that what does not fit the sizes of a network shows before it runs.
 
         Raises:
-            UserError: as ``make_router``, ``make_experts`` and ``MoE``; a part that reads side information, or fails.
+            UserError: as ``make_router``, ``make_experts``, ``MoE`` and the terms of a layer; a part that reads side
+                information, or fails.
         """
         num_experts, hidden = self.sizes(num_experts, hidden, k)
         try:
@@ -102,8 +104,11 @@ class Preset:
                 if isinstance(part, Part) and part.reads:
                     who = f"{type(part).__name__} reads {part.reads[0]!r} from the context"
                     raise UserError(f"{who}, and this network gives none")
-            with torch.no_grad():
-                layer.eval()(torch.zeros(2, dim))
+            terms = [term for term in self.terms.values() if term.scope == "layer"]
+            with torch.no_grad(), Tape({"": layer.eval()}, [name for term in terms for name in term.keeps]) as tape:
+                layer(torch.zeros(2, dim))
+                for term in terms:
+                    term.fn(tape[0])
         except UserError as error:
             raise UserError(f"router {self.summary!r}: {error}") from error
         except Exception as error:  # of a part of the user's own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_parts import make_regularizer
 from torch import nn
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, Term, TopK, feed, penalty, record
@@ -152,7 +153,7 @@ def test_tutel_167_every_loss_works_where_one_does(make_router, selector_name, n
     One that could have no gradient where all experts are used says so.
     """
     layer = nn.Sequential(*(MoE(make_router("linear", selector_name, 12, 6), FeedForward(6, 12, 8)) for _ in range(2)))
-    terms = {name: Term(REGULARIZERS[name], 1.0)}
+    terms = {name: Term(make_regularizer(name), 1.0)}
     if name == "path_coupling" and layer[0].router.soft:
         with user_error("path_coupling has no gradient"), record(layer) as tape:
             layer(torch.randn(30, 12))

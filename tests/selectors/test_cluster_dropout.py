@@ -82,6 +82,22 @@ def test_evaluation_is_bitwise_that_without_dropout(make):
     assert float(plain.dropped()) == float(dropped.dropped())
 
 
+def test_a_trained_layer_in_evaluation_is_bitwise_that_without_dropout():
+    with_dropout, plain = (
+        MoE(Router(LinearScorer(6, E), selector), FeedForward(E, 6, 4))
+        for selector in (ClusterDropout(TopK(2), 2, interval=1), TopK(2))
+    )
+    optimizer = torch.optim.AdamW(with_dropout.parameters(), lr=0.1)
+    attach(optimizer, with_dropout)
+    for _ in range(3):
+        with_dropout(torch.randn(20, 6)).square().mean().backward()
+        optimizer.step()
+    plain.load_state_dict({n: v for n, v in with_dropout.state_dict().items() if ".selector." not in n})
+    x, mask = torch.randn(50, 6), torch.arange(50) % 5 > 0
+    assert torch.equal(with_dropout.eval()(x, mask=mask), plain.eval()(x, mask=mask))
+    assert not torch.equal(with_dropout.train()(x, mask=mask), plain(x, mask=mask))
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_weights_are_those_of_the_others_alone(score, normalize, same):

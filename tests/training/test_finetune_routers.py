@@ -10,7 +10,7 @@ from families import batch, build
 
 from spectralmoe.hf.training.text_windows import Windows
 from spectralmoe.layers import moe_layers
-from spectralmoe.selectors import Balanced, TopK, TopP
+from spectralmoe.selectors import Balanced, ClusterDropout, TopK, TopP
 from spectralmoe.training.finetune_routers import router_of, swap_to_row, terms_of
 from spectralmoe.training.finetune_settings import FinetuneSettings
 
@@ -49,6 +49,13 @@ def test_a_row_says_how_many_experts_a_token_has():
     }
     routers, _ = put("mixtral", {"scorer": "linear", "selector": "topp", "p": 0.6})
     assert {(type(router.selector), router.selector.p) for router in routers} == {(TopP, 0.6)}
+
+
+def test_a_wrapped_selector_scores_as_the_model_does():
+    routers, _ = put("mixtral", "moec")
+    for selector in (router.selector for router in routers):
+        assert (type(selector), selector.groups, selector.interval) == (ClusterDropout, 2, 10)
+        assert (type(selector.selector), selector.selector.k, selector.selector.normalize) == (TopK, 2, True)
 
 
 def test_another_scorer_is_fitted_to_the_gate():

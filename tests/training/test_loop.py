@@ -38,7 +38,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("router", ["eigenbasis", "linear+balanced", "sr-moe"])
+@pytest.mark.parametrize("router", ["eigenbasis", "linear+balanced", "sr-moe", '{preset = "moec", interval = 2}'])
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 7])
 def test_resumed_run_ends_with_the_same_bits(data, task, router, stop_at, tmp_path, monkeypatch):
     monkeypatch.setattr("spectralmoe.training.loop._CHECKPOINT_SECONDS", 0.0)  # a checkpoint after every step

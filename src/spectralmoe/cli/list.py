@@ -51,6 +51,7 @@ PLAIN = {
     "activation_overlap": "how much the hidden activations of a token's experts point in the same direction",
     "path_coupling": "minus how firmly tokens follow paths from the experts of one layer to those of the next",
     "score_variance": "minus how much an expert's scores differ between tokens",
+    "cluster_variance": "how unevenly the scores are spread within groups of consecutive experts",
     "router_z": "router z-loss, which keeps logits small",
     "importance_cv2": "how unevenly the experts' importance is spread, squared",
 }

@@ -10,7 +10,7 @@ from spectralmoe.hf.routers.swap import Swapped, swap_routers
 from spectralmoe.hf.shrinking.shrink import merge_experts, prune_experts
 from spectralmoe.hf.training.added_terms import AddedTerms, add_terms
 from spectralmoe.hf.training.callbacks import attach_callback, trainer_callback
-from spectralmoe.hf.training.freezing import freeze_routers, train_only_routers
+from spectralmoe.hf.training.freezing import freeze_experts, freeze_routers, train_only_routers
 from spectralmoe.hf.training.resume import resume_safe
 from spectralmoe.hf.upcycling import upcycle
 from spectralmoe.hf.watch import watch_transformers
@@ -26,6 +26,7 @@ __all__ = [
     "encode",
     "fit_scorer",
     "fold_routers",
+    "freeze_experts",
     "freeze_routers",
     "load_swapped",
     "load_transformers",

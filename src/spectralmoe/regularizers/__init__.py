@@ -4,12 +4,12 @@ Weigh them with ``Term``.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
 from spectralmoe.regularizers.activation_overlap import activation_overlap
 from spectralmoe.regularizers.balance import importance_cv2, load_balance, router_z
+from spectralmoe.regularizers.cluster_variance import cluster_variance
 from spectralmoe.regularizers.orthonormality import orthonormality
 from spectralmoe.regularizers.output_overlap import output_overlap
 from spectralmoe.regularizers.path_coupling import path_coupling
@@ -19,6 +19,7 @@ from spectralmoe.regularizers.spectral import spectral_norm, spectral_penalty, s
 __all__ = [
     "REGULARIZERS",
     "activation_overlap",
+    "cluster_variance",
     "importance_cv2",
     "load_balance",
     "orthonormality",
@@ -31,7 +32,7 @@ __all__ = [
     "stable_rank",
 ]
 
-REGULARIZERS: dict[str, Callable[[Any], Tensor]] = {
+REGULARIZERS: dict[str, Callable[..., Tensor]] = {
     "spectral_norm": spectral_norm,
     "spectral_penalty": spectral_penalty,
     "stable_rank": stable_rank,
@@ -43,4 +44,5 @@ REGULARIZERS: dict[str, Callable[[Any], Tensor]] = {
     "score_variance": score_variance,
     "activation_overlap": activation_overlap,
     "path_coupling": path_coupling,
+    "cluster_variance": cluster_variance,
 }

@@ -11,7 +11,7 @@ from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.routers.rules import read_rule
 from spectralmoe.hf.routers.swap import Init, Swapped, swap_routers
 from spectralmoe.hf.training.text_windows import Windows
-from spectralmoe.naming import read_term
+from spectralmoe.naming import Table, read_term
 from spectralmoe.presets import Preset, find_preset
 from spectralmoe.terms import Term
 from spectralmoe.training.finetune_settings import FinetuneSettings
@@ -79,4 +79,11 @@ def _selector(model: Any, preset: Preset) -> dict[str, Any] | None:
     own = read_rule(find_layers(model)[0])[1] or {}
     if preset.selector == _PLAIN:
         return {**own, **number} if number else None
-    return {**preset.selector, **{key: own[key] for key in ("score", "normalize") if key in own}, **number}
+    return _innermost(preset.selector, {key: own[key] for key in ("score", "normalize") if key in own} | number)
+
+
+def _innermost(selector: Table, arguments: Table) -> dict[str, Any]:
+    """The spec of a selector with ``arguments`` for the one that chooses, whatever wraps it."""
+    if "selector" in selector:
+        return {**selector, "selector": _innermost(selector["selector"], arguments)}
+    return {**selector, **arguments}

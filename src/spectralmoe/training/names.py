@@ -16,6 +16,7 @@ ROUTER_NAMES = (
     "emoe-faithful",
     "synergy",
     "specialization",
+    "moec",
     "dense",
 )
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")

@@ -1,4 +1,4 @@
-"""Which parameters of a model with MoE layers are trained: its routers alone, or all others."""
+"""Which parameters of a model with MoE layers are trained: all but its routers or its experts, or its routers alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,27 @@ from torch import nn
 
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.layers import moe_layers, stock_experts, unwrapped
+from spectralmoe.moe import MoE
 
-__all__ = ["freeze_routers", "train_only_routers"]
+__all__ = ["freeze_experts", "freeze_routers", "train_only_routers"]
+
+
+def freeze_experts(model: nn.Module) -> None:
+    """Freeze the routed experts of ``model``, stock ones too; routers, shared experts and all else go on training.
+
+    A router that reads the bases of the experts (``BasisScorer``) has no others, so it is frozen with them.
+
+    Raises:
+        UserError: the model holds no MoE layer, or one of a kind that cannot be read.
+
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
+    >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16), shared=nn.Linear(8, 8))
+    >>> freeze_experts(layer)
+    >>> [name for name, parameter in layer.named_parameters() if not parameter.requires_grad]
+    ['experts.up', 'experts.down']
+    """
+    for experts in _experts(model):
+        experts.requires_grad_(False)
 
 
 def freeze_routers(model: nn.Module) -> None:
@@ -50,3 +69,8 @@ def _routers(model: nn.Module) -> list[nn.Module]:
     if stock_experts(model):
         return [layer.router for layer in find_layers(unwrapped(model))]
     return [layer.router for layer in moe_layers(model).values() if layer.router is not None]
+
+
+def _experts(model: nn.Module) -> list[nn.Module]:
+    own = [] if stock_experts(model) else [each for each in moe_layers(model).values() if isinstance(each, MoE)]
+    return [layer.experts for layer in own or find_layers(unwrapped(model))]
