@@ -8,6 +8,7 @@ from spectralmoe.scorers.eigenbasis import EigenbasisScorer
 from spectralmoe.scorers.linear import LinearScorer
 from spectralmoe.scorers.principal import PrincipalScorer
 from spectralmoe.scorers.prototype import PrototypeScorer
+from spectralmoe.scorers.statistics_memory import StatisticsMemory
 
 __all__ = [
     "SCORERS",
@@ -19,6 +20,7 @@ __all__ = [
     "PrincipalScorer",
     "PrototypeScorer",
     "Scorer",
+    "StatisticsMemory",
 ]
 
 SCORERS: dict[str, type[Scorer]] = {
