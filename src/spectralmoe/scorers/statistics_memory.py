@@ -1,7 +1,7 @@
 """Statistics memory: under a shift of the input, what a router or a layer reads gets the statistics of clean tokens.
 
 After the memory-guided adaptive instance normalisation of Yang et al., "Towards Generalized Range-View LiDAR
-Segmentation in Adverse Weather", arXiv 2506.08979, module RDC, which calibrates the reflectance of range images. Written
+Segmentation in Adverse Weather", arXiv 2506.08979, module RDC, for the reflectance of range images. Written
 from the equation; no authors' code was read. Differs: it stands before a router or a layer with experts, which that
 paper does not have; it follows the tokens by running statistics instead of being learned, and aligns in evaluation
 alone; small groups of tokens move less; a stream of inputs may share statistics.
