@@ -20,7 +20,7 @@ ROWS = {"linear": "linear", "sr-moe": "sr-moe", "dense": "dense"}
 
 
 def kept(trained):
-    return {"twice": 2 * trained.validation}
+    return {"twice": 2 * trained.history.validation}
 
 
 def sized(run, cell):

@@ -20,6 +20,7 @@ A card is a folder: README.md (claim and verdict), plan.py with ``FULL`` and ``Q
 """
 
 from spectralmoe.experiments.cards.contest import ROUTING_COLUMNS, Contest, Trained, train_row
+from spectralmoe.experiments.cards.panels import difference_panels
 from spectralmoe.experiments.cards.plan import Card, Cells, Check, Desk, Step, Tuning
 from spectralmoe.experiments.cards.results import Section
 from spectralmoe.experiments.cards.run import check_card, find_card, run_card, write_card
@@ -38,6 +39,7 @@ __all__ = [
     "Trained",
     "Tuning",
     "check_card",
+    "difference_panels",
     "find_card",
     "run_card",
     "small_images",

@@ -21,7 +21,7 @@ from spectralmoe.experiments.compare.look import choices
 from spectralmoe.experiments.compare.setup import Tuned
 from spectralmoe.experiments.compare.tuning import candidates
 from spectralmoe.presets import find_preset
-from spectralmoe.training.loop import train
+from spectralmoe.training.loop import History, train
 from spectralmoe.training.settings import Row
 from spectralmoe.training.tasks import Task, open_task
 from spectralmoe.training.train_settings import TrainSettings
@@ -30,11 +30,11 @@ __all__ = ["ROUTING_COLUMNS", "Contest", "Trained", "measure_cell", "train_row",
 
 
 class Trained(NamedTuple):
-    """A trained network, its task, and the metric of the task on the validation part."""
+    """A trained network, its task, and how its training went."""
 
     network: nn.Module
     task: Task
-    validation: float
+    history: History
 
 
 def _nothing_more(trained: Trained) -> dict[str, Any]:
@@ -57,6 +57,7 @@ class Contest:
         tune_size, tune_epochs: training samples and epochs of a try; None: those of ``run``.
         more: further measures of a trained network.
         vary: (run, cell) -> the run of a cell that names more than its row and seed.
+        file: its cells go to FILE.json; a card with several contests gives each a file of its own.
 
     >>> run = TrainSettings(data="digits", depth=1)
     >>> contest = Contest(run, {"linear": "linear", "top2": {"preset": "linear", "k": 2}})
@@ -71,17 +72,19 @@ class Contest:
     tune_epochs: int | None = None
     more: Callable[[Trained], Mapping[str, Any]] = _nothing_more
     vary: Callable[[TrainSettings, Identity], TrainSettings] = _as_it_is
+    file: str = "results"
+
+    @property
+    def tuned(self) -> str:
+        """Where the settings of its rows are kept: tuning.json, or FILE-tuning.json beside a file of its own."""
+        return "tuning" if self.file == "results" else f"{self.file}-tuning"
 
     def tuning(self) -> Tuning:
-        """The step that tunes every row under seed 0; tuning.json."""
-        return Tuning("tuning", list(self.rows), partial(tune_row, contest=self))
+        """The step that tunes every row under seed 0."""
+        return Tuning(self.tuned, list(self.rows), partial(tune_row, contest=self))
 
     def cells(self, seeds: int, **axes: Sequence[Any]) -> Cells:
-        """The step that measures every row under every seed, at every value of the axes that ``vary`` reads.
-
-        Returns:
-            What fills results.json.
-        """
+        """The step that measures every row under every seed, at every value of the axes that ``vary`` reads."""
         places = list(product(*axes.values()))
         wanted = [
             {"row": row, **dict(zip(axes, place, strict=True)), "seed": seed}
@@ -89,7 +92,7 @@ class Contest:
             for place in places
             for row in self.rows
         ]
-        return Cells("results", wanted, partial(measure_cell, contest=self))
+        return Cells(self.file, wanted, partial(measure_cell, contest=self))
 
     @property
     def shorter(self) -> TrainSettings:
@@ -114,7 +117,7 @@ def tune_row(row: str, desk: Desk, progress: Share, *, contest: Contest) -> dict
     shorter = contest.shorter
 
     def validation(setting: Mapping[str, Any]) -> tuple[float, None]:
-        return train_row(shorter, contest.rows[row], Tuned(**setting), 0).validation, None
+        return train_row(shorter, contest.rows[row], Tuned(**setting), 0).history.validation, None
 
     settings = [tuned._asdict() for tuned in candidates(contest.tries)]
     tried = try_settings(settings, validation, progress, _open(shorter).metric)
@@ -122,10 +125,11 @@ def tune_row(row: str, desk: Desk, progress: Share, *, contest: Contest) -> dict
 
 
 def measure_cell(cell: Identity, desk: Desk, progress: Share, *, contest: Contest) -> dict[str, Any]:
-    """One cell of results.json: a network trained with the tuned factors of its row, and its measures."""
+    """One cell: a network trained with the tuned factors of its row, and its measures."""
     torch.set_num_threads(1)
     row, run = cell["row"], contest.vary(contest.run, cell)
-    trained = train_row(run, contest.rows[row], Tuned(**desk.tuned["tuning"][row]["setting"]), cell["seed"], progress)
+    tuned = Tuned(**desk.tuned[contest.tuned][row]["setting"])
+    trained = train_row(run, contest.rows[row], tuned, cell["seed"], progress)
     return {**measures(trained), **contest.more(trained)}
 
 
@@ -141,14 +145,17 @@ def train_row(
     network = task.build(run)
     terms = find_preset(row).strengthened(tuned.strength).terms
     history = train(network, task, run.optimization, terms=terms, progress=progress)
-    return Trained(network, task, history.validation)
+    return Trained(network, task, history)
 
 
 def measures(trained: Trained) -> dict[str, Any]:
     """Scores on the test part, and of a network with experts how even, how firm and how alike they are."""
-    network, task, validation = trained
+    network, task, history = trained
     counted = Counted(network) if holds_moe(network) else None
-    values: dict[str, Any] = {**task.score(counted or network, "test"), task.metric.key_of("validation"): validation}
+    values: dict[str, Any] = {
+        **task.score(counted or network, "test"),
+        task.metric.key_of("validation"): history.validation,
+    }
     if counted is None or len(next(iter(counted.loads.values()))) == 1:
         return values  # nothing is chosen
     loads = list(counted.loads.values())
