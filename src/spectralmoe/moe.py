@@ -17,7 +17,7 @@ from spectralmoe.placement import Placement, check_places
 from spectralmoe.recording import KEEPABLE, Recordable
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
-from spectralmoe.scorers import Scorer
+from spectralmoe.scorers import Scorer, StatisticsMemory
 from spectralmoe.units import Token, Unit
 
 __all__ = ["MoE"]
@@ -35,10 +35,12 @@ class MoE(Recordable):
         dispatch: "auto" (``pick_dispatch``), "loop", "dense", "grouped", or a callable.
         shared: module applied to every token, added to the sum.
         unit: what is routed: ``Token()``, the default, ``Pixel()`` or ``Sample()`` (``spectralmoe.units``).
+        memory: aligns what the router, or the whole layer, reads in evaluation with the tokens of training.
 
     Raises:
-        UserError: unknown dispatch; fewer experts in the router than in the bank; a placement of other sizes; in
-            forward, rows of a shape that the bank does not take.
+        UserError: unknown dispatch; fewer experts in the router than in the bank; a placement of other sizes; a memory
+            of another width, or of a whole layer whose rows are not what the router reads; in forward, rows of a shape
+            that the bank does not take.
 
     >>> from spectralmoe import FeedForward, LinearScorer, TopK
     >>> layer = MoE(Router(LinearScorer(16, 4), TopK(2)), FeedForward(4, dim=16, hidden=32))
@@ -57,6 +59,7 @@ class MoE(Recordable):
         shared: nn.Module | None = None,
         placement: Placement | None = None,
         unit: Unit | None = None,
+        memory: StatisticsMemory | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(router, Router) or not isinstance(experts, Experts):
@@ -70,7 +73,13 @@ class MoE(Recordable):
         if placement is not None and type(router.scorer).meet is not Scorer.meet:
             raise UserError(f"MoE: {type(router.scorer).__name__} reads expert e in place e, so it takes no placement")
         self.router, self.experts, self.dispatch, self.shared = router, experts, dispatch, shared
-        self.placement, self.unit = placement, unit
+        if memory is not None and memory.dim != router.scorer.dim:
+            raise UserError(f"MoE: the router reads tokens of width D={router.scorer.dim}, the memory {memory.dim}")
+        if memory is not None and unit.pooled and memory.where == "layer":
+            raise UserError(
+                f"MoE: under {type(unit).__name__} the memory knows pooled features alone; use where='router'"
+            )
+        self.placement, self.unit, self.memory = placement, unit, memory
         router.scorer.meet(experts)
 
     def spec_arguments(self) -> dict[str, object]:
@@ -81,6 +90,12 @@ class MoE(Recordable):
     def keepable(self) -> tuple[str, ...]:
         """The names of what ``record`` can keep of this layer."""
         return (*KEEPABLE, *self.experts.says)
+
+    @property
+    def reads_alike(self) -> bool:
+        """Whether the experts read what the router reads, and nothing else."""
+        aligns_router_alone = self.memory is not None and self.memory.where == "router"
+        return not (self.experts.reads or self.unit.pooled or aligns_router_alone)
 
     def places(self, e: int) -> list[int]:
         """The places of the bank that hold expert ``e`` of the router: none for a zero expert."""
@@ -110,11 +125,13 @@ class MoE(Recordable):
             context = fed.context if context is None else context
             replay = fed.next_replay()
         queries, units = self.unit.split(x)
+        if self.memory is not None:
+            queries, units = self.memory.beside(queries, units, mask)
         leading = queries.dim() - 1
         side = rows_of(context, queries, mask)
         routing = self.router(queries, mask=mask, context=side, replay=replay)
         names = self.names_to_keep()
-        streams = self.router.scorer.streams_tokens or self.experts.streams_tokens
+        streams = self.router.scorer.streams_tokens or self.experts.streams_tokens or self.memory is not None
         seen = self.seen(queries, names, streams=streams)
         scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))
         placed = scaled if self.placement is None else self.placement(scaled)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.linalg import retracted
 from spectralmoe.sharding import assign_
 
-__all__ = ["Part"]
+__all__ = ["Part", "in_full_precision"]
 
 
 class Part(nn.Module):
@@ -107,3 +109,15 @@ class Part(nn.Module):
         for basis in (getattr(self, name) for name in self.manifold):
             if basis.requires_grad or not trained_only:
                 assign_(basis, retracted(basis))
+
+
+def in_full_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn``, what ``Module._apply`` does to each tensor, but for a cast to 16 bits: then the tensor moves alone."""
+
+    def keep_precision(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if moved.dtype in (torch.float16, torch.bfloat16):
+            return tensor.to(device=moved.device, dtype=torch.float32)
+        return moved
+
+    return keep_precision

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spectralmoe.context import Context, Rows, rows_of
 from spectralmoe.errors import UserError
+from spectralmoe.parts import in_full_precision
 from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.scorers import Scorer
 from spectralmoe.selectors import Selector
@@ -112,13 +113,7 @@ class Router(nn.Module):
         return router
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.dtype in (torch.float16, torch.bfloat16):
-                return tensor.to(device=moved.device, dtype=torch.float32)
-            return moved
-
-        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(in_full_precision(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
 

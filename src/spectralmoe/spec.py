@@ -22,7 +22,7 @@ from spectralmoe.layers import unwrapped
 from spectralmoe.moe import MoE
 from spectralmoe.placement import Placement
 from spectralmoe.router import Router
-from spectralmoe.scorers import SCORERS
+from spectralmoe.scorers import SCORERS, StatisticsMemory
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.torch_private import class_of
 from spectralmoe.units import UNITS
@@ -37,6 +37,7 @@ PARTS: dict[str, type] = {
     **UNITS,
     "router": Router,
     "placement": Placement,
+    "statistics_memory": StatisticsMemory,
     "moe": MoE,
 }
 

@@ -192,13 +192,19 @@ def choose_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
     """The names of the chosen MoE layers, in the model's order.
 
     Raises:
-        UserError: an unknown layer, or no MoE layer at all.
+        UserError: an unknown layer, or no MoE layer at all; a layer with a memory.
     """
-    known = [name for name, layer in moe_layers(model).items() if isinstance(layer, MoE)]
+    known = {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
+    for name, layer in known.items():
+        if layer.memory is not None:
+            raise UserError(
+                f"layer {name!r} aligns tokens with its memory, so samples may move each other; adapt the model with "
+                "layer.memory = None"
+            )
     if layers == "all":
-        return known
+        return list(known)
     if layers == "last":
-        return known[-1:]
+        return list(known)[-1:]
     wanted = [layers] if isinstance(layers, str) else list(layers)
     if not wanted:
         raise UserError(f"no layer was named; known: all, last, {', '.join(known)}")

@@ -4,6 +4,7 @@ Each value says how much data it rests on (``Measure``).
 """
 
 from spectralmoe.diagnostics.association import association, label_table, specialisation
+from spectralmoe.diagnostics.bound import empirical_rademacher, generalization_bound, natarajan_linear
 from spectralmoe.diagnostics.certificate import attack_distance, routing_radius
 from spectralmoe.diagnostics.change import Change, accuracy_change
 from spectralmoe.diagnostics.entropy import mean_entropy, token_entropies, token_entropy
@@ -76,9 +77,11 @@ __all__ = [
     "dead_experts",
     "duplicates",
     "effective_rank",
+    "empirical_rademacher",
     "evaluate",
     "evaluation_mode",
     "expert_outputs",
+    "generalization_bound",
     "gini",
     "holds_moe",
     "jacobian_norm",
@@ -93,6 +96,7 @@ __all__ = [
     "measured",
     "min_share",
     "mutual_information",
+    "natarajan_linear",
     "near_ties",
     "noise_flips",
     "per_sequence",

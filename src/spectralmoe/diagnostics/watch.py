@@ -176,7 +176,7 @@ def seen_of(item: Record, layer: Watched, tokens: bool) -> Seen:
 def _tokens(item: Record, asked: bool) -> Tensor:
     """The tokens that the router read, with zeros for padding; none where the experts read something else."""
     layer = item.layer
-    if not asked or (isinstance(layer, MoE) and (layer.experts.reads or layer.unit.pooled)):
+    if not asked or (isinstance(layer, MoE) and not layer.reads_alike):
         return item.routing.logits.new_empty(0, cast(Router, item.router).scorer.dim)
     tokens, mask = item.tensor("tokens").detach(), item.routing.mask
     return tokens if mask is None else tokens.masked_fill(~mask[:, None], 0)

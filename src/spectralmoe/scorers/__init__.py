@@ -9,6 +9,7 @@ from spectralmoe.scorers.linear import LinearScorer
 from spectralmoe.scorers.principal import PrincipalScorer
 from spectralmoe.scorers.prototype import PrototypeScorer
 from spectralmoe.scorers.saturated import SaturatedScorer
+from spectralmoe.scorers.statistics_memory import StatisticsMemory
 
 __all__ = [
     "SCORERS",
@@ -21,6 +22,7 @@ __all__ = [
     "PrototypeScorer",
     "SaturatedScorer",
     "Scorer",
+    "StatisticsMemory",
 ]
 
 SCORERS: dict[str, type[Scorer]] = {

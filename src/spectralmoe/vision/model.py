@@ -232,7 +232,7 @@ def _put(backbone: nn.Module, path: str, part: Any) -> None:
 
 def _described(part: nn.Module) -> Any:
     if isinstance(part, MoE) and isinstance(part.experts, ModuleExperts):
-        return MlpCopies(part.router, part.experts.num_experts, part.placement)
+        return MlpCopies(part.router, part.experts.num_experts, part.placement, part.memory)
     return part
 
 

@@ -18,6 +18,7 @@ from spectralmoe.experts import Experts, FeedForward, ModuleExperts
 from spectralmoe.moe import MoE
 from spectralmoe.placement import Placement
 from spectralmoe.router import Router
+from spectralmoe.scorers import StatisticsMemory
 from spectralmoe.units import Pixel, Token
 from spectralmoe.vision.blocks import block_width, choose_blocks
 from spectralmoe.vision.branch_spec import BranchSpec
@@ -46,19 +47,25 @@ class MlpCopies:
     Args:
         router: the router in front of them.
         num_experts: how many copies of the MLP.
-        placement: as in ``MoE``.
+        placement, memory: as in ``MoE``.
     """
 
-    def __init__(self, router: Router, num_experts: int, placement: Placement | None = None) -> None:
-        self.router, self.num_experts, self.placement = router, num_experts, placement
+    def __init__(
+        self,
+        router: Router,
+        num_experts: int,
+        placement: Placement | None = None,
+        memory: StatisticsMemory | None = None,
+    ) -> None:
+        self.router, self.num_experts, self.placement, self.memory = router, num_experts, placement, memory
 
     def layer(self, mlp: nn.Module) -> nn.Module:
         """The layer with E copies of ``mlp``."""
         if is_convolutional(mlp):
             experts = ModuleExperts([OnePixel(copy.deepcopy(mlp)) for _ in range(self.num_experts)])
-            return MoE(self.router, experts, placement=self.placement, unit=Pixel())
+            return MoE(self.router, experts, placement=self.placement, unit=Pixel(), memory=self.memory)
         experts = ModuleExperts([copy.deepcopy(mlp) for _ in range(self.num_experts)])
-        return MoE(self.router, experts, placement=self.placement)
+        return MoE(self.router, experts, placement=self.placement, memory=self.memory)
 
 
 def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] = "copy") -> Model:
