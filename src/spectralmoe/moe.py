@@ -82,6 +82,11 @@ class MoE(Recordable):
         """The names of what ``record`` can keep of this layer."""
         return (*KEEPABLE, *self.experts.says)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The names of the side information that its parts read."""
+        return frozenset(name for _, part in self.parts() for name in part.reads)
+
     def places(self, e: int) -> list[int]:
         """The places of the bank that hold expert ``e`` of the router: none for a zero expert."""
         if self.placement is not None:

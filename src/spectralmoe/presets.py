@@ -20,6 +20,7 @@ _BALANCED = {
     "selector": {"type": "balanced", "score": "softmax", "normalize": False, "rate": 1e-2},
     "soft": {"type": "soft_balanced", "rate": 1e-2},
 }
+_EIGEN = {"type": "eigen", "rank": "= max(1, dim // num_experts)"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "linear": {"summary": "dot-product gate", "scorer": "linear"},
@@ -53,6 +54,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "summary": "energy shares in an orthonormal basis of rank 128 (EMoE, as its authors have it)",
         "scorer": {"type": "eigenbasis", "rank": "= min(128, dim)", "temperature": 1.0},
         "branch": {"tokens": "patches", "norm": False, "start": "authors"},
+    },
+    "ermoe": {
+        "summary": "energy of the token in the experts' own bases, an even share or more (ERMoE, without attention)",
+        "scorer": {"type": "basis", "score": "energy"},
+        "selector": {"type": "threshold", "threshold": "= 1 / num_experts"},
+        "soft": {"type": "soft"},
+        "experts": _EIGEN,
+    },
+    "ermoe-context": {
+        "summary": "likeness of token and attention output in the experts' own bases (ERMoE, behind attention)",
+        "scorer": {"type": "basis", "score": "context"},
+        "selector": {"type": "threshold", "threshold": 0.5},
+        "soft": {"type": "soft"},
+        "experts": _EIGEN,
     },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
