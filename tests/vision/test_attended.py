@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from seeds import shifted
 from torch.nn import functional as F
 
 from spectralmoe import BasisScorer, ContextScorer, EigenExperts, LinearScorer, Router, TopK, attach, load, record, save
@@ -101,6 +102,15 @@ def test_what_cannot_be_is_one_line(make_vision, user_error):
     with user_error("BasisScorer", "EigenExperts", "FeedForward"):
         router = BranchSpec(router=lambda d, e: Router(BasisScorer(d, e), TopK(2)), experts=4, blocks="all")
         replace_mlp(make_vision("vit"), router, init="random")
+
+
+def test_under_one_seed_banks_of_their_own_start_alike(make_vision):
+    starts, model = [], make_vision("vit")
+    for row in ("ermoe", {"scorer": "linear", "experts": "eigen", "rank": 6}):
+        torch.manual_seed(shifted(3))
+        twin = replace_mlp(copy.deepcopy(model), spec_of(row), init="random")
+        starts.append([value for block in twin.blocks for value in block.mlp.experts.state_dict().values()])
+    assert all(map(torch.equal, *starts))
 
 
 def test_a_bank_of_its_own_has_the_width_of_the_spec(make_vision):

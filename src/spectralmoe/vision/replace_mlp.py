@@ -116,20 +116,21 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
         raise UserError(
             "replace_mlp(init='copy'): experts of their own form are no copies of the MLP; use init='random'"
         )
-    router = spec.make_router(block_width(path, block))
+    dim = block_width(path, block)
+    bank = None if spec.bank is None else spec.bank(spec.experts, dim, spec.bottleneck)
+    with torch.random.fork_rng(devices=[], enabled=bank is not None):  # under one seed the same bank for every router
+        router = spec.make_router(dim)
     if init == "copy" and not _sums_to_one(router):
         raise UserError(
             "replace_mlp(init='copy'): the router's weights must sum to 1 for the model to stay as it is; use soft "
             "routing, Soft(), or normalised top-k with k >= 2, TopK(2, normalize=True)"
         )
-    if not _works_on_lone_tokens(mlp, router.scorer.dim):
+    if not _works_on_lone_tokens(mlp, dim):
         raise UserError(
             f"block {path!r}: its .mlp ({type(mlp).__name__}) mixes tokens or takes more than them, so experts cannot "
             "take its place; use add_branches"
         )
-    if spec.bank is not None:
-        bank = spec.bank(spec.experts, router.scorer.dim, spec.bottleneck)
-    else:
+    if bank is None:
         bank = _bank_of_copies(mlp, spec.experts)
         if init == "random":
             _start_afresh(bank)
@@ -137,7 +138,7 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
     unit = Pixel() if is_convolutional(mlp) else Token()
     layer = MoE(router, bank.requires_grad_(), unit=unit).to(weight.device, weight.dtype).train(mlp.training)
     if "attended" in layer.reads:
-        check_attends(path, block, router.scorer.dim)
+        check_attends(path, block, dim)
     return layer
 
 
