@@ -36,6 +36,7 @@ _OWN: dict[Any, dict[str, Any]] = {  # what makes a small one a better test
     SCORERS["cosine"]: {"proj_dim": 5, "temperature": 0.3},
     SCORERS["eigenbasis"]: {"rank": 5, "temperature": 0.1},
     SCORERS["basis"]: {"score": "energy"},
+    SELECTORS["threshold"]: {"threshold": 0.1, "score": "softmax"},  # logits of any sign
 }
 
 

@@ -25,7 +25,7 @@ from spectralmoe.selectors import SELECTORS
 from spectralmoe.spec import parameters_of
 from spectralmoe.terms import penalty
 from spectralmoe.training.loop import train
-from spectralmoe.training.settings import parse
+from spectralmoe.training.settings import Network, parse
 from spectralmoe.training.tasks.images import ImageTask
 from spectralmoe.vision import BranchSpec
 
@@ -45,8 +45,8 @@ NEEDED = {
 TOGETHER = {"basis": {"scorer": {"type": "basis", "score": "energy"}, "experts": "eigen", "rank": 3}}
 """Entries that work with certain others alone."""
 
-NOT_HERE = {"context", "modules", "conv"}
-"""Entries that need more than tokens or names: side information, modules that are given, maps."""
+NOT_HERE = {"context", "modules", "conv", "ermoe-context"}
+"""Entries that need more than tokens or names: side information, modules that are given, maps, attention."""
 
 
 def part(kind, table, name):
@@ -57,7 +57,7 @@ def part(kind, table, name):
 
 def rows():
     """Each preset, each scorer with top-k, each selector, bank and term with a linear scorer."""
-    yield from PRESETS
+    yield from PRESETS.keys() - NOT_HERE
     for kind, table in (("scorer", SCORERS), ("selector", SELECTORS), ("experts", EXPERTS)):
         for name in table.keys() - NOT_HERE:
             yield shown(TOGETHER.get(name) or {"scorer": "linear", **part(kind, table, name)})
@@ -225,12 +225,20 @@ def test_a_row_that_cannot_be_is_one_line(row, words, user_error):
         ('{scorer = "basis"}', 2, ("EigenExperts", "FeedForward")),
         ('{scorer = "linear", experts = "conv", channels = 12}', 2, ("unit=Token", "rows of shape")),
         ('{scorer = "context"}', 2, ("ContextScorer reads 'severity'", "this network gives none")),
+        ("ermoe-context", 2, ("BasisScorer reads 'attended'", "this network gives none")),
         ('{scorer = "linear", experts = {type = "feed_forward", activation = "gulu"}}', 2, ("did you mean 'gelu'?",)),
     ],
 )
 def test_what_does_not_fit_the_network_shows_before_anything_runs(row, k, words, task, tmp_path, user_error):
     with user_error(*words):
         setup_of(task, tmp_path, row, k=k)
+
+
+def test_text_networks_give_what_their_attention_gave(user_error):
+    sizes = {"width": 12, "num_experts": 4, "hidden": 8}
+    CompareSettings(data="text:pydoc", routers=("ermoe", "ermoe-context"), network=Network(**sizes)).check()
+    with user_error("ContextScorer reads 'severity'", "this network gives attended"):
+        CompareSettings(data="text:pydoc", routers=('{scorer = "context"}',), network=Network(**sizes)).check()
 
 
 def test_a_bank_without_spare_units_is_not_asked_for_them(user_error):

@@ -97,6 +97,11 @@ class MoE(Recordable):
         aligns_router_alone = self.memory is not None and self.memory.where == "router"
         return not (self.experts.reads or self.unit.pooled or aligns_router_alone)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The names of the side information that its parts read."""
+        return frozenset(name for _, part in self.parts() for name in part.reads)
+
     def places(self, e: int) -> list[int]:
         """The places of the bank that hold expert ``e`` of the router: none for a zero expert."""
         if self.placement is not None:

@@ -22,6 +22,7 @@ _BALANCED = {
 }
 _GROUPS = "= max(1, num_experts // 4)"  # of four siblings; the interval suits runs of some hundred steps
 _DROPOUT = {"type": "cluster_dropout", "selector": {"type": "topk"}, "groups": _GROUPS, "interval": 10}
+_EIGEN = {"type": "eigen", "rank": "= max(1, dim // num_experts)"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "linear": {"summary": "dot-product gate", "scorer": "linear"},
@@ -77,6 +78,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "selector": _DROPOUT,
         "soft": {**_DROPOUT, "selector": {"type": "soft"}},
         "terms": {"load_balance": 1e-2, "cluster_variance": {"weight": 1.0, "groups": _GROUPS}},
+    },
+    "ermoe": {
+        "summary": "energy of the token in the experts' own bases, an even share or more (ERMoE, without attention)",
+        "scorer": {"type": "basis", "score": "energy"},
+        "selector": {"type": "threshold", "threshold": "= 1 / num_experts"},
+        "soft": {"type": "soft"},
+        "experts": _EIGEN,
+    },
+    "ermoe-context": {
+        "summary": "likeness of token and attention output in the experts' own bases (ERMoE, behind attention)",
+        "scorer": {"type": "basis", "score": "context"},
+        "selector": {"type": "threshold", "threshold": 0.5},
+        "soft": {"type": "soft"},
+        "experts": _EIGEN,
     },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",

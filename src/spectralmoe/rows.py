@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from spectralmoe.context import Context
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.experts import Experts
 from spectralmoe.moe import MoE
 from spectralmoe.naming import Table, part_class, shown
-from spectralmoe.parts import Part
 from spectralmoe.router import Router
 from spectralmoe.spec import build, parameters_of
 from spectralmoe.tape import Tape
@@ -88,25 +88,33 @@ class Preset:
         scorer, selector = (build(each, allow=self.allow, sizes=sizes) for each in (self.scorer, spec))
         return Router(scorer, selector)
 
-    def check(self, dim: int, num_experts: int, hidden: int, *, k: K, spare: int = 0) -> None:
+    def check(
+        self, dim: int, num_experts: int, hidden: int, *, k: K, spare: int = 0, given: Collection[str] = ()
+    ) -> None:
         """Build a layer and run two tokens, so that what does not fit the sizes of a network shows before it runs.
 
+        Args:
+            given: names of the side information that the network gives its layers, D numbers a token.
+
         Raises:
-            UserError: as ``make_router``, ``make_experts``, ``MoE`` and the terms of a layer; a part that reads side
-                information, or fails.
+            UserError: as ``make_router``, ``make_experts``, ``MoE`` and the terms of a layer; a part that reads other
+                side information, or fails.
         """
         num_experts, hidden = self.sizes(num_experts, hidden, k)
         try:
             with torch.random.fork_rng(devices=[]):
                 router = self.make_router(dim, num_experts, k=k)
                 layer = MoE(router, self.make_experts(num_experts, dim, hidden, spare))
-            for part in layer.modules():
-                if isinstance(part, Part) and part.reads:
-                    who = f"{type(part).__name__} reads {part.reads[0]!r} from the context"
-                    raise UserError(f"{who}, and this network gives none")
+            for _, part in layer.parts():
+                for name in part.reads:
+                    if name not in given:
+                        gives = ", ".join(given) or "none"
+                        who = f"{type(part).__name__} reads {name!r} from the context"
+                        raise UserError(f"{who}, and this network gives {gives}")
+            context = Context(tokens={name: torch.zeros(2, dim) for name in given})
             terms = [term for term in self.terms.values() if term.scope == "layer"]
             with torch.no_grad(), Tape({"": layer.eval()}, [name for term in terms for name in term.keeps]) as tape:
-                layer(torch.zeros(2, dim))
+                layer(torch.zeros(2, dim), context=context)
                 for term in terms:
                     term.fn(tape[0])
         except UserError as error:

@@ -18,7 +18,15 @@ from spectralmoe.experiments.few_shot.grid import FewShotSettings, recipe
 from spectralmoe.experiments.few_shot.learning import FEW_SHOT
 from spectralmoe.presets import PRESETS
 from spectralmoe.training.logs import LOGS
-from spectralmoe.training.names import DATA_NAMES, DEFAULT_ROUTERS, FRESH_ROWS, OWN_ROWS, ROUTER_NAMES, TEXT_NAMES
+from spectralmoe.training.names import (
+    DATA_NAMES,
+    DEFAULT_ROUTERS,
+    FRESH_ROWS,
+    OWN_EXPERTS,
+    OWN_ROWS,
+    ROUTER_NAMES,
+    TEXT_NAMES,
+)
 
 VERBS = (
     "compare",
@@ -80,6 +88,7 @@ def test_modules_are_attributes_and_a_wrong_name_is_an_attribute_error():
 
 def test_the_names_of_help_and_completion_are_those_of_the_tables():
     assert tuple(PRESETS) == ROUTER_NAMES
+    assert tuple(name for name, row in PRESETS.items() if "experts" in row) == OWN_EXPERTS
     assert set(DEFAULT_ROUTERS) <= set(PRESETS)
     assert tuple(DATASETS) == DATA_NAMES
     assert tuple(TEXTS) == TEXT_NAMES

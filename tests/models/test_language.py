@@ -11,11 +11,25 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from spectralmoe import LinearScorer, Router, Soft, TopK, attach, load, penalty, record, save
+from spectralmoe import (
+    BasisScorer,
+    EigenExperts,
+    LinearScorer,
+    Router,
+    Soft,
+    TopK,
+    attach,
+    load,
+    penalty,
+    record,
+    retract,
+    save,
+)
 from spectralmoe.experiments.compare.look import active_parameters
 from spectralmoe.models import LanguageMoE, language_moe
 from spectralmoe.models.language import Cache, rotated
 from spectralmoe.regularizers import load_balance
+from spectralmoe.selectors import Threshold
 from spectralmoe.spec import describe
 from spectralmoe.terms import Term
 
@@ -88,6 +102,48 @@ def test_a_block_is_its_equations_in_value_and_gradient(same):
     block = made(depth=1).blocks[0].double()
     x = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
     same(block(x[None])[0], slow_block(block, x), [x, *block.parameters()])
+
+
+def attentive(**changes):
+    """A model whose routers read what the attention gave."""
+
+    def router(dim, experts):
+        return Router(BasisScorer(dim, experts), Threshold(2))
+
+    model = made(router=router, experts=lambda experts, dim, _: EigenExperts(experts, dim, 4), **changes).double()
+    retract(model)
+    return model
+
+
+def test_a_layer_that_reads_it_gets_what_the_attention_gave(same):
+    """Logits are cosines of token and attention output in the bases; a layer that does not read it gets no context."""
+    block, x = attentive(depth=1).blocks[0], torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    with record(block) as tape:
+        block(x)
+    attended = block.attention(block.attention_norm(x))
+    tokens, bases = block.moe_norm(x + attended), block.moe.experts.right
+    logits = [F.cosine_similarity(tokens @ basis, attended @ basis, dim=-1) for basis in bases]
+    same(tape[0].routing.logits, torch.stack(logits, -1).flatten(0, 1), [x, bases])
+    plain = made(depth=1)
+    with record(plain) as tape:
+        plain(tokens_of())
+    assert tape[0].context is None
+
+
+def test_layers_that_read_attention_work_with_a_cache_and_saved(tmp_path, close):
+    model, tokens, cache = attentive(), tokens_of(), Cache()
+    close(torch.cat([model(part, cache) for part in tokens.split([3, 1, 3], 1)], 1), model(tokens))
+    save(model, tmp_path)
+    assert torch.equal(load(tmp_path)(tokens), model(tokens))
+
+
+@pytest.mark.full
+def test_layers_that_read_attention_compile_whole(close):
+    torch.compiler.reset()
+    model, tokens = attentive(depth=1), tokens_of()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    close(compiled(tokens), model(tokens))
+    torch.compiler.reset()
 
 
 def test_the_model_is_embedding_blocks_norm_and_the_tied_matrix(close):

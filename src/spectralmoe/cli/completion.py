@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from spectralmoe.training.names import DATA_NAMES, OWN_ROWS, ROUTER_NAMES, TEXT_NAMES
+from spectralmoe.training.names import DATA_NAMES, OWN_EXPERTS, OWN_ROWS, ROUTER_NAMES, TEXT_NAMES
 
 __all__ = [
     "LOG_NAMES",
@@ -47,7 +47,7 @@ def complete_routers(incomplete: str) -> list[str]:
 
 def complete_few_shot_rows(incomplete: str) -> list[str]:
     """Of ``--rows``."""
-    rows = (*OWN_ROWS, "adapter", *ROUTER_NAMES)
+    rows = (*OWN_ROWS, "adapter", *(name for name in ROUTER_NAMES if name not in OWN_EXPERTS))
     return listed(incomplete, rows)
 
 

@@ -15,7 +15,7 @@ from spectralmoe.cli.console import count, print_finding, print_json, print_tabl
 from spectralmoe.cli.options import Allow, Assign, DeviceName, Json, refuse_outputs, say_notes, split_names, trust_own
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json, to_json, write_json, write_text
-from spectralmoe.training.names import ROUTER_NAMES
+from spectralmoe.training.names import OWN_EXPERTS, ROUTER_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def finetune(
         typer.Option(
             metavar="NAME|TABLE|PKG:OBJECT",
             help="Put other routers in (see 'spectralmoe list').",
-            autocompletion=one_among(*ROUTER_NAMES),
+            autocompletion=one_among(*(name for name in ROUTER_NAMES if name not in OWN_EXPERTS)),
         ),
     ] = None,
     terms: Annotated[

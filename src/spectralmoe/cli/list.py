@@ -25,6 +25,7 @@ PLAIN = {
     "noisy_topk": "top-k of noisy logits in training, of the logits in evaluation",
     "expert_choice": "each expert takes its best tokens, as many as its capacity allows",
     "topp": "the smallest set of experts whose scores sum to p",
+    "threshold": "of the k best experts of a token those whose score reaches a threshold",
     "balanced": "top-k of scores plus a bias that evens the load; the weights never see the bias",
     "soft": "all experts for each token, weighted by their scores",
     "soft_balanced": "all experts for each token, with a bias on the weights that evens the load",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectralmoe.context import Context
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError
 from spectralmoe.experts import Experts, FeedForward
@@ -118,6 +119,8 @@ class DecoderBlock(nn.Module):
     r"""One block: :math:`x \leftarrow x + \mathrm{Attention}(\mathrm{RMS}(x))`,
     :math:`x \leftarrow x + \mathrm{MoE}(\mathrm{RMS}(x))`.
 
+    A layer with parts that read ``attended`` gets the attention's output under this name.
+
     Args:
         moe: the layer, D wide.
         heads: of the attention.
@@ -131,8 +134,10 @@ class DecoderBlock(nn.Module):
         self.moe_norm, self.moe = nn.RMSNorm(dim, eps=RMS_EPS), moe
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache)
-        y: Tensor = x + self.moe(self.moe_norm(x))
+        attended = self.attention(self.attention_norm(x), cache)
+        context = Context(tokens={"attended": attended}) if "attended" in self.moe.reads else None
+        x = x + attended
+        y: Tensor = x + self.moe(self.moe_norm(x), context=context)
         return y
 
 

@@ -10,6 +10,7 @@ from spectralmoe.selectors.group_limited import GroupLimited
 from spectralmoe.selectors.noisy_topk import NoisyTopK
 from spectralmoe.selectors.soft import Soft
 from spectralmoe.selectors.soft_balanced import SoftBalanced
+from spectralmoe.selectors.threshold import Threshold
 from spectralmoe.selectors.top_p import TopP
 from spectralmoe.selectors.topk import TopK
 
@@ -25,6 +26,7 @@ __all__ = [
     "Selector",
     "Soft",
     "SoftBalanced",
+    "Threshold",
     "TopK",
     "TopP",
 ]
@@ -40,4 +42,5 @@ SELECTORS: dict[str, type[Selector]] = {
     "capacity": Capacity,
     "cluster_dropout": ClusterDropout,
     "group_limited": GroupLimited,
+    "threshold": Threshold,
 }

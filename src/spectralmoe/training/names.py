@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DATA_NAMES", "DEFAULT_ROUTERS", "FRESH_ROWS", "OWN_ROWS", "ROUTER_NAMES", "TEXT_NAMES"]
+__all__ = ["DATA_NAMES", "DEFAULT_ROUTERS", "FRESH_ROWS", "OWN_EXPERTS", "OWN_ROWS", "ROUTER_NAMES", "TEXT_NAMES"]
 
 ROUTER_NAMES = (
     "linear",
@@ -17,8 +17,12 @@ ROUTER_NAMES = (
     "synergy",
     "specialization",
     "moec",
+    "ermoe",
+    "ermoe-context",
     "dense",
 )
+OWN_EXPERTS = ("ermoe", "ermoe-context")
+"""Routers with experts of their own, which do not fit where there are experts already."""
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
 DATA_NAMES = ("digits", "fashion-mnist", "mnist5k")
 TEXT_NAMES = ("pydoc", "stdlib", "fortunes")

@@ -10,16 +10,17 @@ from typing import Any, Literal
 import torch
 
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.experts import Adapter
+from spectralmoe.experts import Adapter, Experts
 from spectralmoe.moe import MoE
-from spectralmoe.naming import Table, shown
+from spectralmoe.naming import Table
 from spectralmoe.presets import find_preset
 from spectralmoe.router import Router
 from spectralmoe.rows import K, experts_a_token
 
-__all__ = ["BranchSpec", "RouterFactory", "Start", "Tokens"]
+__all__ = ["BankFactory", "BranchSpec", "RouterFactory", "Start", "Tokens"]
 
 RouterFactory = Callable[[int, int], Router]
+BankFactory = Callable[[int, int, int], Experts]
 Tokens = Literal["patches", "all"]
 Start = Literal["model", "authors"]
 
@@ -41,6 +42,8 @@ class BranchSpec:
             first step (as in LoRA, Hu et al., arXiv 2106.09685); "authors": they start at random, as EMoE's authors
             have it. With scale 0, which leaves the model as it is too, they start at random: of two factors at zero
             neither gets a gradient.
+        bank: (E, D, H) -> a bank in the place of an MLP (``replace_mlp``); None: adapters in a branch, and experts of
+            the MLP's form in its place.
 
     Raises:
         UserError: experts or bottleneck below 1, a negative prefix, an unknown ``tokens`` or ``start``, a scale that is
@@ -61,6 +64,7 @@ class BranchSpec:
     norm: bool = False
     scale: float = 1.0
     start: Start = "model"
+    bank: BankFactory | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("experts", self.experts), ("bottleneck", self.bottleneck)):
@@ -90,26 +94,31 @@ class BranchSpec:
                 "all", True and "model" for most.
 
         Raises:
-            UserError: as ``find_preset`` and the class; a row with a bank of experts, which branches have themselves.
+            UserError: as ``find_preset`` and the class.
 
         >>> BranchSpec.of("emoe-faithful").tokens, BranchSpec.of("emoe", blocks="last2").tokens
         ('patches', 'all')
         """
         preset = find_preset(row)
-        if preset.experts is not None:
-            raise UserError(f"router {shown(row)!r}: its experts do not fit, branches have adapters; leave them out")
         k = experts_a_token(k)
         wanted = (options.pop("experts", cls.experts), options.pop("bottleneck", cls.bottleneck))
         experts, bottleneck = preset.sizes(*wanted, k)
         options = {**preset.branch, **options, "experts": experts, "bottleneck": bottleneck}
-        return cls(router=preset.routers(k), **options)
+        bank = None if preset.experts is None else preset.make_experts
+        return cls(router=preset.routers(k), bank=bank, **options)
 
     def make_router(self, dim: int) -> Router:
         """A new router for tokens of width ``dim``."""
         return self.router(dim, self.experts)
 
     def make_moe(self, dim: int) -> MoE:
-        """A new router and a new bank of adapters; under one seed the same adapters for every router."""
+        """A new router and a new bank of adapters; under one seed the same adapters for every router.
+
+        Raises:
+            UserError: a bank of its own.
+        """
+        if self.bank is not None:
+            raise UserError("branches have adapters; leave the experts of the row out, or put them in place of MLPs")
         experts = Adapter(self.experts, dim, self.bottleneck)
         if self.start == "model" and self.scale != 0:
             torch.nn.init.zeros_(experts.down)

@@ -19,6 +19,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.experts import ModuleExperts
 from spectralmoe.moe import MoE
 from spectralmoe.recording import Recordable
+from spectralmoe.vision.attended import put_layer
 from spectralmoe.vision.branches import Branch, put_branch
 from spectralmoe.vision.replace_mlp import MlpCopies
 
@@ -219,13 +220,13 @@ def _fetch(name: str, num_classes: int, channels: int, arguments: Mapping[str, A
 
 
 def _put(backbone: nn.Module, path: str, part: Any) -> None:
-    parent, _, name = path.rpartition(".")
+    block = path.rpartition(".")[0]
     try:
-        block = backbone.get_submodule(parent)
         if isinstance(part, Branch):
-            put_branch(parent, block, part)
+            put_branch(block, backbone.get_submodule(block), part)
         else:
-            setattr(block, name, part.layer(getattr(block, name)) if isinstance(part, MlpCopies) else part)
+            layer = part.layer(backbone.get_submodule(path)) if isinstance(part, MlpCopies) else part
+            put_layer(backbone, path, layer)
     except (AttributeError, TypeError) as error:
         raise UserError(f"{type(backbone).__name__} has no place {path!r} for an MoE part") from error
 

@@ -20,6 +20,7 @@ from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.scorers import StatisticsMemory
 from spectralmoe.units import Pixel, Token
+from spectralmoe.vision.attended import check_attends, put_layer
 from spectralmoe.vision.blocks import block_width, choose_blocks
 from spectralmoe.vision.branch_spec import BranchSpec
 from spectralmoe.vision.mlp_parts import MlpParts, is_convolutional, parts_of
@@ -74,9 +75,11 @@ def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] 
     A plain MLP (linear, GELU or ReLU, linear) and one with a SiLU gate (SwiGLU: Llama's, the packed ones of ViTs)
     become a stacked ``FeedForward`` bank of the same hidden width, any other (another gate or activation, inner norm,
     dropout) ``ModuleExperts``. The block's residual path, layer scale and drop path stay. Used of ``spec``: router,
-    experts and blocks. The new parameters take gradients, whatever those of the MLP did. Of other libraries' models
-    pass the part that holds the blocks: ``replace_mlp(model.encoder, ...)`` for torchvision's ViT,
-    ``replace_mlp(model.vit, ...)`` for Hugging Face's, ``replace_mlp(model.model, ...)`` for its language models.
+    experts and blocks, and where it has a ``bank`` of its own, which starts at random, bottleneck. Parts that read
+    ``attended`` get the output of the block's attention, in a block of a vision transformer (``AttendedBlock``). The
+    new parameters take gradients, whatever those of the MLP did. Of other libraries' models pass the part that holds
+    the blocks: ``replace_mlp(model.encoder, ...)`` for torchvision's ViT, ``replace_mlp(model.vit, ...)`` for Hugging
+    Face's, ``replace_mlp(model.model, ...)`` for its language models.
 
     Args:
         init: "copy": every expert starts as the MLP, so that the model computes the same at step 0. Its router gets no
@@ -84,7 +87,8 @@ def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] 
 
     Raises:
         UserError: no blocks, or none such; a block without ``.mlp``, or with experts there; an MLP that mixes tokens;
-            with "copy" a router whose weights do not sum to 1.
+            with "copy" a router whose weights do not sum to 1, or a bank of its own; a block that cannot give
+            ``attended`` to parts that read it.
 
     >>> from spectralmoe import LinearScorer, TopK
     >>> model = nn.Module()
@@ -101,8 +105,8 @@ def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] 
         raise one_of("init of replace_mlp", init, ["copy", "random"])
     blocks = choose_blocks(model, spec.blocks)
     layers = {path: _make_layer(path, block, spec, init) for path, block in blocks.items()}
-    for path, block in blocks.items():
-        block.mlp = layers[path]
+    for path, layer in layers.items():
+        put_layer(model, f"{path}.mlp", layer)
     return model
 
 
@@ -115,23 +119,34 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
         )
     if any(isinstance(module, MoE) for module in mlp.modules()):
         raise UserError(f"block {path!r} has experts in its .mlp already")
-    router = spec.make_router(block_width(path, block))
+    if init == "copy" and spec.bank is not None:
+        raise UserError(
+            "replace_mlp(init='copy'): experts of their own form are no copies of the MLP; use init='random'"
+        )
+    dim = block_width(path, block)
+    bank = None if spec.bank is None else spec.bank(spec.experts, dim, spec.bottleneck)
+    with torch.random.fork_rng(devices=[], enabled=bank is not None):  # under one seed the same bank for every router
+        router = spec.make_router(dim)
     if init == "copy" and not _sums_to_one(router):
         raise UserError(
             "replace_mlp(init='copy'): the router's weights must sum to 1 for the model to stay as it is; use soft "
             "routing, Soft(), or normalised top-k with k >= 2, TopK(2, normalize=True)"
         )
-    if not _works_on_lone_tokens(mlp, router.scorer.dim):
+    if not _works_on_lone_tokens(mlp, dim):
         raise UserError(
             f"block {path!r}: its .mlp ({type(mlp).__name__}) mixes tokens or takes more than them, so experts cannot "
             "take its place; use add_branches"
         )
-    bank = _bank_of_copies(mlp, spec.experts)
-    if init == "random":
-        _start_afresh(bank)
+    if bank is None:
+        bank = _bank_of_copies(mlp, spec.experts)
+        if init == "random":
+            _start_afresh(bank)
     weight = next(mlp.parameters())
     unit = Pixel() if is_convolutional(mlp) else Token()
-    return MoE(router, bank.requires_grad_(), unit=unit).to(weight.device, weight.dtype).train(mlp.training)
+    layer = MoE(router, bank.requires_grad_(), unit=unit).to(weight.device, weight.dtype).train(mlp.training)
+    if "attended" in layer.reads:
+        check_attends(path, block, dim)
+    return layer
 
 
 def _sums_to_one(router: Router) -> bool:

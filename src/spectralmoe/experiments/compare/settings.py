@@ -12,6 +12,7 @@ from spectralmoe.naming import file_name, shown
 from spectralmoe.presets import find_preset
 from spectralmoe.training.names import DEFAULT_ROUTERS
 from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
+from spectralmoe.training.tasks import task_of
 from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
 from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.training.vision_settings import Backbone, MoEParts
@@ -102,7 +103,8 @@ class CompareSettings(Settings):
         for name in self.routers:
             preset = find_preset(name)
             if self.backbone is None:  # else the widths are those of the timm model
-                preset.check(self.network.width, experts, self.network.hidden, k=k, spare=self.network.spare)
+                sizes, given = (self.network.width, experts, self.network.hidden), task_of(self.data).gives
+                preset.check(*sizes, k=k, spare=self.network.spare, given=given)
 
     def run_of(self, cell: Cell, lr: float = 1.0) -> TrainSettings:
         """The training run of one cell.

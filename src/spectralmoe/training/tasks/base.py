@@ -87,6 +87,7 @@ class Task(ABC):
         does: what a network of the task does, for people: "classifies images".
         options: what ``predict`` can be asked for beside its inputs.
         unit: what speeds are counted in, ``units`` of them a sample.
+        gives: names of the side information that the blocks of its networks give their layers, D numbers a token.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Task(ABC):
     does: ClassVar[str] = "has a task of its own"
     options: ClassVar[Sequence[str]] = ()
     unit: str = "sample"
+    gives: ClassVar[Sequence[str]] = ()
 
     @classmethod
     @abstractmethod

@@ -66,6 +66,7 @@ class TextTask(Task):
     """
 
     unit = "token"
+    gives = ("attended",)
 
     does = "continues text"
     options = ("tokens", "temperature", "seed")
