@@ -12,6 +12,7 @@ import pytest
 import torch
 from small_parts import make_regularizer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, Term, TopK, penalty, record
 
@@ -122,6 +123,18 @@ def test_it_is_the_same_of_a_compiled_layer(term, layer, gradients, close):
         values.append(of_tape(term, tape))
     close(*values)
     for one, two in zip(*(gradients(value, layer.parameters()) for value in values), strict=True):
+        close(one, two)
+
+
+def test_it_is_the_same_under_activation_checkpointing(term, layer, gradients, close):
+    x, found = torch.randn(40, D), []
+    for again in (False, True):
+        with record(layer, terms={"it": Term(term, 1.0)}) as tape:
+            y = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+        value = of_tape(term, tape)
+        found.append((value, gradients(value + y.square().mean(), layer.parameters())))
+    close(found[0][0], found[1][0])
+    for one, two in zip(found[0][1], found[1][1], strict=True):
         close(one, two)
 
 

@@ -21,7 +21,7 @@ from trainers import InOrder, batch_of, make_trainer, sequences, swap_balanced
 from spectralmoe import Term, penalty, record
 from spectralmoe.hf import add_terms, attach_callback
 from spectralmoe.hf.layers import find_layers
-from spectralmoe.regularizers import load_balance, output_overlap, router_z, spectral_norm
+from spectralmoe.regularizers import load_balance, output_overlap, path_coupling, router_z, spectral_norm
 
 LINEAR = {"z": Term(router_z, 1e-2), "norm": Term(spectral_norm, 1e-2)}
 BALANCE = {"balance": Term(load_balance, 0.1)}
@@ -62,6 +62,19 @@ def test_the_loss_is_the_models_and_the_penalty(close):
     added.remove()
     assert torch.equal(model.train()(**inputs).loss, plain)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_term_of_the_model_gets_the_records_of_all_layers(close):
+    model, inputs = mixtral(), batch_of(sequences(3, padded=True))
+    with record(model) as tape:
+        plain = model(**inputs).loss
+    mask = inputs["attention_mask"].flatten().bool()
+    masses = [item.routing.probs.gather(1, item.routing.indices.clamp_min(0)).sum(1)[mask] for item in tape]
+    with add_terms(model, {"coupling": Term(path_coupling, 0.5)}):
+        loss = model(**inputs).loss
+    close(loss - plain, -0.5 * (masses[0] * masses[1]).mean())
+    loss.backward()
+    assert all(bool((layer.live_matrix.grad != 0).any()) for layer in find_layers(model))
 
 
 def test_a_part_of_a_batch_counts_by_its_labels(close):

@@ -24,7 +24,7 @@ def rows_by_token(owner: str, record: Record, name: str) -> Tensor:
     if k < 2:
         raise UserError(f"{owner} compares the experts of a token, but layer {record.name!r} gives it one (K={k})")
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return rows.new_zeros(n * k, rows.shape[1]).index_copy(0, record.order, rows).view(n, k, rows.shape[1])
+    return rows.new_zeros(n * k, rows.shape[1]).index_copy_(0, record.order, rows).view(n, k, rows.shape[1])
 
 
 def grams_of_tokens(rows: Tensor) -> Tensor:
