@@ -19,6 +19,7 @@ ROUTER_NAMES = (
     "moec",
     "ermoe",
     "ermoe-context",
+    "l2r",
     "dense",
 )
 OWN_EXPERTS = ("ermoe", "ermoe-context")
