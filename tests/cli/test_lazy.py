@@ -34,6 +34,7 @@ VERBS = (
     "finetune",
     "report",
     "inspect",
+    "plan",
     "bench",
     "card",
     "list",

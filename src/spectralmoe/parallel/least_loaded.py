@@ -4,7 +4,8 @@ Xuan-Phi Nguyen, Shrey Pandit, Austin Xu, Caiming Xiong, Shafiq Joty, "Least-Loa
 An Imbalanced Mixture-of-Experts" (LLEP), arXiv 2601.17111. Written from the paper; authors' code:
 github.com/SalesforceAIResearch/LeastLoadedEP.
 Differs: the capacity is rounded up to whole tokens, so that alpha = 1 leaves no remainder to force anywhere; the test
-that skips a balanced load looks at devices, not at experts.
+that skips a balanced load looks at devices, not at experts. The paper's text would leave a rest below the chunk on its
+own device; its algorithm moves it, and so do we.
 """
 
 from __future__ import annotations

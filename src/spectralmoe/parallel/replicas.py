@@ -60,17 +60,16 @@ def _numbers(load: Sequence[int], devices: int, places: int) -> list[int]:
 
 def _packed(load: Sequence[int], numbers: Sequence[int], devices: int, room: int) -> tuple[tuple[int, ...], ...]:
     """The devices of each expert. A replica that finds no device without its expert is left out."""
-    held, taken = [0.0] * devices, [0] * devices
-    homes: list[list[int]] = [[] for _ in load]
+    homes: list[tuple[int, ...]] = [()] * len(load)
+    free, left = [(0.0, device) for device in range(devices)], [room] * devices
     for e in sorted(range(len(load)), key=lambda e: (-load[e] / numbers[e], e)):
-        for _ in range(numbers[e]):
-            fitting = [d for d in range(devices) if taken[d] < room and d not in homes[e]]
-            if fitting:
-                device = min(fitting, key=held.__getitem__)
-                held[device] += load[e] / numbers[e]
-                taken[device] += 1
-                homes[e].append(device)
-    return tuple(map(tuple, homes))
+        taken = [heappop(free) for _ in range(min(numbers[e], len(free)))]
+        homes[e] = tuple(device for _, device in taken)
+        for held, device in taken:
+            left[device] -= 1
+            if left[device]:
+                heappush(free, (held + load[e] / numbers[e], device))
+    return tuple(homes)
 
 
 def _dealt(tokens: int, homes: Sequence[int]) -> tuple[Interval, ...]:
