@@ -31,7 +31,7 @@ LEVELS = [
     {"moe", "tape"},
     {"feeding", "movement"},
     {"steps", "terms", "regularizers", "diagnostics", "manifold", "compression"},
-    {"spec", "instruments", "model_folder"},
+    {"spec", "instruments", "model_folder", "parallel"},
     {"checkpoints", "models", "optim", "naming"},
     {"hf", "rows"},
     {"presets", "recorder"},

@@ -18,6 +18,7 @@ VERBS = (
     "upcycle",
     "finetune",
     "inspect",
+    "plan",
     "report",
     "list",
 )

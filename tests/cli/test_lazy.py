@@ -42,6 +42,7 @@ VERBS = (
     "finetune",
     "report",
     "inspect",
+    "plan",
     "bench",
     "card",
     "list",

@@ -9,7 +9,7 @@ import pytest
 from browser_tools import BLANK_CANVASES, all_of, choose, column, errors, one
 from synthetic_documents import inspection, monitor
 
-PANELS = ["summary", "load", "training", "layers", "similarity", "spectra", "paths"]
+PANELS = ["summary", "load", "devices", "training", "layers", "similarity", "spectra", "paths"]
 PANELS += ["association", "text", "examples", "comparisons", "receipts"]
 
 

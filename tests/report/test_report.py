@@ -107,7 +107,7 @@ def test_panels_stand_in_order_and_only_with_data(folder):
         layer["similarity"]["matrices"] = {"output": None, "weights": None, "rows": None}
         layer["examples"] = [[], [], [], []]
     document["text"] = []
-    assert panels(render_report([document], "t")) == ["summary", "load", "layers", "spectra", "paths"]
+    assert panels(render_report([document], "t")) == ["summary", "load", "devices", "layers", "spectra", "paths"]
     assert panels(render_report(read_documents([folder / "results.json"]), "t")) == ["comparisons"]
     assert panels(render_report(read_documents([folder / "receipt.json"]), "t")) == ["receipts"]
     assert panels(render_report(read_documents([folder / "monitor.jsonl"]), "t")) == ["summary", "training"]
@@ -230,7 +230,7 @@ def test_what_the_library_writes_is_read(tmp_path):
             model(torch.randn(100, 8))
             held.step()
     page = render_report(read_documents([tmp_path]), "t")
-    assert panels(page) == ["summary", "load", "training", "layers", "similarity", "spectra"]
+    assert panels(page) == ["summary", "load", "devices", "training", "layers", "similarity", "spectra"]
     assert json.loads(page.split('id="data">')[1].split("</script>")[0])["monitors"][0]["steps"] == [2, 4, 6]
 
 

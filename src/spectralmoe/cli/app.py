@@ -21,6 +21,7 @@ from spectralmoe.cli.fewshot import fewshot
 from spectralmoe.cli.finetune import finetune
 from spectralmoe.cli.inspect import inspect
 from spectralmoe.cli.list import list_everything
+from spectralmoe.cli.plan import plan
 from spectralmoe.cli.predict import predict
 from spectralmoe.cli.prune import prune
 from spectralmoe.cli.report import report
@@ -46,6 +47,7 @@ app.command(short_help="Train a Hugging Face MoE on text.")(finetune)
 app.command(short_help="A Hugging Face MoE with fewer experts.")(prune)
 app.command(short_help="One HTML page about what was measured.")(report)
 app.command(short_help="What the routers and experts of a model do.")(inspect)
+app.command(short_help="What a recorded load would do on several devices.")(plan)
 app.command(short_help="How fast the layers are.")(bench)
 app.command(short_help="Run a reproduction card's plan.")(card)
 app.command("list", short_help="Everything that can be named.")(list_everything)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spectralmoe.instruments.findings import SEVERITIES
+from spectralmoe.report.devices import devices_panel
 from spectralmoe.report.documents import Document, ReceiptFile
 from spectralmoe.report.measures import Column, cell, columns, compare, coverage, figure, tiles
 from spectralmoe.report.receipts import receipt_panel
@@ -67,10 +68,19 @@ def _layer_panels(inspections: Sequence[Inspection], monitors: Sequence[Monitor]
         return _panel(name, title, "charts.html", about, bool(runs), chart=name, runs=runs)
 
     loads = with_layer(lambda layer: layer.load is not None and sum(layer.load.counts))
+    devices = [panel for body in inspections if (panel := devices_panel(body))]
     history = _runs(monitors, lambda body: body.loads)
     steps = any(body.steps for body in monitors)
     return [
         _panel("load", "Load", "load.html", "Slots of each expert; 1 is an even share.", bool(loads), runs=loads),
+        _panel(
+            "devices",
+            "On several devices",
+            "devices.html",
+            "How many times the mean the busiest device computes; 1 is even. Planned, not run.",
+            bool(devices),
+            runs=devices,
+        ),
         _panel(
             "training",
             "Through training",

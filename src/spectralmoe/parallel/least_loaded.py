@@ -1,0 +1,124 @@
+"""Least-loaded expert parallelism: what a busy device cannot take goes to idle ones, with the weights that it needs.
+
+Xuan-Phi Nguyen, Shrey Pandit, Austin Xu, Caiming Xiong, Shafiq Joty, "Least-Loaded Expert Parallelism: Load Balancing
+An Imbalanced Mixture-of-Experts" (LLEP), arXiv 2601.17111. Written from the paper; authors' code:
+github.com/SalesforceAIResearch/LeastLoadedEP.
+Differs: the capacity is rounded up to whole tokens, so that alpha = 1 leaves no remainder to force anywhere; the test
+that skips a balanced load looks at devices, not at experts. The paper's text would leave a rest below the chunk on its
+own device; its algorithm moves it, and so do we.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+
+from spectralmoe.errors import UserError
+from spectralmoe.parallel.plan import Interval, Plan, checked_load, native_load, owners, plan_native
+
+__all__ = ["check_chunk", "plan_least_loaded", "spilled", "tokens_a_device"]
+
+
+def plan_least_loaded(
+    load: Iterable[int], devices: int, *, capacity: float = 1.0, chunk: int = 1024, threshold: float = 1.3
+) -> Plan:
+    r"""Every device computes at most its capacity; the rest of an expert goes, in chunks, to the least loaded devices.
+
+    .. math:: C = \lceil \alpha \textstyle\sum_e l_e / P \rceil
+
+    Experts are visited by falling load. What fits beside the device's other experts, which are reserved, stays; of the
+    rest the least loaded device takes min(rest, room), until nothing is left. Where its room is smaller than both the
+    chunk and the rest, no device has more, and it takes all of the rest over its capacity (``Plan.forced``).
+
+    The router's choice and the result do not change, only where it is computed. Whole numbers alone decide, ties go to
+    the lower number: all ranks find the same plan from the same load.
+
+    Args:
+        load: tokens of each expert (E,), of all ranks together.
+        devices: P, which divides E.
+        capacity: alpha, at least 1.
+        chunk: m, the fewest tokens that are worth a copy of the weights, where more are left.
+        threshold: lambda; a native plan whose busiest device has less than this many times the mean stays. At 0 none
+            does.
+
+    Raises:
+        UserError: as ``checked_load`` and ``owners``; capacity below 1, a chunk below 1, a threshold below 0.
+
+    >>> plan = plan_least_loaded([900, 60, 20, 20], 2, chunk=100)
+    >>> plan_native([900, 60, 20, 20], 2).device_load(), plan.device_load(), plan.copies
+    ([960, 40], [500, 500], [Copy(expert=0, source=0, target=1)])
+    >>> plan.intervals[0]
+    (Interval(device=0, start=0, end=440), Interval(device=1, start=440, end=900))
+    """
+    check_chunk(chunk)
+    if not 0 <= threshold < math.inf:
+        raise UserError(f"threshold must be 0 or more, got {threshold}")
+    counts = checked_load(load)
+    homes, limit = owners(len(counts), devices), tokens_a_device(sum(counts), devices, capacity)
+    if max(native_load(counts, homes, devices)) * devices < Fraction(str(threshold)) * sum(counts):
+        return plan_native(counts, devices)
+
+    def least_loaded(held: list[int], home: int, rest: int) -> tuple[int, int]:
+        least = min(held)
+        room = limit - least
+        if room >= min(chunk, rest):
+            return held.index(least), min(rest, room)
+        return (home if held[home] == least else held.index(least)), rest
+
+    return spilled(counts, homes, devices, limit, least_loaded)
+
+
+def tokens_a_device(total: int, devices: int, capacity: float) -> int:
+    """C, the tokens that a device takes unless it is forced to take more.
+
+    The capacity counts as the decimal number that it was written as: 1.1 is 11/10.
+
+    Raises:
+        UserError: a capacity below 1, which cannot hold all tokens, or an infinite one.
+
+    >>> tokens_a_device(1000, 8, 1.0), tokens_a_device(1000, 8, 1.1), tokens_a_device(1001, 8, 1.0)
+    (125, 138, 126)
+    """
+    if not 1 <= capacity < math.inf:
+        raise UserError(f"capacity must be a number from 1 on, got {capacity}")
+    return math.ceil(Fraction(str(capacity)) * total / devices)
+
+
+def check_chunk(chunk: int) -> None:
+    """Refuse a chunk that is no positive whole number: one of no tokens would be dealt out without end."""
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise UserError(f"chunk must be a whole number of tokens from 1 on, got {chunk!r}")
+
+
+def spilled(
+    counts: Sequence[int],
+    homes: Sequence[int],
+    devices: int,
+    limit: int,
+    helper: Callable[[list[int], int, int], tuple[int, int]],
+) -> Plan:
+    """Native experts first, up to ``limit`` tokens a device; what is left goes where ``helper`` says.
+
+    Args:
+        helper: (tokens that each device has or has reserved, the expert's own device, the tokens left) -> a device, and
+            how many of them it takes.
+    """
+    held = native_load(counts, homes, devices)
+    intervals: list[tuple[Interval, ...]] = [()] * len(counts)
+    for e in sorted(range(len(counts)), key=counts.__getitem__, reverse=True):
+        home, number = homes[e], counts[e]
+        held[home] -= number
+        free = limit - held[home]
+        start = number if number <= free else max(0, free)
+        held[home] += start
+        parts = [Interval(home, 0, start)] if start else []
+        while start < number:
+            device, size = helper(held, home, number - start)
+            held[device] += size
+            begin = parts.pop().start if parts and parts[-1].device == device else start
+            start += size
+            parts.append(Interval(device, begin, start))
+        intervals[e] = tuple(parts)
+    forced = sum(tokens - limit for tokens in held if tokens > limit)
+    return Plan(devices, tuple((home,) for home in homes), tuple(intervals), forced)
