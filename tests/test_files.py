@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectralmoe.files import exists, make_folder, read_json, remove_parts, to_json, write_json, write_whole
+from spectralmoe.files import exchange, exists, make_folder, read_json, remove_parts, to_json, write_json, write_whole
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -213,3 +214,16 @@ def test_make_folder_makes_parents_and_leaves_nothing_in_it(tmp_path):
     for _ in range(2):
         make_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a").rglob("*")) == [tmp_path / "a" / "b"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere folders are renamed one after the other")
+def test_folders_change_places_in_one_step(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    if not exchange(one, other):
+        pytest.skip("the file system cannot")
+    assert [(one / "other").exists(), (other / "one").exists()] == [True, True]
+    with pytest.raises(FileNotFoundError):
+        exchange(one, tmp_path / "absent")

@@ -1,19 +1,19 @@
-"""What the card runs: part (a), routers from scratch in a small language model."""
+"""What the card runs: routers from scratch in a small language model; in a pretrained one; and experts pruned there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from rows import BASELINES, ROWS
+import pruned
+import upcycled
+from late import MISSING, LateSizes
+from rows import ROWS
 from scratch import Sizes, run_cell, tune_row
+from tables import ABOUT, CHECKED, METHODS, figures, sections
 
-from spectralmoe.draw.panels import Intervals, Mark, Panel
-from spectralmoe.experiments.cards import Card, Cells, Check, Section, Step, Tuning
-from spectralmoe.experiments.compare.columns import Column
-from spectralmoe.experiments.evidence import difference
+from spectralmoe.experiments.cards import Card, Cells, Check, Step, Tuning
 
 FULL_SIZES = Sizes(
     data="text:stdlib+pydoc+fortunes",
@@ -36,75 +36,84 @@ QUICK_SIZES = Sizes(
     measured=16,
     seeds=1,
 )
-DOMAINS = ("stdlib", "pydoc", "fortunes")
+
+FULL_LATE = LateSizes(
+    model="smollm2",
+    data="stdlib+pydoc+fortunes",
+    layers=2,
+    experts=8,
+    k=2,
+    keep=(6, 4, 2),
+    length=128,
+    batch=4,
+    excerpt=1_500,
+    train=18_000,
+    validation=5_000,
+    test=10_000,
+    tune=0.5,
+    calibration=32,
+    methods=METHODS,
+    seeds=3,
+)
+
+QUICK_LATE = LateSizes(
+    model="smollm2",
+    data="pydoc+stdlib",
+    layers=2,
+    experts=4,
+    k=2,
+    keep=(3,),
+    length=32,
+    batch=4,
+    excerpt=500,
+    train=1_000,
+    validation=300,
+    test=300,
+    tune=0.5,
+    calibration=4,
+    methods=("drop",),
+    seeds=1,
+)
 
 
-def steps(sizes: Sizes) -> list[Step]:
-    """Tune every row, then train and measure it seed by seed."""
+def steps(sizes: Sizes, late: LateSizes | None) -> list[Step]:
+    """Part by part: tune every row, then train and measure it seed by seed; prune the models of one row."""
     wanted = [{"row": row, "seed": seed} for seed in range(sizes.seeds) for row in ROWS]
-    return [
+    scratch: list[Step] = [
         Tuning("tuning", ROWS, partial(tune_row, sizes=sizes)),
         Cells("results", wanted, partial(run_cell, sizes=sizes)),
     ]
+    return scratch if late is None else [*scratch, *late_steps(late)]
 
 
-def card(sizes: Sizes, checked: tuple[str, ...] = ()) -> Card:
+def late_steps(late: LateSizes) -> list[Step]:
+    """Parts (b) and (c); without cells where the model cannot be had, so that stored ones are shown all the same."""
+    rows, seeds = (upcycled.rows_of(late), range(late.seeds)) if late.there else ([], range(0))
+    wanted = [{"row": row, "seed": seed} for seed in seeds for row in (*rows, upcycled.UNTRAINED)]
+    return [
+        Tuning("upcycled_tuning", rows, partial(upcycled.tune_row, sizes=late)),
+        Cells("upcycled", wanted, partial(upcycled.run_cell, sizes=late)),
+        Cells("pruned", [{"seed": seed} for seed in seeds], partial(pruned.run_cell, sizes=late)),
+    ]
+
+
+def card(sizes: Sizes, late: LateSizes | None = None, checked: tuple[str, ...] = ()) -> Card:
     """One form of the card.
 
     Args:
+        late: sizes of parts (b) and (c); None: without them.
         checked: rows that ``--check`` runs again under all seeds.
     """
-    settings = {key: value for key, value in asdict(sizes).items() if key != "seeds"}
+    settings: dict[str, Any] = {key: value for key, value in asdict(sizes).items() if key != "seeds"}
     again = [{"row": row, "seed": seed} for row in checked for seed in range(sizes.seeds)]
     check = Check(Cells("results", again, partial(run_cell, sizes=sizes)), ("row",), CHECKED) if checked else None
-    return Card("Language models", ABOUT, settings, steps(sizes), sections, figures, check)
+    added, notes = [], []
+    if late is not None:
+        settings["late"], added = late.settings, ["late"]
+        notes = [] if late.there else [MISSING]
+    parts = steps(sizes, late)
+    return Card("Language models", ABOUT, settings, parts, sections, figures, check, added=added, notes=notes)
 
 
-ABOUT = """
-Written by `spectralmoe card papers/language`: mean and 95% interval over seeds. Bits per byte: negative log-likelihood
-of held-out text over its bytes. Domain information: normalised mutual information of a token's expert and its domain,
-mean over layers. Differences are paired: the same seed, so the same start and the same order of text, on the same
-processor; "separated" where their 95% interval leaves out 0. Single cells are not stable across processors, means over
-seeds are.
-"""
-
-BITS = Column("bits_per_byte", "bits/byte", 4, "of held-out text", better="lower")
-BY_DOMAIN = tuple(
-    Column(f"bits_per_byte_{domain}", f"bits/byte {domain}", 4, f"of held-out {domain}", better="lower")
-    for domain in DOMAINS
-)
-ROUTING = (
-    Column("max_vio", "MaxVio", 2, "largest load over mean load minus 1", better="lower"),
-    Column("dead_experts", "dead", 1, "experts with less than a tenth of an even load", better="lower"),
-    Column("min_load_share", "smallest load share", 3, "smallest load of any expert"),
-    Column("entropy", "entropy", 2, "of a token's scores"),
-    Column("output_overlap", "output cos²", 3, "likeness of two experts' outputs", better="lower"),
-    Column("noise_flips", "flips", 3, "share of tokens whose choice changes under noise", better="lower"),
-    Column("domain_information", "domain information", 3, "what the expert tells of the domain"),
-)
-COLUMNS = (BITS, *BY_DOMAIN, *ROUTING)
-DIFFERENCES = (BITS, *BY_DOMAIN, ROUTING[0], ROUTING[4], ROUTING[5], ROUTING[6])
-CHECKED = ("bits_per_byte", "max_vio", "output_overlap", "noise_flips")
-
-
-def sections(stored: Mapping[str, Any]) -> list[Section]:
-    """Part (a): a table by row, and the differences."""
-    return [Section("## From scratch", stored["results"], COLUMNS, pairs=BASELINES, differences=DIFFERENCES)]
-
-
-def figures(stored: Mapping[str, Any]) -> dict[str, list[Panel]]:
-    """Bits per byte of each row less those of the linear gate, in all and by domain."""
-    panels: list[Intervals] = []
-    for column in (BITS, *BY_DOMAIN):
-        marks = []
-        for row in ROWS:
-            value = difference(stored["results"], column.key, row, "linear") if row != "linear" else None
-            if value is not None:
-                half = value.half or 0.0
-                marks.append(Mark(row, row, value.mean, value.mean - half, value.mean + half))
-        panels.append(Intervals(f"{column.title}, less linear", marks, better="lower", guides=(0.0,)))
-    return {"scratch": [panel for panel in panels if panel.marks]}
-
-
-FULL = card(FULL_SIZES, checked=("linear", "sr-moe"))
-QUICK = card(QUICK_SIZES)
+FULL = card(FULL_SIZES, FULL_LATE, checked=("linear", "sr-moe"))
+QUICK = card(QUICK_SIZES, QUICK_LATE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import Any
 from spectralmoe.errors import UserError, first_line
 
 __all__ = [
+    "exchange",
     "exists",
     "flush",
     "make_folder",
@@ -35,6 +38,8 @@ __all__ = [
 _PART = ".spectralmoe-part"
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _SHOWN = 200
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD; both of Linux
+_CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -90,6 +95,23 @@ def publish(file: Path, path: Path) -> None:
     flush(file)
     file.chmod(_mode_of_new_files(file.parent))
     file.replace(path)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Give each of two paths what stands at the other, in one step. False: the system cannot, and nothing was done.
+
+    Raises:
+        OSError: it can, and fails.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    if not rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE):
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT:
+        return False
+    raise OSError(number, os.strerror(number), str(one))
 
 
 def flush(file: Path) -> None:

@@ -18,7 +18,11 @@ from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 from spectralmoe.scorers import Scorer
 
-__all__ = ["Record", "Tape", "keeps", "of_model", "said"]
+__all__ = ["EmptyTape", "Record", "Tape", "keeps", "of_model", "said"]
+
+
+class EmptyTape(UserError):
+    """A tape that recorded no forward was read."""
 
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
@@ -150,7 +154,7 @@ class Tape:
         keep, terms: as for ``record``.
 
     Raises:
-        UserError: a name to keep that is unknown. On reading: no forward was recorded.
+        UserError: a name to keep that is unknown. On reading: no forward was recorded (``EmptyTape``).
     """
 
     def __init__(
@@ -209,7 +213,7 @@ class Tape:
                 for entry in sink.entries()
             )
         if not self._records:
-            raise UserError(
+            raise EmptyTape(
                 "the tape is empty: run the model's forward inside the 'with record(model)' block, in the same thread"
             )
         return self._records

@@ -13,7 +13,7 @@ from gloo_ranks import environment
 from toy_card.plan import card
 
 from spectralmoe.cli.app import run
-from spectralmoe.experiments.cards import check_card, find_card, run_card, try_settings, write_card
+from spectralmoe.experiments.cards import Desk, check_card, find_card, run_card, try_settings, write_card
 from spectralmoe.files import read_json
 from spectralmoe.training.loop import Diverged
 from spectralmoe.training.tasks import Metric
@@ -82,6 +82,24 @@ def test_settings_that_would_change_cells_are_refused(tmp_path, user_error):
     ran(card(range(1)), tmp_path)
     with user_error("epochs = 1, not 2"):
         ran(card(range(1), epochs=2), tmp_path)
+
+
+def test_a_kept_folder_is_whole_or_not_there_and_filled_once(tmp_path):
+    desk, seen = Desk(tmp_path, {}), []
+
+    def fill(place):
+        place.mkdir()
+        (place / "half").touch()
+        seen.append(place)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        desk.kept("one", fill)
+    assert not (tmp_path / "one").exists()
+    assert desk.kept("one", fill) == desk.kept("one", fill) == tmp_path / "one"
+    assert len(seen) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "one.lock"}
 
 
 def test_a_diverged_cell_is_kept_and_said(tmp_path):

@@ -67,6 +67,19 @@ def test_settings_that_grow_are_united_and_others_refused(tmp_path, user_error):
     assert read_json(tmp_path / "settings.json") == claimed
 
 
+def test_a_setting_that_was_added_is_taken_over_once(tmp_path, user_error):
+    old, new = {"epochs": 2}, {"epochs": 2, "late": {"layers": 2}}
+    with run_folder(tmp_path, old, ()):
+        pass
+    with user_error("not from a run"), run_folder(tmp_path, new, ()):
+        pass
+    with run_folder(tmp_path, new, (), adds=("late",)):
+        assert read_json(tmp_path / "settings.json") == new
+    changed = {"epochs": 2, "late": {"layers": 3}}
+    with user_error("late.layers = 2, not 3"), run_folder(tmp_path, changed, (), adds=("late",)):
+        pass
+
+
 WORKER = """
 import json, random, sys
 from pathlib import Path

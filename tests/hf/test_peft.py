@@ -86,6 +86,12 @@ def test_terms_on_stock_routers_that_an_adapter_trains(close):
             assert bool((parameter.grad != 0).any()), name
 
 
+def test_an_adapter_that_copies_the_routers_after_add_terms_is_named(user_error):
+    model, inputs = build("mixtral"), batch_of(sequences(2))
+    with add_terms(model, TERMS), user_error("add_terms", "PEFT", "after get_peft_model"):
+        lora_of(model).train()(**inputs)
+
+
 def test_a_training_of_an_adapter_goes_on_exactly(tmp_path):
     options = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     models = []

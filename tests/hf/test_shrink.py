@@ -242,6 +242,25 @@ def test_draws_are_seeded():
     assert one == two != three
 
 
+@pytest.mark.parametrize("by", [None, "frequency"])
+@torch.no_grad()
+def test_given_groups_are_joined_and_the_others_stay(by, close):
+    model = copy.deepcopy(model_of("mixtral")).requires_grad_(False)
+    layers, joined = find_layers(model), [[5, 0, 3], [1], [2], [4], [6], [7]]
+    small = merge_experts(model, {layer.name: [[5, 0, 3]] for layer in layers}, by=by, calibration=[batch(model)])
+    loads = Calibration("", model, [batch(model)], 0, 0).counts
+    for layer, after in zip(layers, find_layers(small), strict=True):
+        load = loads[layer.name].double() if by else torch.ones(8, dtype=torch.float64)
+        centre = [0, 3, 5][int(load[[0, 3, 5]].argmax())]
+        close(after.matrix, layer.matrix[[centre, 1, 2, 4, 6, 7]])
+        for e, members in enumerate(joined):
+            shares = load[members] if load[members].any() else torch.ones(len(members))
+            mean = sum(
+                s * layer.expert_weights(m) for s, m in zip((shares / shares.sum()).tolist(), members, strict=True)
+            )
+            close(after.expert_weights(e), mean)
+
+
 def test_calibration_leaves_the_model_as_it_was():
     model = copy.deepcopy(model_of("mixtral")).train()
     model.model.layers[1].eval()
@@ -286,6 +305,23 @@ def test_a_number_that_cannot_be_kept(family, keep, words, user_error):
         prune_experts(model_of(family), keep, calibration=[batch(model_of(family))])
 
 
+@pytest.mark.parametrize(
+    ("family", "groups", "words"),
+    [
+        ("mixtral", [0, 1], ["lists of experts", "[[0, 3], [1, 2]]"]),
+        ("mixtral", [[0, 1], [2, 0]], ["must not overlap", "expert 0"]),
+        ("mixtral", [[0, 8]], ["no expert 8", "0 to 7"]),
+        ("mixtral", [[*range(8)]], ["keep=1 is less than the 2 experts"]),
+        ("deepseek_v3", [[0, 7], [1, 6]], ["2 groups", "[0, 7] reaches over two"]),
+        ("deepseek_v3", [[0, 1], [2, 3]], ["2 groups"]),
+    ],
+)
+def test_groups_that_cannot_be(family, groups, words, user_error):
+    model = model_of(family)
+    with user_error("merge_experts", *words):
+        merge_experts(model, {layer.name: groups for layer in find_layers(model)}, by=None)
+
+
 def test_nothing_to_judge_by(user_error):
     model = model_of("mixtral")
     for calibration in (None, []):
@@ -295,8 +331,8 @@ def test_nothing_to_judge_by(user_error):
         merge_experts(model, 4, by="reap")
     with user_error("by", "'frequenzy'", "'frequency'", "reap"):
         prune_experts(model, 4, by="frequenzy", calibration=[batch(model)])
-    with user_error("merge_experts: keep must be a whole number of experts"):
-        merge_experts(model, {"model.layers.0.mlp": [0, 1]}, calibration=[batch(model)])
+    with user_error("merge_experts", "by='frequency'", "the groups"):
+        merge_experts(model, 4, by=None)
     with user_error("prune_experts", "ids (B, S)", "got str"):
         prune_experts(model, 4, calibration="text")
     lost = copy.deepcopy(model)

@@ -198,6 +198,7 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(number, folder, monke
     monkeypatch.setattr("spectralmoe.hf.routers.files.save_file", failing(save_file))
     monkeypatch.setattr("spectralmoe.hf.routers.folder.flush", failing(lambda path: None))
     monkeypatch.setattr(Path, "rename", failing(Path.rename))
+    monkeypatch.setattr("spectralmoe.hf.routers.folder.exchange", lambda one, other: False)  # of other systems
     if number > 2:  # the two renames alone
         monkeypatch.setattr("spectralmoe.hf.routers.files.save_file", save_file)
         monkeypatch.setattr("spectralmoe.hf.routers.folder.flush", lambda path: None)

@@ -18,7 +18,7 @@ SETTINGS, LOCK = "settings.json", ".lock"
 
 @contextmanager
 def run_folder(
-    out: Path, settings: dict[str, Any], writes: Sequence[str], *, grows: Sequence[str] = ()
+    out: Path, settings: dict[str, Any], writes: Sequence[str], *, grows: Sequence[str] = (), adds: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Hold ``out`` for a run with ``settings`` that writes the files ``writes``.
 
@@ -28,6 +28,7 @@ def run_folder(
     Args:
         grows: settings that may differ between two runs in one folder, since they change no finished cell: lists are
             united, of two numbers the larger one counts.
+        adds: settings that a folder may lack, since they change no cell that it holds then; it takes them over.
 
     Raises:
         UserError: ``out`` cannot be written, is in use by another run, was made with other settings, or holds one of
@@ -41,7 +42,7 @@ def run_folder(
             raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from error
         except OSError as error:
             raise UserError(f"cannot lock {out / LOCK}: {error.strerror or error}") from error
-        claimed = _claim(out, settings, writes, grows)
+        claimed = _claim(out, settings, writes, grows, adds)
         remove_parts(out)
         yield claimed
 
@@ -53,7 +54,9 @@ def _opened(path: Path) -> TextIO:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str], grows: Sequence[str]) -> dict[str, Any]:
+def _claim(
+    out: Path, settings: dict[str, Any], writes: Sequence[str], grows: Sequence[str], adds: Sequence[str]
+) -> dict[str, Any]:
     if not (out / SETTINGS).exists():
         for name in writes:
             if (out / name).exists():
@@ -62,7 +65,9 @@ def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str], grows: Se
                 )
         write_json(out / SETTINGS, settings)
         return settings
-    stored = read_json(out / SETTINGS)
+    stored = found = read_json(out / SETTINGS)
+    if isinstance(stored, dict):
+        stored = {**{key: settings[key] for key in adds}, **stored}
     if not isinstance(stored, dict) or not _same_keys(stored, settings):
         raise UserError(f"{out / SETTINGS} is not from a run of this command; choose another --out")
     old, new = (_flat({key: value for key, value in one.items() if key not in grows}) for one in (stored, settings))
@@ -73,7 +78,7 @@ def _claim(out: Path, settings: dict[str, Any], writes: Sequence[str], grows: Se
                 "go on with the same settings or choose another --out"
             )
     grown = {**settings, **{key: _united(stored.get(key), settings[key], out / SETTINGS) for key in grows}}
-    if grown != stored:
+    if grown != found:
         write_json(out / SETTINGS, grown)
     return grown
 

@@ -17,7 +17,7 @@ from spectralmoe.terms import Term
 from spectralmoe.training.finetune_settings import FinetuneSettings
 from spectralmoe.training.settings import laid_over
 
-__all__ = ["router_of", "swap_to_row", "terms_of"]
+__all__ = ["router_of", "selector_of", "swap_to_row", "terms_of"]
 
 CALIBRATION = 4096
 """Tokens, about, that a router is fitted on."""
@@ -70,10 +70,10 @@ def swap_to_row(model: Any, preset: Preset, windows: Windows, rows: int) -> Swap
     places = torch.linspace(0, len(windows) - 1, count).round().long()  # of every domain
     batches = [{windows.name: batch} for batch in windows.inputs[places].split(rows)]
     init: Init = "from_gate" if preset.scorer["type"] == "linear" else "fit"
-    return swap_routers(model, preset.scorer, _selector(model, preset), init=init, calibration=batches)
+    return swap_routers(model, preset.scorer, selector_of(model, preset), init=init, calibration=batches)
 
 
-def _selector(model: Any, preset: Preset) -> dict[str, Any] | None:
+def selector_of(model: Any, preset: Preset) -> dict[str, Any] | None:
     """The selector of ``preset`` with the scores and weights of the model's own; None: that itself."""
     number = {} if preset.k is None else {"k": preset.k}
     own = read_rule(find_layers(model)[0])[1] or {}

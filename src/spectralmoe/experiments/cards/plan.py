@@ -12,7 +12,7 @@ from torch import nn
 
 from spectralmoe.draw.panels import Panel
 from spectralmoe.experiments.cards.results import Section
-from spectralmoe.files import read_json, write_json
+from spectralmoe.files import part_folder, read_json, write_json
 from spectralmoe.saving import load, save
 
 __all__ = ["Card", "Cells", "Check", "Desk", "Identity", "Share", "Step", "Stored", "Tuning"]
@@ -40,16 +40,30 @@ class Desk:
     def network(self, name: str, train: Callable[[], tuple[nn.Module, Any]]) -> tuple[nn.Module, Any]:
         """The network kept under ``name``, in evaluation mode, and the JSON value that its training told.
 
-        One that is not there is trained, by one process, while others that want it wait.
+        One that is not there is trained, as ``kept`` does it.
+        """
+
+        def fill(place: Path) -> None:
+            model, notes = train()
+            save(model, place)
+            write_json(place / NOTES, notes)
+
+        place = self.kept(name, fill)
+        return load(place).eval(), read_json(place / NOTES)
+
+    def kept(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """The folder kept under ``name``.
+
+        One that is not there is filled, by one process, while others that want it wait; it is whole or not there.
         """
         place = self.work / name
         with (self.work / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (place / NOTES).exists():
-                model, notes = train()
-                save(model, place)
-                write_json(place / NOTES, notes)
-        return load(place).eval(), read_json(place / NOTES)
+            if not place.exists():
+                with part_folder(self.work) as part:
+                    fill(part / name)
+                    (part / name).rename(place)
+        return place
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +117,13 @@ class Card:
     Attributes:
         title: of RESULTS.md.  about: what stands below it.
         settings: what would change cells that are there: sizes, epochs.
+        added: names of settings that a folder may lack, since they concern steps that were added to the plan later.
         steps: in the order in which they run; several may share a file.
         sections: stored cells -> the tables of RESULTS.md.
         figures: stored cells -> name -> panels.
         check: what ``--check`` runs again.
         pictures: (folder, desk) -> draws what needs a network there.
+        notes: what a user who runs it here should know, a line each.
     """
 
     title: str
@@ -118,3 +134,5 @@ class Card:
     figures: Callable[[Stored], Mapping[str, Sequence[Panel]]]
     check: Check | None = None
     pictures: Callable[[Path, Desk], None] | None = None
+    added: Sequence[str] = ()
+    notes: Sequence[str] = ()

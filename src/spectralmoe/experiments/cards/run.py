@@ -58,14 +58,14 @@ def run_card(card: Card, out: Path, work: Path, processes: int, progress: Progre
     Raises:
         UserError: as ``run_folder``; a damaged file; a row without settings, since its tuning diverged.
     """
-    with run_folder(out, dict(card.settings), [f"{step.file}.json" for step in card.steps]):
+    with run_folder(out, dict(card.settings), [f"{step.file}.json" for step in card.steps], adds=card.added):
         make_folder(work)
         write_json(out / "machine.json", describe_machine())
         count = sum(_run_step(step, card, _Run(out, work, processes, progress)) for step in card.steps)
         progress("done", 1.0)
         with suppress(OSError):
             (out / RUNNING).rmdir()
-        return count, write_card(card, out, work)
+        return count, [*card.notes, *write_card(card, out, work)]
 
 
 def write_card(card: Card, out: Path, work: Path) -> list[str]:

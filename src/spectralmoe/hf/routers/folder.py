@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from spectralmoe.errors import UserError, first_line
-from spectralmoe.files import exists, flush, make_folder, part_folder, writing
+from spectralmoe.files import exchange, exists, flush, make_folder, part_folder, writing
 from spectralmoe.hf.load import import_transformers, load_stock, quiet
 from spectralmoe.hf.routers.files import ROUTERS, put_routers, read_routers_config, stock_tensors, write_routers
 from spectralmoe.hf.routers.places import refuse_adapters, swapped_routers
@@ -78,9 +78,11 @@ def load_swapped(folder: str | Path, *, base: nn.Module | str | Path | None = No
 
 
 def _exchange(target: Path, new: Path, old: Path) -> None:
-    """Put the folder ``new`` in the place of ``target``, and ``target``, if that is there, in the place of ``old``."""
+    """Put the folder ``new`` in the place of ``target``, at once where the system can; what was there goes away."""
     if not exists(target):
         new.rename(target)
+        return
+    if exchange(target, new):
         return
     target.rename(old)
     try:

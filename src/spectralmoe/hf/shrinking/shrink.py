@@ -12,26 +12,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from spectralmoe.compression.edit import whole_number
 from spectralmoe.compression.merge import group_by_affinity
 from spectralmoe.compression.prune import most_salient
-from spectralmoe.errors import UserError, one_of
+from spectralmoe.errors import UserError
 from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.load import import_transformers
 from spectralmoe.hf.shrinking.calibration import Batches, Calibration
+from spectralmoe.hf.shrinking.named import blocks_of, check_number, given_groups, kept_experts
 from spectralmoe.hf.shrinking.smaller import Cluster, with_clusters
 from spectralmoe.layers import unwrapped
 from spectralmoe.recording import Recordable
 from spectralmoe.sharding import is_sharded
-from spectralmoe.stacks import chosen_experts
 
 __all__ = ["Plan", "merge_experts", "plan", "prune_experts"]
 
+_COUNTED = ("frequency", "random")
+"""Saliencies that look at no token."""
+
 Model = TypeVar("Model", bound=nn.Module)
 Keep = int | Mapping[str, Sequence[int]]
+Groups = int | Mapping[str, Sequence[Sequence[int]]]
 
 
 def prune_experts(
@@ -83,9 +88,9 @@ def prune_experts(
 
 def merge_experts(
     model: Model,
-    keep: int,
+    keep: Groups,
     *,
-    by: str = "frequency",
+    by: str | None = "frequency",
     calibration: Batches | None = None,
     tokens: int = 2048,
     seed: int = 0,
@@ -98,8 +103,13 @@ def merge_experts(
     other joins the centre whose logits go most like its own (``compression.group_by_affinity``), inside the groups that
     the router chooses in. The router keeps the rows of the centres. All else as ``prune_experts``.
 
+    Args:
+        keep: how many experts; or layer's name -> the groups themselves, such as ``[[0, 3], [1, 2]]``. Experts that no
+            group names stay as they are, and the centre of a group is its most salient expert.
+        by: as for ``prune_experts``; None, for given groups: all alike, with the first expert of each as its centre.
+
     Raises:
-        UserError: as ``prune_experts``.
+        UserError: as ``prune_experts``; groups that overlap; ``by=None`` with a number.
     """
     return plan(
         "merge_experts", model, keep, by=by, calibration=calibration, tokens=tokens, seed=seed, join=True
@@ -131,9 +141,9 @@ class Plan(Generic[Model]):
 def plan(
     owner: str,
     model: Model,
-    keep: Keep,
+    keep: Keep | Groups,
     *,
-    by: str = "frequency",
+    by: str | None = "frequency",
     calibration: Batches | None = None,
     tokens: int = 2048,
     seed: int = 0,
@@ -142,23 +152,29 @@ def plan(
     """The plan of ``prune_experts``, or with ``join`` of ``merge_experts``."""
     stock: Model = unwrapped(model)  # type: ignore[assignment]
     layers = {layer.name: layer for layer in _stock_layers(owner, stock)}
-    if isinstance(keep, Mapping):
-        if join:
-            raise UserError(f"{owner}: keep must be a whole number of experts: the others join those that stay")
-        named = _named(owner, layers, keep)
+    if isinstance(keep, Mapping) and not join:
+        named = kept_experts(owner, layers, keep)
         return Plan(owner, stock, layers, {n: list(map(Cluster.alone, kept)) for n, kept in named.items()}, {}, {})
+    if isinstance(keep, Mapping):
+        given = given_groups(owner, layers, keep)
+        known = None if by is None else Calibration(owner, stock, calibration, 0 if by in _COUNTED else tokens, seed)
+        saliency = {} if known is None else {name: known.saliency(str(by), name) for name in layers}
+        clusters = {name: [_joined(saliency.get(name), group) for group in groups] for name, groups in given.items()}
+        return Plan(owner, stock, layers, clusters, saliency, {} if known is None else known.counts)
     total = min(layer.num_experts for layer in layers.values())
     whole_number(owner, "keep", keep, 1, total)
+    if by is None:
+        raise UserError(f"{owner}: a number of experts needs a saliency; give by='frequency', or the groups themselves")
     for layer in layers.values():
-        _check_number(owner, layer, keep)
+        check_number(owner, layer, keep)
     if keep == total:
         whole = {name: list(map(Cluster.alone, range(total))) for name in layers}
         return Plan(owner, stock, layers, whole, {}, {})
-    known = Calibration(owner, stock, calibration, tokens if join or by not in ("frequency", "random") else 0, seed)
+    known = Calibration(owner, stock, calibration, tokens if join or by not in _COUNTED else 0, seed)
     saliency = {name: known.saliency(by, name) for name in layers}
     clusters = {}
     for name, layer in layers.items():
-        blocks = _blocks(layer)
+        blocks = blocks_of(layer)
         affinity = known.affinity(name) if join else None
         clusters[name] = [
             cluster for block in blocks for cluster in _clusters(saliency[name], affinity, block, keep // len(blocks))
@@ -196,52 +212,6 @@ def _stock_layers(owner: str, model: nn.Module) -> list[HFLayer]:
     return layers
 
 
-def _named(owner: str, layers: Mapping[str, HFLayer], keep: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Experts that the caller named, in ascending order, equally many in every layer and group."""
-    for name in keep:
-        if name not in layers:
-            raise one_of(f"layer of {owner}", name, layers)
-    if missing := [name for name in layers if name not in keep]:
-        raise UserError(f"{owner}: every layer keeps equally many experts, but {missing[0]} was not named")
-    kept = {name: sorted(chosen_experts(owner, keep[name], layer.num_experts)) for name, layer in layers.items()}
-    numbers = {len(experts) for experts in kept.values()}
-    for name, experts in kept.items():
-        if len(set(experts)) < len(experts):
-            raise UserError(f"{owner}: an expert can be kept only once, got {list(keep[name])} for {name}")
-        if len(numbers) > 1:
-            raise UserError(f"{owner}: every layer keeps equally many experts, got {sorted(numbers)}")
-        _check_number(owner, layers[name], len(experts))
-        blocks = _blocks(layers[name])
-        if len({sum(e in block for e in experts) for block in blocks}) > 1:
-            raise UserError(f"{owner}: {name} chooses in {len(blocks)} groups, which must keep equally many experts")
-    return kept
-
-
-def _check_number(owner: str, layer: HFLayer, keep: int) -> None:
-    """Raise unless tokens can choose among ``keep`` experts."""
-    k, (groups, on) = layer.top_k or 1, layer.groups
-    if keep < k:
-        raise UserError(f"{owner}: keep={keep} is less than the {k} experts that each token chooses in {layer.name}")
-    if keep == layer.num_experts or groups == 1:
-        return
-    if keep % groups or keep // groups < 2:
-        raise UserError(
-            f"{owner}: keep={keep} does not go into the {groups} groups of {layer.name} (n_group) with at least 2 "
-            f"experts each; keep a multiple of {groups}, from {2 * groups}"
-        )
-    if on * (keep // groups) < k:
-        raise UserError(
-            f"{owner}: with keep={keep} the {on} groups that a token of {layer.name} may choose from hold "
-            f"{on * (keep // groups)} experts, less than the {k} that it chooses"
-        )
-
-
-def _blocks(layer: HFLayer) -> list[range]:
-    """The groups that experts are chosen in, as runs of experts; one group without."""
-    size = layer.num_experts // layer.groups[0]
-    return [range(start, start + size) for start in range(0, layer.num_experts, size)]
-
-
 def _clusters(saliency: Tensor, affinity: Tensor | None, block: range, number: int) -> list[Cluster]:
     """``number`` experts of a group: its most salient ones, alone or with those that join them."""
     values = saliency[list(block)]
@@ -249,9 +219,13 @@ def _clusters(saliency: Tensor, affinity: Tensor | None, block: range, number: i
     if affinity is None:
         return [Cluster.alone(block[e]) for e in centres]
     groups = group_by_affinity(values, affinity[list(block)][:, list(block)], number)
-    clusters = []
-    for centre, members in zip(centres, groups, strict=True):
-        shares = values[members] if values[members].any() else values.new_ones(len(members))
-        shares = shares / shares.sum()
-        clusters.append(Cluster(block[centre], tuple(block[e] for e in members), tuple(shares.tolist())))
-    return clusters
+    joined = [[block[e] for e in members] for members in groups]
+    return [_joined(saliency, members, block[centre]) for centre, members in zip(centres, joined, strict=True)]
+
+
+def _joined(saliency: Tensor | None, members: Sequence[int], centre: int | None = None) -> Cluster:
+    """The mean of ``members`` by their saliency (E,), all alike where there is none or all is 0."""
+    values = torch.ones(len(members), dtype=torch.float64) if saliency is None else saliency[list(members)]
+    head = members[int(values.argmax())] if centre is None else centre
+    shares = values if values.any() else values.new_ones(len(members))
+    return Cluster(head, tuple(members), tuple((shares / shares.sum()).tolist()))

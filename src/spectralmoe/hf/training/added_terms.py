@@ -16,7 +16,7 @@ from spectralmoe.hf.stock import recordable_layers
 from spectralmoe.layers import unwrapped
 from spectralmoe.recording import recomputing
 from spectralmoe.regularizers import importance_cv2, load_balance
-from spectralmoe.tape import Tape
+from spectralmoe.tape import EmptyTape, Tape
 from spectralmoe.terms import Term, penalty
 
 __all__ = ["AddedTerms", "add_terms"]
@@ -91,7 +91,13 @@ class AddedTerms:
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if recomputing() or self._tape is None or module is not self._module:
             return None
-        value, self.last = penalty(self._tape, self.terms, step=self.step)
+        try:
+            value, self.last = penalty(self._tape, self.terms, step=self.step)
+        except EmptyTape as error:
+            raise UserError(
+                "add_terms: the model ran without the routers that it had then; where PEFT put copies in their place "
+                "(modules_to_save), call add_terms after get_peft_model"
+            ) from error
         self._seal()
         if not isinstance(output, MutableMapping):
             raise UserError(f"add_terms: the forward returned a {type(output).__name__}; call it with return_dict=True")
@@ -138,8 +144,8 @@ def add_terms(model: nn.Module, terms: Mapping[str, Term], *, into: Literal["los
 
     Raises:
         UserError: no MoE layer, or one that cannot be read; no terms; a term that reads what the experts made, which
-            models of others do not keep. At a forward in training: no loss, or a tuple, was returned; what
-            ``penalty`` raises.
+            models of others do not keep. At a forward in training: no loss, or a tuple, was returned; routers that were
+            replaced since; what ``penalty`` raises.
 
     >>> class Gate(nn.Linear):
     ...     def forward(self, x):
