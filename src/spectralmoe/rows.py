@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.experts import Experts
 from spectralmoe.moe import MoE
 from spectralmoe.naming import Table, part_class, shown
+from spectralmoe.optim import WRAPPERS, make_optimizer
 from spectralmoe.parts import Part
 from spectralmoe.router import Router
 from spectralmoe.spec import build, parameters_of
@@ -40,6 +42,7 @@ class Preset:
         soft: the selector where a token uses all experts; None: ``selector`` serves there, too.
         experts: the bank's spec; None: the network's own.
         k: experts a token; None: as many as the network asks for.
+        optimizer: what goes around the optimizer of all rows, or in its place, see ``make_optimizer``; None: nothing.
         dense: no choice: one expert as wide as the k of a token together.
         terms: regularizers by name, with their weights.
         branch: of a branch behind a vision model's block: tokens, norm and start, see ``BranchSpec``.
@@ -52,6 +55,7 @@ class Preset:
     soft: Table | None = field(default_factory=lambda: {"type": "soft"})
     experts: Table | None = None
     k: K | None = None
+    optimizer: Table | None = None
     dense: bool = False
     terms: Mapping[str, Term] = field(default_factory=dict)
     branch: Table = field(default_factory=lambda: dict(BRANCH))
@@ -102,6 +106,8 @@ class Preset:
                 if isinstance(part, Part) and part.reads:
                     who = f"{type(part).__name__} reads {part.reads[0]!r} from the context"
                     raise UserError(f"{who}, and this network gives none")
+            if self.optimizer is not None and self.optimizer["type"] in WRAPPERS:
+                make_optimizer("sgd", layer, SimpleNamespace(lr=1.0, weight_decay=0.0), row=self.optimizer)
             with torch.no_grad():
                 layer.eval()(torch.zeros(2, dim))
         except UserError as error:

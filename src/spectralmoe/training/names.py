@@ -14,6 +14,7 @@ ROUTER_NAMES = (
     "eigenbasis",
     "emoe",
     "emoe-faithful",
+    "omoe",
     "dense",
 )
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
