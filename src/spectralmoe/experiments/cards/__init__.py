@@ -19,22 +19,32 @@ A card is a folder: README.md (claim and verdict), plan.py with ``FULL`` and ``Q
 6 | new | old | 3 | -1.0 separated |
 """
 
+from spectralmoe.experiments.cards.contest import ROUTING_COLUMNS, Contest, Trained, train_row
+from spectralmoe.experiments.cards.panels import difference_panels
 from spectralmoe.experiments.cards.plan import Card, Cells, Check, Desk, Step, Tuning
 from spectralmoe.experiments.cards.results import Section
 from spectralmoe.experiments.cards.run import check_card, find_card, run_card, write_card
+from spectralmoe.experiments.cards.small_runs import small_images, small_text
 from spectralmoe.experiments.cards.tries import try_settings
 
 __all__ = [
+    "ROUTING_COLUMNS",
     "Card",
     "Cells",
     "Check",
+    "Contest",
     "Desk",
     "Section",
     "Step",
+    "Trained",
     "Tuning",
     "check_card",
+    "difference_panels",
     "find_card",
     "run_card",
+    "small_images",
+    "small_text",
+    "train_row",
     "try_settings",
     "write_card",
 ]

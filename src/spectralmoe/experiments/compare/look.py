@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spectralmoe.diagnostics.entropy import token_entropy
 from spectralmoe.diagnostics.evaluation import run_over
 from spectralmoe.diagnostics.measure import mean_of
-from spectralmoe.diagnostics.similarity import cosine_matrix, expert_outputs, mean_offdiagonal
+from spectralmoe.diagnostics.similarity import centred_cosines, cosine_matrix, expert_outputs, mean_offdiagonal
 from spectralmoe.diagnostics.stability import noise_flips
 from spectralmoe.diagnostics.watch import watch
 from spectralmoe.experts import Experts
@@ -40,12 +40,14 @@ def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
     with watch(model) as seen:
         run_over(model, inputs[torch.linspace(0, len(inputs) - 1, most).long()])
         calls = seen.drain()
-    measured: dict[str, list[float | None]] = {"entropy": [], "output_overlap": [], "noise_flips": []}
+    keys = ("entropy", "output_overlap", "output_centred", "noise_flips")
+    measured: dict[str, list[float | None]] = {key: [] for key in keys}
     for call in calls:
         tokens = call.tokens[torch.linspace(0, len(call.tokens) - 1, _THROUGH_ALL).long().unique()]
-        outputs = cosine_matrix(expert_outputs(call.layer, tokens).flatten(2))
+        outputs = expert_outputs(call.layer, tokens).flatten(2)
         measured["entropy"].append(token_entropy(call.routing).value)
-        measured["output_overlap"].append(mean_offdiagonal(outputs).value)
+        measured["output_overlap"].append(mean_offdiagonal(cosine_matrix(outputs)).value)
+        measured["output_centred"].append(mean_offdiagonal(centred_cosines(outputs)).value)
         measured["noise_flips"].append(noise_flips(call.layer, call.tokens).value if call.layer.reroutes else None)
     return {key: mean_of([value for value in values if value is not None]) for key, values in measured.items()}
 

@@ -1,0 +1,54 @@
+"""The two small runs that cards share, so that their figures may stand side by side: clothing, and bytes of English."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectralmoe.training.train_settings import TrainSettings
+
+__all__ = ["small_images", "small_text"]
+
+
+def small_images(train_size: int = 4_000, epochs: int = 4, **moe: Any) -> TrainSettings:
+    """A ViT with experts in both of its blocks (D = 64, 16 patches of 7 x 7 of Fashion-MNIST), 2 of 8 a patch.
+
+    Args:
+        moe: settings of its MoE parts in place of these, such as ``k=1`` or ``experts=16``.
+
+    >>> small_images(k=1).moe.k
+    1
+    """
+    vit = {"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 2, "num_heads": 4}
+    parts = {"kind": "replace_mlp", "init": "random", "blocks": "last2", "experts": 8, "k": 2, "bottleneck": 128}
+    return _run(
+        data="fashion-mnist",
+        train_size=train_size,
+        backbone={"name": "vit_tiny_patch16_224", "arguments": vit},
+        moe={**parts, **moe},
+        optimization={"epochs": epochs, "lr": 3e-3, "batch_size": 64},
+    )
+
+
+def small_text(windows: int = 8_000, **network: Any) -> TrainSettings:
+    """A decoder of 2 blocks (D = 64) on the bytes of ``text:pydoc``, windows of 64, each read once; 2 of 8 experts.
+
+    Args:
+        windows: training windows.
+        network: settings of the network in place of these, such as ``k=1``.
+
+    >>> small_text().optimization.epochs
+    1
+    """
+    sizes = {"width": 64, "num_experts": 8, "hidden": 64, "k": 2}
+    return _run(
+        data="text:pydoc",
+        train_size=windows,
+        depth=2,
+        network={**sizes, **network},
+        text={"length": 64, "vocab": "bytes", "measured": 128},
+        optimization={"epochs": 1, "lr": 6e-3, "batch_size": 16},
+    )
+
+
+def _run(**settings: Any) -> TrainSettings:
+    return TrainSettings(**settings)

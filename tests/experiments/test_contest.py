@@ -1,0 +1,57 @@
+"""Contest: rows that differ by their router alone are trained, tuned and measured alike."""
+
+import json
+
+import pytest
+import torch
+
+from spectralmoe.experiments.cards import ROUTING_COLUMNS, Card, Contest, run_card, small_images, small_text, train_row
+from spectralmoe.experiments.compare.setup import Tuned
+from spectralmoe.training.train_settings import TrainSettings
+
+RUN = TrainSettings(
+    data="digits",
+    depth=1,
+    train_size=64,
+    network={"width": 8, "num_experts": 4, "hidden": 4, "k": 2},
+    optimization={"epochs": 1, "batch_size": 32},
+)
+ROWS = {"linear": "linear", "sr-moe": "sr-moe", "dense": "dense"}
+
+
+def kept(trained):
+    return {"twice": 2 * trained.history.validation}
+
+
+def sized(run, cell):
+    return run.model_copy(update={"train_size": cell["size"]})
+
+
+def test_every_row_is_tuned_and_measured_alike(tmp_path):
+    contest = Contest(RUN, ROWS, tries=2, tune_size=32, more=kept, vary=sized)
+    steps = [contest.tuning(), contest.cells(2, size=[32, 64])]
+    card = Card("A contest", "", contest.settings, steps, lambda stored: [], lambda stored: {})
+    counts = [run_card(card, tmp_path, tmp_path / "work", 1, lambda *text: None)[0] for _ in range(2)]
+    assert counts == [3 + 12, 0]
+    tuned = json.loads((tmp_path / "tuning.json").read_text())
+    tries = [[(each["lr"], each["strength"]) for each in row["tries"]] for row in tuned.values()]
+    assert tries[0] == tries[1] == tries[2]
+    assert tries[0][0] == (1.0, 1.0)
+    cells = json.loads((tmp_path / "results.json").read_text())
+    assert [(cell["row"], cell["size"], cell["seed"]) for cell in cells[:3]] == [(row, 32, 0) for row in ROWS]
+    assert all(cell["twice"] == 2 * cell["validation_accuracy"] for cell in cells)
+    routed = [cell for cell in cells if cell["row"] != "dense"]
+    assert all(cell.keys() >= {column.key for column in ROUTING_COLUMNS} for cell in routed)
+
+
+def test_rows_start_alike_but_for_their_routers():
+    frozen = RUN.model_copy(update={"optimization": RUN.optimization.model_copy(update={"lr": 1e-30})})
+    starts = [train_row(frozen, row, Tuned(), 3).network.state_dict() for row in ("linear", "cosine")]
+    shared = [name for name in starts[0] if ".router." not in name]
+    assert shared
+    assert [name for name in shared if not torch.allclose(starts[0][name], starts[1][name], atol=1e-20)] == []
+
+
+@pytest.mark.parametrize("run", [small_images(), small_text()], ids=["images", "text"])
+def test_the_small_runs_are_settings_that_a_file_could_hold(run):
+    assert TrainSettings.model_validate_json(run.model_dump_json(exclude_unset=True)) == run
