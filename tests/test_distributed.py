@@ -41,7 +41,7 @@ from spectralmoe import (
     save,
     shard_routers,
 )
-from spectralmoe.optim import make_optimizer
+from spectralmoe.optim import OrthogonalExperts, make_optimizer
 from spectralmoe.regularizers import load_balance, orthonormality, router_z, spectral_norm, stable_rank
 from spectralmoe.selectors import ClusterDropout
 
@@ -281,6 +281,25 @@ def sharded_muon(rank, folder):
     return {name: whole(parameter) for name, parameter in net.named_parameters()}
 
 
+def orthogonal_steps(net, on, *data):
+    """A gathering step and a projected one, twice; the parameters."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    OrthogonalExperts(optimizer, net, phase=1, on=on)
+    for x in data:
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    return {name.removeprefix("module."): whole(parameter).detach() for name, parameter in net.named_parameters()}
+
+
+def orthogonal_experts(rank, folder):
+    """Under DDP and FSDP2, each rank with data of its own."""
+    mine = [*batches(torch.float64)[:, rank], batches(torch.float64)[0, rank]]
+    replicated = DistributedDataParallel(make_net(torch.float64))
+    sharded = shard(make_net(torch.float64))
+    return [orthogonal_steps(replicated, "gradient", *mine), orthogonal_steps(sharded, "update", *mine)]
+
+
 CHECKS = (
     selection_bias,
     ddp,
@@ -291,6 +310,7 @@ CHECKS = (
     shared_bases,
     expert_draws,
     sharded_muon,
+    orthogonal_experts,
 )
 
 
@@ -409,6 +429,14 @@ def test_muon_moves_sharded_matrices_as_whole_ones(ranks, close):
         optimizer.step()
     for found in ranks(sharded_muon):
         all_close(found, dict(net.named_parameters()), close)
+
+
+def test_projectors_are_of_the_inputs_of_all_ranks(ranks, close):
+    data = [x.flatten(0, 1) for x in (*batches(torch.float64), batches(torch.float64)[0])]
+    want = [orthogonal_steps(make_net(torch.float64), on, *data) for on in ("gradient", "update")]
+    for replicated, sharded in ranks(orthogonal_experts):
+        all_close(replicated, want[0], close)
+        all_close(sharded, want[1], close, torch.float32)  # the precision of sharded routers
 
 
 def test_uneven_inputs_under_join(ranks, close):

@@ -17,6 +17,7 @@ from spectralmoe.experts import EXPERTS
 from spectralmoe.layers import moe_layers
 from spectralmoe.moe import MoE
 from spectralmoe.naming import own_names, read_table, shown
+from spectralmoe.optim import make_optimizer
 from spectralmoe.presets import PRESETS, Preset, find_preset
 from spectralmoe.recorder import record
 from spectralmoe.regularizers import REGULARIZERS, cluster_variance
@@ -88,9 +89,9 @@ def test_every_entry_of_the_tables_trains_in_a_comparison_by_name(row, task, tmp
     across = any(term.scope == "model" for term in find_preset(row).terms.values())
     setup = setup_of(task, tmp_path, row, depth=2 if across else 1)
     (cell,) = setup.settings.cells()
-    network, run, terms = setup.recipe(cell, Tuned())
+    network, run, terms, optimizer = setup.recipe(cell, Tuned())
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    history = train(network, task, run.optimization, terms=terms)
+    history = train(network, task, run.optimization, terms=terms, optimizer=optimizer)
     assert history.epochs[0]["loss"] > 0
     assert not torch.equal(before["head.weight"], network.head.weight)
     layer = next(iter(moe_layers(network).values()))
@@ -104,7 +105,7 @@ def test_every_entry_of_the_tables_trains_in_a_comparison_by_name(row, task, tmp
 def test_a_row_of_parts_is_the_router_of_these_parts(task, tmp_path):
     row = '{scorer = "prototype", selector = "topp", p = 0.7, temperature = 0.5, terms = {router_z = 1e-3}}'
     setup = setup_of(task, tmp_path, row)
-    network, _, terms = setup.recipe(setup.settings.cells()[0], Tuned(strength=3.0))
+    network, _, terms, _ = setup.recipe(setup.settings.cells()[0], Tuned(strength=3.0))
     (layer,) = moe_layers(network).values()
     router = layer.router
     assert (router.scorer.temperature, router.scorer.scale, router.selector.p) == (0.5, 1.0, 0.7)
@@ -118,6 +119,29 @@ def test_a_row_of_parts_is_the_router_of_these_parts(task, tmp_path):
     z = torch.stack([row.exp().sum().log() ** 2 for row in tape[0].routing.logits]).mean()
     torch.testing.assert_close(parts["router_z"], z)
     torch.testing.assert_close(extra, 3e-3 * z)
+
+
+def test_a_row_may_name_an_optimizer(task, tmp_path, user_error):
+    """Around the one of all rows, with loose arguments too; or its own."""
+    row = '{preset = "omoe", phase = 1, alpha = 1e-2, terms = {router_z = 1e-3}}'
+    setup = setup_of(task, tmp_path, row)
+    network, run, terms, optimizer = setup.recipe(setup.settings.cells()[0], Tuned())
+    assert optimizer == {"type": "orthogonal_experts", "phase": 1, "alpha": 1e-2}
+    made = make_optimizer("muon", network, run.optimization, row=optimizer)
+    assert made.state["orthogonal_experts"] == {"steps": 0, "gathers": True}
+    assert [type(part).__name__ for part in made.parts] == ["Muon", "AdamW"]
+    results = []
+    for changed in (optimizer, {**optimizer, "phase": 9}, None):  # of two steps: one is projected, or none
+        network = setup.recipe(setup.settings.cells()[0], Tuned()).network
+        train(network, task, run.optimization, terms=terms, optimizer=changed)
+        results.append(network.stages[0].moe.experts.up.detach().clone())
+    assert torch.equal(results[1], results[2])
+    assert not torch.equal(results[0], results[2])
+    assert find_preset('{preset = "omoe", optimizer = "muon"}').optimizer == {"type": "muon"}
+    with user_error("scorer and optimizer both take rank"):
+        find_preset('{preset = "omoe", scorer = "eigenbasis", rank = 3}')
+    with user_error("one expert", "no others"):
+        setup_of(task, tmp_path, "omoe", num_experts=1, k=1)
 
 
 def test_keys_are_laid_over_the_preset_that_a_row_starts_from():
@@ -298,8 +322,8 @@ def mine(tmp_path, monkeypatch):
 )
 def test_rows_of_your_own(row, mine, task, tmp_path):
     setup = setup_of(task, tmp_path, row.format(m=mine))
-    network, run, terms = setup.recipe(setup.settings.cells()[0], Tuned())
-    assert train(network, task, run.optimization, terms=terms).epochs[0]["loss"] > 0
+    network, run, terms, optimizer = setup.recipe(setup.settings.cells()[0], Tuned())
+    assert train(network, task, run.optimization, terms=terms, optimizer=optimizer).epochs[0]["loss"] > 0
 
 
 def test_objects_of_your_own_that_do_not_fit(mine, user_error):

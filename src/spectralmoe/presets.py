@@ -9,6 +9,7 @@ import torch
 
 from spectralmoe.errors import UserError, first_line, one_of
 from spectralmoe.naming import Table, named, own_names, part_class, read_part, read_table, read_term, shown
+from spectralmoe.optim.table import arguments_of, read_optimizer
 from spectralmoe.rows import BRANCH, Preset, experts_a_token
 from spectralmoe.scorers import Scorer
 from spectralmoe.spec import build, describe, find_class, parameters_of
@@ -93,6 +94,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "soft": {"type": "soft"},
         "experts": _EIGEN,
     },
+    "omoe": {
+        "summary": "dot-product gate; the experts step orthogonally to what the others saw (OMoE)",
+        "scorer": "linear",
+        "optimizer": "orthogonal_experts",
+    },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
         "scorer": "linear",
@@ -102,7 +108,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Name -> row, whose keys are those of ``Preset``, and ``preset``: the row that it starts from."""
 
-_KEYS = ("preset", "summary", "scorer", "selector", "soft", "experts", "k", "dense", "terms", "branch")
+_KEYS = ("preset", "summary", "scorer", "selector", "soft", "experts", "k", "optimizer", "dense", "terms", "branch")
 _KIND_OF = {"scorer": "scorer", "selector": "selector", "soft": "selector", "experts": "experts"}
 
 
@@ -185,12 +191,14 @@ def _read(name: str, row: Table) -> Preset:
 
 def _parts(row: Table, base: Preset) -> dict[str, Any]:
     """The parts that ``row`` names, else those of ``base``, each with the loose arguments that it takes."""
-    parts: dict[str, Any] = {key: getattr(base, key) for key in _KIND_OF}
+    parts: dict[str, Any] = {key: getattr(base, key) for key in (*_KIND_OF, "optimizer")}
     if "selector" in row:
         parts["soft"] = None
     parts |= {key: named(kind, row[key]) for key, kind in _KIND_OF.items() if key in row}
+    if "optimizer" in row:
+        parts["optimizer"] = read_optimizer(row["optimizer"])
     parts = {key: part for key, part in parts.items() if part is not None}
-    takes = {key: _arguments(_KIND_OF[key], part["type"]) for key, part in parts.items()}
+    takes = {key: _arguments(key, part["type"]) for key, part in parts.items()}
     for argument, value in row.items():
         if argument in _KEYS:
             continue
@@ -202,12 +210,14 @@ def _parts(row: Table, base: Preset) -> dict[str, Any]:
             both = " and ".join(kinds)
             raise UserError(f"{both} both take {argument}; write it into one of them, {kinds[0]} = {{type = ...}}")
         parts |= {key: {**parts[key], argument: value} for key in takers}
-    return {"soft": None} | {key: read_part(_KIND_OF[key], part) for key, part in parts.items()}
+    read = {key: read_part(_KIND_OF[key], part) for key, part in parts.items() if key in _KIND_OF}
+    return {"soft": None, "optimizer": parts.get("optimizer")} | read
 
 
-def _arguments(kind: str, name: str) -> list[str]:
+def _arguments(key: str, name: str) -> list[str]:
     """What may be said of a part in a row: its arguments but for those that the network gives, or keys of the row."""
-    return [known for known in parameters_of(part_class(kind, name)) if known not in ("dim", "num_experts", *_KEYS)]
+    known = arguments_of(name) if key == "optimizer" else parameters_of(part_class(_KIND_OF[key], name))
+    return [argument for argument in known if argument not in ("dim", "num_experts", *_KEYS)]
 
 
 def _try_own(preset: Preset) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.experts import Experts
 from spectralmoe.moe import MoE
 from spectralmoe.naming import Table, part_class, shown
+from spectralmoe.optim import WRAPPERS, make_optimizer
 from spectralmoe.router import Router
 from spectralmoe.spec import build, parameters_of
 from spectralmoe.tape import Tape
@@ -41,6 +43,7 @@ class Preset:
         soft: the selector where a token uses all experts; None: ``selector`` serves there, too.
         experts: the bank's spec; None: the network's own.
         k: experts a token; None: as many as the network asks for.
+        optimizer: what goes around the optimizer of all rows, or in its place, see ``make_optimizer``; None: nothing.
         dense: no choice: one expert as wide as the k of a token together.
         terms: regularizers by name, with their weights.
         branch: of a branch behind a vision model's block: tokens, norm and start, see ``BranchSpec``.
@@ -53,6 +56,7 @@ class Preset:
     soft: Table | None = field(default_factory=lambda: {"type": "soft"})
     experts: Table | None = None
     k: K | None = None
+    optimizer: Table | None = None
     dense: bool = False
     terms: Mapping[str, Term] = field(default_factory=dict)
     branch: Table = field(default_factory=lambda: dict(BRANCH))
@@ -105,12 +109,9 @@ class Preset:
             with torch.random.fork_rng(devices=[]):
                 router = self.make_router(dim, num_experts, k=k)
                 layer = MoE(router, self.make_experts(num_experts, dim, hidden, spare))
-            for _, part in layer.parts():
-                for name in part.reads:
-                    if name not in given:
-                        gives = ", ".join(given) or "none"
-                        who = f"{type(part).__name__} reads {name!r} from the context"
-                        raise UserError(f"{who}, and this network gives {gives}")
+            _check_reads(layer, given)
+            if self.optimizer is not None and self.optimizer["type"] in WRAPPERS:
+                make_optimizer("sgd", layer, SimpleNamespace(lr=1.0, weight_decay=0.0), row=self.optimizer)
             context = Context(tokens={name: torch.zeros(2, dim) for name in given})
             terms = [term for term in self.terms.values() if term.scope == "layer"]
             with torch.no_grad(), Tape({"": layer.eval()}, [name for term in terms for name in term.keeps]) as tape:
@@ -154,6 +155,17 @@ def experts_a_token(value: Any) -> K:
     if type(value) is int and value > 0:
         return value
     raise UserError(f'k = {shown([value])[1:-1]} is neither a number of experts a token nor "soft"')
+
+
+def _check_reads(layer: MoE, given: Collection[str]) -> None:
+    """Refuse parts that read side information which the network does not give."""
+    for _, part in layer.parts():
+        for name in part.reads:
+            if name not in given:
+                gives = ", ".join(given) or "none"
+                raise UserError(
+                    f"{type(part).__name__} reads {name!r} from the context, and this network gives {gives}"
+                )
 
 
 def _scaled(term: Term, factor: float) -> Term:

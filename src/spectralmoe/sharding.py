@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["assign_", "full", "is_sharded", "sharded_as"]
+__all__ = ["assign_", "beside", "full", "is_sharded", "sharded_as"]
 
 
 def is_sharded(x: Tensor | None) -> TypeGuard[DTensor]:
@@ -37,6 +37,15 @@ def sharded_as(value: Tensor, target: Tensor | None) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+
+
+def beside(value: Tensor, target: Tensor) -> Tensor:
+    """``value``, which every rank has whole, for operations with ``target``: replicated where that is sharded."""
+    if not is_sharded(target):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(value, target.device_mesh, [Replicate()] * target.device_mesh.ndim, run_check=False)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from spectralmoe import param_groups
 from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.optim import OPTIMIZERS, SCHEDULES, make_optimizer
+from spectralmoe.optim.table import read_optimizer
 from spectralmoe.training import loop
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from spectralmoe.training.loop import train
@@ -72,17 +73,26 @@ class Stop(Exception):
 
 
 OWN = (f"{__name__}:phased", f"{__name__}:halves")
-CASES = [OWN, *[(name, schedule) for name in OPTIMIZERS for schedule in SCHEDULES][::2]]
+CASES = [(*OWN, None), *[(name, schedule, None) for name in OPTIMIZERS for schedule in SCHEDULES][::2]]
+CASES += [  # stopped after 7 steps: in a gathering and in a projecting phase
+    ("adamw", "cosine", {"type": "orthogonal_experts", "phase": 3}),
+    ("muon", "cosine", {"type": "orthogonal_experts", "phase": 4, "on": "update", "rank": 3}),
+    ("muon", "cosine", {"type": f"{__name__}:gentle", "share": 0.5}),
+]
 
 
-@pytest.mark.parametrize(("optimizer", "schedule"), CASES, ids=["own", *("-".join(case) for case in CASES[1:])])
-def test_each_trains_and_resumes_to_the_same_bits(data, optimizer, schedule, tmp_path, monkeypatch):
+def gentle(model, settings, *, share):
+    return torch.optim.AdamW(param_groups(model, settings.weight_decay), lr=share * settings.lr)
+
+
+@pytest.mark.parametrize(("optimizer", "schedule", "row"), CASES, ids=lambda value: str(value).rpartition(":")[2][:30])
+def test_each_trains_and_resumes_to_the_same_bits(data, optimizer, schedule, row, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_CHECKPOINT_SECONDS", 0.0)  # a checkpoint after every step
     budget = Optimization(
         optimizer=optimizer, schedule=schedule, epochs=4, batch_size=64, lr=LR.get(optimizer, 0.1), seed=3
     )
     undisturbed = network(data)
-    epochs = train(undisturbed, ImageTask(data), budget).epochs
+    epochs = train(undisturbed, ImageTask(data), budget, optimizer=row).epochs
     assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.1
     calls, path = 0, tmp_path / "training.safetensors"
 
@@ -93,10 +103,10 @@ def test_each_trains_and_resumes_to_the_same_bits(data, optimizer, schedule, tmp
             raise Stop
 
     with pytest.raises(Stop):
-        train(network(data), ImageTask(data), budget, checkpoint=path, progress=stop)
+        train(network(data), ImageTask(data), budget, optimizer=row, checkpoint=path, progress=stop)
     torch.manual_seed(99)
     resumed = network(data, seed=77)  # other initial weights: all must come from the file
-    train(resumed, ImageTask(data), budget, checkpoint=path)
+    train(resumed, ImageTask(data), budget, optimizer=row, checkpoint=path)
     assert bits(resumed) == bits(undisturbed)
 
 
@@ -186,3 +196,15 @@ def test_mistakes_are_named(data, user_error):
     ):
         with user_error(*words):
             make_optimizer(name, model, Optimization())
+    for row, words in (
+        (3, ("neither a name nor a table",)),
+        ({"phase": 3}, ("neither a name nor a table", "orthogonal_experts")),
+        ("orthogonal", ("did you mean 'orthogonal_experts'",)),
+        ({"type": "orthogonal_experts", "phases": 3}, ("phases", "did you mean 'phase'")),
+        ({"type": "muon", "lr": 0.1}, ("unknown argument of 'muon' 'lr'",)),
+        ({"type": f"{__name__}:gentle"}, ("needs the argument 'share'",)),
+    ):
+        with user_error(*words):
+            read_optimizer(row)
+    with user_error("'orthogonal_experts' fails", "not supported"):
+        make_optimizer("sgd", model, Optimization(), row={"type": "orthogonal_experts", "phase": "3"})

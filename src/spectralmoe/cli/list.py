@@ -41,6 +41,7 @@ PLAIN = {
     "token": "each vector of (..., D): the usual unit",
     "pixel": "each position of maps (B, C, H, W) or signals (B, C, T): a vector of C channels",
     "sample": "each sample as a whole: the router reads a pooled vector, an expert gets all of it",
+    "orthogonal_experts": "each expert steps orthogonally to the inputs of the others (a row's key optimizer)",
     "loop": "the definition: one token and one expert at a time; slow",
     "dense": "every expert on every token; for soft routing and very small layers",
     "grouped": "each expert on exactly the tokens that chose it, however uneven the load",
@@ -78,7 +79,7 @@ def list_everything(json: Json = False) -> None:
     from spectralmoe.diagnostics.table import VALUES
     from spectralmoe.dispatch import DISPATCHES
     from spectralmoe.experts import EXPERTS
-    from spectralmoe.optim import OPTIMIZERS, SCHEDULES
+    from spectralmoe.optim import OPTIMIZERS, SCHEDULES, WRAPPERS
     from spectralmoe.presets import PRESETS
     from spectralmoe.regularizers import REGULARIZERS
     from spectralmoe.scorers import SCORERS
@@ -109,6 +110,9 @@ def list_everything(json: Json = False) -> None:
         for title, part in parts.items()
     }
     tables["optimizers"] = {name: _first_line(item) for name, item in OPTIMIZERS.items()}
+    tables["around an optimizer"] = {
+        name: (PLAIN.get(name) or _first_line(item)) + _arguments("optimizers", item) for name, item in WRAPPERS.items()
+    }
     tables["schedules"] = {name: _first_line(item) for name, item in SCHEDULES.items()}
     tables["values"] = {value.name: value.meaning for value in VALUES.values()}
     if json:
@@ -129,7 +133,8 @@ def _arguments(title: str, part: object) -> str:
 
     if title in ("units", "dispatch"):  # which no table names
         return ""
-    names = list(parameters_of(part))[1 if title == "regularizers" else 0 :]
+    given = {"regularizers": 1, "optimizers": 2}.get(title, 0)
+    names = list(parameters_of(part))[given:]
     free = [name for name in names if name not in FILLED_IN]
     return f" ({', '.join(free)})" if free else ""
 

@@ -119,7 +119,7 @@ def train(
     from spectralmoe.training.parallel import joined
     from spectralmoe.training.settings import pick_device
     from spectralmoe.training.tasks import open_task
-    from spectralmoe.training.vision import router_terms
+    from spectralmoe.training.vision import router_terms, row_optimizer
 
     settings = _read(config, data, assign or (), network, router, seed, pretrained)
     if print_config:
@@ -154,6 +154,7 @@ def train(
                     task,
                     settings.optimization,
                     terms=router_terms(settings.row),
+                    optimizer=row_optimizer(settings.row),
                     checkpoint=out / CHECKPOINT,
                     follow=_shown(progress, title, settings.optimization.epochs, task.metric),
                     logs=logs,

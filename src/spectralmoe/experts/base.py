@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
@@ -108,6 +108,11 @@ class Experts(Part):
     def expert_parameters(self, e: int) -> dict[str, Tensor]:
         """Views of the parameters that belong to expert ``e`` alone; empty: it cannot be adapted alone."""
         return {}
+
+    @property
+    def first_weight(self) -> nn.Parameter | None:
+        """The matrices (E, H, D), stacked, that rows (M, D) meet first; None: there is no such stack."""
+        return None
 
     def costs(self, shape: Sequence[int] = ()) -> Tensor:
         """Floating-point operations of each expert on one row, (E,) float64; multiply and add are two.

@@ -78,6 +78,10 @@ class ConfidentExperts(Experts):
         inner = {f"experts.{name}": value for name, value in self.experts.expert_parameters(e).items()}
         return {"direction": self.direction[e], "bias": self.bias[e], **inner} if inner else {}
 
+    @property
+    def first_weight(self) -> nn.Parameter | None:
+        return self.experts.first_weight
+
     def costs(self, shape: Sequence[int] = ()) -> Tensor:
         """Floating-point operations of each expert on one row (E,): the bank's, and the confidence."""
         return self.experts.costs(shape) + 2 * self.dim

@@ -120,6 +120,10 @@ class FeedForward(Experts):
     def expert_parameters(self, e: int) -> dict[str, Tensor]:
         return {name: parameter[e] for name, parameter in self.named_parameters(recurse=False)}
 
+    @property
+    def first_weight(self) -> nn.Parameter:
+        return self.up
+
     @staticmethod
     def _flat(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None if bias is None else bias.flatten().to(dtype)

@@ -10,11 +10,23 @@ from torch.optim import Optimizer
 
 from spectralmoe.errors import UserError, first_line, one_of
 from spectralmoe.optim.muon import muon
+from spectralmoe.optim.orthogonal_experts import OrthogonalExperts
 from spectralmoe.optim.plain import Rates, adamw, sgd
 from spectralmoe.optim.schedules import constant, cosine, linear
-from spectralmoe.spec import find_class
+from spectralmoe.spec import check_arguments, find_class, parameters_of
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "Factory", "Schedule", "find_optimizer", "find_schedule", "make_optimizer"]
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "WRAPPERS",
+    "Factory",
+    "Schedule",
+    "arguments_of",
+    "find_optimizer",
+    "find_schedule",
+    "make_optimizer",
+    "read_optimizer",
+]
 
 Factory = Callable[[nn.Module, Rates], Optimizer]
 """(model, settings with ``lr`` and ``weight_decay``) -> one optimizer of all that is trained."""
@@ -27,6 +39,9 @@ OPTIMIZERS: dict[str, Factory] = {
     "sgd": sgd,
     "muon": muon,
 }
+WRAPPERS: dict[str, Callable[..., Any]] = {"orthogonal_experts": OrthogonalExperts}
+"""What a row of a comparison may put around the optimizer of all rows: called as (optimizer, model, **arguments)."""
+
 SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "linear": linear, "constant": constant}
 
 
@@ -63,24 +78,67 @@ def _find(kind: str, name: str, table: Mapping[str, Any], form: str) -> Any:
     return function
 
 
-def make_optimizer(name: str, model: nn.Module, settings: Rates) -> Optimizer:
-    """An optimizer of all parameters of ``model`` that are trained.
+def arguments_of(name: str) -> list[str]:
+    """What a row may say of the wrapper or optimizer called ``name``, beside its name.
+
+    >>> arguments_of("orthogonal_experts")[:2], arguments_of("muon")
+    (['phase', 'alpha'], [])
+    """
+    return list(parameters_of(_of_row(name)))[2:]
+
+
+def read_optimizer(value: Any) -> dict[str, Any]:
+    """What a row says of its optimizer, with arguments that are known: a name, or a table with ``type``.
 
     Raises:
-        UserError: as ``find_optimizer``; a user's factory fails, or gives something else.
+        UserError: neither of them; an unknown name or argument.
+
+    >>> read_optimizer("orthogonal_experts")
+    {'type': 'orthogonal_experts'}
+    """
+    spec = {"type": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
+    if not isinstance(spec.get("type"), str):
+        raise UserError(f'optimizer = {value!r} is neither a name nor a table such as {{type = "orthogonal_experts"}}')
+    function = _of_row(spec["type"])
+    check_arguments(
+        function, spec["type"], [*list(parameters_of(function))[:2], *(key for key in spec if key != "type")]
+    )
+    return spec
+
+
+def _of_row(name: str) -> Callable[..., Any]:
+    """The wrapper, or the factory in place of that of all rows."""
+    return _find("optimizer", name, {**WRAPPERS, **OPTIMIZERS}, "pkg:factory")  # type: ignore[no-any-return]
+
+
+def make_optimizer(name: str, model: nn.Module, settings: Rates, *, row: Mapping[str, Any] | None = None) -> Optimizer:
+    """An optimizer of all parameters of ``model`` that are trained.
+
+    Args:
+        row: what the row of the network says of it, as ``read_optimizer`` gives it: something of ``WRAPPERS`` goes
+            around the optimizer ``name``, a factory is called in its place, as (model, settings, **arguments).
+
+    Raises:
+        UserError: as ``find_optimizer``; a wrapper or a user's factory fails, or gives something else.
 
     >>> from types import SimpleNamespace
     >>> optimizer = make_optimizer("muon", nn.Linear(4, 2), SimpleNamespace(lr=0.1, weight_decay=0.0))
     >>> [type(part).__name__ for part in optimizer.parts]
     ['Muon', 'AdamW']
     """
-    factory = find_optimizer(name)
+    called, arguments = name, dict(row or {})
+    if row is not None:
+        called = arguments.pop("type")
     try:
-        optimizer = factory(model, settings)
+        if called in WRAPPERS:
+            optimizer = make_optimizer(name, model, settings)
+            WRAPPERS[called](optimizer, model, **arguments)
+        else:
+            optimizer = (find_optimizer(name) if row is None else _of_row(called))(model, settings, **arguments)
     except UserError:
         raise
     except Exception as error:  # a user's own code
-        raise UserError(f"optimizer {name!r} fails as {name}(model, settings): {first_line(error)}") from error
+        raise UserError(f"optimizer {called!r} fails as {called}(model, settings): {first_line(error)}") from error
     if not isinstance(optimizer, Optimizer):
-        raise UserError(f"optimizer {name!r} gives a {type(optimizer).__name__}, not a torch optimizer")
+        raise UserError(f"optimizer {called!r} gives a {type(optimizer).__name__}, not a torch optimizer")
     return optimizer

@@ -29,16 +29,17 @@ def router_of(settings: FinetuneSettings) -> Preset | None:
     """The row of the routers that are put in; None: the model's own stay.
 
     Raises:
-        UserError: an unknown router or part; a row with experts of its own, or with soft routing.
+        UserError: an unknown router or part; a row with experts or an optimizer of its own, or with soft routing.
     """
     if settings.router is None:
         return None
     preset = find_preset(laid_over(settings.router, terms=settings.terms))
-    if preset.experts is not None or preset.k == "soft":
-        asked = 'k = "soft"' if preset.experts is None else f"experts {preset.experts['type']!r}"
-        raise UserError(
-            f"router {preset.summary!r} asks for {asked}; finetune keeps the model's experts and their choice"
-        )
+    parts = {"experts": preset.experts, "optimizer": preset.optimizer}
+    asked = [f"{kind} {part['type']!r}" for kind, part in parts.items() if part is not None]
+    asked += ['k = "soft"'] if preset.k == "soft" else []
+    if asked:
+        kept = "finetune keeps the model's experts, their choice and the Trainer's optimizer"
+        raise UserError(f"router {preset.summary!r} asks for {asked[0]}; {kept}")
     return preset
 
 

@@ -92,6 +92,7 @@ def train(
     settings: Optimization,
     *,
     terms: Mapping[str, Term] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[float], None] | None = None,
     follow: Callable[[Standing], None] | None = None,
@@ -107,6 +108,7 @@ def train(
 
     Args:
         terms: penalty terms.
+        optimizer: what the row of the network says of it, see ``make_optimizer``.
         checkpoint: file to go on from and to write to, after each epoch and every few seconds.
         progress: called with the share done, 0 to 1.
         follow: called after every step and every epoch with how the run stands.
@@ -118,7 +120,7 @@ def train(
         Diverged: the loss is not finite; names the step. The last checkpoint holds finite weights.
         UserError: the checkpoint is of another run, or cannot be written.
     """
-    run = _Run(model, task, settings, dict(terms or {}), checkpoint, monitor=monitor, ranks=ranks)
+    run = _Run(model, task, settings, dict(terms or {}), checkpoint, optimizer=optimizer, monitor=monitor, ranks=ranks)
 
     def tell() -> None:
         standing = run.standing()
@@ -151,6 +153,7 @@ class _Run:
         terms: dict[str, Term],
         checkpoint: Path | None,
         *,
+        optimizer: Mapping[str, Any] | None,
         monitor: Monitor | None,
         ranks: Ranks,
     ) -> None:
@@ -158,7 +161,7 @@ class _Run:
         self.ranks, self.routed, self.monitor = ranks, holds_moe(model), monitor
         self.device = next(model.parameters()).device
         self.scaler = loss_scaler(settings.precision, self.device)
-        self.optimizer = make_optimizer(settings.optimizer, model, settings)
+        self.optimizer = make_optimizer(settings.optimizer, model, settings, row=optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = find_schedule(settings.schedule)
         self.batches = math.ceil(task.size / settings.batch_size)

@@ -20,6 +20,7 @@ ROUTER_NAMES = (
     "ermoe",
     "ermoe-context",
     "l2r",
+    "omoe",
     "dense",
 )
 OWN_EXPERTS = ("ermoe", "ermoe-context")

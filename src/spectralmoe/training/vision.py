@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ __all__ = [
     "load_weights",
     "make_spec",
     "router_terms",
+    "row_optimizer",
 ]
 
 
@@ -90,6 +92,11 @@ def make_spec(wanted: MoEParts) -> BranchSpec:
 def router_terms(row: Row) -> Mapping[str, Term]:
     """The penalty terms that belong to a row, or to none."""
     return {} if row == "none" else find_preset(row).terms
+
+
+def row_optimizer(row: Row) -> Mapping[str, Any] | None:
+    """What a row, or none, says of its optimizer."""
+    return None if row == "none" else find_preset(row).optimizer
 
 
 def load_weights(network: VisionMoE, path: Path) -> None:

@@ -27,9 +27,12 @@ __all__ = ["run_cell"]
 def run_cell(cell: Cell, tuned: Tuned, setup: Setup, progress: Callable[[float], None]) -> dict[str, Any]:
     """Train, measure and adapt one network; its model goes to ``models/CELL``, its row comes back as JSON values."""
     task, folder = setup.task, setup.out / "models" / cell.name
-    network, run, terms = setup.recipe(cell, tuned)
+    network, run, terms, optimizer = setup.recipe(cell, tuned)
     folder.mkdir(parents=True, exist_ok=True)
-    history = train(network, task, run.optimization, terms=terms, checkpoint=folder / CHECKPOINT, progress=progress)
+    place = folder / CHECKPOINT
+    history = train(
+        network, task, run.optimization, terms=terms, optimizer=optimizer, checkpoint=place, progress=progress
+    )
     counted = Counted(network)
     scores = task.score(counted, "test")
     save(network, folder, meta=task.meta(run, scores, counted.loads))

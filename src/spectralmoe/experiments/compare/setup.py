@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ class Recipe(NamedTuple):
     network: nn.Module
     run: TrainSettings
     terms: Mapping[str, Term]
+    optimizer: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,5 +47,5 @@ class Setup:
     def recipe(self, cell: Cell, tuned: Tuned) -> Recipe:
         """What ``cell`` is trained with under the tuned factors; sets the seed of torch."""
         run = self.settings.run_of(cell, tuned.lr)
-        terms = find_preset(cell.router).strengthened(tuned.strength).terms
-        return Recipe(self.task.build(run).to(self.device), run, terms)
+        preset = find_preset(cell.router).strengthened(tuned.strength)
+        return Recipe(self.task.build(run).to(self.device), run, preset.terms, preset.optimizer)

@@ -84,6 +84,7 @@ class Recipe(NamedTuple):
 
     spec: BranchSpec | None
     terms: Mapping[str, Term]
+    optimizer: Mapping[str, Any] | None = None
     own: bool = False
 
 
@@ -116,7 +117,8 @@ def recipe(row: str, settings: FewShotSettings) -> Recipe:
         blocks=settings.blocks,
         start="model",  # in every row
     )
-    return Recipe(spec, find_preset(row).terms)
+    preset = find_preset(row)
+    return Recipe(spec, preset.terms, preset.optimizer)
 
 
 class FewShotTask(NamedTuple):
@@ -179,12 +181,21 @@ def _check(settings: FewShotSettings, task: FewShotTask) -> None:
 def _run_cell(
     cell: Cell, settings: FewShotSettings, task: FewShotTask, progress: Callable[[float], None]
 ) -> dict[str, Any]:
-    data, (spec, terms, own) = task.data, recipe(cell.row, settings)
+    data, (spec, terms, optimizer, own) = task.data, recipe(cell.row, settings)
     train = draw_shots(data.train, cell.shots, data.num_classes, cell.seed)
     budget = settings.optimization.model_copy(update={"seed": cell.seed})
     started = time.monotonic()
     accuracy = few_shot(
-        task.model, spec, train, data.test, data.num_classes, settings=budget, terms=terms, own=own, progress=progress
+        task.model,
+        spec,
+        train,
+        data.test,
+        data.num_classes,
+        settings=budget,
+        terms=terms,
+        optimizer=optimizer,
+        own=own,
+        progress=progress,
     )
     return {"accuracy": accuracy, "seconds": round(time.monotonic() - started, 2)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -52,6 +53,7 @@ def few_shot_network(
     *,
     settings: Optimization = FEW_SHOT,
     terms: Mapping[str, Term] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
     own: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> VisionMoE:
@@ -61,6 +63,7 @@ def few_shot_network(
 
     Args:
         terms: penalty terms.
+        optimizer: what the row says of it, see ``make_optimizer``.
         own: train the MoE parts that ``model`` has; otherwise they are frozen like the rest.
 
     Raises:
@@ -75,7 +78,7 @@ def few_shot_network(
     network.freeze([path for path in network.parts() if own or path not in parts])
     empty = Split(train.images[:0], train.labels[:0])
     data = ImageData("shots", train, empty, empty, tuple(map(str, range(num_classes))))
-    run_training(network, ImageTask(data), settings, terms=terms, progress=progress)
+    run_training(network, ImageTask(data), settings, terms=terms, optimizer=optimizer, progress=progress)
     return network
 
 
@@ -88,6 +91,7 @@ def few_shot(
     *,
     settings: Optimization = FEW_SHOT,
     terms: Mapping[str, Term] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
     own: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> float:
@@ -96,6 +100,6 @@ def few_shot(
     With ``spec=None`` it is a linear probe: the head alone is trained.
     """
     network = few_shot_network(
-        model, spec, train, num_classes, settings=settings, terms=terms, own=own, progress=progress
+        model, spec, train, num_classes, settings=settings, terms=terms, optimizer=optimizer, own=own, progress=progress
     )
     return evaluate(network, test.images, test.labels).accuracy

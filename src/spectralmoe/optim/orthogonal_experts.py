@@ -1,0 +1,260 @@
+"""OMoE: every expert steps orthogonally to the inputs that the others learned from.
+
+Liu et al., "Diversifying the Mixture-of-Experts Representation for Language Models with Orthogonal Optimizer", arXiv
+2310.09762 (another OMoE, arXiv 2501.10062, makes the outputs of LoRA experts orthogonal). Authors' code: not found.
+Differs: projectors come in closed form, from means of x x' over tokens, micro-batches and ranks, in place of their
+recursion over tokens; x is centred, since the direction that all tokens share takes up most of a projector; the norm of
+a step is kept, so that a gain is not that of a smaller step. The paper's phases, alpha and choice of matrices are not
+known here: the defaults are ours.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spectralmoe.errors import UserError, one_of
+from spectralmoe.layers import moe_layers
+from spectralmoe.movement import parallel_of, refuse_join
+from spectralmoe.optim.projectors import add_inputs, others, projected, projectors
+from spectralmoe.recording import Recordable
+from spectralmoe.tape import Tape
+
+__all__ = ["OrthogonalExperts"]
+
+STATE = "orthogonal_experts"
+"""Where an optimizer keeps it: ``optimizer.state[STATE]``."""
+
+_START = {"steps": 0, "gathers": True}
+_SUMS = ("outer", "sum", "count")
+
+
+class OrthogonalExperts:
+    r"""Projects the steps of the experts of ``model``, by hooks on ``optimizer``; ``remove()`` takes them off.
+
+    For ``phase`` steps the optimizer works as it is, and the inputs x of each expert are added up; for as many steps
+    after them the first matrix (H, D) of each expert e moves along
+
+    .. math::
+        \Delta W_e \leftarrow \Delta W_e \,\frac{1}{E - 1} \sum_{j \ne e} P_j, \qquad
+        P_j = \Big(I + \frac{C_j}{\alpha \,\mathrm{tr}(C_j) / D}\Big)^{-1}, \qquad
+        C_j = \mathrm{mean}_{x \to j}\,(x - m)(x - m)^\top;
+
+    then the sums start anew. An expert without inputs protects nothing. The mean of projectors is no projector: with
+    many experts all directions that matter shrink alike, which is why the norm is kept.
+
+    **Behind AdamW**, a projected gradient is not yet a projected step: its momentum holds gradients from before the
+    phase, and the division by root mean squares turns the step back in part. ``on="update"`` projects what the weights
+    moved by, exactly, with the weight decay in it.
+
+    Works with accumulation, gradient scalers, closures (``on="update"``), checkpoints, DDP and FSDP2: the state is
+    plain entries of ``optimizer.state``, the sums are added up over ranks at the end of a phase. A checkpoint from
+    within a gathering phase holds those of the rank that wrote it, which then stand for all. A layer costs E matrices
+    (D, D) on every rank, their eigenvectors once in two phases, and until the next step the tokens of its forwards.
+
+    Args:
+        optimizer: trains the experts of ``model``; of several, the one that does, or ``Together``.
+        phase: steps of each of the two phases.
+        alpha: in units of the mean eigenvalue of C_j; small: only unseen directions are left.
+        center: m is the mean of all inputs of the layer's experts; False: 0.
+        rank: P_j = I - V V' with the ``rank`` leading eigenvectors of C_j, in place of the inverse; None: the inverse.
+        on: project the gradient before the step, or the update after it.
+        match_norm: scale each expert's projected step to the norm it had.
+        group: process group of the sums, as for ``attach``.
+
+    Attributes:
+        layers: the MoE layers whose experts are trained, by name.
+
+    Raises:
+        UserError: a value out of range; no trained experts, a layer with one expert alone, with a placement, or with a
+            bank without ``Experts.first_weight``; experts that this optimizer does not train; one that has projectors
+            already. At a step: a closure that computes the gradient with ``on="gradient"``; torch's ``Join``.
+
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
+    >>> layer = MoE(Router(LinearScorer(8, 2), TopK(1)), FeedForward(2, 8, 4))
+    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> projected = OrthogonalExperts(optimizer, layer, phase=1, alpha=1e-6, center=False, match_norm=False)
+    >>> x = torch.randn(5, 8)  # 5 tokens leave 3 directions of 8 free
+    >>> for _ in range(2):  # one step of each phase
+    ...     start = layer.experts.up.detach().clone()
+    ...     layer(x).sum().backward()
+    ...     optimizer.step()
+    >>> expert = layer.router(x).indices[0, 0]  # the token lies in what this expert has seen
+    >>> moved = (layer.experts.up.detach() - start)[1 - expert]
+    >>> bool((moved @ x[0]).abs().max() < 1e-4)
+    True
+    >>> projected.remove()
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        phase: int = 100,
+        alpha: float = 0.1,
+        center: bool = True,
+        rank: int | None = None,
+        on: Literal["gradient", "update"] = "gradient",
+        match_norm: bool = True,
+        group: Any = None,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise UserError(
+                f"OrthogonalExperts: takes a torch optimizer, then the model; got a {type(optimizer).__name__}"
+            )
+        if phase < 1 or alpha <= 0 or (rank is not None and rank < 1):
+            wrong = f"phase={phase}, alpha={alpha}, rank={rank}"
+            raise UserError(f"OrthogonalExperts: phase and rank must be at least 1, alpha positive; got {wrong}")
+        if on not in ("gradient", "update"):
+            raise one_of("on", on, ["gradient", "update"])
+        if STATE in _states(optimizer):
+            raise UserError(
+                f"OrthogonalExperts: this {type(optimizer).__name__} has projectors already; remove() the first, and "
+                "load a state after this is made"
+            )
+        self.phase, self.alpha, self.center, self.rank = phase, alpha, center, rank
+        self.on, self.match_norm, self.group = on, match_norm, group
+        self.layers = _trained_layers(optimizer, model, rank)
+        self._parallel = parallel_of(model)
+        self._before: dict[str, Tensor] = {}
+        self._tape = Tape(self.layers, keep=("tokens",), training_only=True)
+        self._tape.open()
+        self._optimizer = weakref.ref(optimizer)
+        self._gone = weakref.finalize(optimizer, self._tape.seal)
+        self._gone.atexit = False
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(self._loaded),
+        )
+        _states(optimizer)[STATE] = dict(_START)
+
+    def remove(self) -> None:
+        """Take the hooks and the state off the optimizer, and stop recording."""
+        self._tape.seal()
+        self._gone.detach()
+        for handle in self._handles:
+            handle.remove()
+        if (optimizer := self._optimizer()) is not None:
+            _states(optimizer).pop(STATE, None)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        refuse_join(self._parallel, "without Join, with as many batches on every rank")
+        own = _states(optimizer)[STATE]
+        if own["gathers"]:
+            self._gather(own)
+        elif self.on == "update":
+            self._before = {name: weight.detach().clone() for name, weight in self._weights().items()}
+        elif kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            raise UserError('OrthogonalExperts: this closure computes the gradient within the step; use on="update"')
+        else:
+            for name, weight in self._weights().items():
+                if weight.grad is not None:
+                    weight.grad.copy_(projected(weight.grad, own[f"{name}.others"], match_norm=self.match_norm))
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        own = _states(optimizer)[STATE]
+        if own["gathers"]:
+            self._gather(own)  # forwards of a closure
+        for name, before in self._before.items():
+            weight = self._weights()[name]
+            weight.copy_(before + projected(weight - before, own[f"{name}.others"], match_norm=self.match_norm))
+        self._before = {}
+        own["steps"] += 1
+        if own["steps"] >= self.phase:
+            self._turn(own)
+
+    def _loaded(self, optimizer: Optimizer) -> None:
+        """The state is the loaded one, in memory of its own; recording follows its phase."""
+        devices = {name: weight.device for name, weight in self._weights().items()}
+        own = _states(optimizer)[STATE] = {
+            key: value.to(devices[key.rpartition(".")[0]], copy=True) if isinstance(value, Tensor) else value
+            for key, value in (_states(optimizer).get(STATE) or _START).items()
+        }
+        self._record(own["gathers"])
+
+    def _record(self, gathers: bool) -> None:
+        """Record from here on, or no more."""
+        self._tape.seal()
+        self._tape.drain()
+        if gathers:
+            self._tape.open()
+
+    def _weights(self) -> dict[str, nn.Parameter]:
+        return {name: _bank(layer).first_weight for name, layer in self.layers.items()}
+
+    def _gather(self, own: dict[str, Any]) -> None:
+        """Add the inputs of the forwards since the last step to the sums."""
+        for record in self._tape.drain():
+            add_inputs(self._sums(own, record.name), record)
+
+    def _sums(self, own: dict[str, Any], name: str) -> list[Tensor]:
+        """The sums of x x' (E, D, D) and of x (E, D), and the counts (E,), of a layer; zeros before its first token."""
+        if f"{name}.outer" not in own:
+            weight = self._weights()[name]
+            experts, _, dim = weight.shape
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            own[f"{name}.outer"] = torch.zeros(experts, dim, dim, dtype=dtype, device=weight.device)
+            own[f"{name}.sum"] = torch.zeros(experts, dim, dtype=dtype, device=weight.device)
+            own[f"{name}.count"] = torch.zeros(experts, dtype=torch.int64, device=weight.device)
+        return [own[f"{name}.{key}"] for key in _SUMS]
+
+    def _turn(self, own: dict[str, Any]) -> None:
+        """Go over to the other phase: make projectors of the sums, or begin to gather."""
+        for name in self.layers:
+            if own["gathers"]:
+                outer, total, count = self._summed(self._sums(own, name))
+                made = projectors(outer, total, count, alpha=self.alpha, center=self.center, rank=self.rank)
+                own[f"{name}.others"] = others(made)
+            for key in _SUMS if own["gathers"] else ("others",):
+                del own[f"{name}.{key}"]
+        own["steps"], own["gathers"] = 0, not own["gathers"]
+        self._record(own["gathers"])
+
+    def _summed(self, sums: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The sums over all ranks."""
+        if dist.is_available() and dist.is_initialized():
+            for total in sums:
+                dist.all_reduce(total, group=self.group)
+        return sums
+
+
+def _states(optimizer: Optimizer) -> dict[Any, Any]:
+    return optimizer.state
+
+
+def _bank(layer: Recordable) -> Any:
+    return getattr(layer, "experts", None)
+
+
+def _trained_layers(optimizer: Optimizer, model: nn.Module, rank: int | None) -> dict[str, Recordable]:
+    """The layers whose experts are trained, if they are such that their steps can be projected."""
+    here = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    found = {}
+    for name, layer in moe_layers(model).items():
+        bank = _bank(layer)
+        if bank is None or not any(parameter.requires_grad for parameter in bank.parameters()):
+            continue
+        who, weight = f"OrthogonalExperts: layer {name!r}", getattr(bank, "first_weight", None)
+        if bank.num_experts == 1:
+            raise UserError(f"{who} has one expert, and so no others to be orthogonal to; give it more, or freeze it")
+        if weight is None or getattr(layer, "placement", None) is not None:
+            what = f"has {type(bank).__name__} without a stack (E, H, D)" if weight is None else "has a placement"
+            raise UserError(f"{who} {what}; take experts such as FeedForward, one place each, or freeze it")
+        if id(weight) not in here:
+            raise UserError(f"{who} is not trained by this {type(optimizer).__name__}; name the optimizer that does")
+        if rank is not None and rank >= weight.shape[-1]:
+            raise UserError(f"{who} has D={weight.shape[-1]}, and rank={rank} leaves no direction; make it smaller")
+        found[name] = layer
+    if not found:
+        raise UserError("OrthogonalExperts: no experts of this model are trained; unfreeze them first")
+    return found
