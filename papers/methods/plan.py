@@ -34,6 +34,13 @@ ROWS = (
     "sr-moe",
     "eigenbasis",
     "emoe",
+    "l2r",
+    "ermoe",
+    "ermoe-context",
+    "moec",
+    "synergy",
+    "specialization",
+    "omoe",
 )
 """Presets by name; a later method joins by its name."""
 
