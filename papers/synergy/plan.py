@@ -130,5 +130,5 @@ def text(windows: int, epochs: int) -> TrainSettings:
     return run.model_copy(update={"optimization": run.optimization.model_copy(update={"epochs": epochs})})
 
 
-FULL = card(Contest(text(4_000, 2), ROWS, tries=3, tune_size=1_600, more=look), seeds=5, weights=(0.003, 0.01, 0.03))
+FULL = card(Contest(text(3_000, 2), ROWS, tries=3, tune_size=1_200, more=look), seeds=5, weights=(0.003, 0.01, 0.03))
 QUICK = card(Contest(text(64, 1), ROWS, tries=1, more=look), seeds=1, weights=(0.01,))

@@ -1,6 +1,8 @@
 """Overlap of what a token's experts make of it: a term that drives them apart.
 
-Guo et al., "Advancing Expert Specialization for Better MoE", arXiv 2505.22323, the orthogonality loss L_o.
+Guo et al., "Advancing Expert Specialization for Better MoE", arXiv 2505.22323, the orthogonality loss L_o. Authors'
+code: https://github.com/HongcanGuo/Auxloss-For-Advancing-Expert-Specialization (MIT); it projects on the span of the
+other outputs, the paper and this file on each of them.
 Differs: the mean over tokens instead of the sum; ``form="cosine"`` is ours, for outputs that could escape by shrinking.
 """
 

@@ -112,7 +112,7 @@ def _refuse_other_tokens(one: Record, two: Record) -> None:
         differ = f"N={len(a.logits)} and N={len(b.logits)}"
     elif a.shape is not None and b.shape is not None and a.shape != b.shape:
         differ = f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
-    elif (a.mask is None) != (b.mask is None) or not _equal(a.mask, b.mask):
+    elif not _equal(a.mask, b.mask):
         differ = "other tokens masked"
     if differ:
         raise UserError(
