@@ -125,5 +125,5 @@ def figures(stored: Mapping[str, Any]) -> dict[str, list[Panel]]:
     return {"gates": difference_panels(stored["results"], [BY_KEY[key] for key in DRAWN], "linear")}
 
 
-FULL = card(Contest(small_images(3_000, experts=16, k=1), ROWS, tries=3, tune_epochs=2, more=look), seeds=5)
+FULL = card(Contest(small_images(3_000, 6, experts=16, k=1), ROWS, tries=3, tune_epochs=3, more=look), seeds=5)
 QUICK = card(Contest(small_images(128, 1, experts=16, k=1), ROWS, tries=1, more=look), seeds=1)

@@ -41,8 +41,8 @@ def routing_radius(router: Router, x: Tensor, *, processor: nn.Sequential | None
         d_{ij} = \frac{s_i(x) - s_j(x)}{\|a_i - a_j\|}
 
     for logits affine in x with rows a (linear, prototype), where it is exact. Other scorers give d_ij by
-    ``flip_distance``: exact for cosine and eigenbasis, else :math:`(s_i - s_j)/(\sqrt2 L)` with L from
-    ``lipschitz()``. ``Balanced`` compares :math:`p_i + b_i`, p the softmax of the logits: with the gap
+    ``flip_distance``: exact for cosine, eigenbasis and saturated with one anchor, else :math:`(s_i - s_j)/(\sqrt2 L)`
+    with L from ``lipschitz()``. ``Balanced`` compares :math:`p_i + b_i`, p the softmax of the logits: with the gap
     :math:`g = p_i + b_i - p_j - b_j` there
     :math:`d_{ij} = \max\big(\sqrt2\,g,\ \log(1 + g/\max(p_i, p_j))/\sqrt2\big)/L`. A tie has radius 0; soft routing
     never changes: infinite. Other radii end where tokens come near to an overflow, at norm 4e9 in fp32.
