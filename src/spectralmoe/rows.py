@@ -110,7 +110,7 @@ class Preset:
                         gives = ", ".join(given) or "none"
                         who = f"{type(part).__name__} reads {name!r} from the context"
                         raise UserError(f"{who}, and this network gives {gives}")
-            context = Context(tokens={name: torch.zeros(2, dim) for name in given})
+            context = Context(tokens={name: torch.zeros(2, dim) for name in given}) if given else None
             with torch.no_grad():
                 layer.eval()(torch.zeros(2, dim), context=context)
         except UserError as error:
