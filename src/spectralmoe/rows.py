@@ -112,7 +112,7 @@ class Preset:
             _check_reads(layer, given)
             if self.optimizer is not None and self.optimizer["type"] in WRAPPERS:
                 make_optimizer("sgd", layer, SimpleNamespace(lr=1.0, weight_decay=0.0), row=self.optimizer)
-            context = Context(tokens={name: torch.zeros(2, dim) for name in given})
+            context = Context(tokens={name: torch.zeros(2, dim) for name in given}) if given else None
             terms = [term for term in self.terms.values() if term.scope == "layer"]
             with torch.no_grad(), Tape({"": layer.eval()}, [name for term in terms for name in term.keeps]) as tape:
                 layer(torch.zeros(2, dim), context=context)

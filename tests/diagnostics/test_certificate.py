@@ -12,9 +12,11 @@ from torch import nn
 
 from spectralmoe import (
     Balanced,
+    BasisScorer,
     Capacity,
     CosineScorer,
     EigenbasisScorer,
+    EigenExperts,
     ExpertChoice,
     LinearScorer,
     NoisyTopK,
@@ -168,6 +170,13 @@ def skewed():
     return scorer
 
 
+def basis(rank, skew=0.0, dim=D):
+    """Energies in the bases of a bank, which may be off their manifold."""
+    bank = EigenExperts(E, dim, rank)
+    bank.right.data += skew * torch.randn(E, dim, rank)
+    return BasisScorer(dim, E, bank=bank, score="energy")
+
+
 OTHERS = {  # name: (scorer, least median of radius / attack distance)
     "cosine": (lambda: CosineScorer(D, E), 0.99),
     "cosine, projected": (lambda: CosineScorer(D, E, proj_dim=4), 0.99),
@@ -177,6 +186,9 @@ OTHERS = {  # name: (scorer, least median of radius / attack distance)
     "eigenbasis": (eigenbasis, 0.99),
     "eigenbasis, large eps": (lambda: eigenbasis(eps=3.0), 0.99),
     "eigenbasis, skewed": (skewed, 0.5),
+    "basis, orthogonal": (lambda: basis(1), 0.99),
+    "basis": (lambda: basis(3), 0.5),
+    "basis, skewed": (lambda: basis(1, skew=0.3), 0.5),
     "sine": (lambda: Sine(D, E), 0.1),
 }
 
@@ -453,6 +465,7 @@ GATES = {
     "saturated, anchors": lambda d: Router(SaturatedScorer(d, E, anchors=3), TopK(2)),
     "eigenbasis": lambda d: Router(sharp_eigenbasis(d), TopK(2)),
     "principal": lambda d: Router(trained_principal(d), TopK(2)),
+    "basis": lambda d: Router(basis(min(d // 2, 5), dim=d), TopK(2)),
     "linear, balanced": lambda d: balanced(biased_linear(d)),
     "saturated, balanced": lambda d: balanced(SaturatedScorer(d, E, rank=3, anchors=2)),
     "prototype, balanced": lambda d: balanced(PrototypeScorer(d, E, scale=d**-0.5)),

@@ -16,7 +16,7 @@ from spectralmoe.parts import Part
 from spectralmoe.sharding import full
 from spectralmoe.stacks import chosen_experts, copy_with
 
-__all__ = ["Scorer", "gamma", "half_space_distance"]
+__all__ = ["Scorer", "gamma", "half_space_distance", "margin_over_slope"]
 
 _REFRESH_STEPS = 2
 
@@ -132,7 +132,7 @@ class Scorer(Part):
             return None
         logits = self(x)
         gap = logits.gather(1, over) - logits.gather(1, under)
-        return _distance(gap, torch.full_like(gap, 2**0.5 * bound), x, error[:, over] + error[:, under])
+        return margin_over_slope(gap, torch.full_like(gap, 2**0.5 * bound), x, error[:, over] + error[:, under])
 
     def after_step(self) -> None:
         super().after_step()
@@ -184,10 +184,10 @@ def half_space_distance(
     values, offsets = x @ weight.T + offset, offset.expand(x.shape[0], -1)
     slope = (weight[:, None] - weight).norm(dim=-1)[over, under]
     source = [torch.where(slope > 0, values.gather(1, e), offsets.gather(1, e)) for e in (over, under)]
-    return _distance(source[0] - source[1], slope, x, error[:, over] + error[:, under])
+    return margin_over_slope(source[0] - source[1], slope, x, error[:, over] + error[:, under])
 
 
-def _distance(gap: Tensor, slope: Tensor, x: Tensor, error: Tensor) -> Tensor:
+def margin_over_slope(gap: Tensor, slope: Tensor, x: Tensor, error: Tensor) -> Tensor:
     r"""The largest r (N, P) with :math:`gap - slope\,r \ge c_0 + c_1 R + c_2 R^2`, R = |x| + r, c of ``error``."""
     size = x.norm(dim=-1, keepdim=True)
     left = gap - error[0] - error[1] * size - error[2] * size.square()

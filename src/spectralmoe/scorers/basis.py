@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from spectralmoe.context import Rows
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import EigenExperts, Experts
-from spectralmoe.scorers.base import Scorer
+from spectralmoe.scorers.base import Scorer, gamma, margin_over_slope
 from spectralmoe.sharding import full, is_sharded
 from spectralmoe.stacks import chosen_experts
 
@@ -29,7 +29,7 @@ class BasisScorer(Scorer):
 
     With ``score="energy"``, :math:`s_e = \|V_e^\top x\|^2 / \|x\|^2`, which needs no context. The scorer has no
     parameters: it reads those of the bank, where they are saved, copied and sharded once. With R = D all experts score
-    alike.
+    alike. The blocks of this library's networks give what their attention gave as ``attended``.
 
     Args:
         bank: the bank of the layer; None: the one that the layer gets, which is the same.
@@ -104,6 +104,29 @@ class BasisScorer(Scorer):
         bases = full(right).to(x.dtype).transpose(0, 1).flatten(1)
         coordinates: Tensor = (x @ bases).unflatten(-1, (self.num_experts, -1))
         return coordinates
+
+    def flip_distance(
+        self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
+    ) -> Tensor | None:
+        r"""Of energies, :math:`(\|V_i^\top x\| - \|V_j^\top x\|) / \sqrt{2(1 + \|V_i^\top V_j\|)}`; else unknown.
+
+        Two energies tie where these norms do, and the gradient of their difference is :math:`V_i u - V_j w` with unit
+        vectors u and w. Exact for bases orthogonal to each other; of others, and of bases that are not orthonormal, a
+        lower bound. Rounding in ``precision`` moves a norm by at most a share of :math:`\|x\|`.
+        """
+        if self.score != "energy":
+            return None
+        bases = full(self.bank.right).detach().to(x.dtype)
+        sizes = self.coordinates(x).norm(dim=-1)
+        products = torch.linalg.matrix_norm(bases.mT[:, None] @ bases, 2)
+        squares = products.diagonal()
+        slope = (2 * (torch.maximum(squares[:, None], squares) + products)).sqrt()[over, under]
+        tiny, rank = torch.finfo(precision).tiny, bases.shape[-1]
+        share = gamma(self.dim, precision) * bases.flatten(1).norm(dim=1)
+        share = share + 2 * gamma(rank + 4, precision) * (squares.sqrt() + share) + tiny**0.5
+        error = torch.stack([torch.full_like(share, (2 * rank * tiny) ** 0.5), share, torch.zeros_like(share)])
+        gap = sizes.gather(1, over) - sizes.gather(1, under)
+        return margin_over_slope(gap, slope, x, error[:, over] + error[:, under])
 
     def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         if self.score == "context":
