@@ -30,7 +30,8 @@ class ClusterDropout(Around):
     that ``selector`` gives to one of them all the same is emptied. Evaluation is that without dropout. Every
     ``interval`` optimizer steps (``after_step`` or ``attach``) the experts are drawn anew, from a seed that torch's
     random generator gives when the router is made. ``DistributedDataParallel`` makes the seed of all ranks one; under
-    FSDP2 seed them alike.
+    FSDP2 seed them alike. A frozen router keeps the experts that it has. ``groups=1`` is dropout of experts whatever
+    their group; ``cluster_variance`` is the other half of the method.
 
     Args:
         selector: the selector that chooses among the others.
