@@ -43,6 +43,7 @@ from spectralmoe import (
 )
 from spectralmoe.optim import OrthogonalExperts, make_optimizer
 from spectralmoe.regularizers import load_balance, orthonormality, router_z, spectral_norm, stable_rank
+from spectralmoe.scorers import StatisticsMemory
 from spectralmoe.selectors import ClusterDropout
 
 N, D, E, ROUNDS = 20, 8, 5, 3
@@ -270,6 +271,17 @@ def expert_draws(rank, folder):
     return drawn
 
 
+def memory_statistics(rank, folder):
+    """What a memory of a sharded layer learned from different data on each rank."""
+    layer = MoE(Router(LinearScorer(D, E), TopK(1)), FeedForward(E, D, 4), memory=StatisticsMemory(D))
+    fully_shard(layer)
+    for data in batches():
+        with record(layer) as tape:
+            layer(data[rank])
+        after_step(layer, tape)
+    return [layer.memory.mean, layer.memory.variance, layer.eval()(batches()[0, 0] + 3)]
+
+
 def sharded_muon(rank, folder):
     """Three steps on joined data with sharded matrices and experts; the whole parameters."""
     net = shard(make_net())
@@ -309,6 +321,7 @@ CHECKS = (
     uneven,
     shared_bases,
     expert_draws,
+    memory_statistics,
     sharded_muon,
     orthogonal_experts,
 )
@@ -418,6 +431,17 @@ def test_all_ranks_leave_the_same_experts_out(ranks):
     one, two = ranks(expert_draws)
     assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
     assert len({tuple(each.tolist()) for each in one}) > 1
+
+
+def test_a_memory_follows_the_tokens_of_all_ranks(ranks, close):
+    one, two = ranks(memory_statistics)
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+    joined = batches().flatten(1, 2)
+    mean = joined.mean((0, 1))  # the first steps count alike
+    close(one[0][0], mean)
+    close(one[1][0], joined.square().mean((0, 1)) - mean.square())
+    assert all(result[2].isfinite().all() for result in (one, two))
 
 
 def test_muon_moves_sharded_matrices_as_whole_ones(ranks, close):

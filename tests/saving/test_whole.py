@@ -912,12 +912,12 @@ def test_files_are_readable_as_the_umask_says(saved):
 
 @pytest.mark.parametrize("into", [False, True])
 def test_the_words_of_earlier_folders(into, tmp_path):
-    """Soft routing was top-k with k null once, and a layer had no placement."""
+    """Soft routing was top-k with k null once, and a layer had no placement and no memory."""
 
     def earlier(spec):
         if not isinstance(spec, dict):
             return spec
-        spec = {name: earlier(value) for name, value in spec.items() if name != "placement"}
+        spec = {name: earlier(value) for name, value in spec.items() if name not in ("placement", "memory")}
         return {**spec, "type": "topk", "k": None} if spec.get("type") == "soft" else spec
 
     layer, x = MoE(Router(LinearScorer(D, E), Soft()), FeedForward(E, D, 8)).eval(), torch.randn(5, D)

@@ -238,15 +238,18 @@ def test_saved_copied_and_in_low_precision(tmp_path):
         assert (twin.memory.where, twin.memory.least, twin.memory.momentum) == ("layer", 4, 0.9)
 
 
-def test_compiled_and_under_autocast(close):
-    layer, x = moe(where="layer"), correlated(4, 20).float()
+@pytest.mark.parametrize("slots", [1, 2])
+def test_compiled_and_under_autocast(slots, close):
+    layer, x = moe(where="layer", slots=slots), correlated(4, 20).float()
     follow(layer, x)
-    layer.eval()
-    compiled = torch.compile(layer.memory, backend="aot_eager", fullgraph=True)
-    close(compiled(x + 2), layer.memory(x + 2))
+    for training in (True, False):
+        layer.train(training)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        close(compiled(x + 2), layer(x + 2))
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer.memory(x + 2).dtype == torch.float32
-        close(compiled(x + 2), layer.memory(x + 2))
+        aligned = layer.memory(x + 2)
+    assert aligned.dtype == torch.float32
+    close(aligned, layer.memory(x + 2))
 
 
 @pytest.mark.parametrize(("where", "seen"), [("router", 0), ("layer", 20)])

@@ -13,6 +13,7 @@ import torch
 from spectralmoe import Balanced, LinearScorer, ModuleExperts, Router, Soft, TopK, after_step, load, record, save
 from spectralmoe.compression import merge, prune, replicate
 from spectralmoe.layers import moe_layers
+from spectralmoe.scorers import StatisticsMemory
 from spectralmoe.vision import BranchSpec, add_branches, replace_mlp
 from spectralmoe.vision.model import VisionMoE, check_images, vision_moe
 
@@ -235,6 +236,24 @@ def test_the_default_emoe_round_trip(tmp_path):
     add_branches(model.backbone, BranchSpec.of("emoe", experts=4, bottleneck=4, blocks="all", start="authors"))
     save(model, tmp_path)
     same_bits(model, load(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["vit", "eva", "convnext"])
+def test_memories_round_trip(family, tmp_path):
+    name, arguments, channels = SMALL[family]
+    model = VisionMoE(name, 5, channels=channels, arguments=arguments)
+    replace_mlp(model.backbone, branches(router=linear(Soft()), blocks="last1"))
+    side = 32 if family == "convnext" else 28
+    images = torch.rand(2, channels, side, side)
+    for layer in moe_layers(model).values():
+        layer.memory = StatisticsMemory(layer.router.scorer.dim, where="layer")
+    with record(model) as tape:
+        model(images)
+    after_step(model, tape)
+    save(model, tmp_path)
+    twin = load(tmp_path)
+    same_bits(model, twin)
+    assert torch.equal(model.eval()(images / 2), twin(images / 2))
 
 
 @pytest.mark.parametrize("family", ["vit", "eva"])
