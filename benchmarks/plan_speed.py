@@ -10,14 +10,21 @@ from __future__ import annotations
 
 import argparse
 import timeit
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from spectralmoe.files import write_json
 from spectralmoe.machine import describe_machine
-from spectralmoe.parallel import plan_least_loaded, plan_native, plan_replicas
+from spectralmoe.parallel import Plan, plan_least_loaded, plan_native, plan_replicas
 
 SIZES = ((32, 8), (128, 8), (256, 64))
 TOKENS = 32_768  # on each device
+PLANNERS: dict[str, Callable[[list[int], int], Plan]] = {
+    "native": plan_native,
+    "replicas": plan_replicas,
+    "least_loaded": plan_least_loaded,
+}
 ROUNDS, CALLS, LIMIT = 20, 20, 1.0
 
 
@@ -39,8 +46,8 @@ def timed(experts: int, devices: int, share: float) -> dict[str, float]:
     even = round(TOKENS * devices * (1 - share)) // experts
     load = [TOKENS * devices - even * (experts - 1), *[even] * (experts - 1)]
     row: dict[str, float] = {"experts": experts, "devices": devices, "share": share}
-    for name, planner in (("native", plan_native), ("replicas", plan_replicas), ("least_loaded", plan_least_loaded)):
-        rounds = timeit.repeat(lambda planner=planner: planner(load, devices), number=CALLS, repeat=ROUNDS)
+    for name, planner in PLANNERS.items():
+        rounds = timeit.repeat(partial(planner, load, devices), number=CALLS, repeat=ROUNDS)
         row[name] = round(1e3 * min(rounds) / CALLS, 3)
     return row
 

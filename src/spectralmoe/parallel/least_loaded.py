@@ -109,7 +109,8 @@ def spilled(
     for e in sorted(range(len(counts)), key=counts.__getitem__, reverse=True):
         home, number = homes[e], counts[e]
         held[home] -= number
-        start = max(0, min(number, limit - held[home]))
+        free = limit - held[home]
+        start = number if number <= free else max(0, free)
         held[home] += start
         parts = [Interval(home, 0, start)] if start else []
         while start < number:

@@ -145,7 +145,7 @@ def checked_load(load: Iterable[int]) -> list[int]:
     counts: Sequence[int] = load.tolist() if hasattr(load, "tolist") else list(load)
     if not isinstance(counts, list) or not counts:
         raise UserError("load needs the tokens of each expert, one number an expert")
-    for e, number in enumerate(counts):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise UserError(f"load of expert {e} must be a whole number from 0 on, got {number!r}")
+    if set(map(type, counts)) != {int} or min(counts) < 0:
+        e, wrong = next((e, number) for e, number in enumerate(counts) if type(number) is not int or number < 0)
+        raise UserError(f"load of expert {e} must be a whole number from 0 on, got {wrong!r}")
     return counts
