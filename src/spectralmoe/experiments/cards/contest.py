@@ -143,8 +143,9 @@ def train_row(
     run = run.model_copy(update=values)
     task = _open(run)
     network = task.build(run)
-    terms = find_preset(row).strengthened(tuned.strength).terms
-    history = train(network, task, run.optimization, terms=terms, progress=progress)
+    preset = find_preset(row).strengthened(tuned.strength)
+    budget = run.optimization
+    history = train(network, task, budget, terms=preset.terms, optimizer=preset.optimizer, progress=progress)
     return Trained(network, task, history)
 
 
