@@ -145,6 +145,14 @@ class OrthogonalExperts:
         if (optimizer := self._optimizer()) is not None:
             _states(optimizer).pop(STATE, None)
 
+    def protect(self, outer: Tensor, total: Tensor, count: Tensor) -> Tensor:
+        """The projectors P_j (E, D, D), from the sums of x x' (E, D, D) and of x (E, D), and the counts (E,)."""
+        return projectors(outer, total, count, alpha=self.alpha, center=self.center, rank=self.rank)
+
+    def project(self, step: Tensor, free: Tensor) -> Tensor:
+        """The step of each expert (E, H, D) along ``free`` (E, D, D), the mean projector of the others."""
+        return projected(step, free, match_norm=self.match_norm)
+
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         refuse_join(self._parallel, "without Join, with as many batches on every rank")
@@ -158,7 +166,7 @@ class OrthogonalExperts:
         else:
             for name, weight in self._weights().items():
                 if weight.grad is not None:
-                    weight.grad.copy_(projected(weight.grad, own[f"{name}.others"], match_norm=self.match_norm))
+                    weight.grad.copy_(self.project(weight.grad, own[f"{name}.others"]))
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -167,7 +175,7 @@ class OrthogonalExperts:
             self._gather(own)  # forwards of a closure
         for name, before in self._before.items():
             weight = self._weights()[name]
-            weight.copy_(before + projected(weight - before, own[f"{name}.others"], match_norm=self.match_norm))
+            weight.copy_(before + self.project(weight - before, own[f"{name}.others"]))
         self._before = {}
         own["steps"] += 1
         if own["steps"] >= self.phase:
@@ -212,9 +220,7 @@ class OrthogonalExperts:
         """Go over to the other phase: make projectors of the sums, or begin to gather."""
         for name in self.layers:
             if own["gathers"]:
-                outer, total, count = self._summed(self._sums(own, name))
-                made = projectors(outer, total, count, alpha=self.alpha, center=self.center, rank=self.rank)
-                own[f"{name}.others"] = others(made)
+                own[f"{name}.others"] = others(self.protect(*self._summed(self._sums(own, name))))
             for key in _SUMS if own["gathers"] else ("others",):
                 del own[f"{name}.{key}"]
         own["steps"], own["gathers"] = 0, not own["gathers"]
