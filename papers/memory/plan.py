@@ -165,8 +165,9 @@ PAIRS = [
     ("layer", "layer, two classes"),
     ("router, stream", "none"),
     ("layer, stream", "none"),
+    ("layer, stream", "layer, stream, two classes"),
 ]
-CHECKED = [f"{row}/shifted/accuracy" for row in ("none", "router", "layer")]
+CHECKED = [f"{row}/shifted/accuracy" for row in ("none", "router", "layer", "layer, stream")]
 ACCURACIES = [
     Column(f"{shift}/accuracy", f"{shift} %", 1, f"accuracy, {shift} test images", better="higher")
     for shift in (*SHIFTS, "shifted")
