@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -144,7 +144,7 @@ def card(sizes: Sizes) -> Card:
         Tuning("tuning", NETWORKS, partial(tune, sizes=sizes)),
         Cells("results", wanted, partial(measure, sizes=sizes)),
     ]
-    settings = {**asdict(sizes), "run": sizes.run.model_dump(mode="json"), "seeds": None}
+    settings = {"run": sizes.run.model_dump(mode="json"), "validated": sizes.validated, "tested": sizes.tested}
     check = Check(Cells("results", wanted, partial(measure, sizes=sizes)), ("network",), CHECKED)
     return Card("Statistics memory under shift", ABOUT, settings, steps, sections, figures, check)
 
@@ -165,8 +165,9 @@ PAIRS = [
     ("layer", "layer, two classes"),
     ("router, stream", "none"),
     ("layer, stream", "none"),
+    ("layer, stream", "layer, stream, two classes"),
 ]
-CHECKED = [f"{row}/shifted/accuracy" for row in ("none", "router", "layer")]
+CHECKED = [f"{row}/shifted/accuracy" for row in ("none", "router", "layer", "layer, stream")]
 ACCURACIES = [
     Column(f"{shift}/accuracy", f"{shift} %", 1, f"accuracy, {shift} test images", better="higher")
     for shift in (*SHIFTS, "shifted")

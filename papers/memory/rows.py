@@ -45,6 +45,7 @@ ROWS: dict[str, Row] = {
     "layer, two classes": Row("layer", clean=False),
     "router, stream": Row("router", "stream"),
     "layer, stream": Row("layer", "stream"),
+    "layer, stream, two classes": Row("layer", "stream", clean=False),
 }
 
 

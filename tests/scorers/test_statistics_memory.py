@@ -97,6 +97,14 @@ def test_a_shift_of_every_feature_is_undone(over, close):
         close(memory((factor * x + offset).flatten(0, 1)), x.flatten(0, 1))  # all rows are one group
 
 
+def test_features_far_from_zero_keep_their_spread():
+    x = (correlated(200) + 1e4).float()
+    memory = StatisticsMemory(D)
+    memory.update(memory.statistics(x, torch.zeros(0)))
+    torch.testing.assert_close(memory.variance[0], x.double().var(0, correction=0).float(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(memory.eval()(3 * x - 7), x, rtol=1e-6, atol=1e-2)
+
+
 def test_clean_tokens_stay(close):
     x = correlated(100)
     close(taught(x)(x), x)

@@ -107,14 +107,8 @@ class StatisticsMemory(Part):
             raise UserError(
                 f"StatisticsMemory: over='stream' knows no groups to tell apart by slots={slots}; use slots=1"
             )
-        self.dim, self.slots, self.momentum, self.where, self.over, self.least = (
-            dim,
-            slots,
-            momentum,
-            where,
-            over,
-            least,
-        )
+        self.dim, self.slots, self.momentum = dim, slots, momentum
+        self.where, self.over, self.least = where, over, least
         start = torch.zeros(1, dim) if slots == 1 else torch.randn(slots, dim)  # apart, in spreads of the first tokens
         self.register_buffer("share", torch.full((slots,), 1 / slots))
         self.register_buffer("mean", start)
@@ -218,8 +212,8 @@ def _aligned(x: Tensor, real: Tensor, memory: StatisticsMemory) -> Tensor:
         variance = ((x - mean[:, None]).square() * weight).sum(1) / filled
     own = ((count - 1) / (memory.least - 1)).clamp(0, 1)
     mean, variance = goal + own * (mean - goal), goal_variance + own * (variance - goal_variance)
-    least = _LEAST_SPREAD**2 * goal_variance + torch.finfo(x.dtype).tiny
-    gain = (goal_variance / torch.maximum(variance, least)).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+    floor = _LEAST_SPREAD**2 * goal_variance + torch.finfo(x.dtype).tiny
+    gain = (goal_variance / torch.maximum(variance, floor)).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
     aligned = (x - mean[:, None]) * gain[:, None] + goal[:, None]
     moves = (memory.updates > 0) & (count > 1)
     return torch.where(moves[..., None], aligned, x)
@@ -228,14 +222,13 @@ def _aligned(x: Tensor, real: Tensor, memory: StatisticsMemory) -> Tensor:
 @without_autocast
 def _sums(x: Tensor, memory: StatisticsMemory) -> Tensor:
     """``StatisticsMemory.statistics`` of the tokens x (N, D); at the first step mu is 0 and all slots share alike."""
-    near, centre, offset = (
-        x.new_full((len(x), memory.slots), 1 / memory.slots),
-        x.new_zeros(memory.dim),
-        0 * memory.mean,
-    )
     if int(memory.updates):
         near, centre = _nearness(x, memory), memory.share @ memory.mean
         offset = memory.mean - centre
+    else:
+        x = x.double()  # of squares far from zero a small variance is left
+        near, centre = x.new_full((len(x), memory.slots), 1 / memory.slots), x.new_zeros(memory.dim)
+        offset = torch.zeros_like(memory.mean, dtype=x.dtype)
     y, count = x - centre, near.sum(0)[:, None]
     first, second = near.T @ y, near.T @ y.square()
     return torch.cat([count, first - count * offset, second - 2 * offset * first + count * offset.square()], 1)
