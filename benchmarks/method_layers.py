@@ -200,12 +200,10 @@ def orthogonal_steps(layers: Layers) -> dict[str, Work]:
 
 
 def amortised(times: Mapping[str, Times], phase: int) -> Times:
-    """Round -> seconds of a mean step over two phases, projectors made once in them."""
-    seconds = {}
-    for number, turned in times[TURNS].items():
-        steps = times[GATHERS][number] + times[PROJECTS][number]
-        seconds[number] = (steps + (turned - steps) / phase) / 2
-    return seconds
+    """Round -> seconds of a mean step over two phases, with the middle of what the projectors took once in them."""
+    two = {number: seconds + times[PROJECTS][number] for number, seconds in times[GATHERS].items()}
+    turn = median([seconds - two[number] for number, seconds in times[TURNS].items()]).middle
+    return {number: (seconds + turn / phase) / 2 for number, seconds in two.items()}
 
 
 def over(ours: Times, theirs: Times, target: float) -> dict[str, Any]:
