@@ -54,7 +54,7 @@ class Sizes:
     epochs: int
     phase: int
     seeds: int
-    rates: Sequence[float] = (1.0, 0.5, 2.0)
+    rates: tuple[float, ...] = (1.0, 0.5, 2.0)
     data: str = "fashion-mnist"
     experts: int = 8
     hidden: int = 128

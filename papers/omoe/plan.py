@@ -46,7 +46,8 @@ def steps(sizes: Sizes) -> list[Step]:
 
 def card(sizes: Sizes) -> Card:
     """One form of the card."""
-    settings = {key: value for key, value in asdict(sizes).items() if key != "seeds"}
+    settings = {**asdict(sizes), "rates": list(sizes.rates)}
+    del settings["seeds"]  # more of them change no cell
     return Card("OMoE", ABOUT, settings, steps(sizes), sections, figures)
 
 

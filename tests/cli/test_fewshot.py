@@ -116,20 +116,22 @@ def test_the_cell_is_the_plain_function(models, call, tmp_path):
     cell = read_json(tmp_path / "fewshot.json")["cells"][-1]
     data = load_data("digits")
     settings = FewShotSettings(data="digits", experts=4, bottleneck=4)
-    spec, terms, _ = recipe("linear", settings)
+    spec, terms, *_ = recipe("linear", settings)
     train = draw_shots(data.train, cell["shots"], 10, cell["seed"])
     budget = FEW_SHOT.model_copy(update={"epochs": 3, "seed": cell["seed"]})
     found = few_shot(load(models / "dense"), spec, train, data.test, 10, settings=budget, terms=terms)
     assert found == cell["accuracy"]
 
 
-@pytest.mark.parametrize(("name", "row"), [("dense", "emoe"), ("dense", "linear-probe"), ("emoe", "own")])
+@pytest.mark.parametrize(
+    ("name", "row"), [("dense", "emoe"), ("dense", "omoe"), ("dense", "linear-probe"), ("emoe", "own")]
+)
 def test_everything_but_branches_and_head_stays_to_the_bit(models, name, row):
     model, data = load(models / name), load_data("digits")
-    spec, terms, own = recipe(row, FewShotSettings(data="digits", experts=4, bottleneck=4))
+    spec, terms, optimizer, own = recipe(row, FewShotSettings(data="digits", experts=4, bottleneck=4))
     budget = FEW_SHOT.model_copy(update={"epochs": 3})
     train = draw_shots(data.train, 2, 10, 0)
-    network = few_shot_network(model, spec, train, 10, settings=budget, terms=terms, own=own)
+    network = few_shot_network(model, spec, train, 10, settings=budget, terms=terms, optimizer=optimizer, own=own)
     moved = set()
     for key, value in model.state_dict().items():
         if not torch.equal(network.state_dict()[key], value):

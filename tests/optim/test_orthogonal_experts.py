@@ -242,6 +242,24 @@ def test_with_attach_every_part_still_moves():
     assert model.router.selector.bias.any()
 
 
+def test_a_gradient_scaler_changes_nothing_and_a_step_left_out_counts_for_none():
+    model = layer(dtype=torch.float32)
+    twin, x = copy.deepcopy(model), tokens(dtype=torch.float32)
+    optimizer, plain = (torch.optim.SGD(each.parameters(), lr=1e-3) for each in (model, twin))
+    for each, of in ((optimizer, model), (plain, twin)):
+        OrthogonalExperts(each, of, phase=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for factor, gathers in ((1.0, False), (torch.inf, False), (1.0, True)):
+        optimizer.zero_grad()
+        scaler.scale(factor * model(x).square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert optimizer.state[STATE]["gathers"] == gathers
+    for _ in range(2):
+        one_step(twin, plain, x)
+    torch.testing.assert_close(model.experts.up, twin.experts.up)
+
+
 @pytest.mark.parametrize("steps", range(1, 8, 2))
 def test_it_goes_on_from_its_state(steps):
     """In an optimizer that stood somewhere else in its phases."""
@@ -350,5 +368,5 @@ def test_misuse_is_one_line(user_error):
         OrthogonalExperts(optimizer, model)
     frozen = layer()
     frozen.experts.requires_grad_(False)
-    with user_error("no experts of this model are trained"):
+    with user_error("no bank of experts is trained"):
         OrthogonalExperts(sgd(frozen), frozen)

@@ -262,5 +262,7 @@ def _trained_layers(optimizer: Optimizer, model: nn.Module, rank: int | None) ->
             raise UserError(f"{who} has D={weight.shape[-1]}, and rank={rank} leaves no direction; make it smaller")
         found[name] = layer
     if not found:
-        raise UserError("OrthogonalExperts: no experts of this model are trained; unfreeze them first")
+        raise UserError(
+            "OrthogonalExperts: no bank of experts is trained here; unfreeze one (those of other libraries stay)"
+        )
     return found

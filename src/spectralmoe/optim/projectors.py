@@ -87,5 +87,5 @@ def projected(step: Tensor, projector: Tensor, *, match_norm: bool) -> Tensor:
     result = torch.bmm(wide, beside(projector, step))
     if match_norm:
         had, has = (torch.linalg.vector_norm(each, dim=(1, 2), keepdim=True) for each in (wide, result))
-        result = result * torch.where(has > _NOISE * had, had / has, 1.0)
+        result.mul_(torch.where(has > _NOISE * had, had / has, 1.0))
     return result.to(step.dtype)
