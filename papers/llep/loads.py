@@ -16,6 +16,7 @@ from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.experiments.cards import Desk, small_text, train_row
 from spectralmoe.experiments.compare.setup import Tuned
 from spectralmoe.parallel import scaled_load
+from spectralmoe.training.text_settings import Text
 
 EXPERTS, DEVICES, SLOTS_A_TOKEN = 32, 8, 2
 SKEWS = {"even": 0.0, "30% to one": 0.3, "80% to one": 0.8, "95% to one": 0.95, "95% to another each step": 0.95}
@@ -65,7 +66,8 @@ def trained_loads(seed: int, sizes: Sizes) -> tuple[nn.Module, list[dict[str, An
     """
     torch.set_num_threads(1)
     run = small_text(sizes.windows, num_experts=EXPERTS, hidden=32, k=SLOTS_A_TOKEN)
-    run = run.model_copy(update={"text": run.text.model_copy(update={"measured": sizes.steps * sizes.batch})})
+    text = Text(length=64, vocab="bytes", measured=sizes.steps * sizes.batch)
+    run = run.model_copy(update={"text": text})
     network, task, _ = train_row(run, "linear", Tuned(), seed)
     before = counted(network, task.inputs("validation"))
     steps = [counted(network, windows) for windows in task.inputs("test").split(sizes.batch)]
