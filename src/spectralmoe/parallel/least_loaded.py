@@ -11,13 +11,15 @@ own device; its algorithm moves it, and so do we.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 from spectralmoe.errors import UserError
 from spectralmoe.parallel.plan import Interval, Plan, checked_load, native_load, owners, plan_native
 
-__all__ = ["check_chunk", "plan_least_loaded", "spilled", "tokens_a_device"]
+__all__ = ["plan_least_loaded", "plan_spill", "tokens_a_device"]
+
+Helper = Callable[[list[int], int, int, int], tuple[int, int]]
 
 
 def plan_least_loaded(
@@ -51,22 +53,15 @@ def plan_least_loaded(
     >>> plan.intervals[0]
     (Interval(device=0, start=0, end=440), Interval(device=1, start=440, end=900))
     """
-    check_chunk(chunk)
-    if not 0 <= threshold < math.inf:
-        raise UserError(f"threshold must be 0 or more, got {threshold}")
-    counts = checked_load(load)
-    homes, limit = owners(len(counts), devices), tokens_a_device(sum(counts), devices, capacity)
-    if max(native_load(counts, homes, devices)) * devices < Fraction(str(threshold)) * sum(counts):
-        return plan_native(counts, devices)
 
-    def least_loaded(held: list[int], home: int, rest: int) -> tuple[int, int]:
+    def least_loaded(held: list[int], home: int, rest: int, limit: int) -> tuple[int, int]:
         least = min(held)
         room = limit - least
         if room >= min(chunk, rest):
             return held.index(least), min(rest, room)
         return (home if held[home] == least else held.index(least)), rest
 
-    return spilled(counts, homes, devices, limit, least_loaded)
+    return plan_spill(load, devices, least_loaded, capacity=capacity, chunk=chunk, threshold=threshold)
 
 
 def tokens_a_device(total: int, devices: int, capacity: float) -> int:
@@ -85,26 +80,27 @@ def tokens_a_device(total: int, devices: int, capacity: float) -> int:
     return math.ceil(Fraction(str(capacity)) * total / devices)
 
 
-def check_chunk(chunk: int) -> None:
-    """Refuse a chunk that is no positive whole number: one of no tokens would be dealt out without end."""
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise UserError(f"chunk must be a whole number of tokens from 1 on, got {chunk!r}")
-
-
-def spilled(
-    counts: Sequence[int],
-    homes: Sequence[int],
-    devices: int,
-    limit: int,
-    helper: Callable[[list[int], int, int], tuple[int, int]],
+def plan_spill(
+    load: Iterable[int], devices: int, helper: Helper, *, capacity: float, chunk: int, threshold: float
 ) -> Plan:
-    """Native experts first, up to ``limit`` tokens a device; what is left goes where ``helper`` says.
+    """Native experts first, up to the capacity of a device; what is left goes where ``helper`` says.
 
     Args:
-        helper: (tokens that each device has or has reserved, the expert's own device, the tokens left) -> a device, and
-            how many of them it takes.
+        helper: (tokens that each device has or has reserved, the expert's own device, the tokens left, C) -> a device,
+            and how many of them it takes.
+
+    Raises:
+        UserError: as ``plan_least_loaded``.
     """
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise UserError(f"chunk must be a whole number of tokens from 1 on, got {chunk!r}")
+    if not 0 <= threshold < math.inf:
+        raise UserError(f"threshold must be 0 or more, got {threshold}")
+    counts = checked_load(load)
+    homes, limit = owners(len(counts), devices), tokens_a_device(sum(counts), devices, capacity)
     held = native_load(counts, homes, devices)
+    if max(held) * devices < Fraction(str(threshold)) * sum(counts):
+        return plan_native(counts, devices)
     intervals: list[tuple[Interval, ...]] = [()] * len(counts)
     for e in sorted(range(len(counts)), key=counts.__getitem__, reverse=True):
         home, number = homes[e], counts[e]
@@ -114,7 +110,7 @@ def spilled(
         held[home] += start
         parts = [Interval(home, 0, start)] if start else []
         while start < number:
-            device, size = helper(held, home, number - start)
+            device, size = helper(held, home, number - start, limit)
             held[device] += size
             begin = parts.pop().start if parts and parts[-1].device == device else start
             start += size
