@@ -29,7 +29,7 @@ def small_images(train_size: int = 4_000, epochs: int = 4, **moe: Any) -> TrainS
     )
 
 
-def small_text(windows: int = 8_000, **network: Any) -> TrainSettings:
+def small_text(windows: int = 5_000, **network: Any) -> TrainSettings:
     """A decoder of 2 blocks (D = 64) on the bytes of ``text:pydoc``, windows of 64, each read once; 2 of 8 experts.
 
     Args:
