@@ -44,8 +44,19 @@ def test_every_row_is_tuned_and_measured_alike(tmp_path):
     assert all(cell.keys() >= {column.key for column in ROUTING_COLUMNS} for cell in routed)
 
 
-def test_rows_start_alike_but_for_their_routers():
-    frozen = RUN.model_copy(update={"optimization": RUN.optimization.model_copy(update={"lr": 1e-30})})
+VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 1}
+TIMM = {
+    "data": "digits",
+    "train_size": 32,
+    "backbone": {"name": "vit_tiny_patch16_224", "arguments": VIT},
+    "moe": {"kind": "replace_mlp", "init": "random", "experts": 4, "k": 2, "blocks": "last2"},
+    "optimization": {"epochs": 1},
+}
+
+
+@pytest.mark.parametrize("run", [RUN, TrainSettings(**TIMM)], ids=["sr-moe network", "timm model"])
+def test_rows_start_alike_but_for_their_routers(run):
+    frozen = run.model_copy(update={"optimization": run.optimization.model_copy(update={"lr": 1e-30})})
     starts = [train_row(frozen, row, Tuned(), 3).network.state_dict() for row in ("linear", "cosine")]
     shared = [name for name in starts[0] if ".router." not in name]
     assert shared

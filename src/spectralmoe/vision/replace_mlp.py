@@ -124,23 +124,21 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
             "replace_mlp(init='copy'): experts of their own form are no copies of the MLP; use init='random'"
         )
     dim = block_width(path, block)
-    bank = None if spec.bank is None else spec.bank(spec.experts, dim, spec.bottleneck)
-    with torch.random.fork_rng(devices=[], enabled=bank is not None):  # under one seed the same bank for every router
-        router = spec.make_router(dim)
-    if init == "copy" and not _sums_to_one(router):
-        raise UserError(
-            "replace_mlp(init='copy'): the router's weights must sum to 1 for the model to stay as it is; use soft "
-            "routing, Soft(), or normalised top-k with k >= 2, TopK(2, normalize=True)"
-        )
     if not _works_on_lone_tokens(mlp, dim):
         raise UserError(
             f"block {path!r}: its .mlp ({type(mlp).__name__}) mixes tokens or takes more than them, so experts cannot "
             "take its place; use add_branches"
         )
+    bank = _fresh_bank(mlp, spec, dim) if init == "random" else None
+    with torch.random.fork_rng(devices=[], enabled=bank is not None):  # under one seed the same bank for every router
+        router = spec.make_router(dim)
     if bank is None:
+        if not _sums_to_one(router):
+            raise UserError(
+                "replace_mlp(init='copy'): the router's weights must sum to 1 for the model to stay as it is; use soft "
+                "routing, Soft(), or normalised top-k with k >= 2, TopK(2, normalize=True)"
+            )
         bank = _bank_of_copies(mlp, spec.experts)
-        if init == "random":
-            _start_afresh(bank)
     weight = next(mlp.parameters())
     unit = Pixel() if is_convolutional(mlp) else Token()
     layer = MoE(router, bank.requires_grad_(), unit=unit).to(weight.device, weight.dtype).train(mlp.training)
@@ -151,6 +149,15 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
 
 def _sums_to_one(router: Router) -> bool:
     return router.selector.normalize or (router.soft and router.selector.score == "softmax")
+
+
+def _fresh_bank(mlp: nn.Module, spec: BranchSpec, dim: int) -> Experts:
+    """A bank with initial weights: that of the row, or one of the form of ``mlp``."""
+    if spec.bank is not None:
+        return spec.bank(spec.experts, dim, spec.bottleneck)
+    bank = _bank_of_copies(mlp, spec.experts)
+    _start_afresh(bank)
+    return bank
 
 
 def _bank_of_copies(mlp: nn.Module, experts: int) -> Experts:
