@@ -34,7 +34,7 @@ CONTROL = "drop+linear+balanced"
 """The loss-free bias of SR-MoE without its prototypes and spectral terms."""
 PRUNED = "drop+linear"
 """The row whose models are pruned."""
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 """What every row tries."""
 _WARMUP = 0.1
 
