@@ -1,0 +1,45 @@
+"""RESULTS.md of each card is what its stored cells give, and every interval in a README stands in RESULTS.md."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from spectralmoe.experiments.cards import find_card
+from spectralmoe.experiments.cards.results import result_lines
+from spectralmoe.files import read_json
+
+PAPERS = Path(__file__).parents[2] / "papers"
+CARDS = sorted(path.parent.name for path in PAPERS.glob("*/RESULTS.md"))
+INTERVAL = re.compile(r"\d+(?:\.\d+)? ±\d+(?:\.\d+)?")
+OWN_TESTS = ("sr-moe", "emoe")  # whose sentences are computed anew in test_stored_sentences.py
+
+
+@pytest.fixture
+def find(monkeypatch):
+    """A card by name, whose modules are gone afterwards."""
+    before = set(sys.modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield lambda name: find_card(PAPERS / name)
+    for name in set(sys.modules) - before:
+        if str(PAPERS) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_results_are_those_of_the_stored_cells(find, name):
+    card, folder = find(name), PAPERS / name
+    files = {step.file: folder / f"{step.file}.json" for step in card.steps}
+    stored = {file: read_json(path) if path.exists() else [] for file, path in files.items()}
+    lines = result_lines(card.title, card.about, card.sections(stored))
+    assert (folder / "RESULTS.md").read_text(encoding="utf-8").splitlines() == lines
+
+
+@pytest.mark.parametrize("name", [name for name in CARDS if name not in OWN_TESTS])
+def test_intervals_in_sentences_are_those_of_the_results(name):
+    results = set(INTERVAL.findall((PAPERS / name / "RESULTS.md").read_text(encoding="utf-8")))
+    said = INTERVAL.findall(" ".join((PAPERS / name / "README.md").read_text(encoding="utf-8").split()))
+    assert [interval for interval in said if interval not in results] == []
