@@ -10,6 +10,7 @@ known here: the defaults are ours.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -109,7 +110,8 @@ class OrthogonalExperts:
             raise UserError(
                 f"OrthogonalExperts: takes a torch optimizer, then the model; got a {type(optimizer).__name__}"
             )
-        if phase < 1 or alpha <= 0 or (rank is not None and rank < 1):
+        whole = all(isinstance(each, int) and each >= 1 for each in (phase, 1 if rank is None else rank))
+        if not whole or not 0 < alpha < math.inf:
             wrong = f"phase={phase}, alpha={alpha}, rank={rank}"
             raise UserError(f"OrthogonalExperts: phase and rank must be at least 1, alpha positive; got {wrong}")
         if on not in ("gradient", "update"):
@@ -156,13 +158,13 @@ class OrthogonalExperts:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         refuse_join(self._parallel, "without Join, with as many batches on every rank")
+        if self.on == "gradient" and kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            raise UserError('OrthogonalExperts: this closure computes the gradient within the step; use on="update"')
         own = _states(optimizer)[STATE]
         if own["gathers"]:
             self._gather(own)
         elif self.on == "update":
             self._before = {name: weight.detach().clone() for name, weight in self._weights().items()}
-        elif kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-            raise UserError('OrthogonalExperts: this closure computes the gradient within the step; use on="update"')
         else:
             for name, weight in self._weights().items():
                 if weight.grad is not None:
