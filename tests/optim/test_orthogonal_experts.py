@@ -304,6 +304,23 @@ def test_a_state_without_projectors_begins_anew():
     assert optimizer.state[STATE] == {"steps": 0, "gathers": True}
 
 
+@pytest.mark.parametrize(("made", "loaded", "steps"), [(1, 2, 1), (1, 2, 2), (2, 1, 2)])
+def test_a_state_of_other_layers_is_refused(made, loaded, steps, user_error):
+    """In either phase; while it gathers, layers may be missing that met no token."""
+    optimizers = []
+    for layers in (made, loaded):
+        model = nn.Sequential(*(layer() for _ in range(layers)))
+        optimizers.append(torch.optim.SGD(model.parameters(), lr=1e-3))
+        OrthogonalExperts(optimizers[-1], model, phase=2)
+        for _ in range(steps):
+            model(tokens()).sum().backward()
+            optimizers[-1].step()
+    ours, theirs = (each.state_dict() for each in optimizers)
+    names = {1: "'0'", 2: "'0', '1'"}
+    with user_error(f"of layers {names[loaded]}, ", f"the trained ones are {names[made]}"):
+        optimizers[0].load_state_dict({**ours, "state": {STATE: theirs["state"][STATE]}})
+
+
 def test_removed_it_leaves_nothing():
     model = layer()
     twin = copy.deepcopy(model)

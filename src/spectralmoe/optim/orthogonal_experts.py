@@ -56,7 +56,8 @@ class OrthogonalExperts:
 
     Works with accumulation, gradient scalers, closures (``on="update"``), checkpoints, DDP and FSDP2: the state is
     plain entries of ``optimizer.state``, the sums are added up over ranks at the end of a phase. A checkpoint from
-    within a gathering phase holds those of the rank that wrote it, which then stand for all. A layer costs E matrices
+    within a gathering phase holds those of the rank that wrote it, which then stand for all. It takes the optimizer's
+    own ``state_dict()``: torch's ``get_optimizer_state_dict`` fails on what is no parameter's. A layer costs E matrices
     (D, D) on every rank, their eigenvectors once in two phases, and until the next step the tokens of its forwards.
 
     Args:
@@ -75,7 +76,8 @@ class OrthogonalExperts:
     Raises:
         UserError: a value out of range; no trained experts, a layer with one expert alone, with a placement, or with a
             bank without ``Experts.first_weight``; experts that this optimizer does not train; one that has projectors
-            already. At a step: a closure that computes the gradient with ``on="gradient"``; torch's ``Join``.
+            already. At a step: a closure that computes the gradient with ``on="gradient"``; torch's ``Join``. On
+            loading: a state of other layers.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 2), TopK(1)), FeedForward(2, 8, 4))
@@ -185,10 +187,15 @@ class OrthogonalExperts:
 
     def _loaded(self, optimizer: Optimizer) -> None:
         """The state is the loaded one, in memory of its own; recording follows its phase."""
+        loaded: dict[str, Any] = _states(optimizer).get(STATE) or _START
         devices = {name: weight.device for name, weight in self._weights().items()}
+        owner = {key: key.rpartition(".")[0] for key, value in loaded.items() if isinstance(value, Tensor)}
+        names = {*owner.values()}
+        if names - devices.keys() or (not loaded["gathers"] and names != devices.keys()):
+            theirs, ours = (", ".join(map(repr, sorted(each))) for each in (names, devices))
+            raise UserError(f"OrthogonalExperts: the loaded state is of layers {theirs}, the trained ones are {ours}")
         own = _states(optimizer)[STATE] = {
-            key: value.to(devices[key.rpartition(".")[0]], copy=True) if isinstance(value, Tensor) else value
-            for key, value in (_states(optimizer).get(STATE) or _START).items()
+            key: value.to(devices[owner[key]], copy=True) if key in owner else value for key, value in loaded.items()
         }
         self._record(own["gathers"])
 
