@@ -398,7 +398,7 @@ def test_misuse_is_one_line(user_error):
     OrthogonalExperts(optimizer, model)
     with user_error("projectors already"):
         OrthogonalExperts(optimizer, model)
-    frozen = layer()
-    frozen.experts.requires_grad_(False)
-    with user_error("no bank of experts is trained"):
-        OrthogonalExperts(sgd(frozen), frozen)
+    for freeze in (lambda bank: bank, lambda bank: bank.first_weight):
+        freeze((frozen := layer()).experts).requires_grad_(False)
+        with user_error("no bank of experts is trained"):
+            OrthogonalExperts(sgd(frozen), frozen)

@@ -71,7 +71,7 @@ class OrthogonalExperts:
         group: process group of the sums, as for ``attach``.
 
     Attributes:
-        layers: the MoE layers whose experts are trained, by name.
+        layers: the MoE layers whose experts' first matrices are trained, by name.
 
     Raises:
         UserError: a value out of range; no trained experts, a layer with one expert alone, with a placement, or with a
@@ -257,9 +257,11 @@ def _trained_layers(optimizer: Optimizer, model: nn.Module, rank: int | None) ->
     found = {}
     for name, layer in moe_layers(model).items():
         bank = _bank(layer)
-        if bank is None or not any(parameter.requires_grad for parameter in bank.parameters()):
+        weight = getattr(bank, "first_weight", None)
+        moving = () if bank is None else bank.parameters() if weight is None else (weight,)
+        if not any(parameter.requires_grad for parameter in moving):
             continue
-        who, weight = f"OrthogonalExperts: layer {name!r}", getattr(bank, "first_weight", None)
+        who = f"OrthogonalExperts: layer {name!r}"
         if bank.num_experts == 1:
             raise UserError(f"{who} has one expert, and so no others to be orthogonal to; give it more, or freeze it")
         if weight is None or getattr(layer, "placement", None) is not None:
