@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES, batch
 from torch import nn
 
-from spectralmoe import Adapter, FeedForward, LinearScorer, MoE, Router, TopK, attach
+from spectralmoe import Adapter, BasisScorer, EigenExperts, FeedForward, LinearScorer, MoE, Router, TopK, attach
 from spectralmoe.hf import freeze_experts, freeze_routers, swap_routers, train_only_routers
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.models import language_moe
@@ -76,6 +76,16 @@ def test_shared_experts_go_on():
     layer = MoE(Router(LinearScorer(8, 4), TopK(2)), Adapter(4, 8, 2), shared=FeedForward(1, 8, 4))
     freeze_experts(layer)
     assert {name.partition(".")[0] for name in trained(layer)} == {"router", "shared"}
+
+
+def test_a_router_that_reads_the_experts_is_not_frozen_without_them(user_error):
+    layer = MoE(Router(BasisScorer(8, 4, score="energy"), TopK(2)), EigenExperts(4, 8, 2))
+    for change in (freeze_routers, train_only_routers):
+        with user_error("BasisScorer", "no parameters of its own", "freeze_experts(model)"):
+            change(layer)
+        assert trained(layer) == {name for name, _ in layer.named_parameters()}
+    freeze_experts(layer)
+    assert layer.router.is_frozen
 
 
 def test_a_dense_model_has_none(user_error):

@@ -206,5 +206,5 @@ def test_mistakes_are_named(data, user_error):
     ):
         with user_error(*words):
             read_optimizer(row)
-    with user_error("'orthogonal_experts' fails", "not supported"):
-        make_optimizer("sgd", model, Optimization(), row={"type": "orthogonal_experts", "phase": "3"})
+    with user_error("'orthogonal_experts' fails", "(optimizer, model)", "not supported"):
+        make_optimizer("sgd", model, Optimization(), row={"type": "orthogonal_experts", "alpha": "3"})

@@ -212,6 +212,22 @@ def test_autocast_checkpoints_and_compiled_layers_gather_the_same(close):
         close(got[1], want[1])
 
 
+def test_tokens_that_are_not_finite_are_left_out():
+    """As after an overflow in 16 bits, whose step a gradient scaler did not take."""
+    model, x = layer(), tokens(5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    OrthogonalExperts(optimizer, model, phase=2)
+    broken = tokens(3)
+    broken[0, 0], broken[1, 1] = torch.inf, torch.nan
+    model(broken)
+    model(x).sum().backward()
+    optimizer.step()
+    got = [optimizer.state[STATE][f".{key}"] for key in ("outer", "sum", "count")]
+    for value, want in zip(got, sums_of(model, torch.cat([broken[2:], x])), strict=True):
+        torch.testing.assert_close(value, want)
+    one_step(model, optimizer, x)
+
+
 def test_evaluation_gathers_nothing():
     model = layer()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -288,6 +304,23 @@ def test_a_state_without_projectors_begins_anew():
     assert optimizer.state[STATE] == {"steps": 0, "gathers": True}
 
 
+@pytest.mark.parametrize(("made", "loaded", "steps"), [(1, 2, 1), (1, 2, 2), (2, 1, 2)])
+def test_a_state_of_other_layers_is_refused(made, loaded, steps, user_error):
+    """In either phase; while it gathers, layers may be missing that met no token."""
+    optimizers = []
+    for layers in (made, loaded):
+        model = nn.Sequential(*(layer() for _ in range(layers)))
+        optimizers.append(torch.optim.SGD(model.parameters(), lr=1e-3))
+        OrthogonalExperts(optimizers[-1], model, phase=2)
+        for _ in range(steps):
+            model(tokens()).sum().backward()
+            optimizers[-1].step()
+    ours, theirs = (each.state_dict() for each in optimizers)
+    names = {1: "'0'", 2: "'0', '1'"}
+    with user_error(f"of layers {names[loaded]}, ", f"the trained ones are {names[made]}"):
+        optimizers[0].load_state_dict({**ours, "state": {STATE: theirs["state"][STATE]}})
+
+
 def test_removed_it_leaves_nothing():
     model = layer()
     twin = copy.deepcopy(model)
@@ -325,7 +358,6 @@ def test_closures():
         return loss
 
     hooked = OrthogonalExperts(optimizer, model, phase=1)
-    optimizer.step(closure)
     for arguments, named in (((closure,), {}), ((), {"closure": closure})):
         with pytest.raises(UserError, match="within the step; use on="):
             optimizer.step(*arguments, **named)
@@ -346,7 +378,7 @@ def test_misuse_is_one_line(user_error):
         OrthogonalExperts(model, sgd(model))
     with user_error("one expert", "no others"):
         OrthogonalExperts(sgd(one := layer(1, selector=TopK(1))), one)
-    for wrong in ({"phase": 0}, {"alpha": 0.0}, {"rank": 0}):
+    for wrong in ({"phase": 0}, {"phase": 1.5}, {"alpha": 0.0}, {"alpha": torch.nan}, {"rank": 0}):
         (name, value), *_ = wrong.items()
         with user_error(f"{name}={value}"):
             OrthogonalExperts(sgd(model), model, **wrong)
@@ -366,7 +398,7 @@ def test_misuse_is_one_line(user_error):
     OrthogonalExperts(optimizer, model)
     with user_error("projectors already"):
         OrthogonalExperts(optimizer, model)
-    frozen = layer()
-    frozen.experts.requires_grad_(False)
-    with user_error("no bank of experts is trained"):
-        OrthogonalExperts(sgd(frozen), frozen)
+    for freeze in (lambda bank: bank, lambda bank: bank.first_weight):
+        freeze((frozen := layer()).experts).requires_grad_(False)
+        with user_error("no bank of experts is trained"):
+            OrthogonalExperts(sgd(frozen), frozen)

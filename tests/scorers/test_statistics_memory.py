@@ -105,6 +105,22 @@ def test_features_far_from_zero_keep_their_spread():
     torch.testing.assert_close(memory.eval()(3 * x - 7), x, rtol=1e-6, atol=1e-2)
 
 
+def test_a_stream_takes_what_counts_alone_and_lasts():
+    memory, x = StatisticsMemory(D, over="stream").double(), correlated(2, 12)
+    memory.update(memory.statistics(correlated(50), torch.zeros(0)))
+    mask = torch.arange(24).view(2, 12) % 3 > 0
+    broken = torch.where(mask[..., None], x, torch.nan)
+    with torch.inference_mode():
+        memory.observe(broken, mask.long())  # as tokenizers give it
+        memory.observe(broken)
+    assert int(memory.stream_count) == 2 * int(mask.sum())
+    torch.testing.assert_close(memory.stream_mean, x[mask].mean(0))
+    memory.eval()(y := x.clone().requires_grad_()).sum().backward()
+    assert y.grad.any()
+    memory.forget()
+    assert torch.equal(memory(x), x)
+
+
 def test_clean_tokens_stay(close):
     x = correlated(100)
     close(taught(x)(x), x)
@@ -279,10 +295,11 @@ def test_mistakes_are_named(user_error):
     ):
         with user_error("StatisticsMemory", *words):
             StatisticsMemory(D, **options)
-    with user_error("StatisticsMemory", "5 wide", "D=6"):
-        StatisticsMemory(D)(torch.zeros(2, 5))
-    with user_error("StatisticsMemory", "mask has shape (3,)", "(2,)"):
-        StatisticsMemory(D)(torch.zeros(2, D), torch.ones(3))
+    for call in (StatisticsMemory(D), StatisticsMemory(D).observe):
+        with user_error("StatisticsMemory", f"{2 * D} wide", "D=6"):
+            call(torch.zeros(2, 2 * D))
+        with user_error("StatisticsMemory", "mask has shape (3,)", "(2,)"):
+            call(torch.zeros(2, D), torch.ones(3))
     with user_error("MoE", "D=6", "memory 4"):
         MoE(Router(LinearScorer(D, E), TopK(1)), FeedForward(E, D, 8), memory=StatisticsMemory(4))
     with user_error("MoE", "Sample", "where='router'"):

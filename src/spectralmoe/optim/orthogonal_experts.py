@@ -10,6 +10,7 @@ known here: the defaults are ours.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -55,7 +56,8 @@ class OrthogonalExperts:
 
     Works with accumulation, gradient scalers, closures (``on="update"``), checkpoints, DDP and FSDP2: the state is
     plain entries of ``optimizer.state``, the sums are added up over ranks at the end of a phase. A checkpoint from
-    within a gathering phase holds those of the rank that wrote it, which then stand for all. A layer costs E matrices
+    within a gathering phase holds those of the rank that wrote it, which then stand for all. It takes the optimizer's
+    own ``state_dict()``: torch's ``get_optimizer_state_dict`` fails on what is no parameter's. A layer costs E matrices
     (D, D) on every rank, their eigenvectors once in two phases, and until the next step the tokens of its forwards.
 
     Args:
@@ -69,12 +71,13 @@ class OrthogonalExperts:
         group: process group of the sums, as for ``attach``.
 
     Attributes:
-        layers: the MoE layers whose experts are trained, by name.
+        layers: the MoE layers whose experts' first matrices are trained, by name.
 
     Raises:
         UserError: a value out of range; no trained experts, a layer with one expert alone, with a placement, or with a
             bank without ``Experts.first_weight``; experts that this optimizer does not train; one that has projectors
-            already. At a step: a closure that computes the gradient with ``on="gradient"``; torch's ``Join``.
+            already. At a step: a closure that computes the gradient with ``on="gradient"``; torch's ``Join``. On
+            loading: a state of other layers.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 2), TopK(1)), FeedForward(2, 8, 4))
@@ -109,7 +112,8 @@ class OrthogonalExperts:
             raise UserError(
                 f"OrthogonalExperts: takes a torch optimizer, then the model; got a {type(optimizer).__name__}"
             )
-        if phase < 1 or alpha <= 0 or (rank is not None and rank < 1):
+        whole = all(isinstance(each, int) and each >= 1 for each in (phase, 1 if rank is None else rank))
+        if not whole or not 0 < alpha < math.inf:
             wrong = f"phase={phase}, alpha={alpha}, rank={rank}"
             raise UserError(f"OrthogonalExperts: phase and rank must be at least 1, alpha positive; got {wrong}")
         if on not in ("gradient", "update"):
@@ -156,13 +160,13 @@ class OrthogonalExperts:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         refuse_join(self._parallel, "without Join, with as many batches on every rank")
+        if self.on == "gradient" and kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            raise UserError('OrthogonalExperts: this closure computes the gradient within the step; use on="update"')
         own = _states(optimizer)[STATE]
         if own["gathers"]:
             self._gather(own)
         elif self.on == "update":
             self._before = {name: weight.detach().clone() for name, weight in self._weights().items()}
-        elif kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-            raise UserError('OrthogonalExperts: this closure computes the gradient within the step; use on="update"')
         else:
             for name, weight in self._weights().items():
                 if weight.grad is not None:
@@ -183,10 +187,15 @@ class OrthogonalExperts:
 
     def _loaded(self, optimizer: Optimizer) -> None:
         """The state is the loaded one, in memory of its own; recording follows its phase."""
+        loaded: dict[str, Any] = _states(optimizer).get(STATE) or _START
         devices = {name: weight.device for name, weight in self._weights().items()}
+        owner = {key: key.rpartition(".")[0] for key, value in loaded.items() if isinstance(value, Tensor)}
+        names = {*owner.values()}
+        if names - devices.keys() or (not loaded["gathers"] and names != devices.keys()):
+            theirs, ours = (", ".join(map(repr, sorted(each))) for each in (names, devices))
+            raise UserError(f"OrthogonalExperts: the loaded state is of layers {theirs}, the trained ones are {ours}")
         own = _states(optimizer)[STATE] = {
-            key: value.to(devices[key.rpartition(".")[0]], copy=True) if isinstance(value, Tensor) else value
-            for key, value in (_states(optimizer).get(STATE) or _START).items()
+            key: value.to(devices[owner[key]], copy=True) if key in owner else value for key, value in loaded.items()
         }
         self._record(own["gathers"])
 
@@ -248,9 +257,11 @@ def _trained_layers(optimizer: Optimizer, model: nn.Module, rank: int | None) ->
     found = {}
     for name, layer in moe_layers(model).items():
         bank = _bank(layer)
-        if bank is None or not any(parameter.requires_grad for parameter in bank.parameters()):
+        weight = getattr(bank, "first_weight", None)
+        moving = () if bank is None else bank.parameters() if weight is None else (weight,)
+        if not any(parameter.requires_grad for parameter in moving):
             continue
-        who, weight = f"OrthogonalExperts: layer {name!r}", getattr(bank, "first_weight", None)
+        who = f"OrthogonalExperts: layer {name!r}"
         if bank.num_experts == 1:
             raise UserError(f"{who} has one expert, and so no others to be orthogonal to; give it more, or freeze it")
         if weight is None or getattr(layer, "placement", None) is not None:

@@ -8,12 +8,14 @@ at :math:`(I + \sum x x^\top / a)^{-1}`. Used by ``OrthogonalExperts``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from spectralmoe.dispatch.base import sort_slots
 from spectralmoe.linalg import without_autocast
+from spectralmoe.routing import EMPTY
 from spectralmoe.sharding import beside
 from spectralmoe.tape import Record
 
@@ -24,10 +26,15 @@ _NOISE = 1e-5
 
 
 def add_inputs(sums: Sequence[Tensor], record: Record) -> None:
-    """Add the inputs x of each expert to the sums of x x' (E, D, D) and of x (E, D), and their numbers (E,) int64."""
+    """Add the inputs x of each expert to the sums of x x' (E, D, D) and of x (E, D), and their numbers (E,) int64.
+
+    Tokens that are not finite are left out: those of a step that a gradient scaler did not take are here, too.
+    """
     outer, total, count = sums
-    slots = sort_slots(record.routing, len(count))
     tokens = record.tensor("tokens").to(outer.dtype)
+    broken = ~tokens.isfinite().all(-1, keepdim=True)
+    indices = record.routing.indices.masked_fill(broken, EMPTY)
+    slots = sort_slots(replace(record.routing, indices=indices, full=False), len(count))
     with torch.autocast(tokens.device.type, enabled=False):
         for e, chosen in enumerate(slots.order[: int(slots.counts.sum())].split(slots.counts.tolist())):
             rows = tokens[chosen // slots.slots]

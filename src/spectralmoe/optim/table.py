@@ -138,7 +138,8 @@ def make_optimizer(name: str, model: nn.Module, settings: Rates, *, row: Mapping
     except UserError:
         raise
     except Exception as error:  # a user's own code
-        raise UserError(f"optimizer {called!r} fails as {called}(model, settings): {first_line(error)}") from error
+        form = "(optimizer, model)" if called in WRAPPERS else "(model, settings)"
+        raise UserError(f"optimizer {called!r} fails as {called}{form}: {first_line(error)}") from error
     if not isinstance(optimizer, Optimizer):
         raise UserError(f"optimizer {called!r} gives a {type(optimizer).__name__}, not a torch optimizer")
     return optimizer

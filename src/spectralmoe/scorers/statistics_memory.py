@@ -57,8 +57,8 @@ class StatisticsMemory(Part):
         least: tokens from which on the statistics of a group count alone, at least 2.
 
     Raises:
-        UserError: an argument out of range; several slots over a stream; in forward, x of another width, or a mask of
-            another shape.
+        UserError: an argument out of range; several slots over a stream; in forward and ``observe``, x of another
+            width, or a mask of another shape.
 
     >>> from torch import zeros
     >>> memory, x = StatisticsMemory(4), torch.randn(1000, 4)
@@ -66,12 +66,16 @@ class StatisticsMemory(Part):
     >>> torch.allclose(memory.eval()(1.3 * x + 0.5), x, atol=1e-5)
     True
 
-    Over a stream, layer by layer, without labels::
+    Over a stream, in evaluation and without labels, layer by layer, since each reads what those before it let through;
+    a memory that forgets lets the tape see tokens as they come::
 
-        for name, layer in moe_layers(model).items():
-            with record(model, keep=("tokens",)) as tape:
-                model(shifted)
-            layer.memory.observe(tape.layer(name)[0].tokens)
+        for name, layer in moe_layers(model.eval()).items():
+            layer.memory.forget()
+            with torch.no_grad(), record(model, keep=("tokens",)) as tape:
+                for batch in shifted:
+                    model(batch)
+            for item in tape.layer(name):
+                layer.memory.observe(item.tokens, item.routing.mask)
     """
 
     streams_tokens = True
@@ -124,11 +128,7 @@ class StatisticsMemory(Part):
         Args:
             mask: (B, ...) or (N,), True for real tokens: others have no part in the statistics, and no meaning.
         """
-        if x.shape[-1] != self.dim:
-            raise UserError(f"StatisticsMemory: tokens are {x.shape[-1]} wide, but it was made for D={self.dim}")
-        if mask is not None and mask.shape != x.shape[:-1]:
-            shapes = f"{tuple(mask.shape)}, but the tokens have {tuple(x.shape[:-1])}"
-            raise UserError(f"StatisticsMemory: mask has shape {shapes}")
+        self._check(x, mask)
         if self.training:
             return x
         samples = 1 if x.dim() > 2 else 0  # how many leading dimensions count samples
@@ -174,22 +174,32 @@ class StatisticsMemory(Part):
     def observe(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Take the tokens x (..., D), those of ``mask`` (...) alone, into the statistics of the stream.
 
-        They add up over calls, of this process; ``forget`` starts anew.
+        x as it comes, not aligned: what a layer reads after the first call is. They add up over calls, of this
+        process; ``forget`` starts anew. Tokens that are not finite are left out.
         """
-        tokens = (x if mask is None else x[mask]).reshape(-1, self.dim).to(self.stream_mean.dtype)
+        self._check(x, mask)
+        tokens = (x if mask is None else x[mask.bool()]).reshape(-1, self.dim).to(self.stream_mean.dtype)
+        tokens = tokens[tokens.isfinite().all(-1)]
         if not len(tokens):
             return
         before = int(self.stream_count)
         part, shift = len(tokens) / (before + len(tokens)), tokens.mean(0) - self.stream_mean
         spread = (1 - part) * self.stream_variance + part * tokens.var(0, correction=0)
-        self.stream_variance = spread + part * (1 - part) * shift.square()
-        self.stream_mean = self.stream_mean + part * shift
+        self.stream_variance.copy_(spread + part * (1 - part) * shift.square())
+        self.stream_mean.add_(part * shift)
         self.stream_count += len(tokens)
 
     def forget(self) -> None:
         """Forget the stream: nothing is observed yet."""
         for buffer in (self.stream_count, self.stream_mean, self.stream_variance):
             buffer.zero_()
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        if x.shape[-1] != self.dim:
+            raise UserError(f"StatisticsMemory: tokens are {x.shape[-1]} wide, but it was made for D={self.dim}")
+        if mask is not None and mask.shape != x.shape[:-1]:
+            shapes = f"{tuple(mask.shape)}, but the tokens have {tuple(x.shape[:-1])}"
+            raise UserError(f"StatisticsMemory: mask has shape {shapes}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatisticsMemory:
         super()._apply(in_full_precision(fn), recurse)  # type: ignore[no-untyped-call]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from spectralmoe.errors import UserError
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.layers import moe_layers, stock_experts, unwrapped
 from spectralmoe.moe import MoE
+from spectralmoe.router import Router
+from spectralmoe.scorers import Scorer
 
 __all__ = ["freeze_experts", "freeze_routers", "train_only_routers"]
 
@@ -35,7 +40,8 @@ def freeze_routers(model: nn.Module) -> None:
     Frozen routers of this library rest as a whole: their selection biases do not move.
 
     Raises:
-        UserError: the model holds no MoE layer, or one of a kind that cannot be read.
+        UserError: the model holds no MoE layer, or one of a kind that cannot be read; a router without parameters of
+            its own, which reads the experts'.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
@@ -51,7 +57,7 @@ def train_only_routers(model: nn.Module) -> None:
     """Freeze all of ``model`` but its routers, stock ones too.
 
     Raises:
-        UserError: the model holds no MoE layer, or one of a kind that cannot be read.
+        UserError: as ``freeze_routers``.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
@@ -65,10 +71,22 @@ def train_only_routers(model: nn.Module) -> None:
         router.requires_grad_(True)
 
 
-def _routers(model: nn.Module) -> list[nn.Module]:
+def _routers(model: nn.Module) -> Sequence[nn.Module]:
     if stock_experts(model):
         return [layer.router for layer in find_layers(unwrapped(model))]
-    return [layer.router for layer in moe_layers(model).values() if layer.router is not None]
+    routers = [layer.router for layer in moe_layers(model).values() if layer.router is not None]
+    for router in routers:
+        _refuse_borrowed(router)
+    return routers
+
+
+def _refuse_borrowed(router: Router) -> None:
+    """Refuse a router whose parameters are all those of its experts: freezing it alone would freeze nothing."""
+    if type(router.scorer).meet is not Scorer.meet and next(router.parameters(), None) is None:
+        raise UserError(
+            f"{type(router.scorer).__name__} has no parameters of its own, it reads those of the experts; "
+            "freeze_experts(model) freezes both, requires_grad_() on what it reads trains it"
+        )
 
 
 def _experts(model: nn.Module) -> list[nn.Module]:
