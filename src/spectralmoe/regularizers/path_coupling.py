@@ -129,7 +129,9 @@ def _refuse_constant(item: Record) -> None:
     routing = item.routing.unforced
     if isinstance(routing.score, Tensor):  # named scores leave no expert without any
         members = routing.members()
-        constant = bool(members.any()) and not bool(routing.score.masked_fill(members, 0).any())
+        others = routing.score.masked_fill(members, 0)  # what padding scores is nobody's
+        others = others if routing.mask is None else others[routing.mask]
+        constant = bool(members.any()) and not bool(others.any())
     else:
         fills = item.router is None or item.router.fills
         constant = fills and routing.indices.shape[1] >= routing.num_experts
