@@ -99,7 +99,10 @@ def _calls(records: Iterable[Record]) -> list[tuple[Record, ...]]:
         layers.setdefault(item.name, []).append(item)
     names = ", ".join(layers) or "none"
     if len(layers) < 2:
-        raise UserError(f"path_coupling couples neighbouring layers, but was given the records of one alone: {names}")
+        raise UserError(
+            f"path_coupling couples neighbouring layers, but was given the records of one alone ({names}); it needs a "
+            "network of two or more"
+        )
     if len({len(of_layer) for of_layer in layers.values()}) > 1:
         raise UserError(f"path_coupling needs layers that are called equally often; it was given {names}")
     return list(zip(*layers.values(), strict=True))
