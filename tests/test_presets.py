@@ -153,6 +153,9 @@ def test_keys_are_laid_over_the_preset_that_a_row_starts_from():
     stronger = find_preset({"preset": "sr-moe", "terms": {"spectral_penalty": {"weight": 7, "bound": 2.0}}})
     term = stronger.terms["spectral_penalty"]
     assert (term.weight, term.reduce, term.fn.keywords) == (7, "sum", {"bound": 2.0})
+    assert find_preset('{preset = "synergy", terms = {activation_overlap = {kind = "output"}}}').terms[
+        "activation_overlap"
+    ].keeps == ("output",)
     assert find_preset({"preset": changed.summary}).selector == changed.selector
     assert find_preset('{preset = "emoe-faithful", branch = {norm = true}}').branch == {
         "tokens": "patches",
@@ -249,7 +252,8 @@ def test_a_row_that_cannot_be_is_one_line(row, words, user_error):
         ('{scorer = "basis"}', 2, ("EigenExperts", "FeedForward")),
         ('{scorer = "linear", experts = "conv", channels = 12}', 2, ("unit=Token", "rows of shape")),
         ('{scorer = "context"}', 2, ("ContextScorer reads 'severity'", "this network gives none")),
-        ("ermoe-context", 2, ("BasisScorer reads 'attended'", "this network gives none")),
+        ("ermoe-context", 2, ("router 'ermoe-context'", "BasisScorer reads 'attended'", "this network gives none")),
+        ("synergy", 2, ("router 'synergy'", "neighbouring layers", "two or more")),
         ('{scorer = "linear", experts = {type = "feed_forward", activation = "gulu"}}', 2, ("did you mean 'gelu'?",)),
     ],
 )

@@ -583,7 +583,10 @@ def test_terms_say_what_is_kept_of_the_layers_that_they_are_about(user_error):
     with record(net, terms={"own": own}) as tape:
         net(x)
     penalty(tape, {"own": own})
-    with user_error("'logits'", "tokens, input"), record(net, terms={"own": Term(router_z, 1.0, keeps=("logits",))}):
+    with (
+        user_error("term 'own' reads 'logits'", "tokens, input"),
+        record(net, terms={"own": Term(router_z, 1.0, keeps=("logits",))}),
+    ):
         pass
 
 

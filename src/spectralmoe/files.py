@@ -39,7 +39,7 @@ _PART = ".spectralmoe-part"
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _SHOWN = 200
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD; both of Linux
-_CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
+_CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}  # the last of a sandbox
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -25,6 +25,7 @@ from spectralmoe.regularizers import REGULARIZERS
 from spectralmoe.scorers import SCORERS, Scorer
 from spectralmoe.selectors import SELECTORS, Selector
 from spectralmoe.spec import check_arguments, find_class, parameters_of
+from spectralmoe.tape import said
 from spectralmoe.terms import Term
 
 __all__ = [
@@ -207,7 +208,7 @@ def read_term(name: str, value: Any, start: Term | None = None) -> Term:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise UserError(f"term {name!r} needs a weight, such as {_key(name)} = 0.01")
     fn = _with_options(name, fn, options)
-    return Term(fn, **fields) if start is None else replace(start, fn=fn, **fields)
+    return Term(fn, **fields) if start is None else replace(start, fn=fn, keeps=said(fn)[0] or start.keeps, **fields)
 
 
 def _with_options(name: str, fn: Callable[..., Tensor], options: Table) -> Callable[..., Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -93,16 +94,27 @@ class Preset:
         return Router(scorer, selector)
 
     def check(
-        self, dim: int, num_experts: int, hidden: int, *, k: K, spare: int = 0, given: Collection[str] = ()
+        self,
+        name: str,
+        dim: int,
+        num_experts: int,
+        hidden: int,
+        *,
+        k: K,
+        spare: int = 0,
+        given: Collection[str] = (),
+        depth: int,
     ) -> None:
         """Build a layer and run two tokens, so that what does not fit the sizes of a network shows before it runs.
 
         Args:
+            name: what the row is called.
             given: names of the side information that the network gives its layers, D numbers a token.
+            depth: how many layers the network has.
 
         Raises:
-            UserError: as ``make_router``, ``make_experts``, ``MoE`` and the terms of a layer; a part that reads other
-                side information, or fails.
+            UserError: as ``make_router``, ``make_experts``, ``MoE`` and the terms; a part that reads other side
+                information, or fails.
         """
         num_experts, hidden = self.sizes(num_experts, hidden, k)
         try:
@@ -113,15 +125,15 @@ class Preset:
             if self.optimizer is not None and self.optimizer["type"] in WRAPPERS:
                 make_optimizer("sgd", layer, SimpleNamespace(lr=1.0, weight_decay=0.0), row=self.optimizer)
             context = Context(tokens={name: torch.zeros(2, dim) for name in given}) if given else None
-            terms = [term for term in self.terms.values() if term.scope == "layer"]
-            with torch.no_grad(), Tape({"": layer.eval()}, [name for term in terms for name in term.keeps]) as tape:
+            layers = {f"layers.{number}": layer.eval() for number in range(depth)}
+            with torch.no_grad(), Tape(layers, [*chain(*(term.keeps for term in self.terms.values()))]) as tape:
                 layer(torch.zeros(2, dim), context=context)
-                for term in terms:
-                    term.fn(tape[0])
+                for term in self.terms.values():
+                    term.fn(list(tape) if term.scope == "model" else tape[0])
         except UserError as error:
-            raise UserError(f"router {self.summary!r}: {error}") from error
+            raise UserError(f"router {name!r}: {error}") from error
         except Exception as error:  # of a part of the user's own
-            raise UserError(f"router {self.summary!r} does not work on two tokens: {first_line(error)}") from error
+            raise UserError(f"router {name!r} does not work on two tokens: {first_line(error)}") from error
 
     def routers(self, k: K) -> Callable[[int, int], Router]:
         """(D, E) -> a new router, with ``k`` experts a token."""

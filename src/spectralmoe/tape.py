@@ -169,9 +169,15 @@ class Tape:
         self._layers = dict(layers)
         keep, terms = (keep,) if isinstance(keep, str) else tuple(keep), terms or {}
         known = list(dict.fromkeys(name for layer in self._layers.values() for name in layer.keepable))
-        for name in (*keep, *(name for term in terms.values() for name in term.keeps)):
+        for name in keep:
             if name not in known:
                 raise UserError(f"record(keep=...): unknown tensor {name!r}; known: {', '.join(known)}")
+        for title, term in terms.items():
+            for name in term.keeps:
+                if name not in known:
+                    raise UserError(
+                        f"term {title!r} reads {name!r}, which these layers cannot keep; they keep: {', '.join(known)}"
+                    )
         self._sinks = {}
         for path in self._layers:
             wanted = [name for term in terms.values() if fnmatch(path, term.layers) for name in term.keeps]

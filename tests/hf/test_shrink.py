@@ -294,6 +294,7 @@ def test_half_precision_stays():
         ("deepseek_v3", 2, ["keep=2", "at least 2 experts each"]),
         ("mixtral", {"model.layers.0.mlp": [0, 1]}, ["equally many", "model.layers.1.mlp", "not named"]),
         ("mixtral", {"model.layers.7.mlp": [0, 1]}, ["unknown layer", "'model.layers.7.mlp'"]),
+        ("mixtral", {"model.layers.0.mlp": 4}, ["given a list", "got 4 for model.layers.0.mlp"]),
         ("mixtral", {f"model.layers.{i}.mlp": [0, i] for i in range(3)}, ["kept only once", "[0, 0]"]),
         ("mixtral", {f"model.layers.{i}.mlp": [0, 1, 2, 3][: i + 2] for i in range(3)}, ["equally many", "[2, 3, 4]"]),
         ("mixtral", {f"model.layers.{i}.mlp": [0, 8] for i in range(3)}, ["no expert 8", "0 to 7"]),

@@ -117,6 +117,12 @@ def test_mass_is_the_product_of_both_masses_and_constant_where_scores_are_renorm
     renormalised = [item(logits[i], 2, name=name, score=kept[i]) for i, name in enumerate("ab")]
     with user_error("no gradient", "'a'", 'form="paths"'):
         path_coupling(renormalised)
+    mask = torch.arange(N) > 3  # padding is routed nowhere, and scored all the same
+    padded = [
+        replace(one.routing, mask=mask, indices=one.routing.indices.where(mask[:, None], -1)) for one in renormalised
+    ]
+    with user_error("no gradient", "'a'"):
+        path_coupling([replace(one, routing=routing) for one, routing in zip(renormalised, padded, strict=True)])
     assert path_coupling(renormalised, form="paths").isfinite()
 
 

@@ -77,7 +77,7 @@ def test_terms_are_those_of_the_row_and_of_the_settings():
     [
         ({"scorer": "linear", "experts": "feed_forward"}, ["experts 'feed_forward'", "keeps the model's experts"]),
         ({"scorer": "linear", "k": "soft"}, ['k = "soft"', "keeps the model's experts"]),
-        ("omoe", ["optimizer 'orthogonal_experts'", "the Trainer's optimizer"]),
+        ("omoe", ["router 'omoe' asks for optimizer 'orthogonal_experts'", "the Trainer's optimizer"]),
         ("liner", ["unknown router 'liner'", "did you mean 'linear'"]),
     ],
 )

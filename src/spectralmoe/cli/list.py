@@ -32,6 +32,7 @@ PLAIN = {
     "soft_balanced": "all experts for each token, with a bias on the weights that evens the load",
     "capacity": "another selector whose experts take a limited number of tokens",
     "cluster_dropout": "another selector, some experts of each group left out in training",
+    "group_limited": "another selector, choosing in the best groups of experts alone",
     "feed_forward": "networks of two layers, their weights stacked",
     "adapter": "narrow networks to be added to the output of a frozen layer",
     "eigen": "linear maps with orthonormal bases of their own",

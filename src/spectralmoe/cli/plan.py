@@ -29,7 +29,7 @@ def plan(
         int, typer.Option("--chunk", min=1, help="Least loaded: fewest tokens that are worth a copy of an expert.")
     ] = 1024,
     threshold: Annotated[
-        float, typer.Option("--threshold", min=0.0, help="Least loaded: busiest device over the mean to begin at.")
+        float, typer.Option("--threshold", min=0.0, help="Least loaded: with a busiest device below it, nothing moves.")
     ] = 1.3,
     json: Json = False,
 ) -> None:

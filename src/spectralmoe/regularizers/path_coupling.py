@@ -99,7 +99,10 @@ def _calls(records: Iterable[Record]) -> list[tuple[Record, ...]]:
         layers.setdefault(item.name, []).append(item)
     names = ", ".join(layers) or "none"
     if len(layers) < 2:
-        raise UserError(f"path_coupling couples neighbouring layers, but was given the records of one alone: {names}")
+        raise UserError(
+            f"path_coupling couples neighbouring layers, but was given the records of one alone ({names}); it needs a "
+            "network of two or more"
+        )
     if len({len(of_layer) for of_layer in layers.values()}) > 1:
         raise UserError(f"path_coupling needs layers that are called equally often; it was given {names}")
     return list(zip(*layers.values(), strict=True))
@@ -129,7 +132,9 @@ def _refuse_constant(item: Record) -> None:
     routing = item.routing.unforced
     if isinstance(routing.score, Tensor):  # named scores leave no expert without any
         members = routing.members()
-        constant = bool(members.any()) and not bool(routing.score.masked_fill(members, 0).any())
+        others = routing.score.masked_fill(members, 0)  # what padding scores is nobody's
+        others = others if routing.mask is None else others[routing.mask]
+        constant = bool(members.any()) and not bool(others.any())
     else:
         fills = item.router is None or item.router.fills
         constant = fills and routing.indices.shape[1] >= routing.num_experts

@@ -11,7 +11,7 @@ from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.routers.rules import read_rule
 from spectralmoe.hf.routers.swap import Init, Swapped, swap_routers
 from spectralmoe.hf.training.text_windows import Windows
-from spectralmoe.naming import Table, read_term
+from spectralmoe.naming import Table, read_term, shown
 from spectralmoe.presets import Preset, find_preset
 from spectralmoe.terms import Term
 from spectralmoe.training.finetune_settings import FinetuneSettings
@@ -39,7 +39,7 @@ def router_of(settings: FinetuneSettings) -> Preset | None:
     asked += ['k = "soft"'] if preset.k == "soft" else []
     if asked:
         kept = "finetune keeps the model's experts, their choice and the Trainer's optimizer"
-        raise UserError(f"router {preset.summary!r} asks for {asked[0]}; {kept}")
+        raise UserError(f"router {shown(settings.router)!r} asks for {asked[0]}; {kept}")
     return preset
 
 

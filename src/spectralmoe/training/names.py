@@ -16,10 +16,10 @@ ROUTER_NAMES = (
     "emoe-faithful",
     "synergy",
     "specialization",
+    "l2r",
     "moec",
     "ermoe",
     "ermoe-context",
-    "l2r",
     "omoe",
     "dense",
 )

@@ -104,7 +104,8 @@ class CompareSettings(Settings):
             preset = find_preset(name)
             if self.backbone is None:  # else the widths are those of the timm model
                 sizes, given = (self.network.width, experts, self.network.hidden), task_of(self.data).gives
-                preset.check(*sizes, k=k, spare=self.network.spare, given=given)
+                fewest = min(self.depths)
+                preset.check(name, *sizes, k=k, spare=self.network.spare, given=given, depth=fewest)
 
     def run_of(self, cell: Cell, lr: float = 1.0) -> TrainSettings:
         """The training run of one cell.

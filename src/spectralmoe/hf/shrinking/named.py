@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from spectralmoe.errors import UserError, one_of
@@ -47,10 +47,12 @@ def given_groups(
 
 
 def _check_names(owner: str, layers: Mapping[str, HFLayer], keep: Mapping[str, Sequence[Any]]) -> None:
-    """Raise unless all layers are named, and no other."""
-    for name in keep:
+    """Raise unless all layers are named, and no other, each with a list."""
+    for name, wanted in keep.items():
         if name not in layers:
             raise one_of(f"layer of {owner}", name, layers)
+        if not isinstance(wanted, Iterable):
+            raise UserError(f"{owner}: a layer is given a list, or all layers one number; got {wanted!r} for {name}")
     if missing := [name for name in layers if name not in keep]:
         raise UserError(f"{owner}: every layer keeps equally many experts, but {missing[0]} was not named")
 
