@@ -27,14 +27,18 @@ class Budget:
 
 
 class Digits(nn.Module):
-    """Pixels (N, D) -> experts -> LayerNorm -> class logits (N, C)."""
+    """Pixels x (N, D) -> x + experts(x) -> LayerNorm -> class logits (N, C).
+
+    Without x the norm would take the only weight of a token with one expert out again, and its router would learn
+    nothing from the task.
+    """
 
     def __init__(self, experts: nn.Module, dim: int, classes: int) -> None:
         super().__init__()
         self.experts, self.norm, self.head = experts, nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.norm(self.experts(x)))
+        logits: Tensor = self.head(self.norm(x + self.experts(x)))
         return logits
 
 

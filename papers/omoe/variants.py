@@ -14,12 +14,12 @@ __all__ = ["shorter", "turned"]
 
 
 class Turned(OrthogonalExperts):
-    """Projectors of the same spectra in random directions."""
+    """Projectors in random directions: one turn for all experts of a layer, so that their means keep the spectra, too."""
 
     def protect(self, outer: Tensor, total: Tensor, count: Tensor) -> Tensor:
         made = super().protect(outer, total, count)
-        turns = torch.linalg.qr(torch.randn_like(made))[0]
-        return turns @ made @ turns.mT
+        turn = torch.linalg.qr(torch.randn_like(made[0]))[0]
+        return turn @ made @ turn.mT
 
 
 class Shorter(OrthogonalExperts):

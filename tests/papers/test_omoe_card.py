@@ -13,7 +13,7 @@ pytest.importorskip("timm")
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
 from spectralmoe.experiments.cards import Desk, run_card
 from spectralmoe.optim import make_optimizer
-from spectralmoe.optim.projectors import projectors
+from spectralmoe.optim.projectors import others, projectors
 
 CARD = Path(__file__).parents[2] / "papers" / "omoe"
 
@@ -64,6 +64,7 @@ def test_random_directions_have_the_same_spectra(card):
     sums = rows.mT @ rows, rows.sum(1), torch.full((3,), 20)
     turned, plain = hooked("Turned")[0].protect(*sums), projectors(*sums)
     torch.testing.assert_close(torch.linalg.eigvalsh(turned), torch.linalg.eigvalsh(plain))
+    torch.testing.assert_close(torch.linalg.eigvalsh(others(turned)), torch.linalg.eigvalsh(others(plain)))
     assert (turned - plain).abs().max() > 1e-3
 
 
