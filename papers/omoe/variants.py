@@ -14,7 +14,7 @@ __all__ = ["shorter", "turned"]
 
 
 class Turned(OrthogonalExperts):
-    """Projectors in random directions: one turn for all experts of a layer, so that their means keep the spectra, too."""
+    """Projectors in random directions, by one turn for all experts of a layer: their means keep the spectra, too."""
 
     def protect(self, outer: Tensor, total: Tensor, count: Tensor) -> Tensor:
         made = super().protect(outer, total, count)
