@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from spectralmoe import Capacity, FeedForward, LinearScorer, MoE, Router, TopK
+from spectralmoe import Capacity, FeedForward, LinearScorer, MoE, Router, TopK, TopP
 from spectralmoe.diagnostics.watch import watch
 from spectralmoe.experts import ConvExperts
+from spectralmoe.selectors import ClusterDropout
 from spectralmoe.units import Sample
 
 N, D, E = 20, 6, 3
@@ -30,3 +32,13 @@ def test_there_are_none_where_nobody_asks_or_experts_read_something_else():
         with watch(model, tokens=asked) as seen:
             model(x)
         assert seen.drain()[0].tokens.shape == (0, D)
+
+
+@pytest.mark.parametrize(
+    ("selector", "k"),
+    [(TopK(2), 2), (ClusterDropout(TopK(2), 1, rate=0.3), 2), (Capacity(TopK(2), 1.5), 2), (TopP(0.5), None)],
+    ids=["plain", "dropout", "capacity", "varies"],
+)
+def test_k_is_that_of_the_selector_inside(selector, k):
+    with watch(MoE(Router(LinearScorer(D, E), selector), FeedForward(E, D, 8))) as seen:
+        assert [layer.top_k for layer in seen.layers] == [k]

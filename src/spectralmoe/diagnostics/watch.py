@@ -107,7 +107,8 @@ class OwnLayer(Watched):
     def __init__(self, name: str, number: int, layer: MoE) -> None:
         self.name, self.number, self.layer = name, number, layer
         self.num_experts = (layer.experts if layer.placement is None else layer.router).num_experts
-        self.top_k = getattr(layer.router.selector, "k", None)
+        numbers = (getattr(part, "k", None) for part in layer.router.selector.modules())  # one may wrap another
+        self.top_k = next((k for k in numbers if isinstance(k, int)), None)
 
     @property
     def reroutes(self) -> bool:

@@ -27,7 +27,7 @@ def cluster_variance(record: Record | Routing, *, groups: int, form: Literal[0, 
     P (E,) is the mean over real tokens of the normalised scores. Form 0: :math:`\mathrm{Var}(P)` over all experts,
     whatever ``groups`` is. Form 1: :math:`V = \frac{1}{G} \sum_g \mathrm{Var}(P_i, i \in g)`. Form 2: :math:`V /
     \exp(m_1 - m_2)`, with the two largest of the groups' means of P. Experts that ``ClusterDropout`` leaves out have no
-    part in it. Without a real token it is 0.
+    part in it, where a record says who they are; a ``Routing`` alone does not. Without a real token it is 0.
 
     The paper's loss is ``load_balance`` with the weight 0.01 and this term with :math:`0.01\, E\, \rho`. V is of the
     size :math:`E^{-2}`, so :math:`\rho` is about 10 to 100 here.
@@ -51,7 +51,7 @@ def cluster_variance(record: Record | Routing, *, groups: int, form: Literal[0, 
     if form not in _FORMS:
         raise one_of("form of cluster_variance", str(form), _FORMS)
     if not isinstance(groups, int) or groups < 1 or experts % groups:
-        raise UserError(f"cluster_variance: groups={groups} do not divide E={experts} experts")
+        raise UserError(f"cluster_variance: groups={groups} is no whole number that divides E={experts} experts")
     if form and groups == experts:
         raise UserError(f"cluster_variance: groups={groups} of E={experts} experts hold one each, of no variance")
     if form == 2 and groups == 1:
