@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from fractions import Fraction
 
 import pytest
@@ -166,11 +165,10 @@ def test_modelled_time_and_memory_by_hand():
     assert plan_native([0, 0], 2).modelled_bytes(cost) == 64
 
 
-def test_a_plan_of_256_experts_on_64_devices_is_quick():
-    """The benchmark says how quick; here only that nothing grows with the tokens."""
-    start = time.monotonic()
-    plan = plan_least_loaded(skewed(0.95, experts=256, total=10**12), 64)
-    assert time.monotonic() - start < 60
+def test_a_plan_does_not_grow_with_the_tokens():
+    plans = [plan_least_loaded(skewed(0.95, experts=256, total=total), 64) for total in (10**7, 10**12)]
+    assert len({sum(map(len, plan.intervals)) for plan in plans}) == 1
+    plan = plans[1]
     assert plan.imbalance() == pytest.approx(1.0, abs=1e-6)
 
 

@@ -68,7 +68,7 @@ def _packed(load: Sequence[int], numbers: Sequence[int], devices: int, room: int
         for held, device in taken:
             left[device] -= 1
             if left[device]:
-                heappush(free, (held + load[e] / numbers[e], device))
+                heappush(free, (held + load[e] / len(taken), device))
     return tuple(homes)
 
 
