@@ -47,12 +47,27 @@ def _principal(scorer, token):
     return torch.stack([sum(shares[e :: scorer.num_experts]) for e in range(scorer.num_experts)]) / scorer.temperature
 
 
+def _saturated(scorer, token):
+    query = scorer.projection.double() @ token
+    norm, gain = (query @ query).sqrt(), scorer.log_gain.double().exp()
+    phi = gain * norm.tanh() if scorer.log_beta is None else gain * (1 + scorer.log_beta.double().exp() * norm.tanh())
+    logits = []
+    for anchors in scorer.keys.double():
+        sizes = [(key @ key).sqrt() for key in anchors]
+        terms = [
+            phi * (1 + (size - 1) / 4) * (key @ query) / size / norm for key, size in zip(anchors, sizes, strict=True)
+        ]
+        logits.append(terms[0] if len(terms) == 1 else sum(term.exp() for term in terms).log())
+    return torch.cat(logits)
+
+
 _LOGITS = {
     "linear": _linear,
     "cosine": _cosine,
     "prototype": _prototype,
     "eigenbasis": _eigenbasis,
     "principal": _principal,
+    "saturated": _saturated,
 }
 
 
@@ -96,6 +111,10 @@ def check_choice(name: str, selector: torch.nn.Module, scores: Tensor, chosen: C
             assert all(row[e] >= best_outside - tolerance for e in filled)
             if name == "topp":
                 _check_mass(selector, (row / row.sum())[filled], tolerance)
+            elif name == "threshold":
+                assert 1 <= len(filled) <= selector.k
+                assert all(row[e] >= selector.threshold - tolerance for e in filled[1:])
+                assert len(filled) == selector.k or best_outside < selector.threshold + tolerance
             else:
                 assert len(filled) == selector.k
 

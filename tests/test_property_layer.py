@@ -45,6 +45,9 @@ BANKS = {
 def draw_scorer(draw, name, dim, num_experts):
     rank = {"eigenbasis": st.integers(1, dim), "principal": st.integers(-(-num_experts // 2), dim)}
     options = {"linear": {"bias": True}, "cosine": {"proj_dim": draw(st.integers(1, 5)), "temperature": 0.3}}
+    if name == "saturated":
+        saturation = draw(st.sampled_from(["tanh", "affine"]))
+        options[name] = {"rank": draw(st.integers(1, 5)), "anchors": draw(st.integers(1, 3)), "saturation": saturation}
     chosen = {**options.get(name, {}), **({"rank": draw(rank[name])} if name in rank else {})}
     scorer = SCORERS[name](dim, num_experts, **chosen)
     with torch.no_grad():
@@ -70,6 +73,8 @@ def draw_selector(draw, name, scorer, num_experts):
         return SELECTORS[name](draw(st.floats(0.05, 1)), max_k=most, **{**usual, "normalize": normalize})
     if name in ("soft", "soft_balanced"):
         return SELECTORS[name](**usual | {"normalize": normalize}) if name == "soft" else SELECTORS[name]()
+    if name == "threshold":
+        return SELECTORS[name](k, draw(st.floats(0.05, 0.6)), **usual)
     if name == "balanced":
         k = min(k, num_experts - 1)
         return SELECTORS[name](k, **{**usual, "normalize": normalize and k > 1})

@@ -11,13 +11,14 @@ from seeds import shifted
 
 from spectralmoe import Balanced, Capacity, NoisyTopK, Term, TopK, TopP, after_step, penalty, record
 from spectralmoe.diagnostics import max_vio
-from spectralmoe.selectors import SELECTORS, ClusterDropout, GroupLimited
+from spectralmoe.selectors import SELECTORS, ClusterDropout, GroupLimited, Threshold
 
 ONE_EXPERT = {
     "topk": lambda **more: TopK(1, **more),
     "noisy_topk": lambda **more: NoisyTopK(1, **more),
     "balanced": lambda normalize=False: Balanced(1, normalize=normalize),
     "topp": lambda **more: TopP(0.5, max_k=1, **more),
+    "threshold": lambda normalize=False, **more: Threshold(1, 0.1, normalize=normalize, score="softmax", **more),
     "capacity": lambda **more: Capacity(TopK(1, **more), 2.0),
     "cluster_dropout": lambda **more: ClusterDropout(TopK(1, **more), 1),
     "group_limited": lambda **more: GroupLimited(TopK(1, **more), 2, 1),
