@@ -5,7 +5,17 @@ import json
 import pytest
 import torch
 
-from spectralmoe.experiments.cards import ROUTING_COLUMNS, Card, Contest, run_card, small_images, small_text, train_row
+from spectralmoe.experiments.cards import (
+    ROUTING_COLUMNS,
+    Card,
+    Contest,
+    difference_panels,
+    run_card,
+    small_images,
+    small_text,
+    train_row,
+)
+from spectralmoe.experiments.compare.columns import Column
 from spectralmoe.experiments.compare.setup import Tuned
 from spectralmoe.training.train_settings import TrainSettings
 
@@ -66,3 +76,13 @@ def test_rows_start_alike_but_for_their_routers(run):
 @pytest.mark.parametrize("run", [small_images(), small_text()], ids=["images", "text"])
 def test_the_small_runs_are_settings_that_a_file_could_hold(run):
     assert TrainSettings.model_validate_json(run.model_dump_json(exclude_unset=True)) == run
+
+
+def test_a_row_without_a_value_keeps_its_place_in_every_panel():
+    cells = [{"row": row, "seed": s, "loss": s, "flips": s} for row in ("base", "one", "two") for s in (0, 1)]
+    cells = [{**cell, "flips": None} if cell["row"] == "one" else cell for cell in cells]
+    panels = difference_panels(cells, [Column(key, key, 1, "") for key in ("loss", "flips", "absent")], "base")
+    assert [[(mark.label, mark.middle) for mark in panel.marks] for panel in panels] == [
+        [("one", 0.0), ("two", 0.0)],
+        [("one", None), ("two", 0.0)],
+    ]

@@ -24,11 +24,13 @@ def difference_panels(cells: Cells, columns: Sequence[Column], baseline: str) ->
     panels = []
     for column in columns:
         marks = []
-        for row in rows:
+        for row in rows:  # those that were not measured keep their place beside the other panels
             value = difference(cells, column.key, row, baseline)
-            if value is not None:
-                middle, half = column.scale * value.mean, column.scale * (value.half or 0.0)
-                marks.append(Mark(row, row, middle, middle - half, middle + half))
+            if value is None:
+                marks.append(Mark(row, row))
+                continue
+            middle, half = column.scale * value.mean, column.scale * (value.half or 0.0)
+            marks.append(Mark(row, row, middle, middle - half, middle + half))
         title = f"{column.title}, less {baseline}"
         panels.append(Intervals(title, marks, better=column.better, guides=(0.0,)))
-    return [panel for panel in panels if panel.marks]
+    return [panel for panel in panels if any(mark.middle is not None for mark in panel.marks)]
