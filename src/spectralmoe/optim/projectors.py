@@ -66,7 +66,7 @@ def projectors(
     for one, own, number in zip(outer, total, count, strict=True):
         shift = torch.outer(mean, own.double())
         c = (one.double() - shift - shift.mT + number * torch.outer(mean, mean)) / number.clamp_min(1)
-        rounding = torch.finfo(outer.dtype).eps * one.trace() / number.clamp_min(1)
+        rounding = 8 * torch.finfo(outer.dtype).eps * one.trace() / number.clamp_min(1)
         values, vectors = torch.linalg.eigh(c)
         values = torch.where(values > rounding, values, 0)
         if rank is None:
