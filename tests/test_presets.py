@@ -58,9 +58,9 @@ def part(kind, table, name):
 
 def rows():
     """Each preset, each scorer with top-k, each selector, bank and term with a linear scorer."""
-    yield from PRESETS.keys() - NOT_HERE
+    yield from sorted(PRESETS.keys() - NOT_HERE)
     for kind, table in (("scorer", SCORERS), ("selector", SELECTORS), ("experts", EXPERTS)):
-        for name in table.keys() - NOT_HERE:
+        for name in sorted(table.keys() - NOT_HERE):
             yield shown(TOGETHER.get(name) or {"scorer": "linear", **part(kind, table, name)})
     for name in REGULARIZERS:
         yield shown({"scorer": "linear", "terms": {name: {"weight": 0.1, **needed_by(name)}}})
