@@ -1,4 +1,4 @@
-"""Two gloo processes on this machine: a test module runs its checks in both and compares what they found."""
+"""Gloo processes on this machine, two or more: a test module runs its checks in all and compares what they found."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ TESTS = Path(__file__).parent
 
 def work(checks: Sequence[Callable[[int, Path], Any]]) -> None:
     """The main program of one process: run ``checks(rank, folder)`` and leave what they found in the folder."""
-    rank, folder, seconds = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    rank, folder, seconds, ranks = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", f"file://{folder}/init", rank=rank, world_size=RANKS, timeout=timedelta(seconds=seconds // 3)
+        "gloo", f"file://{folder}/init", rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds // 3)
     )
     results = {}
     for check in checks:
@@ -45,14 +45,14 @@ def environment() -> dict[str, str]:
 
 
 class Ranks:
-    """Runs ``script`` as both processes, for ``seconds`` at most; ``ranks(check)`` is what each rank found."""
+    """Runs ``script`` as all processes, for ``seconds`` at most; ``ranks(check)`` is what each rank found."""
 
-    def __init__(self, script: str, folder: Path, seconds: int) -> None:
+    def __init__(self, script: str, folder: Path, seconds: int, number: int = RANKS) -> None:
         self.folder = folder
         command = [sys.executable, script]
         processes = [
-            subprocess.Popen([*command, str(rank), str(folder), str(seconds)], env=environment())
-            for rank in range(RANKS)
+            subprocess.Popen([*command, str(rank), str(folder), str(seconds), str(number)], env=environment())
+            for rank in range(number)
         ]
         try:
             for process in processes:
@@ -60,7 +60,7 @@ class Ranks:
         finally:
             for process in processes:
                 process.kill()
-        self.results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+        self.results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(number)]
 
     def __call__(self, check: Callable[[int, Path], Any]) -> list[Any]:
         found = [result.get(check.__name__, "did not run: an earlier check failed") for result in self.results]

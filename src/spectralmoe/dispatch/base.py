@@ -13,7 +13,7 @@ from spectralmoe.experts.base import Answer, Experts
 from spectralmoe.routing import Routing, count_slots
 from spectralmoe.torch_private import transforming
 
-__all__ = ["Dispatch", "Kept", "SortedSlots", "combine", "sort_slots", "spread"]
+__all__ = ["Dispatch", "Kept", "SortedSlots", "answer_of", "combine", "sort_slots", "spread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +69,29 @@ class Dispatch:
         if transforming():
             raise UserError("record() cannot keep tensors inside a transform of torch.func; record without keep")
         slots = sort_slots(routing, experts.num_experts)
-        tensors = {"input": (rows := spread(x, slots))}
-        if "hidden" in names:
-            hidden = experts.hidden(rows, slots.counts)
-            if hidden is None:
-                raise UserError(f"record(keep=...): {type(experts).__name__} has no 'hidden' to keep")
-            tensors["hidden"], result = hidden, experts.project(hidden, slots.counts)
-        else:
-            result = experts(rows, slots.counts)
-        answer = result if isinstance(result, Answer) else Answer(result)
-        tensors |= {"output": answer.gained, **(answer.said or {})}
-        return combine(result, routing.weights.to(x.dtype), slots), Kept(slots, tensors)
+        rows = spread(x, slots)
+        answer, hidden = self.answer(rows, slots.counts, experts, hidden="hidden" in names)
+        tensors = {"input": rows, "output": answer.gained, **(answer.said or {})}
+        if hidden is not None:
+            tensors["hidden"] = hidden
+        return combine(answer, routing.weights.to(x.dtype), slots), Kept(slots, tensors)
+
+    def answer(self, rows: Tensor, counts: Tensor, experts: Experts, *, hidden: bool) -> tuple[Answer, Tensor | None]:
+        """What the bank makes of rows (M, *S) sorted by expert, and with ``hidden`` its hidden activations.
+
+        Raises:
+            UserError: the bank has no hidden activations.
+        """
+        return answer_of(experts, rows, counts, hidden=hidden)
+
+
+def answer_of(experts: Experts, rows: Tensor, counts: Tensor, *, hidden: bool) -> tuple[Answer, Tensor | None]:
+    """``Dispatch.answer`` where the bank is at hand."""
+    inside = experts.hidden(rows, counts) if hidden else None
+    if hidden and inside is None:
+        raise UserError(f"record(keep=...): {type(experts).__name__} has no 'hidden' to keep")
+    result = experts(rows, counts) if inside is None else experts.project(inside, counts)
+    return result if isinstance(result, Answer) else Answer(result), inside
 
 
 def sort_slots(routing: Routing, num_experts: int) -> SortedSlots:

@@ -1,0 +1,143 @@
+"""Dispatch over several devices: rows travel to the experts that a plan gives them to, and their outputs come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.func import functional_call
+
+from spectralmoe.dispatch import Dispatch
+from spectralmoe.dispatch.base import answer_of, combine, sort_slots, spread
+from spectralmoe.errors import UserError
+from spectralmoe.experts.base import Answer, Experts
+from spectralmoe.parallel.exchange import Route, exchange, route_rows
+from spectralmoe.parallel.plan import Plan, plan_native
+from spectralmoe.routing import Routing
+from spectralmoe.sharding import is_sharded
+from spectralmoe.torch_private import transforming
+
+__all__ = ["ExpertParallel", "Planner"]
+
+Planner = Callable[[list[int], int], Plan]
+"""(tokens of each expert, P) -> a plan in which each expert has one home: ``plan_native``, ``LeastLoaded()``."""
+
+
+class ExpertParallel(Dispatch):
+    r"""Each of the P devices of a mesh holds E/P consecutive experts; the rows of all devices travel to them.
+
+    Every device counts its rows; from the counts of all, all find one plan; rows travel, and with them the weights of
+    experts that the plan computes away from home (``LeastLoaded``); outputs come back, and are weighted and added up
+    where their tokens are. The routing and the result are those of one process.
+
+    Of the gradients of an expert, which come from the tokens of all P devices, their sum over P is left: that of the
+    mean of the devices' losses, as data parallelism takes it for everything else.
+
+    Args:
+        mesh: one-dimensional; the devices that share the experts.
+        planner: the plan of each call; every device must find the same. It waits for the counts once a call.
+
+    Raises:
+        UserError: in a call: soft routing, which would send every row everywhere; inside a transform of ``torch.func``;
+            a plan with replicas.
+
+    ``spectralmoe.parallel.parallelize_experts`` puts it into a model.
+    """
+
+    def __init__(self, mesh: DeviceMesh, planner: Planner = plan_native) -> None:
+        if mesh.ndim != 1:
+            raise UserError(f"ExpertParallel: the mesh must have one dimension, got {mesh.ndim}; take mesh['ep']")
+        self.mesh, self.planner = mesh, planner
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        if routing.soft or transforming():
+            what = "a transform of torch.func" if transforming() else "soft routing"
+            raise UserError(f"ExpertParallel: {what} would send every row to every expert; choose a few, with TopK(k)")
+        slots = sort_slots(routing, experts.num_experts)
+        answer, _ = self.answer(spread(x, slots), slots.counts, experts, hidden=False)
+        return combine(answer, routing.weights.to(x.dtype), slots)
+
+    def answer(self, rows: Tensor, counts: Tensor, experts: Experts, *, hidden: bool) -> tuple[Answer, Tensor | None]:
+        group, rank = self.mesh.get_group(), self.mesh.get_local_rank()
+        route, plan = self._route(counts, group, rank)
+        stacks = self._stacks(experts, route, plan, group, rank)
+        came = exchange(rows.index_select(0, route.order), route.sends, route.receives, group)
+        given = (came.index_select(0, route.by_expert), route.counts, hidden)
+        made, inside = functional_call(_Bank(experts), stacks, given)
+
+        def back(values: Tensor) -> Tensor:
+            arrived = values.index_select(0, route.by_expert.argsort())
+            return exchange(arrived, route.receives, route.sends, group).index_select(0, route.order.argsort())
+
+        gain = None if made.gain is None else back(made.gain)
+        said = None if made.said is None else {name: back(values) for name, values in made.said.items()}
+        return Answer(back(made.y), gain, said), None if inside is None else back(inside)
+
+    def _route(self, counts: Tensor, group: dist.ProcessGroup, rank: int) -> tuple[Route, Plan]:
+        devices = self.mesh.size()
+        everyones = counts.new_empty(devices * len(counts))
+        dist.all_gather_into_tensor(everyones, counts.contiguous(), group=group)
+        loads = everyones.view(devices, -1).cpu()
+        plan = self.planner(loads.sum(0).tolist(), devices)
+        if any(len(homes) > 1 for homes in plan.homes):
+            raise UserError("ExpertParallel: the plan holds experts on several devices; here each has one home")
+        return route_rows(plan, loads, rank, counts.device), plan
+
+    def _stacks(
+        self, experts: Experts, route: Route, plan: Plan, group: dist.ProcessGroup, rank: int
+    ) -> dict[str, Tensor]:
+        """The stacks of the experts that are computed here, own and guests, by their names in ``_Bank``."""
+        devices = self.mesh.size()
+        named = [*experts.named_parameters(), *experts.named_buffers()]
+        own = {f"bank.{name}": _Averaged.apply(_local(stack, self.mesh), devices) for name, stack in named}
+        if not plan.copies:
+            return own
+        each = experts.num_experts // devices
+        sent = sorted((copy.target, copy.expert) for copy in plan.copies if copy.source == rank)
+        sends = [sum(target == device for target, _ in sent) for device in range(devices)]
+        receives = [sum(e // each == device for e in route.guests) for device in range(devices)]
+        chosen = torch.tensor([e - rank * each for _, e in sent], dtype=torch.int64, device=route.order.device)
+        flat = torch.cat([stack.flatten(1) for stack in own.values()], 1)
+        guests = exchange(flat.index_select(0, chosen), sends, receives, group)
+        parts = guests.split([stack[0].numel() for stack in own.values()], 1)
+        return {
+            name: torch.cat([stack, part.to(stack.dtype).view(-1, *stack.shape[1:])])
+            for (name, stack), part in zip(own.items(), parts, strict=True)
+        }
+
+
+class _Bank(nn.Module):
+    """A bank whose stacks ``functional_call`` replaces by those of the experts at hand."""
+
+    def __init__(self, bank: Experts) -> None:
+        super().__init__()
+        self.bank = bank
+
+    def forward(self, rows: Tensor, counts: Tensor, hidden: bool) -> tuple[Answer, Tensor | None]:
+        return answer_of(self.bank, rows, counts, hidden=hidden)
+
+
+class _Averaged(torch.autograd.Function):
+    """The identity; its gradient is divided by the number of devices that it comes from."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor, devices: int) -> Tensor:
+        ctx.devices = devices
+        return stack.view_as(stack)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.devices, None
+
+
+def _local(stack: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This device's experts."""
+    if not is_sharded(stack) or stack.device_mesh != mesh:
+        raise UserError(
+            "ExpertParallel: the bank is not shared out over this mesh; call parallelize_experts(model, mesh)"
+        )
+    return stack.to_local()

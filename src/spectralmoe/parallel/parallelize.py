@@ -1,0 +1,107 @@
+"""Puts expert parallelism into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from spectralmoe.errors import UserError
+from spectralmoe.experts.base import Experts
+from spectralmoe.layers import moe_layers
+from spectralmoe.moe import MoE
+from spectralmoe.parallel.expert_parallel import ExpertParallel, Planner
+from spectralmoe.parallel.plan import owners, plan_native
+from spectralmoe.sharding import beside, full
+
+__all__ = ["clip_gradients", "expert_parameters", "parallelize_experts"]
+
+
+def parallelize_experts(model: nn.Module, mesh: DeviceMesh, *, ep: str = "ep", planner: Planner | None = None) -> None:
+    """Share the experts of every MoE layer of ``model`` out over a dimension of a mesh, in place.
+
+    The stacks of a bank become DTensors, split on the expert dimension: device p keeps E/P consecutive experts. The
+    layer's dispatch becomes ``ExpertParallel``. Every device must hold the same model before. Routers, shared experts
+    and all else stay whole on every device: average their gradients as data parallelism does, leaving the experts out::
+
+        mesh = init_device_mesh("cuda", (world // 4, 4), mesh_dim_names=("efsdp", "ep"))
+        parallelize_experts(model, mesh)
+        fully_shard(model, mesh=mesh._flatten(), ignored_params=expert_parameters(model))
+
+    Make the optimizer afterwards: parameters are new tensors.
+
+    Args:
+        mesh: with a dimension called ``ep``.
+        ep: its name.
+        planner: the plan of each call; None: every expert is computed at home (``plan_native``).
+
+    Raises:
+        UserError: before anything is changed: no dimension of this name; an expert count that the devices cannot share
+            evenly; a bank whose tensors are no stacks of experts; a layer that routes softly, or is no ``MoE``.
+    """
+    names = mesh.mesh_dim_names or ()
+    if ep not in names:
+        raise UserError(f"parallelize_experts: the mesh has no dimension {ep!r}, but {', '.join(names) or 'no names'}")
+    part, layers = mesh[ep], moe_layers(model)
+    for name, layer in layers.items():
+        _check(name, layer, part.size())
+    shared: dict[Tensor, nn.Parameter] = {}
+    for layer in layers.values():
+        assert isinstance(layer, MoE)
+        _share_out(layer.experts, part, shared)
+        layer.dispatch = ExpertParallel(part, planner or plan_native)
+
+
+def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of the experts that ``parallelize_experts`` shared out: what data parallelism leaves alone."""
+    layers = (layer for layer in moe_layers(model).values() if isinstance(layer, MoE))
+    return {p for layer in layers if isinstance(layer.dispatch, ExpertParallel) for p in layer.experts.parameters()}
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    r"""Scale gradients so that their common norm is at most ``max_norm``; returns the norm from before.
+
+    As ``torch.nn.utils.clip_grad_norm_``, which refuses parameters of different meshes:
+    :math:`\|g\|^2` is summed over the shards of each mesh, then over meshes.
+
+    Every device of every mesh calls it.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    squares = [torch.linalg.vector_norm(grad, dtype=torch.float32).square() for grad in grads]
+    whole = [full(square) for square in squares]
+    norm = torch.stack(whole).sum().sqrt() if whole else torch.zeros(())
+    scale = (max_norm / (norm + 1e-6)).clamp_max(1)
+    for grad in grads:
+        grad.mul_(beside(scale.to(grad.device), grad))
+    return norm
+
+
+def _check(name: str, layer: object, devices: int) -> None:
+    if not isinstance(layer, MoE):
+        raise UserError(f"parallelize_experts: {name!r} is a {type(layer).__name__}, not an MoE layer of this library")
+    bank = layer.experts
+    if layer.router.soft:
+        raise UserError(f"parallelize_experts: {name!r} routes softly, so every row would go to every device")
+    owners(bank.num_experts, devices)
+    for title, stack in (*bank.named_parameters(), *bank.named_buffers()):
+        if not stack.dim() or len(stack) != bank.num_experts:
+            raise UserError(
+                f"parallelize_experts: {title!r} of the {type(bank).__name__} of {name!r} is no stack of "
+                f"E={bank.num_experts} experts, so it cannot be shared out"
+            )
+
+
+def _share_out(bank: Experts, mesh: DeviceMesh, shared: dict[Tensor, nn.Parameter]) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    for module in bank.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in shared:
+                stack = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+                shared[parameter] = nn.Parameter(stack, parameter.requires_grad)
+            setattr(module, name, shared[parameter])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, distribute_tensor(buffer, mesh, [Shard(0)]))
