@@ -40,6 +40,7 @@ from spectralmoe.parallel import (
     expert_parameters,
     parallelize_experts,
     plan_replicas,
+    shard_experts,
 )
 
 D, E, H = 6, 8, 10
@@ -223,10 +224,8 @@ def two_dimensions(rank, folder):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("efsdp", "ep"))
     net = make()
     parallelize_experts(net, mesh, planner=PLANNERS["least_loaded"])
-    for layer in net.layers:
-        fully_shard(layer.experts, mesh=mesh["efsdp"])
-    own = {p for layer in net.layers for p in layer.experts.parameters()}
-    fully_shard(net, mesh=mesh._flatten("all"), ignored_params=own)
+    shard_experts(net, mesh)
+    fully_shard(net, mesh=mesh._flatten("all"))
     x, grad = tokens(4, 0.8)[rank]
     (net(x) * grad).sum().backward()
     norm = clip_gradients(net.parameters(), 1e9)
@@ -353,4 +352,4 @@ def test_two_dimensions_with_fsdp(four, close):
 
 
 if __name__ == "__main__":
-    work(CHECKS if int(sys.argv[4]) == RANKS else (parity, two_dimensions))
+    work(CHECKS if int(sys.argv[4]) == RANKS else (two_dimensions, parity))

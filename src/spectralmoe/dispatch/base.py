@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError
-from spectralmoe.experts.base import Answer, Experts
+from spectralmoe.experts.base import Answer, Experts, answer_of
 from spectralmoe.routing import Routing, count_slots
 from spectralmoe.torch_private import transforming
 
-__all__ = ["Dispatch", "Kept", "SortedSlots", "answer_of", "combine", "sort_slots", "spread"]
+__all__ = ["Dispatch", "Kept", "SortedSlots", "combine", "sort_slots", "spread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +83,6 @@ class Dispatch:
             UserError: the bank has no hidden activations.
         """
         return answer_of(experts, rows, counts, hidden=hidden)
-
-
-def answer_of(experts: Experts, rows: Tensor, counts: Tensor, *, hidden: bool) -> tuple[Answer, Tensor | None]:
-    """``Dispatch.answer`` where the bank is at hand."""
-    inside = experts.hidden(rows, counts) if hidden else None
-    if hidden and inside is None:
-        raise UserError(f"record(keep=...): {type(experts).__name__} has no 'hidden' to keep")
-    result = experts(rows, counts) if inside is None else experts.project(inside, counts)
-    return result if isinstance(result, Answer) else Answer(result), inside
 
 
 def sort_slots(routing: Routing, num_experts: int) -> SortedSlots:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.parts import Part
 from spectralmoe.stacks import chosen_experts, copy_with, means
 
-__all__ = ["Answer", "Experts", "per_row"]
+__all__ = ["Answer", "Experts", "answer_of", "per_row"]
 
 
 class Answer(NamedTuple):
@@ -104,6 +105,31 @@ class Experts(Part):
     def project(self, hidden: Tensor, counts: Tensor) -> Tensor | Answer:
         """What ``forward`` returns, from what ``hidden`` returned."""
         raise NotImplementedError
+
+    def on_stacks(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        stacks: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
+        *,
+        hidden: bool = False,
+    ) -> tuple[Answer, Tensor | None]:
+        """``answer_of`` with other experts: ``stacks`` makes theirs, name -> (E', ...), from those of the bank.
+
+        A bank under FSDP2 gathers its parameters for it where the method is registered
+        (``torch.distributed.fsdp.register_fsdp_forward_method``).
+
+        >>> from spectralmoe import FeedForward
+        >>> bank, x = FeedForward(4, dim=8, hidden=16), torch.ones(3, 8)
+        >>> two = lambda own: {name: stack[1:3] for name, stack in own.items()}
+        >>> answer, _ = bank.on_stacks(x, torch.tensor([3, 0]), two)
+        >>> torch.allclose(answer.y, bank.expert(x, 1))
+        True
+        """
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        named = {f"bank.{name}": stack for name, stack in stacks(own).items()}
+        made: tuple[Answer, Tensor | None] = functional_call(_Bank(self), named, (x, counts, hidden))
+        return made
 
     def expert_parameters(self, e: int) -> dict[str, Tensor]:
         """Views of the parameters that belong to expert ``e`` alone; empty: it cannot be adapted alone."""
@@ -200,6 +226,40 @@ class Experts(Part):
         bank = copy_with(self, {stack: change(stack.detach()) for _, stack in stacks})
         bank.num_experts = num_experts
         return bank
+
+
+class _Bank(nn.Module):
+    """A bank whose stacks ``functional_call`` replaces, without the hooks that look after its own."""
+
+    def __init__(self, bank: Experts) -> None:
+        super().__init__()
+        self.bank = bank
+
+    def forward(self, x: Tensor, counts: Tensor, hidden: bool) -> tuple[Answer, Tensor | None]:
+        return answer_of(self.bank, x, counts, hidden=hidden, forward=self.bank.forward)
+
+
+def answer_of(
+    experts: Experts,
+    x: Tensor,
+    counts: Tensor,
+    *,
+    hidden: bool,
+    forward: Callable[[Tensor, Tensor], Tensor | Answer] | None = None,
+) -> tuple[Answer, Tensor | None]:
+    """What a bank makes of rows x (M, *S) sorted by expert, and with ``hidden`` its hidden activations.
+
+    Args:
+        forward: of the bank; None: with its hooks.
+
+    Raises:
+        UserError: the bank has no hidden activations.
+    """
+    inside = experts.hidden(x, counts) if hidden else None
+    if hidden and inside is None:
+        raise UserError(f"record(keep=...): {type(experts).__name__} has no 'hidden' to keep")
+    result = (forward or experts)(x, counts) if inside is None else experts.project(inside, counts)
+    return result if isinstance(result, Answer) else Answer(result), inside
 
 
 def per_row(values: Tensor, rows: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from spectralmoe.parallel.controls import plan_random_spill
 from spectralmoe.parallel.cost import Cost
 from spectralmoe.parallel.expert_parallel import ExpertParallel, Planner
 from spectralmoe.parallel.least_loaded import plan_least_loaded
-from spectralmoe.parallel.parallelize import clip_gradients, expert_parameters, parallelize_experts
+from spectralmoe.parallel.parallelize import clip_gradients, expert_parameters, parallelize_experts, shard_experts
 from spectralmoe.parallel.plan import Copy, Interval, Plan, plan_native
 from spectralmoe.parallel.planners import LeastLoaded
 from spectralmoe.parallel.replicas import plan_replicas
@@ -29,4 +29,5 @@ __all__ = [
     "plan_random_spill",
     "plan_replicas",
     "scaled_load",
+    "shard_experts",
 ]

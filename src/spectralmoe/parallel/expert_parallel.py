@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.func import functional_call
 
 from spectralmoe.dispatch import Dispatch
-from spectralmoe.dispatch.base import answer_of, combine, sort_slots, spread
+from spectralmoe.dispatch.base import combine, sort_slots, spread
 from spectralmoe.errors import UserError
 from spectralmoe.experts.base import Answer, Experts
 from spectralmoe.parallel.exchange import Route, exchange, route_rows
@@ -64,10 +63,12 @@ class ExpertParallel(Dispatch):
     def answer(self, rows: Tensor, counts: Tensor, experts: Experts, *, hidden: bool) -> tuple[Answer, Tensor | None]:
         group, rank = self.mesh.get_group(), self.mesh.get_local_rank()
         route, plan = self._route(counts, group, rank)
-        stacks = self._stacks(experts, route, plan, group, rank)
         came = exchange(rows.index_select(0, route.order), route.sends, route.receives, group)
-        given = (came.index_select(0, route.by_expert), route.counts, hidden)
-        made, inside = functional_call(_Bank(experts), stacks, given)
+
+        def stacks(own: dict[str, Tensor]) -> dict[str, Tensor]:
+            return self._with_guests(own, route, plan, group, rank)
+
+        made, inside = experts.on_stacks(came.index_select(0, route.by_expert), route.counts, stacks, hidden=hidden)
 
         def back(values: Tensor) -> Tensor:
             arrived = values.index_select(0, route.by_expert.argsort())
@@ -87,16 +88,15 @@ class ExpertParallel(Dispatch):
             raise UserError("ExpertParallel: the plan holds experts on several devices; here each has one home")
         return route_rows(plan, loads, rank, counts.device), plan
 
-    def _stacks(
-        self, experts: Experts, route: Route, plan: Plan, group: dist.ProcessGroup, rank: int
+    def _with_guests(
+        self, shards: dict[str, Tensor], route: Route, plan: Plan, group: dist.ProcessGroup, rank: int
     ) -> dict[str, Tensor]:
-        """The stacks of the experts that are computed here, own and guests, by their names in ``_Bank``."""
+        """The stacks of the experts that are computed here: this device's own, then those of others."""
         devices = self.mesh.size()
-        named = [*experts.named_parameters(), *experts.named_buffers()]
-        own = {f"bank.{name}": _Averaged.apply(_local(stack, self.mesh), devices) for name, stack in named}
+        own = {name: _Averaged.apply(_local(shard, self.mesh), devices) for name, shard in shards.items()}
         if not plan.copies:
             return own
-        each = experts.num_experts // devices
+        each = len(plan.homes) // devices
         sent = sorted((copy.target, copy.expert) for copy in plan.copies if copy.source == rank)
         sends = [sum(target == device for target, _ in sent) for device in range(devices)]
         receives = [sum(e // each == device for e in route.guests) for device in range(devices)]
@@ -108,17 +108,6 @@ class ExpertParallel(Dispatch):
             name: torch.cat([stack, part.to(stack.dtype).view(-1, *stack.shape[1:])])
             for (name, stack), part in zip(own.items(), parts, strict=True)
         }
-
-
-class _Bank(nn.Module):
-    """A bank whose stacks ``functional_call`` replaces by those of the experts at hand."""
-
-    def __init__(self, bank: Experts) -> None:
-        super().__init__()
-        self.bank = bank
-
-    def forward(self, rows: Tensor, counts: Tensor, hidden: bool) -> tuple[Answer, Tensor | None]:
-        return answer_of(self.bank, rows, counts, hidden=hidden)
 
 
 class _Averaged(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from spectralmoe.parallel.expert_parallel import ExpertParallel, Planner
 from spectralmoe.parallel.plan import owners, plan_native
 from spectralmoe.sharding import beside, full
 
-__all__ = ["clip_gradients", "expert_parameters", "parallelize_experts"]
+__all__ = ["clip_gradients", "expert_parameters", "parallelize_experts", "shard_experts"]
 
 
 def parallelize_experts(model: nn.Module, mesh: DeviceMesh, *, ep: str = "ep", planner: Planner | None = None) -> None:
@@ -26,9 +27,11 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh, *, ep: str = "ep", p
     layer's dispatch becomes ``ExpertParallel``. Every device must hold the same model before. Routers, shared experts
     and all else stay whole on every device: average their gradients as data parallelism does, leaving the experts out::
 
-        mesh = init_device_mesh("cuda", (world // 4, 4), mesh_dim_names=("efsdp", "ep"))
+        mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("ep",))
         parallelize_experts(model, mesh)
-        fully_shard(model, mesh=mesh._flatten(), ignored_params=expert_parameters(model))
+        fully_shard(model, mesh=mesh, ignored_params=expert_parameters(model))
+
+    On a mesh of two dimensions ``shard_experts`` shares the rows of each expert out over the other one.
 
     Make the optimizer afterwards: parameters are new tensors.
 
@@ -58,6 +61,28 @@ def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The parameters of the experts that ``parallelize_experts`` shared out: what data parallelism leaves alone."""
     layers = (layer for layer in moe_layers(model).values() if isinstance(layer, MoE))
     return {p for layer in layers if isinstance(layer.dispatch, ExpertParallel) for p in layer.experts.parameters()}
+
+
+def shard_experts(model: nn.Module, mesh: DeviceMesh, *, dp: str = "efsdp", **options: Any) -> None:
+    """Give every bank that ``parallelize_experts`` shared out an FSDP2 group over another dimension of the mesh.
+
+    Everything else is sharded over all devices afterwards::
+
+        mesh = init_device_mesh("cuda", (world // 4, 4), mesh_dim_names=("efsdp", "ep"))
+        parallelize_experts(model, mesh)
+        shard_experts(model, mesh)
+        fully_shard(model, mesh=mesh["efsdp", "ep"]._flatten("all"))
+
+    Args:
+        dp: the name of that dimension.
+        options: passed on to ``torch.distributed.fsdp.fully_shard``.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for layer in moe_layers(model).values():
+        if isinstance(layer, MoE) and isinstance(layer.dispatch, ExpertParallel):
+            fully_shard(layer.experts, mesh=mesh[dp], **options)
+            register_fsdp_forward_method(layer.experts, "on_stacks")
 
 
 @torch.no_grad()
