@@ -98,6 +98,7 @@ def test_instrument_examples_run(number, capsys, tmp_path, monkeypatch):
         "docs/llm.md",
         "docs/methods.md",
         "docs/inspect.md",
+        "docs/parallel.md",
         "docs/architecture.md",
         "CONTRIBUTING.md",
     ],

@@ -84,7 +84,9 @@ class MoE(Recordable):
 
     def spec_arguments(self) -> dict[str, object]:
         """Constructor arguments that are not attributes of the same name."""
-        return {"unit": None if isinstance(self.unit, Token) else self.unit}
+        of_machine = isinstance(self.dispatch, Dispatch) and self.dispatch.of_machine
+        unit = None if isinstance(self.unit, Token) else self.unit
+        return {"unit": unit, "dispatch": "auto" if of_machine else self.dispatch}
 
     @property
     def keepable(self) -> tuple[str, ...]:

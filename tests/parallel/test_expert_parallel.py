@@ -5,6 +5,7 @@ Run as a script, this file is one of the processes.
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -30,7 +31,9 @@ from spectralmoe import (
     TopK,
     UserError,
     after_step,
+    load,
     record,
+    save,
 )
 from spectralmoe.experts import ModuleExperts
 from spectralmoe.parallel import (
@@ -244,6 +247,7 @@ def stored(rank, folder):
     optimizer.step()
     model, moments = get_state_dict(net, optimizer)
     dcp.save({"model": model, "optimizer": moments}, checkpoint_id=folder / "dcp")
+    save(copy.deepcopy(net.layers[0]), folder / "layer")
     return {name: whole(value).clone() for name, value in net.state_dict().items()}
 
 
@@ -335,6 +339,9 @@ def test_what_two_devices_stored_one_loads(ranks):
     set_state_dict(net, optimizer, model_state_dict=model, optim_state_dict=moments)
     for name, value in net.state_dict().items():
         assert torch.equal(value, expected[name]), name
+    layer = load(ranks.folder / "layer")
+    assert layer.dispatch == "auto"
+    assert all(torch.equal(value, expected[f"layers.0.{name}"]) for name, value in layer.state_dict().items())
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
     assert all(state["exp_avg"].any() for p, state in optimizer.state.items() if p.dim() == 3)
 

@@ -54,6 +54,9 @@ class Kept:
 class Dispatch:
     """Sends rows x (N, *S), (N, D) for tokens, through the chosen experts and adds up their weighted outputs."""
 
+    of_machine = False
+    """Whether it belongs to the devices at hand, not to the model: a saved layer says "auto" in its place."""
+
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         raise NotImplementedError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -47,10 +47,15 @@ class ExpertParallel(Dispatch):
     ``spectralmoe.parallel.parallelize_experts`` puts it into a model.
     """
 
+    of_machine = True
+
     def __init__(self, mesh: DeviceMesh, planner: Planner = plan_native) -> None:
         if mesh.ndim != 1:
             raise UserError(f"ExpertParallel: the mesh must have one dimension, got {mesh.ndim}; take mesh['ep']")
         self.mesh, self.planner = mesh, planner
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # a copy of a model stands on the same devices
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         if routing.soft or transforming():
