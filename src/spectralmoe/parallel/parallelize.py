@@ -111,8 +111,10 @@ def _check(name: str, layer: object, devices: int) -> None:
     if layer.router.soft:
         raise UserError(f"parallelize_experts: {name!r} routes softly, so every row would go to every device")
     owners(bank.num_experts, devices)
+    owned = bank.expert_parameters(0)  # a factor that all experts share may be E rows long by chance
     for title, stack in (*bank.named_parameters(), *bank.named_buffers()):
-        if not stack.dim() or len(stack) != bank.num_experts:
+        is_stack = stack.dim() > 0 and len(stack) == bank.num_experts
+        if not is_stack or (isinstance(stack, nn.Parameter) and title not in owned):
             raise UserError(
                 f"parallelize_experts: {title!r} of the {type(bank).__name__} of {name!r} is no stack of "
                 f"E={bank.num_experts} experts, so it cannot be shared out"
