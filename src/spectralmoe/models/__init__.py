@@ -3,6 +3,7 @@
 from torch import nn
 
 from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
+from spectralmoe.models.soft_routed import SoftRouted, overlaps, prune_units
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
 
@@ -12,10 +13,13 @@ __all__ = [
     "DecoderBlock",
     "LanguageMoE",
     "SRMoE",
+    "SoftRouted",
     "Stage",
     "VectorStem",
     "language_moe",
+    "overlaps",
     "prototype_router",
+    "prune_units",
     "sr_moe",
     "sr_moe_terms",
 ]

@@ -3,6 +3,7 @@
 from spectralmoe.optim.muon import Muon
 from spectralmoe.optim.orthogonal_experts import OrthogonalExperts
 from spectralmoe.optim.plain import adamw, sgd
+from spectralmoe.optim.sphere import SphereStep
 from spectralmoe.optim.table import (
     OPTIMIZERS,
     SCHEDULES,
@@ -19,6 +20,7 @@ __all__ = [
     "WRAPPERS",
     "Muon",
     "OrthogonalExperts",
+    "SphereStep",
     "Together",
     "adamw",
     "find_optimizer",
