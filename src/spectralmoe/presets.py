@@ -97,14 +97,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mumoe": {
         "summary": "entmax over all experts, which are slices of one factorised tensor (muMoE, CP form)",
         "scorer": "linear",
-        "selector": "entmax",
+        "selector": {"type": "entmax", "norm": True},
         "experts": {"type": "multilinear", "rank": "= max(1, 3 * dim // 4)"},
         "k": "soft",
     },
     "mumoe-tr": {
         "summary": "entmax over all experts, which are slices of a ring of tensors (muMoE, tensor-ring form)",
         "scorer": "linear",
-        "selector": "entmax",
+        "selector": {"type": "entmax", "norm": True},
         "experts": {"type": "multilinear", "form": "tr", "rank": "= max(1, 3 * dim // 16)"},
         "k": "soft",
     },

@@ -87,6 +87,14 @@ def test_in_a_layer_it_weighs_all_experts_and_no_gradient_reaches_those_at_zero(
     assert torch.equal(alike.weights, Router(layer.router.scorer, Soft())(x).weights)
 
 
+def test_behind_a_norm_the_scale_of_logits_says_nothing(close):
+    selector, logits = Entmax(1.5, norm=True), torch.randn(7, 8, dtype=torch.float64)
+    centred = logits - logits.mean(-1, keepdim=True)
+    expected = slow_rows(centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt(), 1.5)
+    close(selector.weigh(logits, selector.choose(logits)), expected)
+    torch.testing.assert_close(selector.scores(100 * logits + 3), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("alpha", [0.5, 1.001, 2.5, float("nan")])
 def test_other_exponents_are_refused(alpha, user_error):
     with user_error("Entmax", "alpha", "1.01 and 2", str(alpha)):

@@ -3,13 +3,16 @@
 The gate of Oldfield et al., "Multilinear Mixture of Experts: Scalable Expert Specialization through Factorization"
 (muMoE), arXiv 2402.12550, NeurIPS 2024; entmax itself is of Peters, Niculae, Martins, "Sparse Sequence-to-Sequence
 Models", arXiv 1905.05702, section 3.
-Differs: the threshold is found by Newton's method, which needs no sort and takes every alpha.
+Differs: the threshold is found by Newton's method, which needs no sort and takes every alpha; the gate's norm is the
+one over a token's logits (the paper also has one over the batch), and an option; the gate starts as its scorer does,
+not at zero.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
 from spectralmoe.linalg import without_autocast
@@ -30,6 +33,8 @@ class Entmax(Soft):
 
     Args:
         alpha: 1, or from 1.01 to 2; the larger, the fewer experts have a part in a token.
+        norm: the logits of a token go through a LayerNorm without factors first, as in muMoE: then their scale says
+            nothing, and how sparse the weights are follows from their shape alone.
 
     Raises:
         UserError: another alpha.
@@ -39,14 +44,14 @@ class Entmax(Soft):
     [[0.8307, 0.1693, 0.0]]
     """
 
-    def __init__(self, alpha: float = 1.5) -> None:
+    def __init__(self, alpha: float = 1.5, *, norm: bool = False) -> None:
         super().__init__()
         if alpha != 1 and not 1.01 <= alpha <= 2:  # between them powers of 100 and more leave no precision
             raise UserError(f"Entmax: alpha must be 1 (the softmax) or lie between 1.01 and 2 (sparsemax), got {alpha}")
-        self.alpha = alpha
+        self.alpha, self.norm = alpha, norm
 
     def scored(self, logits: Tensor) -> Tensor:
-        return entmax(logits, self.alpha)
+        return entmax(F.layer_norm(logits, logits.shape[-1:]) if self.norm else logits, self.alpha)
 
 
 @without_autocast
