@@ -72,13 +72,30 @@ _LOGITS = {
 
 
 def scores_of(selector: torch.nn.Module, logits: Tensor) -> Tensor:
-    """What weights are taken from: softmax or sigmoid; ``SoftBalanced`` adds its bias first."""
+    """What weights are taken from: softmax, sigmoid or entmax; ``SoftBalanced`` adds its bias first."""
+    if type(selector).__name__ == "Entmax":
+        return torch.stack([_entmax(row) for row in logits]) if len(logits) else logits
     if type(selector).__name__ == "SoftBalanced":
         logits = logits + selector.bias.double()
     if selector.score == "sigmoid":
         return 1 / (1 + (-logits).exp())
     shifted = (logits - logits.detach().amax(-1, keepdim=True)).exp() if len(logits) else logits
     return shifted / shifted.sum(-1, keepdim=True)
+
+
+def _entmax(row: Tensor) -> Tensor:
+    """alpha = 1.5: (s/2 - tau)^2 on the k largest, tau from their mean and spread; the largest k that fits."""
+    halves = row / 2
+    taus = []
+    for k in range(1, len(row) + 1):
+        best = halves[halves.argsort(descending=True)[:k]]
+        mean = best.sum() / k
+        room = (1 - ((best - mean) ** 2).sum()) / k
+        if room <= 0 or mean - room.sqrt() > best[-1]:
+            break
+        taus.append(mean - room.sqrt())
+    excess = halves - taus[-1]
+    return torch.where(excess > 0, excess, 0) ** 2
 
 
 def weights_of(selector: torch.nn.Module, scores: Tensor, chosen: Chosen) -> list[list[Tensor | None]]:
@@ -93,7 +110,7 @@ def weights_of(selector: torch.nn.Module, scores: Tensor, chosen: Chosen) -> lis
 def check_choice(name: str, selector: torch.nn.Module, scores: Tensor, chosen: Chosen, tolerance: float) -> None:
     """The choice is one that the equation allows: ties, up to rounding, may go either way."""
     n, num_experts = scores.shape
-    if name in ("soft", "soft_balanced"):
+    if name in ("soft", "soft_balanced", "entmax"):
         assert all(sorted(row) == list(range(num_experts)) for row in chosen)
     elif name == "expert_choice":
         places = min(math.ceil(n * selector.capacity / num_experts - 1e-9), n)
@@ -148,6 +165,9 @@ def expert_of(name: str, bank: torch.nn.Module, token: Tensor, e: int, kinks: li
         centred = y - y.sum() / len(y)
         normal = centred / ((centred @ centred) / len(y) + 1e-5).sqrt()
         return y / (1 + (-(bank.direction[e].double() @ normal) - bank.bias[e].double()).exp())
+    if name == "multilinear":
+        met = bank.input_factor.double() @ token + bank.input_bias.double()
+        return bank.output_factor.double() @ (bank.expert_factor[e].double() * met)
     if name == "modules":
         return bank.experts[e].weight.double() @ token + bank.experts[e].bias.double()
     up, down = bank.up[e].double(), bank.down[e].double()

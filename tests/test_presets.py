@@ -40,6 +40,7 @@ NEEDED = {
     "cluster_dropout": {"groups": 2},
     "group_limited": {"groups": 2, "groups_on": 1},
     "eigen": {"rank": 3},
+    "multilinear": {"rank": 3},
 }
 """What an entry needs besides its name."""
 
@@ -253,6 +254,7 @@ def test_a_row_that_cannot_be_is_one_line(row, words, user_error):
         ('{scorer = "linear", experts = "conv", channels = 12}', 2, ("unit=Token", "rows of shape")),
         ('{scorer = "context"}', 2, ("ContextScorer reads 'severity'", "this network gives none")),
         ("ermoe-context", 2, ("router 'ermoe-context'", "BasisScorer reads 'attended'", "this network gives none")),
+        ('{preset = "mumoe", out = 5}', 2, ("5 numbers a token", "D=12")),
         ("synergy", 2, ("router 'synergy'", "neighbouring layers", "two or more")),
         ('{scorer = "linear", experts = {type = "feed_forward", activation = "gulu"}}', 2, ("did you mean 'gelu'?",)),
     ],

@@ -12,7 +12,7 @@ from torch import nn
 
 from spectralmoe import Adapter, FeedForward, ModuleExperts, MoE, Router
 from spectralmoe.dispatch import DISPATCHES
-from spectralmoe.experts import ConfidentExperts
+from spectralmoe.experts import ConfidentExperts, MultilinearExperts
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.units import Pixel, Token
@@ -38,6 +38,7 @@ BANKS = {
     "swiglu": lambda e, d, h: FeedForward(e, d, h, activation="swiglu", bias=True),
     "adapter": Adapter,
     "confident": lambda e, d, h: with_heads(ConfidentExperts(FeedForward(e, d, h))),
+    "multilinear": lambda e, d, h: MultilinearExperts(e, d, rank=h),
     "modules": lambda e, d, h: ModuleExperts([nn.Linear(d, d) for _ in range(e)]),
 }
 
@@ -71,7 +72,7 @@ def draw_selector(draw, name, scorer, num_experts):
     if name == "topp":
         most = draw(st.none() | st.integers(2, num_experts)) if num_experts > 1 else None
         return SELECTORS[name](draw(st.floats(0.05, 1)), max_k=most, **{**usual, "normalize": normalize})
-    if name in ("soft", "soft_balanced"):
+    if name in ("soft", "soft_balanced", "entmax"):
         return SELECTORS[name](**usual | {"normalize": normalize}) if name == "soft" else SELECTORS[name]()
     if name == "threshold":
         return SELECTORS[name](k, draw(st.floats(0.05, 0.6)), **usual)

@@ -72,10 +72,10 @@ TABLES = {
     "scorers": (SCORERS, "basis context cosine eigenbasis linear principal prototype saturated", Scorer),
     "selectors": (
         SELECTORS,
-        "balanced capacity cluster_dropout expert_choice group_limited noisy_topk soft soft_balanced topk topp",
+        "balanced capacity cluster_dropout entmax expert_choice group_limited noisy_topk soft soft_balanced topk topp",
         Selector,
     ),
-    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules", Experts),
+    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules multilinear", Experts),
     "units": (UNITS, "pixel sample token", Unit),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }

@@ -94,6 +94,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "soft": {"type": "soft"},
         "experts": _EIGEN,
     },
+    "mumoe": {
+        "summary": "entmax over all experts, which are slices of one factorised tensor (muMoE, CP form)",
+        "scorer": "linear",
+        "selector": {"type": "entmax", "norm": True},
+        "experts": {"type": "multilinear", "rank": "= max(1, 3 * dim // 4)"},
+        "k": "soft",
+    },
+    "mumoe-tr": {
+        "summary": "entmax over all experts, which are slices of a ring of tensors (muMoE, tensor-ring form)",
+        "scorer": "linear",
+        "selector": {"type": "entmax", "norm": True},
+        "experts": {"type": "multilinear", "form": "tr", "rank": "= max(1, 3 * dim // 16)"},
+        "k": "soft",
+    },
     "omoe": {
         "summary": "dot-product gate; the experts step orthogonally to what the others saw (OMoE)",
         "scorer": "linear",

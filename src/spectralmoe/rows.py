@@ -127,7 +127,9 @@ class Preset:
             context = Context(tokens={name: torch.zeros(2, dim) for name in given}) if given else None
             layers = {f"layers.{number}": layer.eval() for number in range(depth)}
             with torch.no_grad(), Tape(layers, [*chain(*(term.keeps for term in self.terms.values()))]) as tape:
-                layer(torch.zeros(2, dim), context=context)
+                width = layer(torch.zeros(2, dim), context=context).shape[-1]
+                if width != dim:
+                    raise UserError(f"its experts give {width} numbers a token, but the network goes on with D={dim}")
                 for term in self.terms.values():
                     term.fn(list(tape) if term.scope == "model" else tape[0])
         except UserError as error:

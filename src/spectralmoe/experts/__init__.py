@@ -7,6 +7,7 @@ from spectralmoe.experts.conv import ConvExperts
 from spectralmoe.experts.eigen import EigenExperts
 from spectralmoe.experts.feed_forward import FeedForward
 from spectralmoe.experts.modules import ModuleExperts
+from spectralmoe.experts.multilinear import MultilinearExperts
 
 __all__ = [
     "EXPERTS",
@@ -18,6 +19,7 @@ __all__ = [
     "Experts",
     "FeedForward",
     "ModuleExperts",
+    "MultilinearExperts",
 ]
 
 EXPERTS: dict[str, type[Experts]] = {
@@ -27,4 +29,5 @@ EXPERTS: dict[str, type[Experts]] = {
     "modules": ModuleExperts,
     "conv": ConvExperts,
     "confident": ConfidentExperts,
+    "multilinear": MultilinearExperts,
 }

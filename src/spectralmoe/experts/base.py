@@ -51,6 +51,11 @@ class Experts(Part):
     says: tuple[str, ...] = ()
     """The names of what its answers say of themselves."""
 
+    @property
+    def reshapes(self) -> bool:
+        """Whether outputs are of another shape than rows: by default where side information makes rows wider."""
+        return bool(self.reads)
+
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         if num_experts < 1:
@@ -156,6 +161,10 @@ class Experts(Part):
             raise UserError(f"{type(self).__name__} does not say what its experts cost; define costs()")
         numbers = [sum(part.numel() for part in parts if part.dim() > 1) for parts in owned]
         return 2 * torch.tensor(numbers, dtype=torch.float64)
+
+    def mix_cost(self, shape: Sequence[int] = ()) -> float:
+        """Floating-point operations of ``mix`` on one row: by default every expert's, as ``costs`` has them."""
+        return float(self.costs(shape).sum())
 
     def select(self, indices: Sequence[int] | Tensor) -> Experts:
         """A bank of the experts ``indices``, in this order, in memory of its own and with the same bits.

@@ -3,6 +3,7 @@
 from torch import nn
 
 from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
+from spectralmoe.models.multilinear_block import MultilinearBlock
 from spectralmoe.models.soft_routed import SoftRouted, overlaps, prune_units
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
@@ -12,6 +13,7 @@ __all__ = [
     "ConvStem",
     "DecoderBlock",
     "LanguageMoE",
+    "MultilinearBlock",
     "SRMoE",
     "SoftRouted",
     "Stage",
@@ -31,4 +33,5 @@ MODELS: dict[str, type[nn.Module]] = {
     "vector_stem": VectorStem,
     "language_moe": LanguageMoE,
     "decoder_block": DecoderBlock,
+    "multilinear_block": MultilinearBlock,
 }

@@ -5,6 +5,7 @@ from spectralmoe.selectors.balanced import Balanced
 from spectralmoe.selectors.base import Selector
 from spectralmoe.selectors.capacity import Capacity
 from spectralmoe.selectors.cluster_dropout import ClusterDropout
+from spectralmoe.selectors.entmax import Entmax
 from spectralmoe.selectors.expert_choice import ExpertChoice
 from spectralmoe.selectors.group_limited import GroupLimited
 from spectralmoe.selectors.noisy_topk import NoisyTopK
@@ -20,6 +21,7 @@ __all__ = [
     "Balanced",
     "Capacity",
     "ClusterDropout",
+    "Entmax",
     "ExpertChoice",
     "GroupLimited",
     "NoisyTopK",
@@ -43,4 +45,5 @@ SELECTORS: dict[str, type[Selector]] = {
     "cluster_dropout": ClusterDropout,
     "group_limited": GroupLimited,
     "threshold": Threshold,
+    "entmax": Entmax,
 }

@@ -20,10 +20,12 @@ ROUTER_NAMES = (
     "moec",
     "ermoe",
     "ermoe-context",
+    "mumoe",
+    "mumoe-tr",
     "omoe",
     "dense",
 )
-OWN_EXPERTS = ("ermoe", "ermoe-context")
+OWN_EXPERTS = ("ermoe", "ermoe-context", "mumoe", "mumoe-tr")
 """Routers with experts of their own, which do not fit where there are experts already."""
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
 DATA_NAMES = ("digits", "fashion-mnist", "mnist5k")

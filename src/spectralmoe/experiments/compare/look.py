@@ -53,7 +53,7 @@ def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
 
 
 def active_parameters(model: nn.Module, sample: Tensor) -> int:
-    """Parameters that a token meets: of each bank as much as the sample (1, ...) has experts a token."""
+    """Parameters that a token meets: of each expert's own as much as the sample (1, ...) has experts a token."""
     counted = copy.deepcopy(model).eval()
     layers = [layer for layer in moe_layers(counted).values() if isinstance(layer, MoE)]
     banks = {id(p) for layer in layers for p in layer.experts.parameters()}
@@ -65,22 +65,29 @@ def active_parameters(model: nn.Module, sample: Tensor) -> int:
             bank = item.layer.experts
             slots = int(item.routing.counts()[: bank.num_experts].sum())
             size = sum(p.numel() for p in bank.parameters())
-            total += size * slots / len(item.routing.logits) / bank.num_experts
+            own = sum(value.numel() for e in range(bank.num_experts) for value in bank.expert_parameters(e).values())
+            own = own or size  # of a bank that does not say it
+            total += size - own + own * slots / len(item.routing.logits) / bank.num_experts
     return round(total)
 
 
 def active_flops(model: nn.Module, sample: Tensor) -> int:
     """Floating-point operations of one forward for one sample (1, ...): only the experts that it uses count.
 
-    What runs outside the banks is counted as it runs, the chosen experts by ``Experts.costs``.
+    What runs outside the banks is counted as it runs, the chosen experts by ``Experts.costs``, the sum of all by
+    ``Experts.mix_cost``.
     """
     counted, total = copy.deepcopy(model).cpu().eval(), 0.0
     with torch.no_grad(), record(counted, keep=("input", "output")) as tape:
         counted(sample)
     for item in tape:
         if isinstance(item.layer, MoE) and item.kept is not None:
-            costs = item.layer.experts.costs(item.input.shape[1:])
-            total += float(item.kept.slots.counts.to(costs) @ costs)
+            bank, shape = item.layer.experts, item.input.shape[1:]
+            if item.routing.soft:
+                total += len(item.routing.logits) * bank.mix_cost(shape)
+            else:
+                costs = bank.costs(shape)
+                total += float(item.kept.slots.counts.to(costs) @ costs)
             item.layer.dispatch = partial(_nothing, item.output.shape[1:])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         counted(sample)
