@@ -75,7 +75,7 @@ TABLES = {
         "balanced capacity cluster_dropout expert_choice group_limited noisy_topk soft soft_balanced topk topp",
         Selector,
     ),
-    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules", Experts),
+    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules mpo", Experts),
     "units": (UNITS, "pixel sample token", Unit),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }

@@ -7,6 +7,7 @@ from spectralmoe.experts.conv import ConvExperts
 from spectralmoe.experts.eigen import EigenExperts
 from spectralmoe.experts.feed_forward import FeedForward
 from spectralmoe.experts.modules import ModuleExperts
+from spectralmoe.experts.mpo import MPOExperts
 
 __all__ = [
     "EXPERTS",
@@ -17,6 +18,7 @@ __all__ = [
     "EigenExperts",
     "Experts",
     "FeedForward",
+    "MPOExperts",
     "ModuleExperts",
 ]
 
@@ -27,4 +29,5 @@ EXPERTS: dict[str, type[Experts]] = {
     "modules": ModuleExperts,
     "conv": ConvExperts,
     "confident": ConfidentExperts,
+    "mpo": MPOExperts,
 }
