@@ -11,7 +11,8 @@
 
 Each of them forward without gradient, and forward with backward; fp32, on all threads. In every round each side runs
 once, in an order drawn anew; what is written are medians over the rounds of the ratio of both sides, with their 95%
-intervals. For "mpo" the bytes of the parameters stand beside the ratio, and the most that a forward and backward adds to them.
+intervals. For "mpo" the bytes of the parameters stand beside the ratio, and the most that a forward and backward adds
+to them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
 from spectralmoe.bench.idle import Idle
 from spectralmoe.bench.memory_peak import held_bytes, peak_bytes
 from spectralmoe.bench.timing import ratio, take_times
-from spectralmoe.experts import HeterogeneousExperts, MPOExperts, MultilinearExperts, PatchMixer
+from spectralmoe.experts import HeterogeneousExperts, MPOExperts, MultilinearExperts, PatchMixer, RankExperts
 from spectralmoe.files import write_json
 from spectralmoe.machine import describe_machine
-from spectralmoe.ranks import RankExperts
 from spectralmoe.units import Sample
 
 FORWARD, TRAINING = "forward", "forward and backward"
