@@ -1,7 +1,7 @@
 """Stacked matrices as matrix product operators with a common core.
 
-Oseledets, "Tensor-Train Decomposition", SIAM Journal on Scientific Computing 33(5), 2011, of matrices whose rows and
-columns are split in pairs; Gao et al., arXiv 2203.01104, section 3.2.
+Oseledets, "Tensor-Train Decomposition", SIAM Journal on Scientific Computing 33(5), 2011, where each index is a pair of
+one of the rows and one of the columns; a core that experts share: Gao et al., arXiv 2203.01104.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Experts as matrix product operators that share their central core.
 
 Gao et al., "Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language Models" (MPOE), arXiv
-2203.01104 (COLING 2022), section 3. Authors' code: github.com/RUCAIBox/MPOE (Apache-2.0); this file is written from the
-equations.
+2203.01104 (COLING 2022): experts by matrix product operators. Authors' code: github.com/RUCAIBox/MPOE (Apache-2.0);
+this file is written from the equations.
 Differs: a matrix is decomposed from both of its ends, so that the central core holds all singular values and the
 others are orthonormal, which is the same matrix; cores may be of any odd number; the bank takes any router.
 """
@@ -37,7 +37,7 @@ class MPOExperts(Experts):
     where :math:`T_k[i, j]` is a matrix :math:`(d_{k-1}, d_k)`. The central core C, most of the numbers, is one for all
     experts; the others are an expert's own. With bonds :math:`d_k = \min(\prod_{m \le k} i_m j_m, \prod_{m > k} i_m
     j_m)` any matrix is such a product. A forward multiplies the cores out, so that rows meet plain matrices: that costs
-    as much as some more rows, and the memory of E matrices while it lasts.
+    as much as some more rows, and the memory of E matrices for as long as a forward and backward take.
 
     ``from_dense`` makes all experts the same network. Without it their own cores are drawn orthonormal and C such that
     the matrices start as large as in ``nn.Linear``.
@@ -166,12 +166,12 @@ def three_factors(size: int) -> tuple[int, int, int]:
 
 
 def _checked(factors: Sequence[Sequence[int]], dim: int, hidden: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    of_dim, of_hidden = tuple(factors[0]), tuple(factors[-1])
-    whole = all(isinstance(each, int) and each >= 1 for each in (*of_dim, *of_hidden))
-    odd = len(factors) == 2 and len(of_dim) == len(of_hidden) >= 3 and len(of_dim) % 2 == 1
-    if not (whole and odd and (prod(of_dim), prod(of_hidden)) == (dim, hidden)):
+    lists = [tuple(each) for each in factors]
+    whole = all(isinstance(each, int) and each >= 1 for factors in lists for each in factors)
+    alike = len(lists) == 2 and len(lists[0]) == len(lists[1]) >= 3 and len(lists[0]) % 2 == 1
+    if not (whole and alike and [prod(each) for each in lists] == [dim, hidden]):
         raise UserError(
             f"MPOExperts: factors must be those of D={dim} and of H={hidden}, as many of each, an odd number of at "
             f"least three, such as {three_factors(dim)}, {three_factors(hidden)}; got {factors}"
         )
-    return of_dim, of_hidden
+    return lists[0], lists[1]

@@ -1,9 +1,9 @@
 """Random masks on the gradients of what all experts share.
 
 Gao et al., "Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language Models" (MPOE), arXiv
-2203.01104 (COLING 2022), section 3.4: the central core gets a gradient from every token, an expert's own cores from its
-tokens alone, so that of the central one is masked at random. Authors' code: github.com/RUCAIBox/MPOE (Apache-2.0),
-without this mask.
+2203.01104 (COLING 2022), abstract: the central core gets a gradient from every token, an expert's own cores from its
+tokens alone, so that of the central one is masked. Authors' code: github.com/RUCAIBox/MPOE (Apache-2.0), without such a
+mask.
 Differs: what a mask covers and how often it keeps are not known here: one draw a step for a whole core, and of E
 experts one step in E. Not divided by that probability, because the core is to move less.
 """
