@@ -82,7 +82,7 @@ class Sizes:
     rates: tuple[float, ...] = (3e-3, 1e-3, 6e-3)
     batch_size: int = 16
     start_batch_size: int = 8
-    start_rate: float = 6e-3
+    start_rate: float = 3e-3
 
     def budget(self, seed: int, rate: float) -> Optimization:
         """Of what follows the start; the order of the text is another there."""
