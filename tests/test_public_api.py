@@ -76,6 +76,7 @@ TABLES = {
         Selector,
     ),
     "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules multilinear", Experts),
+    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules mpo", Experts),
     "units": (UNITS, "pixel sample token", Unit),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }

@@ -113,6 +113,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scorer": "linear",
         "optimizer": "orthogonal_experts",
     },
+    "mpoe": {
+        "summary": "dot-product gate with the Switch loss; matrix product experts share a central core (MPOE)",
+        "scorer": "linear",
+        "experts": "mpo",
+        "optimizer": "mask_central",
+        "terms": {"load_balance": 1e-2},
+    },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
         "scorer": "linear",

@@ -7,6 +7,7 @@ from spectralmoe.experts.conv import ConvExperts
 from spectralmoe.experts.eigen import EigenExperts
 from spectralmoe.experts.feed_forward import FeedForward
 from spectralmoe.experts.modules import ModuleExperts
+from spectralmoe.experts.mpo import MPOExperts
 from spectralmoe.experts.multilinear import MultilinearExperts
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "EigenExperts",
     "Experts",
     "FeedForward",
+    "MPOExperts",
     "ModuleExperts",
     "MultilinearExperts",
 ]
@@ -30,4 +32,5 @@ EXPERTS: dict[str, type[Experts]] = {
     "conv": ConvExperts,
     "confident": ConfidentExperts,
     "multilinear": MultilinearExperts,
+    "mpo": MPOExperts,
 }

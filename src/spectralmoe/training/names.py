@@ -23,9 +23,10 @@ ROUTER_NAMES = (
     "mumoe",
     "mumoe-tr",
     "omoe",
+    "mpoe",
     "dense",
 )
-OWN_EXPERTS = ("ermoe", "ermoe-context", "mumoe", "mumoe-tr")
+OWN_EXPERTS = ("ermoe", "ermoe-context", "mumoe", "mumoe-tr", "mpoe")
 """Routers with experts of their own, which do not fit where there are experts already."""
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
 DATA_NAMES = ("digits", "fashion-mnist", "mnist5k")
