@@ -61,6 +61,10 @@ def _saturated(scorer, token):
     return torch.cat(logits)
 
 
+def _monte_carlo(scorer, token):
+    return _linear(scorer.scorer, token)  # in evaluation
+
+
 _LOGITS = {
     "linear": _linear,
     "cosine": _cosine,
@@ -68,6 +72,7 @@ _LOGITS = {
     "eigenbasis": _eigenbasis,
     "principal": _principal,
     "saturated": _saturated,
+    "monte_carlo": _monte_carlo,
 }
 
 
@@ -148,6 +153,10 @@ def expert_of(name: str, bank: torch.nn.Module, token: Tensor, e: int, kinks: li
         centred = y - y.sum() / len(y)
         normal = centred / ((centred @ centred) / len(y) + 1e-5).sqrt()
         return y / (1 + (-(bank.direction[e].double() @ normal) - bank.bias[e].double()).exp())
+    if name == "modulated":
+        matrix, both = bank.weight, bank.bias[e].double()
+        scale, shift = (both if matrix is None else matrix[e].double() @ token + both).chunk(2)
+        return scale * token + shift
     if name == "modules":
         return bank.experts[e].weight.double() @ token + bank.experts[e].bias.double()
     up, down = bank.up[e].double(), bank.down[e].double()

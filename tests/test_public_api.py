@@ -69,13 +69,13 @@ NAMES = [
 ]
 
 TABLES = {
-    "scorers": (SCORERS, "basis context cosine eigenbasis linear principal prototype saturated", Scorer),
+    "scorers": (SCORERS, "basis context cosine eigenbasis linear monte_carlo principal prototype saturated", Scorer),
     "selectors": (
         SELECTORS,
         "balanced capacity cluster_dropout expert_choice group_limited noisy_topk soft soft_balanced topk topp",
         Selector,
     ),
-    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules", Experts),
+    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modulated modules", Experts),
     "units": (UNITS, "pixel sample token", Unit),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }

@@ -99,6 +99,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scorer": "linear",
         "optimizer": "orthogonal_experts",
     },
+    "mofme": {
+        "summary": "dot-product gate of five passes with dropout; experts scale and shift the token (MoFME's experts)",
+        "scorer": {"type": "monte_carlo", "scorer": "linear"},
+        "selector": {"type": "topk", "normalize": True},
+        "experts": "modulated",
+    },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
         "scorer": "linear",

@@ -6,6 +6,7 @@ from spectralmoe.experts.confident import ConfidentExperts
 from spectralmoe.experts.conv import ConvExperts
 from spectralmoe.experts.eigen import EigenExperts
 from spectralmoe.experts.feed_forward import FeedForward
+from spectralmoe.experts.modulated import ModulatedExperts
 from spectralmoe.experts.modules import ModuleExperts
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "EigenExperts",
     "Experts",
     "FeedForward",
+    "ModulatedExperts",
     "ModuleExperts",
 ]
 
@@ -27,4 +29,5 @@ EXPERTS: dict[str, type[Experts]] = {
     "modules": ModuleExperts,
     "conv": ConvExperts,
     "confident": ConfidentExperts,
+    "modulated": ModulatedExperts,
 }

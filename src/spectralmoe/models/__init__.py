@@ -3,6 +3,7 @@
 from torch import nn
 
 from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
+from spectralmoe.models.modulated import ModulatedBlock
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
 
@@ -11,6 +12,7 @@ __all__ = [
     "ConvStem",
     "DecoderBlock",
     "LanguageMoE",
+    "ModulatedBlock",
     "SRMoE",
     "Stage",
     "VectorStem",
@@ -27,4 +29,5 @@ MODELS: dict[str, type[nn.Module]] = {
     "vector_stem": VectorStem,
     "language_moe": LanguageMoE,
     "decoder_block": DecoderBlock,
+    "modulated_block": ModulatedBlock,
 }
