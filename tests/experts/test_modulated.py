@@ -119,6 +119,13 @@ def test_the_block_learns_and_is_saved(form, tmp_path):
         assert torch.equal(twin(x), block(x))
 
 
+def test_without_its_residual_path_it_says_what_it_adds(close):
+    whole, x = make_block(), torch.randn(5, D)
+    bare = ModulatedBlock(whole.moe, residual=False)
+    bare.load_state_dict({n: v for n, v in whole.state_dict().items() if not n.startswith("norm.")})
+    close(x + bare(whole.norm(x)), whole(x))
+
+
 def test_an_expert_costs_less_than_a_network_of_its_own():
     def numbers(module):
         return sum(p.numel() for p in module.parameters())

@@ -27,6 +27,7 @@ class ModulatedBlock(nn.Module):
     Args:
         moe: the layer, D wide; of tokens, with ``ModulatedExperts`` or any other bank.
         expansion: hidden width of the MLP, in D.
+        residual: False leaves out LN and the sum with x, for a network that has both around the block.
 
     Raises:
         UserError: expansion < 1.
@@ -39,18 +40,18 @@ class ModulatedBlock(nn.Module):
     torch.Size([2, 5, 16])
     """
 
-    def __init__(self, moe: MoE, *, expansion: int = 4) -> None:
+    def __init__(self, moe: MoE, *, expansion: int = 4, residual: bool = True) -> None:
         super().__init__()
         if not isinstance(expansion, int) or expansion < 1:
             raise UserError(f"ModulatedBlock: expansion must be at least 1, got {expansion}")
         dim = moe.router.scorer.dim
-        self.expansion, self.moe, self.norm = expansion, moe, nn.LayerNorm(dim)
+        self.expansion, self.residual, self.moe = expansion, residual, moe
+        self.norm = nn.LayerNorm(dim) if residual else None
         self.gate, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.up, self.down = nn.Linear(dim, expansion * dim, bias=False), nn.Linear(expansion * dim, dim, bias=False)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        tokens = self.norm(x)
+        tokens = x if self.norm is None else self.norm(x)
         features = F.gelu(self.gate(tokens)) * self.value(tokens)
-        mixed = self.moe(features, context=context)
-        y: Tensor = x + self.down(F.gelu(self.up(mixed)))
-        return y
+        added: Tensor = self.down(F.gelu(self.up(self.moe(features, context=context))))
+        return x + added if self.residual else added
