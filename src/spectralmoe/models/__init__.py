@@ -4,6 +4,7 @@ from torch import nn
 
 from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
 from spectralmoe.models.modulated import ModulatedBlock
+from spectralmoe.models.restoration import RestorationBlock, RestorationMoE, restoration_moe
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
 
@@ -13,11 +14,14 @@ __all__ = [
     "DecoderBlock",
     "LanguageMoE",
     "ModulatedBlock",
+    "RestorationBlock",
+    "RestorationMoE",
     "SRMoE",
     "Stage",
     "VectorStem",
     "language_moe",
     "prototype_router",
+    "restoration_moe",
     "sr_moe",
     "sr_moe_terms",
 ]
@@ -30,4 +34,6 @@ MODELS: dict[str, type[nn.Module]] = {
     "language_moe": LanguageMoE,
     "decoder_block": DecoderBlock,
     "modulated_block": ModulatedBlock,
+    "restoration_moe": RestorationMoE,
+    "restoration_block": RestorationBlock,
 }
