@@ -33,7 +33,7 @@ from spectralmoe.training.loop import train
 from spectralmoe.training.tasks import RestorationTask
 from spectralmoe.training.train_settings import TrainSettings
 
-RATES = (1.0, 2.5, 0.4)
+RATES = (2.0, 1.0, 4.0)
 TEMPERED = ", tempered"
 RECIPES: Mapping[str, Recipe] = {
     "networks, 4": Recipe("networks", 4),
@@ -171,5 +171,5 @@ def figures(stored: Mapping[str, Any]) -> dict[str, list[Panel]]:
     return {"blocks": difference_panels(stored["results"], [PSNR, *OF_KINDS], "one network, 4")}
 
 
-FULL = card(Sizes(small_restoration(1_000, 4, network={"k": 2}, measured=60), tries=2, seeds=3))
+FULL = card(Sizes(small_restoration(1_000, 4, network={"k": 2}, measured=60), tries=3, seeds=3))
 QUICK = card(Sizes(small_restoration(64, 1, network={"k": 2}, measured=8), tries=1, seeds=1))

@@ -2,7 +2,7 @@
 
 Zhang et al., "Efficient Deweather Mixture-of-Experts with Uncertainty-aware Feature-wise Linear Modulation" (MoFME),
 arXiv 2312.16610, section on feature-modulated experts; written from the equations.
-Differs: the router reads what the experts read, the expanded token.
+Differs: the router reads what the experts read, the expanded token; so A starts with features of about its size.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class ModulatedBlock(nn.Module):
         self.expansion, self.residual, self.moe = expansion, residual, moe
         self.norm = nn.LayerNorm(dim) if residual else None
         self.gate, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        for linear in (self.gate, self.value):
+            nn.init.normal_(linear.weight, std=dim**-0.5)
         self.up, self.down = nn.Linear(dim, expansion * dim, bias=False), nn.Linear(expansion * dim, dim, bias=False)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
