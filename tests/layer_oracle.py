@@ -61,6 +61,10 @@ def _saturated(scorer, token):
     return torch.cat(logits)
 
 
+def _monte_carlo(scorer, token):
+    return _linear(scorer.scorer, token)  # in evaluation
+
+
 _LOGITS = {
     "linear": _linear,
     "cosine": _cosine,
@@ -68,6 +72,7 @@ _LOGITS = {
     "eigenbasis": _eigenbasis,
     "principal": _principal,
     "saturated": _saturated,
+    "monte_carlo": _monte_carlo,
 }
 
 
@@ -168,6 +173,10 @@ def expert_of(name: str, bank: torch.nn.Module, token: Tensor, e: int, kinks: li
     if name == "multilinear":
         met = bank.input_factor.double() @ token + bank.input_bias.double()
         return bank.output_factor.double() @ (bank.expert_factor[e].double() * met)
+    if name == "modulated":
+        matrix, both = bank.weight, bank.bias[e].double()
+        scale, shift = (both if matrix is None else matrix[e].double() @ token + both).chunk(2)
+        return scale * token + shift
     if name == "modules":
         return bank.experts[e].weight.double() @ token + bank.experts[e].bias.double()
     up, down = bank.up[e].double(), bank.down[e].double()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from spectralmoe import TopK
+from spectralmoe import LinearScorer, TopK
 from spectralmoe.experts import EXPERTS, Experts, FeedForward
 from spectralmoe.regularizers import REGULARIZERS
 from spectralmoe.scorers import SCORERS
@@ -42,7 +42,11 @@ _OWN: dict[Any, dict[str, Any]] = {  # what makes a small one a better test
 
 def make_scorer(name: str, dim: int = 12, num_experts: int = 6) -> Any:
     """A small scorer from the table."""
-    return _made(SCORERS[name], dim=dim, num_experts=num_experts)
+
+    def scorer() -> LinearScorer:
+        return LinearScorer(dim, num_experts)
+
+    return _made(SCORERS[name], dim=dim, num_experts=num_experts, scorer=scorer)
 
 
 def make_selector(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 
 from spectralmoe import Adapter, FeedForward, ModuleExperts, MoE, Router
 from spectralmoe.dispatch import DISPATCHES
-from spectralmoe.experts import ConfidentExperts, MultilinearExperts
+from spectralmoe.experts import ConfidentExperts, ModulatedExperts, MultilinearExperts
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.units import Pixel, Token
@@ -39,11 +39,14 @@ BANKS = {
     "adapter": Adapter,
     "confident": lambda e, d, h: with_heads(ConfidentExperts(FeedForward(e, d, h))),
     "multilinear": lambda e, d, h: MultilinearExperts(e, d, rank=h),
+    "modulated": lambda e, d, h: ModulatedExperts(e, d, form="linear" if h % 2 else "vector"),
     "modules": lambda e, d, h: ModuleExperts([nn.Linear(d, d) for _ in range(e)]),
 }
 
 
 def draw_scorer(draw, name, dim, num_experts):
+    if name == "monte_carlo":
+        return SCORERS[name](draw_scorer(draw, "linear", dim, num_experts))
     rank = {"eigenbasis": st.integers(1, dim), "principal": st.integers(-(-num_experts // 2), dim)}
     options = {"linear": {"bias": True}, "cosine": {"proj_dim": draw(st.integers(1, 5)), "temperature": 0.3}}
     if name == "saturated":

@@ -69,7 +69,7 @@ NAMES = [
 ]
 
 TABLES = {
-    "scorers": (SCORERS, "basis context cosine eigenbasis linear principal prototype saturated", Scorer),
+    "scorers": (SCORERS, "basis context cosine eigenbasis linear monte_carlo principal prototype saturated", Scorer),
     "selectors": (
         SELECTORS,
         "balanced capacity cluster_dropout entmax expert_choice group_limited noisy_topk soft soft_balanced topk topp",
@@ -77,6 +77,7 @@ TABLES = {
     ),
     "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules multilinear", Experts),
     "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules mpo", Experts),
+    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modulated modules", Experts),
     "units": (UNITS, "pixel sample token", Unit),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }

@@ -119,6 +119,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "experts": "mpo",
         "optimizer": "mask_central",
         "terms": {"load_balance": 1e-2},
+    "mofme": {
+        "summary": "dot-product gate of five passes with dropout; experts scale and shift the token (MoFME's experts)",
+        "scorer": {"type": "monte_carlo", "scorer": "linear"},
+        "selector": {"type": "topk", "normalize": True},
+        "experts": "modulated",
     },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",

@@ -6,6 +6,7 @@ from spectralmoe.experts.confident import ConfidentExperts
 from spectralmoe.experts.conv import ConvExperts
 from spectralmoe.experts.eigen import EigenExperts
 from spectralmoe.experts.feed_forward import FeedForward
+from spectralmoe.experts.modulated import ModulatedExperts
 from spectralmoe.experts.modules import ModuleExperts
 from spectralmoe.experts.mpo import MPOExperts
 from spectralmoe.experts.multilinear import MultilinearExperts
@@ -20,6 +21,7 @@ __all__ = [
     "Experts",
     "FeedForward",
     "MPOExperts",
+    "ModulatedExperts",
     "ModuleExperts",
     "MultilinearExperts",
 ]
@@ -33,4 +35,5 @@ EXPERTS: dict[str, type[Experts]] = {
     "confident": ConfidentExperts,
     "multilinear": MultilinearExperts,
     "mpo": MPOExperts,
+    "modulated": ModulatedExperts,
 }

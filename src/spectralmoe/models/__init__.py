@@ -3,7 +3,9 @@
 from torch import nn
 
 from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
+from spectralmoe.models.modulated import ModulatedBlock
 from spectralmoe.models.multilinear_block import MultilinearBlock
+from spectralmoe.models.restoration import RestorationBlock, RestorationMoE, restoration_moe
 from spectralmoe.models.soft_routed import SoftRouted, overlaps, prune_units
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
@@ -13,7 +15,10 @@ __all__ = [
     "ConvStem",
     "DecoderBlock",
     "LanguageMoE",
+    "ModulatedBlock",
     "MultilinearBlock",
+    "RestorationBlock",
+    "RestorationMoE",
     "SRMoE",
     "SoftRouted",
     "Stage",
@@ -22,6 +27,7 @@ __all__ = [
     "overlaps",
     "prototype_router",
     "prune_units",
+    "restoration_moe",
     "sr_moe",
     "sr_moe_terms",
 ]
@@ -34,4 +40,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "language_moe": LanguageMoE,
     "decoder_block": DecoderBlock,
     "multilinear_block": MultilinearBlock,
+    "modulated_block": ModulatedBlock,
+    "restoration_moe": RestorationMoE,
+    "restoration_block": RestorationBlock,
 }

@@ -6,6 +6,7 @@ from spectralmoe.scorers.context import ContextScorer
 from spectralmoe.scorers.cosine import CosineScorer
 from spectralmoe.scorers.eigenbasis import EigenbasisScorer
 from spectralmoe.scorers.linear import LinearScorer
+from spectralmoe.scorers.monte_carlo import MonteCarlo
 from spectralmoe.scorers.principal import PrincipalScorer
 from spectralmoe.scorers.prototype import PrototypeScorer
 from spectralmoe.scorers.saturated import SaturatedScorer
@@ -18,6 +19,7 @@ __all__ = [
     "CosineScorer",
     "EigenbasisScorer",
     "LinearScorer",
+    "MonteCarlo",
     "PrincipalScorer",
     "PrototypeScorer",
     "SaturatedScorer",
@@ -34,4 +36,5 @@ SCORERS: dict[str, type[Scorer]] = {
     "context": ContextScorer,
     "basis": BasisScorer,
     "saturated": SaturatedScorer,
+    "monte_carlo": MonteCarlo,
 }
