@@ -75,9 +75,7 @@ TABLES = {
         "balanced capacity cluster_dropout entmax expert_choice group_limited noisy_topk soft soft_balanced topk topp",
         Selector,
     ),
-    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules multilinear", Experts),
-    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules mpo", Experts),
-    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modulated modules", Experts),
+    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modulated modules mpo multilinear", Experts),
     "units": (UNITS, "pixel sample token", Unit),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }

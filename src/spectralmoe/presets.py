@@ -119,6 +119,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "experts": "mpo",
         "optimizer": "mask_central",
         "terms": {"load_balance": 1e-2},
+    },
     "mofme": {
         "summary": "dot-product gate of five passes with dropout; experts scale and shift the token (MoFME's experts)",
         "scorer": {"type": "monte_carlo", "scorer": "linear"},
