@@ -9,7 +9,7 @@ the token, which is the default, where the paper's reads severity alone (``Conte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer, Scorer
 from spectralmoe.selectors import TopK
 
-__all__ = ["RankExperts", "RankGates", "add_ranks"]
+__all__ = ["RankExperts", "RankGates", "add_ranks", "put_ranks"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -198,13 +198,19 @@ def add_ranks(
     for linear in dict.fromkeys(chosen.values()):
         own = None if scorer is None else scorer(linear.in_features, ranks + zero)
         made[linear] = RankExperts(linear, ranks=ranks, shared=shared, zero=zero, k=k, scorer=own)
-    for path, linear in chosen.items():
+    return put_ranks(model, {path: made[linear] for path, linear in chosen.items()})
+
+
+def put_ranks(model: Model, layers: Mapping[str, RankExperts]) -> Model:
+    """Put layers with ranks at their paths in ``model``, in place, and freeze all but what ranks there are in it."""
+    for path, layer in layers.items():
         place, _, name = path.rpartition(".")
-        model.get_submodule(place).add_module(name, made[linear])
+        model.get_submodule(place).add_module(name, layer)
     model.requires_grad_(False)
-    for layer in (module for module in model.modules() if isinstance(module, RankExperts)):
-        for part in (layer.down, layer.up, layer.router):
-            part.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, RankExperts):
+            for part in (module.down, module.up, module.router):
+                part.requires_grad_(True)
     return model
 
 
