@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from spectralmoe import Context, ContextScorer, feed
+from spectralmoe import Context, ContextScorer, feed, shard_routers
 from spectralmoe.ranks import add_ranks
 from spectralmoe.saving.ranks import load_ranks, save_ranks
 
@@ -89,3 +91,31 @@ def test_a_config_that_was_tampered_with_is_refused(base, tmp_path, user_error, 
     (tmp_path / "config.json").write_text("{}")
     with user_error("holds no ranks"):
         load_ranks(tmp_path, base)
+
+
+def test_a_sharded_model_trains_and_is_gathered(base, tmp_path, one_process, close):
+    model = with_ranks(base)
+    twin, x = copy.deepcopy(model), torch.randn(3, D)
+    context = Context(samples={"severity": torch.rand(3, 2)})
+    shard_routers(model)
+    fully_shard(model)
+    for each in (model, twin):
+        with feed(each, context=context):
+            each(x).square().sum().backward()
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        assert one.requires_grad == two.requires_grad == (two.grad is not None)
+        if one.requires_grad:
+            close(one.grad.full_tensor(), two.grad)
+    save_ranks(model, tmp_path)
+    save_ranks(twin, tmp_path / "twin")
+    assert (tmp_path / "parts.safetensors").read_bytes() == (tmp_path / "twin" / "parts.safetensors").read_bytes()
+
+
+def test_under_ddp_no_parameter_is_missed(base, one_process):
+    model = with_ranks(base)
+    model[0].up.data.zero_()  # as it starts: no gradient but zeros reaches A and the router
+    parallel, context = DistributedDataParallel(model), Context(samples={"severity": torch.rand(3, 2)})
+    for _ in range(2):  # DDP tells of unused parameters at the second forward
+        with feed(parallel, context=context):
+            parallel(torch.randn(3, D)).square().sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
