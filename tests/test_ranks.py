@@ -101,6 +101,16 @@ def test_zero_experts_that_nobody_chooses_might_as_well_not_be_there(k, close):
     close(layer(x), without(x))
 
 
+def test_any_leading_shape_and_no_tokens(close):
+    layer, x = make(), torch.randn(2, 3, 4, D)
+    close(layer(x).flatten(0, 2), layer(x.flatten(0, 2)))
+    close(layer(x)[0, 0, 0], layer(x[0, 0, 0]))
+    empty = layer(x[:, :0])
+    assert empty.shape == (2, 0, 4, WIDE)
+    empty.sum().backward()
+    assert not layer.up.grad.any()
+
+
 def test_gates_have_the_mean_one(close):
     logits = torch.randn(N, R)
     for k in (2, R):

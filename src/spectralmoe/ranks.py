@@ -132,11 +132,11 @@ class RankExperts(Recordable):
         side = rows_of(context, x, mask)
         routing = self.router(x, mask=mask, context=side, replay=replay)
         self.leave(routing, None, self.seen(x, self.names_to_keep(), streams=self.router.scorer.streams_tokens), side)
-        x = _real(x, mask)
-        hidden = F.linear(x, self.down.to(x.dtype))
+        rows = _real(x, mask).reshape(-1, x.shape[-1])
+        hidden = F.linear(rows, self.down.to(x.dtype))
         gates = F.pad(routing.gates(self.ranks), (self.shared, 0), value=1.0)
-        added = F.linear(hidden * gates.to(hidden.dtype).view(hidden.shape), self.up.to(x.dtype))
-        return _real(self.linear(x) + added, mask)
+        y = torch.addmm(self.linear(rows), hidden * gates.to(hidden.dtype), self.up.to(x.dtype).T)
+        return _real(y.view(*x.shape[:-1], len(self.up)), mask)
 
     @torch.no_grad()
     def merged(self, gates: Tensor) -> nn.Linear:

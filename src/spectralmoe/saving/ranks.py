@@ -83,7 +83,7 @@ def load_ranks(folder: str | Path, model: Model, *, allow: Sequence[str] = ()) -
     try:
         made: dict[nn.Module, RankExperts] = {}
         for path, spec in config["layers"].items():
-            linear = model.get_submodule(path)
+            linear = cast(nn.Linear, model.get_submodule(path))
             made[linear] = layer = made.get(linear) or _built(linear, spec, allow)
             _fill(path, layer, tensors)
             layers[path] = layer
@@ -120,13 +120,13 @@ def _described(layer: RankExperts) -> dict[str, Any]:
     return {**{name: getattr(layer, name) for name in _SIZES}, "scorer": describe(layer.router.scorer)}
 
 
-def _built(linear: nn.Module, spec: Mapping[str, Any], allow: Sequence[str]) -> RankExperts:
+def _built(linear: nn.Linear, spec: Mapping[str, Any], allow: Sequence[str]) -> RankExperts:
     """The layer that ``spec`` describes, without memory of its own: it cannot ask for more than its file holds."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         bare = nn.Linear(linear.in_features, linear.out_features)
         sizes = {name: spec[name] for name in _SIZES}
         layer = RankExperts(bare, scorer=build(spec["scorer"], allow=allow), **sizes)
-    layer.linear = cast(nn.Linear, linear)
+    layer.linear = linear
     return layer.train(linear.training)
 
 
