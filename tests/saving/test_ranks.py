@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from spectralmoe import Context, ContextScorer, feed, shard_routers
+from spectralmoe import Context, ContextScorer, feed, load, save, shard_routers
 from spectralmoe.ranks import add_ranks
 from spectralmoe.saving.ranks import load_ranks, save_ranks
 
@@ -57,6 +57,15 @@ def test_loaded_they_are_what_they_were(base, tmp_path):
     assert {n: v.tolist() for n, v in load_file(tmp_path / "parts.safetensors").items()} == {
         n: v.tolist() for n, v in files.items()
     }
+
+
+def test_a_whole_model_with_ranks_is_saved_as_any_other(base, tmp_path):
+    model, fresh = with_ranks(base), with_ranks(base)
+    fresh[0].down.data.zero_()
+    save(model, tmp_path)
+    load(tmp_path, into=fresh)
+    for one, two in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_they_are_not_put_into_another_model(base, tmp_path, user_error):
