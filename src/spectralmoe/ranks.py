@@ -136,7 +136,8 @@ class RankExperts(Recordable):
         hidden = F.linear(rows, self.down.to(x.dtype))
         gates = F.pad(routing.gates(self.ranks), (self.shared, 0), value=1.0)
         y = torch.addmm(self.linear(rows), hidden * gates.to(hidden.dtype), self.up.to(x.dtype).T)
-        return _real(y.view(*x.shape[:-1], len(self.up)), mask)
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], len(self.up))
+        return _real(y, mask)
 
     @torch.no_grad()
     def merged(self, gates: Tensor) -> nn.Linear:
