@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from spectralmoe import Context, ContextScorer, LinearScorer, Term, attach, experts, feed, penalty, record
+from spectralmoe import Context, ContextScorer, LinearScorer, Monitor, Term, attach, experts, feed, penalty, record
+from spectralmoe.diagnostics.watch import watch
 from spectralmoe.layers import moe_layers
 from spectralmoe.ranks import RankExperts, RankGates, add_ranks
 from spectralmoe.regularizers import load_balance, severity_balance
@@ -182,6 +183,21 @@ def test_it_is_recorded_replayed_and_regularized():
     with feed(model, context=Context(samples={"severity": 1 - severity}), replay=tape), record(model) as again:
         model(x)
     assert torch.equal(again[0].routing.indices, item.routing.indices)
+
+
+def test_instruments_see_ranks_as_experts(close):
+    model = nn.Sequential(make(), nn.ReLU(), RankExperts(nn.Linear(WIDE, D), ranks=R, zero=Z, k=K))
+    x = torch.randn(N, D)
+    with watch(model) as seen, Monitor(model) as monitor:
+        model(x).sum().backward()
+        monitor.step(1)
+    first, second = seen.drain()
+    assert (first.layer.num_experts, first.layer.top_k, second.layer.name) == (R, K, "2")
+    layer, gates = model[0], first.routing.gates(R)
+    added = sum(gates[:, e : e + 1] * first.layer.expert(first.tokens, e) for e in range(R))
+    shared = F.linear(F.linear(x, layer.down[:S]), layer.up[:, :S])
+    close(layer.linear(x) + shared + added, layer(x))
+    assert first.layer.expert_weights(2).shape == (D + WIDE,)
 
 
 class Shared(nn.Module):

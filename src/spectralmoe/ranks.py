@@ -139,6 +139,15 @@ class RankExperts(Recordable):
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], len(self.up))
         return _real(y, mask)
 
+    def rank(self, x: Tensor, e: int) -> Tensor:
+        """What rank ``e`` of the R adds to x (M, D) with a gate of 1: (M, O)."""
+        down, up = (part.to(x.dtype) for part in self.rank_parameters(e).values())
+        return (x @ down)[:, None] * up
+
+    def rank_parameters(self, e: int) -> dict[str, Tensor]:
+        """Views of what belongs to rank ``e`` of the R alone: A_e (D,) and B_e (O,)."""
+        return {"down": self.down[self.shared + e], "up": self.up[:, self.shared + e]}
+
     @torch.no_grad()
     def merged(self, gates: Tensor) -> nn.Linear:
         r"""The plain linear layer for tokens with these gates: :math:`W_0 + B\,\mathrm{diag}(1, g)\,A`.
