@@ -30,6 +30,7 @@ _USUAL: dict[str, Any] = {
     "hidden": 6,
     "bottleneck": 4,
 }
+_USUAL |= {"severity": 0.5, "num_real": 4}
 _USUAL |= {"rank": 3, "selector": lambda: TopK(2)}
 _OWN: dict[Any, dict[str, Any]] = {  # what makes a small one a better test
     SCORERS["linear"]: {"bias": True},

@@ -28,7 +28,7 @@ LEVELS = [
     {"router", "placement"},
     {"recording"},
     {"layers"},
-    {"moe", "tape"},
+    {"moe", "ranks", "tape"},
     {"feeding", "movement"},
     {"steps", "terms", "regularizers", "diagnostics", "manifold", "compression"},
     {"spec", "instruments", "model_folder", "parallel"},

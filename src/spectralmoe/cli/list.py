@@ -58,6 +58,7 @@ PLAIN = {
     "path_coupling": "minus how firmly tokens follow paths from the experts of one layer to those of the next",
     "score_variance": "minus how much an expert's scores differ between tokens",
     "cluster_variance": "how unevenly the scores are spread within groups of consecutive experts",
+    "severity_balance": "an even load, in which zero experts are the cheaper the less a sample is degraded",
     "router_z": "router z-loss, which keeps logits small",
     "importance_cv2": "how unevenly the experts' importance is spread, squared",
 }

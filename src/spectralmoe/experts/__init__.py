@@ -1,4 +1,9 @@
-"""Experts: rows sorted by expert (M, *S) -> (M, *S). One file a kind of bank."""
+"""Experts: rows sorted by expert (M, *S) -> (M, *S). One file a kind of bank.
+
+``RankExperts`` is found here, too. It is a layer with a router, so it lives in ``spectralmoe.ranks``.
+"""
+
+from typing import TYPE_CHECKING
 
 from spectralmoe.experts.adapter import Adapter
 from spectralmoe.experts.base import Answer, Experts
@@ -37,3 +42,13 @@ EXPERTS: dict[str, type[Experts]] = {
     "mpo": MPOExperts,
     "modulated": ModulatedExperts,
 }
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """What stands above the routers, which read banks themselves: imported when it is first asked for."""
+        if name == "RankExperts":
+            from importlib import import_module
+
+            return import_module("spectralmoe.ranks").RankExperts
+        raise AttributeError(f"module 'spectralmoe.experts' has no attribute {name!r}")

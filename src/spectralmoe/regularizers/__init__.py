@@ -14,6 +14,7 @@ from spectralmoe.regularizers.orthonormality import orthonormality
 from spectralmoe.regularizers.output_overlap import output_overlap
 from spectralmoe.regularizers.path_coupling import path_coupling
 from spectralmoe.regularizers.score_variance import score_variance
+from spectralmoe.regularizers.severity import severity_balance
 from spectralmoe.regularizers.spectral import spectral_norm, spectral_penalty, stable_rank
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "path_coupling",
     "router_z",
     "score_variance",
+    "severity_balance",
     "spectral_norm",
     "spectral_penalty",
     "stable_rank",
@@ -45,4 +47,5 @@ REGULARIZERS: dict[str, Callable[..., Tensor]] = {
     "activation_overlap": activation_overlap,
     "path_coupling": path_coupling,
     "cluster_variance": cluster_variance,
+    "severity_balance": severity_balance,
 }
