@@ -1,10 +1,11 @@
-"""Whole networks: those of the papers, and a small language model."""
+"""Whole networks: those of the papers, a small language model, and one for samples of several views."""
 
 from torch import nn
 
 from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
+from spectralmoe.models.views import SparseCrossImputer, ViewsBlock, ViewsMoE, views_moe
 
 __all__ = [
     "MODELS",
@@ -12,12 +13,16 @@ __all__ = [
     "DecoderBlock",
     "LanguageMoE",
     "SRMoE",
+    "SparseCrossImputer",
     "Stage",
     "VectorStem",
+    "ViewsBlock",
+    "ViewsMoE",
     "language_moe",
     "prototype_router",
     "sr_moe",
     "sr_moe_terms",
+    "views_moe",
 ]
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -27,4 +32,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "vector_stem": VectorStem,
     "language_moe": LanguageMoE,
     "decoder_block": DecoderBlock,
+    "views_moe": ViewsMoE,
+    "views_block": ViewsBlock,
+    "sparse_cross_imputer": SparseCrossImputer,
 }

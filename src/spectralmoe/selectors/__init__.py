@@ -13,6 +13,7 @@ from spectralmoe.selectors.soft_balanced import SoftBalanced
 from spectralmoe.selectors.threshold import Threshold
 from spectralmoe.selectors.top_p import TopP
 from spectralmoe.selectors.topk import TopK
+from spectralmoe.selectors.unweighted import Unweighted
 
 __all__ = [
     "SELECTORS",
@@ -29,6 +30,7 @@ __all__ = [
     "Threshold",
     "TopK",
     "TopP",
+    "Unweighted",
 ]
 
 SELECTORS: dict[str, type[Selector]] = {
@@ -43,4 +45,5 @@ SELECTORS: dict[str, type[Selector]] = {
     "cluster_dropout": ClusterDropout,
     "group_limited": GroupLimited,
     "threshold": Threshold,
+    "unweighted": Unweighted,
 }
