@@ -15,6 +15,7 @@ from spectralmoe.training.settings import Network, Optimization, Positive, Seed,
 from spectralmoe.training.tasks import task_of
 from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
 from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.views_settings import Views, check_views
 from spectralmoe.training.vision_settings import Backbone, MoEParts
 
 __all__ = ["GROWS", "Cell", "CompareSettings", "no_repeats"]
@@ -53,6 +54,7 @@ class CompareSettings(Settings):
         trials: one-shot adaptation trials a cell (all misclassified test samples where there are fewer).
         tune: settings tried for each row and depth, on the validation part; 0: the presets as they are.
         text: how text is cut and read; with data text:NAME, which have defaults of their own in other sections, too.
+        views: which views of a sample are missing; with data views:NAME.
         network: sizes of an SR-MoE network or a language model, and experts a layer and a token of any.
         backbone: a timm model in its place.
         moe: the form of its MoE parts; router, blocks and numbers of experts are those of the row and of ``network``.
@@ -68,6 +70,7 @@ class CompareSettings(Settings):
     trials: Positive = 50
     tune: Annotated[int, Field(ge=0)] = 0
     text: Text | None = None
+    views: Views | None = None
     network: Network = Network()
     backbone: Backbone | None = None
     moe: MoEParts | None = None
@@ -81,12 +84,13 @@ class CompareSettings(Settings):
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         check_text(self)
+        check_views(self)
         return self
 
     @model_serializer(mode="wrap")
     def _without_text(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without text there is no word of it."""
-        return {key: value for key, value in handler(self).items() if key != "text" or value is not None}
+        """Without text or views there is no word of them."""
+        return {key: value for key, value in handler(self).items() if key not in ("text", "views") or value is not None}
 
     def check(self) -> None:
         """Refuse what would fail after hours, before anything runs.
@@ -115,7 +119,7 @@ class CompareSettings(Settings):
         """
         optimization = self.optimization.model_copy(update={"seed": cell.seed, "lr": self.optimization.lr * lr})
         values: dict[str, Any] = {"data": self.data, "image_size": self.image_size, "train_size": self.train_size}
-        values |= {"optimization": optimization, "text": self.text}
+        values |= {"optimization": optimization, "text": self.text, "views": self.views}
         if self.backbone is None:
             return TrainSettings(**values, router=cell.router, depth=cell.depth, network=self.network)
         form = self.moe or MoEParts(kind="replace_mlp", init="random", bottleneck=self.network.hidden)
