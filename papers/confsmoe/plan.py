@@ -47,12 +47,12 @@ def card(run: TrainSettings, placeholders: Sequence[str], seeds: int, tries: int
 
 ABOUT = """
 Written by `spectralmoe card papers/confsmoe`: mean and 95% interval over seeds; the test part chose nothing. In
-training half of the views are missing; accuracy is that of the test part with 0, 30, 50 and 70% of them missing, and its mean.
-Usage: entropy of the load over log E, in the layer where it is smallest. Correlation: of an expert's confidence with
-whether the head on its output alone is right; over: mean confidence less the share that is; alone: that share.
-Differences are paired: the same seed, so the same start, the same order of samples and the same missing views, on the
-same processor; "separated" where their 95% interval leaves out 0. Single cells are not stable across processors, means
-over seeds are.
+training half of the views are missing; accuracy is that of the test part with 0, 30, 50 and 70% of them missing, and
+its mean. Usage: entropy of the load over log E, in the layer where it is smallest. Correlation: of an expert's
+confidence with whether the head on its output alone is right; over: mean confidence less the share that is; alone: that
+share. Differences are paired: the same seed, so the same start, the same order of samples and the same missing views,
+on the same processor; "separated" where their 95% interval leaves out 0. Single cells are not stable across processors,
+means over seeds are.
 """
 
 ACCURACY = Column("accuracy", "accuracy %", 2, "mean over missing rates", better="higher")
@@ -114,5 +114,5 @@ def _curve(cells: Sequence[Mapping[str, Any]]) -> list[Point]:
     return [Point(100 * rate, value.mean, value.half) for rate, value in values.items() if value is not None]
 
 
-FULL = card(run_of(None, 8), tuple(PLACEHOLDERS), seeds=3, tries=3)
+FULL = card(run_of(None, 8), tuple(PLACEHOLDERS), seeds=5, tries=3)
 QUICK = card(run_of(128, 1), ("zeros", "stages 1 + 2"), seeds=1, tries=1)

@@ -24,9 +24,10 @@ class Unweighted(Around):
     r"""Chooses as ``selector`` does, and gives each chosen expert the weight 1: :math:`y_t = \sum_j E_{i_{tj}}(x_t)`.
 
     Around ``ConfidentExperts`` the confidence c alone weighs the outputs, as in the paper. The router then has no
-    gradient of its own. With ``router_grad="confidence"`` the logit s of a chosen expert gets that of its confidence,
-    straight through: :math:`w = 1 + s - \mathrm{sg}(s)`, so :math:`\partial w c / \partial s = c`, as if s were added
-    to the logarithm of c.
+    gradient of its own: under torch's DistributedDataParallel freeze it, ``router.requires_grad_(False)``, or let the
+    wrapper find unused parameters. With ``router_grad="confidence"`` the logit s of a chosen expert gets the gradient
+    of its confidence, straight through: :math:`w = 1 + s - \mathrm{sg}(s)`, so :math:`\partial w c / \partial s = c`,
+    as if s were added to the logarithm of c.
 
     Args:
         selector: chooses.
