@@ -1,7 +1,7 @@
 """Imputation of samples: a placeholder for what is missing, made from samples of others.
 
-Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs with
-Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525, the first stage.
+Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs
+with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525, the first stage.
 Written from the equations.
 Differs: the mean is of raw samples, before any network reads them.
 """

@@ -1,7 +1,7 @@
 """Experts that say how sure they are, which weighs their output.
 
-Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs with
-Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: a gate made by the
+Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs
+with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: a gate made by the
 experts themselves. Written from the equations.
 Differs: the gain multiplies the router's combine weight, which the paper sets to 1 (``Unweighted`` does so); the target
 of ``confidence_loss`` has no gradient by default; the residual path and the norm behind it stay with the model.

@@ -1,7 +1,7 @@
 """A network that classifies samples of several views, some of which may be missing.
 
-Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs with
-Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: attention among the
+Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs
+with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: attention among the
 views' tokens, experts for those that are there, and a second imputation of the others from what the experts said.
 Written from the equations.
 Differs: one token a view, one linear embedding each, and a head on the mean over the views; the block is in the

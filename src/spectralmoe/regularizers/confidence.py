@@ -1,7 +1,7 @@
 """Confidence loss: a term that makes the confidence of experts the probability with which they are right.
 
-Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs with
-Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525. Written from the
+Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs
+with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525. Written from the
 equations.
 Differs: the target has no gradient unless the bank says so (``detach_target=False``, as the paper has it).
 """

@@ -1,7 +1,7 @@
 """Unweighted: the weight 1 for every chosen expert, for banks that weigh their outputs themselves.
 
-Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs with
-Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: the experts' confidence
+Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs
+with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: the experts' confidence
 takes the place of the gate. Written from the equations.
 Differs: in the paper the router gets no gradient, and so chooses by a projection that stays as it was drawn
 (``router_grad="none"``); the gradient of ``router_grad="confidence"`` is ours.
