@@ -126,6 +126,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "selector": {"type": "topk", "normalize": True},
         "experts": "modulated",
     },
+    "confsmoe": {
+        "summary": "experts that say how sure they are weigh their own outputs (ConfSMoE)",
+        "scorer": "linear",
+        "selector": {"type": "unweighted", "selector": "topk"},
+        "experts": {
+            "type": "confident",
+            "experts": {"type": "feed_forward", "activation": "gelu", "bias": True},
+        },
+    },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
         "scorer": "linear",

@@ -94,6 +94,7 @@ def list_everything(json: Json = False) -> None:
         "data sets": {
             **{name: _first_line(loader) for name, loader in DATASETS.items()},
             "folder:PATH": "an image folder",
+            "views:NAME": "upper half, lower half and spectrum of grey images of a data set, some of them missing",
         },
         "texts": {
             **{f"text:{name}": _first_line(reader) for name, reader in TEXTS.items()},

@@ -1,4 +1,4 @@
-"""Whole networks: those of the papers, and a small language model."""
+"""Whole networks: those of the papers, a small language model, and one for samples of several views."""
 
 from torch import nn
 
@@ -9,6 +9,7 @@ from spectralmoe.models.restoration import RestorationBlock, RestorationMoE, res
 from spectralmoe.models.soft_routed import SoftRouted, overlaps, prune_units
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
+from spectralmoe.models.views import SparseCrossImputer, ViewsBlock, ViewsMoE, views_moe
 
 __all__ = [
     "MODELS",
@@ -21,8 +22,11 @@ __all__ = [
     "RestorationMoE",
     "SRMoE",
     "SoftRouted",
+    "SparseCrossImputer",
     "Stage",
     "VectorStem",
+    "ViewsBlock",
+    "ViewsMoE",
     "language_moe",
     "overlaps",
     "prototype_router",
@@ -30,6 +34,7 @@ __all__ = [
     "restoration_moe",
     "sr_moe",
     "sr_moe_terms",
+    "views_moe",
 ]
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -43,4 +48,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "modulated_block": ModulatedBlock,
     "restoration_moe": RestorationMoE,
     "restoration_block": RestorationBlock,
+    "views_moe": ViewsMoE,
+    "views_block": ViewsBlock,
+    "sparse_cross_imputer": SparseCrossImputer,
 }

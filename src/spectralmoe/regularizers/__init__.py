@@ -10,6 +10,7 @@ from torch import Tensor
 from spectralmoe.regularizers.activation_overlap import activation_overlap
 from spectralmoe.regularizers.balance import importance_cv2, load_balance, router_z
 from spectralmoe.regularizers.cluster_variance import cluster_variance
+from spectralmoe.regularizers.confidence import class_target, confidence_loss
 from spectralmoe.regularizers.orthonormality import orthonormality
 from spectralmoe.regularizers.output_overlap import output_overlap
 from spectralmoe.regularizers.path_coupling import path_coupling
@@ -20,7 +21,9 @@ from spectralmoe.regularizers.spectral import spectral_norm, spectral_penalty, s
 __all__ = [
     "REGULARIZERS",
     "activation_overlap",
+    "class_target",
     "cluster_variance",
+    "confidence_loss",
     "importance_cv2",
     "load_balance",
     "orthonormality",

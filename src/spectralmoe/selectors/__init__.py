@@ -14,6 +14,7 @@ from spectralmoe.selectors.soft_balanced import SoftBalanced
 from spectralmoe.selectors.threshold import Threshold
 from spectralmoe.selectors.top_p import TopP
 from spectralmoe.selectors.topk import TopK
+from spectralmoe.selectors.unweighted import Unweighted
 
 __all__ = [
     "SELECTORS",
@@ -31,6 +32,7 @@ __all__ = [
     "Threshold",
     "TopK",
     "TopP",
+    "Unweighted",
 ]
 
 SELECTORS: dict[str, type[Selector]] = {
@@ -46,4 +48,5 @@ SELECTORS: dict[str, type[Selector]] = {
     "group_limited": GroupLimited,
     "threshold": Threshold,
     "entmax": Entmax,
+    "unweighted": Unweighted,
 }

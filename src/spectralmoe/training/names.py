@@ -24,9 +24,11 @@ ROUTER_NAMES = (
     "mumoe-tr",
     "omoe",
     "mpoe",
+    "mofme",
+    "confsmoe",
     "dense",
 )
-OWN_EXPERTS = ("ermoe", "ermoe-context", "mumoe", "mumoe-tr", "mpoe")
+OWN_EXPERTS = ("ermoe", "ermoe-context", "mumoe", "mumoe-tr", "mpoe", "mofme", "confsmoe")
 """Routers with experts of their own, which do not fit where there are experts already."""
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
 DATA_NAMES = ("digits", "fashion-mnist", "mnist5k")

@@ -10,6 +10,7 @@ from spectralmoe.naming import shown
 from spectralmoe.training.restore_settings import Restore, check_restore, with_restore_defaults
 from spectralmoe.training.settings import Network, Optimization, Positive, Row, Settings, laid_over
 from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
+from spectralmoe.training.views_settings import Views, check_views
 from spectralmoe.training.vision_settings import Backbone, MoEParts
 
 __all__ = ["TrainSettings"]
@@ -31,6 +32,7 @@ class TrainSettings(Settings):
         image_size: images are resized to this side; those of a folder when they are read. None: as the data have them.
         text: how text is cut and read; with data text:NAME, which have defaults of their own in other sections, too.
         restore: how photographs are cut and degraded; with data restore:NAME, which have defaults of their own, too.
+        views: which views of a sample are missing; with data views:NAME.
         train_size: training samples; None: all.
         hold_out: name of a class that training and validation do not see; the network can be taught it later.
 
@@ -47,6 +49,7 @@ class TrainSettings(Settings):
     moe: MoEParts | None = None
     text: Text | None = None
     restore: Restore | None = None
+    views: Views | None = None
     image_size: Positive | None = None
     train_size: Positive | None = None
     hold_out: str | None = None
@@ -67,6 +70,7 @@ class TrainSettings(Settings):
     def _one_network(self) -> Self:
         check_text(self)
         check_restore(self)
+        check_views(self)
         if self.backbone is None and self.moe is not None:
             raise ValueError("[moe] are parts of a timm model, but there is no section [backbone]")
         for key in _SR_MOE:
@@ -77,9 +81,9 @@ class TrainSettings(Settings):
     @model_serializer(mode="wrap")
     def _without_the_other(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What describes another kind of network is left out."""
-        absent = {*(_TIMM if self.backbone is None else _SR_MOE)}
-        absent |= {key for key in ("text", "restore") if getattr(self, key) is None}
-        absent |= set(_IMAGES) if self.text is not None or self.restore is not None else set()
+        kinds = ("text", "restore", "views")
+        absent = {*(_TIMM if self.backbone is None else _SR_MOE), *(key for key in kinds if getattr(self, key) is None)}
+        absent |= set(_IMAGES) if any(getattr(self, key) is not None for key in kinds) else set()
         return {key: value for key, value in handler(self).items() if key not in absent}
 
     @property

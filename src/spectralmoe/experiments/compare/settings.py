@@ -16,6 +16,7 @@ from spectralmoe.training.settings import Network, Optimization, Positive, Seed,
 from spectralmoe.training.tasks import task_of
 from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
 from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.views_settings import Views, check_views
 from spectralmoe.training.vision_settings import Backbone, MoEParts
 
 __all__ = ["GROWS", "Cell", "CompareSettings", "no_repeats"]
@@ -55,6 +56,7 @@ class CompareSettings(Settings):
         tune: settings tried for each row and depth, on the validation part; 0: the presets as they are.
         text: how text is cut and read; with data text:NAME, which have defaults of their own in other sections, too.
         restore: how photographs are cut and degraded; with data restore:NAME, which have defaults of their own, too.
+        views: which views of a sample are missing; with data views:NAME.
         network: sizes of an SR-MoE network or a language model, and experts a layer and a token of any.
         backbone: a timm model in its place.
         moe: the form of its MoE parts; router, blocks and numbers of experts are those of the row and of ``network``.
@@ -71,6 +73,7 @@ class CompareSettings(Settings):
     tune: Annotated[int, Field(ge=0)] = 0
     text: Text | None = None
     restore: Restore | None = None
+    views: Views | None = None
     network: Network = Network()
     backbone: Backbone | None = None
     moe: MoEParts | None = None
@@ -90,12 +93,13 @@ class CompareSettings(Settings):
     def _one_kind(self) -> Self:
         check_text(self)
         check_restore(self)
+        check_views(self)
         return self
 
     @model_serializer(mode="wrap")
     def _without_others(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Of data of another kind there is no word."""
-        others = ("text", "restore")
+        others = ("text", "restore", "views")
         return {key: value for key, value in handler(self).items() if key not in others or value is not None}
 
     def check(self) -> None:
@@ -125,7 +129,7 @@ class CompareSettings(Settings):
         """
         optimization = self.optimization.model_copy(update={"seed": cell.seed, "lr": self.optimization.lr * lr})
         values: dict[str, Any] = {"data": self.data, "image_size": self.image_size, "train_size": self.train_size}
-        values |= {"optimization": optimization, "text": self.text, "restore": self.restore}
+        values |= {"optimization": optimization, "text": self.text, "restore": self.restore, "views": self.views}
         if self.backbone is None:
             return TrainSettings(**values, router=cell.router, depth=cell.depth, network=self.network)
         form = self.moe or MoEParts(kind="replace_mlp", init="random", bottleneck=self.network.hidden)
