@@ -51,4 +51,11 @@ def complete_few_shot_rows(incomplete: str) -> list[str]:
     return listed(incomplete, rows)
 
 
-complete_data = one_among(*DATA_NAMES, "folder:", "views:digits", *(f"text:{name}" for name in TEXT_NAMES))
+complete_data = one_among(
+    *DATA_NAMES,
+    "folder:",
+    *(f"text:{name}" for name in TEXT_NAMES),
+    "restore:photos",
+    "restore:folder:",
+    "views:digits",
+)

@@ -100,6 +100,10 @@ def list_everything(json: Json = False) -> None:
             **{f"text:{name}": _first_line(reader) for name, reader in TEXTS.items()},
             "text:PATH": "a file, or a folder whose subfolders are domains; several with +: text:stdlib+pydoc",
         },
+        "photos": {
+            "restore:photos": "19 photographs that installed packages ship, degraded in four ways and mixtures",
+            "restore:folder:PATH": "the images of a folder, degraded likewise",
+        },
         "presets": {name: row["summary"] for name, row in PRESETS.items()},
     }
     parts: dict[str, Mapping[str, object]] = {
