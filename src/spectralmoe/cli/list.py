@@ -21,6 +21,7 @@ PLAIN = {
     "principal": "share of the token's energy on each side of orthonormal directions",
     "context": "what is known beside the token, such as how badly a sample is degraded",
     "saturated": "bounded inner products with anchors of each expert in a low-rank space",
+    "spectrum": "log powers of frequency bands, entropy and flatness of a map or signal given beside the token",
     "basis": "fit of the token to the experts' own bases (bank: eigen)",
     "topk": "the k experts with the largest scores for each token",
     "noisy_topk": "top-k of noisy logits in training, of the logits in evaluation",

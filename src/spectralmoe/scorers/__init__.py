@@ -9,6 +9,7 @@ from spectralmoe.scorers.linear import LinearScorer
 from spectralmoe.scorers.principal import PrincipalScorer
 from spectralmoe.scorers.prototype import PrototypeScorer
 from spectralmoe.scorers.saturated import SaturatedScorer
+from spectralmoe.scorers.spectrum import SpectrumScorer
 from spectralmoe.scorers.statistics_memory import StatisticsMemory
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PrototypeScorer",
     "SaturatedScorer",
     "Scorer",
+    "SpectrumScorer",
     "StatisticsMemory",
 ]
 
@@ -34,4 +36,5 @@ SCORERS: dict[str, type[Scorer]] = {
     "context": ContextScorer,
     "basis": BasisScorer,
     "saturated": SaturatedScorer,
+    "spectrum": SpectrumScorer,
 }
