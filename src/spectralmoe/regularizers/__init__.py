@@ -10,6 +10,7 @@ from torch import Tensor
 from spectralmoe.regularizers.activation_overlap import activation_overlap
 from spectralmoe.regularizers.balance import importance_cv2, load_balance, router_z
 from spectralmoe.regularizers.cluster_variance import cluster_variance
+from spectralmoe.regularizers.complexity_balance import complexity_balance
 from spectralmoe.regularizers.orthonormality import orthonormality
 from spectralmoe.regularizers.output_overlap import output_overlap
 from spectralmoe.regularizers.path_coupling import path_coupling
@@ -20,6 +21,7 @@ __all__ = [
     "REGULARIZERS",
     "activation_overlap",
     "cluster_variance",
+    "complexity_balance",
     "importance_cv2",
     "load_balance",
     "orthonormality",
@@ -45,4 +47,5 @@ REGULARIZERS: dict[str, Callable[..., Tensor]] = {
     "activation_overlap": activation_overlap,
     "path_coupling": path_coupling,
     "cluster_variance": cluster_variance,
+    "complexity_balance": complexity_balance,
 }
