@@ -3,6 +3,7 @@
 from torch import nn
 
 from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
+from spectralmoe.models.restoration import RestorationBlock, RestorationMoE, restoration_moe
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
 
@@ -11,11 +12,14 @@ __all__ = [
     "ConvStem",
     "DecoderBlock",
     "LanguageMoE",
+    "RestorationBlock",
+    "RestorationMoE",
     "SRMoE",
     "Stage",
     "VectorStem",
     "language_moe",
     "prototype_router",
+    "restoration_moe",
     "sr_moe",
     "sr_moe_terms",
 ]
@@ -27,4 +31,6 @@ MODELS: dict[str, type[nn.Module]] = {
     "vector_stem": VectorStem,
     "language_moe": LanguageMoE,
     "decoder_block": DecoderBlock,
+    "restoration_moe": RestorationMoE,
+    "restoration_block": RestorationBlock,
 }

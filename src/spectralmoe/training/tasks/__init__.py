@@ -7,14 +7,27 @@ from typing import Any
 
 from spectralmoe.training.tasks.base import Batch, Metric, Part, Task
 from spectralmoe.training.tasks.images import ImageTask
+from spectralmoe.training.tasks.restoration import RestorationTask
 from spectralmoe.training.tasks.text import TextTask
 from spectralmoe.training.train_settings import TrainSettings
 
-__all__ = ["TASKS", "Batch", "ImageTask", "Metric", "Part", "Task", "TextTask", "open_task", "task_of"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "ImageTask",
+    "Metric",
+    "Part",
+    "RestorationTask",
+    "Task",
+    "TextTask",
+    "open_task",
+    "task_of",
+]
 
 TASKS: dict[str, type[Task]] = {
     "images": ImageTask,
     "text": TextTask,
+    "restore": RestorationTask,
 }
 """What stands before the colon in the name of the data -> its task; other names are those of images."""
 
