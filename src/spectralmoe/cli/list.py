@@ -59,6 +59,7 @@ PLAIN = {
     "cluster_variance": "how unevenly the scores are spread within groups of consecutive experts",
     "router_z": "router z-loss, which keeps logits small",
     "importance_cv2": "how unevenly the experts' importance is spread, squared",
+    "expected_cost": "what the experts of a token cost by its scores, as a share of the dearest",
 }
 """The parts in plain words; one without an entry is told by its docstring, less the formulas."""
 
