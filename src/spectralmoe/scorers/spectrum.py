@@ -84,13 +84,17 @@ class SpectrumScorer(Scorer):
         return {"statistics": self.statistics_read}
 
     def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
-        features = spectrum_features(self._values(context, x), self.bands, statistics=self.statistics_read)
+        features = self.features(self._values(context, x))
         scale, shift = self.norm.weight.to(x.dtype), self.norm.bias.to(x.dtype)
         features = F.layer_norm(features, features.shape[1:], scale, shift)
         if self.up is not None:
             features = F.gelu(F.linear(features, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype)))
         logits = F.linear(features, self.weight.to(x.dtype), self.bias.to(x.dtype))
         return logits if self.token_weight is None else logits + F.linear(x, self.token_weight.to(x.dtype))
+
+    def features(self, maps: Tensor) -> Tensor:
+        """What it reads of maps (N, C, *S): (N, F)."""
+        return spectrum_features(maps, self.bands, statistics=self.statistics_read)
 
     @property
     def matrix(self) -> Tensor:
