@@ -46,7 +46,7 @@ NEEDED = {
 TOGETHER = {"basis": {"scorer": {"type": "basis", "score": "energy"}, "experts": "eigen", "rank": 3}}
 """Entries that work with certain others alone."""
 
-NOT_HERE = {"context", "modules", "heterogeneous", "conv", "ermoe-context"}
+NOT_HERE = {"context", "spectrum", "modules", "heterogeneous", "conv", "ermoe-context", "phyg-moe"}
 """Entries that need more than tokens or names: side information, modules that are given, maps, attention."""
 
 

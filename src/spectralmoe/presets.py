@@ -99,6 +99,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scorer": "linear",
         "optimizer": "orthogonal_experts",
     },
+    "phyg-moe": {
+        "summary": "the spectrum of a signal, one expert each, at a price on the dear ones (PhyG-MoE)",
+        "scorer": "spectrum",
+        "selector": {"type": "topk"},
+        "k": 1,
+        "terms": {"expected_cost": 0.1},
+    },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
         "scorer": "linear",

@@ -98,6 +98,7 @@ def list_everything(json: Json = False) -> None:
             **{f"text:{name}": _first_line(reader) for name, reader in TEXTS.items()},
             "text:PATH": "a file, or a folder whose subfolders are domains; several with +: text:stdlib+pydoc",
         },
+        "signals": {"signals:interference": "records of 21 classes of radio interference, made from equations"},
         "presets": {name: row["summary"] for name, row in PRESETS.items()},
     }
     parts: dict[str, Mapping[str, object]] = {

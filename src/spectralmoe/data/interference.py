@@ -114,7 +114,8 @@ def _tone(n: int, length: int, draw: np.random.Generator) -> _Complex:
 
 
 def _multitone(n: int, length: int, draw: np.random.Generator, tones: int = 5) -> _Complex:
-    return np.sum([_tone(n, length, draw) for _ in range(tones)], axis=0)
+    total: _Complex = np.sum([_tone(n, length, draw) for _ in range(tones)], axis=0)
+    return total
 
 
 def _chirp(n: int, length: int, draw: np.random.Generator) -> _Complex:

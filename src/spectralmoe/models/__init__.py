@@ -1,8 +1,9 @@
-"""Whole networks: those of the papers, and a small language model."""
+"""Whole networks: those of the papers, a small language model, and a classifier of signals."""
 
 from torch import nn
 
 from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
+from spectralmoe.models.signal import SignalBlock, SignalExpert, SignalMoE, signal_experts, signal_moe
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
 
@@ -12,10 +13,15 @@ __all__ = [
     "DecoderBlock",
     "LanguageMoE",
     "SRMoE",
+    "SignalBlock",
+    "SignalExpert",
+    "SignalMoE",
     "Stage",
     "VectorStem",
     "language_moe",
     "prototype_router",
+    "signal_experts",
+    "signal_moe",
     "sr_moe",
     "sr_moe_terms",
 ]
@@ -27,4 +33,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "vector_stem": VectorStem,
     "language_moe": LanguageMoE,
     "decoder_block": DecoderBlock,
+    "signal_moe": SignalMoE,
+    "signal_block": SignalBlock,
+    "signal_expert": SignalExpert,
 }

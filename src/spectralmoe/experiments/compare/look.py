@@ -43,9 +43,11 @@ def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
     keys = ("entropy", "output_overlap", "output_centred", "noise_flips")
     measured: dict[str, list[float | None]] = {key: [] for key in keys}
     for call in calls:
+        measured["entropy"].append(token_entropy(call.routing).value)
+        if not len(call.tokens):  # the experts read something else than the router
+            continue
         tokens = call.tokens[torch.linspace(0, len(call.tokens) - 1, _THROUGH_ALL).long().unique()]
         outputs = expert_outputs(call.layer, tokens).flatten(2)
-        measured["entropy"].append(token_entropy(call.routing).value)
         measured["output_overlap"].append(mean_offdiagonal(cosine_matrix(outputs)).value)
         measured["output_centred"].append(mean_offdiagonal(centred_cosines(outputs)).value)
         measured["noise_flips"].append(noise_flips(call.layer, call.tokens).value if call.layer.reroutes else None)
