@@ -140,24 +140,30 @@ class SignalTask(Task):
 
     def loss(self, model: nn.Module, batch: Signals) -> Tensor:
         """Mean cross-entropy."""
-        logits = model(batch.signals).float()
-        return F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(self.logits(model, batch), batch.labels, label_smoothing=self.label_smoothing)
+
+    def logits(self, model: nn.Module, batch: Signals) -> Tensor:
+        """What the network says of a batch: (B, 21) fp32."""
+        logits: Tensor = model(batch.signals).float()
+        return logits
 
     @torch.no_grad()
     def score(self, model: nn.Module, part: Part) -> dict[str, float]:
         data, device = self.parts[part], next(model.parameters()).device
-        logits, paid, dearest = list[Tensor](), list[Tensor](), list[Tensor]()
+        records, said, paid, dearest = Signals(data.signals, data.labels), [], [], []
         with evaluation_mode(model):
-            for signals in data.signals.split(_TOGETHER):
+            for start in range(0, len(data.labels), _TOGETHER):
                 with record(model, keep=("input",)) as tape:
-                    logits.append(model(signals.to(device)).float().cpu())
+                    batch = records.part(slice(start, start + _TOGETHER), device)
+                    said.append(self.logits(model, batch).cpu())
                 spent, most = _costs(tape)
                 paid.append(spent)
                 dearest.append(most)
+        logits = torch.cat(said)
         cost, most = torch.cat(paid), torch.cat(dearest)
-        whole = class_scores(torch.cat(logits), data.labels)
+        whole = class_scores(logits, data.labels)
         scores = {metric.key: whole[metric.key] for metric in METRICS if metric.key in whole}
-        right = torch.cat(logits).argmax(1) == data.labels
+        right = logits.argmax(1) == data.labels
         for name, here in (("single", data.components == 1), ("pair", data.components == 2)):
             scores[f"accuracy_{name}"] = 100 * float(right[here].double().mean())
             scores[f"cost_{name}"] = 100 * float(cost[here].sum() / most[here].sum())
