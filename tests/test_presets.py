@@ -48,7 +48,7 @@ NEEDED = {
 TOGETHER = {"basis": {"scorer": {"type": "basis", "score": "energy"}, "experts": "eigen", "rank": 3}}
 """Entries that work with certain others alone."""
 
-NOT_HERE = {"context", "modules", "heterogeneous", "conv", "ermoe-context", "moce-ir"}
+NOT_HERE = {"context", "spectrum", "modules", "heterogeneous", "conv", "ermoe-context", "moce-ir", "phyg-moe"}
 """Entries that need more than tokens or names: side information, modules that are given, maps, attention."""
 
 

@@ -110,6 +110,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "experts": {"type": "heterogeneous", "modules": _MIXERS},
         "terms": {"complexity_balance": 1e-2},
     },
+    "phyg-moe": {
+        "summary": "the spectrum of a signal, one expert each, at a price on the dear ones (PhyG-MoE)",
+        "scorer": "spectrum",
+        "selector": {"type": "topk"},
+        "k": 1,
+        "terms": {"expected_cost": 0.1},
+    },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
         "scorer": "linear",

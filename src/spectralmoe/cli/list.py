@@ -61,6 +61,7 @@ PLAIN = {
     "cluster_variance": "how unevenly the scores are spread within groups of consecutive experts",
     "router_z": "router z-loss, which keeps logits small",
     "importance_cv2": "how unevenly the experts' importance is spread, squared",
+    "expected_cost": "what the experts of a token cost by its scores, as a share of the dearest",
 }
 """The parts in plain words; one without an entry is told by its docstring, less the formulas."""
 
@@ -99,6 +100,7 @@ def list_everything(json: Json = False) -> None:
             **{f"text:{name}": _first_line(reader) for name, reader in TEXTS.items()},
             "text:PATH": "a file, or a folder whose subfolders are domains; several with +: text:stdlib+pydoc",
         },
+        "signals": {"signals:interference": "records of 21 classes of radio interference, made from equations"},
         "presets": {name: row["summary"] for name, row in PRESETS.items()},
     }
     parts: dict[str, Mapping[str, object]] = {

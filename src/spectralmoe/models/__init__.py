@@ -1,9 +1,10 @@
-"""Whole networks: those of the papers, and a small language model."""
+"""Whole networks: those of the papers, a small language model, and a classifier of signals."""
 
 from torch import nn
 
 from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
 from spectralmoe.models.restoration import RestorationBlock, RestorationMoE, restoration_moe
+from spectralmoe.models.signal import SignalBlock, SignalExpert, SignalMoE, signal_experts, signal_moe
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
 
@@ -15,11 +16,16 @@ __all__ = [
     "RestorationBlock",
     "RestorationMoE",
     "SRMoE",
+    "SignalBlock",
+    "SignalExpert",
+    "SignalMoE",
     "Stage",
     "VectorStem",
     "language_moe",
     "prototype_router",
     "restoration_moe",
+    "signal_experts",
+    "signal_moe",
     "sr_moe",
     "sr_moe_terms",
 ]
@@ -33,4 +39,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "decoder_block": DecoderBlock,
     "restoration_moe": RestorationMoE,
     "restoration_block": RestorationBlock,
+    "signal_moe": SignalMoE,
+    "signal_block": SignalBlock,
+    "signal_expert": SignalExpert,
 }

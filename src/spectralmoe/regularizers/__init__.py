@@ -11,6 +11,7 @@ from spectralmoe.regularizers.activation_overlap import activation_overlap
 from spectralmoe.regularizers.balance import importance_cv2, load_balance, router_z
 from spectralmoe.regularizers.cluster_variance import cluster_variance
 from spectralmoe.regularizers.complexity_balance import complexity_balance
+from spectralmoe.regularizers.expected_cost import expected_cost
 from spectralmoe.regularizers.orthonormality import orthonormality
 from spectralmoe.regularizers.output_overlap import output_overlap
 from spectralmoe.regularizers.path_coupling import path_coupling
@@ -22,6 +23,7 @@ __all__ = [
     "activation_overlap",
     "cluster_variance",
     "complexity_balance",
+    "expected_cost",
     "importance_cv2",
     "load_balance",
     "orthonormality",
@@ -48,4 +50,5 @@ REGULARIZERS: dict[str, Callable[..., Tensor]] = {
     "path_coupling": path_coupling,
     "cluster_variance": cluster_variance,
     "complexity_balance": complexity_balance,
+    "expected_cost": expected_cost,
 }

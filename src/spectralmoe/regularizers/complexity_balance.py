@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectralmoe.errors import UserError
 from spectralmoe.regularizers.balance import squared_variation
+from spectralmoe.regularizers.costs import cost_shares
 from spectralmoe.routing import Routing
 from spectralmoe.tape import Record
 
@@ -50,7 +50,7 @@ def complexity_balance(
     """
     routing = record if isinstance(record, Routing) else record.routing
     importance = routing.real(routing.probs)
-    balance = squared_variation(importance * _shares(_costs_of(record, costs), importance))
+    balance = squared_variation(importance * cost_shares("complexity_balance", record, costs, importance))
     return (balance + squared_variation(_clear(routing))) / 2 if load else balance
 
 
@@ -63,24 +63,3 @@ def _clear(routing: Routing) -> Tensor:
     last, next_one = ranked[:, k - 1 : k], ranked[:, k:]
     others = torch.where(logits >= last, next_one, last)  # the K-th largest without the expert itself
     return routing.real(torch.special.ndtr(routing.num_experts * (logits - others)))
-
-
-def _costs_of(record: Record | Routing, costs: Sequence[float] | Tensor | None) -> Sequence[float] | Tensor:
-    if costs is not None:
-        return costs
-    experts = None if isinstance(record, Routing) else getattr(record.layer, "experts", None)
-    if experts is None:
-        raise UserError("complexity_balance: costs are missing, and there is no bank here that could say them")
-    said: Tensor = experts.costs()
-    return said
-
-
-def _shares(costs: Sequence[float] | Tensor, like: Tensor) -> Tensor:
-    """Costs (E,) over the largest of them."""
-    values = torch.as_tensor(costs, dtype=like.dtype, device=like.device)
-    if values.shape != like.shape or not (values.isfinite().all() and (values > 0).all()):
-        raise UserError(
-            f"complexity_balance: costs must be one positive number for each of E={len(like)} experts, got "
-            f"{values.tolist()}"
-        )
-    return values / values.max()

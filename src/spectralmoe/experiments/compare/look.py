@@ -31,7 +31,7 @@ _NUMBERS, _THROUGH_ALL = 2**12, 256
 @torch.no_grad()
 def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
     """How firm the choices of the routers are and how alike the experts, mean over layers; None where too few tokens
-    say anything.
+    say anything, and all but the entropy where router and experts read different things.
 
     Args:
         inputs: (N, ...); about 4,000 numbers of them are looked at, spread evenly.
@@ -44,7 +44,7 @@ def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
     measured: dict[str, list[float | None]] = {key: [] for key in keys}
     for call in calls:
         measured["entropy"].append(token_entropy(call.routing).value)
-        if not len(call.tokens):  # whole samples are routed, or the experts read more than the router does
+        if not len(call.tokens):  # the experts read something else than the router, such as whole maps
             continue
         tokens = call.tokens[torch.linspace(0, len(call.tokens) - 1, _THROUGH_ALL).long().unique()]
         outputs = expert_outputs(call.layer, tokens).flatten(2)

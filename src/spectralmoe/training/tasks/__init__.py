@@ -8,6 +8,7 @@ from typing import Any
 from spectralmoe.training.tasks.base import Batch, Metric, Part, Task
 from spectralmoe.training.tasks.images import ImageTask
 from spectralmoe.training.tasks.restoration import RestorationTask
+from spectralmoe.training.tasks.signals import SignalTask
 from spectralmoe.training.tasks.text import TextTask
 from spectralmoe.training.train_settings import TrainSettings
 
@@ -18,6 +19,7 @@ __all__ = [
     "Metric",
     "Part",
     "RestorationTask",
+    "SignalTask",
     "Task",
     "TextTask",
     "open_task",
@@ -28,6 +30,7 @@ TASKS: dict[str, type[Task]] = {
     "images": ImageTask,
     "text": TextTask,
     "restore": RestorationTask,
+    "signals": SignalTask,
 }
 """What stands before the colon in the name of the data -> its task; other names are those of images."""
 
