@@ -101,6 +101,10 @@ def list_everything(json: Json = False) -> None:
             "text:PATH": "a file, or a folder whose subfolders are domains; several with +: text:stdlib+pydoc",
         },
         "signals": {"signals:interference": "records of 21 classes of radio interference, made from equations"},
+        "photos": {
+            "restore:photos": "19 photographs that installed packages ship, degraded in four ways and mixtures",
+            "restore:folder:PATH": "the images of a folder, degraded likewise",
+        },
         "presets": {name: row["summary"] for name, row in PRESETS.items()},
     }
     parts: dict[str, Mapping[str, object]] = {
