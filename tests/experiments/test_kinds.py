@@ -59,6 +59,12 @@ def test_whole_images_cost_what_the_chosen_expert_costs(task, network):
     assert flops[1] - flops[0] == costs[1] - costs[0]
     sizes = [sum(parameter.numel() for parameter in expert.parameters()) for expert in layer.experts.experts]
     assert numbers[1] - numbers[0] == sizes[1] - sizes[0]
+    loads = {"blocks.0.moe": torch.tensor([0.75, 0.25])}
+    for one, two, found in (
+        (*flops, active_flops(network, sample, loads)),
+        (*numbers, active_parameters(network, sample, loads)),
+    ):
+        assert found == pytest.approx(0.75 * one + 0.25 * two, abs=1)
     seen = choices(network, task.inputs("test"))
     assert seen["entropy"] is not None
     assert [seen[key] for key in ("output_overlap", "output_centred", "noise_flips")] == [None] * 3

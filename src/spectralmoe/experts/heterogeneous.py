@@ -28,7 +28,8 @@ class HeterogeneousExperts(ModuleExperts):
     Only the modules that a row chose run on it. Whole maps take ``MoE(..., unit=Sample())``.
 
     Args:
-        costs: of each module on one row, in a unit of your own; None: counted, see ``costs()``.
+        costs: of each module on one row, in place of counted operations: terms read their ratios, comparisons take
+            them for operations. None: counted, see ``costs()``.
 
     Raises:
         UserError: costs that are not one positive number a module.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -54,10 +54,17 @@ def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
     return {key: mean_of([value for value in values if value is not None]) for key, values in measured.items()}
 
 
-def active_parameters(model: nn.Module, sample: Tensor) -> int:
-    """Parameters that a token meets: those outside the banks, and of each bank those of the sample's experts (1, ...).
+Loads = Mapping[str, Tensor]
+"""Layer name -> share of the load of each expert (E,)."""
 
-    Experts that are alike, or share parameters, have even parts of their bank.
+
+def active_parameters(model: nn.Module, sample: Tensor, loads: Loads | None = None) -> int:
+    """Parameters that a token meets: those outside the banks, and of each bank as much as the sample (1, ...) has
+    experts a token.
+
+    Args:
+        loads: over many samples: experts of unequal size count by them; None: by what the sample chose. Experts that
+            are alike, or share parameters, have even parts of their bank.
     """
     counted = copy.deepcopy(model).eval()
     layers = [layer for layer in moe_layers(counted).values() if isinstance(layer, MoE)]
@@ -68,19 +75,23 @@ def active_parameters(model: nn.Module, sample: Tensor) -> int:
     for item in tape:
         if isinstance(item.layer, MoE):
             bank = item.layer.experts
-            counts = item.routing.counts()[: bank.num_experts].tolist()
+            counts = item.routing.counts()[: bank.num_experts]
             size = sum(p.numel() for p in bank.parameters())
             own = [sum(p.numel() for p in bank.expert_parameters(e).values()) for e in range(bank.num_experts)]
             if len(set(own)) == 1 or sum(own) != size:
                 own = [size / bank.num_experts] * bank.num_experts
-            total += sum(n * count for n, count in zip(own, counts, strict=True)) / len(item.routing.logits)
+            slots = _spread(counts, own, loads, item.name).tolist()
+            total += sum(n * count for n, count in zip(own, slots, strict=True)) / len(item.routing.logits)
     return round(total)
 
 
-def active_flops(model: nn.Module, sample: Tensor) -> int:
+def active_flops(model: nn.Module, sample: Tensor, loads: Loads | None = None) -> int:
     """Floating-point operations of one forward for one sample (1, ...): only the experts that it uses count.
 
     What runs outside the banks is counted as it runs, the chosen experts by ``Experts.costs``.
+
+    Args:
+        loads: over many samples: experts of unequal cost count by them; None: by what the sample chose.
     """
     counted, total = copy.deepcopy(model).cpu().eval(), 0.0
     with torch.no_grad(), record(counted, keep=("input", "output")) as tape:
@@ -88,11 +99,20 @@ def active_flops(model: nn.Module, sample: Tensor) -> int:
     for item in tape:
         if isinstance(item.layer, MoE) and item.kept is not None:
             costs = item.layer.experts.costs(item.input.shape[1:])
-            total += float(item.kept.slots.counts.to(costs) @ costs)
+            slots = _spread(item.kept.slots.counts, costs.tolist(), loads, item.name)
+            total += float(slots.to(costs) @ costs)
             item.layer.dispatch = partial(_nothing, item.output.shape[1:])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         counted(sample)
     return int(total) + int(counter.get_total_flops())
+
+
+def _spread(counts: Tensor, values: Sequence[float], loads: Loads | None, name: str) -> Tensor:
+    """The slots (E,) of a sample; where ``values`` of the experts differ, as many in the proportions of ``loads``."""
+    load = None if loads is None else loads.get(name)
+    if load is None or len(load) != len(counts) or len(set(values)) == 1:
+        return counts
+    return counts.sum() * load.to(counts.device, torch.float64)
 
 
 def _nothing(shape: Sequence[int], x: Tensor, routing: Routing, experts: Experts) -> Tensor:
