@@ -51,6 +51,7 @@ HEAVY = {
     "tokenizers",
     "peft",
     "huggingface_hub",
+    "skimage",
     "sklearn",
     "mlxtend",
     "PIL",
@@ -63,7 +64,8 @@ ONLY_IN = {
     "tokenizers": {"data/vocabulary.py"},
     "peft": {"hf/training/lora.py"},
     "huggingface_hub": {"saving/hub.py"},
-    "matplotlib": {"draw/figure.py"},
+    "matplotlib": {"draw/figure.py", "draw/images.py"},
+    "skimage": {"training/tasks/restoration_scores.py"},
 }
 NOT_AT_START = HEAVY | {"typer", "rich", "pydantic"}
 

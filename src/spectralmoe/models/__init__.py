@@ -3,6 +3,7 @@
 from torch import nn
 
 from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
+from spectralmoe.models.restoration import RestorationBlock, RestorationMoE, restoration_moe
 from spectralmoe.models.signal import SignalBlock, SignalExpert, SignalMoE, signal_experts, signal_moe
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
@@ -12,6 +13,8 @@ __all__ = [
     "ConvStem",
     "DecoderBlock",
     "LanguageMoE",
+    "RestorationBlock",
+    "RestorationMoE",
     "SRMoE",
     "SignalBlock",
     "SignalExpert",
@@ -20,6 +23,7 @@ __all__ = [
     "VectorStem",
     "language_moe",
     "prototype_router",
+    "restoration_moe",
     "signal_experts",
     "signal_moe",
     "sr_moe",
@@ -36,4 +40,6 @@ MODELS: dict[str, type[nn.Module]] = {
     "signal_moe": SignalMoE,
     "signal_block": SignalBlock,
     "signal_expert": SignalExpert,
+    "restoration_moe": RestorationMoE,
+    "restoration_block": RestorationBlock,
 }

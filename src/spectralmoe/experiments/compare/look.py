@@ -44,7 +44,7 @@ def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
     measured: dict[str, list[float | None]] = {key: [] for key in keys}
     for call in calls:
         measured["entropy"].append(token_entropy(call.routing).value)
-        if not len(call.tokens):  # the experts read something else than the router
+        if not len(call.tokens):  # whole samples are routed, or the experts read more than the router does
             continue
         tokens = call.tokens[torch.linspace(0, len(call.tokens) - 1, _THROUGH_ALL).long().unique()]
         outputs = expert_outputs(call.layer, tokens).flatten(2)

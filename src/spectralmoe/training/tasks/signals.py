@@ -13,27 +13,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectralmoe.context import Context
 from spectralmoe.data.interference import CLASSES, Interference, synthetic_interference
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.models import SignalMoE, signal_experts, signal_moe
+from spectralmoe.models.signal import HOP, WINDOW
 from spectralmoe.moe import MoE
 from spectralmoe.naming import shown
 from spectralmoe.presets import find_preset
 from spectralmoe.recorder import record
+from spectralmoe.rows import Trial
 from spectralmoe.tape import Tape
 from spectralmoe.training.tasks.base import Metric, Part, Task, rounded
 from spectralmoe.training.tasks.classification import ACCURACY, CLASSIFICATION, class_scores
 from spectralmoe.training.tasks.shown import Predictions, Shown
 from spectralmoe.training.tasks.signal_verbs import SignalMeta, classify_records, read_signal_meta
 from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.units import Sample
 
 __all__ = ["SignalTask", "Signals"]
 
 NAME, LENGTH, JNR = "signals:interference", 512, (0.0, 20.0)
 TRAINED, MEASURED = 4_200, {"validation": 1_050, "test": 2_100}
 _SEEDS = {"train": 0, "validation": 1, "test": 2}
-_NOT_HERE = ("image_size", "hold_out", "backbone", "text")
+_NOT_HERE = ("image_size", "hold_out", "backbone")
 _TOGETHER = 256
 
 SINGLE, PAIR = "one jammer", "two jammers"
@@ -80,7 +84,6 @@ class SignalTask(Task):
     metrics = METRICS
     does = "classifies signals"
     unit = "record"
-    gives = ("map",)
 
     def __init__(self, train_size: int | None = None, *, label_smoothing: float = 0.0) -> None:
         size = TRAINED if train_size is None else train_size
@@ -133,6 +136,13 @@ class SignalTask(Task):
             experts=signal_experts if preset.experts is None else preset.make_experts,
             router=preset.routers(network.k),
         )
+
+    @classmethod
+    def trial(cls, settings: TrainSettings) -> Trial:
+        """Two maps with their signals; convolutions of one width stand for the experts of unequal width."""
+        maps = torch.zeros(2, settings.network.width, WINDOW // 4, LENGTH // HOP // 4)
+        side = Context(samples={"map": torch.zeros(2, LENGTH, dtype=torch.complex64)})
+        return Trial(maps, side, Sample(), {"type": "conv", "channels": "= dim"})
 
     def batch(self, indices: Tensor, draw: np.random.Generator) -> Signals:
         train = self.parts["train"]
