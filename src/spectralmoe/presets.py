@@ -100,11 +100,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimizer": "orthogonal_experts",
     },
     "phyg-moe": {
-        "summary": "the spectrum of a signal, one expert each, at a price on the dear ones (PhyG-MoE)",
+        "summary": "the spectrum of a signal, one expert each, with the Switch loss and a price on dear ones (PhyG-MoE)",
         "scorer": "spectrum",
-        "selector": {"type": "topk"},
+        "selector": {"type": "noisy_topk", "noise_std": 1.0},
         "k": 1,
-        "terms": {"expected_cost": 0.1},
+        "terms": {"load_balance": 0.1, "expected_cost": 0.05},
     },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
