@@ -6,10 +6,10 @@ from typing import Any
 
 __all__ = ["CHANCE", "CONTENT", "PRICES", "ROWS", "SHARES", "SPECTRUM", "TOLD"]
 
-PRICES = (0.0, 0.02, 0.05, 0.1)
+PRICES = (0.0, 0.1, 0.2, 0.3)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-SELECTOR = {"type": "noisy_topk", "noise_std": 1.0}
-BALANCE = 0.1  # with the noise it keeps both experts learning: without, every gate ends at the light one
+SELECTOR = {"type": "noisy_topk", "noise_std": 0.5}
+BALANCE = 0.3  # with the noise it keeps both experts learning: without, every gate ends at the light one
 
 
 def gate(scorer: str, price: float) -> dict[str, Any]:

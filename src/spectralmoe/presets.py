@@ -102,9 +102,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "phyg-moe": {
         "summary": "the spectrum of a signal, one expert each, with the Switch loss and a price on dear ones (PhyG-MoE)",
         "scorer": "spectrum",
-        "selector": {"type": "noisy_topk", "noise_std": 1.0},
+        "selector": {"type": "noisy_topk", "noise_std": 0.5},
         "k": 1,
-        "terms": {"load_balance": 0.1, "expected_cost": 0.05},
+        "terms": {"load_balance": 0.3, "expected_cost": 0.1},
     },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",

@@ -27,12 +27,12 @@ def test_a_tiny_run_holds_every_row_and_field(card, tmp_path):
     assert shares == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.05)
     assert (cells[card.TOLD]["heavy_single"], cells[card.TOLD]["heavy_pair"]) == pytest.approx((0, 1), abs=1e-6)
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "| spectrum, price 0.05 | content, price 0.05 | 1 |" in text
+    assert "| spectrum, price 0.1 | content, price 0.1 | 1 |" in text
     assert "## Gates: means over prices" in text
 
 
 def test_the_content_gate_is_as_large_and_reads_the_network(card):
-    rows = {name: card.ROWS[f"{name}, price 0.05"] for name in ("spectrum", "content")}
+    rows = {name: card.ROWS[f"{name}, price 0.1"] for name in ("spectrum", "content")}
     gates = {name: find_preset(row).make_router(16, 2, k=1) for name, row in rows.items()}
     numbers = {name: sum(p.numel() for p in gate.parameters()) for name, gate in gates.items()}
     assert numbers["spectrum"] == numbers["content"]
