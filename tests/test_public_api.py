@@ -96,8 +96,8 @@ def test_tables(folder):
 
 def test_regularizers():
     names = (
-        "activation_overlap cluster_variance complexity_balance expected_cost importance_cv2 load_balance orthonormality "
-        "output_overlap path_coupling router_z score_variance spectral_norm spectral_penalty stable_rank"
+        "activation_overlap cluster_variance complexity_balance expected_cost importance_cv2 load_balance "
+        "orthonormality output_overlap path_coupling router_z score_variance spectral_norm spectral_penalty stable_rank"
     )
     assert set(names.split()) <= set(REGULARIZERS)
     assert all(function.__name__ == name for name, function in REGULARIZERS.items())

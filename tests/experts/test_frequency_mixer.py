@@ -68,3 +68,5 @@ def test_signals_16_bits_and_no_maps(close):
 def test_misuse(user_error):
     with user_error("FrequencyMixer", "channels", "0"):
         FrequencyMixer(0)
+    with user_error("FrequencyMixer", "(5, 4)", "Sample"):
+        FrequencyMixer(4)(torch.randn(5, 4))

@@ -68,5 +68,7 @@ def test_it_runs_in_16_bits_and_on_no_maps():
 def test_misuse(user_error):
     with user_error("PatchMixer", "rank", "2", "1"):
         PatchMixer(4, 1, 4)
+    with user_error("PatchMixer", "(M, C, H, W)", "(5, 4)", "Sample"):
+        PatchMixer(4, 2, 4)(torch.randn(5, 4))
     with user_error("PatchMixer", "window", "0"):
         PatchMixer(4, 2, 0)

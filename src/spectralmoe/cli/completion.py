@@ -52,5 +52,10 @@ def complete_few_shot_rows(incomplete: str) -> list[str]:
 
 
 complete_data = one_among(
-    *DATA_NAMES, "folder:", *(f"text:{name}" for name in TEXT_NAMES), *(f"signals:{name}" for name in SIGNAL_NAMES)
+    *DATA_NAMES,
+    "folder:",
+    *(f"text:{name}" for name in TEXT_NAMES),
+    *(f"signals:{name}" for name in SIGNAL_NAMES),
+    "restore:photos",
+    "restore:folder:",
 )

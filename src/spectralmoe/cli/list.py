@@ -38,6 +38,7 @@ PLAIN = {
     "adapter": "narrow networks to be added to the output of a frozen layer",
     "eigen": "linear maps with orthonormal bases of their own",
     "modules": "modules of your own, in Python alone; slower than stacked weights",
+    "heterogeneous": "modules of unequal cost and reach, such as patch_mixer and frequency_mixer",
     "conv": "pairs of convolutions on whole maps; only the chosen ones run",
     "confident": "another bank whose experts say how sure they are, which weighs their output",
     "token": "each vector of (..., D): the usual unit",
@@ -56,6 +57,7 @@ PLAIN = {
     "activation_overlap": "how much the hidden activations of a token's experts point in the same direction",
     "path_coupling": "minus how firmly tokens follow paths from the experts of one layer to those of the next",
     "score_variance": "minus how much an expert's scores differ between tokens",
+    "complexity_balance": "how far the experts' importance is from inverse proportion to their costs",
     "cluster_variance": "how unevenly the scores are spread within groups of consecutive experts",
     "router_z": "router z-loss, which keeps logits small",
     "importance_cv2": "how unevenly the experts' importance is spread, squared",
@@ -99,6 +101,10 @@ def list_everything(json: Json = False) -> None:
             "text:PATH": "a file, or a folder whose subfolders are domains; several with +: text:stdlib+pydoc",
         },
         "signals": {"signals:interference": "records of 21 classes of radio interference, made from equations"},
+        "photos": {
+            "restore:photos": "19 photographs that installed packages ship, degraded in four ways and mixtures",
+            "restore:folder:PATH": "the images of a folder, degraded likewise",
+        },
         "presets": {name: row["summary"] for name, row in PRESETS.items()},
     }
     parts: dict[str, Mapping[str, object]] = {

@@ -32,7 +32,7 @@ class FrequencyMixer(nn.Module):
         first, second: V as (2, C, C), real and imaginary part.
 
     Raises:
-        UserError: channels below 1.
+        UserError: channels below 1; in forward, rows that are neither maps nor signals.
 
     >>> FrequencyMixer(8)(torch.randn(2, 8, 6, 5)).shape
     torch.Size([2, 8, 6, 5])
@@ -48,6 +48,11 @@ class FrequencyMixer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 3:
+            raise UserError(
+                f"FrequencyMixer takes maps (M, C, H, W) or signals (M, C, T), got rows of shape {tuple(x.shape)}; use "
+                "unit=Sample()"
+            )
         dims, sizes = list(range(2, x.dim())), list(x.shape[2:])
         with torch.autocast(x.device.type, enabled=False):
             spectrum = torch.fft.rfftn(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dims, norm="ortho")

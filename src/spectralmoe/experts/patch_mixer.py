@@ -32,7 +32,7 @@ class PatchMixer(nn.Module):
         window: its side; the authors have 4, 8, 16 and 32, one an expert.
 
     Raises:
-        UserError: a size below these.
+        UserError: a size below these; in forward, rows that are no maps.
 
     >>> PatchMixer(8, rank=4, window=4)(torch.randn(2, 8, 6, 10)).shape
     torch.Size([2, 8, 6, 10])
@@ -49,6 +49,10 @@ class PatchMixer(nn.Module):
         self.back = nn.Conv2d(rank, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise UserError(
+                f"PatchMixer takes maps (M, C, H, W), got rows of shape {tuple(x.shape)}; use unit=Sample()"
+            )
         inner, gate = self.into(x).chunk(2, 1)
         query, key, value = self.parts(inner).chunk(3, 1)
         mixed = circular_convolution(query, key, self.window)

@@ -27,8 +27,9 @@ __all__ = ["RestorationBlock", "RestorationMoE", "restoration_moe"]
 class RestorationMoE(nn.Module):
     r"""Images (B, C, H, W) -> restored ones, each channel by itself: :math:`y = x + f(x)`, where f starts at 0.
 
-    A convolution, one of stride ``scale`` to D channels, blocks, a linear map back to all pixels, added to the first
-    convolution's, and a last one. ``restoration_moe`` builds one. Sides that ``scale`` does not divide are padded inside.
+    A convolution, one of stride ``scale`` to D channels, blocks, a linear map back to all pixels, added to what the
+    first convolution gave, and a last one. ``restoration_moe`` builds one. Sides that ``scale`` does not divide are
+    padded inside.
 
     Layers get the side information that they read, one value a sample: ``severity`` (B, P), and ``map`` (B, 1, H, W),
     the degraded image.

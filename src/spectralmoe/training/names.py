@@ -30,10 +30,11 @@ ROUTER_NAMES = (
     "ermoe",
     "ermoe-context",
     "omoe",
+    "moce-ir",
     "phyg-moe",
     "dense",
 )
-OWN_EXPERTS = ("ermoe", "ermoe-context")
+OWN_EXPERTS = ("ermoe", "ermoe-context", "moce-ir")
 """Routers with experts of their own, which do not fit where there are experts already."""
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
 DATA_NAMES = ("digits", "fashion-mnist", "mnist5k")

@@ -31,7 +31,7 @@ _NUMBERS, _THROUGH_ALL = 2**12, 256
 @torch.no_grad()
 def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
     """How firm the choices of the routers are and how alike the experts, mean over layers; None where too few tokens
-    say anything.
+    say anything, and all but the entropy where router and experts read different things.
 
     Args:
         inputs: (N, ...); about 4,000 numbers of them are looked at, spread evenly.
@@ -44,7 +44,7 @@ def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
     measured: dict[str, list[float | None]] = {key: [] for key in keys}
     for call in calls:
         measured["entropy"].append(token_entropy(call.routing).value)
-        if not len(call.tokens):  # whole samples are routed, or the experts read more than the router does
+        if not len(call.tokens):  # the experts read something else than the router, such as whole maps
             continue
         tokens = call.tokens[torch.linspace(0, len(call.tokens) - 1, _THROUGH_ALL).long().unique()]
         outputs = expert_outputs(call.layer, tokens).flatten(2)
@@ -55,7 +55,10 @@ def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
 
 
 def active_parameters(model: nn.Module, sample: Tensor) -> int:
-    """Parameters that a token meets: of each bank as much as the sample (1, ...) has experts a token."""
+    """Parameters that a token meets: those outside the banks, and of each bank those of the sample's experts (1, ...).
+
+    Experts that are alike, or share parameters, have even parts of their bank.
+    """
     counted = copy.deepcopy(model).eval()
     layers = [layer for layer in moe_layers(counted).values() if isinstance(layer, MoE)]
     banks = {id(p) for layer in layers for p in layer.experts.parameters()}
@@ -65,9 +68,12 @@ def active_parameters(model: nn.Module, sample: Tensor) -> int:
     for item in tape:
         if isinstance(item.layer, MoE):
             bank = item.layer.experts
-            slots = int(item.routing.counts()[: bank.num_experts].sum())
+            counts = item.routing.counts()[: bank.num_experts].tolist()
             size = sum(p.numel() for p in bank.parameters())
-            total += size * slots / len(item.routing.logits) / bank.num_experts
+            own = [sum(p.numel() for p in bank.expert_parameters(e).values()) for e in range(bank.num_experts)]
+            if len(set(own)) == 1 or sum(own) != size:
+                own = [size / bank.num_experts] * bank.num_experts
+            total += sum(n * count for n, count in zip(own, counts, strict=True)) / len(item.routing.logits)
     return round(total)
 
 
