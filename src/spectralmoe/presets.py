@@ -111,7 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "terms": {"complexity_balance": 1e-2},
     },
     "phyg-moe": {
-        "summary": "the spectrum of a signal, one expert each, with the Switch loss and a price on dear ones (PhyG-MoE)",
+        "summary": "the spectrum of a signal, one expert each, evened and at a price on dear ones (PhyG-MoE)",
         "scorer": "spectrum",
         "selector": {"type": "noisy_topk", "noise_std": 0.5},
         "k": 1,
