@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["CHANCE", "CONTENT", "PRICES", "ROWS", "SHARES", "SPECTRUM", "TOLD"]
 
-PRICES = (0.0, 0.1, 0.2, 0.3)
+PRICES = (0.0, 0.03, 0.06, 0.1)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SELECTOR = {"type": "noisy_topk", "noise_std": 0.5}
 BALANCE = 0.3  # with the noise it keeps both experts learning: without, every gate ends at the light one

@@ -115,7 +115,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scorer": "spectrum",
         "selector": {"type": "noisy_topk", "noise_std": 0.5},
         "k": 1,
-        "terms": {"load_balance": 0.3, "expected_cost": 0.1},
+        "terms": {"load_balance": 0.3, "expected_cost": 0.03},
     },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",
