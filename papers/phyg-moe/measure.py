@@ -45,7 +45,8 @@ def measure(cell: Mapping[str, Any], desk: Desk, progress: Progress, *, run: Tra
     row, seed = cell["row"], cell["seed"]
     trained = told(run, seed, progress) if row == TOLD else train_row(run, ROWS[row], Tuned(), seed, progress)
     scores, history = trained.task.score(trained.network, "test"), trained.history
-    costs = moe_layers(trained.network)["blocks.0.moe"].experts.costs((1, 1, 1))
+    layer = moe_layers(trained.network)["blocks.0.moe"]
+    costs = layer.experts.costs((layer.router.scorer.dim, 1, 1))
     light = 100 * float(costs[0] / costs[1])
     heavy = {f"heavy_{name}": (scores[f"cost_{name}"] - light) / (100 - light) for name in ("single", "pair")}
     share = (6 * heavy["heavy_single"] + 15 * heavy["heavy_pair"]) / 21

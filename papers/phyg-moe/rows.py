@@ -6,14 +6,16 @@ from typing import Any
 
 __all__ = ["CHANCE", "CONTENT", "PRICES", "ROWS", "SHARES", "SPECTRUM", "TOLD"]
 
-PRICES = (0.0, 0.03, 0.1, 0.3)
+PRICES = (0.0, 0.03, 0.06, 0.1)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-SELECTOR = {"type": "noisy_topk", "noise_std": 1.0}  # so that both experts learn before a gate is sure
+SELECTOR = {"type": "noisy_topk", "noise_std": 0.5}
+BALANCE = 0.3  # with the noise it keeps both experts learning: without, every gate ends at the light one
 
 
 def gate(scorer: str, price: float) -> dict[str, Any]:
-    """A learned gate, one expert a record, at a price on the heavy one."""
-    return {"scorer": scorer, "selector": SELECTOR, "terms": {"expected_cost": price} if price else {}}
+    """A learned gate, one expert a record, with the Switch loss and a price on the heavy expert."""
+    terms = {"load_balance": BALANCE, **({"expected_cost": price} if price else {})}
+    return {"scorer": scorer, "selector": SELECTOR, "terms": terms}
 
 
 SPECTRUM = {f"spectrum, price {price:g}": gate("spectrum", price) for price in PRICES}

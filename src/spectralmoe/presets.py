@@ -111,11 +111,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "terms": {"complexity_balance": 1e-2},
     },
     "phyg-moe": {
-        "summary": "the spectrum of a signal, one expert each, at a price on the dear ones (PhyG-MoE)",
+        "summary": "the spectrum of a signal, one expert each, evened and at a price on dear ones (PhyG-MoE)",
         "scorer": "spectrum",
-        "selector": {"type": "topk"},
+        "selector": {"type": "noisy_topk", "noise_std": 0.5},
         "k": 1,
-        "terms": {"expected_cost": 0.1},
+        "terms": {"load_balance": 0.3, "expected_cost": 0.03},
     },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",

@@ -183,3 +183,12 @@ def test_it_tells_apart_what_a_gate_on_the_mean_cannot():
     assert (features[:20].mean(0) - features[20:].mean(0)).abs().max() > 100 * within
     means = signals.mean(1, keepdim=True)
     assert LinearScorer(1, 2)(means).std(0).max() < 1e-4
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [torch.float32, torch.complex64])
+def test_compiled_it_gives_the_same(kind, close):
+    torch.compiler.reset()
+    scorer, x, maps = SpectrumScorer(D, E), torch.randn(N, D), values((8,), kind=kind)
+    compiled = torch.compile(scorer, backend="aot_eager", fullgraph=True)
+    close(compiled(x, context={"map": maps}), scorer(x, context={"map": maps}))

@@ -89,6 +89,8 @@ def test_what_does_not_fit_is_one_line(user_error):
     with user_error("this network gives none"):
         CompareSettings(data="digits", routers=("phyg-moe",)).check()
     CompareSettings(data="signals:interference", routers=("phyg-moe", "linear", "dense")).check()
+    with user_error("router 'ermoe'", "takes rows of 1 dimensions, but unit=Sample"):
+        CompareSettings(data="signals:interference", routers=("ermoe",)).check()
 
 
 def call(capsys, *words):

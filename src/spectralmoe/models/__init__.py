@@ -37,9 +37,9 @@ MODELS: dict[str, type[nn.Module]] = {
     "vector_stem": VectorStem,
     "language_moe": LanguageMoE,
     "decoder_block": DecoderBlock,
-    "restoration_moe": RestorationMoE,
-    "restoration_block": RestorationBlock,
     "signal_moe": SignalMoE,
     "signal_block": SignalBlock,
     "signal_expert": SignalExpert,
+    "restoration_moe": RestorationMoE,
+    "restoration_block": RestorationBlock,
 }

@@ -112,7 +112,7 @@ class SpectrumScorer(Scorer):
                 f"SpectrumScorer reads {self.key!r} as signals (N, T) or (N, C, T), or maps (N, C, H, W), of two "
                 f"values or more; got the shape {tuple(context[self.key].shape)}"
             )
-        return values.to(x.dtype.to_complex() if values.is_complex() else x.dtype)
+        return values.to(torch.promote_types(x.dtype, torch.complex64) if values.is_complex() else x.dtype)
 
 
 def spectrum_features(x: Tensor, bands: int = 8, *, statistics: bool = True) -> Tensor:

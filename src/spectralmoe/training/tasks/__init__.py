@@ -29,8 +29,8 @@ __all__ = [
 TASKS: dict[str, type[Task]] = {
     "images": ImageTask,
     "text": TextTask,
-    "restore": RestorationTask,
     "signals": SignalTask,
+    "restore": RestorationTask,
 }
 """What stands before the colon in the name of the data -> its task; other names are those of images."""
 

@@ -18,6 +18,7 @@ from spectralmoe.data.interference import CLASSES, Interference, synthetic_inter
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.models import SignalMoE, signal_experts, signal_moe
+from spectralmoe.models.signal import HOP, WINDOW
 from spectralmoe.moe import MoE
 from spectralmoe.naming import shown
 from spectralmoe.presets import find_preset
@@ -36,7 +37,7 @@ __all__ = ["SignalTask", "Signals"]
 NAME, LENGTH, JNR = "signals:interference", 512, (0.0, 20.0)
 TRAINED, MEASURED = 4_200, {"validation": 1_050, "test": 2_100}
 _SEEDS = {"train": 0, "validation": 1, "test": 2}
-_NOT_HERE = ("image_size", "hold_out", "backbone", "text")
+_NOT_HERE = ("image_size", "hold_out", "backbone")
 _TOGETHER = 256
 
 SINGLE, PAIR = "one jammer", "two jammers"
@@ -83,7 +84,6 @@ class SignalTask(Task):
     metrics = METRICS
     does = "classifies signals"
     unit = "record"
-    gives = ("map",)
 
     def __init__(self, train_size: int | None = None, *, label_smoothing: float = 0.0) -> None:
         size = TRAINED if train_size is None else train_size
@@ -139,8 +139,10 @@ class SignalTask(Task):
 
     @classmethod
     def trial(cls, settings: TrainSettings) -> Trial:
-        maps, signals = torch.zeros(2, settings.network.width, 8, 8), torch.zeros(2, LENGTH, dtype=torch.complex64)
-        return Trial(maps, Context(samples={"map": signals}), Sample(), {"type": "conv", "channels": "= dim"})
+        """Two maps with their signals; convolutions of one width stand for the experts of unequal width."""
+        maps = torch.zeros(2, settings.network.width, WINDOW // 4, LENGTH // HOP // 4)
+        side = Context(samples={"map": torch.zeros(2, LENGTH, dtype=torch.complex64)})
+        return Trial(maps, side, Sample(), {"type": "conv", "channels": "= dim"})
 
     def batch(self, indices: Tensor, draw: np.random.Generator) -> Signals:
         train = self.parts["train"]
