@@ -77,7 +77,8 @@ def active_parameters(model: nn.Module, sample: Tensor, loads: Loads | None = No
             bank = item.layer.experts
             counts = item.routing.counts()[: bank.num_experts]
             size = sum(p.numel() for p in bank.parameters())
-            own = [sum(p.numel() for p in bank.expert_parameters(e).values()) for e in range(bank.num_experts)]
+            parts = [bank.expert_parameters(e).values() for e in range(bank.num_experts)]
+            own = [float(sum(p.numel() for p in each)) for each in parts]
             if len(set(own)) == 1 or sum(own) != size:
                 own = [size / bank.num_experts] * bank.num_experts
             slots = _spread(counts, own, loads, item.name).tolist()
