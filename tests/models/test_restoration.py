@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from seeds import generator, shifted
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from spectralmoe import ContextScorer, LinearScorer, Router, TopK, load, record, save
+from spectralmoe import ContextScorer, LinearScorer, Router, Soft, TopK, load, record, save
 from spectralmoe.context import Rows
 from spectralmoe.models import RestorationBlock, RestorationMoE, restoration_moe
 from spectralmoe.scorers.base import Scorer
@@ -115,6 +118,20 @@ def test_saved_and_loaded_it_is_the_same(unit, tmp_path):
     again = load(tmp_path)
     assert type(again.blocks[1].moe.unit) is type(unit)
     assert torch.equal(again(images), model(images))
+
+
+@pytest.mark.parametrize("unit", [Pixel(), Sample(), Token()], ids=lambda unit: type(unit).__name__)
+def test_it_works_in_16_bits_with_recomputation_and_as_a_copy(unit):
+    model, images = made(unit=unit, router=lambda dim, e: Router(LinearScorer(dim, e), Soft())), images_of(3)
+    want = model(images)
+    assert torch.equal(copy.deepcopy(model)(images), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(images), want, rtol=0.1, atol=0.1 * float(want.detach().abs().max()))
+    probe = torch.rand(images.shape, generator=generator(2))
+    plain = torch.autograd.grad((want * probe).sum(), list(model.parameters()))
+    again = checkpoint(model, images, use_reentrant=False)
+    for got, grad in zip(torch.autograd.grad((again * probe).sum(), list(model.parameters())), plain, strict=True):
+        torch.testing.assert_close(got, grad)
 
 
 def test_any_module_of_tokens_may_stand_in_the_place():
