@@ -17,7 +17,7 @@ from spectralmoe.selectors import SELECTORS
 
 __all__ = ["NOT_ALONE", "make_bank", "make_regularizer", "make_scorer", "make_selector", "needed_by"]
 
-NOT_ALONE = {"basis", "context"}
+NOT_ALONE = {"basis", "context", "spectrum"}
 """Scorers that need more than tokens, a bank or a context: they have tests of their own instead."""
 
 _USUAL: dict[str, Any] = {

@@ -23,6 +23,10 @@ _BALANCED = {
 }
 _GROUPS = "= max(1, num_experts // 4)"  # of four siblings; the interval suits runs of some hundred steps
 _DROPOUT = {"type": "cluster_dropout", "selector": {"type": "topk"}, "groups": _GROUPS, "interval": 10}
+_MIXERS = [  # four, each of twice the rank and the reach of the one before it
+    {"type": "patch_mixer", "rank": f"= max(2, dim // {share})", "window": window}
+    for share, window in ((8, 2), (4, 4), (2, 8), (1, 16))
+]
 _EIGEN = {"type": "eigen", "rank": "= max(1, dim // num_experts)"}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -134,6 +138,20 @@ PRESETS: dict[str, dict[str, Any]] = {
             "type": "confident",
             "experts": {"type": "feed_forward", "activation": "gelu", "bias": True},
         },
+    },
+    "moce-ir": {
+        "summary": "four experts of unequal cost and reach on whole maps, the cheap ones preferred (MoCE-IR)",
+        "scorer": "linear",
+        "selector": "noisy_topk",
+        "experts": {"type": "heterogeneous", "modules": _MIXERS},
+        "terms": {"complexity_balance": 1e-2},
+    },
+    "phyg-moe": {
+        "summary": "the spectrum of a signal, one expert each, evened and at a price on dear ones (PhyG-MoE)",
+        "scorer": "spectrum",
+        "selector": {"type": "noisy_topk", "noise_std": 0.5},
+        "k": 1,
+        "terms": {"load_balance": 0.3, "expected_cost": 0.03},
     },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",

@@ -179,6 +179,11 @@ class Preset:
             raise UserError(f"experts {spec['type']!r} have no spare units; leave spare at 0")
         sizes = {"dim": dim, "num_experts": num_experts, "hidden": hidden, "bottleneck": hidden, "spare": spare}
         bank: Experts = build(spec, allow=self.allow, sizes=sizes)
+        if bank.num_experts != num_experts:
+            raise UserError(
+                f"experts {spec['type']!r} of the row are {bank.num_experts}, but the network asks for {num_experts}; "
+                f"set num_experts = {bank.num_experts}"
+            )
         return bank
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from spectralmoe.training.names import DATA_NAMES, OWN_EXPERTS, OWN_ROWS, ROUTER_NAMES, TEXT_NAMES
+from spectralmoe.training.names import DATA_NAMES, OWN_EXPERTS, OWN_ROWS, ROUTER_NAMES, SIGNAL_NAMES, TEXT_NAMES
 
 __all__ = [
     "LOG_NAMES",
@@ -57,5 +57,6 @@ complete_data = one_among(
     *(f"text:{name}" for name in TEXT_NAMES),
     "restore:photos",
     "restore:folder:",
+    *(f"signals:{name}" for name in SIGNAL_NAMES),
     "views:digits",
 )

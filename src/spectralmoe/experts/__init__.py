@@ -5,6 +5,8 @@
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from spectralmoe.experts.adapter import Adapter
 from spectralmoe.experts.base import Answer, Experts
 from spectralmoe.experts.confident import ConfidentExperts
@@ -15,9 +17,14 @@ from spectralmoe.experts.modulated import ModulatedExperts
 from spectralmoe.experts.modules import ModuleExperts
 from spectralmoe.experts.mpo import MPOExperts
 from spectralmoe.experts.multilinear import MultilinearExperts
+from spectralmoe.experts.frequency_mixer import FrequencyMixer
+from spectralmoe.experts.heterogeneous import HeterogeneousExperts
+from spectralmoe.experts.modules import ModuleExperts
+from spectralmoe.experts.patch_mixer import PatchMixer
 
 __all__ = [
     "EXPERTS",
+    "MODULES",
     "Adapter",
     "Answer",
     "ConfidentExperts",
@@ -29,6 +36,10 @@ __all__ = [
     "ModulatedExperts",
     "ModuleExperts",
     "MultilinearExperts",
+    "FrequencyMixer",
+    "HeterogeneousExperts",
+    "ModuleExperts",
+    "PatchMixer",
 ]
 
 EXPERTS: dict[str, type[Experts]] = {
@@ -52,3 +63,8 @@ if not TYPE_CHECKING:
 
             return import_module("spectralmoe.ranks").RankExperts
         raise AttributeError(f"module 'spectralmoe.experts' has no attribute {name!r}")
+    "heterogeneous": HeterogeneousExperts,
+}
+
+MODULES: dict[str, type[nn.Module]] = {"patch_mixer": PatchMixer, "frequency_mixer": FrequencyMixer}
+"""Modules for the experts of ``ModuleExperts`` and ``HeterogeneousExperts``."""

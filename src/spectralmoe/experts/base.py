@@ -81,12 +81,14 @@ class Experts(Part):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor | Answer:
         """All experts on rows sorted by expert: x (M, *S), counts (E,) int64 -> (M, *S), or an ``Answer``.
 
-        An expert without rows gets an empty batch: its gradient is zero then and not missing, which DDP would take for
-        an unused parameter.
+        Where gradients are wanted an expert without rows gets an empty batch: its gradient is zero then and not
+        missing, which DDP would take for an unused parameter. Else it does not run.
         """
         sizes = counts.tolist()
         *blocks, rest = x.split([*sizes, x.shape[0] - sum(sizes)])
-        answers = [self.answer(block, e) for e, block in enumerate(blocks)]
+        all_run = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        busy = [(block, e) for e, block in enumerate(blocks) if all_run or len(block)]
+        answers = [self.answer(block, e) for block, e in busy or [(x[:0], 0)]]
         y = _joined([answer.y for answer in answers], len(rest))
         gains = [answer.gain for answer in answers if answer.gain is not None]
         said = {name: [(answer.said or {})[name] for answer in answers] for name in answers[0].said or {}}

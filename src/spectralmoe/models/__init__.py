@@ -1,11 +1,14 @@
 """Whole networks: those of the papers, a small language model, and one for samples of several views."""
 
+"""Whole networks: those of the papers, a small language model, and a classifier of signals."""
+
 from torch import nn
 
 from spectralmoe.models.language import DecoderBlock, LanguageMoE, language_moe
 from spectralmoe.models.modulated import ModulatedBlock
 from spectralmoe.models.multilinear_block import MultilinearBlock
 from spectralmoe.models.restoration import RestorationBlock, RestorationMoE, restoration_moe
+from spectralmoe.models.signal import SignalBlock, SignalExpert, SignalMoE, signal_experts, signal_moe
 from spectralmoe.models.soft_routed import SoftRouted, overlaps, prune_units
 from spectralmoe.models.sr_moe import ConvStem, SRMoE, Stage, VectorStem, prototype_router, sr_moe
 from spectralmoe.models.sr_moe_loss import sr_moe_terms
@@ -21,6 +24,9 @@ __all__ = [
     "RestorationBlock",
     "RestorationMoE",
     "SRMoE",
+    "SignalBlock",
+    "SignalExpert",
+    "SignalMoE",
     "SoftRouted",
     "SparseCrossImputer",
     "Stage",
@@ -32,6 +38,8 @@ __all__ = [
     "prototype_router",
     "prune_units",
     "restoration_moe",
+    "signal_experts",
+    "signal_moe",
     "sr_moe",
     "sr_moe_terms",
     "views_moe",
@@ -46,6 +54,9 @@ MODELS: dict[str, type[nn.Module]] = {
     "decoder_block": DecoderBlock,
     "multilinear_block": MultilinearBlock,
     "modulated_block": ModulatedBlock,
+    "signal_moe": SignalMoE,
+    "signal_block": SignalBlock,
+    "signal_expert": SignalExpert,
     "restoration_moe": RestorationMoE,
     "restoration_block": RestorationBlock,
     "views_moe": ViewsMoE,

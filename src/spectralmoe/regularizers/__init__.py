@@ -10,7 +10,9 @@ from torch import Tensor
 from spectralmoe.regularizers.activation_overlap import activation_overlap
 from spectralmoe.regularizers.balance import importance_cv2, load_balance, router_z
 from spectralmoe.regularizers.cluster_variance import cluster_variance
+from spectralmoe.regularizers.complexity_balance import complexity_balance
 from spectralmoe.regularizers.confidence import class_target, confidence_loss
+from spectralmoe.regularizers.expected_cost import expected_cost
 from spectralmoe.regularizers.orthonormality import orthonormality
 from spectralmoe.regularizers.output_overlap import output_overlap
 from spectralmoe.regularizers.path_coupling import path_coupling
@@ -23,7 +25,9 @@ __all__ = [
     "activation_overlap",
     "class_target",
     "cluster_variance",
+    "complexity_balance",
     "confidence_loss",
+    "expected_cost",
     "importance_cv2",
     "load_balance",
     "orthonormality",
@@ -51,4 +55,6 @@ REGULARIZERS: dict[str, Callable[..., Tensor]] = {
     "path_coupling": path_coupling,
     "cluster_variance": cluster_variance,
     "severity_balance": severity_balance,
+    "complexity_balance": complexity_balance,
+    "expected_cost": expected_cost,
 }

@@ -10,6 +10,7 @@ from spectralmoe.scorers.monte_carlo import MonteCarlo
 from spectralmoe.scorers.principal import PrincipalScorer
 from spectralmoe.scorers.prototype import PrototypeScorer
 from spectralmoe.scorers.saturated import SaturatedScorer
+from spectralmoe.scorers.spectrum import SpectrumScorer
 from spectralmoe.scorers.statistics_memory import StatisticsMemory
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "PrototypeScorer",
     "SaturatedScorer",
     "Scorer",
+    "SpectrumScorer",
     "StatisticsMemory",
 ]
 
@@ -37,4 +39,5 @@ SCORERS: dict[str, type[Scorer]] = {
     "basis": BasisScorer,
     "saturated": SaturatedScorer,
     "monte_carlo": MonteCarlo,
+    "spectrum": SpectrumScorer,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -54,8 +54,18 @@ def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
     return {key: mean_of([value for value in values if value is not None]) for key, values in measured.items()}
 
 
-def active_parameters(model: nn.Module, sample: Tensor) -> int:
-    """Parameters that a token meets: of each expert's own as much as the sample (1, ...) has experts a token."""
+Loads = Mapping[str, Tensor]
+"""Layer name -> share of the load of each expert (E,)."""
+
+
+def active_parameters(model: nn.Module, sample: Tensor, loads: Loads | None = None) -> int:
+    """Parameters that a token meets: those outside the banks, of each bank what its experts share, and of their own as
+    much as the sample (1, ...) has experts a token.
+
+    Args:
+        loads: over many samples: experts of unequal size count by them; None: by what the sample chose. The experts of
+            a bank that does not say what is whose have even parts of it.
+    """
     counted = copy.deepcopy(model).eval()
     layers = [layer for layer in moe_layers(counted).values() if isinstance(layer, MoE)]
     banks = {id(p) for layer in layers for p in layer.experts.parameters()}
@@ -65,19 +75,26 @@ def active_parameters(model: nn.Module, sample: Tensor) -> int:
     for item in tape:
         if isinstance(item.layer, MoE):
             bank = item.layer.experts
-            slots = int(item.routing.counts()[: bank.num_experts].sum())
+            counts = item.routing.counts()[: bank.num_experts]
             size = sum(p.numel() for p in bank.parameters())
-            own = sum(value.numel() for e in range(bank.num_experts) for value in bank.expert_parameters(e).values())
-            own = own or size  # of a bank that does not say it
-            total += size - own + own * slots / len(item.routing.logits) / bank.num_experts
+            parts = [bank.expert_parameters(e).values() for e in range(bank.num_experts)]
+            own = [float(sum(p.numel() for p in each)) for each in parts]
+            if not 0 < sum(own) <= size:
+                own = [size / bank.num_experts] * bank.num_experts
+            slots = _spread(counts, own, loads, item.name).tolist()
+            used = sum(n * count for n, count in zip(own, slots, strict=True)) / len(item.routing.logits)
+            total += size - sum(own) + used
     return round(total)
 
 
-def active_flops(model: nn.Module, sample: Tensor) -> int:
+def active_flops(model: nn.Module, sample: Tensor, loads: Loads | None = None) -> int:
     """Floating-point operations of one forward for one sample (1, ...): only the experts that it uses count.
 
     What runs outside the banks is counted as it runs, the chosen experts by ``Experts.costs``, the sum of all by
     ``Experts.mix_cost``.
+
+    Args:
+        loads: over many samples: experts of unequal cost count by them; None: by what the sample chose.
     """
     counted, total = copy.deepcopy(model).cpu().eval(), 0.0
     with torch.no_grad(), record(counted, keep=("input", "output")) as tape:
@@ -89,11 +106,19 @@ def active_flops(model: nn.Module, sample: Tensor) -> int:
                 total += len(item.routing.logits) * bank.mix_cost(shape)
             else:
                 costs = bank.costs(shape)
-                total += float(item.kept.slots.counts.to(costs) @ costs)
+                total += float(_spread(item.kept.slots.counts, costs.tolist(), loads, item.name).to(costs) @ costs)
             item.layer.dispatch = partial(_nothing, item.output.shape[1:])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         counted(sample)
     return int(total) + int(counter.get_total_flops())
+
+
+def _spread(counts: Tensor, values: Sequence[float], loads: Loads | None, name: str) -> Tensor:
+    """The slots (E,) of a sample; where ``values`` of the experts differ, as many in the proportions of ``loads``."""
+    load = None if loads is None else loads.get(name)
+    if load is None or len(load) != len(counts) or len(set(values)) == 1:
+        return counts
+    return counts.sum() * load.to(counts.device, torch.float64)
 
 
 def _nothing(shape: Sequence[int], x: Tensor, routing: Routing, experts: Experts) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from spectralmoe.training.tasks.base import Batch, Metric, Part, Task
 from spectralmoe.training.tasks.images import ImageTask
 from spectralmoe.training.tasks.restoration import RestorationTask
+from spectralmoe.training.tasks.signals import SignalTask
 from spectralmoe.training.tasks.text import TextTask
 from spectralmoe.training.tasks.views import ViewsTask
 from spectralmoe.training.train_settings import TrainSettings
@@ -19,6 +20,7 @@ __all__ = [
     "Metric",
     "Part",
     "RestorationTask",
+    "SignalTask",
     "Task",
     "TextTask",
     "open_task",
@@ -29,6 +31,7 @@ __all__ = ["TASKS", "Batch", "ImageTask", "Metric", "Part", "Task", "TextTask", 
 TASKS: dict[str, type[Task]] = {
     "images": ImageTask,
     "text": TextTask,
+    "signals": SignalTask,
     "restore": RestorationTask,
     "views": ViewsTask,
 }
