@@ -16,6 +16,9 @@ UNEQUAL = ((4, 1), (8, 2), (16, 4), (32, 8))
 EQUAL = ((17, 4),) * 4  # with as many parameters together
 """Rank and window of each expert."""
 
+GATE = {"type": "spectrum", "statistics": False, "token": True}
+"""Reads the maps' mean and the frequencies of the image, as the paper's gate reads a frequency embedding."""
+
 SEVERITIES = 4
 
 
@@ -35,7 +38,7 @@ PERMUTED = [*COSTS[-1:], *COSTS[:-1]]
 def _row(experts: Sequence[tuple[int, int]], costs: Sequence[float], **gate: Any) -> dict[str, Any]:
     modules = [{"type": "patch_mixer", "rank": rank, "window": window} for rank, window in experts]
     return {
-        "scorer": "linear",
+        "scorer": GATE,
         "selector": "noisy_topk",
         "experts": {"type": "heterogeneous", "modules": modules},
         "terms": {"complexity_balance": {"weight": 1e-2, "costs": list(costs)}},
