@@ -13,13 +13,12 @@ from spectralmoe.experts.confident import ConfidentExperts
 from spectralmoe.experts.conv import ConvExperts
 from spectralmoe.experts.eigen import EigenExperts
 from spectralmoe.experts.feed_forward import FeedForward
+from spectralmoe.experts.frequency_mixer import FrequencyMixer
+from spectralmoe.experts.heterogeneous import HeterogeneousExperts
 from spectralmoe.experts.modulated import ModulatedExperts
 from spectralmoe.experts.modules import ModuleExperts
 from spectralmoe.experts.mpo import MPOExperts
 from spectralmoe.experts.multilinear import MultilinearExperts
-from spectralmoe.experts.frequency_mixer import FrequencyMixer
-from spectralmoe.experts.heterogeneous import HeterogeneousExperts
-from spectralmoe.experts.modules import ModuleExperts
 from spectralmoe.experts.patch_mixer import PatchMixer
 
 __all__ = [
@@ -32,13 +31,12 @@ __all__ = [
     "EigenExperts",
     "Experts",
     "FeedForward",
+    "FrequencyMixer",
+    "HeterogeneousExperts",
     "MPOExperts",
     "ModulatedExperts",
     "ModuleExperts",
     "MultilinearExperts",
-    "FrequencyMixer",
-    "HeterogeneousExperts",
-    "ModuleExperts",
     "PatchMixer",
 ]
 
@@ -52,7 +50,11 @@ EXPERTS: dict[str, type[Experts]] = {
     "multilinear": MultilinearExperts,
     "mpo": MPOExperts,
     "modulated": ModulatedExperts,
+    "heterogeneous": HeterogeneousExperts,
 }
+
+MODULES: dict[str, type[nn.Module]] = {"patch_mixer": PatchMixer, "frequency_mixer": FrequencyMixer}
+"""Modules for the experts of ``ModuleExperts`` and ``HeterogeneousExperts``."""
 
 if not TYPE_CHECKING:
 
@@ -63,8 +65,3 @@ if not TYPE_CHECKING:
 
             return import_module("spectralmoe.ranks").RankExperts
         raise AttributeError(f"module 'spectralmoe.experts' has no attribute {name!r}")
-    "heterogeneous": HeterogeneousExperts,
-}
-
-MODULES: dict[str, type[nn.Module]] = {"patch_mixer": PatchMixer, "frequency_mixer": FrequencyMixer}
-"""Modules for the experts of ``ModuleExperts`` and ``HeterogeneousExperts``."""

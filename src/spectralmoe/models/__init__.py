@@ -1,6 +1,4 @@
-"""Whole networks: those of the papers, a small language model, and one for samples of several views."""
-
-"""Whole networks: those of the papers, a small language model, and a classifier of signals."""
+"""Whole networks: those of the papers, a language model, and networks for photographs, signals and several views."""
 
 from torch import nn
 
