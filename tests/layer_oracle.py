@@ -112,6 +112,12 @@ def weights_of(selector: torch.nn.Module, scores: Tensor, chosen: Chosen) -> lis
     return weights
 
 
+def ones(selector: torch.nn.Module, logits: Tensor, chosen: Chosen) -> list[list[Tensor | float | None]]:
+    """The weights of ``Unweighted``: 1, and with "confidence" a gradient that goes straight through to the logit."""
+    straight = logits - logits.detach() if selector.router_grad == "confidence" else 0 * logits.detach()
+    return [[None if e < 0 else 1 + row[e] for e in experts] for row, experts in zip(straight, chosen, strict=True)]
+
+
 def check_choice(name: str, selector: torch.nn.Module, scores: Tensor, chosen: Chosen, tolerance: float) -> None:
     """The choice is one that the equation allows: ties, up to rounding, may go either way."""
     n, num_experts = scores.shape
