@@ -61,6 +61,10 @@ def _saturated(scorer, token):
     return torch.cat(logits)
 
 
+def _monte_carlo(scorer, token):
+    return _linear(scorer.scorer, token)  # in evaluation
+
+
 _LOGITS = {
     "linear": _linear,
     "cosine": _cosine,
@@ -68,17 +72,35 @@ _LOGITS = {
     "eigenbasis": _eigenbasis,
     "principal": _principal,
     "saturated": _saturated,
+    "monte_carlo": _monte_carlo,
 }
 
 
 def scores_of(selector: torch.nn.Module, logits: Tensor) -> Tensor:
-    """What weights are taken from: softmax or sigmoid; ``SoftBalanced`` adds its bias first."""
+    """What weights are taken from: softmax, sigmoid or entmax; ``SoftBalanced`` adds its bias first."""
+    if type(selector).__name__ == "Entmax":
+        return torch.stack([_entmax(row) for row in logits]) if len(logits) else logits
     if type(selector).__name__ == "SoftBalanced":
         logits = logits + selector.bias.double()
     if selector.score == "sigmoid":
         return 1 / (1 + (-logits).exp())
     shifted = (logits - logits.detach().amax(-1, keepdim=True)).exp() if len(logits) else logits
     return shifted / shifted.sum(-1, keepdim=True)
+
+
+def _entmax(row: Tensor) -> Tensor:
+    """alpha = 1.5: (s/2 - tau)^2 on the k largest, tau from their mean and spread; the largest k that fits."""
+    halves = row / 2
+    taus = []
+    for k in range(1, len(row) + 1):
+        best = halves[halves.argsort(descending=True)[:k]]
+        mean = best.sum() / k
+        room = (1 - ((best - mean) ** 2).sum()) / k
+        if room <= 0 or mean - room.sqrt() > best[-1]:
+            break
+        taus.append(mean - room.sqrt())
+    excess = halves - taus[-1]
+    return torch.where(excess > 0, excess, 0) ** 2
 
 
 def weights_of(selector: torch.nn.Module, scores: Tensor, chosen: Chosen) -> list[list[Tensor | None]]:
@@ -90,10 +112,16 @@ def weights_of(selector: torch.nn.Module, scores: Tensor, chosen: Chosen) -> lis
     return weights
 
 
+def ones(selector: torch.nn.Module, logits: Tensor, chosen: Chosen) -> list[list[Tensor | float | None]]:
+    """The weights of ``Unweighted``: 1, and with "confidence" a gradient that goes straight through to the logit."""
+    straight = logits - logits.detach() if selector.router_grad == "confidence" else 0 * logits.detach()
+    return [[None if e < 0 else 1 + row[e] for e in experts] for row, experts in zip(straight, chosen, strict=True)]
+
+
 def check_choice(name: str, selector: torch.nn.Module, scores: Tensor, chosen: Chosen, tolerance: float) -> None:
     """The choice is one that the equation allows: ties, up to rounding, may go either way."""
     n, num_experts = scores.shape
-    if name in ("soft", "soft_balanced"):
+    if name in ("soft", "soft_balanced", "entmax"):
         assert all(sorted(row) == list(range(num_experts)) for row in chosen)
     elif name == "expert_choice":
         places = min(math.ceil(n * selector.capacity / num_experts - 1e-9), n)
@@ -148,6 +176,13 @@ def expert_of(name: str, bank: torch.nn.Module, token: Tensor, e: int, kinks: li
         centred = y - y.sum() / len(y)
         normal = centred / ((centred @ centred) / len(y) + 1e-5).sqrt()
         return y / (1 + (-(bank.direction[e].double() @ normal) - bank.bias[e].double()).exp())
+    if name == "multilinear":
+        met = bank.input_factor.double() @ token + bank.input_bias.double()
+        return bank.output_factor.double() @ (bank.expert_factor[e].double() * met)
+    if name == "modulated":
+        matrix, both = bank.weight, bank.bias[e].double()
+        scale, shift = (both if matrix is None else matrix[e].double() @ token + both).chunk(2)
+        return scale * token + shift
     if name == "modules":
         return bank.experts[e].weight.double() @ token + bank.experts[e].bias.double()
     up, down = bank.up[e].double(), bank.down[e].double()

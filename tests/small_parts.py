@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from spectralmoe import TopK
+from spectralmoe import LinearScorer, TopK
 from spectralmoe.experts import EXPERTS, Experts, FeedForward
 from spectralmoe.regularizers import REGULARIZERS
 from spectralmoe.scorers import SCORERS
@@ -17,7 +17,7 @@ from spectralmoe.selectors import SELECTORS
 
 __all__ = ["NOT_ALONE", "make_bank", "make_regularizer", "make_scorer", "make_selector", "needed_by"]
 
-NOT_ALONE = {"basis", "context"}
+NOT_ALONE = {"basis", "context", "spectrum"}
 """Scorers that need more than tokens, a bank or a context: they have tests of their own instead."""
 
 _USUAL: dict[str, Any] = {
@@ -30,6 +30,7 @@ _USUAL: dict[str, Any] = {
     "hidden": 6,
     "bottleneck": 4,
 }
+_USUAL |= {"severity": 0.5, "num_real": 4}
 _USUAL |= {"rank": 3, "selector": lambda: TopK(2)}
 _OWN: dict[Any, dict[str, Any]] = {  # what makes a small one a better test
     SCORERS["linear"]: {"bias": True},
@@ -42,7 +43,11 @@ _OWN: dict[Any, dict[str, Any]] = {  # what makes a small one a better test
 
 def make_scorer(name: str, dim: int = 12, num_experts: int = 6) -> Any:
     """A small scorer from the table."""
-    return _made(SCORERS[name], dim=dim, num_experts=num_experts)
+
+    def scorer() -> LinearScorer:
+        return LinearScorer(dim, num_experts)
+
+    return _made(SCORERS[name], dim=dim, num_experts=num_experts, scorer=scorer)
 
 
 def make_selector(name: str) -> Any:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # Low to high. A module imports from lower levels, from its own folder, and from what is named beside its level.
 LEVELS = [
     {"errors", "sharding", "torch_private", "version"},
-    {"files", "machine", "linalg", "routing", "stacks", "context", "formula", "units"},
+    {"files", "machine", "linalg", "routing", "stacks", "context", "formula", "units", "scrambling"},
     {"parts", "draw"},
     {"selectors", "experts"},
     {"scorers"},
@@ -28,7 +28,7 @@ LEVELS = [
     {"router", "placement"},
     {"recording"},
     {"layers"},
-    {"moe", "tape"},
+    {"moe", "ranks", "tape"},
     {"feeding", "movement"},
     {"steps", "terms", "regularizers", "diagnostics", "manifold", "compression"},
     {"spec", "instruments", "model_folder", "parallel"},
@@ -51,6 +51,7 @@ HEAVY = {
     "tokenizers",
     "peft",
     "huggingface_hub",
+    "skimage",
     "sklearn",
     "mlxtend",
     "PIL",
@@ -63,7 +64,8 @@ ONLY_IN = {
     "tokenizers": {"data/vocabulary.py"},
     "peft": {"hf/training/lora.py"},
     "huggingface_hub": {"saving/hub.py"},
-    "matplotlib": {"draw/figure.py"},
+    "matplotlib": {"draw/figure.py", "draw/images.py"},
+    "skimage": {"training/tasks/restoration_scores.py"},
 }
 NOT_AT_START = HEAVY | {"typer", "rich", "pydantic"}
 

@@ -41,7 +41,8 @@ from spectralmoe import (
     save,
     shard_routers,
 )
-from spectralmoe.optim import OrthogonalExperts, make_optimizer
+from spectralmoe.experts import MPOExperts
+from spectralmoe.optim import OrthogonalExperts, make_optimizer, mask_central
 from spectralmoe.regularizers import load_balance, orthonormality, router_z, spectral_norm, stable_rank
 from spectralmoe.scorers import StatisticsMemory
 from spectralmoe.selectors import ClusterDropout
@@ -79,6 +80,14 @@ class Net(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
         return x
+
+
+class ProductNet(Net):
+    """Matrix products, whose central cores all experts share."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(LinearScorer(D, E), TopK(2), MPOExperts(E, D, 16))])
 
 
 class EigenNet(Net):
@@ -312,6 +321,26 @@ def orthogonal_experts(rank, folder):
     return [orthogonal_steps(replicated, "gradient", *mine), orthogonal_steps(sharded, "update", *mine)]
 
 
+def masked_steps(net, *data):
+    """Steps with a mask on the gradients of the central cores; all that moved."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    mask_central(optimizer, net, keep=0.5, seed=1)
+    for x in data:
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    return {name.removeprefix("module."): whole(parameter).detach() for name, parameter in net.named_parameters()}
+
+
+def masked_cores(rank, folder):
+    """Under DDP and FSDP2, each rank with data of its own."""
+    mine = batches(torch.float64)[:, rank]
+    return [
+        masked_steps(DistributedDataParallel(make_net(torch.float64, ProductNet)), *mine),
+        masked_steps(shard(make_net(torch.float64, ProductNet)), *mine),
+    ]
+
+
 CHECKS = (
     selection_bias,
     ddp,
@@ -324,6 +353,7 @@ CHECKS = (
     memory_statistics,
     sharded_muon,
     orthogonal_experts,
+    masked_cores,
 )
 
 
@@ -461,6 +491,13 @@ def test_projectors_are_of_the_inputs_of_all_ranks(ranks, close):
     for replicated, sharded in ranks(orthogonal_experts):
         all_close(replicated, want[0], close)
         all_close(sharded, want[1], close, torch.float32)  # the precision of sharded routers
+
+
+def test_ranks_mask_alike(ranks, close):
+    want = masked_steps(make_net(torch.float64, ProductNet), *(x.flatten(0, 1) for x in batches(torch.float64)))
+    for replicated, sharded in ranks(masked_cores):
+        all_close(replicated, want, close)
+        all_close(sharded, want, close, torch.float32)  # the precision of sharded routers
 
 
 def test_uneven_inputs_under_join(ranks, close):

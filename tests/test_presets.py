@@ -21,6 +21,7 @@ from spectralmoe.optim import make_optimizer
 from spectralmoe.presets import PRESETS, Preset, find_preset
 from spectralmoe.recorder import record
 from spectralmoe.regularizers import REGULARIZERS, cluster_variance
+from spectralmoe.rows import Trial
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.spec import parameters_of
@@ -28,6 +29,7 @@ from spectralmoe.terms import penalty
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Network, parse
 from spectralmoe.training.tasks.images import ImageTask
+from spectralmoe.units import Sample
 from spectralmoe.vision import BranchSpec
 
 SIZES = {"width": 12, "num_experts": 4, "hidden": 8}
@@ -40,13 +42,14 @@ NEEDED = {
     "cluster_dropout": {"groups": 2},
     "group_limited": {"groups": 2, "groups_on": 1},
     "eigen": {"rank": 3},
+    "multilinear": {"rank": 3},
 }
 """What an entry needs besides its name."""
 
 TOGETHER = {"basis": {"scorer": {"type": "basis", "score": "energy"}, "experts": "eigen", "rank": 3}}
 """Entries that work with certain others alone."""
 
-NOT_HERE = {"context", "modules", "conv", "ermoe-context"}
+NOT_HERE = {"context", "spectrum", "modules", "heterogeneous", "conv", "ermoe-context", "moce-ir", "phyg-moe"}
 """Entries that need more than tokens or names: side information, modules that are given, maps, attention."""
 
 
@@ -253,6 +256,7 @@ def test_a_row_that_cannot_be_is_one_line(row, words, user_error):
         ('{scorer = "linear", experts = "conv", channels = 12}', 2, ("unit=Token", "rows of shape")),
         ('{scorer = "context"}', 2, ("ContextScorer reads 'severity'", "this network gives none")),
         ("ermoe-context", 2, ("router 'ermoe-context'", "BasisScorer reads 'attended'", "this network gives none")),
+        ('{preset = "mumoe", out = 5}', 2, ("5 numbers a token", "D=12")),
         ("synergy", 2, ("router 'synergy'", "neighbouring layers", "two or more")),
         ('{scorer = "linear", experts = {type = "feed_forward", activation = "gulu"}}', 2, ("did you mean 'gelu'?",)),
     ],
@@ -348,6 +352,19 @@ def test_all_names_of_your_own_are_found_for_the_question_of_trust():
     assert own_names(row) == own_names(shown(row)) == ["a:b", "c:D", "e.f:g"]
     assert own_names(None) == own_names("linear") == []
     assert read_table(shown(row)) == row
+
+
+def test_a_row_whose_experts_take_maps(user_error):
+    preset = find_preset("moce-ir")
+    maps = Trial(torch.zeros(2, 16, 4, 4), unit=Sample())
+    preset.check("moce-ir", 16, 4, 8, k=1, trial=maps, depth=1)
+    bank = preset.make_experts(4, 16, 8)
+    assert [(mixer.rank, mixer.window) for mixer in bank.experts] == [(2, 2), (4, 4), (8, 8), (16, 16)]
+    assert bank.costs().tolist() == sorted(set(bank.costs().tolist()))
+    with user_error("moce-ir", "PatchMixer takes maps", "Sample"):
+        preset.check("moce-ir", 16, 4, 8, k=1, trial=Trial(torch.zeros(2, 16)), depth=1)
+    with user_error("moce-ir", "are 4", "asks for 8", "num_experts = 4"):
+        preset.check("moce-ir", 16, 8, 8, k=1, trial=maps, depth=1)
 
 
 def test_presets_are_plain_values():

@@ -8,13 +8,14 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from seeds import shifted
+from small_parts import NOT_ALONE
 from torch import nn
 
 from spectralmoe import Adapter, FeedForward, ModuleExperts, MoE, Router
 from spectralmoe.dispatch import DISPATCHES
-from spectralmoe.experts import ConfidentExperts
+from spectralmoe.experts import ConfidentExperts, ModulatedExperts, MultilinearExperts
 from spectralmoe.scorers import SCORERS
-from spectralmoe.selectors import SELECTORS
+from spectralmoe.selectors import SELECTORS, Unweighted
 from spectralmoe.units import Pixel, Token
 
 EXAMPLES, EXAMPLES_IN_FULL = 120, 4_000
@@ -38,11 +39,15 @@ BANKS = {
     "swiglu": lambda e, d, h: FeedForward(e, d, h, activation="swiglu", bias=True),
     "adapter": Adapter,
     "confident": lambda e, d, h: with_heads(ConfidentExperts(FeedForward(e, d, h))),
+    "multilinear": lambda e, d, h: MultilinearExperts(e, d, rank=h),
+    "modulated": lambda e, d, h: ModulatedExperts(e, d, form="linear" if h % 2 else "vector"),
     "modules": lambda e, d, h: ModuleExperts([nn.Linear(d, d) for _ in range(e)]),
 }
 
 
 def draw_scorer(draw, name, dim, num_experts):
+    if name == "monte_carlo":
+        return SCORERS[name](draw_scorer(draw, "linear", dim, num_experts))
     rank = {"eigenbasis": st.integers(1, dim), "principal": st.integers(-(-num_experts // 2), dim)}
     options = {"linear": {"bias": True}, "cosine": {"proj_dim": draw(st.integers(1, 5)), "temperature": 0.3}}
     if name == "saturated":
@@ -61,8 +66,10 @@ def draw_selector(draw, name, scorer, num_experts):
     normalize, k = draw(st.booleans()), draw(st.integers(1, num_experts))
     scores = ["softmax"] if scorer == "prototype" else ["softmax", "sigmoid"]  # sigmoids of distances underflow
     usual = {"normalize": normalize and k > 1, "score": draw(st.sampled_from(scores))}
-    if name in ("capacity", "cluster_dropout", "group_limited"):
+    if name in ("capacity", "cluster_dropout", "group_limited", "unweighted"):
         inner = SELECTORS["topk"](max(k - 1, 1), **{**usual, "normalize": False})
+        if name == "unweighted":
+            return SELECTORS[name](inner, router_grad=draw(st.sampled_from(["none", "confidence"])))
         if name == "group_limited":  # with one group it is what it wraps
             return SELECTORS[name](inner, 1, 1)
         return SELECTORS[name](inner, draw(st.floats(0.2, 2)) if name == "capacity" else 1)
@@ -71,7 +78,7 @@ def draw_selector(draw, name, scorer, num_experts):
     if name == "topp":
         most = draw(st.none() | st.integers(2, num_experts)) if num_experts > 1 else None
         return SELECTORS[name](draw(st.floats(0.05, 1)), max_k=most, **{**usual, "normalize": normalize})
-    if name in ("soft", "soft_balanced"):
+    if name in ("soft", "soft_balanced", "entmax"):
         return SELECTORS[name](**usual | {"normalize": normalize}) if name == "soft" else SELECTORS[name]()
     if name == "threshold":
         return SELECTORS[name](k, draw(st.floats(0.05, 0.6)), **usual)
@@ -83,10 +90,10 @@ def draw_selector(draw, name, scorer, num_experts):
 
 def draw_layer(draw):
     """A layer and the names of its parts."""
-    scorer = draw(st.sampled_from(sorted(SCORERS.keys() - {"basis", "context"})))  # these need more than tokens
+    scorer = draw(st.sampled_from(sorted(SCORERS.keys() - NOT_ALONE)))
     bank = draw(st.sampled_from(sorted(BANKS)))
     selector = draw(st.sampled_from(sorted(SELECTORS)))
-    least = 2 if selector in ("balanced", "capacity", "cluster_dropout", "group_limited") else 1
+    least = 2 if selector in ("balanced", "capacity", "cluster_dropout", "group_limited", "unweighted") else 1
     dim, num_experts = draw(st.integers(3, 9)), draw(st.integers(least, 6))
     torch.manual_seed(shifted(draw(st.integers(0, 2**16))))
     router = Router(draw_scorer(draw, scorer, dim, num_experts), draw_selector(draw, selector, scorer, num_experts))
@@ -115,10 +122,17 @@ def expected(layer, scorer, selector, bank, x, mask, routing):
         assert chosen == oracle.bounded(wanted, part.factor, layer.router.num_experts)
         part = part.selector
     else:
-        if selector in ("cluster_dropout", "group_limited"):  # in evaluation it is what it wraps
+        if selector in (
+            "cluster_dropout",
+            "group_limited",
+            "unweighted",
+        ):  # in evaluation they choose as what they wrap
             selector, part = "topk", part.selector
         oracle.check_choice(selector, part, oracle.scores_of(part, logits).detach(), chosen, CHOICE)
-    weights = oracle.weights_of(part, oracle.scores_of(part, logits), chosen)
+    if isinstance(layer.router.selector, Unweighted):
+        weights = oracle.ones(layer.router.selector, logits, chosen)
+    else:
+        weights = oracle.weights_of(part, oracle.scores_of(part, logits), chosen)
     rows = []
     for token, experts, slots in zip(tokens, chosen, weights, strict=True):
         y = torch.zeros_like(token)

@@ -69,13 +69,17 @@ NAMES = [
 ]
 
 TABLES = {
-    "scorers": (SCORERS, "basis context cosine eigenbasis linear principal prototype saturated", Scorer),
+    "scorers": (SCORERS, "basis context cosine eigenbasis linear monte_carlo principal prototype saturated", Scorer),
     "selectors": (
         SELECTORS,
-        "balanced capacity cluster_dropout expert_choice group_limited noisy_topk soft soft_balanced topk topp",
+        "balanced capacity cluster_dropout entmax expert_choice group_limited noisy_topk soft soft_balanced topk topp",
         Selector,
     ),
-    "experts": (EXPERTS, "adapter confident conv eigen feed_forward modules", Experts),
+    "experts": (
+        EXPERTS,
+        "adapter confident conv eigen feed_forward heterogeneous modulated modules mpo multilinear",
+        Experts,
+    ),
     "units": (UNITS, "pixel sample token", Unit),
     "dispatch": (DISPATCHES, "dense grouped loop", object),
 }
@@ -96,8 +100,9 @@ def test_tables(folder):
 
 def test_regularizers():
     names = (
-        "activation_overlap cluster_variance importance_cv2 load_balance orthonormality output_overlap path_coupling "
-        "router_z score_variance spectral_norm spectral_penalty stable_rank"
+        "activation_overlap cluster_variance complexity_balance expected_cost importance_cv2 load_balance "
+        "orthonormality output_overlap path_coupling router_z score_variance severity_balance spectral_norm "
+        "spectral_penalty stable_rank"
     )
     assert set(names.split()) <= set(REGULARIZERS)
     assert all(function.__name__ == name for name, function in REGULARIZERS.items())

@@ -96,6 +96,7 @@ def test_instrument_examples_run(number, capsys, tmp_path, monkeypatch):
         "docs/certificate.md",
         "docs/vision.md",
         "docs/llm.md",
+        "docs/restoration.md",
         "docs/methods.md",
         "docs/inspect.md",
         "docs/parallel.md",

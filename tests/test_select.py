@@ -35,12 +35,12 @@ def started(scorer):
 
 @pytest.mark.grid(kept=[KEPT, [0], list(range(E)), torch.tensor([5, 0])])
 def test_scorers_keep_the_logits_of_those_that_are_left(make_scorer, scorer_name, kept, same):
-    scorer = started(make_scorer(scorer_name, D, E)).double()
+    scorer = started(make_scorer(scorer_name, D, E)).double().eval()
     part, x = scorer.select(kept), torch.randn(30, D, dtype=torch.float64, requires_grad=True)
     same(part(x), scorer(x)[:, torch.as_tensor(kept)], [x])
     assert part.num_experts == len(kept)
     spec = describe(part)
-    twin = build(spec).double()
+    twin = build(spec).double().eval()
     twin.load_state_dict(part.state_dict())
     assert torch.equal(twin(x), part(x))
     again = part.select([len(kept) - 1])
@@ -49,7 +49,7 @@ def test_scorers_keep_the_logits_of_those_that_are_left(make_scorer, scorer_name
 
 
 def test_flip_distances_are_those_of_the_pairs_that_are_left(make_scorer, scorer_name, close):
-    scorer, x = started(make_scorer(scorer_name, D, E)).double(), torch.randn(30, D, dtype=torch.float64)
+    scorer, x = started(make_scorer(scorer_name, D, E)).double().eval(), torch.randn(30, D, dtype=torch.float64)
     over, under = torch.zeros(30, 1, dtype=torch.int64), torch.ones(30, 1, dtype=torch.int64)
     part = scorer.select(KEPT)
     here, there = part.flip_distance(x, over, under), scorer.flip_distance(x, over + KEPT[0], under * KEPT[1])

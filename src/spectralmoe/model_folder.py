@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS, PARTS = "config.json", "model.safetensors", "parts.safetensors"
-_NAMES = {"spectralmoe": WEIGHTS, "spectralmoe_parts": PARTS}
+_NAMES = {"spectralmoe": WEIGHTS, "spectralmoe_parts": PARTS, "spectralmoe_ranks": PARTS}
 """What a config names its format by -> the file of the weights."""
 
 _COMING = ".spectralmoe-weights"

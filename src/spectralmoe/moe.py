@@ -117,7 +117,7 @@ class MoE(Recordable):
         context: Context | Rows | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """x (..., D) -> (..., D), or as the unit lays it out.
+        """x (..., D) -> (..., D), as wide as the bank's outputs, or as the unit lays it out.
 
         Args:
             mask: (...), True for real tokens: the others get no expert, their output is 0, and so is their part
@@ -145,7 +145,7 @@ class MoE(Recordable):
         rows = self.experts.beside(self._rows(units, leading), side)
         y, kept = self._run(rows, placed, names - {"tokens"})
         self.leave(routing, kept, seen, side)
-        y = y if leading == 1 else y.reshape(units.shape)
+        y = y if leading == 1 else y.reshape(*units.shape[:leading], *y.shape[1:])
         if self.shared is None:
             return self.unit.join(y)
         shared: Tensor = self.shared(_without(units, mask))

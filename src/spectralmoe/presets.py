@@ -23,6 +23,10 @@ _BALANCED = {
 }
 _GROUPS = "= max(1, num_experts // 4)"  # of four siblings; the interval suits runs of some hundred steps
 _DROPOUT = {"type": "cluster_dropout", "selector": {"type": "topk"}, "groups": _GROUPS, "interval": 10}
+_MIXERS = [  # four, each of twice the rank and the reach of the one before it
+    {"type": "patch_mixer", "rank": f"= max(2, dim // {share})", "window": window}
+    for share, window in ((8, 2), (4, 4), (2, 8), (1, 16))
+]
 _EIGEN = {"type": "eigen", "rank": "= max(1, dim // num_experts)"}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -94,10 +98,60 @@ PRESETS: dict[str, dict[str, Any]] = {
         "soft": {"type": "soft"},
         "experts": _EIGEN,
     },
+    "mumoe": {
+        "summary": "entmax over all experts, which are slices of one factorised tensor (muMoE, CP form)",
+        "scorer": "linear",
+        "selector": {"type": "entmax", "norm": True},
+        "experts": {"type": "multilinear", "rank": "= max(1, 3 * dim // 4)"},
+        "k": "soft",
+    },
+    "mumoe-tr": {
+        "summary": "entmax over all experts, which are slices of a ring of tensors (muMoE, tensor-ring form)",
+        "scorer": "linear",
+        "selector": {"type": "entmax", "norm": True},
+        "experts": {"type": "multilinear", "form": "tr", "rank": "= max(1, 3 * dim // 16)"},
+        "k": "soft",
+    },
     "omoe": {
         "summary": "dot-product gate; the experts step orthogonally to what the others saw (OMoE)",
         "scorer": "linear",
         "optimizer": "orthogonal_experts",
+    },
+    "mpoe": {
+        "summary": "dot-product gate with the Switch loss; matrix product experts share a central core (MPOE)",
+        "scorer": "linear",
+        "experts": "mpo",
+        "optimizer": "mask_central",
+        "terms": {"load_balance": 1e-2},
+    },
+    "mofme": {
+        "summary": "dot-product gate of five passes with dropout; experts scale and shift the token (MoFME's experts)",
+        "scorer": {"type": "monte_carlo", "scorer": "linear"},
+        "selector": {"type": "topk", "normalize": True},
+        "experts": "modulated",
+    },
+    "confsmoe": {
+        "summary": "experts that say how sure they are weigh their own outputs (ConfSMoE)",
+        "scorer": "linear",
+        "selector": {"type": "unweighted", "selector": "topk"},
+        "experts": {
+            "type": "confident",
+            "experts": {"type": "feed_forward", "activation": "gelu", "bias": True},
+        },
+    },
+    "moce-ir": {
+        "summary": "four experts of unequal cost and reach on whole maps, the cheap ones preferred (MoCE-IR)",
+        "scorer": "linear",
+        "selector": "noisy_topk",
+        "experts": {"type": "heterogeneous", "modules": _MIXERS},
+        "terms": {"complexity_balance": 1e-2},
+    },
+    "phyg-moe": {
+        "summary": "the spectrum of a signal, one expert each, evened and at a price on dear ones (PhyG-MoE)",
+        "scorer": "spectrum",
+        "selector": {"type": "noisy_topk", "noise_std": 0.5},
+        "k": 1,
+        "terms": {"load_balance": 0.3, "expected_cost": 0.03},
     },
     "dense": {
         "summary": "no choice: one network as wide as the experts of a token together",

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from spectralmoe.context import Context
 from spectralmoe.errors import UserError, first_line
@@ -21,8 +22,9 @@ from spectralmoe.router import Router
 from spectralmoe.spec import build, parameters_of
 from spectralmoe.tape import Tape
 from spectralmoe.terms import Term
+from spectralmoe.units import Unit
 
-__all__ = ["BRANCH", "K", "Preset", "experts_a_token"]
+__all__ = ["BRANCH", "RELU", "K", "Preset", "Trial", "experts_a_token"]
 
 K = int | Literal["soft"]
 """Experts a token: a number, or "soft": all of them."""
@@ -32,6 +34,23 @@ RELU: Table = {"type": "feed_forward", "activation": "relu", "bias": True}
 
 BRANCH = {"tokens": "all", "norm": True, "start": "model"}
 """How a branch reads a model's features where a row does not say it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a layer of a network is tried with: a small input, and all else that the network gives its layers.
+
+    Attributes:
+        x: as the layer takes it.
+        context: the side information that the network gives; None: none.
+        unit: what its layers route; None: tokens.
+        experts: the network's own bank, for a row without one.
+    """
+
+    x: Tensor
+    context: Context | None = None
+    unit: Unit | None = None
+    experts: Table = field(default_factory=lambda: dict(RELU))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +121,14 @@ class Preset:
         *,
         k: K,
         spare: int = 0,
-        given: Collection[str] = (),
+        trial: Trial,
         depth: int,
     ) -> None:
-        """Build a layer and run two tokens, so that what does not fit the sizes of a network shows before it runs.
+        """Build a layer and run it, so that what does not fit the sizes of a network shows before it runs.
 
         Args:
             name: what the row is called.
-            given: names of the side information that the network gives its layers, D numbers a token.
+            trial: what the layer is run on, and what the network gives it.
             depth: how many layers the network has.
 
         Raises:
@@ -120,20 +139,27 @@ class Preset:
         try:
             with torch.random.fork_rng(devices=[]):
                 router = self.make_router(dim, num_experts, k=k)
-                layer = MoE(router, self.make_experts(num_experts, dim, hidden, spare))
+                bank = self.make_experts(num_experts, dim, hidden, spare, default=trial.experts)
+                layer = MoE(router, bank, unit=trial.unit)
+            given = () if trial.context is None else (*trial.context.tokens, *trial.context.samples)
             _check_reads(layer, given)
             if self.optimizer is not None and self.optimizer["type"] in WRAPPERS:
                 make_optimizer("sgd", layer, SimpleNamespace(lr=1.0, weight_decay=0.0), row=self.optimizer)
-            context = Context(tokens={name: torch.zeros(2, dim) for name in given}) if given else None
             layers = {f"layers.{number}": layer.eval() for number in range(depth)}
             with torch.no_grad(), Tape(layers, [*chain(*(term.keeps for term in self.terms.values()))]) as tape:
-                layer(torch.zeros(2, dim), context=context)
+                made = layer(trial.x, context=trial.context if layer.reads else None)
+                if made.shape != trial.x.shape:
+                    raise UserError(
+                        f"its experts give {made.shape[-1]} numbers a token, but the network goes on with D={dim}"
+                    )
                 for term in self.terms.values():
                     term.fn(list(tape) if term.scope == "model" else tape[0])
         except UserError as error:
             raise UserError(f"router {name!r}: {error}") from error
         except Exception as error:  # of a part of the user's own
-            raise UserError(f"router {name!r} does not work on two tokens: {first_line(error)}") from error
+            raise UserError(
+                f"router {name!r} does not work on two {'samples' if trial.unit else 'tokens'}: {first_line(error)}"
+            ) from error
 
     def routers(self, k: K) -> Callable[[int, int], Router]:
         """(D, E) -> a new router, with ``k`` experts a token."""
@@ -153,6 +179,11 @@ class Preset:
             raise UserError(f"experts {spec['type']!r} have no spare units; leave spare at 0")
         sizes = {"dim": dim, "num_experts": num_experts, "hidden": hidden, "bottleneck": hidden, "spare": spare}
         bank: Experts = build(spec, allow=self.allow, sizes=sizes)
+        if bank.num_experts != num_experts:
+            raise UserError(
+                f"experts {spec['type']!r} of the row are {bank.num_experts}, but the network asks for {num_experts}; "
+                f"set num_experts = {bank.num_experts}"
+            )
         return bank
 
 

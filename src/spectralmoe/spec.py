@@ -16,7 +16,7 @@ from torch import nn
 
 from spectralmoe.dispatch import DISPATCHES
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.experts import EXPERTS
+from spectralmoe.experts import EXPERTS, MODULES
 from spectralmoe.formula import evaluate, is_formula
 from spectralmoe.layers import unwrapped
 from spectralmoe.moe import MoE
@@ -33,6 +33,7 @@ PARTS: dict[str, type] = {
     **SCORERS,
     **SELECTORS,
     **EXPERTS,
+    **MODULES,
     **DISPATCHES,
     **UNITS,
     "router": Router,

@@ -82,8 +82,10 @@ def test_st_moe_3_one_expert_a_token_is_no_special_case(chooser, selector, close
 
 
 def test_st_moe_3_every_selector_with_a_k_is_among_these():
-    """st-moe-pytorch #3: The tests above take every selector that has a number of experts a token."""
-    assert {*ONE_EXPERT} | {"expert_choice", "soft", "soft_balanced"} == {*SELECTORS}
+    """st-moe-pytorch #3: The tests above take every selector that has a number of experts a token, but the one whose
+    weights are 1 by its definition (tests/selectors/test_unweighted.py).
+    """
+    assert {*ONE_EXPERT} | {"expert_choice", "soft", "soft_balanced", "entmax", "unweighted"} == {*SELECTORS}
 
 
 def test_megatron_1498_balance_over_the_global_batch(chooser, tokens_for):

@@ -24,7 +24,7 @@ from spectralmoe import (
 )
 from spectralmoe.dispatch import DISPATCHES, Dense, Grouped, pick_dispatch
 from spectralmoe.dispatch.base import combine, sort_slots, spread
-from spectralmoe.experts import EXPERTS, Answer, ConfidentExperts
+from spectralmoe.experts import EXPERTS, Answer, ConfidentExperts, ModulatedExperts
 
 E = 4  # experts of the banks; routers know two more, which are zero experts
 
@@ -70,6 +70,8 @@ BANKS = {
     "gain": (8, lambda: Gained(8, 12)),
     "gain-odd": (7, lambda: Gained(7, 5)),
     "confident": (8, lambda: confident(8, 12)),
+    "modulated-odd": (7, lambda: ModulatedExperts(E, 7)),
+    "vectors": (8, lambda: ModulatedExperts(E, 8, form="vector")),
 }
 
 

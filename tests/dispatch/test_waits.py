@@ -11,7 +11,7 @@ from spectralmoe import FeedForward, LinearScorer, MoE, Router
 from spectralmoe.placement import Placement
 
 E, D = 6, 16
-KNOWN = {"topk", "noisy_topk", "balanced", "soft", "soft_balanced", "group_limited"}
+KNOWN = {"topk", "noisy_topk", "balanced", "soft", "soft_balanced", "group_limited", "entmax", "unweighted"}
 """Selectors that fill every slot of a real token."""
 
 

@@ -108,7 +108,7 @@ def test_costs_and_saving(tmp_path):
     layer, x = make_layer(bank).eval(), torch.randn(N, D)
     save(layer, tmp_path / "one")
     assert torch.equal(load(tmp_path / "one")(x), layer(x))
-    assert copy.deepcopy(bank).says == ("confidence",)
+    assert copy.deepcopy(bank).says == ("confidence", "unweighed")
 
 
 def test_it_needs_a_width(user_error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.nn import functional as F
 
 from spectralmoe import Balanced, Context, ContextScorer, FeedForward, MoE, Router, TopK, attach, load, record, save
 
@@ -16,6 +17,7 @@ def slow(scorer, x, c):
     tokens = [0.0] * E if scorer.token_weight is None else scorer.token_weight
 
     def logit(row, value, e):
+        value = value if scorer.hidden is None else F.gelu(scorer.hidden_weight @ value + scorer.hidden_bias)
         side = sum(a * b for a, b in zip(scorer.weight[e], value, strict=True))
         rest = 0 if scorer.token_weight is None else sum(a * b for a, b in zip(tokens[e], row, strict=True))
         return scorer.bias[e] + side + rest
@@ -23,9 +25,9 @@ def slow(scorer, x, c):
     return torch.stack([torch.stack([logit(*pair, e) for e in range(E)]) for pair in zip(x, c, strict=True)])
 
 
-@pytest.mark.parametrize("token", [False, True])
-def test_value_and_gradient_are_those_of_the_equation(token, same):
-    scorer = ContextScorer(D, E, key="weather", width=P, token=token).double()
+@pytest.mark.parametrize(("token", "hidden"), [(False, None), (True, None), (False, 5), (True, 5)])
+def test_value_and_gradient_are_those_of_the_equation(token, hidden, same):
+    scorer = ContextScorer(D, E, key="weather", width=P, token=token, hidden=hidden).double()
     scorer.bias.data += torch.randn(E)
     x, c = (torch.randn(N, width, dtype=torch.float64, requires_grad=True) for width in (D, P))
     same(scorer(x, context={"weather": c}), slow(scorer, x, c), [x, c, *scorer.parameters()])
@@ -42,11 +44,28 @@ def test_by_hand():
 def test_matrix_has_a_row_for_each_expert():
     assert ContextScorer(D, E, width=P).matrix.shape == (E, P)
     assert ContextScorer(D, E, width=P, token=True).matrix.shape == (E, P + D)
+    assert ContextScorer(D, E, width=P, token=True, hidden=2).matrix.shape == (E, 2 + D)
+
+
+def test_what_is_left_of_it_has_the_logits_that_it_had(close):
+    scorer, c = ContextScorer(D, E, width=P, hidden=5), {"severity": torch.randn(N, P)}
+    x = torch.zeros(N, D)
+    close(scorer.select([2, 0])(x, context=c), scorer(x, context=c)[:, [2, 0]])
+
+
+def test_a_hidden_layer_tells_a_middle_severity_from_both_ends():
+    scorer = ContextScorer(D, 2, hidden=2)
+    scorer.hidden_weight.data, scorer.hidden_bias.data = torch.tensor([[9.0], [-9.0]]), torch.tensor([-6.0, 3.0])
+    scorer.weight.data, scorer.bias.data = torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.tensor([0.0, 0.5])
+    severity = torch.tensor([0.0, 0.5, 1.0])
+    assert scorer(torch.zeros(3, D), context={"severity": severity}).argmax(1).tolist() == [0, 1, 0]
 
 
 def test_mistakes_are_named(user_error):
     with user_error("ContextScorer", "width must be at least 1, got 0"):
         ContextScorer(D, E, width=0)
+    with user_error("ContextScorer", "hidden must be at least 1, got 0"):
+        ContextScorer(D, E, hidden=0)
     with user_error("ContextScorer reads 'severity'", "2 wide, not 3"):
         ContextScorer(D, E, width=P)(torch.randn(N, D), context={"severity": torch.randn(N, 2)})
 
@@ -60,7 +79,9 @@ def test_all_tokens_of_a_sample_go_where_its_severity_says():
 
 
 def test_trained_saved_and_in_low_precision(tmp_path):
-    layer = MoE(Router(ContextScorer(D, E, width=P, token=True), Balanced(2)), FeedForward(E, D, 5)).bfloat16()
+    layer = MoE(
+        Router(ContextScorer(D, E, width=P, token=True, hidden=5), Balanced(2)), FeedForward(E, D, 5)
+    ).bfloat16()
     layer.router.scorer.bias.data[0] = 20  # all tokens want the first expert
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
     attach(optimizer, layer)

@@ -129,7 +129,7 @@ def test_diverged_loss_names_the_step_and_keeps_the_last_checkpoint(data, task, 
     assert bits(fresh) == bits(undisturbed)
 
 
-@pytest.mark.parametrize("router", [name for name in PRESETS if name != "ermoe-context"])  # it needs attention
+@pytest.mark.parametrize("router", [n for n in PRESETS if n not in ("ermoe-context", "moce-ir", "phyg-moe")])
 def test_absurd_learning_rate_stops_with_one_line(data, task, router):
     network = build_network(data, SMALL, router, 2, seed=0)
     with pytest.raises(Diverged, match=r"training diverged at step \d+ \(epoch 1\)") as caught:

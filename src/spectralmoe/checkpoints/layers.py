@@ -216,10 +216,16 @@ def _layer(
     try:
         scorer, top_k = spec["router"]["scorer"], spec["router"]["selector"].get("k")
         return CheckpointLayer(
-            block.name, number, stack, block.num_experts, scorer["dim"], top_k, block.note, block, scorer
+            block.name, number, stack, block.num_experts, _width(scorer), top_k, block.note, block, scorer
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"config.json does not describe the router of {block.name}") from error
+
+
+def _width(scorer: Mapping[str, Any]) -> int:
+    """D of the scorer that a spec describes; a wrapper has that of the one inside."""
+    width: int = scorer["dim"] if "dim" in scorer else _width(scorer["scorer"])
+    return width
 
 
 def _scorer_matrix(name: str, spec: Mapping[str, Any], router: Mapping[str, Stored]) -> Tensor | None:

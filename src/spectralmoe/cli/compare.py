@@ -38,8 +38,8 @@ def compare(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|folder:PATH|text:NAME",
-            help="Data set (see 'spectralmoe list'), image folder, text, or KIND:NAME of another task.",
+            metavar="NAME|folder:PATH|text:NAME|restore:NAME",
+            help="Data set (see 'spectralmoe list'), image folder, text, photos, or KIND:NAME of another task.",
             show_default="mnist5k",
             autocompletion=complete_data,
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from spectralmoe.training.names import DATA_NAMES, OWN_EXPERTS, OWN_ROWS, ROUTER_NAMES, TEXT_NAMES
+from spectralmoe.training.names import DATA_NAMES, OWN_EXPERTS, OWN_ROWS, ROUTER_NAMES, SIGNAL_NAMES, TEXT_NAMES
 
 __all__ = [
     "LOG_NAMES",
@@ -51,4 +51,12 @@ def complete_few_shot_rows(incomplete: str) -> list[str]:
     return listed(incomplete, rows)
 
 
-complete_data = one_among(*DATA_NAMES, "folder:", *(f"text:{name}" for name in TEXT_NAMES))
+complete_data = one_among(
+    *DATA_NAMES,
+    "folder:",
+    *(f"text:{name}" for name in TEXT_NAMES),
+    "restore:photos",
+    "restore:folder:",
+    *(f"signals:{name}" for name in SIGNAL_NAMES),
+    "views:digits",
+)

@@ -18,7 +18,10 @@ def evaluate(
     model: Model,
     data: Annotated[
         str | None,
-        typer.Option(metavar="NAME|folder:PATH|text:NAME", help="Data set or text; by default the model's own."),
+        typer.Option(
+            metavar="NAME|folder:PATH|text:NAME|restore:NAME",
+            help="Data set, text or photos; by default the model's own.",
+        ),
     ] = None,
     data_dir: DataDir = None,
     download: Download = False,
@@ -29,7 +32,8 @@ def evaluate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Test accuracy of MODEL, or bits per byte of a language model, and how evenly its experts are used in each layer.
+    """Test accuracy of MODEL, bits per byte of a language model, or PSNR and SSIM of restored photos; and how evenly
+    its experts are used in each layer.
 
     Examples: spectralmoe evaluate runs/first/models/sr-moe-depth2-seed0
 

@@ -21,6 +21,7 @@ PLAIN = {
     "principal": "share of the token's energy on each side of orthonormal directions",
     "context": "what is known beside the token, such as how badly a sample is degraded",
     "saturated": "bounded inner products with anchors of each expert in a low-rank space",
+    "spectrum": "log powers of frequency bands, entropy and flatness of a map or signal given beside the token",
     "basis": "fit of the token to the experts' own bases (bank: eigen)",
     "topk": "the k experts with the largest scores for each token",
     "noisy_topk": "top-k of noisy logits in training, of the logits in evaluation",
@@ -37,12 +38,15 @@ PLAIN = {
     "adapter": "narrow networks to be added to the output of a frozen layer",
     "eigen": "linear maps with orthonormal bases of their own",
     "modules": "modules of your own, in Python alone; slower than stacked weights",
+    "heterogeneous": "modules of unequal cost and reach, such as patch_mixer and frequency_mixer",
     "conv": "pairs of convolutions on whole maps; only the chosen ones run",
     "confident": "another bank whose experts say how sure they are, which weighs their output",
+    "mpo": "networks of two layers as products of cores, of which the central one is common to all experts",
     "token": "each vector of (..., D): the usual unit",
     "pixel": "each position of maps (B, C, H, W) or signals (B, C, T): a vector of C channels",
     "sample": "each sample as a whole: the router reads a pooled vector, an expert gets all of it",
     "orthogonal_experts": "each expert steps orthogonally to the inputs of the others (a row's key optimizer)",
+    "mask_central": "the gradient of what matrix product experts share is masked at random (a row's key optimizer)",
     "loop": "the definition: one token and one expert at a time; slow",
     "dense": "every expert on every token; for soft routing and very small layers",
     "grouped": "each expert on exactly the tokens that chose it, however uneven the load",
@@ -55,9 +59,12 @@ PLAIN = {
     "activation_overlap": "how much the hidden activations of a token's experts point in the same direction",
     "path_coupling": "minus how firmly tokens follow paths from the experts of one layer to those of the next",
     "score_variance": "minus how much an expert's scores differ between tokens",
+    "complexity_balance": "how far the experts' importance is from inverse proportion to their costs",
     "cluster_variance": "how unevenly the scores are spread within groups of consecutive experts",
+    "severity_balance": "an even load, in which zero experts are the cheaper the less a sample is degraded",
     "router_z": "router z-loss, which keeps logits small",
     "importance_cv2": "how unevenly the experts' importance is spread, squared",
+    "expected_cost": "what the experts of a token cost by its scores, as a share of the dearest",
 }
 """The parts in plain words; one without an entry is told by its docstring, less the formulas."""
 
@@ -91,10 +98,16 @@ def list_everything(json: Json = False) -> None:
         "data sets": {
             **{name: _first_line(loader) for name, loader in DATASETS.items()},
             "folder:PATH": "an image folder",
+            "views:NAME": "upper half, lower half and spectrum of grey images of a data set, some of them missing",
         },
         "texts": {
             **{f"text:{name}": _first_line(reader) for name, reader in TEXTS.items()},
             "text:PATH": "a file, or a folder whose subfolders are domains; several with +: text:stdlib+pydoc",
+        },
+        "signals": {"signals:interference": "records of 21 classes of radio interference, made from equations"},
+        "photos": {
+            "restore:photos": "19 photographs that installed packages ship, degraded in four ways and mixtures",
+            "restore:folder:PATH": "the images of a folder, degraded likewise",
         },
         "presets": {name: row["summary"] for name, row in PRESETS.items()},
     }

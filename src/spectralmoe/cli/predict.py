@@ -1,7 +1,8 @@
-"""``spectralmoe predict``: classes of image files, or how a text goes on."""
+"""``spectralmoe predict``: classes of image files, how a text goes on, or restored images."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,27 +27,35 @@ def predict(
         float | None, typer.Option("--temperature", min=0, help="Of its draws; 0: the likeliest token; 0.8.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Of its draws; 0.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for restored images; by default each is written beside its file."),
+    ] = None,
     allow: Allow = None,
     device: DeviceName = "auto",
     json: Json = False,
 ) -> None:
-    """The most likely class of each image, its probability, and the expert that each layer leans on; or how a language
-    model goes on with each text.
+    """The most likely class of each image, its probability, and the expert that each layer leans on; how a language
+    model goes on with each text; or each image restored, as NAME-restored.png.
 
-    Images are read in the size and the colours that the model was trained with; where that changes one, stderr says so.
+    To be classified, images are read in the size and the colours that the model was trained with; where that changes
+    one, stderr says so. Restored ones keep both.
 
     Example: spectralmoe predict runs/first/models/sr-moe-depth2-seed0 digit.png
 
     spectralmoe predict runs/language "The with statement" --tokens 200
+
+    spectralmoe predict runs/restore photo.jpg --out runs/restored
     """
     from spectralmoe.training.settings import pick_device
 
     task, network, meta = load_saved(model, pick_device(device), allow)
-    asked = {"tokens": tokens, "temperature": temperature, "seed": seed}
+    asked = {"tokens": tokens, "temperature": temperature, "seed": seed, "out": out}
     options = {name: value for name, value in asked.items() if value is not None}
     for name in options:
         if name not in task.options:
-            raise UserError(f"--{name} is for language models, and {model} {task.does}; leave it out")
+            whose = "networks that restore images" if name == "out" else "language models"
+            raise UserError(f"--{name} is for {whose}, and {model} {task.does}; leave it out")
     results, notes = task.predict(network, meta, inputs, **options)
     say_notes(notes)
     if json:

@@ -45,7 +45,7 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|folder:PATH|text:NAME",
+            metavar="NAME|folder:PATH|text:NAME|restore:NAME",
             help="Data set or text, in place of the file's.",
             autocompletion=complete_data,
         ),
@@ -96,7 +96,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train one network and save it to --out: an SR-MoE network, with a section [backbone] a timm model, on text a
-    language model.
+    language model, on restore:photos a network that restores them.
 
     Example: spectralmoe train --config examples/train.toml --out runs/sr-moe
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from spectralmoe.layers import moe_layers, unwrapped
 from spectralmoe.moe import MoE
 from spectralmoe.parts import Part
+from spectralmoe.ranks import RankExperts
+from spectralmoe.recording import Recordable
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 from spectralmoe.sharding import full
@@ -145,12 +147,31 @@ class OwnLayer(Watched):
         )
 
 
+class OwnRanks(OwnLayer):
+    """A ``RankExperts`` of this library, whose experts are ranks: expert ``e`` gives (N, O)."""
+
+    layer: RankExperts  # type: ignore[assignment]
+
+    def __init__(self, name: str, number: int, layer: RankExperts) -> None:
+        self.name, self.number, self.layer = name, number, layer
+        self.num_experts, self.top_k = layer.ranks, layer.k
+
+    @torch.no_grad()
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        """What rank ``e`` adds with a gate of 1."""
+        return self.layer.rank(x, e)
+
+    def expert_weights(self, e: int) -> Tensor:
+        """The row and the column of rank ``e``."""
+        return torch.cat([full(value).detach().float() for value in self.layer.rank_parameters(e).values()])
+
+
 class _OwnWatch(Watch):
     def __init__(self, model: nn.Module, tokens: bool, training_only: bool) -> None:
         inside = unwrapped(model)
         recorded, paths = moe_layers(inside), {module: path for path, module in inside.named_modules()}
         layers = {
-            name: OwnLayer(name, number, layer) if isinstance(layer, MoE) else layer.watched(inside, paths[layer])
+            name: _watched(name, number, layer) or layer.watched(inside, paths[layer])
             for (name, layer), number in zip(recorded.items(), _numbers(list(recorded)), strict=True)
         }
         self.layers = [layer for layer in layers.values() if layer is not None]
@@ -162,6 +183,13 @@ class _OwnWatch(Watch):
         layers = {layer.name: layer for layer in self.layers}
         records = [item for item in self.tape.drain() if item.name in layers]
         return [seen_of(item, layers[item.name], self.keeps_tokens) for item in records]
+
+
+def _watched(name: str, number: int, layer: Recordable) -> Watched | None:
+    """A layer whose experts are this library's; None for another."""
+    if isinstance(layer, MoE):
+        return OwnLayer(name, number, layer)
+    return OwnRanks(name, number, layer) if isinstance(layer, RankExperts) else None
 
 
 def seen_of(item: Record, layer: Watched, tokens: bool) -> Seen:

@@ -24,7 +24,7 @@ class Loop(Dispatch):
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         if transforming():
             return Dense()(x, routing, experts)
-        outputs = [experts.expert(x[:0], 0) if experts.reads else x[:0]]  # side information makes rows wider than y
+        outputs = [experts.expert(x[:0], 0) if experts.reshapes else x[:0]]
         zero = x.new_zeros(1, *outputs[0].shape[1:])
         for token, chosen in enumerate(routing.indices.tolist()):
             row = x[token : token + 1]

@@ -1,4 +1,11 @@
-"""Experts: rows sorted by expert (M, *S) -> (M, *S). One file a kind of bank."""
+"""Experts: rows sorted by expert (M, *S) -> (M, *S). One file a kind of bank.
+
+``RankExperts`` is found here, too. It is a layer with a router, so it lives in ``spectralmoe.ranks``.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
 
 from spectralmoe.experts.adapter import Adapter
 from spectralmoe.experts.base import Answer, Experts
@@ -6,10 +13,17 @@ from spectralmoe.experts.confident import ConfidentExperts
 from spectralmoe.experts.conv import ConvExperts
 from spectralmoe.experts.eigen import EigenExperts
 from spectralmoe.experts.feed_forward import FeedForward
+from spectralmoe.experts.frequency_mixer import FrequencyMixer
+from spectralmoe.experts.heterogeneous import HeterogeneousExperts
+from spectralmoe.experts.modulated import ModulatedExperts
 from spectralmoe.experts.modules import ModuleExperts
+from spectralmoe.experts.mpo import MPOExperts
+from spectralmoe.experts.multilinear import MultilinearExperts
+from spectralmoe.experts.patch_mixer import PatchMixer
 
 __all__ = [
     "EXPERTS",
+    "MODULES",
     "Adapter",
     "Answer",
     "ConfidentExperts",
@@ -17,7 +31,13 @@ __all__ = [
     "EigenExperts",
     "Experts",
     "FeedForward",
+    "FrequencyMixer",
+    "HeterogeneousExperts",
+    "MPOExperts",
+    "ModulatedExperts",
     "ModuleExperts",
+    "MultilinearExperts",
+    "PatchMixer",
 ]
 
 EXPERTS: dict[str, type[Experts]] = {
@@ -27,4 +47,21 @@ EXPERTS: dict[str, type[Experts]] = {
     "modules": ModuleExperts,
     "conv": ConvExperts,
     "confident": ConfidentExperts,
+    "multilinear": MultilinearExperts,
+    "mpo": MPOExperts,
+    "modulated": ModulatedExperts,
+    "heterogeneous": HeterogeneousExperts,
 }
+
+MODULES: dict[str, type[nn.Module]] = {"patch_mixer": PatchMixer, "frequency_mixer": FrequencyMixer}
+"""Modules for the experts of ``ModuleExperts`` and ``HeterogeneousExperts``."""
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """What stands above the routers, which read banks themselves: imported when it is first asked for."""
+        if name == "RankExperts":
+            from importlib import import_module
+
+            return import_module("spectralmoe.ranks").RankExperts
+        raise AttributeError(f"module 'spectralmoe.experts' has no attribute {name!r}")

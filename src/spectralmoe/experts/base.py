@@ -51,6 +51,11 @@ class Experts(Part):
     says: tuple[str, ...] = ()
     """The names of what its answers say of themselves."""
 
+    @property
+    def reshapes(self) -> bool:
+        """Whether outputs are of another shape than rows: by default where side information makes rows wider."""
+        return bool(self.reads)
+
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         if num_experts < 1:
@@ -76,12 +81,14 @@ class Experts(Part):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor | Answer:
         """All experts on rows sorted by expert: x (M, *S), counts (E,) int64 -> (M, *S), or an ``Answer``.
 
-        An expert without rows gets an empty batch: its gradient is zero then and not missing, which DDP would take for
-        an unused parameter.
+        Where gradients are wanted an expert without rows gets an empty batch: its gradient is zero then and not
+        missing, which DDP would take for an unused parameter. Else it does not run.
         """
         sizes = counts.tolist()
         *blocks, rest = x.split([*sizes, x.shape[0] - sum(sizes)])
-        answers = [self.answer(block, e) for e, block in enumerate(blocks)]
+        all_run = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        busy = [(block, e) for e, block in enumerate(blocks) if all_run or len(block)]
+        answers = [self.answer(block, e) for block, e in busy or [(x[:0], 0)]]
         y = _joined([answer.y for answer in answers], len(rest))
         gains = [answer.gain for answer in answers if answer.gain is not None]
         said = {name: [(answer.said or {})[name] for answer in answers] for name in answers[0].said or {}}
@@ -156,6 +163,10 @@ class Experts(Part):
             raise UserError(f"{type(self).__name__} does not say what its experts cost; define costs()")
         numbers = [sum(part.numel() for part in parts if part.dim() > 1) for parts in owned]
         return 2 * torch.tensor(numbers, dtype=torch.float64)
+
+    def mix_cost(self, shape: Sequence[int] = ()) -> float:
+        """Floating-point operations of ``mix`` on one row: by default every expert's, as ``costs`` has them."""
+        return float(self.costs(shape).sum())
 
     def select(self, indices: Sequence[int] | Tensor) -> Experts:
         """A bank of the experts ``indices``, in this order, in memory of its own and with the same bits.

@@ -1,8 +1,10 @@
 """Experts that say how sure they are, which weighs their output.
 
-ConfSMoE, arXiv 2505.19525: a confidence gate made by the experts themselves.
-Differs: the gain multiplies the router's combine weight, which the paper sets to 1, so that the router learns; the
-residual path and the norm behind it stay with the model.
+Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs
+with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: a gate made by the
+experts themselves. Written from the equations.
+Differs: the gain multiplies the router's combine weight, which the paper sets to 1 (``Unweighted`` does so); the target
+of ``confidence_loss`` has no gradient by default; the residual path and the norm behind it stay with the model.
 """
 
 from __future__ import annotations
@@ -25,11 +27,17 @@ __all__ = ["ConfidentExperts"]
 class ConfidentExperts(Experts):
     r"""Gives each output of a bank the gain :math:`c_{te} = \sigma(v_e^\top \mathrm{LN}(F_e(x_t)) + b_e)` in (0, 1).
 
-    LN has no factors of its own, which v could take over. The records keep the confidence where a regularizer or
-    ``record(model, keep="confidence")`` asks: (M,), row by row as ``Record.order`` says.
+    LN has no factors of its own, which v could take over. In the paper c takes the place of the combine weight: choose
+    with ``Unweighted``. The gains of a token do not sum to 1, so a norm belongs behind the layer. What teaches c to be
+    right is ``confidence_loss``.
+
+    The records keep what a regularizer or ``record(model, keep=...)`` asks for, row by row as ``Record.order`` says:
+    "confidence" c (M,), and "unweighed" F(x) (M, D), before c weighs it.
 
     Args:
         experts: the bank F, D wide, with a gain of its own or not.
+        detach_target: ``confidence_loss`` sends no gradient into its target; False: also into what the target is made
+            from, as the paper has it.
 
     Attributes:
         direction: v (E, D), starts at zero: all are 1/2 sure.  bias: b (E,).
@@ -48,13 +56,14 @@ class ConfidentExperts(Experts):
 
     row_dims = 1
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, *, detach_target: bool = True) -> None:
         super().__init__(experts.num_experts)
         if not isinstance(dim := getattr(experts, "dim", None), int):
             raise UserError(
                 f"ConfidentExperts needs a bank that says its width D as 'dim', {type(experts).__name__} does not"
             )
-        self.experts, self.dim, self.says = experts, dim, ("confidence", *experts.says)
+        self.experts, self.dim, self.detach_target = experts, dim, detach_target
+        self.says = ("confidence", "unweighed", *experts.says)
         self.direction = nn.Parameter(torch.zeros(experts.num_experts, dim))
         self.bias = nn.Parameter(torch.zeros(experts.num_experts))
 
@@ -109,4 +118,4 @@ class ConfidentExperts(Experts):
         with torch.autocast(y.device.type, enabled=False):
             rows = F.layer_norm(y.to(torch.promote_types(y.dtype, torch.float32)), (self.dim,))
             confidence = head(rows).squeeze(1).sigmoid()
-        return Answer(y, confidence, {"confidence": confidence, **(answer.said or {})})
+        return Answer(y, confidence, {"confidence": confidence, "unweighed": y, **(answer.said or {})})

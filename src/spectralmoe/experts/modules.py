@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
 from spectralmoe.experts.base import Experts
+from spectralmoe.experts.flops import count_flops
 from spectralmoe.stacks import chosen_experts
 
 __all__ = ["ModuleExperts"]
@@ -41,6 +42,16 @@ class ModuleExperts(Experts):
 
     def expert_parameters(self, e: int) -> dict[str, Tensor]:
         return dict(self.experts[e].named_parameters())
+
+    def costs(self, shape: Sequence[int] = ()) -> Tensor:
+        """Floating-point operations of each module on one row of ``shape`` (*S), counted as it runs (E,) float64.
+
+        Without a shape, two for each number of its matrices and kernels: what one position costs, without what grows
+        with the row, such as a Fourier transform.
+        """
+        if not shape:
+            return super().costs()
+        return torch.tensor([count_flops(module, shape) for module in self.experts], dtype=torch.float64)
 
     def select(self, indices: Sequence[int] | Tensor) -> ModuleExperts:
         chosen = chosen_experts("ModuleExperts.select", indices, self.num_experts)

@@ -1,5 +1,6 @@
 """Optimizers of a whole model, what works around them, and schedules of the learning rate. One file a method."""
 
+from spectralmoe.optim.gradient_mask import mask_central, mask_gradient
 from spectralmoe.optim.muon import Muon
 from spectralmoe.optim.orthogonal_experts import OrthogonalExperts
 from spectralmoe.optim.plain import adamw, sgd
@@ -26,5 +27,7 @@ __all__ = [
     "find_optimizer",
     "find_schedule",
     "make_optimizer",
+    "mask_central",
+    "mask_gradient",
     "sgd",
 ]

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from spectralmoe.errors import UserError, first_line, one_of
+from spectralmoe.optim.gradient_mask import mask_central
 from spectralmoe.optim.muon import muon
 from spectralmoe.optim.orthogonal_experts import OrthogonalExperts
 from spectralmoe.optim.plain import Rates, adamw, sgd
@@ -39,7 +40,10 @@ OPTIMIZERS: dict[str, Factory] = {
     "sgd": sgd,
     "muon": muon,
 }
-WRAPPERS: dict[str, Callable[..., Any]] = {"orthogonal_experts": OrthogonalExperts}
+WRAPPERS: dict[str, Callable[..., Any]] = {
+    "orthogonal_experts": OrthogonalExperts,
+    "mask_central": mask_central,
+}
 """What a row of a comparison may put around the optimizer of all rows: called as (optimizer, model, **arguments)."""
 
 SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "linear": linear, "constant": constant}

@@ -10,16 +10,24 @@ from torch import Tensor
 from spectralmoe.regularizers.activation_overlap import activation_overlap
 from spectralmoe.regularizers.balance import importance_cv2, load_balance, router_z
 from spectralmoe.regularizers.cluster_variance import cluster_variance
+from spectralmoe.regularizers.complexity_balance import complexity_balance
+from spectralmoe.regularizers.confidence import class_target, confidence_loss
+from spectralmoe.regularizers.expected_cost import expected_cost
 from spectralmoe.regularizers.orthonormality import orthonormality
 from spectralmoe.regularizers.output_overlap import output_overlap
 from spectralmoe.regularizers.path_coupling import path_coupling
 from spectralmoe.regularizers.score_variance import score_variance
+from spectralmoe.regularizers.severity import severity_balance
 from spectralmoe.regularizers.spectral import spectral_norm, spectral_penalty, stable_rank
 
 __all__ = [
     "REGULARIZERS",
     "activation_overlap",
+    "class_target",
     "cluster_variance",
+    "complexity_balance",
+    "confidence_loss",
+    "expected_cost",
     "importance_cv2",
     "load_balance",
     "orthonormality",
@@ -27,6 +35,7 @@ __all__ = [
     "path_coupling",
     "router_z",
     "score_variance",
+    "severity_balance",
     "spectral_norm",
     "spectral_penalty",
     "stable_rank",
@@ -45,4 +54,7 @@ REGULARIZERS: dict[str, Callable[..., Tensor]] = {
     "activation_overlap": activation_overlap,
     "path_coupling": path_coupling,
     "cluster_variance": cluster_variance,
+    "severity_balance": severity_balance,
+    "complexity_balance": complexity_balance,
+    "expected_cost": expected_cost,
 }

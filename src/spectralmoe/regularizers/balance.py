@@ -8,7 +8,7 @@ from torch import Tensor
 from spectralmoe.routing import Routing
 from spectralmoe.tape import Record
 
-__all__ = ["importance_cv2", "load_balance", "router_z"]
+__all__ = ["importance_cv2", "load_balance", "router_z", "squared_variation"]
 
 
 def load_balance(record: Record | Routing) -> Tensor:
@@ -44,9 +44,14 @@ def importance_cv2(record: Record | Routing) -> Tensor:
     :math:`\mathrm{Var}(I) / \mathrm{mean}(I)^2` with the population variance; 0 when all experts weigh the same, and
     without a real token. Shazeer et al., arXiv 1701.06538, equation 7.
     """
-    importance = (routing := _routing(record)).real(routing.probs)
-    mean = importance.mean()
-    spread = (importance - mean).square().mean()
+    routing = _routing(record)
+    return squared_variation(routing.real(routing.probs))
+
+
+def squared_variation(values: Tensor) -> Tensor:
+    """The squared coefficient of variation of ``values`` (E,): population variance over squared mean; 0 of zeros."""
+    mean = values.mean()
+    spread = (values - mean).square().mean()
     return spread / mean.square().clamp_min(torch.finfo(mean.dtype).tiny)
 
 

@@ -23,7 +23,7 @@ from spectralmoe.saving.tables import TABLES
 from spectralmoe.spec import build, describe
 from spectralmoe.vision.model import VisionMoE
 
-__all__ = ["backbone_sha256", "holds_parts", "load_parts", "read_parts_config", "save_parts"]
+__all__ = ["backbone_sha256", "digest_of", "holds_parts", "load_parts", "read_parts_config", "save_parts"]
 
 _KEY, _FORMAT = "spectralmoe_parts", 1
 
@@ -39,7 +39,7 @@ def save_parts(model: VisionMoE, folder: str | Path, *, meta: dict[str, Any] | N
     config = {
         _KEY: _FORMAT,
         "model": describe(model, tables=TABLES),
-        "backbone_sha256": _digest(rest),
+        "backbone_sha256": digest_of(rest),
         "meta": meta or {},
     }
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in of_parts.items()}
@@ -64,7 +64,7 @@ def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -
                 of_parts, rest = _split(build(config["model"], tables=TABLES))
             given = _own_names(backbone)
             used = {name: given[name] for name in rest if name in given}
-            if _digest(used) != config["backbone_sha256"]:
+            if digest_of(used) != config["backbone_sha256"]:
                 what = _difference(rest, used)
                 raise UserError(f"{folder} holds parts for another backbone than the one given: {what}")
             if {name: value.shape for name, value in of_parts.items()} != {
@@ -84,7 +84,7 @@ def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -
 
 def backbone_sha256(model: VisionMoE) -> str:
     """The SHA-256 of all weights of ``model`` but those of its MoE parts and its head: names, types and bytes."""
-    return _digest(_split(model)[1])
+    return digest_of(_split(model)[1])
 
 
 def _split(model: VisionMoE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -96,7 +96,8 @@ def _split(model: VisionMoE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return of_parts, {name: value for name, value in state.items() if name not in of_parts}
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of tensors: names, types and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

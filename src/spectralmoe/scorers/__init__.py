@@ -6,9 +6,11 @@ from spectralmoe.scorers.context import ContextScorer
 from spectralmoe.scorers.cosine import CosineScorer
 from spectralmoe.scorers.eigenbasis import EigenbasisScorer
 from spectralmoe.scorers.linear import LinearScorer
+from spectralmoe.scorers.monte_carlo import MonteCarlo
 from spectralmoe.scorers.principal import PrincipalScorer
 from spectralmoe.scorers.prototype import PrototypeScorer
 from spectralmoe.scorers.saturated import SaturatedScorer
+from spectralmoe.scorers.spectrum import SpectrumScorer
 from spectralmoe.scorers.statistics_memory import StatisticsMemory
 
 __all__ = [
@@ -18,10 +20,12 @@ __all__ = [
     "CosineScorer",
     "EigenbasisScorer",
     "LinearScorer",
+    "MonteCarlo",
     "PrincipalScorer",
     "PrototypeScorer",
     "SaturatedScorer",
     "Scorer",
+    "SpectrumScorer",
     "StatisticsMemory",
 ]
 
@@ -34,4 +38,6 @@ SCORERS: dict[str, type[Scorer]] = {
     "context": ContextScorer,
     "basis": BasisScorer,
     "saturated": SaturatedScorer,
+    "monte_carlo": MonteCarlo,
+    "spectrum": SpectrumScorer,
 }

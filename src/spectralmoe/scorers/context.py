@@ -1,7 +1,7 @@
 """Context gate: experts by what is known beside the token, such as how badly a sample is degraded.
 
 After the gate of "MoR", arXiv 2511.16024, which reads the severity of a degradation and not the token. Differs: any
-named vector will do, the gate is linear, and it may read the token too.
+named vector will do, the gate is linear or has one hidden layer, and it may read the token too.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ __all__ = ["ContextScorer"]
 class ContextScorer(Scorer):
     r"""Logits :math:`s = c\,C^\top + b`, C (E, P), of a vector c (N, P) of the context.
 
-    With ``token``, :math:`x W^\top` is added, W (E, D). Rows start as N(0, 1/P) and N(0, 1/D).
+    With ``hidden`` H, :math:`s = \mathrm{gelu}(c\,G^\top + a)\,C^\top + b`, G (H, P) and C (E, H): logits need
+    not rise or fall all along c then. With ``token``, :math:`x W^\top` is added, W (E, D). Rows start as
+    N(0, 1/P), those of C behind a hidden layer as N(0, 1/H), those of W as N(0, 1/D); biases at 0, and a (H,) uniform
+    in [-1, 1], so that hidden units turn at different severities.
 
     Args:
         key: the name of c in ``Context``; a value a token, or a value a sample for all of its tokens.
         width: P, how many numbers c has.
         token: whether the token x is read too.
+        hidden: H, the width of a hidden layer; None: a linear gate.
 
     Raises:
-        UserError: width < 1; at a forward, no c, or one of another width.
+        UserError: width < 1, hidden < 1; at a forward, no c, or one of another width.
 
     >>> from spectralmoe import Context, FeedForward, MoE, Router, TopK
     >>> layer = MoE(Router(ContextScorer(16, 4, width=3), TopK(1)), FeedForward(4, dim=16, hidden=8))
@@ -40,22 +44,36 @@ class ContextScorer(Scorer):
     rows = ("weight", "token_weight", "bias")
 
     def __init__(
-        self, dim: int, num_experts: int, *, key: str = "severity", width: int = 1, token: bool = False
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        key: str = "severity",
+        width: int = 1,
+        token: bool = False,
+        hidden: int | None = None,
     ) -> None:
         super().__init__(dim, num_experts)
         if width < 1:
             raise UserError(f"ContextScorer: width must be at least 1, got {width}")
-        self.key, self.width, self.token, self.reads = key, width, token, (key,)
-        self.weight = nn.Parameter(torch.randn(num_experts, width) * width**-0.5)
+        if hidden is not None and hidden < 1:
+            raise UserError(f"ContextScorer: hidden must be at least 1, got {hidden}; None is a linear gate")
+        self.key, self.width, self.token, self.hidden, self.reads = key, width, token, hidden, (key,)
+        last = hidden or width
+        self.weight = nn.Parameter(torch.randn(num_experts, last) * last**-0.5)
         self.token_weight = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5) if token else None
         self.bias = nn.Parameter(torch.zeros(num_experts))
+        self.hidden_weight = nn.Parameter(torch.randn(hidden, width) * width**-0.5) if hidden else None
+        self.hidden_bias = nn.Parameter(torch.empty(hidden).uniform_(-1, 1)) if hidden else None
 
     def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
-        c = self.read(context, self.key, len(x), self.width)
-        logits = F.linear(c.to(x.dtype), self.weight.to(x.dtype), self.bias.to(x.dtype))
+        c = self.read(context, self.key, len(x), self.width).to(x.dtype)
+        if self.hidden_weight is not None and self.hidden_bias is not None:
+            c = F.gelu(F.linear(c, self.hidden_weight.to(x.dtype), self.hidden_bias.to(x.dtype)))
+        logits = F.linear(c, self.weight.to(x.dtype), self.bias.to(x.dtype))
         return logits if self.token_weight is None else logits + F.linear(x, self.token_weight.to(x.dtype))
 
     @property
     def matrix(self) -> Tensor:
-        """C, beside W where the token is read: (E, P) or (E, P + D)."""
+        """C, beside W where the token is read: (E, P) or (E, P + D), with a hidden layer H in the place of P."""
         return self.weight if self.token_weight is None else torch.cat([self.weight, self.token_weight], 1)

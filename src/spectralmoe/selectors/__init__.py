@@ -5,6 +5,7 @@ from spectralmoe.selectors.balanced import Balanced
 from spectralmoe.selectors.base import Selector
 from spectralmoe.selectors.capacity import Capacity
 from spectralmoe.selectors.cluster_dropout import ClusterDropout
+from spectralmoe.selectors.entmax import Entmax
 from spectralmoe.selectors.expert_choice import ExpertChoice
 from spectralmoe.selectors.group_limited import GroupLimited
 from spectralmoe.selectors.noisy_topk import NoisyTopK
@@ -13,6 +14,7 @@ from spectralmoe.selectors.soft_balanced import SoftBalanced
 from spectralmoe.selectors.threshold import Threshold
 from spectralmoe.selectors.top_p import TopP
 from spectralmoe.selectors.topk import TopK
+from spectralmoe.selectors.unweighted import Unweighted
 
 __all__ = [
     "SELECTORS",
@@ -20,6 +22,7 @@ __all__ = [
     "Balanced",
     "Capacity",
     "ClusterDropout",
+    "Entmax",
     "ExpertChoice",
     "GroupLimited",
     "NoisyTopK",
@@ -29,6 +32,7 @@ __all__ = [
     "Threshold",
     "TopK",
     "TopP",
+    "Unweighted",
 ]
 
 SELECTORS: dict[str, type[Selector]] = {
@@ -43,4 +47,6 @@ SELECTORS: dict[str, type[Selector]] = {
     "cluster_dropout": ClusterDropout,
     "group_limited": GroupLimited,
     "threshold": Threshold,
+    "entmax": Entmax,
+    "unweighted": Unweighted,
 }

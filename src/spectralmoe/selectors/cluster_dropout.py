@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectralmoe.errors import UserError
 from spectralmoe.routing import EMPTY, Score
+from spectralmoe.scrambling import scrambled
 from spectralmoe.selectors.around import Around
 from spectralmoe.selectors.balanced import Balanced
 from spectralmoe.selectors.base import Selector
@@ -130,19 +131,6 @@ class ClusterDropout(Around):
     def _drawn(self, num_experts: int) -> Tensor:
         """Who takes part (E,): in each group those with the smallest of random numbers, made on the tensors' device."""
         experts = torch.arange(num_experts, device=self.seed.device)
-        numbers = _scrambled(_scrambled(self.seed + self.steps // self.interval) + experts)
+        numbers = scrambled(scrambled(self.seed + self.steps // self.interval) + experts)
         places = numbers.view(self.groups, -1).argsort(-1).argsort(-1)
         return (places < self._kept(num_experts)).flatten()
-
-
-def _scrambled(numbers: Tensor) -> Tensor:
-    """Random int64 numbers, a function of ``numbers``: SplitMix64 (Steele et al., 2014); products wrap around."""
-    numbers = numbers * -7046029254386353131
-    numbers = (numbers ^ _shifted(numbers, 30)) * -4658895280553007687
-    numbers = (numbers ^ _shifted(numbers, 27)) * -7723592293110705685
-    return numbers ^ _shifted(numbers, 31)
-
-
-def _shifted(numbers: Tensor, bits: int) -> Tensor:
-    """The 64 bits shifted to the right, zeros in front."""
-    return (numbers >> bits) & ((1 << (64 - bits)) - 1)

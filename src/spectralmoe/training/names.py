@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["DATA_NAMES", "DEFAULT_ROUTERS", "FRESH_ROWS", "OWN_EXPERTS", "OWN_ROWS", "ROUTER_NAMES", "TEXT_NAMES"]
+__all__ = [
+    "DATA_NAMES",
+    "DEFAULT_ROUTERS",
+    "FRESH_ROWS",
+    "OWN_EXPERTS",
+    "OWN_ROWS",
+    "ROUTER_NAMES",
+    "SIGNAL_NAMES",
+    "TEXT_NAMES",
+]
 
 ROUTER_NAMES = (
     "linear",
@@ -20,13 +29,21 @@ ROUTER_NAMES = (
     "moec",
     "ermoe",
     "ermoe-context",
+    "mumoe",
+    "mumoe-tr",
     "omoe",
+    "mpoe",
+    "mofme",
+    "confsmoe",
+    "moce-ir",
+    "phyg-moe",
     "dense",
 )
-OWN_EXPERTS = ("ermoe", "ermoe-context")
+OWN_EXPERTS = ("ermoe", "ermoe-context", "mumoe", "mumoe-tr", "mpoe", "mofme", "confsmoe", "moce-ir")
 """Routers with experts of their own, which do not fit where there are experts already."""
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
 DATA_NAMES = ("digits", "fashion-mnist", "mnist5k")
 TEXT_NAMES = ("pydoc", "stdlib", "fortunes")
+SIGNAL_NAMES = ("interference",)
 FRESH_ROWS = ("emoe", "linear-probe", "adapter", "linear", "linear+load_balance")
 OWN_ROWS = ("own", "linear-probe")

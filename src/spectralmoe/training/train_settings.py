@@ -7,8 +7,10 @@ from typing import Any, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from spectralmoe.naming import shown
+from spectralmoe.training.restore_settings import Restore, check_restore, with_restore_defaults
 from spectralmoe.training.settings import Network, Optimization, Positive, Row, Settings, laid_over
 from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
+from spectralmoe.training.views_settings import Views, check_views
 from spectralmoe.training.vision_settings import Backbone, MoEParts
 
 __all__ = ["TrainSettings"]
@@ -29,6 +31,8 @@ class TrainSettings(Settings):
         terms: regularizers by name with their weights, beside those of the router; one of the same name changes it.
         image_size: images are resized to this side; those of a folder when they are read. None: as the data have them.
         text: how text is cut and read; with data text:NAME, which have defaults of their own in other sections, too.
+        restore: how photographs are cut and degraded; with data restore:NAME, which have defaults of their own, too.
+        views: which views of a sample are missing; with data views:NAME.
         train_size: training samples; None: all.
         hold_out: name of a class that training and validation do not see; the network can be taught it later.
 
@@ -44,6 +48,8 @@ class TrainSettings(Settings):
     backbone: Backbone | None = None
     moe: MoEParts | None = None
     text: Text | None = None
+    restore: Restore | None = None
+    views: Views | None = None
     image_size: Positive | None = None
     train_size: Positive | None = None
     hold_out: str | None = None
@@ -55,9 +61,16 @@ class TrainSettings(Settings):
     def _of_text(cls, values: Any) -> Any:
         return with_text_defaults(values)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_restore(cls, values: Any) -> Any:
+        return with_restore_defaults(values, cls.model_fields)
+
     @model_validator(mode="after")
     def _one_network(self) -> Self:
         check_text(self)
+        check_restore(self)
+        check_views(self)
         if self.backbone is None and self.moe is not None:
             raise ValueError("[moe] are parts of a timm model, but there is no section [backbone]")
         for key in _SR_MOE:
@@ -68,7 +81,9 @@ class TrainSettings(Settings):
     @model_serializer(mode="wrap")
     def _without_the_other(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What describes another kind of network is left out."""
-        absent = {*(_TIMM if self.backbone is None else _SR_MOE), *(("text",) if self.text is None else _IMAGES)}
+        kinds = ("text", "restore", "views")
+        absent = {*(_TIMM if self.backbone is None else _SR_MOE), *(key for key in kinds if getattr(self, key) is None)}
+        absent |= set(_IMAGES) if any(getattr(self, key) is not None for key in kinds) else set()
         return {key: value for key, value in handler(self).items() if key not in absent}
 
     @property

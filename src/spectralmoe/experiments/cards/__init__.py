@@ -20,11 +20,12 @@ A card is a folder: README.md (claim and verdict), plan.py with ``FULL`` and ``Q
 """
 
 from spectralmoe.experiments.cards.contest import ROUTING_COLUMNS, Contest, Trained, train_row
+from spectralmoe.experiments.cards.kinds import experts_of_kinds, told_by_experts
 from spectralmoe.experiments.cards.panels import difference_panels
 from spectralmoe.experiments.cards.plan import Card, Cells, Check, Desk, Step, Tuning
 from spectralmoe.experiments.cards.results import Section
 from spectralmoe.experiments.cards.run import check_card, find_card, run_card, write_card
-from spectralmoe.experiments.cards.small_runs import small_images, small_text
+from spectralmoe.experiments.cards.small_runs import small_images, small_restoration, small_text
 from spectralmoe.experiments.cards.tries import try_settings
 
 __all__ = [
@@ -40,10 +41,13 @@ __all__ = [
     "Tuning",
     "check_card",
     "difference_panels",
+    "experts_of_kinds",
     "find_card",
     "run_card",
     "small_images",
+    "small_restoration",
     "small_text",
+    "told_by_experts",
     "train_row",
     "try_settings",
     "write_card",

@@ -178,7 +178,8 @@ ROUTING_COLUMNS = (
 
 def _open(run: TrainSettings) -> Task:
     """The task of a run, read once a process."""
-    return _opened(run.model_dump_json(include={"data", "image_size", "train_size", "hold_out", "text"}))
+    kinds = {"text", "restore", "views"}
+    return _opened(run.model_dump_json(include={"data", "image_size", "train_size", "hold_out", *kinds}))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The two small runs that cards share, so that their figures may stand side by side: clothing, and bytes of English."""
+"""The small runs that cards share, so that their figures may stand side by side: clothing, bytes of English, photos."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from spectralmoe.training.train_settings import TrainSettings
 
-__all__ = ["small_images", "small_text"]
+__all__ = ["small_images", "small_restoration", "small_text"]
 
 
 def small_images(train_size: int = 4_000, epochs: int = 4, **moe: Any) -> TrainSettings:
@@ -47,6 +47,30 @@ def small_text(windows: int = 5_000, **network: Any) -> TrainSettings:
         network={**sizes, **network},
         text={"length": 64, "vocab": "bytes", "measured": 128},
         optimization={"epochs": 1, "lr": 6e-3, "batch_size": 16},
+    )
+
+
+def small_restoration(train_size: int = 2_000, epochs: int = 6, **restore: Any) -> TrainSettings:
+    """A restoration network with one MoE place (D = 32, 8 x 8 positions of patches of 32 x 32), one of 4 experts each.
+
+    Its rows come from ``find_preset`` as those of other tasks; with ``unit="sample"`` whole patches are routed.
+
+    Args:
+        restore: settings of ``[restore]`` in place of these, such as ``unit="sample"`` or ``scale=2``; ``network`` is a
+            table of settings of ``[network]``.
+
+    >>> run = small_restoration(unit="sample", network={"num_experts": 8})
+    >>> run.restore.unit, run.network.num_experts, run.network.k
+    ('sample', 8, 1)
+    """
+    network = {"width": 32, "num_experts": 4, "hidden": 64, "k": 1, **restore.pop("network", {})}
+    return _run(
+        data="restore:photos",
+        train_size=train_size,
+        depth=1,
+        network=network,
+        restore={"scale": 4, **restore},
+        optimization={"epochs": epochs, "lr": 3e-3, "batch_size": 32},
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from spectralmoe.errors import UserError
 from spectralmoe.experiments.compare.cell import run_cell
 from spectralmoe.experiments.compare.columns import Row, columns_of
 from spectralmoe.experiments.compare.outputs import WRITES, Shown, write_pictures, write_results
@@ -17,6 +19,8 @@ from spectralmoe.experiments.compare.tuning import TRY_KEYS, best_setting, candi
 from spectralmoe.experiments.grid import DIVERGED, CellJob, finished_cells, run_cells
 from spectralmoe.experiments.run_folder import run_folder
 from spectralmoe.files import write_json
+from spectralmoe.presets import find_preset
+from spectralmoe.saving import load
 from spectralmoe.training.loop import Progress
 from spectralmoe.training.network import CHECKPOINT
 from spectralmoe.training.tasks import Task
@@ -85,7 +89,21 @@ def run(
         cells = _ordered(grown, done)
         rows = write_results(out, grown, cells, shown)
         pictures, notes = write_pictures(out, rows, shown)
-        return Compared(cells, rows, shown, pictures, [*_divergences(cells), *notes])
+        try:
+            pictures += task.pictures(_first_networks(out, cells), out)
+        except UserError as error:
+            notes = [*notes, str(error)]
+        return Compared(cells, rows, shown, pictures, [*_divergences(cells), *dict.fromkeys(notes)])
+
+
+def _first_networks(out: Path, cells: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, nn.Module]]:
+    """Each row with its network of the first depth and seed that was trained."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        if DIVERGED not in cell:
+            first.setdefault(cell["router"], Cell(*(cell[key] for key in Cell._fields)))
+    for router, found in first.items():
+        yield router, load(out / "models" / found.name, allow=find_preset(router).allow)
 
 
 def _tune(setup: Setup, processes: int, progress: Progress) -> list[dict[str, Any]]:

@@ -11,10 +11,12 @@ from spectralmoe.errors import UserError
 from spectralmoe.naming import file_name, shown
 from spectralmoe.presets import find_preset
 from spectralmoe.training.names import DEFAULT_ROUTERS
+from spectralmoe.training.restore_settings import Restore, check_restore, with_restore_defaults
 from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
 from spectralmoe.training.tasks import task_of
 from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
 from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.views_settings import Views, check_views
 from spectralmoe.training.vision_settings import Backbone, MoEParts
 
 __all__ = ["GROWS", "Cell", "CompareSettings", "no_repeats"]
@@ -53,6 +55,8 @@ class CompareSettings(Settings):
         trials: one-shot adaptation trials a cell (all misclassified test samples where there are fewer).
         tune: settings tried for each row and depth, on the validation part; 0: the presets as they are.
         text: how text is cut and read; with data text:NAME, which have defaults of their own in other sections, too.
+        restore: how photographs are cut and degraded; with data restore:NAME, which have defaults of their own, too.
+        views: which views of a sample are missing; with data views:NAME.
         network: sizes of an SR-MoE network or a language model, and experts a layer and a token of any.
         backbone: a timm model in its place.
         moe: the form of its MoE parts; router, blocks and numbers of experts are those of the row and of ``network``.
@@ -68,6 +72,8 @@ class CompareSettings(Settings):
     trials: Positive = 50
     tune: Annotated[int, Field(ge=0)] = 0
     text: Text | None = None
+    restore: Restore | None = None
+    views: Views | None = None
     network: Network = Network()
     backbone: Backbone | None = None
     moe: MoEParts | None = None
@@ -78,15 +84,23 @@ class CompareSettings(Settings):
     def _of_text(cls, values: Any) -> Any:
         return with_text_defaults(values)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_restore(cls, values: Any) -> Any:
+        return with_restore_defaults(values, cls.model_fields)
+
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         check_text(self)
+        check_restore(self)
+        check_views(self)
         return self
 
     @model_serializer(mode="wrap")
-    def _without_text(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without text there is no word of it."""
-        return {key: value for key, value in handler(self).items() if key != "text" or value is not None}
+    def _without_others(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Of data of another kind there is no word."""
+        others = ("text", "restore", "views")
+        return {key: value for key, value in handler(self).items() if key not in others or value is not None}
 
     def check(self) -> None:
         """Refuse what would fail after hours, before anything runs.
@@ -103,9 +117,9 @@ class CompareSettings(Settings):
         for name in self.routers:
             preset = find_preset(name)
             if self.backbone is None:  # else the widths are those of the timm model
-                sizes, given = (self.network.width, experts, self.network.hidden), task_of(self.data).gives
-                fewest = min(self.depths)
-                preset.check(name, *sizes, k=k, spare=self.network.spare, given=given, depth=fewest)
+                sizes, fewest = (self.network.width, experts, self.network.hidden), min(self.depths)
+                trial = task_of(self.data).trial(self.run_of(Cell(name, fewest, self.seed)))
+                preset.check(name, *sizes, k=k, spare=self.network.spare, trial=trial, depth=fewest)
 
     def run_of(self, cell: Cell, lr: float = 1.0) -> TrainSettings:
         """The training run of one cell.
@@ -115,7 +129,7 @@ class CompareSettings(Settings):
         """
         optimization = self.optimization.model_copy(update={"seed": cell.seed, "lr": self.optimization.lr * lr})
         values: dict[str, Any] = {"data": self.data, "image_size": self.image_size, "train_size": self.train_size}
-        values |= {"optimization": optimization, "text": self.text}
+        values |= {"optimization": optimization, "text": self.text, "restore": self.restore, "views": self.views}
         if self.backbone is None:
             return TrainSettings(**values, router=cell.router, depth=cell.depth, network=self.network)
         form = self.moe or MoEParts(kind="replace_mlp", init="random", bottleneck=self.network.hidden)

@@ -7,14 +7,33 @@ from typing import Any
 
 from spectralmoe.training.tasks.base import Batch, Metric, Part, Task
 from spectralmoe.training.tasks.images import ImageTask
+from spectralmoe.training.tasks.restoration import RestorationTask
+from spectralmoe.training.tasks.signals import SignalTask
 from spectralmoe.training.tasks.text import TextTask
+from spectralmoe.training.tasks.views import ViewsTask
 from spectralmoe.training.train_settings import TrainSettings
 
-__all__ = ["TASKS", "Batch", "ImageTask", "Metric", "Part", "Task", "TextTask", "open_task", "task_of"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "ImageTask",
+    "Metric",
+    "Part",
+    "RestorationTask",
+    "SignalTask",
+    "Task",
+    "TextTask",
+    "open_task",
+    "task_of",
+]
+__all__ = ["TASKS", "Batch", "ImageTask", "Metric", "Part", "Task", "TextTask", "ViewsTask", "open_task", "task_of"]
 
 TASKS: dict[str, type[Task]] = {
     "images": ImageTask,
     "text": TextTask,
+    "signals": SignalTask,
+    "restore": RestorationTask,
+    "views": ViewsTask,
 }
 """What stands before the colon in the name of the data -> its task; other names are those of images."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.context import Context
 from spectralmoe.errors import UserError
+from spectralmoe.rows import Trial
 from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
 from spectralmoe.training.train_settings import TrainSettings
 
@@ -125,6 +127,13 @@ class Task(ABC):
             UserError: settings that no network can be built from.
         """
 
+    @classmethod
+    def trial(cls, settings: TrainSettings) -> Trial:
+        """What a comparison tries a layer of every row with, before it runs: by default two tokens of width D."""
+        dim = settings.network.width
+        context = Context(tokens={name: torch.zeros(2, dim) for name in cls.gives}) if cls.gives else None
+        return Trial(torch.zeros(2, dim), context)
+
     @abstractmethod
     def batch(self, indices: Tensor, draw: np.random.Generator) -> Batch:
         """The training samples (B,) int64 at ``indices``; whatever is random about them comes from ``draw``, which
@@ -215,6 +224,14 @@ class Task(ABC):
             UserError: the task has no form for it.
         """
         raise _absent("inspect", type(self))
+
+    def pictures(self, networks: Iterable[tuple[str, nn.Module]], folder: Path) -> list[Path]:
+        """Draw what several networks, each with its name, make of samples into ``folder``: the paths, none by default.
+
+        Raises:
+            UserError: they cannot be drawn.
+        """
+        return []
 
     @property
     def metric(self) -> Metric:

@@ -1,0 +1,100 @@
+"""The two-layer block of muMoE: the gate mixes parameters, not outputs.
+
+Oldfield et al., "Multilinear Mixture of Experts: Scalable Expert Specialization through Factorization" (muMoE), arXiv
+2402.12550, NeurIPS 2024: what takes the place of a transformer's MLP. The authors' code has no licence; this file is
+written from the equations.
+Differs: the router may be any.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spectralmoe.context import Context, Rows, rows_of
+from spectralmoe.dispatch import Dense
+from spectralmoe.errors import UserError
+from spectralmoe.experts import MultilinearExperts
+from spectralmoe.recording import Recordable
+from spectralmoe.router import Router
+from spectralmoe.scorers import LinearScorer
+from spectralmoe.selectors import Entmax
+
+__all__ = ["MultilinearBlock"]
+
+
+class MultilinearBlock(Recordable):
+    r"""Two layers of multilinear experts under one gate: :math:`y = W_2[a]\,\mathrm{gelu}(W_1[a]\,x)`.
+
+    :math:`W[a] = \sum_e a_e W_e` acts on [x; 1]. Because the gelu stands between the two sums, y is not
+    :math:`\sum_e a_e E_e(x)` for any experts E_e: this is a module of its own and no bank. Tapes record its routing;
+    there is no dispatch to choose.
+
+    Args:
+        dim, hidden: D and H.
+        num_experts: E of both layers.
+        rank, form, bond: of both, see ``MultilinearExperts``.
+        router: gives a; None: a linear gate that starts at zero, so with even gates, and ``Entmax(norm=True)``.
+
+    Raises:
+        UserError: as ``MultilinearExperts``; a router of another width or number of experts.
+
+    >>> block = MultilinearBlock(8, 16, 32, rank=6)
+    >>> block(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    router: Router
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        rank: int,
+        form: Literal["cp", "tr"] = "cp",
+        bond: int = 4,
+        router: Router | None = None,
+    ) -> None:
+        super().__init__()
+        if router is None:
+            scorer = LinearScorer(dim, num_experts)
+            torch.nn.init.zeros_(scorer.weight)
+            router = Router(scorer, Entmax(norm=True))
+        if (router.scorer.dim, router.num_experts) != (dim, num_experts):
+            raise UserError(
+                f"MultilinearBlock: the router was made for D={router.scorer.dim}, E={router.num_experts}, "
+                f"the block for D={dim}, E={num_experts}"
+            )
+        self.dim, self.hidden, self.num_experts = dim, hidden, num_experts
+        self.rank, self.form, self.bond = rank, form, bond
+        self.router = router
+        self.up = MultilinearExperts(num_experts, dim, rank=rank, form=form, bond=bond, out=hidden)
+        self.down = MultilinearExperts(num_experts, hidden, rank=rank, form=form, bond=bond, out=dim)
+
+    @property
+    def keepable(self) -> tuple[str, ...]:
+        """The names of what ``record`` can keep: no expert has an input or output of its own."""
+        return ("tokens",)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, context: Context | Rows | None = None) -> Tensor:
+        """x (..., D) -> (..., D); what ``mask`` (...) leaves out is 0, in every gradient too."""
+        fed, replay = self.take_feed(x.device), None
+        if fed is not None:
+            mask = fed.mask if mask is None else mask
+            context = fed.context if context is None else context
+            replay = fed.next_replay()
+        side = rows_of(context, x, mask)
+        routing = self.router(x, mask=mask, context=side, replay=replay)
+        seen = self.seen(x, self.names_to_keep(), streams=self.router.scorer.streams_tokens)
+        rows = x.reshape(-1, self.dim)
+        if torch.is_autocast_enabled(x.device.type):
+            rows = rows.to(torch.get_autocast_dtype(x.device.type))
+        mixed = Dense()
+        y = mixed(F.gelu(mixed(rows, routing, self.up)), routing, self.down)
+        self.leave(routing, None, seen, side)
+        return y.reshape(*x.shape[:-1], self.dim)

@@ -1,0 +1,162 @@
+"""A small classifier of signals that routes each signal as a whole, to a light expert or to a heavy one.
+
+After "PhyG-MoE", arXiv 2601.12798, abstract: light experts for elementary signals, a large one on demand, chosen by the
+spectrum. Differs: the authors' large expert is a TransNeXt, of which nothing more is known; here all experts are
+convolutions that differ in width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectralmoe.context import Context
+from spectralmoe.errors import UserError
+from spectralmoe.experts import Experts, HeterogeneousExperts
+from spectralmoe.moe import MoE
+from spectralmoe.router import Router
+from spectralmoe.scorers import SpectrumScorer
+from spectralmoe.selectors import TopK
+from spectralmoe.units import Sample
+
+__all__ = ["SignalBlock", "SignalExpert", "SignalMoE", "signal_experts", "signal_moe", "spectrum_router"]
+
+WINDOW, HOP = 64, 16
+_LIGHTEST = 1 / 8
+_EPS = 1e-6
+
+
+class SignalExpert(nn.Sequential):
+    """Three convolutions, 3 x 3 and ``hidden`` wide inside, on maps (M, C, H, W)."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels, hidden, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(hidden, hidden, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(hidden, channels, 3, padding=1),
+        )
+        self.channels, self.hidden = channels, hidden
+
+
+class SignalBlock(nn.Module):
+    r""":math:`z \leftarrow z + \mathrm{MoE}(\mathrm{norm}(z))` on maps (B, C, H, W), one choice a map.
+
+    Args:
+        moe: a layer of whole samples; its parts may read the signals (B, T) as "map".
+    """
+
+    def __init__(self, moe: MoE) -> None:
+        super().__init__()
+        self.norm, self.moe = nn.GroupNorm(1, moe.router.scorer.dim), moe
+
+    def forward(self, z: Tensor, context: Context) -> Tensor:
+        routed: Tensor = self.moe(self.norm(z), context=context)
+        return z + routed
+
+
+class SignalMoE(nn.Module):
+    """Signals (B, T), complex or real -> class logits (B, num_classes). ``signal_moe`` builds one.
+
+    The logarithm of a spectrogram (Hann windows of 64 samples, every 16), standardised for each signal, then two
+    strided convolutions, the blocks, and a linear head on the mean and the maximum of each channel.
+
+    Args:
+        blocks: all C wide.
+        num_classes: number of logits.
+
+    Raises:
+        UserError: no block; in forward, signals of another shape, or shorter than 64 samples.
+
+    >>> signal_moe(21, width=8, hidden=16)(torch.randn(3, 256, dtype=torch.complex64)).shape
+    torch.Size([3, 21])
+    """
+
+    def __init__(self, blocks: Sequence[SignalBlock], num_classes: int) -> None:
+        super().__init__()
+        if not blocks:
+            raise UserError("SignalMoE: depth must be at least 1")
+        width = blocks[0].moe.router.scorer.dim
+        inside = max(width // 2, 1)
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, inside, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(inside, width, 3, stride=2, padding=1),
+        )
+        self.blocks = nn.ModuleList(blocks)
+        self.norm, self.head = nn.GroupNorm(1, width), nn.Linear(2 * width, num_classes)
+        self.num_classes = num_classes
+
+    def forward(self, signals: Tensor) -> Tensor:
+        z, context = self.stem(self.spectrogram(signals)), Context(samples={"map": signals})
+        for block in self.blocks:
+            z = block(z, context)
+        values = self.norm(z).flatten(2)
+        logits: Tensor = self.head(torch.cat([values.mean(2), values.amax(2)], 1))
+        return logits
+
+    def spectrogram(self, signals: Tensor) -> Tensor:
+        """Log powers (B, 1, 64, T // 16) of signals (B, T), of mean 0 and variance 1 in each."""
+        if signals.dim() != 2 or signals.shape[1] < WINDOW:
+            raise UserError(
+                f"SignalMoE reads signals (B, T) of at least {WINDOW} samples, got a tensor of shape "
+                f"{tuple(signals.shape)}"
+            )
+        x = signals if signals.is_complex() else torch.complex(signals.float(), torch.zeros_like(signals).float())
+        window = torch.hann_window(WINDOW, device=x.device, dtype=x.real.dtype)
+        lines = torch.stft(x, WINDOW, HOP, window=window, pad_mode="constant", onesided=False, return_complex=True)
+        power = torch.view_as_real(lines[..., : x.shape[1] // HOP]).square().sum(-1)
+        level = (power + _EPS).log10().to(self.head.weight.dtype)
+        return F.layer_norm(level, level.shape[1:])[:, None]
+
+
+RouterFactory = Callable[[int, int], Router]
+ExpertsFactory = Callable[[int, int, int], Experts]
+
+
+def spectrum_router(dim: int, num_experts: int) -> Router:
+    """The spectrum of the signal, one expert each."""
+    return Router(SpectrumScorer(dim, num_experts), TopK(1))
+
+
+def signal_experts(num_experts: int, channels: int, hidden: int) -> HeterogeneousExperts:
+    """Experts from an eighth of ``hidden`` wide to ``hidden``, in equal ratios; one alone is ``hidden`` wide.
+
+    >>> [expert.hidden for expert in signal_experts(4, 16, 64).experts]
+    [8, 16, 32, 64]
+    """
+    steps = [1 - e / max(num_experts - 1, 1) for e in range(num_experts)] if num_experts > 1 else [0.0]
+    widths = [max(round(hidden * _LIGHTEST**step), 1) for step in steps]
+    return HeterogeneousExperts([SignalExpert(channels, width) for width in widths])
+
+
+def signal_moe(
+    num_classes: int,
+    *,
+    width: int = 16,
+    depth: int = 1,
+    num_experts: int = 2,
+    hidden: int = 64,
+    router: RouterFactory = spectrum_router,
+    experts: ExpertsFactory = signal_experts,
+) -> SignalMoE:
+    """A SignalMoE of ``depth`` equal blocks.
+
+    Everything but the routers is initialised first: under one seed two networks that differ only in their routers
+    start with the same other parts.
+
+    Args:
+        width, depth, num_experts, hidden: C, number of blocks, E, H.
+        router: (C, E) -> a router; default: ``spectrum_router``.
+        experts: (E, C, H) -> a bank of experts on maps; default: ``signal_experts``.
+    """
+    banks = [experts(num_experts, width, hidden) for _ in range(depth)]
+    state = torch.get_rng_state()
+    routers = [router(width, num_experts) for _ in range(depth)]
+    torch.set_rng_state(state)
+    blocks = [SignalBlock(MoE(r, bank, unit=Sample())) for r, bank in zip(routers, banks, strict=True)]
+    return SignalMoE(blocks, num_classes)

@@ -1,0 +1,112 @@
+"""Random masks on the gradients of what all experts share.
+
+Gao et al., "Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language Models" (MPOE), arXiv
+2203.01104 (COLING 2022), abstract: the central core gets a gradient from every token, an expert's own cores from its
+tokens alone, so that of the central one is masked. Authors' code: github.com/RUCAIBox/MPOE (Apache-2.0), without such a
+mask.
+Differs: what a mask covers and how often it keeps are not known here: one draw a step for a whole core, and of E
+experts one step in E. Not divided by that probability, because the core is to move less.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from spectralmoe.errors import UserError
+from spectralmoe.experts import MPOExperts
+
+__all__ = ["mask_central", "mask_gradient"]
+
+STATE = "mask_gradient"
+"""Where an optimizer keeps the state of the draws: ``optimizer.state[STATE]``."""
+
+
+def mask_gradient(parameter: Tensor, keep: float, *, generator: torch.Generator | None = None) -> RemovableHandle:
+    r"""Let :math:`\nabla \leftarrow b\,\nabla` with :math:`b \sim \mathrm{Bernoulli}(\mathrm{keep})`, one draw a step.
+
+    A hook on the accumulated gradient; ``remove()`` of what is returned takes it off. All backward passes between two
+    changes of the parameter, so all micro-batches of a step, share a draw. With several processes all must draw alike:
+    give them generators of one seed. An optimizer with momentum goes on moving where the gradient is 0: AdamW moves
+    about :math:`\sqrt{\mathrm{keep}}` times as far, plain SGD ``keep`` times.
+
+    Args:
+        parameter: a leaf, such as one of ``MPOExperts.central``.
+        keep: the probability that a gradient stays.
+        generator: of the draws, on the CPU; None: torch's own.
+
+    Raises:
+        UserError: ``keep`` outside 0 to 1; a tensor that collects no gradient.
+
+    >>> core = nn.Parameter(torch.ones(3))
+    >>> handle = mask_gradient(core, 0.0)
+    >>> core.sum().backward()
+    >>> core.grad
+    tensor([0., 0., 0.])
+    """
+    if not 0 <= keep <= 1:
+        raise UserError(f"mask_gradient: keep is a probability between 0 and 1, got {keep}")
+    if not (parameter.is_leaf and parameter.requires_grad):
+        raise UserError("mask_gradient: takes a parameter that is trained, this tensor collects no gradient")
+    drawn = {"at": -1, "kept": True}
+
+    def mask(core: Tensor) -> None:
+        if core.grad is None:
+            return
+        if drawn["at"] != core._version:
+            kept = bool(torch.rand((), generator=generator) < keep)
+            drawn.update(at=core._version, kept=kept)
+        if not drawn["kept"]:
+            core.grad.zero_()
+
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(mask)
+    return handle
+
+
+def mask_central(optimizer: Optimizer, model: nn.Module, *, keep: float | None = None, seed: int = 0) -> None:
+    """Mask the gradient of each central core of the ``MPOExperts`` in ``model``, for as long as they are trained.
+
+    What a row of a comparison puts around its optimizer. The draws are entries of ``optimizer.state``, so a run that
+    goes on from a checkpoint goes on with them; all processes draw alike.
+
+    Args:
+        keep: the probability that a gradient stays; None: 1/E.
+        seed: of the draws.
+
+    Raises:
+        UserError: no trained central core in ``model``; ``keep`` outside 0 to 1.
+
+    >>> bank = MPOExperts(4, 8, 8)
+    >>> optimizer = torch.optim.SGD(bank.parameters(), lr=0.1)
+    >>> mask_central(optimizer, bank, keep=0.0)
+    >>> before = bank.up.central.detach().clone()
+    >>> bank(torch.randn(5, 8), torch.tensor([2, 0, 3, 0])).sum().backward()
+    >>> optimizer.step()
+    >>> torch.equal(bank.up.central, before)
+    True
+    """
+    banks = [module for module in model.modules() if isinstance(module, MPOExperts)]
+    cores = [(core, bank.num_experts) for bank in banks for core in bank.central if core.requires_grad]
+    if not cores:
+        raise UserError('mask_central: no central core is trained here; take experts = "mpo", or no mask')
+    generators = [torch.Generator().manual_seed(seed * len(cores) + number) for number in range(len(cores))]
+    for (core, num_experts), generator in zip(cores, generators, strict=True):
+        mask_gradient(core, 1 / num_experts if keep is None else keep, generator=generator)
+
+    def remember(optimizer: Optimizer, *_: Any) -> None:
+        _states(optimizer)[STATE] = {str(number): each.get_state() for number, each in enumerate(generators)}
+
+    def go_on(optimizer: Optimizer) -> None:
+        for number, state in _states(optimizer).get(STATE, {}).items():
+            generators[int(number)].set_state(state)
+
+    optimizer.register_step_post_hook(remember)
+    optimizer.register_load_state_dict_post_hook(go_on)
+
+
+def _states(optimizer: Optimizer) -> dict[Any, Any]:
+    return optimizer.state

@@ -1,0 +1,245 @@
+"""Mixture of Ranks: every rank of a low-rank adapter is an expert, and the router says which of them a token gets.
+
+"MoR" (a mixture of ranks for image restoration, routed by the severity of a degradation), arXiv 2511.16024. The
+adapter is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1;
+experts that add nothing: Jin et al., "MoE++", arXiv 2410.07348.
+Differs: the gates of the chosen have the mean 1, so that ranks with equal gates are a plain LoRA; the router may read
+the token, which is the default, where the paper's reads severity alone (``ContextScorer``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from spectralmoe.context import Context, Rows, rows_of
+from spectralmoe.errors import UserError
+from spectralmoe.recording import Recordable
+from spectralmoe.router import Router
+from spectralmoe.scorers import LinearScorer, Scorer
+from spectralmoe.selectors import TopK
+
+__all__ = ["RankExperts", "RankGates", "add_ranks", "put_ranks"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class RankGates(TopK):
+    r"""Top-k whose weights have the mean 1: :math:`g_{tj} = k\,\mathrm{softmax}_j(s_{t,i_j})` over the k chosen.
+
+    With k = 1 the weight is the softmax over all experts, without which the router would get no gradient.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__(k, normalize=k > 1)
+
+    def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
+        return self.k * super().weigh(logits, indices)
+
+
+class RankExperts(Recordable):
+    r"""A linear layer with R ranks to choose from: :math:`y = W_0 x + \sum_{j \le S} B_j A_j x + \sum_i g_i B_i A_i x`.
+
+    S ranks are shared by all tokens, i runs over the k chosen of R ranks and Z zero experts, which add nothing. The
+    layer reads (..., D) and gives (..., O) as the linear layer does, and is recorded as an ``MoE`` is. All ranks are
+    computed, in two products, and those not chosen are multiplied by 0: at these ranks that takes less time than a
+    choice of rows. W_0 is frozen; B starts at zero, so the layer starts as the linear one, and in the first step B
+    alone gets a gradient.
+
+    Args:
+        linear: W_0 (O, D) with its bias.
+        ranks: R, how many ranks are experts.
+        shared: S, how many every token has.
+        zero: Z, experts that add nothing: the router counts R + Z.
+        k: how many of these R + Z a token gets.
+        scorer: of R + Z experts; None: a linear one on the token.
+
+    Attributes:
+        down: A (S + R, D), shared ranks first; uniform as LoRA's.
+        up: B (O, S + R).
+        router: its gates (``RankGates``) have the mean 1 over the chosen, zero experts included.
+
+    Raises:
+        UserError: no linear layer; a size that is negative, no rank at all, a k that is not 1 to R + Z; a scorer of
+            another width or number of experts.
+
+    >>> from spectralmoe import ContextScorer
+    >>> linear, x = nn.Linear(16, 8), torch.randn(2, 5, 16)
+    >>> layer = RankExperts(linear, scorer=ContextScorer(16, 32 + 4, width=3))
+    >>> y = layer(x, context=Context(samples={"severity": torch.rand(2, 3)}))  # one choice a sample
+    >>> torch.equal(y, linear(x))
+    True
+    """
+
+    router: Router
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        ranks: int = 32,
+        shared: int = 8,
+        zero: int = 4,
+        k: int = 8,
+        scorer: Scorer | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(linear, nn.Linear):
+            raise UserError(f"RankExperts: goes around an nn.Linear, got a {type(linear).__name__}")
+        if ranks < 1 or shared < 0 or zero < 0:
+            raise UserError(
+                f"RankExperts: needs ranks >= 1, shared >= 0 and zero >= 0, got ranks={ranks}, shared={shared}, "
+                f"zero={zero}"
+            )
+        if not 1 <= k <= ranks + zero:
+            raise UserError(f"RankExperts: k must be 1 to ranks + zero = {ranks + zero}, got {k}")
+        scorer = LinearScorer(linear.in_features, ranks + zero) if scorer is None else scorer
+        if (scorer.dim, scorer.num_experts) != (linear.in_features, ranks + zero):
+            raise UserError(
+                f"RankExperts: the scorer must be for D={linear.in_features} and E=ranks + zero={ranks + zero}, got "
+                f"D={scorer.dim} and E={scorer.num_experts}"
+            )
+        self.linear, self.ranks, self.shared, self.zero, self.k = linear.requires_grad_(False), ranks, shared, zero, k
+        weight, bound = linear.weight, linear.in_features**-0.5
+        self.down = nn.Parameter(weight.new_empty(shared + ranks, linear.in_features).uniform_(-bound, bound))
+        self.up = nn.Parameter(weight.new_zeros(linear.out_features, shared + ranks))
+        self.router = Router(scorer, RankGates(k)).to(weight.device)
+        self.train(linear.training)
+
+    @property
+    def keepable(self) -> tuple[str, ...]:
+        """What the router reads; a rank has no rows of its own."""
+        return ("tokens",)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, context: Context | Rows | None = None) -> Tensor:
+        """x (..., D) -> (..., O).
+
+        Args:
+            mask: (...), True for real tokens; of the others the output is 0, and so is their part in every gradient.
+            context: side information that the scorer reads: a ``Context``, or its rows (N, ...).
+        """
+        fed, replay = self.take_feed(x.device), None
+        if fed is not None:
+            mask = fed.mask if mask is None else mask
+            context = fed.context if context is None else context
+            replay = fed.next_replay()
+        side = rows_of(context, x, mask)
+        routing = self.router(x, mask=mask, context=side, replay=replay)
+        self.leave(routing, None, self.seen(x, self.names_to_keep(), streams=self.router.scorer.streams_tokens), side)
+        rows = _real(x, mask).reshape(-1, x.shape[-1])
+        hidden = F.linear(rows, self.down.to(x.dtype))
+        gates = F.pad(routing.gates(self.ranks), (self.shared, 0), value=1.0)
+        y = torch.addmm(self.linear(rows), hidden * gates.to(hidden.dtype), self.up.to(x.dtype).T)
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], len(self.up))
+        return _real(y, mask)
+
+    def rank(self, x: Tensor, e: int) -> Tensor:
+        """What rank ``e`` of the R adds to x (M, D) with a gate of 1: (M, O)."""
+        down, up = (part.to(x.dtype) for part in self.rank_parameters(e).values())
+        return (x @ down)[:, None] * up
+
+    def rank_parameters(self, e: int) -> dict[str, Tensor]:
+        """Views of what belongs to rank ``e`` of the R alone: A_e (D,) and B_e (O,)."""
+        return {"down": self.down[self.shared + e], "up": self.up[:, self.shared + e]}
+
+    @torch.no_grad()
+    def merged(self, gates: Tensor) -> nn.Linear:
+        r"""The plain linear layer for tokens with these gates: :math:`W_0 + B\,\mathrm{diag}(1, g)\,A`.
+
+        Where the router reads side information alone, such as a severity, that is the whole layer for one severity.
+
+        Args:
+            gates: (R,), such as a row of ``routing.gates(layer.ranks)``.
+
+        >>> layer = RankExperts(nn.Linear(6, 5), ranks=4, shared=1, zero=0, k=4)
+        >>> _ = layer.router.scorer.weight.data.zero_()  # so all gates are 1
+        >>> _ = layer.up.data.normal_()
+        >>> x = torch.randn(3, 6)
+        >>> torch.allclose(layer.merged(torch.ones(4))(x), layer(x), atol=1e-5)
+        True
+        """
+        if gates.shape != (self.ranks,):
+            raise UserError(f"RankExperts.merged: takes one gate for each of {self.ranks} ranks, got {[*gates.shape]}")
+        old, wide = self.linear, torch.float64
+        all_gates = F.pad(gates.to(wide), (self.shared, 0), value=1.0)
+        plain = nn.Linear(old.in_features, old.out_features, old.bias is not None, old.weight.device, old.weight.dtype)
+        plain.weight.copy_(old.weight.to(wide) + (self.up.to(wide) * all_gates) @ self.down.to(wide))
+        if old.bias is not None:
+            plain.bias.copy_(old.bias)
+        return plain.train(self.training)
+
+
+def add_ranks(
+    model: Model,
+    layers: str | Sequence[str],
+    *,
+    ranks: int = 32,
+    shared: int = 8,
+    zero: int = 4,
+    k: int = 8,
+    scorer: Callable[[int, int], Scorer] | None = None,
+) -> Model:
+    """Put ``RankExperts`` in place of the linear layers of ``model`` that ``layers`` names, in place.
+
+    All else is frozen, as with other adapters: unfreeze afterwards what is to be trained as well. The model computes
+    what it did before until the first step. ``record``, ``penalty``, ``attach`` and ``feed`` see the new layers;
+    ``feed(model, context=...)`` gives them what their scorers read. ``saving.ranks`` writes and reads them alone.
+
+    Args:
+        layers: pattern on the layers' names (``*`` and ``?``), or several: ``["*.q_proj", "*.v_proj"]``.
+        ranks, shared, zero, k: as in ``RankExperts``.
+        scorer: (D, E) -> scorer, of E = ranks + zero experts, called for each layer; None: linear ones.
+
+    Raises:
+        UserError: a pattern without a match; a layer that its module reads itself instead of calling it.
+
+    >>> model = add_ranks(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), "2", ranks=6, zero=2, k=4)
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['2.down', '2.up', '2.router.scorer.weight']
+    """
+    chosen = _choose(model, [layers] if isinstance(layers, str) else list(layers))
+    made: dict[nn.Linear, RankExperts] = {}
+    for linear in dict.fromkeys(chosen.values()):
+        own = None if scorer is None else scorer(linear.in_features, ranks + zero)
+        made[linear] = RankExperts(linear, ranks=ranks, shared=shared, zero=zero, k=k, scorer=own)
+    return put_ranks(model, {path: made[linear] for path, linear in chosen.items()})
+
+
+def put_ranks(model: Model, layers: Mapping[str, RankExperts]) -> Model:
+    """Put layers with ranks at their paths in ``model``, in place, and freeze all but what ranks there are in it."""
+    for path, layer in layers.items():
+        place, _, name = path.rpartition(".")
+        model.get_submodule(place).add_module(name, layer)
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, RankExperts):
+            for part in (module.down, module.up, module.router):
+                part.requires_grad_(True)
+    return model
+
+
+def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers that the patterns name, by every path that leads to them; none that has ranks already."""
+    inside = {part for layer in model.modules() if isinstance(layer, RankExperts) for part in layer.modules()}
+    every = model.named_modules(remove_duplicate=False)
+    linear = {path: layer for path, layer in every if isinstance(layer, nn.Linear) and path and layer not in inside}
+    chosen = {path: layer for path, layer in linear.items() if any(fnmatch(path, pattern) for pattern in patterns)}
+    for pattern in patterns:
+        if not any(fnmatch(path, pattern) for path in linear):
+            some = ", ".join(list(linear)[:4]) + (", ..." if len(linear) > 4 else "")
+            raise UserError(f"add_ranks: layers={pattern!r} matches no linear layer; the model has: {some or 'none'}")
+    for path, layer in chosen.items():
+        if isinstance(layer, NonDynamicallyQuantizableLinear):
+            raise UserError(f"add_ranks: {path} is never called, torch's attention reads its weight; leave it out")
+    return chosen
+
+
+def _real(values: Tensor, mask: Tensor | None) -> Tensor:
+    """``values`` (..., D) with zeros where ``mask`` (...) has no real token, in value and gradient."""
+    return values if mask is None else values.masked_fill(~mask.bool()[..., None], 0)

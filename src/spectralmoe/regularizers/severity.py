@@ -1,0 +1,80 @@
+"""Severity balance: an even load, in which experts that add nothing are the cheaper the less a sample is degraded.
+
+"MoR", arXiv 2511.16024, its load-balancing loss.
+Differs: of several severities of a sample the mean counts; it is not below ``floor``, as near 0 all would go to the
+zero experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectralmoe.errors import UserError
+from spectralmoe.routing import Routing
+from spectralmoe.tape import Record
+
+__all__ = ["severity_balance"]
+
+
+def severity_balance(
+    record: Record | Routing, severity: Tensor | float | str, *, num_real: int, floor: float = 0.05
+) -> Tensor:
+    r"""Balance loss with a weight of each expert: :math:`E \sum_i f_i\,\mathrm{mean}_t(\alpha_{ti} p_{ti})`.
+
+    :math:`\alpha_{ti}` is 1 for the first ``num_real`` experts and the severity :math:`s_t` of the token's sample for
+    the others, which add nothing. f (E,) is ``routing.load()``, p (N, E) the normalised scores of real tokens. With
+    one s for all it is least where shares go with :math:`1/\alpha_i`: n real and Z zero experts then share as n to
+    Z / s. With s = 1 it is ``load_balance``. The paper gives no weight for it; 0.01 is that of other balance losses.
+
+    Args:
+        severity: in [0, 1], 1 for the worst: a number; a value a token (N,), or several (N, P), whose mean counts; a
+            value a sample (B,) or (B, P) of a routing of B samples; or the name of a record's side information.
+        num_real: how many experts add something; the others come after them.
+        floor: severities below it count as it.
+
+    Raises:
+        UserError: ``num_real`` is not 1 to E; a floor that is not positive; a severity of another number of rows, or
+            a name that the record does not hold.
+
+    >>> from spectralmoe import LinearScorer, Router, TopK
+    >>> router = Router(LinearScorer(1, 6), TopK(2))
+    >>> _ = router.scorer.weight.data.copy_(torch.tensor([[1.0], [1.0], [1.0], [1.0], [2.0], [2.0]]).log())
+    >>> routing = router(torch.ones(5, 1))  # scores 1/8 and 2/8, both slots go to the last two
+    >>> [round(severity_balance(routing, s, num_real=4).item(), 3) for s in (1.0, 0.5)]
+    [1.5, 0.75]
+    """
+    routing = (record if isinstance(record, Routing) else record.routing).unforced
+    if not 1 <= num_real <= routing.num_experts:
+        raise UserError(f"severity_balance: num_real must be 1 to E={routing.num_experts}, got {num_real}")
+    if not floor > 0:
+        raise UserError(f"severity_balance: floor must be positive, got {floor}")
+    value = _named(record, severity) if isinstance(severity, str) else severity
+    s = _by_token(value, routing).clamp_min(floor)
+    alpha = torch.where(torch.arange(routing.num_experts, device=s.device) < num_real, 1, s[:, None])
+    return routing.num_experts * (routing.load() * routing.real(alpha * routing.probs)).sum()
+
+
+def _named(record: Record | Routing, name: str) -> Tensor:
+    """The side information ``name`` that the layer of a record got."""
+    side = None if isinstance(record, Routing) else record.context
+    if side is None or name not in side:
+        there = ", ".join(side or {}) or "nothing"
+        raise UserError(f"severity_balance: the record holds {there} of the context, not {name!r}")
+    return side[name]
+
+
+def _by_token(severity: Tensor | float, routing: Routing) -> Tensor:
+    """The mean severity of each token's sample: (N,), without gradient; 0 for padding."""
+    tokens, shape = len(routing.logits), routing.shape or (len(routing.logits),)
+    given = torch.as_tensor(severity, dtype=routing.logits.dtype, device=routing.logits.device).detach()
+    mean = given if given.dim() < 2 else given.flatten(1).mean(1)
+    if mean.dim() == 0:
+        return mean.expand(tokens)
+    if len(mean) not in (tokens, shape[0]):
+        raise UserError(
+            f"severity_balance: severity of shape {tuple(given.shape)} has no row for each of {tokens} tokens, nor for "
+            f"each of {shape[0]} samples"
+        )
+    each = mean if len(mean) == tokens else mean.repeat_interleave(tokens // shape[0])
+    return each if routing.mask is None else each.masked_fill(~routing.mask, 0)
