@@ -346,6 +346,7 @@ def test_a_new_value_is_inspected_and_on_the_page(grown):
     assert "Frobenius norm" in (grown.root / "look" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.full
 def test_a_card_is_a_plan_that_needs_no_line_anywhere(grown):
     folder = grown.root / "papers" / "toy"
     folder.mkdir(parents=True)

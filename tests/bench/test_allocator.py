@@ -31,6 +31,7 @@ def pages(how):
     return int(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_a_later_tensor_takes_the_memory_of_an_earlier_one():
     assert pages("keep") < 100 < pages("give back")

@@ -131,6 +131,7 @@ def measured(suites, dtypes):
     return found
 
 
+@pytest.mark.full
 def test_peak_memory_is_the_same_in_every_run(tiny):
     settings = Settings(torch.device("cpu"))
     values = []

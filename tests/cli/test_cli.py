@@ -288,6 +288,7 @@ def test_help_has_an_example(call, verb):
     assert f"spectralmoe {verb}" in out
 
 
+@pytest.mark.full
 def test_routers_of_your_own(call, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom spectralmoe import LinearScorer\n\n\nclass Signs(LinearScorer):\n"
@@ -376,6 +377,7 @@ def test_bad_images(refused, model, tmp_path):
     assert "0.npy" in refused("compare", "--data", f"folder:{tmp_path / 'set'}", "--out", tmp_path / "o")
 
 
+@pytest.mark.full
 def test_other_images_under_the_same_name(refused, call, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -417,6 +419,7 @@ def test_out_that_cannot_be_written(refused, model, tmp_path):
     assert (tmp_path / "model.safetensors").read_text() == "mine"
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/dev/shm").is_dir() or os.geteuid() != 0, reason="needs root to mount a small disk")
 def test_full_disk_keeps_what_was_there(refused, call, tmp_path):
     disk = tmp_path / "disk"

@@ -192,6 +192,7 @@ def test_mistakes_are_one_line(models, refused, tmp_path):
     assert "has no MoE layers" in refused("adapt", "trials", models / "dense", "--count", 1)
 
 
+@pytest.mark.full
 def test_a_vision_model_is_corrected_too(models, call, tmp_path):
     """One adapter of one branch changes, the sample becomes right, and the saved update gives the same model."""
     data, old, out = load_data("digits"), load(models / "emoe"), tmp_path / "out"

@@ -211,6 +211,7 @@ def test_a_card_killed_at_random_moments_loses_nothing_and_does_nothing_twice(tm
     assert total <= found["begun"] <= total + kills
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_killed_card_leaves_no_process(tmp_path):
     command = ["card", str(TOY), "--quick", "--out", str(tmp_path / "out"), "--work", str(tmp_path), "--jobs", "2"]

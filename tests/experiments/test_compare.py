@@ -203,6 +203,7 @@ def test_the_tables_for_latex_are_whole(tmp_path):
     assert r"\{x\}\textbackslash{}y\textasciitilde{}\textasciicircum{}\%\$\#" in text
 
 
+@pytest.mark.full
 def test_pictures_leave_out_constant_columns_and_keep_intervals_whole(tmp_path):
     cells = [*cells_of("linear", depths=(2, 4), parameters=7), *cells_of("a<b&c", depths=(2, 4), parameters=7)]
     cells[0]["gini"] = 500.0

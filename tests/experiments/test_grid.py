@@ -19,6 +19,7 @@ def quiet(text, done):
     pass
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("processes", [1, 2])
 def test_cells_are_files_that_record_where_they_ran(tmp_path, processes):
     found = run_missing(tmp_path / "cells", 3, tmp_path / "log", processes)

@@ -29,6 +29,7 @@ def test_every_job_gives_its_result(processes):
     assert all(text.startswith("job ") and text.endswith("/5)") for text, _ in seen)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_job_has_one_thread_however_many_there_are(count):
     before = torch.get_num_threads()
@@ -44,12 +45,14 @@ def test_no_jobs_are_no_results():
     assert list(run_jobs([], 2, lambda text, done: None)) == []
 
 
+@pytest.mark.full
 def test_a_failure_ends_the_others_and_keeps_its_line():
     with pytest.raises(UserError, match="number 1 is refused"):
         list(run_jobs([Job(n, "", fail, (n,)) for n in range(3)], 2, lambda text, done: None))
     assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
+@pytest.mark.full
 def test_a_killed_process_is_one_line(user_error):
     with user_error("a process was killed", "start the same command again"):
         list(run_jobs([Job(n, "", die, (n,)) for n in range(2)], 2, lambda text, done: None))

@@ -134,6 +134,7 @@ def test_the_same_lines_as_a_plain_loop(tmp_path):
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.full
 def test_inside_a_compiled_model(tmp_path):
     torch._dynamo.reset()
     for name, options in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"})):

@@ -70,6 +70,7 @@ def cells_of(folder):
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.full
 def test_a_tiny_run_holds_every_row_and_field(finished):
     cells = cells_of(finished)
     wider = {row + way for row in ("linear", "SR-MoE") for way in WIDER}
@@ -106,6 +107,7 @@ def test_every_row_is_tuned_with_as_many_tries(finished):
     assert len({len(found["rules"]) for found in tuned.values()}) == 1
 
 
+@pytest.mark.full
 def test_a_rerun_does_only_what_is_missing(tiny, finished):
     before = cells_of(finished)
     assert run(tiny, finished) == 0

@@ -86,6 +86,7 @@ def test_load_through_training_is_thinned_and_a_silent_layer_has_no_data(tmp_pat
         np.testing.assert_allclose(root[1:], np.sqrt(shares[1:]), atol=held["high"] / 500)
 
 
+@pytest.mark.full
 def test_48_layers_of_128_experts_stay_under_two_megabytes(tmp_path):
     path = tmp_path / "monitor.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in monitor(48, 128, 100)))

@@ -160,6 +160,7 @@ def test_routing_ignores_the_scale_around_the_mean(close):
     close(scorer(scorer.mean + 1e3 * x), scorer(scorer.mean + 1e4 * x))
 
 
+@pytest.mark.full
 def test_no_column_flips_in_a_thousand_steps():
     moe = layer()
     optimizer = torch.optim.AdamW(param_groups(moe, 0.05), lr=5e-4)

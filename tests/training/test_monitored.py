@@ -150,6 +150,7 @@ def test_the_command_writes_the_file(tmp_path, capsys, monkeypatch):
     assert "add --monitor" in capsys.readouterr().err
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_vision_model_on_two_processes(tmp_path):
     config = tmp_path / "f.toml"
