@@ -210,6 +210,7 @@ def refusals(rank, folder):
 
 
 def bf16(rank, folder):
+    """The first layer alone: behind it rounding may change what the second chooses."""
     world = dist.get_world_size()
     net = make()
     parallelize_experts(
@@ -217,9 +218,9 @@ def bf16(rank, folder):
     )
     x, grad = tokens(world, 0.8)[rank]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = net(x)
+        y = net.layers[0](x)
     (y.float() * grad).sum().backward()
-    return y.detach(), named_gradients(net)
+    return y.detach(), named_gradients(net.layers[0])
 
 
 def two_dimensions(rank, folder):
@@ -319,7 +320,8 @@ def test_autocast(ranks):
     for rank, (y, grads) in enumerate(ranks(bf16)):
         x, _ = tokens(2, 0.8)[rank]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert (y - net(x)).abs().max() < 0.1 * y.abs().max()
+            expected = net.layers[0](x)
+        assert (y - expected).abs().max() < 0.02 * expected.abs().max()
         assert all(grad.isfinite().all() for grad in grads.values())
 
 
