@@ -213,6 +213,7 @@ PAIRS = [
     ("learned E=64 K=1", "learned E=4 K=1"),
     ("frozen E=16 K=16", "frozen E=16 K=1"),
     ("frozen E=16 K=1", "learned E=16 K=1"),
+    ("frozen E=16 K=16", "learned E=16 K=16"),
     ("learned E=16 K=1", "dense E=16 K=1"),
 ]
 

@@ -31,6 +31,7 @@ __all__ = [
     "WEIGHTS",
     "alone",
     "is_ours",
+    "read_config_of",
     "read_model_folder",
     "refuse_others",
     "weights_file",
@@ -44,6 +45,20 @@ _NAMES = {"spectralmoe": WEIGHTS, "spectralmoe_parts": PARTS, "spectralmoe_ranks
 _COMING = ".spectralmoe-weights"
 _TRIES = 100
 _PATIENCE = 60.0
+
+
+def read_config_of(folder: Path, key: str, version: int, content: str) -> dict[str, Any]:
+    """The ``config.json`` of a folder that holds ``content``, named by ``key`` with its ``version``.
+
+    Raises:
+        UserError: it is not such a folder, or its weights are missing.
+    """
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or config.get(key) != version:
+        raise UserError(f"{folder} holds no {content} of a spectralmoe model of format {version}")
+    if not weights_file(folder, config).is_file():
+        raise UserError(f"{folder} lacks {_NAMES[key]}; fetch or save it again")
+    return config
 
 
 def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

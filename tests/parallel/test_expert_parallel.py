@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spectralmoe import (
     Balanced,
+    BasisScorer,
     EigenExperts,
     FeedForward,
     LinearScorer,
@@ -193,12 +194,14 @@ def refusals(rank, folder):
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
     odd = MoE(Router(LinearScorer(D, 5), TopK(2)), FeedForward(5, D, H))
     loose = MoE(Router(LinearScorer(D, 2), TopK(1)), ModuleExperts([nn.Linear(D, D), nn.Linear(D, D)]))
+    reads = MoE(Router(BasisScorer(D, E, score="energy"), TopK(2)), EigenExperts(E, D, 3))
     several = make()
     parallelize_experts(several, mesh, planner=plan_replicas)
     lines = []
     for refused in (
         lambda: parallelize_experts(odd, mesh),
         lambda: parallelize_experts(loose, mesh),
+        lambda: parallelize_experts(reads, mesh),
         lambda: parallelize_experts(make(), mesh, ep="tp"),
         lambda: several(torch.randn(4, D)),
     ):
@@ -326,8 +329,9 @@ def test_autocast(ranks):
 
 
 def test_one_line_before_anything_is_changed(ranks):
+    expected = (("5 experts",), ("no stack",), ("BasisScorer",), ("'tp'", "ep"), ("several",))
     for lines in ranks(refusals):
-        for line, words in zip(lines, (("5 experts",), ("no stack",), ("'tp'", "ep"), ("several",)), strict=True):
+        for line, words in zip(lines, expected, strict=True):
             assert len(line.splitlines()) == 1
             assert all(word in line for word in words), line
 

@@ -15,6 +15,7 @@ from spectralmoe.layers import moe_layers
 from spectralmoe.moe import MoE
 from spectralmoe.parallel.expert_parallel import ExpertParallel, Planner
 from spectralmoe.parallel.plan import owners, plan_native
+from spectralmoe.scorers import Scorer
 from spectralmoe.sharding import beside, full
 
 __all__ = ["clip_gradients", "expert_parameters", "parallelize_experts", "shard_experts"]
@@ -42,7 +43,8 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh, *, ep: str = "ep", p
 
     Raises:
         UserError: before anything is changed: no dimension of this name; an expert count that the devices cannot share
-            evenly; a bank whose tensors are no stacks of experts; a layer that routes softly, or is no ``MoE``.
+            evenly; a bank whose tensors are no stacks of experts; a scorer that reads the bank; a layer that routes
+            softly, or is no ``MoE``.
     """
     names = mesh.mesh_dim_names or ()
     if ep not in names:
@@ -110,6 +112,11 @@ def _check(name: str, layer: object, devices: int) -> None:
     bank = layer.experts
     if layer.router.soft:
         raise UserError(f"parallelize_experts: {name!r} routes softly, so every row would go to every device")
+    scorer = layer.router.scorer
+    if type(scorer).meet is not Scorer.meet:
+        raise UserError(
+            f"parallelize_experts: {type(scorer).__name__} of {name!r} reads all experts, and no device has them all"
+        )
     owners(bank.num_experts, devices)
     owned = bank.expert_parameters(0)  # a factor that all experts share may be E rows long by chance
     for title, stack in (*bank.named_parameters(), *bank.named_buffers()):

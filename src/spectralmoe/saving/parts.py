@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json
 from spectralmoe.manifold import warn_off_manifold
-from spectralmoe.model_folder import CONFIG, PARTS, read_model_folder, weights_file, write_model
+from spectralmoe.model_folder import CONFIG, PARTS, read_config_of, read_model_folder, write_model
 from spectralmoe.saving.tables import TABLES
 from spectralmoe.spec import build, describe
 from spectralmoe.vision.model import VisionMoE
@@ -139,9 +139,4 @@ def read_parts_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not such a folder.
     """
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or config.get(_KEY) != _FORMAT:
-        raise UserError(f"{folder} holds no parts of a spectralmoe model of format {_FORMAT}")
-    if not weights_file(folder, config).is_file():
-        raise UserError(f"{folder} lacks {PARTS}; fetch or save it again")
-    return config
+    return read_config_of(folder, _KEY, _FORMAT, "parts")

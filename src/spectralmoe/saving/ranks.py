@@ -7,6 +7,7 @@ weights, which the ranks belong to. Nothing in either runs code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError, first_line
-from spectralmoe.files import read_json
 from spectralmoe.layers import plain_name, unwrapped
-from spectralmoe.model_folder import CONFIG, PARTS, read_model_folder, weights_file, write_model
+from spectralmoe.model_folder import CONFIG, PARTS, read_config_of, read_model_folder, write_model
 from spectralmoe.ranks import RankExperts, put_ranks
 from spectralmoe.saving.parts import digest_of
 from spectralmoe.sharding import full
@@ -74,7 +74,7 @@ def load_ranks(folder: str | Path, model: Model, *, allow: Sequence[str] = ()) -
     True
     """
     folder = Path(folder)
-    config, tensors = read_model_folder(folder, _read_config)
+    config, tensors = read_model_folder(folder, partial(read_config_of, key=_KEY, version=_FORMAT, content="ranks"))
     if _layers(model):
         raise UserError(f"load_ranks: {type(model).__name__} has ranks already; load into the model as it was before")
     if digest_of(model.state_dict()) != config["base_sha256"]:
@@ -137,17 +137,3 @@ def _fill(path: str, layer: RankExperts, tensors: Mapping[str, Tensor]) -> None:
     if own != {name: value.shape for name, value in given.items()}:
         raise UserError(f"{PARTS} holds other tensors for {path} than {CONFIG} describes")
     layer.load_state_dict({name: value.to(layer.linear.weight.device) for name, value in given.items()}, False, True)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a folder of ranks.
-
-    Raises:
-        UserError: it is not such a folder.
-    """
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or config.get(_KEY) != _FORMAT:
-        raise UserError(f"{folder} holds no ranks of a spectralmoe model of format {_FORMAT}")
-    if not weights_file(folder, config).is_file():
-        raise UserError(f"{folder} lacks {PARTS}; fetch or save it again")
-    return config
