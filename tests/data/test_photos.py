@@ -78,3 +78,8 @@ def test_patches_lie_beside_each_other_and_plain_ones_are_left_out():
     want.remove((0.5,) * 16)
     assert patches.shape == (5, 1, 4, 4)
     assert {tuple(patch.flatten().tolist()) for patch in patches} == want
+
+
+def test_a_photograph_smaller_than_a_patch_gives_none():
+    small, large = Photo("small", torch.rand(1, 20, 40)), Photo("large", torch.rand(1, 64, 32))
+    assert torch.equal(patches_of([small, large], 32), patches_of([large], 32))

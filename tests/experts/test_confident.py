@@ -24,7 +24,7 @@ from spectralmoe import (
     save,
 )
 from spectralmoe.dispatch import DISPATCHES
-from spectralmoe.experts import ConfidentExperts, Experts
+from spectralmoe.experts import ConfidentExperts, Experts, MultilinearExperts
 
 D, E, N = 6, 4, 15
 
@@ -126,3 +126,14 @@ def test_a_bank_defines_expert_or_answer(user_error):
 
     with user_error("Unknown", "costs()"):
         Unknown(2).costs()
+
+
+def test_a_bank_that_knows_its_own_tensors_is_taken_apart_inside(close):
+    bank, x = ConfidentExperts(MultilinearExperts(4, 8, rank=6)), torch.randn(5, 8)
+    close(bank.select([2, 0]).expert(x, 0), bank.expert(x, 2))
+    assert bank.averaged([[0, 1], [3]]).num_experts == 2
+
+
+def test_outputs_of_another_width_are_refused(user_error):
+    with user_error("ConfidentExperts", "MultilinearExperts", "wide"):
+        ConfidentExperts(MultilinearExperts(4, 8, rank=6, out=3))

@@ -90,3 +90,10 @@ def test_misuse(user_error):
     for costs in ([1.0, 2.0], [1.0, 2.0, 0.0], [1.0, 2.0, float("nan")]):
         with user_error("HeterogeneousExperts", "one positive number", "3 modules", str(costs[-1])):
             mixers(costs)
+
+
+def test_attention_counts():
+    """Four maps of 16 x 16 and a network of 32 for each of 10 positions, scores and sums of 10 x 10 x 16."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    projections, networks, scores = 4 * 10 * 16 * 16, 2 * 10 * 16 * 32, 2 * 10 * 10 * 16
+    assert count_flops(layer, (10, 16)) == 2 * (projections + networks + scores)

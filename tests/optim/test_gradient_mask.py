@@ -103,3 +103,36 @@ def test_mistakes_are_named(user_error):
     bank = FeedForward(2, 4, 4)
     with user_error("mask_central", "no central core", '"mpo"'):
         mask_central(torch.optim.SGD(bank.parameters(), lr=0.1), bank)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_fused_optimizer_draws_at_every_step_too(fused):
+    """It changes parameters without a trace, so steps are counted."""
+    bank, kept = MPOExperts(4, 8, 8), []
+    optimizer = torch.optim.AdamW(bank.parameters(), lr=1e-3, fused=fused)
+    mask_central(optimizer, bank, keep=0.5, seed=3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        bank(torch.ones(4, 8), torch.tensor([1, 1, 1, 1])).square().sum().backward()
+        kept.append(bool(bank.up.central.grad.any()))
+        optimizer.step()
+    assert kept == draws(30, 0.5, 6)
+
+
+def test_a_mask_after_the_checkpoint_was_loaded_goes_on_with_its_draws():
+    one, two = MPOExperts(4, 8, 8), MPOExperts(4, 8, 8)
+    first, second = (torch.optim.SGD(bank.parameters(), lr=0.1) for bank in (one, two))
+    mask_central(first, one, keep=0.5)
+
+    def kept(bank, optimizer):
+        optimizer.zero_grad()
+        bank(torch.ones(4, 8), torch.tensor([1, 1, 1, 1])).square().sum().backward()
+        found = bool(bank.up.central.grad.any())
+        optimizer.step()
+        return found
+
+    for _ in range(7):
+        kept(one, first)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    mask_central(second, two, keep=0.5)
+    assert [kept(two, second) for _ in range(20)] == [kept(one, first) for _ in range(20)]

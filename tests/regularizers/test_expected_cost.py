@@ -8,7 +8,7 @@ from torch import nn
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
 from spectralmoe.experts import HeterogeneousExperts
-from spectralmoe.regularizers import expected_cost
+from spectralmoe.regularizers import complexity_balance, expected_cost
 
 D, E, N = 5, 4, 12
 COSTS = [1.0, 2.0, 4.0, 8.0]
@@ -63,3 +63,13 @@ def test_mistakes_are_named(user_error):
             expected_cost(item, costs)
     with user_error("expected_cost: costs are missing"):
         expected_cost(item.routing)
+
+
+def test_zero_experts_cost_nothing(user_error):
+    layer = MoE(Router(LinearScorer(D, E + 2), TopK(2)), FeedForward(E, D, 4))
+    with record(layer) as tape:
+        layer(torch.randn(N, D))
+    share = tape[0].routing.probs[:, :E].sum(1).mean()
+    torch.testing.assert_close(expected_cost(tape[0]), share)
+    with user_error("complexity_balance", "zero experts"):
+        complexity_balance(tape[0])

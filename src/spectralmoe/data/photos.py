@@ -93,10 +93,13 @@ def load_photos(name: str) -> PhotoData:
 def patches_of(photos: Sequence[Photo], side: int, *, least: float = 0.05) -> Tensor:
     """Square patches (N, 1, side, side) that lie beside each other in the photographs, in a fixed random order.
 
+    Photographs that are smaller than a patch give none.
+
     Args:
         least: patches whose standard deviation is not above it are left out: nothing is to be seen in them.
     """
-    cut = [photo.pixels.unfold(1, side, side).unfold(2, side, side).flatten(0, 2) for photo in photos]
+    large = [photo.pixels for photo in photos if min(photo.pixels.shape[1:]) >= side]
+    cut = [pixels.unfold(1, side, side).unfold(2, side, side).flatten(0, 2) for pixels in large]
     patches = torch.cat(cut) if cut else torch.empty(0, side, side)
     patches = patches[patches.flatten(1).std(1) > least]
     return patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(0)), None].contiguous()

@@ -20,6 +20,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.experts.base import Answer, Experts
 from spectralmoe.experts.feed_forward import add_bias
 from spectralmoe.experts.grouped_gemm import grouped_linear
+from spectralmoe.stacks import copy_with
 
 __all__ = ["ConfidentExperts"]
 
@@ -62,6 +63,10 @@ class ConfidentExperts(Experts):
             raise UserError(
                 f"ConfidentExperts needs a bank that says its width D as 'dim', {type(experts).__name__} does not"
             )
+        if experts.reshapes:
+            raise UserError(
+                f"ConfidentExperts needs outputs as wide as rows, which those of {type(experts).__name__} are not"
+            )
         self.experts, self.dim, self.detach_target = experts, dim, detach_target
         self.says = ("confidence", "unweighed", *experts.says)
         self.direction = nn.Parameter(torch.zeros(experts.num_experts, dim))
@@ -103,6 +108,12 @@ class ConfidentExperts(Experts):
     def averaged(self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Experts:
         bank = cast(ConfidentExperts, super().averaged(groups, weights))
         bank.experts = self.experts.averaged(groups, weights)
+        return bank
+
+    def _restacked(self, change: Callable[[Tensor], Tensor], num_experts: int) -> Experts:
+        """As of any bank, of what stands beside the bank inside, which knows its own tensors."""
+        bank = copy_with(self, {stack: change(stack.detach()) for stack in (self.direction, self.bias)})
+        bank.num_experts = num_experts
         return bank
 
     def _sorted(self, result: Tensor | Answer, counts: Tensor) -> Answer:

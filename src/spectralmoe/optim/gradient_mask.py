@@ -10,6 +10,7 @@ experts one step in E. Not divided by that probability, because the core is to m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def mask_gradient(parameter: Tensor, keep: float, *, generator: torch.Generator 
     r"""Let :math:`\nabla \leftarrow b\,\nabla` with :math:`b \sim \mathrm{Bernoulli}(\mathrm{keep})`, one draw a step.
 
     A hook on the accumulated gradient; ``remove()`` of what is returned takes it off. All backward passes between two
-    changes of the parameter, so all micro-batches of a step, share a draw. With several processes all must draw alike:
+    changes of the parameter, so all micro-batches of a step, share a draw. An optimizer with ``fused=True`` leaves no
+    trace of its changes: there take ``mask_central``, which counts steps. With several processes all must draw alike:
     give them generators of one seed. An optimizer with momentum goes on moving where the gradient is 0: AdamW moves
     about :math:`\sqrt{\mathrm{keep}}` times as far, plain SGD ``keep`` times.
 
@@ -48,6 +50,13 @@ def mask_gradient(parameter: Tensor, keep: float, *, generator: torch.Generator 
     >>> core.grad
     tensor([0., 0., 0.])
     """
+    return _masked(parameter, keep, generator, lambda: parameter._version)
+
+
+def _masked(
+    parameter: Tensor, keep: float, generator: torch.Generator | None, turn: Callable[[], int]
+) -> RemovableHandle:
+    """The mask, with a new draw whenever ``turn`` gives another number."""
     if not 0 <= keep <= 1:
         raise UserError(f"mask_gradient: keep is a probability between 0 and 1, got {keep}")
     if not (parameter.is_leaf and parameter.requires_grad):
@@ -57,9 +66,8 @@ def mask_gradient(parameter: Tensor, keep: float, *, generator: torch.Generator 
     def mask(core: Tensor) -> None:
         if core.grad is None:
             return
-        if drawn["at"] != core._version:
-            kept = bool(torch.rand((), generator=generator) < keep)
-            drawn.update(at=core._version, kept=kept)
+        if drawn["at"] != turn():
+            drawn.update(at=turn(), kept=bool(torch.rand((), generator=generator) < keep))
         if not drawn["kept"]:
             core.grad.zero_()
 
@@ -94,18 +102,22 @@ def mask_central(optimizer: Optimizer, model: nn.Module, *, keep: float | None =
     if not cores:
         raise UserError('mask_central: no central core is trained here; take experts = "mpo", or no mask')
     generators = [torch.Generator().manual_seed(seed * len(cores) + number) for number in range(len(cores))]
+    done = 0
     for (core, num_experts), generator in zip(cores, generators, strict=True):
-        mask_gradient(core, 1 / num_experts if keep is None else keep, generator=generator)
+        _masked(core, 1 / num_experts if keep is None else keep, generator, lambda: done)
 
     def remember(optimizer: Optimizer, *_: Any) -> None:
+        nonlocal done
+        done += 1
         _states(optimizer)[STATE] = {str(number): each.get_state() for number, each in enumerate(generators)}
 
     def go_on(optimizer: Optimizer) -> None:
         for number, state in _states(optimizer).get(STATE, {}).items():
-            generators[int(number)].set_state(state)
+            generators[int(number)].set_state(state.cpu())
 
     optimizer.register_step_post_hook(remember)
     optimizer.register_load_state_dict_post_hook(go_on)
+    go_on(optimizer)  # where a checkpoint was loaded before
 
 
 def _states(optimizer: Optimizer) -> dict[Any, Any]:

@@ -24,7 +24,8 @@ def expected_cost(record: Record | Routing, costs: Sequence[float] | Tensor | No
     price, not a target: without a loss that asks for more, the cheapest expert takes all tokens.
 
     Args:
-        costs: c of each expert, any unit; None: what the layer's bank says of one position, ``experts.costs()``.
+        costs: c of each expert, any unit; None: what the layer's bank says of one position, ``experts.costs()``, and 0
+            for zero experts.
 
     Raises:
         UserError: costs that are not one positive number an expert; none given with a ``Routing`` alone.
@@ -38,4 +39,4 @@ def expected_cost(record: Record | Routing, costs: Sequence[float] | Tensor | No
     """
     routing = record if isinstance(record, Routing) else record.routing
     importance = routing.real(routing.probs)
-    return (importance * cost_shares("expected_cost", record, costs, importance)).sum()
+    return (importance * cost_shares("expected_cost", record, costs, importance, free=True)).sum()

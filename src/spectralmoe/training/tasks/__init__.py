@@ -23,10 +23,10 @@ __all__ = [
     "SignalTask",
     "Task",
     "TextTask",
+    "ViewsTask",
     "open_task",
     "task_of",
 ]
-__all__ = ["TASKS", "Batch", "ImageTask", "Metric", "Part", "Task", "TextTask", "ViewsTask", "open_task", "task_of"]
 
 TASKS: dict[str, type[Task]] = {
     "images": ImageTask,
