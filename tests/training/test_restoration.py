@@ -91,9 +91,16 @@ def test_pairs_are_the_same_every_time_and_parts_have_all_kinds():
     one = task_of(kinds=["noise"])
     assert one.parts["train"].kinds.unique().tolist() == [KINDS.index("noise")]
     assert torch.equal(one.parts["test"].images, task.parts["test"].images)
-    everything = RestorationTask(photos(), Restore(**RESTORE))
-    assert everything.size % 5 == 0
-    assert everything.size > 100
+    everything = RestorationTask(photos(), Restore(**RESTORE)).parts["train"]
+    seen = {
+        (truth.numpy().tobytes(), int(kind)) for truth, kind in zip(everything.truths, everything.kinds, strict=True)
+    }
+    assert len(seen) == len(everything) > 100  # each patch once in each kind
+    test = task.parts["test"]
+    of_kinds = [test.truths[test.kinds == place] for place in range(len(KINDS))]
+    assert all(torch.equal(truths, of_kinds[0]) for truths in of_kinds)
+    few = task.parts["train"].truths
+    assert len({truth.numpy().tobytes() for truth in few}) == len(few)
 
 
 def test_a_network_gets_the_severity_of_its_pairs_and_learns(tmp_path):

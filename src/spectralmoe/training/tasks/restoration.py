@@ -77,8 +77,11 @@ class RestorationTask(Task):
                 )
             everything = len(patches) * len(kinds)
             wanted = train_size if part == "train" else self.restore.measured * len(kinds)
-            truths = patches[torch.arange(wanted or everything) % len(patches)]
-            self.parts[part] = Pairs.of(truths, kinds, _SEEDS[part])
+            numbers = torch.arange(wanted or everything)
+            turn, kind = numbers // len(kinds), numbers % len(kinds)
+            # all kinds are measured on the same patches; few training samples are of as many patches as can be
+            apart = -(-len(patches) // len(kinds)) if part == "train" else 0
+            self.parts[part] = Pairs.of(patches[(turn + apart * kind) % len(patches)], kinds, _SEEDS[part])
 
     @classmethod
     def open(cls, settings: TrainSettings, data_dir: Path | None = None, download: bool = False) -> Self:
