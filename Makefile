@@ -58,5 +58,5 @@ clean:
 	touch $@
 
 .venv/test.stamp: pyproject.toml constraints.txt | .venv/pyvenv.cfg
-	$(INSTALL) -e ".[data,plots,vision,restore,hf,lora,dev]"
+	$(INSTALL) -e ".[data,plots,vision,restore,hf,lora,cluster,slurm,docs,notebooks,dev]"
 	touch $@
