@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,19 +15,24 @@ from seeds import generator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from spectralmoe import attach, feed, record
+from spectralmoe import Monitor, attach, feed, record
 from spectralmoe.regularizers import load_balance, router_z
 
 pytest.importorskip("megatron.core", reason="needs megatron-core")
 
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from spectralmoe.integrations.megatron import SpectralRouter
+
+pytestmark = pytest.mark.filterwarnings("ignore:::megatron", "ignore:::torch.distributed")
 
 DIM, EXPERTS, K, S, B = 12, 6, 2, 5, 3
 SCALE = 0.5
@@ -42,9 +49,13 @@ def _megatron() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.cuda, "current_device", lambda: "cpu")
         patched.setattr(torch.cuda, "synchronize", lambda: None)
+        patched.setattr(torch.cuda, "Stream", MagicMock)  # of the dispatcher alltoall
+        patched.setattr(torch.cuda, "current_stream", MagicMock)
+        patched.setattr(torch.cuda, "stream", nullcontext)
         patched.setattr(moe_utils, "te_general_gemm", None, raising=False)
         torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
+        initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)  # draws nothing on CUDA
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(SCALE))
         yield
         parallel_state.destroy_model_parallel()
@@ -146,9 +157,10 @@ def test_terms_reach_the_gradient_in_the_scale_of_megatrons_losses(per_token, cl
     close(got, torch.zeros_like(got))
 
 
-def test_every_scorer_and_selector_in_a_layer(scorer_name, selector_name, make_router, close):
+@pytest.mark.grid(dispatcher=["allgather", "alltoall"])
+def test_every_scorer_and_selector_in_a_layer(scorer_name, selector_name, dispatcher, make_router, close):
     """The output is the sum over the experts that the router's own routing says; padding is 0."""
-    layer = layer_with("linear")
+    layer = layer_with("linear", moe_token_dispatcher_type=dispatcher)
     made = make_router(scorer_name, selector_name, DIM, EXPERTS)
     preset = SimpleNamespace(make_router=lambda *_, k: made, terms={})
     layer.router = SpectralRouter(layer.config, get_default_pg_collection(), preset=preset)
@@ -160,6 +172,33 @@ def test_every_scorer_and_selector_in_a_layer(scorer_name, selector_name, make_r
     close(y.reshape(-1, DIM), (gates[..., None] * outputs).sum(1))
     assert not y.transpose(0, 1)[padding()].any()
     y.square().sum().backward()
+
+
+@pytest.mark.parametrize("row", ["sr-moe", *(pytest.param(row, marks=pytest.mark.full) for row in ("emoe", "l2r"))])
+def test_a_small_gpt_trains(row):
+    spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
+    spec.submodules.mlp.submodules.router = SpectralRouter.configure(row)
+    still = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "bias_dropout_fusion": False}
+    settings = config(masked_softmax_fusion=False, **still)
+    model = GPTModel(config=settings, transformer_layer_spec=spec, vocab_size=16, max_sequence_length=S)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    attach(optimizer, model)
+    text, places = torch.randint(16, (B, S + 1), generator=generator(4)), torch.arange(S).expand(B, S)
+    later, losses = torch.ones(1, 1, S, S, dtype=torch.bool).triu(1), []
+    with Monitor(model, every=8) as monitor:
+        for _ in range(8):
+            loss = model(text[:, :-1], places, later, labels=text[:, 1:], padding_mask=padding())
+            losses.append(loss[~padding()].mean())
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+            monitor.step()
+    assert losses[-1] < losses[0]
+    assert monitor.last["tokens"] == 8 * int((~padding()).sum())
+    with record(model) as tape:
+        model(text[:, :-1], places, later, padding_mask=padding())
+    assert [item.name for item in tape] == ["decoder.layers.0.mlp", "decoder.layers.1.mlp"]
+    assert [int(item.routing.counts().sum()) for item in tape] == [K * int((~padding()).sum())] * 2
 
 
 def test_the_loss_free_bias_moves_by_real_tokens(close):
@@ -211,6 +250,7 @@ def test_parameters_are_marked_for_sequence_parallelism():
     assert not any(parameter.sequence_parallel for parameter in router_of("sr-moe").parameters())
 
 
+@pytest.mark.full
 def test_a_distributed_checkpoint_holds_weights_and_bias(tmp_path):
     layer, other = layer_with("sr-moe"), layer_with("sr-moe")
     layer.router.router.selector.bias.copy_(torch.randn(EXPERTS, generator=generator(3)))

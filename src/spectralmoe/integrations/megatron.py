@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralmoe.context import rows_of
 from spectralmoe.errors import UserError
-from spectralmoe.integrations.router_rows import read_router_row
+from spectralmoe.integrations.guest_router import GuestRouter, read_router_row
 from spectralmoe.naming import Table
-from spectralmoe.recording import Recordable
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
 from spectralmoe.rows import Preset
@@ -44,7 +42,7 @@ _INSTEAD = {
 """What a config may ask of Megatron's router alone, and what stands in its place here."""
 
 
-class SpectralRouter(MegatronModule, Recordable):  # type: ignore[misc]
+class SpectralRouter(MegatronModule, GuestRouter):  # type: ignore[misc]
     r"""Scorer and selector of a row in the place of Megatron's ``TopKRouter``.
 
     It goes into the spec of a layer, and everything else stays Megatron's: experts, dispatch, parallelism::
@@ -109,44 +107,21 @@ class SpectralRouter(MegatronModule, Recordable):  # type: ignore[misc]
         """The layer's number in the whole model, from 1."""
         self.layer_number = layer_number
 
-    @property
-    def keepable(self) -> tuple[str, ...]:
-        """What the router reads; the experts are Megatron's own."""
-        return ("tokens",)
-
-    def layer_path(self, path: str) -> str:
-        """The path of the MoE layer that this router is a part of."""
-        return path.rpartition(".")[0]
-
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens (S, B, D) -> the combine weights (N, E) with gradient, and which expert serves which token (N, E).
 
         Args:
             padding_mask: (S, B) bool, True for padding.
         """
-        record = self._record(input, padding_mask)
-        self.leave(record.routing, None, record.tokens, record.context)
+        keep = tuple(name for term in self.terms.values() for name in term.keeps)
+        record = self.decide(input, None if padding_mask is None else ~padding_mask.bool(), keep=keep)
+        self._check_slots(record.routing)
+        self.leave_record(record)
         probs, scale = record.routing.gates(), self.config.moe_router_topk_scaling_factor
         probs = probs if scale is None else probs * scale
         if self.terms and self.training and torch.is_grad_enabled():
             probs = MoEAuxLossAutoScaler.apply(probs, self._penalty(record))
         return probs, record.routing.members()
-
-    def _record(self, tokens: Tensor, padding_mask: Tensor | None) -> Record:
-        """What the router decides, and what it read."""
-        fed, replay, context = self.take_feed(tokens.device), None, None
-        mask = None if padding_mask is None else ~padding_mask.bool()
-        if fed is not None:
-            mask, replay = mask if fed.mask is None else fed.mask, fed.next_replay()
-            context = rows_of(fed.context, tokens, mask)
-        routing = self.router(tokens, mask=mask, context=context, replay=replay)
-        self._check_slots(routing)
-        seen = self.seen(tokens, self._names(), streams=self.router.scorer.streams_tokens)
-        return Record(f"layer {self.layer_number}", self, routing, None, seen, self.training, context)
-
-    def _names(self) -> frozenset[str]:
-        """What tapes and terms read."""
-        return self.names_to_keep().union(*(term.keeps for term in self.terms.values()))
 
     def _check_slots(self, routing: Routing) -> None:
         config = self.config

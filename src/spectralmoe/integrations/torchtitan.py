@@ -13,18 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralmoe.context import rows_of
 from spectralmoe.errors import UserError
-from spectralmoe.integrations.router_rows import read_router_row
+from spectralmoe.integrations.guest_router import GuestRouter, read_router_row
 from spectralmoe.naming import Table, shown
-from spectralmoe.recording import Recordable
 from spectralmoe.router import Router
 from spectralmoe.sharding import assign_
 
 __all__ = ["SpectralRouter"]
 
 
-class SpectralRouter(Recordable):
+class SpectralRouter(GuestRouter):
     """Scorer and selector of a row in the place of torchtitan's router.
 
     ``record``, ``feed(context=...)``, ``Monitor`` and ``attach`` find the layer under the name of its MoE layer. The
@@ -90,15 +88,6 @@ class SpectralRouter(Recordable):
         for name, tensor in chain(self.router.named_parameters(), self.router.named_buffers()):
             assign_(tensor, drawn[name])
 
-    @property
-    def keepable(self) -> tuple[str, ...]:
-        """What the router reads; the experts are torchtitan's own."""
-        return ("tokens",)
-
-    def layer_path(self, path: str) -> str:
-        """The path of the MoE layer that this router is a part of; its own where it is in none."""
-        return path.rpartition(".")[0]
-
     def forward(self, x_TD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (T, D) -> their combine weights (T, K) with gradient, their experts (T, K) int64, all scores (T, E).
 
@@ -110,15 +99,12 @@ class SpectralRouter(Recordable):
                 "SpectralRouter: torchtitan's selection bias is not read; set load_balance_coeff=None, and use the "
                 "selector balanced with attach(optimizer, model)"
             )
-        fed = self.take_feed(x_TD.device)
-        side = None if fed is None else rows_of(fed.context, x_TD, fed.mask)
-        replay = None if fed is None else fed.next_replay()
-        routing = self.router(x_TD, mask=None if fed is None else fed.mask, context=side, replay=replay)
+        record = self.decide(x_TD)
+        routing = record.routing
         if not routing.full or routing.indices.shape[1] != self.config.top_k:
             raise UserError(
                 f"SpectralRouter: torchtitan's dispatch takes top_k = {self.config.top_k} experts for every token, "
                 f"but this choice has {routing.indices.shape[1]} slots or may leave some empty (a mask, a replay)"
             )
-        seen = self.seen(x_TD, self.names_to_keep(), streams=self.router.scorer.streams_tokens)
-        self.leave(routing, None, seen, side)
+        self.leave_record(record)
         return routing.weights, routing.indices, routing.scores
