@@ -14,7 +14,8 @@ from seeds import set_first, shifted
 
 SLOW_SECONDS = 20
 
-collect_ignore = [] if find_spec("megatron") else ["src/spectralmoe/integrations/megatron.py"]
+MEGATRON = ["src/spectralmoe/integrations/megatron.py", "tests/megatron_layers.py"]
+collect_ignore = [] if find_spec("megatron") else MEGATRON
 
 hypothesis.settings.register_profile("spectralmoe", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("spectralmoe")

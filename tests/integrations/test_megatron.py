@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
-from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,87 +10,21 @@ from seeds import generator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from spectralmoe import Monitor, attach, feed, record
+from spectralmoe import attach, feed, record
 from spectralmoe.regularizers import load_balance, router_z
 
 pytest.importorskip("megatron.core", reason="needs megatron-core")
 
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
-from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron_layers import DIM, EXPERTS, SCALE, B, K, S, config, layer_with, padding, router_of, tokens
 
 from spectralmoe.integrations.megatron import SpectralRouter
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron", "ignore:::torch.distributed")
+pytestmark = [pytest.mark.usefixtures("megatron"), pytest.mark.filterwarnings("ignore:::megatron")]
 
-DIM, EXPERTS, K, S, B = 12, 6, 2, 5, 3
-SCALE = 0.5
 TERMS = {"load_balance": 0.3, "router_z": 0.2}
 LINEAR = {"scorer": "linear", "selector": {"type": "topk", "normalize": True}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _megatron() -> Iterator[None]:
-    """A process group of this process alone, and what Megatron-core asks of CUDA on a CPU."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torch.cuda, "current_device", lambda: "cpu")
-        patched.setattr(torch.cuda, "synchronize", lambda: None)
-        patched.setattr(torch.cuda, "Stream", MagicMock)  # of the dispatcher alltoall
-        patched.setattr(torch.cuda, "current_stream", MagicMock)
-        patched.setattr(torch.cuda, "stream", nullcontext)
-        patched.setattr(moe_utils, "te_general_gemm", None, raising=False)
-        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)  # draws nothing on CUDA
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(SCALE))
-        yield
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_tracker() -> None:
-    moe_utils.get_moe_layer_wise_logging_tracker().clear()
-
-
-def config(**settings: Any) -> TransformerConfig:
-    sizes = {"num_layers": 2, "hidden_size": DIM, "num_attention_heads": 2, "num_moe_experts": EXPERTS}
-    plain = {"moe_router_topk": K, "use_cpu_initialization": True, "add_bias_linear": False}
-    return TransformerConfig(**sizes, **plain, **{"moe_token_dispatcher_type": "allgather", **settings})
-
-
-def layer_with(row: Any, **settings: Any) -> Any:
-    """Megatron's MoE layer with the router of ``row``; with its own for None."""
-    spec = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
-    if row is not None:
-        spec.submodules.router = SpectralRouter.configure(row)
-    layer = build_module(spec, config=config(**settings), layer_number=1)
-    layer.set_layer_number(1)
-    return layer
-
-
-def router_of(row: Any, **settings: Any) -> SpectralRouter:
-    return SpectralRouter.configure(row)(config=config(**settings), pg_collection=get_default_pg_collection())
-
-
-def tokens(seed: int = 0) -> Tensor:
-    return torch.randn(S, B, DIM, generator=generator(seed))
-
-
-def padding() -> Tensor:
-    """(B, S), True for padding, as ``MoELayer`` gets it."""
-    mask = torch.zeros(B, S, dtype=torch.bool)
-    mask[1, 3:] = mask[2, 1:] = True
-    return mask
 
 
 def tracked(name: str) -> Tensor:
@@ -174,33 +103,6 @@ def test_every_scorer_and_selector_in_a_layer(scorer_name, selector_name, dispat
     y.square().sum().backward()
 
 
-@pytest.mark.parametrize("row", ["sr-moe", *(pytest.param(row, marks=pytest.mark.full) for row in ("emoe", "l2r"))])
-def test_a_small_gpt_trains(row):
-    spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
-    spec.submodules.mlp.submodules.router = SpectralRouter.configure(row)
-    still = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "bias_dropout_fusion": False}
-    settings = config(masked_softmax_fusion=False, **still)
-    model = GPTModel(config=settings, transformer_layer_spec=spec, vocab_size=16, max_sequence_length=S)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    attach(optimizer, model)
-    text, places = torch.randint(16, (B, S + 1), generator=generator(4)), torch.arange(S).expand(B, S)
-    later, losses = torch.ones(1, 1, S, S, dtype=torch.bool).triu(1), []
-    with Monitor(model, every=8) as monitor:
-        for _ in range(8):
-            loss = model(text[:, :-1], places, later, labels=text[:, 1:], padding_mask=padding())
-            losses.append(loss[~padding()].mean())
-            optimizer.zero_grad()
-            losses[-1].backward()
-            optimizer.step()
-            monitor.step()
-    assert losses[-1] < losses[0]
-    assert monitor.last["tokens"] == 8 * int((~padding()).sum())
-    with record(model) as tape:
-        model(text[:, :-1], places, later, padding_mask=padding())
-    assert [item.name for item in tape] == ["decoder.layers.0.mlp", "decoder.layers.1.mlp"]
-    assert [int(item.routing.counts().sum()) for item in tape] == [K * int((~padding()).sum())] * 2
-
-
 def test_the_loss_free_bias_moves_by_real_tokens(close):
     layer = layer_with({"preset": "linear+balanced", "rate": 0.01})
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -248,17 +150,6 @@ def test_parameters_are_marked_for_sequence_parallelism():
     router = SpectralRouter.configure("sr-moe")(config=settings, pg_collection=get_default_pg_collection())
     assert all(parameter.sequence_parallel for parameter in router.parameters())
     assert not any(parameter.sequence_parallel for parameter in router_of("sr-moe").parameters())
-
-
-@pytest.mark.full
-def test_a_distributed_checkpoint_holds_weights_and_bias(tmp_path):
-    layer, other = layer_with("sr-moe"), layer_with("sr-moe")
-    layer.router.router.selector.bias.copy_(torch.randn(EXPERTS, generator=generator(3)))
-    dist_checkpointing.save(layer.sharded_state_dict(prefix="mlp."), tmp_path)
-    loaded = dist_checkpointing.load(other.sharded_state_dict(prefix="mlp."), tmp_path)
-    other.load_state_dict({name.removeprefix("mlp."): value for name, value in loaded.items()})
-    for name, value in layer.router.state_dict().items():
-        assert torch.equal(other.router.state_dict()[name], value), name
 
 
 def test_context_and_replay_come_by_feed():
