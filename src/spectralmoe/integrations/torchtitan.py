@@ -1,7 +1,7 @@
 """A router of this library by the contract of torchtitan's ``TokenChoiceTopKRouter``: three tensors for its dispatch.
 
-Authors' code: https://github.com/pytorch/torchtitan (BSD 3-clause), ``torchtitan/models/common/moe.py``. Nothing of it
-is imported: ``MoE`` calls ``config.router.build()`` and what that returns.
+Authors' code: https://github.com/pytorch/torchtitan (BSD 3-clause), ``models/common/moe.py``, of August 2026.
+Nothing of it is imported: ``MoE`` calls ``config.router.build()`` and what that returns.
 """
 
 from __future__ import annotations
