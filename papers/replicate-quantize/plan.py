@@ -12,7 +12,7 @@ from rows import BATCHES, BITS, ROWS, made, measured
 from torch import nn
 
 from spectralmoe.diagnostics import max_vio
-from spectralmoe.diagnostics.evaluation import Counted
+from spectralmoe.diagnostics.evaluation import Counted, run_over
 from spectralmoe.draw.panels import Lines, Panel, Point
 from spectralmoe.experiments.cards import Card, Cells, Check, Desk, Section, Step, Tuning, small_images, train_row
 from spectralmoe.experiments.compare.columns import Column
@@ -72,12 +72,15 @@ def measure(cell: Mapping[str, Any], desk: Desk, progress: Any, *, sizes: Sizes)
     network, task = trained(sizes, desk.tuned["tuning"]["network"]["weight"], cell["seed"], progress)
     seen, labels = (each[: sizes.calibrated] for each in task.labelled("validation"))
     images, truth = (each[: sizes.tested] for each in task.labelled("test"))
-    raw, values = measured(network, images, truth), {}
+    before, values = run_over(network, images).argmax(-1), {}
+    raw = measured(network, images, truth, before)
     for bits in BITS:
         for row, options in ROWS.items():
             found, report = raw, made(network, options, bits, (seen, labels), cell["seed"])
             if report is not None:
-                found = measured(report.model, images, truth) | {"bytes": report.bytes_after / report.bytes_before}
+                found = measured(report.model, images, truth, before) | {
+                    "bytes": report.bytes_after / report.bytes_before
+                }
             values |= {f"{row}/{bits}/{key}": value for key, value in found.items()}
     return values
 
@@ -120,13 +123,15 @@ whole test part, and inside batches of so many images. Bytes: of the routed expe
 without copies are quantised, but for the row "quantise all".
 """
 ACCURACY = Column("accuracy", "accuracy %", 2, "of the test part", better="higher")
+LOSS = Column("nll", "cross-entropy", 4, "of the test part", better="lower")
+CHANGED = Column("changed", "changed %", 2, "test images with another class than from raw", 100.0, better="lower")
 WHOLE = Column("imbalance", "imbalance", 2, "of the whole test part", better="lower")
 BATCHED = [
     Column(f"imbalance_{size}", f"of {size}", 2, f"imbalance inside batches of {size} images", better="lower")
     for size in BATCHES
 ]
 BYTES = Column("bytes", "bytes %", 1, "of the experts, those before are 100", 100.0, better="lower")
-COLUMNS = (ACCURACY, WHOLE, *BATCHED, BYTES)
+COLUMNS = (ACCURACY, LOSS, CHANGED, WHOLE, *BATCHED, BYTES)
 PAIRS = [
     *((row, "raw") for row in ROWS if row != "raw"),
     ("R&Q", "replicate, quantise random"),
@@ -145,18 +150,16 @@ def sections(stored: Mapping[str, Any]) -> list[Section]:
 
 
 def figures(stored: Mapping[str, Any]) -> dict[str, list[Panel]]:
-    """Accuracy against bits, and imbalance against the size of a batch."""
+    """Cross-entropy against bits, and imbalance against the size of a batch."""
     rows = by_row(stored["results"])
-    accuracy = {
-        row: [_point(select(rows, row=row, bits=bits), "accuracy", bits) for bits in sorted(BITS)] for row in ROWS
-    }
+    loss = {row: [_point(select(rows, row=row, bits=bits), "nll", bits) for bits in sorted(BITS)] for row in ROWS}
     imbalance = {
         row: [_point(select(rows, row=row, bits=max(BITS)), f"imbalance_{size}", size) for size in BATCHES]
         for row in ("raw", "R&Q")
     }
     return {
-        "accuracy": [
-            Lines("accuracy %", accuracy, "bits", better="higher"),
+        "bits": [
+            Lines("cross-entropy", loss, "bits", better="lower"),
             Lines("imbalance", imbalance, "images of a batch", better="lower", log_x=True),
         ]
     }
@@ -169,7 +172,7 @@ def _point(cells: Any, key: str, x: float) -> Point:
     return Point(x, found.mean, found.half)
 
 
-FULL = card(Sizes(small_images(5_000, 5, k=1), calibrated=1_000, tested=2_000, seeds=5))
+FULL = card(Sizes(small_images(5_000, 5, k=1), calibrated=1_000, tested=3_000, seeds=5))
 _TINY: dict[str, Any] = {"img_size": 8, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
 _QUICK = small_images(300, 2, k=1, bottleneck=32).model_copy(update={"data": "digits"})
 QUICK = card(

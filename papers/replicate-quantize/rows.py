@@ -54,11 +54,20 @@ def made(
 
 
 @torch.no_grad()
-def measured(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy in percent, imbalance of the whole and inside batches, and the bytes of a network as it is."""
+def measured(network: nn.Module, images: Tensor, labels: Tensor, before: Tensor) -> dict[str, float]:
+    """Accuracy in percent, cross-entropy, images with another class than ``before``, imbalance of the whole and inside
+    batches, and the bytes of a network as it is.
+    """
     with Tape(moe_layers(network)) as tape:
-        right = float((network(images).argmax(-1) == labels).double().mean())
-    values, sizes = {"accuracy": 100 * right, "bytes": 1.0}, {"imbalance": len(images)}
+        logits = network(images).double()
+    classes = logits.argmax(-1)
+    values = {
+        "accuracy": 100 * float((classes == labels).double().mean()),
+        "nll": float(F.cross_entropy(logits, labels)),
+        "changed": float((classes != before).double().mean()),
+        "bytes": 1.0,
+    }
+    sizes = {"imbalance": len(images)}
     for key, size in (sizes | {f"imbalance_{size}": size for size in BATCHES}).items():
         found = [imbalance_of(item.routing, item.layer, len(images) // size) for item in tape]
         values[key] = sum(found) / len(found)

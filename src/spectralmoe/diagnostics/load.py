@@ -69,13 +69,11 @@ def load_imbalance(record: Record, *, physical: bool = False) -> float:
     routing, layer = record.routing, record.layer
     if routing.soft:
         raise UserError(f"load_imbalance: every token of layer {record.name!r} uses every expert, so none is busier")
-    if not isinstance(layer, MoE):
-        counts = routing.counts()
-    elif physical:
-        placed = routing if layer.placement is None else layer.placement(routing)
-        counts = count_slots(placed.indices, layer.experts.num_experts)
-    else:
-        counts = routing.counts()[[e for e in range(routing.num_experts) if layer.places(e)]]
+    placement, counts = getattr(layer, "placement", None), routing.counts()
+    if physical and placement is not None:
+        counts = count_slots(placement(routing).indices, placement.num_places)
+    elif isinstance(layer, MoE):
+        counts = counts[[e for e in range(routing.num_experts) if layer.places(e)]]
     return 1 + max_vio(counts.double())
 
 
