@@ -44,7 +44,8 @@ def write_routers(model: nn.Module, folder: Path) -> None:
     """
     swapped = swapped_routers(model)
     found = {layer.name: layer for layer in find_layers(unwrapped(model))}
-    layers, parts = {}, {}
+    layers: dict[str, Any] = {}
+    parts: dict[str, Tensor] = {}
     for name, each in swapped.items():
         places = {} if each.placement is None else each.placement.spec_arguments()
         layers[name] = {"router": describe(each.router), "gate": _digest(each), **places}
