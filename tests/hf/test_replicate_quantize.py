@@ -14,7 +14,14 @@ from torch import nn
 from spectralmoe import record
 from spectralmoe.compression import fake_quantize
 from spectralmoe.diagnostics import load_imbalance
-from spectralmoe.hf import load_swapped, replicate_and_quantize_experts, save_swapped, swap_routers
+from spectralmoe.hf import (
+    distill_to_gate,
+    fold_routers,
+    load_swapped,
+    replicate_and_quantize_experts,
+    save_swapped,
+    swap_routers,
+)
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.routers.rules import read_rule
 
@@ -136,6 +143,10 @@ def test_mistakes_are_named(user_error):
         replicate_and_quantize_experts(model, [])
     with user_error("training mode"):
         replicate_and_quantize_experts(copy.deepcopy(model).train(), calibration)
+    placed = replicate_and_quantize_experts(model, calibration, importance="random").model
+    for undone in (fold_routers, lambda model: distill_to_gate(model, calibration)):
+        with user_error("copies of experts", "before replicate_and_quantize_experts"):
+            undone(placed)
     swap_routers(swapped := copy.deepcopy(model))
     with user_error("was swapped"):
         replicate_and_quantize_experts(swapped, calibration)
