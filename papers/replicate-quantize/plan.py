@@ -139,6 +139,7 @@ PAIRS = [
     ("R&Q, original full", "random, original full"),
     ("R&Q, original full", "R&Q"),
     ("R&Q", "R&Q, wanda"),
+    ("R&Q", "R&Q, least used"),
     ("R&Q", "replicate, quantise all"),
 ]
 

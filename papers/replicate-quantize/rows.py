@@ -31,6 +31,7 @@ ROWS: Mapping[str, Mapping[str, Any] | None] = {
     "R&Q": {"importance": "removal", "scored": True},
     "R&Q, output change": {"importance": "removal"},
     "R&Q, wanda": {"importance": "wanda"},
+    "R&Q, least used": {"importance": "frequency"},
     "R&Q, original full": {"importance": "removal", "scored": True, "keep_original": True},
     "random, original full": {"importance": "random", "keep_original": True},
 }

@@ -1,9 +1,11 @@
 """Replicate-and-Quantize: the busiest expert gets a copy, paid for by quantising experts that matter little.
 
-"Replicate-and-Quantize" (R&Q), arXiv 2602.19938: per layer, without retraining and with the router untouched. No code
-of the authors is known. Differs: how a replicated expert's tokens are split is not said; here its places take them in
-turn, so that their counts differ by one at most. Importance by a score is the paper's; by the layer's own output it is
-ours, for data without labels.
+Zijie Liu, Jie Peng, Jinhao Duan, Zirui Liu, Kaixiong Zhou, Mingfu Liang, Luke Simon, Xi Liu, Zhaozhuo Xu, Tianlong
+Chen, "A Replicate-and-Quantize Strategy for Plug-and-Play Load Balancing of Sparse Mixture-of-Experts LLMs" (R&Q),
+arXiv 2602.19938, abstract: per layer, without retraining and with the router untouched. No code of the authors is
+known. Differs where the abstract is silent: a replicated expert's places take its tokens in turn, so that their counts
+differ by one at most; the original is quantised with its copies, unless ``keep_original``; an expert is worth what the
+score loses without it, or where there are no labels what the layer's output loses.
 
 torchao is not used: it quantises whole modules, while here entries of one stack are of different precision. So the
 weights stay in their dtype, with the values that the integers stand for, and the bytes are counted.
@@ -61,8 +63,8 @@ def replicate_and_quantize(
     Args:
         model: an ``MoE``, or a model that holds some, in evaluation mode. For models of transformers see
             ``spectralmoe.hf.replicate_and_quantize_experts``.
-        calibration: batches of its inputs: what it is called with, or tables of its arguments. The paper takes a tenth
-            of the data. What the importance reads of all batches is kept until the end.
+        calibration: batches of its inputs: what it is called with, or tables of its arguments. A small part of the
+            data is enough. What the importance reads of all batches is kept until the end.
         importance: what an expert is worth: "removal", how far ``score`` falls when it is gone and its tokens go
             elsewhere, without a score how much that changes the layer's output; "wanda", the size of its weights times
             the norms of what they meet; or another saliency of ``prune``: "frequency", "reap", "random".

@@ -45,7 +45,7 @@ def load_imbalance(record: Record, *, physical: bool = False) -> float:
     .. math:: \mathrm{LIS} = \frac{E \max_j n_j}{\sum_j n_j}
 
     1 is even, E is collapse. Zero experts, which compute nothing, and their slots do not count. Of several calls take
-    the mean: their summed load hides what single batches do. As in "Replicate-and-Quantize", arXiv 2602.19938, where
+    the mean: their summed load hides what single batches do. As in R&Q, arXiv 2602.19938, where
     :math:`\sum_j n_j = N K`.
 
     Args:

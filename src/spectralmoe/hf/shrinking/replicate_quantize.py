@@ -1,7 +1,8 @@
 """Replicate-and-Quantize for Hugging Face models: copies of busy experts behind the stacks, integers of few bits.
 
-"Replicate-and-Quantize" (R&Q), arXiv 2602.19938; see ``spectralmoe.compression.replicate_and_quantize``. Differs: what
-an expert is worth follows from its layer alone, because a family's router cannot be told to leave one out.
+After Liu et al., "A Replicate-and-Quantize Strategy for Plug-and-Play Load Balancing of Sparse Mixture-of-Experts LLMs"
+(R&Q), arXiv 2602.19938; see ``spectralmoe.compression.replicate_and_quantize``. Differs: what an expert is worth
+follows from its layer alone, because a family's router cannot be told to leave one out.
 """
 
 from __future__ import annotations
