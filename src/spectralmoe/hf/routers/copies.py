@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError, refuse_differences
 from spectralmoe.hf.layer import HFLayer
+from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.routers.rules import Rule
 from spectralmoe.hf.routers.swapped import SwappedRouter
 from spectralmoe.hf.structure import count_attributes
 from spectralmoe.placement import Placement, check_places
 
-__all__ = ["add_copies", "copies_of", "refuse_copies", "without_copies"]
+__all__ = ["add_copies", "copies_of", "placed_layers", "refuse_copies", "without_copies"]
 
 
 def refuse_copies(owner: str, layer: HFLayer, rule: Rule) -> None:
@@ -51,16 +52,19 @@ def add_copies(layer: HFLayer, placement: Placement, copies: Mapping[str, Tensor
     router.placement = placement.to(next(layer.experts.parameters()).device)
 
 
+def placed_layers(model: nn.Module) -> dict[str, HFLayer]:
+    """The layers of ``model`` with copies, by name."""
+    if not any(isinstance(each, SwappedRouter) and each.placement is not None for each in model.modules()):
+        return {}  # without a look at the layers, which may be sharded
+    return {one.name: one for one in find_layers(model) if getattr(one.router, "placement", None) is not None}
+
+
 def copies_of(layer: HFLayer) -> dict[str, Tensor]:
-    """The entries of its stacks that are copies (C, ...), by name; nothing where there is none."""
-    if getattr(layer.router, "placement", None) is None:
-        return {}
+    """The entries of its stacks that are copies (C, ...), by name."""
     return {name: stack.detach()[layer.num_experts :] for name, stack in layer.stacks().items()}
 
 
 def without_copies(layer: HFLayer) -> dict[str, Tensor]:
-    """Its stacks without copies, by their names in the model; nothing where there is no copy."""
-    if getattr(layer.router, "placement", None) is None:
-        return {}
+    """Its stacks without copies, by their names in the model."""
     start = f"{layer.path}.experts".removeprefix(".")
     return {f"{start}.{name}": stack.detach()[: layer.num_experts] for name, stack in layer.stacks().items()}

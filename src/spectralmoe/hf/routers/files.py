@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spectralmoe.errors import UserError, first_line, refuse_differences
 from spectralmoe.files import exists, read_json, write_json
 from spectralmoe.hf.layers import find_layers
-from spectralmoe.hf.routers.copies import add_copies, copies_of, without_copies
+from spectralmoe.hf.routers.copies import add_copies, copies_of, placed_layers, without_copies
 from spectralmoe.hf.routers.places import put_in, swapped_routers
 from spectralmoe.hf.routers.rules import read_rule
 from spectralmoe.hf.routers.swapped import SwappedRouter
@@ -43,13 +43,15 @@ def write_routers(model: nn.Module, folder: Path) -> None:
         UserError: no layer of ``model`` was swapped; a router that cannot be described.
     """
     swapped = swapped_routers(model)
-    found = {layer.name: layer for layer in find_layers(unwrapped(model))}
+    placed = placed_layers(model)
     layers: dict[str, Any] = {}
     parts: dict[str, Tensor] = {}
     for name, each in swapped.items():
-        places = {} if each.placement is None else each.placement.spec_arguments()
-        layers[name] = {"router": describe(each.router), "gate": _digest(each), **places}
-        copies = {f"{_COPIES}{part}": value for part, value in copies_of(found[name]).items()}
+        layers[name] = {"router": describe(each.router), "gate": _digest(each)}
+        copies = {}
+        if each.placement is not None:
+            layers[name] |= each.placement.spec_arguments()
+            copies = {f"{_COPIES}{part}": value for part, value in copies_of(placed[name]).items()}
         parts |= {f"{name}.{part}": value for part, value in {**each.router.state_dict(), **copies}.items()}
     tensors = {name: full(value).detach().cpu().contiguous().clone() for name, value in parts.items()}
     save_file(tensors, folder / TENSORS)
@@ -117,7 +119,7 @@ def put_routers(model: nn.Module, folder: Path, *, allow: Sequence[str] = ()) ->
 def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a model as its family has it: a swapped layer with the gate that it had before, no copies."""
     state: dict[str, Tensor] = model.state_dict()
-    for layer in find_layers(model):
+    for layer in placed_layers(model).values():
         state |= without_copies(layer)
     ours = tuple(f"{path}.router." for path, each in model.named_modules() if isinstance(each, SwappedRouter))
     return {name: value for name, value in state.items() if not name.startswith(ours)}
