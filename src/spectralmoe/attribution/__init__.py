@@ -6,6 +6,7 @@ Efficiency Analysis", arXiv 2505.24593. Found in ``spectralmoe.diagnostics``, to
 
 from spectralmoe.attribution.attribute import attribute_experts
 from spectralmoe.attribution.blocking import block
+from spectralmoe.attribution.holders import holders
 from spectralmoe.attribution.table import Table
 
-__all__ = ["Table", "attribute_experts", "block"]
+__all__ = ["Table", "attribute_experts", "block", "holders"]
