@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from seeds import shifted
@@ -188,7 +190,7 @@ def test_a_model_keeps_its_modes_and_starts_from_any_seed():
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "llama4", "deepseek_v3"])
-def test_hugging_face_models_stock_and_swapped(family):
+def test_hugging_face_models_stock_swapped_and_in_half_precision(family):
     pytest.importorskip("transformers")
     from families import batch, stock_of
 
@@ -203,3 +205,5 @@ def test_hugging_face_models_stock_and_swapped(family):
     again = attribute_experts(model, ids, target)
     swapped.undo()
     torch.testing.assert_close(again.gain, tables["expert"].gain, atol=1e-4, rtol=1e-3)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert attribute_experts(half, ids, target, level="layer").layers == tables["layer"].layers

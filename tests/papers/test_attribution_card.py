@@ -44,7 +44,7 @@ def test_the_control_is_another_set_of_nearly_the_same_usage(card, seen, count):
     found = {row: most(row, count, seen, draw) for row in card.RELATION_ROWS}
     assert set(found["equal usage"][0]) != set(found["attributed"][0])
     assert all(len(set(experts)) == count for experts, _ in found.values())
-    assert found["most used"][1] == max(usage for _, usage in found.values())
+    assert found["most used"][1] >= max(usage for _, usage in found.values()) - 1e-6
     assert abs(found["equal usage"][1] - found["attributed"][1]) <= 0.2
     assert by_layer([1, 9, 15], seen.layers) == {"0": [1], "1": [1, 7]}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectralmoe.attribution.frozen import Readout
 from spectralmoe.attribution.neurons import expert_part, neuron_parts
-from spectralmoe.attribution.stream import Stream, find_norm, find_unembed
+from spectralmoe.attribution.stream import Stream, find_norm, find_unembed, slack
 from spectralmoe.attribution.table import NONE, Level, Table, joined
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.diagnostics.watch import OwnLayer, Seen, Watched, watch
@@ -116,9 +116,9 @@ def _check(readout: Readout, output: Any) -> None:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[-1] != readout.vocabulary:
         return
-    kind = logits.dtype
+    rounding = 1e-3 + slack(logits.dtype) * float(logits[:, -1].abs().max())
     own = logits[:, -1].to(readout.log_prob).log_softmax(-1).gather(1, readout.target[:, None]).squeeze(1)
-    if not (own - readout.log_prob).abs().max() <= (1e-3 if torch.finfo(kind).bits >= 32 else 0.1):
+    if not (own - readout.log_prob).abs().max() <= rounding:
         raise UserError(
             "attribute_experts: the model's logits are not those of its head on the normed stream (a scale or a cap?); "
             "give unembed=, a function of normed vectors (R, D) that makes them"
@@ -199,7 +199,7 @@ def _gains(found: _Layer, readout: Readout, level: Level, place: int) -> Iterato
             yield piece(token.expand(len(parts)), parts, weight[row].to(base).expand(len(parts)), e, neuron)
     if found.shared:
         yield piece(every, rest, ones, NONE, none)
-    elif rest.abs().max() > 0.02 * found.output.abs().max() + 1e-6:
+    elif rest.abs().max() > 10 * slack(found.x.dtype) * found.output.abs().max() + 1e-9:
         raise UserError(
             f"attribute_experts: the experts of {found.layer.name} do not add up to what the layer adds; it scales "
             "them, or does more than they do"

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from spectralmoe.attribution.stream import slack
 from spectralmoe.diagnostics.watch import OwnLayer, Watched
 from spectralmoe.errors import UserError
 from spectralmoe.experts import Answer
@@ -36,7 +37,7 @@ def neuron_parts(layer: Watched, x: Tensor, weights: Tensor, e: int) -> Tensor:
     """
     parts, rest = _hf_parts(layer, x, weights, e) if isinstance(layer, HFLayer) else _own_parts(layer, x, weights, e)
     whole = expert_part(layer, x, weights, e)
-    if (parts.sum(1) + rest - whole).abs().max() > 1e-2 * torch.finfo(x.dtype).eps ** 0.25 * whole.abs().max() + 1e-6:
+    if (parts.sum(1) + rest - whole).abs().max() > 10 * slack(x.dtype) * whole.abs().max() + 1e-9:
         raise UserError(f"attribute_experts: the experts of {layer.name} are no sums over hidden units")
     return parts
 

@@ -245,7 +245,8 @@ class Inspection(Part):
                 if leaning and any(e is not None and e >= layer.experts for e in leaning.experts):
                     raise ValueError(f"text: layer {layer.label}: an expert that is not there")
         for held in self.holders:
-            if any(row.layer >= len(self.layers) for row in (*held.experts, *held.layers)):
+            places = [*(row.layer for row in held.experts), *(row.layer for row in held.layers)]
+            if any(place >= len(self.layers) for place in places):
                 raise ValueError("holders: a layer that is not there")
             if any(row.expert is not None and row.expert >= self.layers[row.layer].experts for row in held.experts):
                 raise ValueError("holders: an expert that is not there")
