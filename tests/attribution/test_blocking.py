@@ -176,8 +176,9 @@ def test_stock_routers_decide_as_swapped_ones_do(family, close):
     for routers in ("stock", "swapped"):
         swapped = swap_routers(model) if routers == "swapped" else None
         for mode in ("mask", "zero"):
-            with block(model, {name: [used]}, mode=mode), record(model) as tape:
+            with record(model) as tape, block(model, {name: [used]}, mode=mode), record(model) as inner:
                 found[routers, mode] = model(**inputs).logits, tape.layer(name)[0].routing
+            assert torch.equal(found[routers, mode][1].indices, inner.layer(name)[0].routing.indices)
         if swapped is not None:
             swapped.undo()
     real = inputs["attention_mask"].bool()

@@ -83,7 +83,8 @@ def block(model: nn.Module, experts: Mapping[str, Iterable[int]], *, mode: Mode 
         if hooks:
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # a recomputation stays in the thread
         for hook in hooks:
-            stack.callback(hook.router.register_forward_hook(hook, with_kwargs=True).remove)
+            handle = hook.router.register_forward_hook(hook, with_kwargs=True, prepend=True)  # before those that record
+            stack.callback(handle.remove)
         yield
 
 
@@ -109,8 +110,8 @@ class _Hook(ABC):
 
     def __init__(self, name: str, router: nn.Module, num_experts: int, blocked: frozenset[int], mode: Mode) -> None:
         self.name, self.router, self.thread = name, router, threading.get_ident()
-        outer = [h for h in forward_hooks(router) if isinstance(h, _Hook) and h.of_thread(router)][-1:]
-        masked, zeroed = (outer[0].masked, outer[0].zeroed) if outer else (frozenset[int](), frozenset[int]())
+        outer = self.innermost(router)
+        masked, zeroed = (outer.masked, outer.zeroed) if outer else (frozenset[int](), frozenset[int]())
         self.masked = masked | blocked if mode == "mask" else masked
         self.zeroed = zeroed | blocked if mode == "zero" else zeroed
         kept = [e for e in range(num_experts) if e not in self.masked]
@@ -122,16 +123,19 @@ class _Hook(ABC):
         self.kept = torch.tensor(kept)
         self.out = torch.tensor(sorted(self.zeroed), dtype=torch.int64)
 
-    def of_thread(self, router: nn.Module) -> bool:
-        """Whether it is at work in the calling thread, and of this router, not of what it was copied from."""
-        return router is self.router and threading.get_ident() == self.thread
+    @staticmethod
+    def innermost(router: nn.Module) -> _Hook | None:
+        """Of the blocks that the calling thread has open the last one; None for a router that was copied inside one."""
+        hooks = [hook for hook in forward_hooks(router) if isinstance(hook, _Hook)]
+        here = threading.get_ident()
+        return next((hook for hook in hooks if hook.router is router and hook.thread == here), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         """No copy: the hook of a copied router ends here, where it is not known."""
         return self
 
     def __call__(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
-        return self.changed(args, kwargs, returned) if self.of_thread(router) else None
+        return self.changed(args, kwargs, returned) if self.innermost(router) is self else None
 
     @abstractmethod
     def changed(self, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
