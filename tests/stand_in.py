@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 import spectralmoe.experts  # noqa: F401 (makes its operators known)
 
-__all__ = ["CUDA", "OnDevice", "StandIn", "inside", "on_stand_in"]
+__all__ = ["CUDA", "OnDevice", "StandIn", "inside", "on_stand_in", "run_backward"]
 
 CUDA = torch.device("cuda", 0)
 
@@ -119,24 +119,20 @@ class StandIn(TorchFunctionMode):
 
     def _moved(self, func: Callable[..., Tensor], name: str, args: Any, kwargs: Any) -> Tensor:
         """``x.to(...)``, ``x.cpu()``, ``x.cuda()``: over to the other side, with gradient, and then the dtype."""
-        x, *rest = args
-        target = {"cpu": torch.device("cpu"), "cuda": CUDA}.get(name)
-        if name == "to":
-            given = [*rest, kwargs.pop("device", None), kwargs.pop("other", None)]
-            rest = [each for each in given if not isinstance(each, str | torch.device | Tensor) and each is not None]
-            for each in given:
-                if isinstance(each, Tensor):
-                    target, kwargs = each.device, {**kwargs, "dtype": each.dtype}
-                elif isinstance(each, str | torch.device):
-                    target = torch.device(each)
-        else:
-            rest = []
-        if target is not None and (target.type == "cuda") != isinstance(x, OnDevice):
-            # from pageable memory a copy that does not block is staged by the driver at once
-            if target.type == "cpu" or not kwargs.get("non_blocking"):
-                self.waits.append(f"{name}({target.type})")
+        x, *given = args
+        given += [kwargs.get("device"), kwargs.get("other"), kwargs.get("dtype"), name if name != "to" else None]
+        places = [each.device if isinstance(each, Tensor) else each for each in given]
+        places = [torch.device(each) for each in places if isinstance(each, str | torch.device)]
+        if not places:
+            return func(*args, **kwargs)
+        if (places[0].type == "cuda") != isinstance(x, OnDevice):
+            # a copy to a device that does not block is staged by the driver at once
+            if places[0].type == "cpu" or not kwargs.get("non_blocking"):
+                self.waits.append(f"{name}({places[0].type})")
             x = _Move.apply(x)
-        return x.to(*rest, **kwargs) if rest or kwargs else x  # type: ignore[no-any-return]
+        dtypes = [each.dtype if isinstance(each, Tensor) else each for each in given]
+        dtypes = [each for each in dtypes if isinstance(each, torch.dtype)]
+        return x.to(dtypes[0]) if dtypes else x
 
 
 class _Move(torch.autograd.Function):
@@ -163,6 +159,13 @@ def on_stand_in(module: Any) -> Any:
             if x is not None:
                 part._buffers[name] = moved.setdefault(id(x), OnDevice(x.clone()))
     return module
+
+
+def run_backward(loss: Tensor) -> None:
+    """``loss.backward()``, in which the stand-in sees functions too: those of a forward that is done again."""
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def inside(x: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class PrincipalScorer(Scorer):
         if self.sides is None:
             sides = torch.arange(2 * self.rank, device=self.spread.device) % self.num_experts
             return F.one_hot(sides, self.num_experts).float()
-        sides = torch.tensor(self.sides, device=self.spread.device)
+        sides = torch.tensor(self.sides).to(self.spread.device, non_blocking=True)
         return F.one_hot(sides + 1, self.num_experts + 1)[:, 1:].float()
 
     def select(self, indices: Sequence[int] | Tensor) -> PrincipalScorer:
