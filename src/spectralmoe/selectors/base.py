@@ -36,8 +36,8 @@ class Selector(Part):
     fills: bool = False
     """Whether every slot of a real token holds an expert, whatever the logits; known once the selector is bound.
 
-    Without a mask a layer then knows how many slots are filled; else, on a device, the host waits for the number, once a
-    forward.
+    Without a mask a layer then knows how many slots are filled; else, on a device, the host waits for the number, once
+    a forward.
     """
 
     def bind(self, num_experts: int) -> None:
