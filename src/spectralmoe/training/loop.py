@@ -261,7 +261,7 @@ class _Run:
             return
         state: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "epochs": self.epochs}
         state |= {"loss_sum": self.loss_sum, "seconds": self.seconds, "scaler": self.scaler.state_dict()}
-        save_checkpoint(self.checkpoint, self.model, self.optimizer, state, write=self.ranks.first)
+        save_checkpoint(self.checkpoint, self.model, self.optimizer, state, ranks=self.ranks)
 
     def stop(self, reason: str) -> NoReturn:
         kept = ""
