@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from spectralmoe.errors import UserError, first_line
 

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.experts import HeterogeneousExperts
 from spectralmoe.router import shard_routers
 from spectralmoe.sharding import full, is_sharded
 from spectralmoe.training.heartbeat import watched
@@ -55,18 +57,18 @@ class Ranks:
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """This process's part of ``n`` samples; all of them, for every process, where there are too few.
+        """This process's part of ``n`` samples; all of them, for every process, where there are not two for each.
 
         >>> [Ranks("ddp", rank, 3).share(8) for rank in range(3)]
         [slice(0, 2, None), slice(2, 5, None), slice(5, 8, None)]
         """
-        if n < self.world:
+        if n < 2 * self.world:  # of one sample a batch norm has no statistics
             return slice(0, n)
         return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
     def weight(self, n: int) -> float:
         """Factor on the mean loss of the share, so that the mean over the processes is that of all ``n`` samples."""
-        if n < self.world:
+        if n < 2 * self.world:
             return 1.0
         share = self.share(n)
         return float((share.stop - share.start) * self.world / n)
@@ -98,6 +100,9 @@ class Ranks:
         one.
 
         ``collect`` brings the weights back.
+
+        Raises:
+            UserError: as ``parallelize_experts``; a bank that cannot be sharded.
         """
         if self.kind is None:
             return model
@@ -105,7 +110,14 @@ class Ranks:
             return nn.parallel.DistributedDataParallel(model, static_graph=True)
         from torch.distributed.fsdp import fully_shard
 
+        if any(isinstance(bank, HeterogeneousExperts) and bank.given is None for bank in model.modules()):
+            raise UserError(
+                "--parallel fsdp2: HeterogeneousExperts without costs count them on copies of experts, which shards "
+                "have not; use --parallel ddp"
+            )
         sharded = copy.deepcopy(model)
+        for parameter in sharded.parameters():
+            parameter.data = parameter.data.contiguous()  # not channels-last, which it cannot shard
         if self.mesh is not None:
             from spectralmoe.parallel import parallelize_experts, shard_experts
 
@@ -194,7 +206,8 @@ def joined(
             f"--parallel {parallel}"
         )
     store, rank, world = next(rendezvous("env://"))
-    with watched(store.clone(), rank, world):
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    with watched(PrefixStore(f"watched/{attempt}", store.clone()), rank, world):
         kind, ep = read_parallel(parallel, num_experts)
         _quiet()
         device = _own(device)
