@@ -197,6 +197,18 @@ def test_one_that_dies_ends_the_others_and_the_run_goes_on(machines, alone, tmp_
 
 @pytest.mark.full
 @pytest.mark.slow
+def test_torchrun_starts_them_again(alone, tmp_path):
+    command, expected = alone
+    words = ["6", *command, "--out", str(tmp_path), "--parallel", "fsdp2,ep=2"]
+    agent = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", words=words)
+    text = said_by(agent)
+    assert agent.returncode == 0, text
+    assert len(errors(text)) == 1, text
+    assert about(tmp_path) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_number_that_does_not_divide_is_one_line(alone, tmp_path):
     command, _ = alone
     words = ["-1", *command, "--out", str(tmp_path / "out"), "--parallel", "fsdp2,ep=3"]
@@ -207,7 +219,8 @@ def test_a_number_that_does_not_divide_is_one_line(alone, tmp_path):
 
 
 def main(last, words):
-    """What torchrun starts: the command line, with a checkpoint after every step; rank 1 dies at step ``last``."""
+    """What torchrun starts: the command line, with a checkpoint after every step; rank 1 dies at step ``last``,
+    but not when torchrun has started it again."""
     torch.set_num_threads(1)
     loop._CHECKPOINT_SECONDS = 0
     step, steps = loop._Run.one_step, 0
@@ -215,7 +228,7 @@ def main(last, words):
     def counted(running, chosen):
         nonlocal steps
         steps += 1
-        if steps == last and os.environ["RANK"] == "1":
+        if steps == last and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
             os.kill(os.getpid(), signal.SIGKILL)
         return step(running, chosen)
 

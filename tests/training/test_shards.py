@@ -101,6 +101,7 @@ def same(found, expected):
 
 
 @pytest.mark.full
+@pytest.mark.slow
 def test_what_two_processes_wrote_one_goes_on_from(tmp_path_factory):
     expected, chain = run_stage(tmp_path_factory, 1, 2, 2)
     assert [folder.name for folder in (chain / f"training{SHARDS}").iterdir()] == ["epoch000000-batch00000001"]
@@ -144,6 +145,8 @@ def saving(path, batch, monkeypatch):
     return work
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_save_that_is_killed_leaves_the_last_one(tmp_path, monkeypatch):
     path = tmp_path / FILE
     assert not killed(None, saving(path, 1, monkeypatch))

@@ -338,8 +338,17 @@ text = {length = 12, heads = 2, measured = 4}
 network = {width = 8, hidden = 6, num_experts = 4}
 optimization = {epochs = 1, batch_size = 8}
 """
+DIGITS = """
+data = "digits"
+router = "linear"
+depth = 1
+train_size = 44
+network = {width = 8, hidden = 6, num_experts = 4}
+optimization = {epochs = 1, batch_size = 21, optimizer = "sgd", lr = 0.1}
+"""
 KINDS = ("ddp", "fsdp2")
-RUNS = [*itertools.product(FORMS, KINDS), ("text", "fsdp2,ep=2")]
+OTHERS = {"text": TEXT, "digits": DIGITS}
+RUNS = [*itertools.product(FORMS, KINDS), *itertools.product(OTHERS, ["fsdp2,ep=2"]), ("digits", "ddp")]
 
 
 def free_port():
@@ -363,7 +372,7 @@ def one_of_two(rank: int, folder: Path, ports: list[str]) -> None:
 def two_processes(tmp_path_factory):
     """The folder of what two processes trained: FORM-KIND."""
     folder = tmp_path_factory.mktemp("two")
-    for form, text in {**FORMS, "text": TEXT}.items():
+    for form, text in {**FORMS, **OTHERS}.items():
         (folder / form).write_text(text)
     ports = [str(free_port()) for _ in RUNS]
     processes = [
@@ -391,6 +400,14 @@ def test_two_processes_are_as_one(form, two_processes, tmp_path):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
         assert [epoch["loss"] for epoch in read_json(out / "history.json")["epochs"]] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_shards_of_a_network_with_a_batch_norm_are_as_copies(two_processes):
+    """Its statistics are those of the share of each process, so one process alone has others."""
+    one, two = (load(two_processes / f"digits-{kind}").state_dict() for kind in ("ddp", "fsdp2,ep=2"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow

@@ -112,8 +112,8 @@ class Ranks:
 
         if any(isinstance(bank, HeterogeneousExperts) and bank.given is None for bank in model.modules()):
             raise UserError(
-                "--parallel fsdp2: HeterogeneousExperts without costs count them on copies of experts, which shards "
-                "have not; use --parallel ddp"
+                "--parallel fsdp2: HeterogeneousExperts count their costs on copies of themselves, which shards do not "
+                "allow; give them costs, or use --parallel ddp"
             )
         sharded = copy.deepcopy(model)
         for parameter in sharded.parameters():
@@ -206,12 +206,13 @@ def joined(
             f"--parallel {parallel}"
         )
     store, rank, world = next(rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    with watched(PrefixStore(f"watched/{attempt}", store.clone()), rank, world):
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it starts all again
+    shared, own = PrefixStore(f"attempt/{attempt}", store), PrefixStore(f"watched/{attempt}", store.clone())
+    with watched(own, rank, world):
         kind, ep = read_parallel(parallel, num_experts)
         _quiet()
         device = _own(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=shared, rank=rank, world_size=world)
         yield Ranks(kind, rank, world, _mesh(device, world, ep) if ep > 1 else None), device
         dist.destroy_process_group()
 
