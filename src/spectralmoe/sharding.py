@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["assign_", "beside", "full", "is_sharded", "sharded_as"]
+__all__ = ["assign_", "beside", "full", "is_sharded", "local", "sharded_as"]
 
 
 def is_sharded(x: Tensor | None) -> TypeGuard[DTensor]:
@@ -28,6 +28,11 @@ def is_sharded(x: Tensor | None) -> TypeGuard[DTensor]:
 def full(x: Tensor) -> Tensor:
     """The whole tensor behind ``x``: gathered (with gradient) when it is sharded, else ``x`` itself."""
     return x.full_tensor() if is_sharded(x) else x
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of ``x``."""
+    return x.to_local() if is_sharded(x) else x
 
 
 def sharded_as(value: Tensor, target: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from gloo_ranks import RANKS, Ranks, work
 from seeds import generator, shifted
+from small_parts import make_bank, make_selector
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,7 +37,7 @@ from spectralmoe import (
     record,
     save,
 )
-from spectralmoe.experts import ModuleExperts
+from spectralmoe.experts import EXPERTS, ModuleExperts
 from spectralmoe.parallel import (
     ExpertParallel,
     LeastLoaded,
@@ -46,6 +47,9 @@ from spectralmoe.parallel import (
     plan_replicas,
     shard_experts,
 )
+from spectralmoe.ranks import RankExperts
+from spectralmoe.selectors import SELECTORS
+from spectralmoe.units import Sample
 
 D, E, H = 6, 8, 10
 SIZES = (24, 13, 9, 16)
@@ -107,7 +111,7 @@ def average(net, world):
     """What data parallelism does with all that is not an expert's."""
     own = expert_parameters(net)
     for parameter in net.parameters():
-        if parameter not in own:
+        if parameter not in own and parameter.grad is not None:
             dist.all_reduce(parameter.grad)
             parameter.grad /= world
 
@@ -239,6 +243,48 @@ def two_dimensions(rank, folder):
     return norm, named_gradients(net)
 
 
+NAMES = (*SELECTORS, *EXPERTS, "ranks")
+
+
+def named(name):
+    """A selector in front of adapters, a bank behind two of its experts, or ranks before a layer."""
+    torch.manual_seed(shifted(4))
+    if name == "ranks":
+        return nn.Sequential(RankExperts(nn.Linear(D, D), ranks=6, shared=2, zero=0, k=2), named("topk"))
+    if name in SELECTORS:
+        return MoE(Router(LinearScorer(D, E), make_selector(name)), make_bank("adapter", D, E))
+    bank = make_bank(name, D, E)
+    return MoE(Router(LinearScorer(D, E), TopK(2)), bank, unit=Sample() if bank.row_dims == 3 else None)
+
+
+def outcome(layer, rank, world):
+    """The output for the tokens of a rank, whose gradients are left."""
+    torch.manual_seed(shifted(rank))  # of what selectors draw
+    first = next(module for module in layer.modules() if isinstance(module, MoE))
+    x = tokens(world, 0.0)[rank][0][:5]
+    y = layer(x.view(5, D, *[1] * ((first.experts.row_dims or 1) - 1)))
+    y.square().mean().backward()
+    return y.detach()
+
+
+def by_name(rank, folder):
+    """Of each of ``NAMES`` the line that refuses it, or its output and gradients."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+    found = {}
+    for name in NAMES:
+        layer = named(name)
+        try:
+            parallelize_experts(layer, mesh)
+        except UserError as error:
+            found[name] = str(error)
+            continue
+        y = outcome(layer, rank, world)
+        average(layer, world)
+        found[name] = y, {key: whole(p.grad) for key, p in layer.named_parameters() if p.grad is not None}
+    return found
+
+
 def stored(rank, folder):
     """Parameters and optimizer state written by all devices, to be read by one."""
     world = dist.get_world_size()
@@ -255,7 +301,7 @@ def stored(rank, folder):
     return {name: whole(value).clone() for name, value in net.state_dict().items()}
 
 
-CHECKS = (parity, kept, accumulated, refusals, bf16, stored)
+CHECKS = (parity, kept, accumulated, refusals, bf16, stored, by_name)
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +380,28 @@ def test_one_line_before_anything_is_changed(ranks):
         for line, words in zip(lines, expected, strict=True):
             assert len(line.splitlines()) == 1
             assert all(word in line for word in words), line
+
+
+REFUSED = dict.fromkeys(("soft", "soft_balanced", "entmax"), "routes softly")
+REFUSED |= dict.fromkeys(("modules", "heterogeneous", "mpo", "multilinear"), "no stack")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_selector_and_bank_works_or_is_refused(name, ranks, close):
+    layer = named(name)
+    found = [rank[name] for rank in ranks(by_name)]
+    if isinstance(found[0], str):
+        assert REFUSED[name] in found[0]
+        assert len(found[0].splitlines()) == 1
+        return
+    assert name not in REFUSED
+    for rank, (y, _) in enumerate(found):
+        close(y, outcome(layer, rank, RANKS))
+    expected = {key: p.grad / RANKS for key, p in layer.named_parameters() if p.grad is not None}
+    for _, grads in found:
+        assert grads.keys() == expected.keys()
+        for key, grad in expected.items():
+            close(grads[key], grad)
 
 
 def test_what_two_devices_stored_one_loads(ranks):

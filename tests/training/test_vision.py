@@ -329,7 +329,26 @@ FORMS = {
 }
 
 
+TEXT = """
+data = "text:pydoc"
+router = "linear+balanced"
+depth = 1
+train_size = 20
+text = {length = 12, heads = 2, measured = 4}
+network = {width = 8, hidden = 6, num_experts = 4}
+optimization = {epochs = 1, batch_size = 8}
+"""
+DIGITS = """
+data = "digits"
+router = "linear"
+depth = 1
+train_size = 44
+network = {width = 8, hidden = 6, num_experts = 4}
+optimization = {epochs = 1, batch_size = 21, optimizer = "sgd", lr = 0.1}
+"""
 KINDS = ("ddp", "fsdp2")
+OTHERS = {"text": TEXT, "digits": DIGITS}
+RUNS = [*itertools.product(FORMS, KINDS), *itertools.product(OTHERS, ["fsdp2,ep=2"]), ("digits", "ddp")]
 
 
 def free_port():
@@ -341,7 +360,7 @@ def free_port():
 def one_of_two(rank: int, folder: Path, ports: list[str]) -> None:
     """What torchrun starts twice: the command line, once for each form and kind."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    for (form, kind), port in zip(itertools.product(FORMS, KINDS), ports, strict=True):
+    for (form, kind), port in zip(RUNS, ports, strict=True):
         os.environ["MASTER_PORT"] = port
         out = folder / f"{form}-{kind}"
         code = run(["train", "--config", str(folder / form), "--out", str(out), "--parallel", kind, "--device", "cpu"])
@@ -353,9 +372,9 @@ def one_of_two(rank: int, folder: Path, ports: list[str]) -> None:
 def two_processes(tmp_path_factory):
     """The folder of what two processes trained: FORM-KIND."""
     folder = tmp_path_factory.mktemp("two")
-    for form, text in FORMS.items():
+    for form, text in {**FORMS, **OTHERS}.items():
         (folder / form).write_text(text)
-    ports = [str(free_port()) for _ in itertools.product(FORMS, KINDS)]
+    ports = [str(free_port()) for _ in RUNS]
     processes = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(folder), *ports], env=environment())
         for rank in range(2)
@@ -370,17 +389,36 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "text"])
 def test_two_processes_are_as_one(form, two_processes, tmp_path):
     assert run(["train", "--config", str(two_processes / form), "--out", str(tmp_path), "--device", "cpu"]) == 0
     expected = load(tmp_path).state_dict()
     losses = [epoch["loss"] for epoch in read_json(tmp_path / "history.json")["epochs"]]
-    for kind in KINDS:
+    for kind in [kind for name, kind in RUNS if name == form]:
         out = two_processes / f"{form}-{kind}"
         found = load(out).state_dict()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
         assert [epoch["loss"] for epoch in read_json(out / "history.json")["epochs"]] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_shards_of_a_network_with_a_batch_norm_are_as_copies(two_processes):
+    """Its statistics are those of the share of each process, so one process alone has others."""
+    one, two = (load(two_processes / f"digits-{kind}").state_dict() for kind in ("ddp", "fsdp2,ep=2"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+def test_one_process_reads_what_two_wrote_in_shards(two_processes):
+    """The finished run goes on with nothing, from the shards: it saves the same model, whole."""
+    out = two_processes / "text-fsdp2,ep=2"
+    assert (out / "training.shards").exists()
+    before = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").unlink()
+    assert run(["train", "--config", str(two_processes / "text"), "--out", str(out), "--device", "cpu"]) == 0
+    assert (out / "model.safetensors").read_bytes() == before
 
 
 def test_parallel_without_torchrun_is_one_line(tmp_path, monkeypatch):

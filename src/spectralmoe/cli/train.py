@@ -72,8 +72,8 @@ def train(
     parallel: Annotated[
         str | None,
         typer.Option(
-            metavar="ddp|fsdp2",
-            help="Share every batch among the processes of torchrun.",
+            metavar="ddp|fsdp2[,ep=K]",
+            help="Share every batch among the processes of torchrun; ep=K: K of them share the experts out.",
             autocompletion=one_among("ddp", "fsdp2"),
         ),
     ] = None,
@@ -129,11 +129,11 @@ def train(
         raise UserError("--out is missing: name the folder for everything that is written")
     if every is not None and not monitor:
         raise UserError("--every is how often --monitor reports; add --monitor")
-    _check(settings, parallel, allow or (), router)
+    _check(settings, allow or (), router)
     log_names = split_names(log or "")
     check_logs(log_names)
-    task = open_task(settings, data_dir, download)
-    with joined(parallel, pick_device(device)) as (ranks, where):
+    with joined(parallel, pick_device(device), settings.num_experts) as (ranks, where):
+        task = open_task(settings, data_dir, download)
         if ranks.first:
             say_notes(task.notes)
         built = task.build(settings).to(where)
@@ -226,14 +226,10 @@ def _print(settings: TrainSettings, json: bool) -> None:
         typer.echo(to_toml(settings), nl=False)
 
 
-def _check(settings: TrainSettings, parallel: str | None, allow: Sequence[str], router: str | None) -> None:
-    """What does not go together is refused before data are read, and no module is imported because a file names it;
-    what ``router``, from the command line, names may be.
-    """
+def _check(settings: TrainSettings, allow: Sequence[str], router: str | None) -> None:
+    """No module is imported because a file names it; what ``router``, from the command line, names may be."""
     from spectralmoe.naming import own_names
 
-    if parallel is not None and settings.backbone is None:
-        raise UserError("--parallel trains timm models; the settings have no section [backbone]")
     trust_own(settings.row, (*allow, *own_names(router)))
 
 

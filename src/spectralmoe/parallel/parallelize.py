@@ -15,6 +15,7 @@ from spectralmoe.layers import moe_layers
 from spectralmoe.moe import MoE
 from spectralmoe.parallel.expert_parallel import ExpertParallel, Planner
 from spectralmoe.parallel.plan import owners, plan_native
+from spectralmoe.ranks import RankExperts
 from spectralmoe.scorers import Scorer
 from spectralmoe.sharding import beside, full
 
@@ -32,6 +33,8 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh, *, ep: str = "ep", p
         parallelize_experts(model, mesh)
         fully_shard(model, mesh=mesh, ignored_params=expert_parameters(model))
 
+    Layers of ``RankExperts`` stay whole, too. Capacities and expert choice go by the tokens of each device.
+
     On a mesh of two dimensions ``shard_experts`` shares the rows of each expert out over the other one.
 
     Make the optimizer afterwards: parameters are new tensors.
@@ -44,12 +47,15 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh, *, ep: str = "ep", p
     Raises:
         UserError: before anything is changed: no dimension of this name; an expert count that the devices cannot share
             evenly; a bank whose tensors are no stacks of experts; a scorer that reads the bank; a layer that routes
-            softly, or is no ``MoE``.
+            softly, or is no ``MoE``; no layers but those of ``RankExperts``.
     """
     names = mesh.mesh_dim_names or ()
     if ep not in names:
         raise UserError(f"parallelize_experts: the mesh has no dimension {ep!r}, but {', '.join(names) or 'no names'}")
-    part, layers = mesh[ep], moe_layers(model)
+    part = mesh[ep]
+    layers = {name: layer for name, layer in moe_layers(model).items() if not isinstance(layer, RankExperts)}
+    if not layers:
+        raise UserError("parallelize_experts: the model has mixtures of ranks alone, which every device computes whole")
     for name, layer in layers.items():
         _check(name, layer, part.size())
     shared: dict[Tensor, nn.Parameter] = {}

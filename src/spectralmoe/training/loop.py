@@ -19,7 +19,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.optim import find_schedule, make_optimizer
 from spectralmoe.recorder import record
-from spectralmoe.sharding import full
+from spectralmoe.sharding import local
 from spectralmoe.steps import after_step
 from spectralmoe.tape import Tape
 from spectralmoe.terms import Term, penalty
@@ -252,7 +252,7 @@ class _Run:
     def check_weights(self) -> None:
         """A checkpoint must never hold broken weights."""
         for name, value in self.model.state_dict().items():
-            if not bool(torch.isfinite(full(value)).all()):
+            if self.ranks.mean(float(not torch.isfinite(local(value)).all())):
                 self.stop(f"{name} is not finite")
 
     def save(self) -> None:
@@ -261,7 +261,7 @@ class _Run:
             return
         state: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "epochs": self.epochs}
         state |= {"loss_sum": self.loss_sum, "seconds": self.seconds, "scaler": self.scaler.state_dict()}
-        save_checkpoint(self.checkpoint, self.model, self.optimizer, state, write=self.ranks.first)
+        save_checkpoint(self.checkpoint, self.model, self.optimizer, state, ranks=self.ranks)
 
     def stop(self, reason: str) -> NoReturn:
         kept = ""

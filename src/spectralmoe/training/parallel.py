@@ -1,24 +1,33 @@
-"""One training run on several processes, started by torchrun: DDP or FSDP2, and what each process does of it."""
+"""One training run on several processes, started by torchrun: DDP or FSDP2, its experts shared out or not."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.experts import HeterogeneousExperts
 from spectralmoe.router import shard_routers
 from spectralmoe.sharding import full, is_sharded
+from spectralmoe.training.heartbeat import watched
 from spectralmoe.vision import model_blocks
 
-__all__ = ["ALONE", "Ranks", "joined"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["ALONE", "Ranks", "joined", "read_parallel"]
 
 Kind = Literal["ddp", "fsdp2"]
 
@@ -34,11 +43,13 @@ class Ranks:
         kind: None for one process alone.
         rank: this process, from 0.
         world: how many there are.
+        mesh: ("efsdp", "ep"), where the processes share the experts out; else None.
     """
 
     kind: Kind | None = None
     rank: int = 0
     world: int = 1
+    mesh: DeviceMesh | None = None
 
     @property
     def first(self) -> bool:
@@ -46,18 +57,18 @@ class Ranks:
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """This process's part of ``n`` samples; all of them, for every process, where there are too few.
+        """This process's part of ``n`` samples; all of them, for every process, where there are not two for each.
 
         >>> [Ranks("ddp", rank, 3).share(8) for rank in range(3)]
         [slice(0, 2, None), slice(2, 5, None), slice(5, 8, None)]
         """
-        if n < self.world:
+        if n < 2 * self.world:  # of one sample a batch norm has no statistics
             return slice(0, n)
         return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
     def weight(self, n: int) -> float:
         """Factor on the mean loss of the share, so that the mean over the processes is that of all ``n`` samples."""
-        if n < self.world:
+        if n < 2 * self.world:
             return 1.0
         share = self.share(n)
         return float((share.stop - share.start) * self.world / n)
@@ -78,10 +89,20 @@ class Ranks:
         """Until all processes are here."""
         self.mean(0.0)
 
+    def told(self, text: str) -> str:
+        """The text of the first process."""
+        texts = [text]
+        dist.broadcast_object_list(texts)
+        return texts[0]
+
     def spread(self, model: nn.Module) -> nn.Module:
-        """What to train in place of ``model``; FSDP2 shards a copy, block by block of its ``backbone``.
+        """What to train in place of ``model``; FSDP2 shards a copy, block by block, its experts over a mesh if there is
+        one.
 
         ``collect`` brings the weights back.
+
+        Raises:
+            UserError: as ``parallelize_experts``; a bank that cannot be sharded.
         """
         if self.kind is None:
             return model
@@ -89,10 +110,22 @@ class Ranks:
             return nn.parallel.DistributedDataParallel(model, static_graph=True)
         from torch.distributed.fsdp import fully_shard
 
+        if any(isinstance(bank, HeterogeneousExperts) and bank.given is None for bank in model.modules()):
+            raise UserError(
+                "--parallel fsdp2: HeterogeneousExperts count their costs on copies of themselves, which shards do not "
+                "allow; give them costs, or use --parallel ddp"
+            )
         sharded = copy.deepcopy(model)
+        for parameter in sharded.parameters():
+            parameter.data = parameter.data.contiguous()  # not channels-last, which it cannot shard
+        if self.mesh is not None:
+            from spectralmoe.parallel import parallelize_experts, shard_experts
+
+            parallelize_experts(sharded, self.mesh)
+            shard_experts(sharded, self.mesh)
         shard_routers(sharded)
         scalars = {parameter for parameter in sharded.parameters() if not parameter.dim()}  # which it cannot shard
-        for block in model_blocks(sharded.get_submodule("backbone")).values():
+        for block in model_blocks(getattr(sharded, "backbone", sharded)).values():
             fully_shard(block, ignored_params=scalars)
         fully_shard(sharded, ignored_params=scalars)
         return sharded
@@ -114,32 +147,99 @@ class Ranks:
 ALONE = Ranks()
 
 
-@contextmanager
-def joined(kind: str | None, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the processes that torchrun started; gives them, and the device of this one.
+def read_parallel(text: str, num_experts: int | None = None) -> tuple[Kind, int]:
+    """The kind that ``--parallel`` names, and how many processes share the experts out: ("fsdp2", 4) of "fsdp2,ep=4".
+
+    Args:
+        num_experts: E of each layer; None: there are no experts.
 
     Raises:
-        UserError: an unknown kind; not started by torchrun; several processes without a kind.
+        UserError: another kind; a number that does not divide E, or the processes that torchrun started.
+
+    >>> read_parallel("ddp"), read_parallel("fsdp2,ep=1", 8)
+    (('ddp', 1), ('fsdp2', 1))
     """
-    if kind is None:
+    kind, _, option = text.partition(",")
+    if kind not in ("ddp", "fsdp2"):
+        raise one_of("--parallel", kind, ["ddp", "fsdp2", "fsdp2,ep=K"])
+    if not option:
+        return kind, 1  # type: ignore[return-value]
+    name, _, number = option.partition("=")
+    if kind != "fsdp2" or name != "ep" or not number.isdecimal() or not int(number):
+        raise UserError(f"--parallel {text}: only fsdp2 takes an option, ep=K: K processes that share the experts out")
+    ep, world = int(number), int(os.environ.get("WORLD_SIZE", number))
+    if num_experts is None and ep > 1:
+        raise UserError(f"--parallel {text}: the network has no experts to share out; leave out {option}")
+    if num_experts is not None and num_experts % ep:
+        raise UserError(f"--parallel {text}: {num_experts} experts cannot be shared out evenly over {ep} processes")
+    if world % ep:
+        raise UserError(
+            f"--parallel {text}: {world} processes do not make whole groups of {ep}; start {-world % ep} more"
+        )
+    return "fsdp2", ep
+
+
+@contextmanager
+def joined(
+    parallel: str | None, device: torch.device, num_experts: int | None = None
+) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the processes that torchrun started; gives them, and the device of this one.
+
+    One that dies or fails while the block runs ends the others, see ``watched``.
+
+    Args:
+        parallel, num_experts: see ``read_parallel``.
+
+    Raises:
+        UserError: as ``read_parallel``; not started by torchrun; several processes without a kind; more processes than
+            GPUs.
+    """
+    if parallel is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("torchrun started several processes; add --parallel ddp or --parallel fsdp2")
         yield ALONE, device
         return
-    if kind not in ("ddp", "fsdp2"):
-        raise one_of("--parallel", kind, ["ddp", "fsdp2"])
     if "RANK" not in os.environ:
+        read_parallel(parallel)
         raise UserError(
-            f"--parallel {kind} needs torchrun: torchrun --nproc-per-node 2 -m spectralmoe train ... --parallel {kind}"
+            f"--parallel {parallel} needs torchrun: torchrun --nproc-per-node 2 -m spectralmoe train ... "
+            f"--parallel {parallel}"
         )
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Ranks(kind, dist.get_rank(), dist.get_world_size()), device  # type: ignore[arg-type]
-    finally:
+    store, rank, world = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it starts all again
+    shared, own = PrefixStore(f"attempt/{attempt}", store), PrefixStore(f"watched/{attempt}", store.clone())
+    with watched(own, rank, world):
+        kind, ep = read_parallel(parallel, num_experts)
+        _quiet()
+        device = _own(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=shared, rank=rank, world_size=world)
+        yield Ranks(kind, rank, world, _mesh(device, world, ep) if ep > 1 else None), device
         dist.destroy_process_group()
+
+
+def _quiet() -> None:
+    """Keep what torch says to those who write such loops from those who start one."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+def _mesh(device: torch.device, world: int, ep: int) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (world // ep, ep), mesh_dim_names=("efsdp", "ep"))
+
+
+def _own(device: torch.device) -> torch.device:
+    """This process's own device of those of its machine."""
+    if device.type != "cuda":
+        return device
+    place, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if place >= count:
+        raise UserError(
+            f"torchrun started more processes than this machine has GPUs ({count}); --nproc-per-node {count}"
+        )
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)
 
 
 def _device() -> torch.device:

@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from spectralmoe.naming import shown
+from spectralmoe.presets import find_preset
 from spectralmoe.training.restore_settings import Restore, check_restore, with_restore_defaults
 from spectralmoe.training.settings import Network, Optimization, Positive, Row, Settings, laid_over
 from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
@@ -92,6 +93,14 @@ class TrainSettings(Settings):
         if self.backbone is None:
             return laid_over(self.router, experts=self.experts, terms=self.terms)
         return "none" if self.moe is None else laid_over(self.moe.router, terms=self.terms)
+
+    @property
+    def num_experts(self) -> int | None:
+        """E of each MoE layer; None: the network is dense."""
+        if self.backbone is not None:
+            return None if self.moe is None else self.moe.experts
+        preset = find_preset(self.row)
+        return None if preset.dense else preset.sizes(self.network.num_experts, self.network.hidden, self.network.k)[0]
 
     @property
     def label(self) -> str:
