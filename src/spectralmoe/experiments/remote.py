@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spectralmoe.errors import UserError, first_line
-from spectralmoe.experiments.apart import Outcome, run_apart, write_jobs
+from spectralmoe.experiments.apart import Outcome, run_apart
+from spectralmoe.experiments.one_job import write_jobs
 from spectralmoe.experiments.workers import Job, WorkerLost
 from spectralmoe.files import part_folder
 from spectralmoe.training.loop import Progress
