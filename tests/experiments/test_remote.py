@@ -108,6 +108,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys):
         (["--submit", "slurm", "--take", "1/2"], "--submit and --take do not go together"),
         (["--submit-with", "timeout_min=60"], "give --submit slurm, too"),
         (["--submit", "slurm", "--submit-with", "timeout"], "no assignment such as timeout_min=60"),
+        (["--submit", "slrum"], "unknown queue 'slrum'; did you mean 'slurm'?"),
         (["--take", "3/2"], "no slice I/N such as 3/16"),
     ):
         assert run([*start, *more]) == 2

@@ -10,16 +10,7 @@ import typer
 
 from spectralmoe.cli.completion import complete_data, complete_routers
 from spectralmoe.cli.console import count, over_seeds, print_json, print_table, show_progress
-from spectralmoe.cli.elsewhere import (
-    Cluster,
-    Collect,
-    Submit,
-    SubmitWith,
-    Take,
-    elsewhere,
-    one_at_most,
-    say_taken,
-)
+from spectralmoe.cli.elsewhere import Cluster, Collect, Submit, SubmitWith, Take, elsewhere, one_at_most, say_taken
 from spectralmoe.cli.options import (
     Allow,
     Assign,

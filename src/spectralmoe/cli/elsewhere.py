@@ -9,13 +9,16 @@ import typer
 
 from spectralmoe.cli.console import count, print_json
 from spectralmoe.cli.options import say_notes
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, one_of
 
 if TYPE_CHECKING:
     from spectralmoe.experiments.grid import Slice, Taken
     from spectralmoe.experiments.remote import Remote
 
 __all__ = ["Cluster", "Collect", "Submit", "SubmitWith", "Take", "elsewhere", "one_at_most", "say_taken"]
+
+QUEUES = ("slurm", "local")
+"""What submitit submits to; ``local`` are processes here."""
 
 Cluster = Annotated[
     str | None,
@@ -57,6 +60,8 @@ def elsewhere(
         return Dask(cluster)
     if submit is None:
         return None
+    if submit not in QUEUES:
+        raise one_of("queue", submit, QUEUES)
     for assignment in submit_with or ():
         if "=" not in assignment:
             raise UserError(f"--submit-with {assignment} is no assignment such as timeout_min=60")

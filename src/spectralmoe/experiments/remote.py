@@ -188,6 +188,10 @@ def _result(job: Job, future: Future) -> dict[str, Any]:
         outcome = future.result()
     except CancelledError:
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"a machine of the cluster has no {error.name}; install there what is installed here"
+        ) from error
     except Exception as error:  # the engine's own, of many kinds
         raise WorkerLost(f"{job.text}: {first_line(error)}; {_GO_ON}") from error
     if outcome.refusal is not None:
