@@ -28,7 +28,7 @@ from spectralmoe.machine import threads
 from spectralmoe.training.settings import pick_device
 from spectralmoe.training.tasks import ImageTask
 
-TIMINGS = {"seconds_per_epoch", "per_second"}
+TIMINGS = {"seconds", "seconds_per_epoch", "per_second"}
 
 
 def quiet(text, done):
@@ -128,10 +128,17 @@ def small(out, **how):
     return arguments if not how else compare.run(*arguments, how.pop("progress", quiet), **how)
 
 
+def untimed(value):
+    if isinstance(value, list):
+        return [untimed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: untimed(item) for key, item in value.items() if key not in TIMINGS}
+    return value
+
+
 def values(out):
     """What a comparison holds, without timings: its cells, tries and networks."""
-    files = {path.stem: read_json(path) for path in out.glob("*/*.json")}
-    cells = {name: {k: v for k, v in cell.items() if k not in TIMINGS} for name, cell in files.items()}
+    cells = {path.stem: untimed(read_json(path)) for path in out.glob("*/*.json")}
     tables = read_json(out / "results.json")["cells"]
     networks = {path.parent.name: path.read_bytes() for path in out.glob("models/*/model.safetensors")}
     order = [(cell["router"], cell["depth"], cell["seed"]) for cell in tables]

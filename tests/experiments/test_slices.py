@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from gloo_ranks import environment
@@ -15,6 +16,8 @@ from spectralmoe.experiments.cards import run_card, take_card
 from spectralmoe.experiments.grid import Slice
 from spectralmoe.experiments.run_folder import run_folder
 from spectralmoe.files import read_json
+
+TOY = Path(__file__).parents[1] / "toy_card"
 
 
 def quiet(text, done):
@@ -66,7 +69,7 @@ def test_slices_share_a_folder_and_a_whole_run_does_not(tmp_path, user_error):
 def test_the_verb_says_what_a_slice_came_to(tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "plan", raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    start = ["card", "tests/toy_card", "--out", str(tmp_path / "out"), "--work", str(tmp_path), "--jobs", "1"]
+    start = ["card", str(TOY), "--out", str(tmp_path / "out"), "--work", str(tmp_path), "--jobs", "1"]
     assert run([*start, "--take", "1/2"]) == 0
     told = capsys.readouterr()
     assert told.out == "slice 1/2: 1 cell run\n"
