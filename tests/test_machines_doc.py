@@ -95,6 +95,7 @@ def test_two_machines_run_as_it_says(tmp_path, shell):
         ends = time.monotonic() + LIMIT
         while shell(f"echo > /dev/tcp/127.0.0.1/{port}").wait(LIMIT):
             assert time.monotonic() < ends, "the scheduler has not started"
+            time.sleep(0.2)
         assert shell(command).wait(LIMIT) == 0
     finally:
         for server in servers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -211,7 +212,7 @@ def test_a_scheduler_that_goes_is_one_line_and_the_same_command_goes_on(tmp_path
         lines = []
         for line in asked.stderr:
             lines.append(line)
-            if line.endswith(f"1 of 6 done on {started.address}\n"):
+            if re.search("[1-5] of 6 done on", line):
                 started.stop_scheduler()
         assert asked.wait() == 1
     assert lines[-1] == f"error: the scheduler at {started.address} is gone; " + (
