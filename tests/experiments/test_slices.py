@@ -66,9 +66,7 @@ def test_slices_share_a_folder_and_a_whole_run_does_not(tmp_path, user_error):
     assert {path.name for path in tmp_path.iterdir()} == {"settings.json", ".lock"}
 
 
-def test_the_verb_says_what_a_slice_came_to(tmp_path, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "plan", raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def test_the_verb_says_what_a_slice_came_to(no_plan, tmp_path, capsys):
     start = ["card", str(TOY), "--out", str(tmp_path / "out"), "--work", str(tmp_path), "--jobs", "1"]
     assert run([*start, "--take", "1/2"]) == 0
     told = capsys.readouterr()
@@ -78,7 +76,6 @@ def test_the_verb_says_what_a_slice_came_to(tmp_path, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) == {"take": "2/2", "cells": 1 + 3 + 2, "missing": ""}
     assert run([*start[:-2], "--collect"]) == 2
     assert "3 of 6 cells of results are not there" in capsys.readouterr().err
-    monkeypatch.delitem(sys.modules, "plan", raising=False)
 
 
 WORKER = """
