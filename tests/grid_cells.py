@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from spectralmoe.errors import UserError
 from spectralmoe.experiments.grid import CellJob, finished_cells, run_cells
 from spectralmoe.training.loop import Diverged
 
-__all__ = ["cell_jobs", "diverging", "run_missing", "square"]
+__all__ = ["cell_jobs", "diverging", "refused", "run_missing", "square"]
 
 
 def square(number: int, log: str, progress) -> dict[str, int]:
@@ -22,6 +23,10 @@ def square(number: int, log: str, progress) -> dict[str, int]:
 
 def diverging(number: int, log: str, progress) -> dict[str, int]:
     raise Diverged(f"number {number} is not finite")
+
+
+def refused(number: int, log: str, progress) -> dict[str, int]:
+    raise UserError(f"number {number} is refused")
 
 
 def cell_jobs(count: int, log: Path, function=square) -> list[CellJob]:

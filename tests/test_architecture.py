@@ -57,6 +57,9 @@ HEAVY = {
     "PIL",
     "torchvision",
     "matplotlib",
+    "dask",
+    "distributed",
+    "submitit",
 }
 ONLY_IN = {
     "timm": {"vision/model.py"},
@@ -66,6 +69,9 @@ ONLY_IN = {
     "huggingface_hub": {"saving/hub.py"},
     "matplotlib": {"draw/figure.py", "draw/images.py"},
     "skimage": {"training/tasks/restoration_scores.py"},
+    "dask": {"experiments/remote.py"},
+    "distributed": {"experiments/remote.py"},
+    "submitit": {"experiments/remote.py"},
 }
 NOT_AT_START = HEAVY | {"typer", "rich", "pydantic"}
 

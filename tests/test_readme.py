@@ -100,6 +100,7 @@ def test_instrument_examples_run(number, end, capsys, tmp_path, monkeypatch):
         "docs/methods.md",
         "docs/inspect.md",
         "docs/parallel.md",
+        "docs/machines.md",
         "docs/architecture.md",
         "CONTRIBUTING.md",
     ],

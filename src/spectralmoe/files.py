@@ -13,7 +13,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "exchange",
     "exists",
     "flush",
+    "locked",
     "make_folder",
     "part_folder",
     "publish",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _PART = ".spectralmoe-part"
+_HELD = ".held"  # a file, since network file systems share no locks of folders
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _SHOWN = 200
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD; both of Linux
@@ -77,8 +79,9 @@ def writing(path: Path) -> Iterator[None]:
 def part_folder(parent: Path) -> Iterator[Path]:
     """A new folder inside ``parent`` for files that are being written; it is removed when the block ends.
 
-    The block holds a lock on the folder, which the system takes back when its process ends. So the folders of killed
-    writers are told from those of running ones, and are removed first.
+    The block holds a lock on a file in the folder, which the system takes back when its process ends. So the folders of
+    killed writers are told from those of running ones, on other machines that share ``parent`` too, and are removed
+    first.
     """
     for part in parent.glob(f".*{_PART}"):
         _remove_part(part)
@@ -87,6 +90,27 @@ def part_folder(parent: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """No other process, on other machines that share the folder too, is in a block with the same ``file`` meanwhile.
+
+    The file is there for the block alone. The system takes the lock back from a process that is killed.
+
+    Raises:
+        UserError: the folder cannot be written, or its file system has no locks.
+    """
+    try:
+        while (handle := _hold(file)) is None:
+            pass
+    except OSError as error:
+        raise UserError(f"cannot lock {file}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
         os.close(handle)
 
 
@@ -208,20 +232,31 @@ def _locked_part(parent: Path) -> tuple[Path, int]:
     """A new part folder and the handle that holds its lock."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=".", suffix=_PART, dir=parent))
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # another process took it for the folder of a killed writer
-            continue
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if path.exists():
-            return path, handle
-        os.close(handle)
+        with suppress(FileNotFoundError):  # another process took it for the folder of a killed writer
+            handle = _hold(path / _HELD)
+            if handle is not None:
+                return path, handle
+
+
+def _hold(file: Path) -> int | None:
+    """A handle that holds the lock of ``file``, which is made; None: another process removed the file meanwhile."""
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(handle), file.stat()):
+            return handle
+    os.close(handle)
+    return None
 
 
 def _remove_part(part: Path) -> None:
     """Remove ``part`` unless a running process holds it or another user owns it."""
+    if part.is_file():  # as earlier versions left them
+        with suppress(OSError):
+            part.unlink()
+        return
     try:
-        handle = os.open(part, os.O_RDONLY)
+        handle = os.open(part / _HELD, os.O_RDWR | os.O_CREAT)
     except OSError:
         return
     try:
@@ -230,8 +265,6 @@ def _remove_part(part: Path) -> None:
         return
     else:
         shutil.rmtree(part, ignore_errors=True)
-        if part.is_file():  # as earlier versions left them
-            part.unlink(missing_ok=True)
     finally:
         os.close(handle)
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["cpu_model", "describe_machine", "threads"]
+from spectralmoe.version import __version__
+
+__all__ = ["cpu_model", "describe_machine", "threads", "versions"]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -32,6 +34,15 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes: results of different ones are not put together.
+
+    >>> list(versions())
+    ['python', 'torch', 'spectralmoe']
+    """
+    return {"python": platform.python_version(), "torch": torch.__version__, "spectralmoe": __version__}
 
 
 @cache

@@ -127,15 +127,6 @@ def test_a_file_of_another_kind_is_named(tmp_path, user_error, text):
         ran(card(range(1)), tmp_path)
 
 
-@pytest.fixture
-def no_plan(monkeypatch):
-    """No module called plan is loaded, before and after."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("plan", None)
-    yield
-    sys.modules.pop("plan", None)
-
-
 def test_the_verb(no_plan, tmp_path, capsys):
     arguments = ["card", str(TOY), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--jobs", "1"]
     assert run([*arguments, "--json"]) == 0

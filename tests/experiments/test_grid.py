@@ -26,7 +26,7 @@ def test_cells_are_files_that_record_where_they_ran(tmp_path, processes):
     assert {cell["number"]: cell["square"] for cell in found.values()} == {0: 0, 1: 1, 2: 4}
     for name, cell in found.items():
         assert cell == read_json(tmp_path / "cells" / f"{name}.json")
-        assert cell.keys() == {"number", "square", "cpu", "threads", "versions"}
+        assert cell.keys() == {"number", "square", "host", "cpu", "threads", "versions"}
         assert cell["threads"] == 1 or processes == 1
     grown = run_missing(tmp_path / "cells", 5, tmp_path / "log", processes)
     assert len(grown) == 5

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from spectralmoe.cli.console import print_json, show_progress
+from spectralmoe.cli.elsewhere import Cluster, Collect, Submit, SubmitWith, Take, elsewhere, one_at_most, say_taken
 from spectralmoe.cli.options import Json, say_notes
 from spectralmoe.errors import UserError
 
@@ -30,7 +31,12 @@ def card(
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the trained networks: runs/NAME, or models in --out.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each.", show_default="2")] = None,
+    cluster: Cluster = None,
+    submit: Submit = None,
+    submit_with: SubmitWith = None,
+    take: Take = None,
+    collect: Collect = False,
     json: Json = False,
 ) -> None:
     """Run what a card lacks: tune its rows alike, measure its cells, write its tables and figures.
@@ -38,12 +44,18 @@ def card(
     Example: spectralmoe card papers/sr-moe --quick
 
     Each finished cell is a file at once; a card that was stopped goes on when it is started again. The plan is Python
-    code of the folder and is run.
+    code of the folder and is run. Several machines share the work with --cluster, --submit or --take, and folders that
+    all of them see.
     """
-    from spectralmoe.experiments.cards import check_card, find_card, run_card, write_card
+    from spectralmoe.experiments.cards import check_card, find_card, run_card, take_card, write_card
+    from spectralmoe.experiments.grid import Slice
 
     if check and draw:
         raise UserError("--check and --draw do not go together: the one runs cells, the other runs none")
+    remote, processes = elsewhere("--jobs", jobs, cluster, submit, submit_with), jobs or 2
+    one_at_most({"--check": check, "--draw": draw, "--cluster": cluster is not None, "--submit": submit is not None,
+                 "--take": take is not None, "--collect": collect})  # fmt: skip
+    part = None if take is None else Slice.parse(take)
     if quick and check:
         raise UserError("--quick and --check do not go together: the stored cells are those of the full form")
     plan, name = find_card(folder, quick=quick), folder.resolve().name
@@ -51,10 +63,18 @@ def card(
     models = work or (place / "models" if quick or out is not None else Path("runs") / name)
     with show_progress(quiet=json) as progress:
         if check:
-            lines = check_card(plan, place, jobs, progress)
+            lines = check_card(plan, place, processes, progress)
             print_json(lines) if json else typer.echo("\n".join(lines))
             return
-        count, notes = (0, write_card(plan, place, models)) if draw else run_card(plan, place, models, jobs, progress)
+        if part is not None:
+            taken = take_card(plan, place, models, processes, progress, part=part)
+        elif draw:
+            count, notes = 0, write_card(plan, place, models)
+        else:
+            count, notes = run_card(plan, place, models, remote or processes, progress, collect=collect)
+    if part is not None:
+        say_taken(part, taken, json)
+        return
     say_notes(notes)
     if json:
         print_json({"cells": count, "out": str(place), "notes": notes})

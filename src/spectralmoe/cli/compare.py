@@ -10,6 +10,7 @@ import typer
 
 from spectralmoe.cli.completion import complete_data, complete_routers
 from spectralmoe.cli.console import count, over_seeds, print_json, print_table, show_progress
+from spectralmoe.cli.elsewhere import Cluster, Collect, Submit, SubmitWith, Take, elsewhere, one_at_most, say_taken
 from spectralmoe.cli.options import (
     Allow,
     Assign,
@@ -110,6 +111,11 @@ def compare(
     ] = None,
     data_dir: DataDir = None,
     download: Download = False,
+    cluster: Cluster = None,
+    submit: Submit = None,
+    submit_with: SubmitWith = None,
+    take: Take = None,
+    collect: Collect = False,
     allow: Allow = None,
     device: DeviceName = "auto",
     json: Json = False,
@@ -119,13 +125,20 @@ def compare(
     Example: spectralmoe compare --data mnist5k --routers linear,sr-moe --depths 2 --seeds 3 --out runs/first
 
     A run that was stopped goes on when it is started again with the same --out. More routers, depths and seeds go into
-    the same --out, too; what is there is not run again.
+    the same --out, too; what is there is not run again. Several machines share the work with --cluster, --submit or
+    --take, and an --out that all of them see.
     """
     from spectralmoe.experiments.compare import run
+    from spectralmoe.experiments.compare import take as take_slice
+    from spectralmoe.experiments.grid import Slice
     from spectralmoe.naming import own_names
     from spectralmoe.training.settings import pick_device
     from spectralmoe.training.tasks import open_task
 
+    remote = elsewhere("--processes", processes, cluster, submit, submit_with)
+    one_at_most({"--cluster": cluster is not None, "--submit": submit is not None, "--take": take is not None,
+                 "--collect": collect})  # fmt: skip
+    part = None if take is None else Slice.parse(take)
     names = None if routers is None else split_names(routers)
     given = {
         "data": data,
@@ -150,10 +163,14 @@ def compare(
     say_notes(task.notes)
     with show_progress(quiet=json) as progress:
         at_a_time = processes or (os.cpu_count() or 1 if where.type == "cpu" else 1)
-        chosen = split_names(columns or "")
-        compared = run(
-            settings, task, out, where, progress, processes=at_a_time, baseline=baseline, columns=chosen
-        )  # fmt: skip
+        if part is not None:
+            taken = take_slice(settings, task, out, where, progress, part=part, processes=at_a_time)
+        else:
+            compared = run(settings, task, out, where, progress, processes=remote or at_a_time, baseline=baseline,
+                           columns=split_names(columns or ""), collect=collect)  # fmt: skip
+    if part is not None:
+        say_taken(part, taken, json)
+        return
     say_notes(compared.notes)
     _tell(compared, settings, out, json)
     if any(row.diverged for row in compared.rows):

@@ -1,24 +1,30 @@
-"""The folder of one run: made by one set of settings, written by one process at a time, gone on with when stopped."""
+"""The folder of one run: made by one set of settings, held by one command at a time, gone on with when stopped."""
 
 from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
 from spectralmoe.errors import UserError
-from spectralmoe.files import make_folder, read_json, remove_parts, write_json
+from spectralmoe.files import locked, make_folder, read_json, remove_parts, write_json
 
 __all__ = ["run_folder"]
 
-SETTINGS, LOCK = "settings.json", ".lock"
+SETTINGS, LOCK, CLAIM = "settings.json", ".lock", ".claim"
 
 
 @contextmanager
 def run_folder(
-    out: Path, settings: dict[str, Any], writes: Sequence[str], *, grows: Sequence[str] = (), adds: Sequence[str] = ()
+    out: Path,
+    settings: dict[str, Any],
+    writes: Sequence[str],
+    *,
+    grows: Sequence[str] = (),
+    adds: Sequence[str] = (),
+    shared: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Hold ``out`` for a run with ``settings`` that writes the files ``writes``.
 
@@ -29,6 +35,7 @@ def run_folder(
         grows: settings that may differ between two runs in one folder, since they change no finished cell: lists are
             united, of two numbers the larger one counts.
         adds: settings that a folder may lack, since they change no cell that it holds then; it takes them over.
+        shared: whether others that are shared, too, may write there at the same time, as slices of one grid do.
 
     Raises:
         UserError: ``out`` cannot be written, is in use by another run, was made with other settings, or holds one of
@@ -37,19 +44,20 @@ def run_folder(
     make_folder(out)
     with _opened(out / LOCK) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from error
         except OSError as error:
             raise UserError(f"cannot lock {out / LOCK}: {error.strerror or error}") from error
-        claimed = _claim(out, settings, writes, grows, adds)
+        with locked(out / CLAIM) if shared else nullcontext():
+            claimed = _claim(out, settings, writes, grows, adds)
         remove_parts(out)
         yield claimed
 
 
 def _opened(path: Path) -> TextIO:
     try:
-        return path.open("w")
+        return path.open("a+")  # some file systems lock only what is open for reading and for writing
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -24,7 +24,7 @@ from spectralmoe.experiments.cards.kinds import experts_of_kinds, told_by_expert
 from spectralmoe.experiments.cards.panels import difference_panels
 from spectralmoe.experiments.cards.plan import Card, Cells, Check, Desk, Step, Tuning
 from spectralmoe.experiments.cards.results import Section
-from spectralmoe.experiments.cards.run import check_card, find_card, run_card, write_card
+from spectralmoe.experiments.cards.run import check_card, find_card, run_card, take_card, write_card
 from spectralmoe.experiments.cards.small_runs import small_images, small_restoration, small_text
 from spectralmoe.experiments.cards.tries import try_settings
 
@@ -47,6 +47,7 @@ __all__ = [
     "small_images",
     "small_restoration",
     "small_text",
+    "take_card",
     "told_by_experts",
     "train_row",
     "try_settings",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,19 +12,30 @@ from typing import Any, NamedTuple
 
 from spectralmoe.draw.figure import write_figures
 from spectralmoe.errors import UserError
-from spectralmoe.experiments.cards.plan import Card, Cells, Desk, Identity, Share, Step, Tuning
+from spectralmoe.experiments.cards.plan import Card, Cells, Desk, Step, Tuning
 from spectralmoe.experiments.cards.results import result_lines
+from spectralmoe.experiments.cards.steps import (
+    Found,
+    cells_of,
+    chosen,
+    find_step,
+    jobs_for,
+    name_of,
+    running,
+    stored,
+    text_of,
+)
 from spectralmoe.experiments.evidence import check_lines
-from spectralmoe.experiments.grid import DIVERGED, CellJob, finished_cells, run_cells
+from spectralmoe.experiments.grid import DIVERGED, Slice, Taken, collectable, missing, run_cells
+from spectralmoe.experiments.remote import Remote
 from spectralmoe.experiments.run_folder import run_folder
 from spectralmoe.files import make_folder, read_json, write_json, write_text
 from spectralmoe.machine import cpu_model, describe_machine
 from spectralmoe.training.loop import Progress
 
-__all__ = ["check_card", "find_card", "run_card", "write_card"]
+__all__ = ["check_card", "find_card", "run_card", "take_card", "write_card"]
 
 RUNNING = "cells"
-"""Folder of the cells of a step that has not ended; when it has, they are in its file."""
 
 
 def find_card(folder: Path, *, quick: bool = False) -> Card:
@@ -49,23 +58,72 @@ def find_card(folder: Path, *, quick: bool = False) -> Card:
     return card
 
 
-def run_card(card: Card, out: Path, work: Path, processes: int, progress: Progress) -> tuple[int, list[str]]:
+def run_card(
+    card: Card, out: Path, work: Path, processes: int | Remote, progress: Progress, *, collect: bool = False
+) -> tuple[int, list[str]]:
     """Run what ``out`` does not hold yet, and write RESULTS.md and the figures.
+
+    Args:
+        processes: cells that run at a time, each on one thread, or an engine on machines that share ``out`` and
+            ``work``.
+        collect: run nothing; the slices of ``take_card`` have run all.
 
     Returns:
         How many cells were run, and what a user should know, a line each.
 
     Raises:
-        UserError: as ``run_folder``; a damaged file; a row without settings, since its tuning diverged.
+        UserError: as ``run_folder``; a damaged file; a row without settings, since its tuning diverged; cells of
+            several versions; cells that are not there when they are collected.
     """
-    with run_folder(out, dict(card.settings), [f"{step.file}.json" for step in card.steps], adds=card.added):
+    with _held(card, out):
+        if collect:
+            _refuse_gaps(card, out)
         make_folder(work)
         write_json(out / "machine.json", describe_machine())
         count = sum(_run_step(step, card, _Run(out, work, processes, progress)) for step in card.steps)
         progress("done", 1.0)
-        with suppress(OSError):
-            (out / RUNNING).rmdir()
+        shutil.rmtree(out / RUNNING, ignore_errors=True)  # all cells are in their files now
         return count, [*card.notes, *write_card(card, out, work)]
+
+
+def take_card(card: Card, out: Path, work: Path, processes: int, progress: Progress, *, part: Slice) -> Taken:
+    """Run a slice of each step; the steps after a tuning wait until all slices of it are there.
+
+    Other slices may run at the same time, on other machines that share ``out`` and ``work`` too;
+    ``run_card(collect=True)`` puts together what they left.
+
+    Raises:
+        UserError: as ``run_card``.
+    """
+    count, tuned = 0, dict[str, Any]()
+    with _held(card, out, shared=True):
+        make_folder(work)
+        for step in card.steps:
+            left = find_step(step, out).left()
+            jobs = jobs_for(step, [one for one in part.of(cells_of(step)) if one in left], Desk(work.resolve(), tuned))
+            count += len(jobs)
+            if jobs:
+                list(run_cells(running(step, out), jobs, processes, progress))
+            if isinstance(step, Tuning):
+                found = find_step(step, out)  # with what other slices have left there
+                if lacks := _gaps(found):
+                    return Taken(count, lacks)
+                tuned[step.file] = found.content()
+    return Taken(count)
+
+
+def _held(card: Card, out: Path, *, shared: bool = False) -> AbstractContextManager[dict[str, Any]]:
+    writes = [f"{step.file}.json" for step in card.steps]
+    return run_folder(out, dict(card.settings), writes, adds=card.added, shared=shared)
+
+
+def _refuse_gaps(card: Card, out: Path) -> None:
+    for step in card.steps:
+        collectable(_gaps(find_step(step, out)))
+
+
+def _gaps(found: Found) -> str:
+    return missing(f"cells of {found.step.file}", [name_of(one) for one in found.left()], len(cells_of(found.step)))
 
 
 def write_card(card: Card, out: Path, work: Path) -> list[str]:
@@ -74,16 +132,16 @@ def write_card(card: Card, out: Path, work: Path) -> list[str]:
     Raises:
         UserError: a damaged file; a folder without cells.
     """
-    stored = {step.file: _content(step, out) for step in card.steps}
-    if not any(stored[step.file] for step in card.steps if isinstance(step, Cells)):
+    held = {step.file: stored(step, out) for step in card.steps}
+    if not any(held[step.file] for step in card.steps if isinstance(step, Cells)):
         raise UserError(f"{out} holds no cells of this card; run it without --draw")
-    lines = result_lines(card.title, card.about, card.sections(stored))
+    lines = result_lines(card.title, card.about, card.sections(held))
     write_text(out / "RESULTS.md", "\n".join(lines) + "\n")
     if card.pictures is not None:
-        card.pictures(out, Desk(work, _tuned(card, out)))
-    _, notes = write_figures(out, card.figures(stored))
-    failed = [cell for cells in stored.values() if isinstance(cells, list) for cell in cells if DIVERGED in cell]
-    return [*(f"diverged: {_named(cell)}: {cell[DIVERGED]}" for cell in failed), *notes]
+        card.pictures(out, Desk(work, chosen(card, out)))
+    _, notes = write_figures(out, card.figures(held))
+    failed = [cell for cells in held.values() if isinstance(cells, list) for cell in cells if DIVERGED in cell]
+    return [*(f"diverged: {text_of(cell)}: {cell[DIVERGED]}" for cell in failed), *notes]
 
 
 def check_card(card: Card, out: Path, processes: int, progress: Progress) -> list[str]:
@@ -94,11 +152,11 @@ def check_card(card: Card, out: Path, processes: int, progress: Progress) -> lis
     """
     if card.check is None:
         raise UserError("this form of the card has nothing to check")
-    step, tuned = card.check.cells, _tuned(card, out)
+    step, tuned = card.check.cells, chosen(card, out)
     stored = read_json(out / f"{step.file}.json")
     with TemporaryDirectory() as folder:
         make_folder(work := Path(folder) / "work")
-        jobs = _jobs(step, step.wanted, Desk(work, tuned))
+        jobs = jobs_for(step, step.wanted, Desk(work, tuned))
         again = [cell for _, cell in run_cells(Path(folder) / RUNNING, jobs, processes, progress)]
     return [f"on {cpu_model()}:", *check_lines(stored, again, card.check.groups, card.check.keys)]
 
@@ -106,83 +164,17 @@ def check_card(card: Card, out: Path, processes: int, progress: Progress) -> lis
 class _Run(NamedTuple):
     out: Path
     work: Path
-    processes: int
+    processes: int | Remote
     progress: Progress
 
 
 def _run_step(step: Step, card: Card, run: _Run) -> int:
     """Run what is missing of a step, then collect its cells in its file; how many were run."""
-    running, known = run.out / RUNNING / step.file, _content(step, run.out)
-    missing = _missing(step, known)
-    done = finished_cells(running, ("cpu",)) if missing else {}
-    jobs = [job for job in _jobs(step, missing, Desk(run.work, _tuned(card, run.out))) if job.name not in done]
+    found = find_step(step, run.out)
+    jobs = jobs_for(step, found.left(), Desk(run.work.resolve(), chosen(card, run.out)))
     if jobs:
-        done |= dict(run_cells(running, jobs, run.processes, run.progress))
-    if done:
-        write_json(run.out / f"{step.file}.json", _collected(step, known, missing, done))
-    shutil.rmtree(running, ignore_errors=True)
+        done = run_cells(running(step, run.out), jobs, run.processes, run.progress)
+        found = found._replace(done={**found.done, **dict(done)})
+    if found.done:
+        write_json(run.out / f"{step.file}.json", found.content())
     return len(jobs)
-
-
-def _missing(step: Step, known: Any) -> list[Identity]:
-    if isinstance(step, Tuning):
-        return [{"row": row} for row in step.rows if row not in known]
-    present = {_key(cell, step.wanted[0]) for cell in known} if step.wanted else set()
-    return [identity for identity in step.wanted if _key(identity, identity) not in present]
-
-
-def _collected(step: Step, known: Any, missing: Sequence[Identity], done: Mapping[str, dict[str, Any]]) -> Any:
-    """The content of the step's file with the cells that were missing, in their order."""
-    cells = [done[_name(identity)] for identity in missing if _name(identity) in done]
-    if isinstance(step, Cells):
-        return [*known, *cells]
-    for cell in cells:
-        if DIVERGED in cell:
-            raise UserError(f"tuning of {cell['row']} diverged: {cell[DIVERGED]}")
-        known |= cell["settings"]
-    return known
-
-
-def _jobs(step: Step, wanted: Sequence[Identity], desk: Desk) -> list[CellJob]:
-    if isinstance(step, Cells):
-        return [CellJob(_name(one), one, f"{step.file}: {_named(one)}", step.measure, (one, desk)) for one in wanted]
-    return [CellJob(_name(one), one, f"tuning {one['row']}", _tune, (step.tune, one["row"], desk)) for one in wanted]
-
-
-def _tune(tune: Any, row: str, desk: Desk, progress: Share) -> dict[str, Any]:
-    return {"settings": tune(row, desk, progress)}
-
-
-def _tuned(card: Card, out: Path) -> dict[str, Any]:
-    return {step.file: _content(step, out) for step in card.steps if isinstance(step, Tuning)}
-
-
-def _content(step: Step, out: Path) -> Any:
-    """What the step's file holds; nothing where there is none.
-
-    Raises:
-        UserError: it is no list of cells, or no mapping of settings.
-    """
-    path, kind = out / f"{step.file}.json", list if isinstance(step, Cells) else dict
-    content = read_json(path) if path.exists() else kind()
-    if not isinstance(content, kind):
-        raise UserError(f"{path} is not a file of this card; move it away or choose another --out")
-    return content
-
-
-def _key(cell: Mapping[str, Any], identity: Identity) -> tuple[Any, ...]:
-    return tuple(cell.get(key) for key in identity)
-
-
-def _name(identity: Identity) -> str:
-    return re.sub(r"[^A-Za-z0-9+_.-]", "_", "-".join(str(value) for value in identity.values()))
-
-
-def _named(cell: Mapping[str, Any]) -> str:
-    """``row, data, depth 2, seed 0``."""
-    return ", ".join(
-        value if isinstance(value, str) else f"{key} {value}" for key, value in cell.items() if key in _SHOWN
-    )
-
-
-_SHOWN = ("row", "variant", "task", "dataset", "shots", "depth", "seed")
