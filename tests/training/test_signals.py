@@ -110,6 +110,11 @@ def test_trained_evaluated_and_asked(tmp_path, capsys, user_error):
     scores = json.loads(call(capsys, "evaluate", model, "--json"))
     assert scores["records"] == 2100
     assert 0 < scores["expert_mflop"] < 1
+    inspected = json.loads(call(capsys, "inspect", model, "--tokens", 300, "--json"))
+    assert inspected["data"]["source"] == "320 test records of signals:interference"
+    (layer,) = inspected["layers"]
+    assert layer["load"]["max_vio"]["value"] is not None
+    assert layer["examples"][0][0]["text"] in CLASSES
     signal = np.exp(1j * np.arange(512))
     np.save(tmp_path / "a.npy", signal)
     np.save(tmp_path / "b.npy", np.stack([signal.real, signal.imag]))
