@@ -11,6 +11,7 @@ import typer
 from spectralmoe.cli.completion import complete_data, complete_routers
 from spectralmoe.cli.console import count, over_seeds, print_json, print_table, show_progress
 from spectralmoe.cli.options import (
+    ANY_DATA,
     Allow,
     Assign,
     DataDir,
@@ -38,8 +39,8 @@ def compare(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|folder:PATH|text:NAME|restore:NAME",
-            help="Data set (see 'spectralmoe list'), image folder, text, photos, or KIND:NAME of another task.",
+            metavar=ANY_DATA,
+            help="Data set (see 'spectralmoe list'), image folder, text, signals, photos, or views of images.",
             show_default="mnist5k",
             autocompletion=complete_data,
         ),

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from spectralmoe.cli.completion import complete_data
 from spectralmoe.cli.console import count, print_finding, print_json, print_table, say
-from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Seed, refuse_outputs
+from spectralmoe.cli.options import ANY_DATA, Allow, DataDir, DeviceName, Download, Json, Seed, refuse_outputs
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.files import make_folder, read_json, write_json, write_text
 
@@ -27,8 +28,9 @@ def inspect(
         str | None,
         typer.Option(
             "--data",
-            metavar="NAME|folder:PATH|text:NAME",
+            metavar=ANY_DATA,
             help="Data for a network of spectralmoe; its own by default.",
+            autocompletion=complete_data,
         ),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens to run.")] = 4096,

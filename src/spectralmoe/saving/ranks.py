@@ -113,8 +113,8 @@ def _own(layer: RankExperts) -> dict[str, Tensor]:
 
 
 def _weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a state dict but for the statistics that norms collect, whole and without wrappers' names."""
-    return {plain_name(name): full(value) for name, value in state.items() if name.rpartition(".")[2] not in _RUNNING}
+    """The tensors of a state dict but for the statistics that norms collect, without wrappers' names."""
+    return {plain_name(name): value for name, value in state.items() if name.rpartition(".")[2] not in _RUNNING}
 
 
 def _base(model: nn.Module, layers: Mapping[str, RankExperts]) -> dict[str, Tensor]:

@@ -185,7 +185,7 @@ ROUTING_COLUMNS = (
 def _open(run: TrainSettings) -> Task:
     """The task of a run, read once a process."""
     whole = ("data", "image_size", "train_size", "hold_out", "text", "restore", "views", "backbone")
-    read = {**dict.fromkeys(whole, True), "optimization": {"label_smoothing", "mixup"}}
+    read: dict[str, Any] = {**dict.fromkeys(whole, True), "optimization": {"label_smoothing", "mixup"}}
     return _opened(run.model_dump_json(include=read))
 
 
