@@ -8,8 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim import Optimizer
 
-__all__ = ["class_of", "gradient_of_view", "has_forward_hooks", "has_hooks", "in_backward", "transforming", "whole_of"]
+__all__ = [
+    "class_of",
+    "gradient_of_view",
+    "has_forward_hooks",
+    "has_hooks",
+    "hooks_before_step",
+    "in_backward",
+    "transforming",
+    "whole_of",
+]
 
 
 def transforming() -> bool:
@@ -44,6 +54,17 @@ def has_forward_hooks(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of ``module`` runs hooks of any kind, those of its backward too."""
     return has_forward_hooks(module) or bool(module._backward_pre_hooks or module._backward_hooks)
+
+
+def hooks_before_step(optimizer: Optimizer) -> list[Any]:
+    """What runs before each step of ``optimizer``.
+
+    >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    >>> handle = optimizer.register_step_pre_hook(print)
+    >>> hooks_before_step(optimizer)
+    [<built-in function print>]
+    """
+    return list(optimizer._optimizer_step_pre_hooks.values())
 
 
 def class_of(part: Any) -> Any:
