@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from seeds import generator
+from seeds import generator, shifted
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -51,7 +51,7 @@ def test_never_and_always(keep):
 
 
 def layer_of(seed=0):
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     return MoE(Router(LinearScorer(8, 4), TopK(2)), ConfidentExperts(MPOExperts(4, 8, 8)))
 
 
