@@ -121,7 +121,7 @@ class OrthogonalExperts:
             raise UserError(f"OrthogonalExperts: phase and rank must be at least 1, alpha positive; got {wrong}")
         if on not in ("gradient", "update"):
             raise one_of("on", on, ["gradient", "update"])
-        hooked = any(isinstance(getattr(h, "__self__", None), type(self)) for h in hooks_before_step(optimizer))
+        hooked = any(isinstance(getattr(h, "__self__", None), OrthogonalExperts) for h in hooks_before_step(optimizer))
         if hooked or STATE in moved_home(_states(optimizer), STATE):
             raise UserError(
                 f"OrthogonalExperts: this {type(optimizer).__name__} has projectors already; remove() the first, and "
@@ -166,7 +166,7 @@ class OrthogonalExperts:
         refuse_join(self._parallel, "without Join, with as many batches on every rank")
         if self.on == "gradient" and kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise UserError('OrthogonalExperts: this closure computes the gradient within the step; use on="update"')
-        own = _states(optimizer).setdefault(STATE, dict(_START))
+        own = _states(optimizer)[STATE] = _states(optimizer).get(STATE) or dict(_START)
         if own["gathers"]:
             self._gather(own)
         elif self.on == "update":

@@ -39,11 +39,10 @@ def travel_with(
     """
 
     def pack(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        state = dict(state_dict["state"])
         order = [id(each) for group in optimizer.param_groups for each in group["params"]]
-        if key not in state or id(parameter) not in order:
+        if not state_dict["state"].get(key) or id(parameter) not in order:
             return state_dict
-        place = order.index(id(parameter))
+        place, state = order.index(id(parameter)), dict(state_dict["state"])
         own = {f"{key}.{name}": value for name, value in fill(state.pop(key)).items()}
         return {**state_dict, "state": {**state, place: {**state.get(place, {}), **own}}}
 
