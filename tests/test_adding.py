@@ -28,6 +28,25 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.S)
 HELPERS = ("seeds", "grids", "small_parts")
 QUICK = "--data dark:digits --depths 1 --seeds 1 --epochs 1 --tune 0 --trials 1 --train-size 200 --experts 4"
+ROW = '{scorer="sign", selector="halves", experts="scales", terms={logit_spread=0.01}}'
+VERBS = {
+    "list": ["list", "--json"],
+    "compare": [
+        *("compare", *QUICK.split(), "--columns", "accuracy", "--routers", ROW),
+        *("--set", "optimization.optimizer=bare_adam", "--out", "runs"),
+    ],
+    "inspect": ["inspect", "model.safetensors", "--router-only", "--json", "--out", "look"],
+}
+ONE_INTERPRETER = """
+import contextlib, io, json, sys
+from spectralmoe.cli.app import run
+said = {}
+for name, words in json.loads(sys.argv[1]).items():
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run(words) == 0, words
+    said[name] = out.getvalue()
+print(json.dumps(said))
+"""
 
 
 @dataclass(frozen=True)
@@ -276,6 +295,21 @@ def grown(tmp_path_factory):
     return copy
 
 
+@pytest.fixture(scope="module")
+def gate():
+    return torch.randn(4, 8)
+
+
+@pytest.fixture(scope="module")
+def said(grown, gate):
+    """What the verbs say of the copy, one after the other in one interpreter."""
+    weights = {"model.layers.0.mlp.gate.weight": gate}
+    for e, (name, shape) in itertools.product(range(4), [("gate", (6, 8)), ("up", (6, 8)), ("down", (8, 6))]):
+        weights[f"model.layers.0.mlp.experts.{e}.{name}_proj.weight"] = torch.randn(shape)
+    save_file(weights, grown.root / "model.safetensors")
+    return json.loads(grown.python("-c", ONE_INTERPRETER, json.dumps(VERBS)))
+
+
 def test_each_is_one_file_and_one_line_with_its_import(grown):
     new, added = [], []
     for path in sorted(grown.source.rglob("*.py")):
@@ -294,8 +328,8 @@ def test_each_is_one_file_and_one_line_with_its_import(grown):
     assert len(added) == 2 * len(EXAMPLES)
 
 
-def test_all_are_listed(grown):
-    tables = json.loads(grown.command("list", "--json"))
+def test_all_are_listed(said):
+    tables = json.loads(said["list"])
     listed = {name for table in tables.values() for name in table}
     assert {"sign", "halves", "scales", "logit_spread", "bare_adam", "geometry.norm"} <= listed
 
@@ -321,10 +355,7 @@ def test_the_table_line_of_contributing_is_the_one_that_is_added():
     assert f"`src/spectralmoe/{example.table}`" in CONTRIBUTING
 
 
-def test_all_parts_are_compared_by_name(grown):
-    row = '{scorer="sign", selector="halves", experts="scales", terms={logit_spread=0.01}}'
-    options = [*QUICK.split(), "--routers", row, "--set", "optimization.optimizer=bare_adam", "--out", "runs"]
-    grown.command("compare", *options)
+def test_all_parts_are_compared_by_name(grown, said):
     results = json.loads((grown.root / "runs" / "results.json").read_text(encoding="utf-8"))
     assert len(results["summary"]) == 1
     assert results["settings"]["optimization"]["optimizer"] == "bare_adam"
@@ -334,14 +365,8 @@ def test_all_parts_are_compared_by_name(grown):
     assert all(f'"{name}"' in config for name in ("sign", "halves", "scales"))
 
 
-def test_a_new_value_is_inspected_and_on_the_page(grown):
-    gate = torch.randn(4, 8)
-    weights = {"model.layers.0.mlp.gate.weight": gate}
-    for e, (name, shape) in itertools.product(range(4), [("gate", (6, 8)), ("up", (6, 8)), ("down", (8, 6))]):
-        weights[f"model.layers.0.mlp.experts.{e}.{name}_proj.weight"] = torch.randn(shape)
-    save_file(weights, grown.root / "model.safetensors")
-    document = json.loads(grown.command("inspect", "model.safetensors", "--router-only", "--json", "--out", "look"))
-    (layer,) = document["layers"]
+def test_a_new_value_is_inspected_and_on_the_page(grown, gate, said):
+    (layer,) = json.loads(said["inspect"])["layers"]
     assert layer["geometry"]["norm"]["value"] == pytest.approx(float(gate.norm()))
     assert "Frobenius norm" in (grown.root / "look" / "report.html").read_text(encoding="utf-8")
 

@@ -10,11 +10,28 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from spectralmoe import Context, ContextScorer, LinearScorer, Monitor, Term, attach, experts, feed, penalty, record
+from spectralmoe import (
+    Context,
+    ContextScorer,
+    FeedForward,
+    LinearScorer,
+    MoE,
+    Monitor,
+    Router,
+    Term,
+    TopK,
+    attach,
+    experts,
+    feed,
+    penalty,
+    record,
+)
 from spectralmoe.diagnostics.watch import watch
 from spectralmoe.layers import moe_layers
+from spectralmoe.models import signal_moe
 from spectralmoe.ranks import RankExperts, RankGates, add_ranks
 from spectralmoe.regularizers import load_balance, severity_balance
+from spectralmoe.scorers import SpectrumScorer
 
 D, WIDE, R, S, Z, K, N = 6, 5, 7, 2, 3, 4, 11
 
@@ -239,6 +256,21 @@ def test_a_second_call_leaves_what_is_there():
     assert sum(p.requires_grad for p in model.parameters()) == 3 + 4 + 3
 
 
+def test_routers_stay_as_they_are(user_error):
+    """Their scorers read the weights of linear layers inside them."""
+    layer = MoE(Router(SpectrumScorer(D, 3, hidden=4), TopK(1)), FeedForward(3, D, 4))
+    model, signals = nn.Sequential(nn.Linear(D, D), layer), torch.randn(4, 16)
+    add_ranks(model, "*", ranks=R, zero=0, k=K)
+    assert list(moe_layers(model)) == ["0", "1"]
+    with feed(model, context=Context(samples={"map": signals})):
+        assert model(torch.randn(4, D)).shape == (4, D)
+    with user_error("'1.router.*' matches no linear layer"):
+        add_ranks(model, "1.router.*")
+    network = add_ranks(signal_moe(3, width=4, hidden=8), "*", ranks=R, zero=0, k=K)
+    assert list(moe_layers(network)) == ["blocks.0.moe", "head"]
+    assert network(torch.randn(2, 64)).shape == (2, 3)
+
+
 def test_it_is_found_among_the_experts():
     assert experts.RankExperts is RankExperts
     assert not hasattr(experts, "NoExperts")
@@ -260,3 +292,5 @@ def test_mistakes_are_named(user_error):
         add_ranks(Shared(), ["*.q_proj", "*.k_proj"])
     with user_error("attention reads its weight"):
         add_ranks(nn.ModuleDict({"attn": nn.MultiheadAttention(D, 2)}), "*.out_proj")
+    with user_error("linear1", "TransformerEncoderLayer reads its weight"):
+        add_ranks(nn.ModuleDict({"block": nn.TransformerEncoderLayer(D, 2, 8)}), "*.linear?")

@@ -17,15 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parallel import DistributedDataParallel
 
 from spectralmoe.context import Context, Rows, rows_of
 from spectralmoe.errors import UserError
+from spectralmoe.layers import plain_name, unwrapped
 from spectralmoe.recording import Recordable
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer, Scorer
 from spectralmoe.selectors import TopK
+from spectralmoe.sharding import is_sharded
 
-__all__ = ["RankExperts", "RankGates", "add_ranks", "put_ranks"]
+__all__ = ["RankExperts", "RankGates", "add_ranks", "modules_of", "put_ranks", "refuse_parallel"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -188,8 +191,9 @@ def add_ranks(
     """Put ``RankExperts`` in place of the linear layers of ``model`` that ``layers`` names, in place.
 
     All else is frozen, as with other adapters: unfreeze afterwards what is to be trained as well. The model computes
-    what it did before until the first step. ``record``, ``penalty``, ``attach`` and ``feed`` see the new layers;
-    ``feed(model, context=...)`` gives them what their scorers read. ``saving.ranks`` writes and reads them alone.
+    what it did before until the first step. Linear layers inside routers stay as they are. ``record``, ``penalty``,
+    ``attach`` and ``feed`` see the new layers; ``feed(model, context=...)`` gives them what their scorers read.
+    ``saving.ranks`` writes and reads them alone.
 
     Args:
         layers: pattern on the layers' names (``*`` and ``?``), or several: ``["*.q_proj", "*.v_proj"]``.
@@ -197,12 +201,14 @@ def add_ranks(
         scorer: (D, E) -> scorer, of E = ranks + zero experts, called for each layer; None: linear ones.
 
     Raises:
-        UserError: a pattern without a match; a layer that its module reads itself instead of calling it.
+        UserError: a pattern without a match; a layer that its module reads itself instead of calling it; a model that
+            is sharded or under DDP, which would not sum the gradients of what comes later.
 
     >>> model = add_ranks(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), "2", ranks=6, zero=2, k=4)
     >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     ['2.down', '2.up', '2.router.scorer.weight']
     """
+    refuse_parallel("add_ranks", model)
     chosen = _choose(model, [layers] if isinstance(layers, str) else list(layers))
     made: dict[nn.Linear, RankExperts] = {}
     for linear in dict.fromkeys(chosen.values()):
@@ -212,10 +218,15 @@ def add_ranks(
 
 
 def put_ranks(model: Model, layers: Mapping[str, RankExperts]) -> Model:
-    """Put layers with ranks at their paths in ``model``, in place, and freeze all but what ranks there are in it."""
+    """Put layers with ranks at their paths in ``model``, in place, and freeze all but what ranks there are in it.
+
+    Args:
+        layers: by paths without the parts that wrappers put in.
+    """
+    places = modules_of(model)
     for path, layer in layers.items():
         place, _, name = path.rpartition(".")
-        model.get_submodule(place).add_module(name, layer)
+        places[place].add_module(name, layer)
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, RankExperts):
@@ -224,19 +235,42 @@ def put_ranks(model: Model, layers: Mapping[str, RankExperts]) -> Model:
     return model
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` by every path that leads to them, without the parts that wrappers put in."""
+    return {plain_name(path): module for path, module in unwrapped(model).named_modules(remove_duplicate=False)}
+
+
+def refuse_parallel(who: str, model: nn.Module) -> None:
+    """Refuse a model whose processes would not sum the gradients of parameters that are added.
+
+    Raises:
+        UserError: it is sharded, or under DDP.
+    """
+    under_ddp = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    if under_ddp or any(map(is_sharded, model.parameters())):
+        how = "under DDP" if under_ddp else "sharded"
+        raise UserError(f"{who}: the model is {how}, and ranks that come later would not be; put them in before that")
+
+
 def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers that the patterns name, by every path that leads to them; none that has ranks already."""
-    inside = {part for layer in model.modules() if isinstance(layer, RankExperts) for part in layer.modules()}
-    every = model.named_modules(remove_duplicate=False)
-    linear = {path: layer for path, layer in every if isinstance(layer, nn.Linear) and path and layer not in inside}
+    """The linear layers that the patterns name, by every path that leads to them; none in a router, and none that has
+    ranks already.
+    """
+    every = modules_of(model)
+    inside = {part for layer in every.values() if isinstance(layer, RankExperts | Router) for part in layer.modules()}
+    linear = {
+        path: layer for path, layer in every.items() if isinstance(layer, nn.Linear) and path and layer not in inside
+    }
     chosen = {path: layer for path, layer in linear.items() if any(fnmatch(path, pattern) for pattern in patterns)}
     for pattern in patterns:
         if not any(fnmatch(path, pattern) for path in linear):
             some = ", ".join(list(linear)[:4]) + (", ..." if len(linear) > 4 else "")
             raise UserError(f"add_ranks: layers={pattern!r} matches no linear layer; the model has: {some or 'none'}")
     for path, layer in chosen.items():
-        if isinstance(layer, NonDynamicallyQuantizableLinear):
-            raise UserError(f"add_ranks: {path} is never called, torch's attention reads its weight; leave it out")
+        owner = every[path.rpartition(".")[0]]
+        if isinstance(layer, NonDynamicallyQuantizableLinear) or isinstance(owner, nn.TransformerEncoderLayer):
+            what = "attention" if isinstance(layer, NonDynamicallyQuantizableLinear) else type(owner).__name__
+            raise UserError(f"add_ranks: {path} is not always called, torch's {what} reads its weight; leave it out")
     return chosen
 
 

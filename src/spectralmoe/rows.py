@@ -24,7 +24,7 @@ from spectralmoe.tape import Tape
 from spectralmoe.terms import Term
 from spectralmoe.units import Unit
 
-__all__ = ["BRANCH", "RELU", "K", "Preset", "Trial", "experts_a_token"]
+__all__ = ["BRANCH", "RELU", "K", "Preset", "Trial", "check_reads", "experts_a_token"]
 
 K = int | Literal["soft"]
 """Experts a token: a number, or "soft": all of them."""
@@ -142,7 +142,7 @@ class Preset:
                 bank = self.make_experts(num_experts, dim, hidden, spare, default=trial.experts)
                 layer = MoE(router, bank, unit=trial.unit)
             given = () if trial.context is None else (*trial.context.tokens, *trial.context.samples)
-            _check_reads(layer, given)
+            check_reads(layer, given)
             if self.optimizer is not None and self.optimizer["type"] in WRAPPERS:
                 make_optimizer("sgd", layer, SimpleNamespace(lr=1.0, weight_decay=0.0), row=self.optimizer)
             layers = {f"layers.{number}": layer.eval() for number in range(depth)}
@@ -200,8 +200,12 @@ def experts_a_token(value: Any) -> K:
     raise UserError(f'k = {shown([value])[1:-1]} is neither a number of experts a token nor "soft"')
 
 
-def _check_reads(layer: MoE, given: Collection[str]) -> None:
-    """Refuse parts that read side information which the network does not give."""
+def check_reads(layer: MoE, given: Collection[str]) -> None:
+    """Refuse parts that read side information which the network does not give.
+
+    Raises:
+        UserError: names the part and what it reads.
+    """
     for _, part in layer.parts():
         for name in part.reads:
             if name not in given:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim import Optimizer
 
 __all__ = [
     "class_of",
@@ -15,6 +16,7 @@ __all__ = [
     "gradient_of_view",
     "has_forward_hooks",
     "has_hooks",
+    "hooks_before_step",
     "in_backward",
     "is_compiled",
     "transforming",
@@ -72,6 +74,17 @@ def is_compiled(model: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of ``module`` runs hooks of any kind, those of its backward too."""
     return has_forward_hooks(module) or bool(module._backward_pre_hooks or module._backward_hooks)
+
+
+def hooks_before_step(optimizer: Optimizer) -> list[Any]:
+    """What runs before each step of ``optimizer``.
+
+    >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    >>> handle = optimizer.register_step_pre_hook(print)
+    >>> hooks_before_step(optimizer)
+    [<built-in function print>]
+    """
+    return list(optimizer._optimizer_step_pre_hooks.values())
 
 
 def class_of(part: Any) -> Any:

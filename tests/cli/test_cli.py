@@ -16,7 +16,7 @@ from spectralmoe.cli.app import run
 from spectralmoe.files import read_json
 
 SMALL = ["--data", "digits", "--depths", "1", "--seeds", "2", "--epochs", "2", "--train-size", "200", "--trials", "5"]
-SMALL += ["--columns", "accuracy,interference"]  # few panels are quick to draw
+SMALL += ["--processes", "1", "--columns", "accuracy,interference"]  # few panels are quick to draw
 
 
 EXPLOSIVE = """
@@ -73,9 +73,15 @@ def test_compare_again_trains_nothing_and_prints_the_same(compared, call):
     assert before == {p: p.stat().st_mtime_ns for p in (compared / "models").rglob("*") if p.is_file()}
 
 
-def test_compare_prints_a_table_and_names_the_files(compared, call):
-    code, out, err = call("compare", *SMALL, "--routers", "linear,sr-moe", "--out", compared)
-    assert code == 0
+def test_compare_prints_a_table_and_names_the_files(compared, call, tmp_path):
+    """Its settings come from a file, options and --set; they are those of the finished run, so nothing is run."""
+    (tmp_path / "c.toml").write_text(
+        'data = "digits"\nrouters = ["linear", "sr-moe"]\ndepths = [1]\nseeds = 1\ntrain_size = 200\n'
+        "[optimization]\nepochs = 9\n"
+    )
+    options = ["--seeds", 2, "--trials", 5, "--set", "optimization.epochs=2", "--columns", "accuracy,interference"]
+    code, out, err = call("compare", "--config", tmp_path / "c.toml", *options, "--out", compared)
+    assert code == 0, err
     assert "interference" in out
     for name in (
         "results.json",
@@ -125,16 +131,6 @@ def test_a_comparison_grows(copied, call):
     assert all({"cpu", "threads", "versions"} <= cell.keys() for cell in results["cells"])
 
 
-def test_compare_takes_its_settings_from_a_file_options_and_set(compared, call, tmp_path):
-    (tmp_path / "c.toml").write_text(
-        'data = "digits"\nrouters = ["linear", "sr-moe"]\ndepths = [1]\nseeds = 1\ntrain_size = 200\n'
-        "[optimization]\nepochs = 9\n"
-    )
-    options = ["--seeds", 2, "--trials", 5, "--set", "optimization.epochs=2"]
-    code, _, err = call("compare", "--config", tmp_path / "c.toml", *options, "--out", compared)
-    assert code == 0, err  # the settings of the finished run, so nothing is run
-
-
 @pytest.mark.parametrize(
     ("option", "words"), [("--baseline", "unknown baseline 'x'"), ("--columns", "unknown column 'x'")]
 )
@@ -148,6 +144,7 @@ def test_a_diverged_row_says_so_and_the_others_go_on(call, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "path", list(sys.path))
     options = ["--data", "digits", "--depths", 1, "--seeds", 1, "--train-size", 100, "--trials", 1, "--processes", 1]
     options += ["--routers", "explosive:Explosive,linear", "--epochs", 1, "--out", tmp_path / "out", "--json"]
+    options += ["--columns", "accuracy"]
     (tmp_path / "explosive.py").write_text(EXPLOSIVE)
     for _ in range(2):  # the second time nothing is run
         code, out, err = call("compare", *options)
@@ -218,6 +215,7 @@ def test_the_size_of_own_images_can_be_chosen(call, refused, tmp_path):
         for index in range(5):
             np.save(tmp_path / "set" / name / f"{index}.npy", np.random.default_rng(index).random((70, 80)))
     options = ["--depths", 1, "--seeds", 1, "--epochs", 1, "--trials", 1, "--routers", "linear", "--image-size", 12]
+    options += ["--columns", "accuracy"]
     data = f"folder:{tmp_path / 'set'}"
     code, _, err = call("compare", "--data", data, *options, "--out", tmp_path / "out")
     assert code == 0
@@ -235,14 +233,6 @@ def test_the_size_of_own_images_can_be_chosen(call, refused, tmp_path):
     assert "'digits'" in line
     (tmp_path / "c.toml").write_text(text.replace(data, "digits"))
     assert "image size 10" in refused("train", "--config", tmp_path / "c.toml", "--out", tmp_path / "n")
-
-
-def test_a_run_of_an_earlier_version_goes_on(compared, call, tmp_path):
-    shutil.copytree(compared, tmp_path / "old")
-    settings = read_json(tmp_path / "old" / "settings.json")
-    del settings["image_size"]  # it had no such option
-    (tmp_path / "old" / "settings.json").write_text(json.dumps(settings))
-    assert call("compare", *SMALL, "--routers", "linear,sr-moe", "--out", tmp_path / "old")[0] == 0
 
 
 def test_adapt_trials_agree_with_the_comparison(compared, model, call):
@@ -494,7 +484,10 @@ def test_damaged_results_are_named_and_kept(copied, refused, name, text):
     assert (copied / name).read_text() == text
 
 
-def test_a_deleted_model_is_trained_again(copied, call):
+def test_a_deleted_model_is_trained_again_in_a_run_of_an_earlier_version(copied, call):
+    settings = read_json(copied / "settings.json")
+    del settings["image_size"]  # it had no such option
+    (copied / "settings.json").write_text(json.dumps(settings))
     weights = copied / "models" / "linear-depth1-seed1" / "model.safetensors"
     before = weights.read_bytes()
     shutil.rmtree(weights.parent)
@@ -553,7 +546,20 @@ def test_brackets_and_odd_bytes_in_names(tmp_path, call):
         (folder / name).mkdir(parents=True)
         for index in range(20):
             np.save(folder / name / f"{index}.npy", np.random.default_rng(shifted(index)).random((8, 8)))
-    options = ["--depths", 1, "--seeds", 1, "--epochs", 1, "--trials", 1, "--routers", "linear"]
+    options = [
+        "--depths",
+        1,
+        "--seeds",
+        1,
+        "--epochs",
+        1,
+        "--trials",
+        1,
+        "--routers",
+        "linear",
+        "--columns",
+        "accuracy",
+    ]
     code, _, err = call("compare", "--data", f"folder:{folder}", *options, "--out", tmp_path / "out")
     assert code == 0, err
 

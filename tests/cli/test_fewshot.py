@@ -179,6 +179,7 @@ def test_mistakes_are_one_line(models, refused, tmp_path):
     few = ["fewshot", models / "dense", *QUICK, "--out", tmp_path / "f"]
     assert "unknown row 'emo'" in refused(*few, "--rows", "emo")
     assert "names linear twice" in refused(*few, "--rows", "linear,linear")
+    assert "row 'phyg-moe': SpectrumScorer reads 'map'" in refused(*few, "--rows", "linear,phyg-moe")
     assert "row 'own'" in refused(*few, "--rows", "own")
     assert "--shots 'x'" in refused("fewshot", models / "dense", "--data", "digits", "--shots", "x", "--out", tmp_path)
     assert "blocks='last9'" in refused(*few, "--rows", "emoe", "--blocks", "last9")

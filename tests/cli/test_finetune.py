@@ -82,6 +82,8 @@ def test_settings_come_from_a_file_and_are_changed_by_options(call, mixtral, tmp
         (("--terms", "load_balnce=1e-2"), ["unknown term 'load_balnce'", "did you mean 'load_balance'"]),
         (("--terms", "load_balance"), ["has no weight", "load_balance=0.01"]),
         (("--router", "sr_moe"), ["unknown router 'sr_moe'", "did you mean 'sr-moe'"]),
+        (("--router", "dense"), ["'dense' is one network without a choice"]),
+        (("--router", "synergy"), ["term 'activation_overlap' reads 'hidden'"]),
         (("--train", "router"), ["train"]),
         (("--set", "learning_rate=1"), ["unknown key 'learning_rate'"]),
         (("--lora", "4", "--train", "experts"), ["with lora the experts are trained by adapters"]),

@@ -12,11 +12,16 @@ import pytest
 import spectralmoe
 from spectralmoe.bench import SUITES
 from spectralmoe.cli import completion
+from spectralmoe.cli.options import ANY_DATA
 from spectralmoe.data.image_data import DATASETS
 from spectralmoe.data.text_sources import TEXTS
+from spectralmoe.errors import UserError
 from spectralmoe.experiments.few_shot.grid import FewShotSettings, recipe
 from spectralmoe.experiments.few_shot.learning import FEW_SHOT
-from spectralmoe.presets import PRESETS
+from spectralmoe.parts import Part
+from spectralmoe.presets import PRESETS, find_preset
+from spectralmoe.training.finetune_routers import terms_of
+from spectralmoe.training.finetune_settings import FinetuneSettings
 from spectralmoe.training.logs import LOGS
 from spectralmoe.training.names import (
     DATA_NAMES,
@@ -27,6 +32,7 @@ from spectralmoe.training.names import (
     ROUTER_NAMES,
     TEXT_NAMES,
 )
+from spectralmoe.training.tasks import TASKS
 
 VERBS = (
     "compare",
@@ -98,6 +104,29 @@ def test_the_names_of_help_and_completion_are_those_of_the_tables():
     assert tuple(LOGS) == completion.LOG_NAMES
     for row in {*FRESH_ROWS, *OWN_ROWS, *completion.complete_few_shot_rows("")}:
         recipe(row, FewShotSettings(data="digits"))
+    kinds = {name.partition(":")[0] for name in completion.complete_data("") if not name.startswith("folder:")}
+    assert {kind for kind in kinds if kind not in DATASETS} == set(TASKS) - {"images"}
+    assert all(f"{kind}:NAME" in ANY_DATA for kind in set(TASKS) - {"images"})
+
+
+def test_only_routers_are_offered_that_work():
+    """In branches of a frozen model, and in the place of transformers' own."""
+    branches, finetuned = set(ROUTER_NAMES), set(ROUTER_NAMES)
+    for name in ROUTER_NAMES:
+        preset = find_preset(name)
+        reads = any(part.reads for part in preset.make_router(8, 4, k=2).modules() if isinstance(part, Part))
+        kept = any(set(term.keeps) - {"tokens"} for term in preset.terms.values())
+        if reads or preset.experts:
+            branches.remove(name)
+        if reads or preset.experts or preset.optimizer or preset.dense or kept:
+            finetuned.remove(name)
+        if kept or preset.optimizer or preset.dense:
+            with pytest.raises(UserError):
+                terms_of(FinetuneSettings(router=name))
+        elif name in finetuned:
+            terms_of(FinetuneSettings(router=name))
+    assert set(completion.complete_few_shot_rows("")) == {*branches, *OWN_ROWS, "adapter"}
+    assert set(completion.complete_finetune_router("")) == finetuned
 
 
 def test_the_defaults_that_help_shows_are_those_of_the_library(call):

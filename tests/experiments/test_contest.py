@@ -15,6 +15,7 @@ from spectralmoe.experiments.cards import (
     small_text,
     train_row,
 )
+from spectralmoe.experiments.cards.contest import measures
 from spectralmoe.experiments.compare.columns import Column
 from spectralmoe.experiments.compare.setup import Tuned
 from spectralmoe.training.train_settings import TrainSettings
@@ -54,6 +55,15 @@ def test_every_row_is_tuned_and_measured_alike(tmp_path):
     assert all(cell.keys() >= {column.key for column in ROUTING_COLUMNS} for cell in routed)
 
 
+def test_the_choices_are_looked_at_in_as_many_samples_as_asked():
+    trained = train_row(RUN, "linear", Tuned(), 0)
+    found = [measures(trained, looked)["noise_flips"] for looked in (None, 1)]
+    assert found[0] is not None
+    assert found[1] is None  # of one image of digits: too few tokens
+    contests = [Contest(RUN, ROWS, looked=looked) for looked in (None, 300)]
+    assert [contest.settings.get("looked", "absent") for contest in contests] == ["absent", 300]
+
+
 VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 1}
 TIMM = {
     "data": "digits",
@@ -62,6 +72,12 @@ TIMM = {
     "moe": {"kind": "replace_mlp", "init": "random", "experts": 4, "k": 2, "blocks": "last2"},
     "optimization": {"epochs": 1},
 }
+
+
+def test_the_task_is_that_of_the_run():
+    smooth = {"label_smoothing": 0.1, "mixup": 0.2, "epochs": 1}
+    task = train_row(TrainSettings(**{**TIMM, "image_size": 8, "optimization": smooth}), "linear", Tuned(), 0).task
+    assert (task.label_smoothing, task.mixup) == (0.1, 0.2)
 
 
 @pytest.mark.parametrize("run", [RUN, TrainSettings(**TIMM)], ids=["sr-moe network", "timm model"])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectralmoe import LinearScorer, Router, TopK
+from spectralmoe import ContextScorer, LinearScorer, Router, TopK
 from spectralmoe.data.degradations import KINDS
 from spectralmoe.data.photos import PHOTO_PARTS, Photo, PhotoData
+from spectralmoe.diagnostics.entropy import token_entropy
 from spectralmoe.experiments.cards import experts_of_kinds, told_by_experts
 from spectralmoe.experiments.compare.look import active_flops, active_parameters, choices
 from spectralmoe.experiments.compare.settings import CompareSettings
 from spectralmoe.experts import HeterogeneousExperts, PatchMixer
 from spectralmoe.models import restoration_moe
+from spectralmoe.recorder import record
 from spectralmoe.training.restore_settings import Restore
 from spectralmoe.training.tasks import ImageTask, RestorationTask
 from spectralmoe.units import Sample
@@ -68,6 +70,27 @@ def test_whole_images_cost_what_the_chosen_expert_costs(task, network):
     seen = choices(network, task.inputs("test"))
     assert seen["entropy"] is not None
     assert [seen[key] for key in ("output_overlap", "output_centred", "noise_flips")] == [None] * 3
+
+
+def test_choices_are_looked_at_with_the_severity_of_the_images(task):
+    network = restoration_moe(
+        width=D, num_experts=E, router=lambda dim, e: Router(ContextScorer(dim, e, width=4), TopK(1))
+    )
+    network.blocks[0].moe.router.scorer.weight.data = 5 * torch.eye(E, 4)
+    inputs, beside = task.inputs("test"), task.beside("test")
+    with record(network) as tape:
+        network(inputs, **beside)
+    told, untold = choices(network, inputs, beside), choices(network, inputs)
+    assert told["entropy"] == pytest.approx(token_entropy(tape[0].routing).value, abs=1e-5)
+    assert untold["entropy"] == pytest.approx(1, abs=1e-5)  # no severity: even scores
+    assert told["entropy"] < 0.9
+    assert told["noise_flips"] is None  # tokens alone do not choose
+    seen = []
+    network.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    for samples, most in ((4, 4), (100, len(inputs)), (None, len(inputs))):
+        seen.clear()
+        choices(network, inputs, beside, samples=samples)
+        assert sum(seen) == most
 
 
 def test_what_the_expert_tells():

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from seeds import shifted
 
 from spectralmoe import Context, LinearScorer, Router, TopK, load, record, save
 from spectralmoe.models import SignalMoE, signal_experts, signal_moe
@@ -63,7 +64,7 @@ def test_experts_grow_from_an_eighth():
 def test_routers_alone_differ_under_one_seed():
     states = []
     for router in (None, lambda dim, experts: Router(LinearScorer(dim, experts), TopK(1))):
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         model = signal_moe(4, **SIZES, **({} if router is None else {"router": router}))
         states.append({name: value for name, value in model.state_dict().items() if "router" not in name})
     assert states[0].keys() == states[1].keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from seeds import generator, shifted
 
 from spectralmoe import LinearScorer, Router, TopK, load, record, save
 from spectralmoe.data.imputation import PoolImputer
@@ -19,7 +20,7 @@ def test_the_pool_fills_what_is_missing_and_leaves_the_rest():
     imputer = PoolImputer(pool, samples=4)
     assert imputer(x, torch.ones(B, dtype=torch.bool)) is x
     assert torch.equal(before, torch.get_rng_state())  # nothing was drawn
-    filled = imputer(x, present, torch.Generator().manual_seed(1))
+    filled = imputer(x, present, generator(1))
     assert torch.equal(filled[present], x[present])
     triples = torch.cartesian_prod(*[torch.arange(20)] * 4)
     triples = triples[(triples.diff(dim=1) > 0).all(1)]
@@ -27,7 +28,7 @@ def test_the_pool_fills_what_is_missing_and_leaves_the_rest():
     for row in filled[~present]:
         assert (means - row).abs().amax((1, 2)).min() < 1e-5
     assert len(filled[~present].unique(dim=0)) > 1  # each draws its own
-    assert torch.equal(filled, imputer(x, present, torch.Generator().manual_seed(1)))
+    assert torch.equal(filled, imputer(x, present, generator(1)))
 
 
 def test_all_of_a_pool_are_its_mean(close):
@@ -91,7 +92,7 @@ def test_experts_see_views_that_are_there_alone(tmp_path):
 def test_networks_with_and_without_the_second_stage_start_alike():
     states = []
     for keep in (0, 1):
-        torch.manual_seed(3)
+        torch.manual_seed(shifted(3))
         states.append(make_network(keep).state_dict())
     assert states[0].keys() < states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

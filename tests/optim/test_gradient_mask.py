@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
-from seeds import generator
+from seeds import generator, shifted
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from spectralmoe import LinearScorer, MoE, Router, TopK
 from spectralmoe.experts import ConfidentExperts, FeedForward, MPOExperts
@@ -49,7 +51,7 @@ def test_never_and_always(keep):
 
 
 def layer_of(seed=0):
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     return MoE(Router(LinearScorer(8, 4), TopK(2)), ConfidentExperts(MPOExperts(4, 8, 8)))
 
 
@@ -90,6 +92,23 @@ def test_a_run_that_goes_on_from_a_checkpoint_goes_on_with_its_draws():
         runs.append((moved + steps(layer, optimizer, batches[5:]), layer.experts.experts.up.central))
     assert runs[0][0] == runs[1][0]
     assert torch.equal(runs[0][1], runs[1][1])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoints_keep_the_draws(tmp_path):
+    batches, layers = torch.randn(12, 9, 8, generator=generator(1)), [layer_of(), layer_of(7)]
+    optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.1) for layer in layers]
+    for optimizer, layer in zip(optimizers, layers, strict=True):
+        mask_central(optimizer, layer, keep=0.5)
+    steps(layers[0], optimizers[0], batches[:5])
+    dcp.save({"optimizer": get_optimizer_state_dict(layers[0], optimizers[0])}, checkpoint_id=tmp_path)
+    read = {"optimizer": get_optimizer_state_dict(layers[1], optimizers[1])}
+    dcp.load(read, checkpoint_id=tmp_path)
+    layers[1].load_state_dict(layers[0].state_dict())
+    set_optimizer_state_dict(layers[1], optimizers[1], read["optimizer"])
+    one, two = (steps(*each, batches[5:]) for each in zip(layers, optimizers, strict=True))
+    assert one == two
+    assert torch.equal(*(layer.experts.experts.up.central for layer in layers))
 
 
 def test_mistakes_are_named(user_error):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.utils.checkpoint import checkpoint
 
 from spectralmoe import (
@@ -26,7 +29,7 @@ from spectralmoe import (
     record,
 )
 from spectralmoe.experts import Adapter, ConfidentExperts
-from spectralmoe.optim import Muon, OrthogonalExperts, Together
+from spectralmoe.optim import Muon, OrthogonalExperts, Together, make_optimizer
 from spectralmoe.optim.orthogonal_experts import STATE
 from spectralmoe.optim.projectors import add_inputs, others, projected, projectors
 
@@ -297,6 +300,29 @@ def test_it_goes_on_from_its_state(steps):
         assert torch.equal(one_step(model, optimizer, x[i]), one_step(twin, again, x[i]))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("steps", [0, 3, 5])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_distributed_checkpoints_keep_all_of_it(name, steps, tmp_path):
+    """As part of the state of a parameter, read into the state of an optimizer that has made no step."""
+    model, x = layer(dtype=torch.float32), [tokens(dtype=torch.float32) for _ in range(9)]
+    twin = layer(dtype=torch.float32)
+    optimizer, again = (make_optimizer(name, of, SimpleNamespace(lr=1e-2, weight_decay=0.1)) for of in (model, twin))
+    for each, of in ((optimizer, model), (again, twin)):
+        OrthogonalExperts(each, of, phase=2)
+    for i in range(steps):
+        one_step(model, optimizer, x[i])
+    optimizer.zero_grad()
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
+    read = {"optimizer": get_optimizer_state_dict(twin, again)}
+    dcp.load(read, checkpoint_id=tmp_path)
+    twin.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(twin, again, read["optimizer"])
+    assert all(again.state[STATE][key] == optimizer.state[STATE][key] for key in ("steps", "gathers"))
+    for i in range(steps, 9):
+        assert torch.equal(one_step(model, optimizer, x[i]), one_step(twin, again, x[i]))
+
+
 def test_a_state_without_projectors_begins_anew():
     model, plain = layer(), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     optimizer = torch.optim.SGD([model.experts.up], lr=1.0)
@@ -320,7 +346,7 @@ def test_a_state_of_other_layers_is_refused(made, loaded, steps, user_error):
     ours, theirs = (each.state_dict() for each in optimizers)
     names = {1: "'0'", 2: "'0', '1'"}
     with user_error(f"of layers {names[loaded]}, ", f"the trained ones are {names[made]}"):
-        optimizers[0].load_state_dict({**ours, "state": {STATE: theirs["state"][STATE]}})
+        optimizers[0].load_state_dict({**ours, "state": theirs["state"]})
 
 
 def test_removed_it_leaves_nothing():

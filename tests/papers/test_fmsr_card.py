@@ -22,6 +22,8 @@ def test_a_tiny_run_holds_every_row_and_field(card, tmp_path):
     assert (count, notes) == (len(card.ROWS) * 2, [])
     cells = json.loads((tmp_path / "results.json").read_text())
     assert [cell["row"] for cell in cells] == list(card.ROWS)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert all(text.count(f"| {one} | {other} | 1 |") == 2 for one, other in card.PAIRS)
     assert all(cell.keys() >= {column.key for column in (*card.PSNR, card.TOLD, *card.PROBE)} for cell in cells)
 
 

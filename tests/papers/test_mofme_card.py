@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from seeds import shifted
 
 pytest.importorskip("skimage")
 
@@ -26,7 +27,13 @@ def test_a_tiny_run_holds_every_row_and_field(card, tmp_path):
     assert [cell["row"] for cell in cells] == card.ROWS
     routed = [cell for cell in cells if not cell["row"].startswith("one")]
     assert all(cell.keys() >= {column.key for column in card.COLUMNS} for cell in routed)
-    assert "separated" in (tmp_path / "RESULTS.md").read_text() or "one seed" in (tmp_path / "RESULTS.md").read_text()
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert all(f"| {one} | {other} | 1 |" in text for one, other in card.PAIRS)
+    of = {cell["row"]: cell for cell in cells}
+    for row in card.LINEAR:  # the same network with softer weights: the same choices
+        one, other = of[row], of[row + card.TEMPERED]
+        assert all(one[key] == other[key] for key in ("numbers", "mflop", "max_vio"))
+        assert (one["psnr"] == other["psnr"]) == (one["temperature"] == 1)
 
 
 def test_a_place_has_the_numbers_that_are_said_and_the_one_network_those_of_modulations(card):
@@ -45,7 +52,7 @@ def test_under_one_seed_all_else_starts_alike(card):
     sizes = card.Sizes(SMALL.model_copy(update={"train_size": 1}), tries=1, seeds=1)
     frozen = SMALL.optimization.model_copy(update={"lr": 0.0, "weight_decay": 0.0})
     sizes = replace(sizes, run=sizes.run.model_copy(update={"optimization": frozen}))
-    states = [card.trained(sizes, row, 1.0, 3)[0].state_dict() for row in ("networks, 4", "one network, 4")]
+    states = [card.trained(sizes, row, 1.0, shifted(3))[0].state_dict() for row in ("networks, 4", "one network, 4")]
     outside = [name for name in states[0] if ".moe." not in name]
     assert len(outside) > 8
     assert all(torch.equal(states[0][name], states[1][name]) for name in outside)
@@ -69,7 +76,22 @@ def test_a_gate_that_knows_the_kinds_is_right_and_calibrated(card):
 def test_a_tempered_network_chooses_alike_and_weighs_otherwise(card):
     from gates import look, tempered
 
-    network = card.trained(card.Sizes(SMALL, tries=1, seeds=1), "modulated, 4", 1.0, 0)[0]
+    from spectralmoe import record
+
+    network = card.trained(card.Sizes(SMALL, tries=1, seeds=1), "modulated, 4", 1.0, shifted(0))[0]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
     pairs = card.opened(SMALL.model_dump_json(include={"data", "train_size", "restore"})).parts["test"]
-    plain, soft = look(network, pairs), look(tempered(network, 4.0), pairs)
+    items, outputs = [], []
+    for each in (network, tempered(network, 4.0)):
+        with record(each) as tape:
+            outputs.append(each(pairs.images, severity=pairs.severity))
+        items += tape
+    plain, soft = (item.routing for item in items)
+    assert torch.equal(soft.members(), plain.members())
     torch.testing.assert_close(soft.logits, plain.logits / 4)
+    chosen = plain.logits.gather(1, soft.indices)
+    torch.testing.assert_close(soft.weights, (chosen / 4).softmax(-1))
+    assert (soft.weights - plain.weights).abs().max() > 1e-3
+    assert not torch.equal(*outputs)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    torch.testing.assert_close(look(tempered(network, 4.0), pairs).logits.flatten(0, 1), soft.logits)

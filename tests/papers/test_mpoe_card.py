@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from seeds import shifted
 
 from spectralmoe.experiments.cards import Desk, run_card
 from spectralmoe.experts import MPOExperts
@@ -53,7 +54,7 @@ def test_all_rows_start_as_their_dense_network_and_the_control_has_the_numbers_o
 def test_slow_steps_are_adamws_own_times_a_fixed_share(card):
     settings, steps = SimpleNamespace(optimizer="adamw", lr=0.01, weight_decay=0.0), []
     for row in (None, {"type": "upcycle:slowed"}):
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         bank = MPOExperts(4, 8, 8)
         optimizer = make_optimizer("adamw", bank, settings, row=row)
         before = {name: value.detach().clone() for name, value in bank.named_parameters()}

@@ -80,4 +80,5 @@ def test_rows_call_the_controls(card, name):
     layer = hooked("Turned")[1]
     settings = SimpleNamespace(optimizer="sgd", lr=0.1, weight_decay=0.0)
     optimizer = make_optimizer("sgd", layer, settings, row={"type": f"variants:{name}", "phase": 3, "on": "update"})
-    assert optimizer.state["orthogonal_experts"] == {"steps": 0, "gathers": True}
+    optimizer.step()
+    assert optimizer.state["orthogonal_experts"] == {"steps": 1, "gathers": True}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from seeds import shifted
 
 from spectralmoe.experiments.cards import run_card
 from spectralmoe.presets import find_preset
@@ -54,7 +55,7 @@ def test_the_told_gate_sends_two_jammers_to_the_heavy_expert_at_weight_one(card)
     task = ToldTask(42)
     run = card.run_of(42, 1, hidden=8)
     network = task.build(run.model_copy(update={"router": card.ROWS[card.TOLD]}))
-    batch = task.batch(torch.arange(42), np.random.default_rng(0))
+    batch = task.batch(torch.arange(42), np.random.default_rng(shifted(0)))
     with record(network) as tape:
         task.loss(network, batch)
     assert torch.equal(tape[0].routing.indices[:, 0] == 1, batch.labels >= 6)

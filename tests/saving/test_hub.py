@@ -90,6 +90,8 @@ def test_parts_in_place_of_an_mlp(dense, tmp_path):
     replace_mlp(model.backbone, BranchSpec(router=router, experts=2, blocks="last1"))
     save_parts(model, tmp_path)
     same(model, load_parts(tmp_path, dense))
+    save_parts(torch.compile(model, backend="eager"), tmp_path)
+    same(model, load_parts(tmp_path, torch.compile(dense, backend="eager")))
 
 
 def test_a_foreign_backbone_is_refused(model, dense, tmp_path, user_error):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from spectralmoe import Context, ContextScorer, feed, load, save, shard_routers
+from spectralmoe.layers import moe_layers
 from spectralmoe.ranks import add_ranks
 from spectralmoe.saving.ranks import load_ranks, save_ranks
 
@@ -100,6 +102,43 @@ def test_a_config_that_was_tampered_with_is_refused(base, tmp_path, user_error, 
     (tmp_path / "config.json").write_text("{}")
     with user_error("holds no ranks"):
         load_ranks(tmp_path, base)
+
+
+def test_statistics_that_norms_collect_do_not_make_another_model(tmp_path):
+    """They move while ranks are trained, and where the model itself is used on."""
+    base = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Linear(D, 2))
+    model = add_ranks(copy.deepcopy(base), "2", ranks=4, zero=0, k=2)
+    model(torch.randn(9, D))
+    base(torch.randn(7, D))
+    assert not torch.equal(model[1].running_mean, base[1].running_mean)
+    save_ranks(model, tmp_path)
+    loaded = load_ranks(tmp_path, base)
+    assert torch.equal(loaded[2].down, model[2].down)
+    assert not torch.equal(loaded[1].running_mean, model[1].running_mean)
+
+
+def test_wrappers_are_seen_through_or_refused(base, tmp_path, one_process, user_error):
+    """A compiled model, and one whose parts are checkpointed, get their ranks at the same places."""
+    model, x = with_ranks(base), torch.randn(3, D)
+    save_ranks(model, tmp_path)
+    wrapped = copy.deepcopy(base)
+    wrapped[2] = checkpoint_wrapper(wrapped[2])
+    compiled = torch.compile(wrapped, backend="eager")
+    assert load_ranks(tmp_path, compiled) is compiled
+    assert list(moe_layers(compiled)) == list(moe_layers(model)) == ["0", "2"]
+    with feed(model, context=(side := Context(samples={"severity": torch.rand(3, 2)}))):
+        want = model(x)
+    with feed(wrapped, context=side):
+        assert torch.equal(wrapped(x), want)
+    again = add_ranks(nn.Sequential(checkpoint_wrapper(nn.Sequential(nn.Linear(D, D)))), "0.0", ranks=2, zero=0, k=1)
+    assert list(moe_layers(again)) == ["0.0"]
+    sharded = copy.deepcopy(base)
+    fully_shard(sharded)
+    for parallel, words in ((sharded, "sharded"), (DistributedDataParallel(copy.deepcopy(base)), "under DDP")):
+        with user_error("load_ranks", words):
+            load_ranks(tmp_path, parallel)
+        with user_error("add_ranks", words):
+            add_ranks(parallel, "*")
 
 
 def test_a_sharded_model_trains_and_is_gathered(base, tmp_path, one_process, close):

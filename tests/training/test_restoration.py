@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from functools import cache
@@ -22,6 +23,7 @@ from spectralmoe.experiments.cards.small_runs import small_restoration
 from spectralmoe.experiments.compare import CompareSettings
 from spectralmoe.experiments.compare.columns import columns_of
 from spectralmoe.files import read_json
+from spectralmoe.instruments.samples import Place
 from spectralmoe.training.loop import train
 from spectralmoe.training.restore_settings import Restore
 from spectralmoe.training.settings import parse
@@ -52,7 +54,8 @@ def task_of(**restore):
 
 
 def settings_of(**changes):
-    values = {"data": "restore:photos", "router": "linear", **SMALL, **changes}
+    optimization = {"seed": shifted(0), **changes.pop("optimization", {})}
+    values = {"data": "restore:photos", "router": "linear", **SMALL, **changes, "optimization": optimization}
     return parse(TrainSettings, values, "test")
 
 
@@ -107,7 +110,7 @@ def test_a_network_gets_the_severity_of_its_pairs_and_learns(tmp_path):
     task, settings = task_of(), settings_of(router={"scorer": {"type": "context", "width": 4}, "k": 1})
     model = task.build(settings)
     before = task.score(model, "test")
-    batch = task.batch(torch.arange(8), np.random.default_rng(0))
+    batch = task.batch(torch.arange(8), np.random.default_rng(shifted(0)))
     assert float(task.loss(model, batch).detach()) == pytest.approx(float((batch.images - batch.truths).abs().mean()))
     pairs = task.parts["test"]
     for key, value in restoration_scores(pairs.images, pairs).items():
@@ -206,6 +209,10 @@ def test_routers_are_compared_evaluated_and_used_on_photographs_of_a_folder(tmp_
     folder = str(tmp_path / "out" / "models" / "linear-depth1-seed0")
     assert run(["evaluate", folder]) == 0
     assert "mixture: " in capsys.readouterr().out
+    assert run(["inspect", folder, "--json"]) == 0
+    inspected = json.loads(capsys.readouterr().out)
+    assert inspected["data"]["source"].startswith("5 test patches of restore:")
+    assert {example["text"] for example in inspected["layers"][0]["examples"][0]} <= set(KINDS)
     assert run(["predict", folder, str(tmp_path / "colour.png"), "--out", str(tmp_path / "made")]) == 0
     place = tmp_path / "made" / "colour-restored.png"
     assert str(place) in capsys.readouterr().out
@@ -213,6 +220,17 @@ def test_routers_are_compared_evaluated_and_used_on_photographs_of_a_folder(tmp_
     with torch.no_grad():
         want = load(folder).eval()(given[None])[0].clamp(0, 1)
     torch.testing.assert_close(restored, want, rtol=0, atol=0.5 / 255 + 1e-4)
+
+
+def test_held_out_patches_are_looked_at_with_their_severity(tmp_path):
+    task, settings = task_of(), settings_of(router={"scorer": {"type": "context", "width": 4}, "k": 1})
+    held = task.held_out()
+    network = task.build(settings)
+    assert network(held.inputs, **held.beside).shape == held.inputs.shape
+    assert torch.equal(held.beside["severity"], task.parts["test"].severity)
+    whole, corner = (held.describe(0, Place(0, 0, length)) for length in (1, 16))
+    assert whole["text"] == corner["text"] == KINDS[0]
+    assert len(whole["image"]) > len(corner["image"])
 
 
 def test_predictions_that_cannot_be_made_are_errors_of_one_line(tmp_path, user_error):

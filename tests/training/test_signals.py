@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from seeds import shifted
 
 from spectralmoe import load
 from spectralmoe.cli.app import run
@@ -22,7 +23,10 @@ SMALL = {"network": {"width": 4, "num_experts": 2, "hidden": 8, "k": 1}, "depth"
 
 
 def settings(**values):
-    return parse(TrainSettings, {"data": "signals:interference", **SMALL, **values}, "test")
+    optimization = {"seed": shifted(0), **values.pop("optimization", {})}
+    return parse(
+        TrainSettings, {"data": "signals:interference", **SMALL, **values, "optimization": optimization}, "test"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def test_the_price_goes_into_the_training(task):
     preset = find_preset("phyg-moe")
     network = task.build(settings(router="phyg-moe"))
     with record(network) as tape:
-        loss = task.loss(network, task.batch(torch.arange(21), np.random.default_rng(0)))
+        loss = task.loss(network, task.batch(torch.arange(21), np.random.default_rng(shifted(0))))
     price = preset.terms["expected_cost"].fn(tape[0])
     assert 0 < price.item() < 1
     (loss + price).backward()
@@ -110,6 +114,11 @@ def test_trained_evaluated_and_asked(tmp_path, capsys, user_error):
     scores = json.loads(call(capsys, "evaluate", model, "--json"))
     assert scores["records"] == 2100
     assert 0 < scores["expert_mflop"] < 1
+    inspected = json.loads(call(capsys, "inspect", model, "--tokens", 300, "--json"))
+    assert inspected["data"]["source"] == "320 test records of signals:interference"
+    (layer,) = inspected["layers"]
+    assert layer["load"]["max_vio"]["value"] is not None
+    assert layer["examples"][0][0]["text"] in CLASSES
     signal = np.exp(1j * np.arange(512))
     np.save(tmp_path / "a.npy", signal)
     np.save(tmp_path / "b.npy", np.stack([signal.real, signal.imag]))

@@ -32,7 +32,9 @@ def digits():
 
 
 def settings(**values):
-    return parse(TrainSettings, {"data": "views:digits", "depth": 1, "network": SMALL, **values}, "test")
+    optimization = {"seed": shifted(0), **values.pop("optimization", {})}
+    given = {"data": "views:digits", "depth": 1, "network": SMALL, **values, "optimization": optimization}
+    return parse(TrainSettings, given, "test")
 
 
 def test_views_by_hand(close):

@@ -12,6 +12,7 @@ from spectralmoe.cli.completion import complete_data, complete_routers
 from spectralmoe.cli.console import count, over_seeds, print_json, print_table, show_progress
 from spectralmoe.cli.elsewhere import Cluster, Collect, Submit, SubmitWith, Take, elsewhere, one_at_most, say_taken
 from spectralmoe.cli.options import (
+    ANY_DATA,
     Allow,
     Assign,
     DataDir,
@@ -39,8 +40,8 @@ def compare(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|folder:PATH|text:NAME|restore:NAME",
-            help="Data set (see 'spectralmoe list'), image folder, text, photos, or KIND:NAME of another task.",
+            metavar=ANY_DATA,
+            help="Data set (see 'spectralmoe list'), image folder, text, signals, photos, or views of images.",
             show_default="mnist5k",
             autocompletion=complete_data,
         ),

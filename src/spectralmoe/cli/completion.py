@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from spectralmoe.training.names import DATA_NAMES, OWN_EXPERTS, OWN_ROWS, ROUTER_NAMES, SIGNAL_NAMES, TEXT_NAMES
+from spectralmoe.training.names import (
+    DATA_NAMES,
+    OWN_EXPERTS,
+    OWN_LOSSES,
+    OWN_ROWS,
+    ROUTER_NAMES,
+    SIDE_READERS,
+    SIGNAL_NAMES,
+    TEXT_NAMES,
+)
 
 __all__ = [
     "LOG_NAMES",
     "SUITES",
     "complete_data",
     "complete_few_shot_rows",
+    "complete_finetune_router",
+    "complete_images",
     "complete_routers",
     "listed",
     "one_among",
@@ -47,10 +58,14 @@ def complete_routers(incomplete: str) -> list[str]:
 
 def complete_few_shot_rows(incomplete: str) -> list[str]:
     """Of ``--rows``."""
-    rows = (*OWN_ROWS, "adapter", *(name for name in ROUTER_NAMES if name not in OWN_EXPERTS))
-    return listed(incomplete, rows)
+    routers = (name for name in ROUTER_NAMES if name not in (*OWN_EXPERTS, *SIDE_READERS))
+    return listed(incomplete, (*OWN_ROWS, "adapter", *routers))
 
 
+complete_finetune_router = one_among(
+    *(name for name in ROUTER_NAMES if name not in (*OWN_EXPERTS, *OWN_LOSSES, *SIDE_READERS, "dense"))
+)
+complete_images = one_among(*DATA_NAMES, "folder:")
 complete_data = one_among(
     *DATA_NAMES,
     "folder:",
@@ -58,5 +73,5 @@ complete_data = one_among(
     "restore:photos",
     "restore:folder:",
     *(f"signals:{name}" for name in SIGNAL_NAMES),
-    "views:digits",
+    *(f"views:{name}" for name in DATA_NAMES),
 )

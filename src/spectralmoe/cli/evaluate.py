@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from spectralmoe.cli.completion import complete_data
 from spectralmoe.cli.console import print_json, print_table
-from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, load_saved, say_notes
+from spectralmoe.cli.options import ANY_DATA, Allow, DataDir, DeviceName, Download, Json, Model, load_saved, say_notes
 
 __all__ = ["evaluate"]
 
@@ -19,8 +20,9 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|folder:PATH|text:NAME|restore:NAME",
-            help="Data set, text or photos; by default the model's own.",
+            metavar=ANY_DATA,
+            help="Data of the model's kind; by default its own.",
+            autocompletion=complete_data,
         ),
     ] = None,
     data_dir: DataDir = None,
@@ -32,8 +34,8 @@ def evaluate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Test accuracy of MODEL, bits per byte of a language model, or PSNR and SSIM of restored photos; and how evenly
-    its experts are used in each layer.
+    """Test accuracy of MODEL, bits per byte of a language model, operations spent on signals, or PSNR and SSIM of
+    restored photos; and how evenly its experts are used in each layer.
 
     Examples: spectralmoe evaluate runs/first/models/sr-moe-depth2-seed0
 

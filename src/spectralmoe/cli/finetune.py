@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectralmoe.cli.completion import one_among
+from spectralmoe.cli.completion import complete_finetune_router
 from spectralmoe.cli.console import count, print_finding, print_json, print_table, show_progress
 from spectralmoe.cli.options import Allow, Assign, DeviceName, Json, refuse_outputs, say_notes, split_names, trust_own
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json, to_json, write_json, write_text
-from spectralmoe.training.names import OWN_EXPERTS, ROUTER_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +41,7 @@ def finetune(
         typer.Option(
             metavar="NAME|TABLE|PKG:OBJECT",
             help="Put other routers in (see 'spectralmoe list').",
-            autocompletion=one_among(*(name for name in ROUTER_NAMES if name not in OWN_EXPERTS)),
+            autocompletion=complete_finetune_router,
         ),
     ] = None,
     terms: Annotated[

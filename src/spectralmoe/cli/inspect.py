@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from spectralmoe.cli.completion import complete_data
 from spectralmoe.cli.console import count, print_finding, print_json, print_table, say
-from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Seed, refuse_outputs
+from spectralmoe.cli.options import ANY_DATA, Allow, DataDir, DeviceName, Download, Json, Seed, refuse_outputs
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.files import make_folder, read_json, write_json, write_text
 
@@ -28,8 +29,9 @@ def inspect(
         str | None,
         typer.Option(
             "--data",
-            metavar="NAME|folder:PATH|text:NAME",
+            metavar=ANY_DATA,
             help="Data for a network of spectralmoe; its own by default.",
+            autocompletion=complete_data,
         ),
     ] = None,
     attribute: Annotated[

@@ -49,7 +49,8 @@ def inspect_own(
         for chosen in order.split(samples.batch):
             if inspector.tokens >= tokens:
                 break
-            network(samples.inputs[chosen].to(device))
+            beside = {name: values[chosen].to(device) for name, values in samples.beside.items()}
+            network(samples.inputs[chosen].to(device), **beside)
             inspector.add(seen.drain(), samples.labels[chosen].to(device))
             used += len(chosen)
         layers = inspector.layers(lambda layer, place: samples.describe(int(order[place.sequence]), place))

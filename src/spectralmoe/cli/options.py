@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from spectralmoe.cli.completion import complete_data, one_among
+from spectralmoe.cli.completion import complete_images, one_among
 from spectralmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spectralmoe.vision.model import VisionMoE
 
 __all__ = [
+    "ANY_DATA",
     "Allow",
     "Assign",
     "Data",
@@ -56,6 +57,9 @@ OUTPUTS = {
 }
 """What verbs write that is no model: a file's name -> what the folder holds."""
 
+ANY_DATA = "NAME|folder:PATH|text:NAME|signals:NAME|restore:NAME|views:NAME"
+"""What --data takes where a task of any kind is meant."""
+
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that holds a saved model.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for everything that is written.")]
 Data = Annotated[
@@ -64,7 +68,7 @@ Data = Annotated[
         "--data",
         metavar="NAME|folder:PATH",
         help="Data set (see 'spectralmoe list') or image folder.",
-        autocompletion=complete_data,
+        autocompletion=complete_images,
     ),
 ]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Where to look for data sets first.")]

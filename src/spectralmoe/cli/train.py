@@ -14,6 +14,7 @@ import typer
 from spectralmoe.cli.completion import LOG_NAMES, complete_data, listed, one_among
 from spectralmoe.cli.console import print_finding, print_json, show_progress
 from spectralmoe.cli.options import (
+    ANY_DATA,
     Allow,
     Assign,
     DataDir,
@@ -45,8 +46,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|folder:PATH|text:NAME|restore:NAME",
-            help="Data set or text, in place of the file's.",
+            metavar=ANY_DATA,
+            help="Data set, text, signals, photos or views, in place of the file's.",
             autocompletion=complete_data,
         ),
     ] = None,

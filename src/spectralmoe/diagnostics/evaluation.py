@@ -61,14 +61,21 @@ class Counted(nn.Module):
 
 
 @torch.no_grad()
-def run_over(model: nn.Module, inputs: Tensor) -> Tensor:
+def run_over(model: nn.Module, inputs: Tensor, **beside: Tensor) -> Tensor:
     """The outputs of ``model`` for ``inputs`` (N, ...), on the CPU: run in evaluation mode, in batches; its mode is put
     back.
+
+    Args:
+        beside: rows (N, ...) of what the model takes by keyword.
     """
-    device = next(model.parameters()).device
+    device, size = next(model.parameters()).device, min(_BATCH, _NUMBERS // max(inputs[:1].numel(), 1) + 1)
+    rows = {name: values.split(size) for name, values in beside.items()}
+    made = []
     with evaluation_mode(model):
-        parts = inputs.split(min(_BATCH, _NUMBERS // max(inputs[:1].numel(), 1) + 1))
-        return torch.cat([model(part.to(device)).cpu() for part in parts])
+        for number, part in enumerate(inputs.split(size)):
+            more = {name: parts[number].to(device) for name, parts in rows.items()}
+            made.append(model(part.to(device), **more).cpu())
+    return torch.cat(made)
 
 
 def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> Evaluation:

@@ -110,7 +110,7 @@ class SignalMoE(nn.Module):
         window = torch.hann_window(WINDOW, device=x.device, dtype=x.real.dtype)
         lines = torch.stft(x, WINDOW, HOP, window=window, pad_mode="constant", onesided=False, return_complex=True)
         power = torch.view_as_real(lines[..., : x.shape[1] // HOP]).square().sum(-1)
-        level = (power + _EPS).log10().to(self.head.weight.dtype)
+        level = (power + _EPS).log10().to(self.norm.weight.dtype)
         return F.layer_norm(level, level.shape[1:])[:, None]
 
 

@@ -20,6 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.errors import UserError
 from spectralmoe.experts import MPOExperts
+from spectralmoe.optim.own_state import moved_home, travel_with
+from spectralmoe.sharding import full
 
 __all__ = ["mask_central", "mask_gradient"]
 
@@ -79,7 +81,8 @@ def mask_central(optimizer: Optimizer, model: nn.Module, *, keep: float | None =
     """Mask the gradient of each central core of the ``MPOExperts`` in ``model``, for as long as they are trained.
 
     What a row of a comparison puts around its optimizer. The draws are entries of ``optimizer.state``, so a run that
-    goes on from a checkpoint goes on with them; all processes draw alike.
+    goes on from a checkpoint goes on with them (torch's ``get_optimizer_state_dict`` keeps them, too); all processes
+    draw alike.
 
     Args:
         keep: the probability that a gradient stays; None: 1/E.
@@ -113,10 +116,14 @@ def mask_central(optimizer: Optimizer, model: nn.Module, *, keep: float | None =
 
     def go_on(optimizer: Optimizer) -> None:
         for number, state in _states(optimizer).get(STATE, {}).items():
-            generators[int(number)].set_state(state.cpu())
+            generators[int(number)].set_state(full(state).to("cpu", torch.uint8))
 
+    travel_with(optimizer, STATE, cores[0][0])
     optimizer.register_step_post_hook(remember)
     optimizer.register_load_state_dict_post_hook(go_on)
+    if STATE in (state := moved_home(own := _states(optimizer), STATE)):
+        own.clear()
+        own.update(state)
     go_on(optimizer)  # where a checkpoint was loaded before
 
 

@@ -109,5 +109,8 @@ def muon(model: nn.Module, settings: Rates) -> Optimizer:
     decayed, exempt = param_groups(model, settings.weight_decay)
     matrices = {**decayed, "params": [p for p in decayed["params"] if p.dim() in (2, 3)]}
     others = {**decayed, "params": [p for p in decayed["params"] if p.dim() not in (2, 3)]}
-    parts: list[Optimizer] = [torch.optim.AdamW([others, exempt], lr=settings.lr)]
-    return Together(Muon([matrices], lr=settings.lr), *parts) if matrices["params"] else parts[0]
+    rest = [group for group in (others, exempt) if group["params"]]
+    if not matrices["params"]:
+        return torch.optim.AdamW(rest or [others], lr=settings.lr)
+    first = Muon([matrices], lr=settings.lr)
+    return Together(first, torch.optim.AdamW(rest, lr=settings.lr)) if rest else first

@@ -23,9 +23,12 @@ from torch.optim import Optimizer
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.layers import moe_layers
 from spectralmoe.movement import parallel_of, refuse_join
+from spectralmoe.optim.own_state import moved_home, travel_with
 from spectralmoe.optim.projectors import add_inputs, others, projected, projectors
 from spectralmoe.recording import Recordable
+from spectralmoe.sharding import full
 from spectralmoe.tape import Tape
+from spectralmoe.torch_private import hooks_before_step
 
 __all__ = ["OrthogonalExperts"]
 
@@ -55,10 +58,10 @@ class OrthogonalExperts:
     moved by, exactly, with the weight decay in it.
 
     Works with accumulation, gradient scalers, closures (``on="update"``), checkpoints, DDP and FSDP2: the state is
-    plain entries of ``optimizer.state``, the sums are added up over ranks at the end of a phase. A checkpoint from
-    within a gathering phase holds those of the rank that wrote it, which then stand for all. It takes the optimizer's
-    own ``state_dict()``: torch's ``get_optimizer_state_dict`` fails on what is no parameter's. A layer costs E matrices
-    (D, D) on every rank, their eigenvectors once in two phases, and until the next step the tokens of its forwards.
+    plain entries of ``optimizer.state``, in state dicts (torch's ``get_optimizer_state_dict``, too) beside that of a
+    parameter; the sums are added up over ranks at the end of a phase. A checkpoint from within a gathering phase holds
+    those of the rank that wrote it, which then stand for all. A layer costs E matrices (D, D) on every rank, their
+    eigenvectors once in two phases, and until the next step the tokens of its forwards.
 
     Args:
         optimizer: trains the experts of ``model``; of several, the one that does, or ``Together``.
@@ -118,7 +121,8 @@ class OrthogonalExperts:
             raise UserError(f"OrthogonalExperts: phase and rank must be at least 1, alpha positive; got {wrong}")
         if on not in ("gradient", "update"):
             raise one_of("on", on, ["gradient", "update"])
-        if STATE in _states(optimizer):
+        hooked = any(isinstance(getattr(h, "__self__", None), OrthogonalExperts) for h in hooks_before_step(optimizer))
+        if hooked or STATE in moved_home(_states(optimizer), STATE):
             raise UserError(
                 f"OrthogonalExperts: this {type(optimizer).__name__} has projectors already; remove() the first, and "
                 "load a state after this is made"
@@ -137,8 +141,8 @@ class OrthogonalExperts:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_load_state_dict_post_hook(self._loaded),
+            *travel_with(optimizer, STATE, next(iter(self._weights().values())), self._whole),
         )
-        _states(optimizer)[STATE] = dict(_START)
 
     def remove(self) -> None:
         """Take the hooks and the state off the optimizer, and stop recording."""
@@ -162,7 +166,7 @@ class OrthogonalExperts:
         refuse_join(self._parallel, "without Join, with as many batches on every rank")
         if self.on == "gradient" and kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise UserError('OrthogonalExperts: this closure computes the gradient within the step; use on="update"')
-        own = _states(optimizer)[STATE]
+        own = _states(optimizer)[STATE] = _states(optimizer).get(STATE) or dict(_START)
         if own["gathers"]:
             self._gather(own)
         elif self.on == "update":
@@ -188,6 +192,8 @@ class OrthogonalExperts:
     def _loaded(self, optimizer: Optimizer) -> None:
         """The state is the loaded one, in memory of its own; recording follows its phase."""
         loaded: dict[str, Any] = _states(optimizer).get(STATE) or _START
+        other = ("others",) if loaded["gathers"] else _SUMS  # zeros of the other phase, see ``_whole``
+        loaded = {key: value for key, value in loaded.items() if key.rpartition(".")[2] not in other}
         devices = {name: weight.device for name, weight in self._weights().items()}
         owner = {key: key.rpartition(".")[0] for key, value in loaded.items() if isinstance(value, Tensor)}
         names = {*owner.values()}
@@ -195,7 +201,8 @@ class OrthogonalExperts:
             theirs, ours = (", ".join(map(repr, sorted(each))) for each in (names, devices))
             raise UserError(f"OrthogonalExperts: the loaded state is of layers {theirs}, the trained ones are {ours}")
         own = _states(optimizer)[STATE] = {
-            key: value.to(devices[owner[key]], copy=True) if key in owner else value for key, value in loaded.items()
+            key: full(value).to(devices[owner[key]], copy=True) if key in owner else value
+            for key, value in loaded.items()
         }
         self._record(own["gathers"])
 
@@ -224,6 +231,14 @@ class OrthogonalExperts:
             own[f"{name}.sum"] = torch.zeros(experts, dim, dtype=dtype, device=weight.device)
             own[f"{name}.count"] = torch.zeros(experts, dtype=torch.int64, device=weight.device)
         return [own[f"{name}.{key}"] for key in _SUMS]
+
+    def _whole(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The state with the tensors of both phases, zeros where there are none."""
+        whole = dict(own)
+        for name in self.layers:
+            outer, *_ = self._sums(whole, name)
+            whole.setdefault(f"{name}.others", torch.zeros_like(outer))
+        return whole
 
     def _turn(self, own: dict[str, Any]) -> None:
         """Go over to the other phase: make projectors of the sums, or begin to gather."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json
+from spectralmoe.layers import plain_name, unwrapped
 from spectralmoe.manifold import warn_off_manifold
 from spectralmoe.model_folder import CONFIG, PARTS, read_config_of, read_model_folder, write_model
 from spectralmoe.saving.tables import TABLES
+from spectralmoe.sharding import full
 from spectralmoe.spec import build, describe
 from spectralmoe.vision.model import VisionMoE
 
@@ -34,6 +36,7 @@ def save_parts(model: VisionMoE, folder: str | Path, *, meta: dict[str, Any] | N
     Raises:
         UserError: the folder cannot be written, or holds the ``config.json`` of something else.
     """
+    model = cast(VisionMoE, unwrapped(model))
     warn_off_manifold(model)
     of_parts, rest = _split(model)
     config = {
@@ -42,7 +45,7 @@ def save_parts(model: VisionMoE, folder: str | Path, *, meta: dict[str, Any] | N
         "backbone_sha256": digest_of(rest),
         "meta": meta or {},
     }
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in of_parts.items()}
+    tensors = {name: full(value.detach()).cpu().contiguous().clone() for name, value in of_parts.items()}
     write_model(Path(folder), config, tensors)
 
 
@@ -89,7 +92,8 @@ def backbone_sha256(model: VisionMoE) -> str:
 
 def _split(model: VisionMoE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The state dict in two: MoE parts and head, and the rest."""
-    state = model.state_dict(keep_vars=True)
+    model = cast(VisionMoE, unwrapped(model))
+    state = {plain_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
     trained = [*model.parts().values(), *model.heads()]
     ids = {id(value) for part in trained for value in part.state_dict(keep_vars=True).values()}
     of_parts = {name: value for name, value in state.items() if id(value) in ids}
@@ -100,7 +104,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """The SHA-256 of tensors: names, types and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
+        value = full(tensors[name].detach()).cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -108,9 +112,11 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 def _own_names(backbone: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a backbone by their names in a ``VisionMoE``."""
-    inside = backbone.backbone if isinstance(backbone, VisionMoE) else backbone
-    state = inside.state_dict() if isinstance(inside, nn.Module) else inside
-    return {f"backbone.{name}": value for name, value in state.items()}
+    if not isinstance(backbone, nn.Module):
+        return {f"backbone.{name}": value for name, value in backbone.items()}
+    inside = unwrapped(backbone)
+    state = (inside.backbone if isinstance(inside, VisionMoE) else inside).state_dict()
+    return {f"backbone.{plain_name(name)}": full(value) for name, value in state.items()}
 
 
 def _difference(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

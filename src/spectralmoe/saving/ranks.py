@@ -1,7 +1,8 @@
 """The ranks of a model alone: its ``RankExperts`` without the linear layers, in a file of a few megabytes.
 
 ``parts.safetensors`` holds the tensors, ``config.json`` what each layer is made of and the SHA-256 of the model's other
-weights, which the ranks belong to. Nothing in either runs code.
+weights, which the ranks belong to. Statistics that norms collect in training are no weights: they are neither written
+nor compared. Nothing in either runs code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.layers import plain_name, unwrapped
 from spectralmoe.model_folder import CONFIG, PARTS, read_config_of, read_model_folder, write_model
-from spectralmoe.ranks import RankExperts, put_ranks
+from spectralmoe.ranks import RankExperts, modules_of, put_ranks, refuse_parallel
 from spectralmoe.saving.parts import digest_of
 from spectralmoe.sharding import full
 from spectralmoe.spec import build, describe
@@ -26,6 +27,7 @@ __all__ = ["load_ranks", "save_ranks"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _KEY, _FORMAT = "spectralmoe_ranks", 1
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 _SIZES = ("ranks", "shared", "zero", "k")
 
 
@@ -44,7 +46,7 @@ def save_ranks(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | N
     config = {
         _KEY: _FORMAT,
         "layers": {path: _described(layer) for path, layer in layers.items()},
-        "base_sha256": digest_of(_base(inside, layers)),
+        "base_sha256": digest_of(_weights(_base(inside, layers))),
         "meta": meta or {},
     }
     write_model(Path(folder), config, {name: full(value).cpu().contiguous().clone() for name, value in added.items()})
@@ -58,7 +60,8 @@ def load_ranks(folder: str | Path, model: Model, *, allow: Sequence[str] = ()) -
         allow: classes of scorers outside the library that may be built, as "pkg:Class".
 
     Raises:
-        UserError: not such a folder; a model with other weights, or with ranks already.
+        UserError: not such a folder; a model with other weights, or with ranks already; one that is sharded or under
+            DDP, which would not sum the gradients of the ranks.
 
     >>> import tempfile
     >>> from spectralmoe.ranks import add_ranks
@@ -75,15 +78,18 @@ def load_ranks(folder: str | Path, model: Model, *, allow: Sequence[str] = ()) -
     """
     folder = Path(folder)
     config, tensors = read_model_folder(folder, partial(read_config_of, key=_KEY, version=_FORMAT, content="ranks"))
-    if _layers(model):
-        raise UserError(f"load_ranks: {type(model).__name__} has ranks already; load into the model as it was before")
-    if digest_of(model.state_dict()) != config["base_sha256"]:
+    refuse_parallel("load_ranks", model)
+    inside = unwrapped(model)
+    if _layers(inside):
+        raise UserError(f"load_ranks: {type(inside).__name__} has ranks already; load into the model as it was before")
+    if digest_of(_weights(inside.state_dict())) != config["base_sha256"]:
         raise UserError(f"{folder} holds ranks for another model than the one given: its weights differ (SHA-256)")
     layers: dict[str, RankExperts] = {}
     try:
         made: dict[nn.Module, RankExperts] = {}
+        modules = modules_of(inside)
         for path, spec in config["layers"].items():
-            linear = cast(nn.Linear, model.get_submodule(path))
+            linear = cast(nn.Linear, modules[path])
             made[linear] = layer = made.get(linear) or _built(linear, spec, allow)
             _fill(path, layer, tensors)
             layers[path] = layer
@@ -106,6 +112,11 @@ def _own(layer: RankExperts) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in state.items() if not name.startswith("linear.")}
 
 
+def _weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict but for the statistics that norms collect, without wrappers' names."""
+    return {plain_name(name): value for name, value in state.items() if name.rpartition(".")[2] not in _RUNNING}
+
+
 def _base(model: nn.Module, layers: Mapping[str, RankExperts]) -> dict[str, Tensor]:
     """The tensors of the model as it was without ranks, under the names that they had."""
     state = {plain_name(name): value for name, value in model.state_dict().items()}
@@ -113,7 +124,7 @@ def _base(model: nn.Module, layers: Mapping[str, RankExperts]) -> dict[str, Tens
         for name in _own(layer):
             del state[f"{path}.{name}"]
     moved = {f"{path}.linear.{name}": f"{path}.{name}" for path in layers for name in ("weight", "bias")}
-    return {moved.get(name, name): full(value) for name, value in state.items()}
+    return {moved.get(name, name): value for name, value in state.items()}
 
 
 def _described(layer: RankExperts) -> dict[str, Any]:

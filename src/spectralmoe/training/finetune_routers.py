@@ -34,6 +34,8 @@ def router_of(settings: FinetuneSettings) -> Preset | None:
     if settings.router is None:
         return None
     preset = find_preset(laid_over(settings.router, terms=settings.terms))
+    if preset.dense:
+        raise UserError(f"router {shown(settings.router)!r} is one network without a choice, and no router to put in")
     parts = {"experts": preset.experts, "optimizer": preset.optimizer}
     asked = [f"{kind} {part['type']!r}" for kind, part in parts.items() if part is not None]
     asked += ['k = "soft"'] if preset.k == "soft" else []
@@ -47,12 +49,17 @@ def terms_of(settings: FinetuneSettings) -> dict[str, Term]:
     """The terms of the loss: those of the router, and beside them those of the settings.
 
     Raises:
-        UserError: as ``router_of``; an unknown term or argument.
+        UserError: as ``router_of``; an unknown term or argument; a term on what experts make.
     """
     preset = router_of(settings)
     if preset is None:
-        return {name: read_term(name, value) for name, value in settings.terms.items()}
-    return dict(preset.terms)
+        terms = {name: read_term(name, value) for name, value in settings.terms.items()}
+    else:
+        terms = dict(preset.terms)
+    for name, term in terms.items():
+        if reads := set(term.keeps) - {"tokens"}:
+            raise UserError(f"term {name!r} reads {min(reads)!r}, which experts of transformers do not keep")
+    return terms
 
 
 def swap_to_row(model: Any, preset: Preset, windows: Windows, rows: int) -> Swapped:

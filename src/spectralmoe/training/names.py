@@ -7,8 +7,10 @@ __all__ = [
     "DEFAULT_ROUTERS",
     "FRESH_ROWS",
     "OWN_EXPERTS",
+    "OWN_LOSSES",
     "OWN_ROWS",
     "ROUTER_NAMES",
+    "SIDE_READERS",
     "SIGNAL_NAMES",
     "TEXT_NAMES",
 ]
@@ -41,6 +43,10 @@ ROUTER_NAMES = (
 )
 OWN_EXPERTS = ("ermoe", "ermoe-context", "mumoe", "mumoe-tr", "mpoe", "mofme", "confsmoe", "moce-ir")
 """Routers with experts of their own, which do not fit where there are experts already."""
+OWN_LOSSES = ("synergy", "specialization", "omoe")
+"""Routers with terms on what experts make, or an optimizer of theirs, which experts of other libraries do not serve."""
+SIDE_READERS = ("phyg-moe",)
+"""Routers that read side information of a sample, which networks of other data do not give."""
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")
 DATA_NAMES = ("digits", "fashion-mnist", "mnist5k")
 TEXT_NAMES = ("pydoc", "stdlib", "fortunes")

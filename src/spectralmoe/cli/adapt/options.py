@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from spectralmoe.cli.completion import complete_images
 from spectralmoe.cli.options import Allow, DataDir, DeviceName, Download, Json, Model, Seed
 
 __all__ = ["AdaptOptions", "ModelOptions", "as_command"]
@@ -33,7 +34,12 @@ class AdaptOptions(ModelOptions):
 
     guard: Annotated[
         str | None,
-        typer.Option(metavar="NAME|folder:PATH", help="Reference data (their training part).", rich_help_panel=GUARDED),
+        typer.Option(
+            metavar="NAME|folder:PATH",
+            help="Reference data (their training part).",
+            rich_help_panel=GUARDED,
+            autocompletion=complete_images,
+        ),
     ] = None
     guard_size: Annotated[
         int | None,
@@ -84,7 +90,11 @@ class AdaptOptions(ModelOptions):
     ] = None
     data: Annotated[
         str | None,
-        typer.Option(metavar="NAME|folder:PATH", help="Data of samples and measurements; by default the model's own."),
+        typer.Option(
+            metavar="NAME|folder:PATH",
+            help="Data of samples and measurements; by default the model's own.",
+            autocompletion=complete_images,
+        ),
     ] = None
     data_dir: DataDir = None
     download: Download = False

@@ -55,6 +55,8 @@ class Contest:
         tries: settings that each row tries on the validation part, factors on its learning rate and on the weights of
             its terms; the first leaves both as they are.
         tune_size, tune_epochs: training samples and epochs of a try; None: those of ``run``.
+        looked: test samples in which the choices of routers are looked at; None: about 4,000 numbers of them, which of
+            images of 28 x 28 are 5, 80 patches of 7 x 7, so that a share of 1/2 is known to 11 points. See ``choices``.
         more: further measures of a trained network.
         vary: (run, cell) -> the run of a cell that names more than its row and seed.
         file: its cells go to FILE.json; a card with several contests gives each a file of its own.
@@ -70,6 +72,7 @@ class Contest:
     tries: int = 4
     tune_size: int | None = None
     tune_epochs: int | None = None
+    looked: int | None = None
     more: Callable[[Trained], Mapping[str, Any]] = _nothing_more
     vary: Callable[[TrainSettings, Identity], TrainSettings] = _as_it_is
     file: str = "results"
@@ -108,6 +111,7 @@ class Contest:
         return {
             "run": self.run.model_dump(mode="json"),
             **{key: getattr(self, key) for key in ("tries", "tune_size", "tune_epochs")},
+            **({} if self.looked is None else {"looked": self.looked}),
         }
 
 
@@ -130,7 +134,7 @@ def measure_cell(cell: Identity, desk: Desk, progress: Share, *, contest: Contes
     row, run = cell["row"], contest.vary(contest.run, cell)
     tuned = Tuned(**desk.tuned[contest.tuned][row]["setting"])
     trained = train_row(run, contest.rows[row], tuned, cell["seed"], progress)
-    return {**measures(trained), **contest.more(trained)}
+    return {**measures(trained, contest.looked), **contest.more(trained)}
 
 
 def train_row(
@@ -148,8 +152,10 @@ def train_row(
     return Trained(network, task, history)
 
 
-def measures(trained: Trained) -> dict[str, Any]:
-    """Scores on the test part, and of a network with experts how even, how firm and how alike they are."""
+def measures(trained: Trained, looked: int | None = None) -> dict[str, Any]:
+    """Scores on the test part, and of a network with experts how even, how firm (in ``looked`` samples) and how alike
+    they are.
+    """
     network, task, history = trained
     counted = Counted(network) if holds_moe(network) else None
     values: dict[str, Any] = {
@@ -161,7 +167,7 @@ def measures(trained: Trained) -> dict[str, Any]:
     loads = list(counted.loads.values())
     values |= {"max_vio": statistics.fmean(map(max_vio, loads)), "gini": statistics.fmean(map(gini, loads))}
     values |= {"dead_experts": sum(map(dead_experts, loads)), "min_load_share": min(map(min_share, loads))}
-    return values | choices(network, task.inputs("test"))
+    return values | choices(network, task.inputs("test"), task.beside("test"), samples=looked)
 
 
 ROUTING_COLUMNS = (
@@ -178,8 +184,9 @@ ROUTING_COLUMNS = (
 
 def _open(run: TrainSettings) -> Task:
     """The task of a run, read once a process."""
-    kinds = {"text", "restore", "views"}
-    return _opened(run.model_dump_json(include={"data", "image_size", "train_size", "hold_out", *kinds}))
+    whole = ("data", "image_size", "train_size", "hold_out", "text", "restore", "views", "backbone")
+    read: dict[str, Any] = {**dict.fromkeys(whole, True), "optimization": {"label_smoothing", "mixup"}}
+    return _opened(run.model_dump_json(include=read))
 
 
 @cache

@@ -38,7 +38,7 @@ def run_cell(cell: Cell, tuned: Tuned, setup: Setup, progress: Callable[[float],
     save(network, folder, meta=task.meta(run, scores, counted.loads))
     row = {**cell._asdict(), "tuned": tuned._asdict(), **scores, **_measures(network, task, counted.loads, history)}
     if (labelled := task.labelled("test")) is None:
-        return row | choices(network, task.inputs("test"))
+        return row | choices(network, task.inputs("test"), task.beside("test"))
     return row | _adaptation(one_shot_trials(network, *labelled, trials=setup.settings.trials, seed=cell.seed))
 
 

@@ -25,20 +25,28 @@ from spectralmoe.routing import Routing
 __all__ = ["active_flops", "active_parameters", "choices"]
 
 _NUMBERS, _THROUGH_ALL = 2**12, 256
-"""Numbers of the inputs that are looked at; tokens of each layer that go through every expert."""
+"""Numbers of the inputs that are looked at by default; tokens of each layer that go through every expert."""
 
 
 @torch.no_grad()
-def choices(model: nn.Module, inputs: Tensor) -> dict[str, float | None]:
+def choices(
+    model: nn.Module, inputs: Tensor, beside: Mapping[str, Tensor] | None = None, *, samples: int | None = None
+) -> dict[str, float | None]:
     """How firm the choices of the routers are and how alike the experts, mean over layers; None where too few tokens
-    say anything, and all but the entropy where router and experts read different things.
+    say anything. All but the entropy are None where router and experts read different things, and the flips where a
+    router reads side information.
 
     Args:
-        inputs: (N, ...); about 4,000 numbers of them are looked at, spread evenly.
+        inputs: (N, ...), of which some are looked at, spread evenly.
+        beside: rows (N, ...) of what the model takes by keyword, such as a severity.
+        samples: how many are looked at; None: about 4,000 numbers of them. A share p of n tokens is known to
+            1.96 sqrt(p (1 - p) / n) at best, since tokens of one sample are alike: 11 points at p = 1/2 and n = 80, 3
+            points at n = 1,000.
     """
-    most = max(1, min(len(inputs), _NUMBERS // inputs[:1].numel()))
+    most = max(1, min(len(inputs), _NUMBERS // inputs[:1].numel() if samples is None else samples))
+    chosen = torch.linspace(0, len(inputs) - 1, most).long()
     with watch(model) as seen:
-        run_over(model, inputs[torch.linspace(0, len(inputs) - 1, most).long()])
+        run_over(model, inputs[chosen], **{name: values[chosen] for name, values in (beside or {}).items()})
         calls = seen.drain()
     keys = ("entropy", "output_overlap", "output_centred", "noise_flips")
     measured: dict[str, list[float | None]] = {key: [] for key in keys}

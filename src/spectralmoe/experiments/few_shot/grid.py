@@ -23,6 +23,7 @@ from spectralmoe.machine import describe_machine
 from spectralmoe.naming import file_name
 from spectralmoe.presets import PRESETS, find_preset
 from spectralmoe.router import Router
+from spectralmoe.rows import check_reads
 from spectralmoe.scorers import LinearScorer
 from spectralmoe.selectors import TopK
 from spectralmoe.terms import Term
@@ -30,6 +31,7 @@ from spectralmoe.training.loop import Progress
 from spectralmoe.training.names import FRESH_ROWS, OWN_ROWS
 from spectralmoe.training.settings import Optimization, Positive, Seed, Settings, Several
 from spectralmoe.vision import BranchSpec, add_branches
+from spectralmoe.vision.branches import Branch
 from spectralmoe.vision.model import VisionMoE, check_images
 
 __all__ = ["FRESH_ROWS", "OWN_ROWS", "FewShotSettings", "FewShotTask", "Recipe", "recipe", "run_few_shot"]
@@ -135,7 +137,7 @@ def run_few_shot(settings: FewShotSettings, task: FewShotTask, out: Path, progre
     Another run there may ask for more rows, shots and seeds.
 
     Raises:
-        UserError: as ``run_folder``; rows or data that do not fit the model; a damaged cell.
+        UserError: as ``run_folder``; rows, by name, or data that do not fit the model; a damaged cell.
     """
     _check(settings, task)
     claim = {**settings.model_dump(mode="json"), "model": task.source, "images": task.data.fingerprint}
@@ -168,8 +170,14 @@ def _check(settings: FewShotSettings, task: FewShotTask) -> None:
     for option, values in (("--rows", settings.rows), ("--shots", settings.shots)):
         no_repeats(option, values)
     for row in settings.rows:
-        if (spec := recipe(row, settings).spec) is not None:
-            add_branches(copy.deepcopy(model.backbone), spec)
+        if (spec := recipe(row, settings).spec) is None:
+            continue
+        try:
+            for module in add_branches(copy.deepcopy(model.backbone), spec).modules():
+                if isinstance(module, Branch):
+                    check_reads(module.moe, ())
+        except UserError as error:
+            raise UserError(f"row {row!r}: {error}") from error
     if "own" in settings.rows and not holds_moe(model):
         raise UserError("row 'own' trains the MoE parts of the model, but it has none; leave the row out")
     if data.channels != model.channels:

@@ -162,6 +162,10 @@ class Task(ABC):
         labelled = self.labelled(part)
         return self.example() if labelled is None else labelled[0]
 
+    def beside(self, part: Part) -> dict[str, Tensor]:
+        """What the network takes by keyword beside ``inputs``, a row (N, ...) each; by default nothing."""
+        return {}
+
     def labelled(self, part: Part) -> tuple[Tensor, Tensor] | None:
         """Inputs (N, ...) and classes (N,) of a part, where the task is to classify; else None."""
         return None

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from spectralmoe.context import Context
 from spectralmoe.data.degradations import DEGRADATIONS, KINDS, Pairs
+from spectralmoe.data.image_data import Split
 from spectralmoe.data.photos import PHOTO_PARTS, PhotoData, PhotoPart, load_photos, patches_of
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError
@@ -25,9 +26,10 @@ from spectralmoe.rows import RELU, Trial
 from spectralmoe.training.restore_settings import Restore, is_restore
 from spectralmoe.training.settings import parse
 from spectralmoe.training.tasks.base import Part, Task, rounded
+from spectralmoe.training.tasks.image_verbs import patch
 from spectralmoe.training.tasks.restoration_scores import PSNR, RESTORATION, restoration_scores
 from spectralmoe.training.tasks.restoration_verbs import RestoreMeta, draw_restored, read_restore_meta, restore_files
-from spectralmoe.training.tasks.shown import Predictions, Shown
+from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
 from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.units import UNITS
 
@@ -158,6 +160,10 @@ class RestorationTask(Task):
     def inputs(self, part: Part) -> Tensor:
         return self.parts[part].images
 
+    def beside(self, part: Part) -> dict[str, Tensor]:
+        """The severity of each image."""
+        return {"severity": self.parts[part].severity}
+
     def meta(
         self, settings: TrainSettings, results: Mapping[str, float], loads: Mapping[str, Tensor]
     ) -> dict[str, Any]:
@@ -198,6 +204,11 @@ class RestorationTask(Task):
                 f"SSIM {scores[ssim]:.3f} (before {before[ssim]:.3f})"
             )
         return Shown({"images": len(self.parts["test"]), **scores, "before": before}, "\n".join(lines))
+
+    def held_out(self) -> HeldOut:
+        pairs = self.parts["test"]
+        describe = partial(patch, Split(pairs.images, pairs.kinds), KINDS)
+        return HeldOut("patches", pairs.images, pairs.kinds, KINDS, describe, beside=self.beside("test"))
 
     def pictures(self, networks: Iterable[tuple[str, nn.Module]], folder: Path) -> list[Path]:
         """``restored``: of every kind the first test patch, what each network makes of it, and the truth."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -45,6 +45,7 @@ class HeldOut:
         inputs: (N, ...) as the network takes them.
         labels: the class or topic of each sample (N,), or of each of its tokens (N, S).
         names: of the labels; none where there is nothing to compare.
+        beside: what the network takes by keyword, a row (N, ...) each.
         describe: number of a sample, place of a token in it -> the token's picture or text, as ``Inspector`` takes it.
         batch: how many samples are run at once.
         tokenizer: how text became tokens; None for other data.
@@ -59,3 +60,4 @@ class HeldOut:
     batch: int = 64
     tokenizer: str | None = None
     running: Sequence[Running] = ()
+    beside: Mapping[str, Tensor] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from spectralmoe.context import Context
 from spectralmoe.data.interference import CLASSES, Interference, synthetic_interference
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.instruments.samples import Place
 from spectralmoe.models import SignalMoE, signal_experts, signal_moe
 from spectralmoe.models.signal import HOP, WINDOW
 from spectralmoe.moe import MoE
@@ -27,7 +28,7 @@ from spectralmoe.rows import Trial
 from spectralmoe.tape import Tape
 from spectralmoe.training.tasks.base import Metric, Part, Task, rounded
 from spectralmoe.training.tasks.classification import ACCURACY, CLASSIFICATION, class_scores
-from spectralmoe.training.tasks.shown import Predictions, Shown
+from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
 from spectralmoe.training.tasks.signal_verbs import SignalMeta, classify_records, read_signal_meta
 from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.units import Sample
@@ -221,6 +222,14 @@ class SignalTask(Task):
             f"{scores['expert_mflop']:.3g} MFLOP a record in the experts"
         )
         return Shown({"records": records, **scores}, text)
+
+    def held_out(self) -> HeldOut:
+        test = self.parts["test"]
+
+        def describe(index: int, place: Place) -> dict[str, Any]:
+            return {"text": CLASSES[int(test.labels[index])]}
+
+        return HeldOut("records", test.signals, test.labels, CLASSES, describe)
 
 
 def _costs(tape: Tape) -> tuple[Tensor, Tensor]:

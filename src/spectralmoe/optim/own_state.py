@@ -1,0 +1,72 @@
+"""State of what works around an optimizer: ``optimizer.state[KEY]``, in state dicts part of the state of a parameter.
+
+``torch.distributed.checkpoint`` knows what an optimizer keeps for its parameters, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["moved_home", "travel_with"]
+
+State = Mapping[Any, Any]
+
+
+def travel_with(
+    optimizer: Optimizer, key: str, parameter: nn.Parameter, fill: Callable[[State], State] = dict
+) -> tuple[RemovableHandle, RemovableHandle]:
+    """Let ``optimizer.state[key]``, a mapping, be entries ``KEY.NAME`` of the state of ``parameter`` in state dicts.
+
+    Args:
+        parameter: one of the optimizer; for another one the state stays what it is.
+        fill: gives it all entries that it ever has: a checkpoint is read into a state dict that has the same names.
+
+    >>> import torch
+    >>> weight = nn.Parameter(torch.ones(2))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+    >>> _ = travel_with(optimizer, "phase", weight)
+    >>> optimizer.state["phase"] = {"steps": 3}
+    >>> optimizer.state_dict()["state"]
+    {0: {'phase.steps': 3}}
+    >>> optimizer.load_state_dict(optimizer.state_dict())
+    >>> optimizer.state["phase"]
+    {'steps': 3}
+    """
+
+    def pack(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        order = [id(each) for group in optimizer.param_groups for each in group["params"]]
+        if not state_dict["state"].get(key) or id(parameter) not in order:
+            return state_dict
+        place, state = order.index(id(parameter)), dict(state_dict["state"])
+        own = {f"{key}.{name}": value for name, value in fill(state.pop(key)).items()}
+        return {**state_dict, "state": {**state, place: {**state.get(place, {}), **own}}}
+
+    def unpack(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {**state_dict, "state": moved_home(state_dict["state"], key)}
+
+    return optimizer.register_state_dict_post_hook(pack), optimizer.register_load_state_dict_pre_hook(unpack)
+
+
+def moved_home(state: State, key: str) -> dict[Any, Any]:
+    """``state`` with what travelled under ``key`` as an entry of its own again.
+
+    >>> moved_home({0: {"step": 1, "phase.steps": 3}, 1: {"step": 1}}, "phase")
+    {0: {'step': 1}, 1: {'step': 1}, 'phase': {'steps': 3}}
+    """
+    home: dict[Any, Any] = {}
+    own = dict[str, Any]()
+    for owner, entries in state.items():
+        names = entries if isinstance(entries, Mapping) else ()
+        mine = {name for name in names if isinstance(name, str) and name.startswith(f"{key}.")}
+        if not mine:
+            home[owner] = entries
+            continue
+        own |= {name.removeprefix(f"{key}."): entries[name] for name in mine}
+        if left := {name: value for name, value in entries.items() if name not in mine}:
+            home[owner] = left
+    return {**home, key: own} if own else home
