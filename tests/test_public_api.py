@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -122,8 +120,3 @@ def test_table_entries_keep_their_arguments(folder, make_scorer, make_selector):
         own = made.spec_arguments() if hasattr(made, "spec_arguments") else {}
         for argument in list(inspect.signature(part.__init__).parameters)[1:]:
             assert argument in own or hasattr(made, argument), (name, argument)
-
-
-def test_one_version():
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert spectralmoe.__version__ == project["version"]
