@@ -21,7 +21,8 @@ def mathml(formula: str, *, block: bool = False) -> str:
     """
     formula = re.sub(r"\\([bB]ig)(?![a-zA-Z])", r"\\\1l", formula)  # brackets that docutils knows by another name
     formula = re.sub(r"\\dots(?![a-zA-Z])", r"\\ldots", formula).replace(r"\textstyle", "")
-    return str(tex2mathml(formula, as_block=block))
+    markup = str(tex2mathml(formula, as_block=block))
+    return re.sub("<mo>([|‖])</mo>", r'<mo stretchy="false">\1</mo>', markup)
 
 
 def _inline(translator: HTML5Translator, node: nodes.math) -> None:

@@ -35,7 +35,9 @@ class Lines(SphinxDirective):
             for path in sorted(Path(self.env.srcdir).glob(pattern)):
                 self.env.note_dependency(str(path))
         place = nodes.Element()
-        self.state.nested_parse(StringList(self.lines(), self.env.docname), self.content_offset, place)
+        self.state.nested_parse(
+            StringList(self.lines(), self.env.docname), self.content_offset, place, match_titles=True
+        )
         return place.children
 
 
@@ -81,8 +83,13 @@ def _verb(name: str, command: Any) -> list[str]:
             table.append(f"| `{', '.join(param.opts)}` | {_cell(param.help)} |")
         elif getattr(param, "help", None):
             table.append(f"| `{_word(param)}` | {_cell(param.help)} |")
-    text = [line.strip() for line in (command.help or "").split("\n")]
-    return ["", f"## {name}", "", f"`{' '.join([name, *words])}`", "", *map(_prose, text), "", *table, ""]
+    text = [_example(line.strip()) or _prose(line.strip()) for line in (command.help or "").split("\n")]
+    return ["", f"## {name}", "", f"`{' '.join([name, *words, '[OPTION]...'])}`", "", *text, "", *table, ""]
+
+
+def _example(line: str) -> str | None:
+    """A line of the help that shows a command, as a block of code."""
+    return f"```sh\n{line.removeprefix('Example: ')}\n```" if line.startswith("Example: ") else None
 
 
 def _option(param: Any) -> bool:
