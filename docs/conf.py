@@ -37,7 +37,6 @@ include_patterns = [
 exclude_patterns = ["build", "src", "tests", ".*", "**/runs", "**/cells"]
 
 myst_heading_anchors = 3
-smartquotes = False  # --out is no dash
 suppress_warnings = ["myst.header"]  # release notes and experiments go on from day to day
 
 autodoc_member_order = "bysource"

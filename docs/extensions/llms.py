@@ -20,21 +20,21 @@ def llms_lines(app: Sphinx) -> Iterator[str]:
     for tree in start.findall(addnodes.toctree):
         yield from ("", f"## {tree['caption']}", "")
         for _, name in tree["entries"]:
-            yield _link(app, name)
-            for below in app.env.get_doctree(name).findall(addnodes.toctree):
-                yield from (f"  {_link(app, page)}" for _, page in below["entries"])
+            page = app.env.get_doctree(name)
+            yield f"- {_link(app, name)}: {_sentence(page)}"
+            for below in page.findall(addnodes.toctree):
+                yield from (f"  - {_link(app, inner)}" for _, inner in below["entries"])
 
 
 def _link(app: Sphinx, name: str) -> str:
-    title = app.env.titles[name].astext()
-    return f"- [{title}]({app.builder.get_target_uri(name)}): {_sentence(app.env.get_doctree(name))}"
+    return f"[{app.env.titles[name].astext()}]({app.builder.get_target_uri(name)})"
 
 
 def _sentence(page: nodes.document) -> str:
     """The first sentence of the first paragraph."""
     first = next(page.findall(nodes.paragraph), None)
     text = " ".join(first.astext().split()) if first is not None else ""
-    return text.split(". ")[0].removesuffix(".") + "."
+    return text.split(". ")[0].rstrip(".:") + "."
 
 
 def _write(app: Sphinx, error: Exception | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,10 +106,10 @@ def _cell(text: str | None) -> str:
 
 
 def _prose(text: str) -> str:
-    """Plain text of the help as Markdown: nothing in it is markup."""
+    """Plain text of the help as Markdown: options are code, nothing else in it is markup."""
     for mark in "\\`*_<[":
         text = text.replace(mark, f"\\{mark}")
-    return text
+    return re.sub(r"(?<![\w-])--[a-z][a-z-]*", r"`\g<0>`", text)
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:
