@@ -41,3 +41,13 @@ def commands(page: str) -> list[list[str]]:
     ]
     words = [shlex.split(line.removeprefix(".venv/bin/"), comments=True) for line in lines]
     return [line[1:] for line in words if line[:1] == ["spectralmoe"]]
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may name behind # in a page: its headings, as they are written in addresses.
+
+    >>> "two-commands" in anchors(ROOT / "README.md")
+    True
+    """
+    headings = re.findall(r"^#+ (.*)$", _FENCED.sub("", path.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

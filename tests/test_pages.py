@@ -1,14 +1,15 @@
-"""Every block of README and docs: code runs, commands are commands, settings are settings."""
+"""Every block and link of README and docs: code runs, commands and settings are read, links lead somewhere."""
 
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 
 import pytest
 import torch
 import typer
-from pages import CARDS, PAGES, ROOT, blocks, commands
+from pages import CARDS, PAGES, ROOT, anchors, blocks, commands
 
 from spectralmoe.cli.app import app, run
 
@@ -83,3 +84,15 @@ def test_settings_are_read(page, tmp_path, capsys):
             tomllib.loads(block.text)
             (tmp_path / "run.toml").write_text(block.text, encoding="utf-8")
             assert run(["train", "--config", str(tmp_path / "run.toml"), "--print-config"]) == 0
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CARDS, "benchmarks/README.md", "CHANGELOG.md", "LOG.md"])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if not re.match(r"\w+:", target):
+            name, _, anchor = target.partition("#")
+            file = path.parent / name if name else path
+            assert file.exists(), target
+            if anchor:
+                assert anchor in anchors(file), target
