@@ -40,6 +40,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # release notes and experiments go on from day to day
 
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # those of torch say nothing of ours
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
 napoleon_use_ivar = True

@@ -35,11 +35,11 @@ class Lines(SphinxDirective):
         for pattern in self.reads:
             for path in sorted(Path(self.env.srcdir).glob(pattern)):
                 self.env.note_dependency(str(path))
-        place = nodes.Element()
+        place: Any = nodes.Element()
         self.state.nested_parse(
             StringList(self.lines(), self.env.docname), self.content_offset, place, match_titles=True
         )
-        return place.children
+        return list(place.children)
 
 
 class Field(Lines):

@@ -217,7 +217,7 @@ def field_table(root: str = "") -> list[str]:
     lines = ["| method | what it is here | file | row | card: its verdict |", "| --- | --- | --- | --- | --- |"]
     for item in FIELD:
         name = f"{item.name}, [{item.arxiv}](https://arxiv.org/abs/{item.arxiv})"
-        file = f"[{item.file}]({root}src/spectralmoe/{item.file})"
+        file = f"[{item.file.rpartition('/')[2]}]({root}src/spectralmoe/{item.file})"
         rows = ", ".join(f"`{row}`" for row in item.rows)
         card = f"[{item.card}]({root}papers/{item.card}/README.md): {item.verdict}"
         lines.append(f"| {name} | {item.what} | {file} | {rows} | {card} |")
