@@ -1,6 +1,7 @@
 """The commands of README and the tutorials run, in the order of the page, at sizes that take seconds.
 
-Those of docs/llm.md run in test_llm_docs.py, those of the cards in tests/papers.
+Those of docs/llm.md run in test_llm_docs.py, those of the cards in tests/papers. Those of docs/compare.md and docs/adapt.md
+are read alone (tests/test_pages.py): they hold placeholders, or take minutes at any size.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def test_commands_run(page, folder, monkeypatch, capsys):
         pytest.importorskip("transformers")
         carry_out(["train", "--data", "digits", "--router", "sr-moe", "--set", "depth=1", "--out", "runs/sr-moe"])
     if page == "docs/inspect.md":
+        (folder / "book.txt").write_text("".join(f"{n}\nthe cat sat on the mat\n\n" for n in range(5000)))
         carry_out(["train", "--data", "text:pydoc", "--router", "sr-moe", "--out", "runs/language"])
     if page == "docs/vision.md":
         pytest.importorskip("timm")
@@ -74,4 +76,4 @@ def test_commands_run(page, folder, monkeypatch, capsys):
     ran = [words for words in commands(page) if words[0] not in NOT_RUN]
     for words in ran:
         carry_out(words)
-    assert len(ran) > 2
+    assert len(ran) >= 2
