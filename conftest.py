@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 
 import hypothesis
 import numpy as np
@@ -12,6 +13,9 @@ from grids import part_of
 from seeds import set_first, shifted
 
 SLOW_SECONDS = 20
+
+MEGATRON = ["src/spectralmoe/integrations/megatron.py", "tests/megatron_layers.py"]
+collect_ignore = [] if find_spec("megatron") else MEGATRON
 
 hypothesis.settings.register_profile("spectralmoe", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("spectralmoe")

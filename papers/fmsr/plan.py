@@ -86,5 +86,5 @@ def figures(stored: Mapping[str, Any]) -> dict[str, list[Panel]]:
     return {"gates": difference_panels(stored["results"], [PSNR[0], TOLD, PROBE[0]], "average")}
 
 
-FULL = card(Contest(run_of(2_000, 5), ROWS, tries=2, tune_epochs=2, more=measure), seeds=3)
+FULL = card(Contest(run_of(2_000, 5), ROWS, tries=2, tune_epochs=2, more=measure), seeds=5)
 QUICK = card(Contest(run_of(100, 1), ROWS, tries=1, more=measure), seeds=1)

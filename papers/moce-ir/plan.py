@@ -62,5 +62,5 @@ def figures(stored: Mapping[str, Any]) -> dict[str, list[Panel]]:
     return {"experts": difference_panels(stored["results"], [PSNR[0], TOLD, COSTS[0]], "equal")}
 
 
-FULL = card(Contest(run_of(2_000, 5), ROWS, tries=2, tune_epochs=2, more=measure), seeds=3)
+FULL = card(Contest(run_of(2_000, 5), ROWS, tries=2, tune_epochs=2, more=measure), seeds=5)
 QUICK = card(Contest(run_of(100, 1), ROWS, tries=1, more=measure), seeds=1)

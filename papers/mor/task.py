@@ -45,7 +45,7 @@ class Sizes:
     base_rate: float = 3e-3
     rate: float = 3e-3
     tries: int = 3
-    seeds: int = 3
+    seeds: int = 5
 
 
 @dataclass(frozen=True, slots=True)

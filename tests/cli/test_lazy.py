@@ -34,6 +34,7 @@ VERBS = (
     "evaluate",
     "predict",
     "prune",
+    "replicate",
     "adapt",
     "adapt correct",
     "adapt apply",

@@ -24,6 +24,7 @@ from spectralmoe.cli.list import list_everything
 from spectralmoe.cli.plan import plan
 from spectralmoe.cli.predict import predict
 from spectralmoe.cli.prune import prune
+from spectralmoe.cli.replicate import replicate
 from spectralmoe.cli.report import report
 from spectralmoe.cli.train import train
 from spectralmoe.cli.upcycle import upcycle
@@ -45,6 +46,7 @@ app.command(short_help="Learn a new task from a few images a class.")(fewshot)
 app.command(short_help="Make a Hugging Face MoE of a dense model.")(upcycle)
 app.command(short_help="Train a Hugging Face MoE on text.")(finetune)
 app.command(short_help="A Hugging Face MoE with fewer experts.")(prune)
+app.command(short_help="A saved model whose busy experts have copies.")(replicate)
 app.command(short_help="One HTML page about what was measured.")(report)
 app.command(short_help="What the routers and experts of a model do.")(inspect)
 app.command(short_help="What a recorded load would do on several devices.")(plan)

@@ -1,12 +1,18 @@
-"""Compression: models with fewer experts, merged ones or replicas; pure functions, one file a method."""
+"""Compression: models with fewer experts, merged or quantised ones or replicas; pure functions, one file a method."""
 
 from spectralmoe.compression.merge import group_by_affinity, merge
 from spectralmoe.compression.prune import prune
+from spectralmoe.compression.quantize import fake_quantize, stored_bytes
 from spectralmoe.compression.replicate import replicas_by_load, replicate
-from spectralmoe.compression.saliency import SALIENCIES, frequency, random, reap, removal
+from spectralmoe.compression.replicate_quantize import replicate_and_quantize
+from spectralmoe.compression.saliency import SALIENCIES, frequency, random, reap, removal, wanda
+from spectralmoe.compression.scheme import LayerReport, Report
 
 __all__ = [
     "SALIENCIES",
+    "LayerReport",
+    "Report",
+    "fake_quantize",
     "frequency",
     "group_by_affinity",
     "merge",
@@ -16,4 +22,7 @@ __all__ = [
     "removal",
     "replicas_by_load",
     "replicate",
+    "replicate_and_quantize",
+    "stored_bytes",
+    "wanda",
 ]

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from spectralmoe.compression.saliency import SALIENCIES, affinity, frequency, random, reap, removal
+from spectralmoe.compression.saliency import SALIENCIES, affinity, frequency, random, reap, removal, wanda
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.experts import FeedForward
 from spectralmoe.moe import MoE
 from spectralmoe.tape import Record
 
@@ -61,14 +62,15 @@ class Evidence:
             UserError: an unknown saliency; no records, or without the tensors that it reads; numbers that are not
                 finite.
         """
-        if by not in SALIENCIES:
-            raise one_of("saliency, by", by, SALIENCIES)
+        if by not in (*SALIENCIES, "wanda"):
+            raise one_of("saliency, by", by, (*SALIENCIES, "wanda"))
         if by == "random":
             return random(layer.router.num_experts, self.generator)
         if by == "frequency":
             values = frequency(self.counts(name, layer))
         else:
-            values = (_reap if by == "reap" else _removal)(layer, self.of(name, layer))
+            saliencies = {"reap": _reap, "removal": _removal, "wanda": _wanda}
+            values = saliencies[by](layer, self.of(name, layer))
         if not values.isfinite().all():
             raise UserError(f"{self.owner}: by={by!r} of layer {name!r} is not a finite number")
         return values.cpu()
@@ -88,6 +90,23 @@ def _reap(layer: MoE, records: list[Record]) -> Tensor:
     parts = [(r.indices.flatten(), r.weights.detach().flatten()) for r in (item.routing for item in records)]
     indices, weights = (torch.cat(values) for values in zip(*parts, strict=True))
     return reap(indices, weights, torch.cat(norms), layer.router.num_experts)
+
+
+def _wanda(layer: MoE, records: list[Record]) -> Tensor:
+    bank, total_experts = layer.experts, layer.router.num_experts
+    if not isinstance(bank, FeedForward):
+        raise UserError(
+            f"by='wanda' reads the two matrices of FeedForward experts, and {type(bank).__name__} has others"
+        )
+    found = torch.zeros(total_experts, dtype=torch.float64)
+    experts = [e for e in range(total_experts) if layer.places(e)]
+    first = [layer.places(e)[0] for e in experts]
+    for stack, name in ((bank.up, "input"), (bank.down, "hidden")):
+        squares = stack.new_zeros(total_experts, stack.shape[2], dtype=torch.float64)
+        for item in records:
+            squares.index_add_(0, item.routing.indices.flatten()[item.order], item.tensor(name).double().square())
+        found[experts] += wanda(stack[first], squares[experts]).cpu()
+    return found
 
 
 def _removal(layer: MoE, records: list[Record]) -> Tensor:

@@ -45,7 +45,7 @@ def prune(
         keep: how many experts each layer keeps, those of the largest saliency; or the experts themselves; or layer
             name -> one or the other, where layers without a name stay whole.
         by: the saliency: "frequency"; "reap", which reads kept outputs; "removal", which reads kept inputs and runs all
-            experts on them; "random".
+            experts on them; "wanda", which reads kept inputs and hidden activations; "random".
         evidence: the tape of calibration data: ``with record(model, keep=("input", "output")) as tape``.
         seed: of "random".
 

@@ -7,6 +7,10 @@
   arXiv 2402.14800, section on expert pruning, who compare sets of experts by it. Differs: one expert at a time, so E
   sets and not all; the mean over tokens.
 - ``random``: the control.
+- ``wanda``: the size of its weights, each times the norm of what it meets. After Sun et al., "A Simple and Effective
+  Pruning Approach for Large Language Models" (Wanda), arXiv 2306.11695, section on the pruning metric. Differs: the sum
+  over a matrix, where the paper compares single weights. It needs the hidden activations, so only banks of this library
+  that show them have it (``compression.prune``, ``replicate_and_quantize``).
 
 ``affinity`` says how alike the router treats two experts.
 """
@@ -16,10 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["SALIENCIES", "affinity", "frequency", "random", "reap", "removal"]
+__all__ = ["SALIENCIES", "affinity", "frequency", "random", "reap", "removal", "wanda"]
 
 SALIENCIES = ("frequency", "reap", "removal", "random")
-"""Names of the saliencies, for ``by=``."""
+"""Names of the saliencies that any model has, for ``by=``."""
 
 
 def frequency(counts: Tensor) -> Tensor:
@@ -71,6 +75,23 @@ def removal(outputs: Tensor, gates: Tensor, gates_without: Tensor) -> Tensor:
     changes = [(gates - without).T[..., None] * outputs for without in gates_without]
     squares = [change.sum(0).double().square().sum() for change in changes]
     return torch.stack(squares) / max(outputs.shape[1], 1)
+
+
+def wanda(weights: Tensor, squares: Tensor) -> Tensor:
+    r"""Sum over a matrix of the size of each weight times the norm of the feature that it meets.
+
+    .. math:: S_i = \sum_{hd} |W_{ihd}| \, \|X_{i, \cdot d}\|_2, \qquad X_i \text{ the rows of expert } i
+
+    0 for an expert without tokens.
+
+    Args:
+        weights: one matrix an expert (E, H, D).
+        squares: sums over an expert's rows of the squared features (E, D).
+
+    >>> wanda(torch.tensor([[[1.0, -2.0]], [[3.0, 0.0]]]), torch.tensor([[4.0, 1.0], [0.0, 0.0]])).tolist()
+    [4.0, 0.0]
+    """
+    return torch.einsum("ehd,ed->e", weights.double().abs(), squares.double().sqrt())
 
 
 def random(num_experts: int, generator: torch.Generator) -> Tensor:

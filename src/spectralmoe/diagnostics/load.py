@@ -9,13 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectralmoe.errors import UserError
+from spectralmoe.moe import MoE
 from spectralmoe.routing import Routing, count_slots
+from spectralmoe.tape import Record
 
 __all__ = [
     "DEAD_SHARE",
     "concentration",
     "dead_experts",
     "gini",
+    "load_imbalance",
     "max_share",
     "max_vio",
     "min_share",
@@ -33,6 +37,44 @@ def max_vio(load: Tensor) -> float:
     1.0
     """
     return float(load.max() / load.mean() - 1) if load.sum() else float("nan")
+
+
+def load_imbalance(record: Record, *, physical: bool = False) -> float:
+    r"""Load imbalance score (LIS) of one call of a layer: MaxVio + 1 of what computes.
+
+    .. math:: \mathrm{LIS} = \frac{E \max_j n_j}{\sum_j n_j}
+
+    1 is even, E is collapse. Zero experts, which compute nothing, and their slots do not count. Of several calls take
+    the mean: their summed load hides what single batches do. As in R&Q, arXiv 2602.19938, where
+    :math:`\sum_j n_j = N K`.
+
+    Args:
+        physical: count the places of the bank instead of the experts of the router, so that replicas share a load.
+
+    Returns:
+        nan where no slot is filled.
+
+    Raises:
+        UserError: soft routing, where every expert serves every token.
+
+    >>> from spectralmoe import FeedForward, LinearScorer, Placement, Router, TopK, record
+    >>> router = Router(LinearScorer(4, 2), TopK(1))
+    >>> router.scorer.weight.data[1] = -router.scorer.weight.data[0]
+    >>> layer = MoE(router, FeedForward(3, 4, 8), placement=Placement([[0, 2], [1]]))
+    >>> with record(layer) as tape:
+    ...     y = layer(torch.sign(router.scorer.weight.data[:1]).expand(9, 4))
+    >>> load_imbalance(tape[0]), round(load_imbalance(tape[0], physical=True), 2)
+    (2.0, 1.67)
+    """
+    routing, layer = record.routing, record.layer
+    if routing.soft:
+        raise UserError(f"load_imbalance: every token of layer {record.name!r} uses every expert, so none is busier")
+    placement, counts = getattr(layer, "placement", None), routing.counts()
+    if physical and placement is not None:
+        counts = count_slots(placement(routing).indices, placement.num_places)
+    elif isinstance(layer, MoE):
+        counts = counts[[e for e in range(routing.num_experts) if layer.places(e)]]
+    return 1 + max_vio(counts.double())
 
 
 def gini(load: Tensor) -> float:

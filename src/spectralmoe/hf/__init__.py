@@ -7,6 +7,7 @@ from spectralmoe.hf.routers.fit import Agreement, fit_scorer
 from spectralmoe.hf.routers.fold import distill_to_gate, fold_routers
 from spectralmoe.hf.routers.folder import load_swapped, save_swapped
 from spectralmoe.hf.routers.swap import Swapped, swap_routers
+from spectralmoe.hf.shrinking.replicate_quantize import replicate_and_quantize_experts
 from spectralmoe.hf.shrinking.shrink import merge_experts, prune_experts
 from spectralmoe.hf.training.added_terms import AddedTerms, add_terms
 from spectralmoe.hf.training.callbacks import attach_callback, trainer_callback
@@ -32,6 +33,7 @@ __all__ = [
     "load_transformers",
     "merge_experts",
     "prune_experts",
+    "replicate_and_quantize_experts",
     "resume_safe",
     "run",
     "save_swapped",

@@ -164,7 +164,7 @@ class HFLayer(Watched):
                 return cast(Tensor, experts_of(experts)[e](x))
             forward = inspect.unwrap(type(experts).forward)
             if self.weighs_inputs:
-                alone: dict[str, Any] = {name: value[e : e + 1] for name, value in self._stacked()}
+                alone: dict[str, Any] = {name: value[e : e + 1] for name, value in self.stacks().items()}
                 return cast(Tensor, functional_call(experts, alone, (x,)))
             indices = torch.full((len(x), 1), e, device=x.device)
             return cast(Tensor, forward(experts, x, indices, torch.ones_like(indices, dtype=x.dtype)))
@@ -185,12 +185,13 @@ class HFLayer(Watched):
         if isinstance(self.experts, nn.ModuleList | nn.ModuleDict):
             parameters: dict[str, Tensor] = dict(experts_of(self.experts)[e].named_parameters())
         else:
-            parameters = {name: full(value)[e] for name, value in self._stacked()}
+            parameters = {name: full(value)[e] for name, value in self.stacks().items()}
         return torch.cat([full(parameters[name]).detach().flatten().float() for name in sorted(parameters)])
 
-    def _stacked(self) -> list[tuple[str, Tensor]]:
-        """The parameters of all experts, by name: the first dimension is E."""
-        return [(name, value) for name, value in self.experts.named_parameters() if value.shape[0] == self.num_experts]
+    def stacks(self) -> dict[str, nn.Parameter]:
+        """The parameters of experts that are no modules of their own, by name: an entry each, then one a copy."""
+        count = count_experts(self.experts)
+        return {name: value for name, value in self.experts.named_parameters() if value.shape[0] == count}
 
     def _raw_logits(self, x: Tensor) -> Tensor | None:
         """The routing matrix on tokens; None where it reads something else."""

@@ -13,6 +13,7 @@ from spectralmoe.recording import Recordable
 
 __all__ = [
     "correction_bias",
+    "count_attributes",
     "count_experts",
     "count_settings",
     "experts_of",
@@ -119,6 +120,11 @@ def count_settings(config: Any, count: int) -> list[tuple[Any, str]]:
     return [
         (part, name) for part in parts for name, value in vars(part).items() if _COUNT.search(name) and value == count
     ]
+
+
+def count_attributes(module: nn.Module, count: int) -> list[str]:
+    """The names of the attributes by which ``module`` itself knows that it has ``count`` experts."""
+    return [name for name, value in vars(module).items() if _COUNT.search(name) and value == count]
 
 
 def required(function: Callable[..., Any]) -> list[str]:

@@ -1,8 +1,8 @@
 """The routers of a swapped model in two files beside the stock ones: written, and put into a model of that base.
 
 ``spectral_routers.json`` describes the router of each layer and the base that they belong to, by its shapes and the
-SHA-256 of its gates; ``spectral_routers.safetensors`` holds their tensors by ``LAYER.NAME``. Nothing in either runs
-code.
+SHA-256 of its gates; ``spectral_routers.safetensors`` holds their tensors by ``LAYER.NAME``, and copies of experts by
+``LAYER.copies.NAME``. Nothing in either runs code.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from spectralmoe.errors import UserError, first_line, refuse_differences
 from spectralmoe.files import exists, read_json, write_json
 from spectralmoe.hf.layers import find_layers
+from spectralmoe.hf.routers.copies import add_copies, copies_of, placed_layers, without_copies
 from spectralmoe.hf.routers.places import put_in, swapped_routers
 from spectralmoe.hf.routers.rules import read_rule
 from spectralmoe.hf.routers.swapped import SwappedRouter
 from spectralmoe.layers import unwrapped
+from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.sharding import full
 from spectralmoe.spec import build, describe
@@ -31,7 +33,7 @@ from spectralmoe.spec import build, describe
 __all__ = ["ROUTERS", "put_routers", "read_routers_config", "stock_tensors", "write_routers"]
 
 ROUTERS, TENSORS = "spectral_routers.json", "spectral_routers.safetensors"
-_KEY, _FORMAT = "spectralmoe_routers", 1
+_KEY, _FORMAT, _COPIES = "spectralmoe_routers", 1, "copies."
 
 
 def write_routers(model: nn.Module, folder: Path) -> None:
@@ -41,12 +43,17 @@ def write_routers(model: nn.Module, folder: Path) -> None:
         UserError: no layer of ``model`` was swapped; a router that cannot be described.
     """
     swapped = swapped_routers(model)
-    layers = {name: {"router": describe(each.router), "gate": _digest(each)} for name, each in swapped.items()}
-    tensors = {
-        f"{layer}.{name}": full(value).detach().cpu().contiguous().clone()
-        for layer, each in swapped.items()
-        for name, value in each.router.state_dict().items()
-    }
+    placed = placed_layers(model)
+    layers: dict[str, Any] = {}
+    parts: dict[str, Tensor] = {}
+    for name, each in swapped.items():
+        layers[name] = {"router": describe(each.router), "gate": _digest(each)}
+        copies = {}
+        if each.placement is not None:
+            layers[name] |= each.placement.spec_arguments()
+            copies = {f"{_COPIES}{part}": value for part, value in copies_of(placed[name]).items()}
+        parts |= {f"{name}.{part}": value for part, value in {**each.router.state_dict(), **copies}.items()}
+    tensors = {name: full(value).detach().cpu().contiguous().clone() for name, value in parts.items()}
     save_file(tensors, folder / TENSORS)
     config = {
         _KEY: _FORMAT,
@@ -73,7 +80,7 @@ def read_routers_config(folder: Path) -> dict[str, Any]:
     layers, shapes = config.get("layers"), config.get("shapes")
     if not isinstance(shapes, dict) or not isinstance(layers, dict):
         raise UserError(f"{folder / ROUTERS} lacks the layers or the shapes of their base; save the model again")
-    if not all(isinstance(layer, dict) and layer.keys() == {"router", "gate"} for layer in layers.values()):
+    if not all(isinstance(layer, dict) and layer.keys() - {"table"} == {"router", "gate"} for layer in layers.values()):
         raise UserError(f"{folder / ROUTERS} describes a layer without its router and gate; save the model again")
     return config
 
@@ -97,17 +104,23 @@ def put_routers(model: nn.Module, folder: Path, *, allow: Sequence[str] = ()) ->
         if _digest(layers[name].router) != layer["gate"]:
             raise UserError(f"{other}: the gate of {name} has other weights (SHA-256)")
     tensors = _read_tensors(folder, config.get("sha256"))
-    routers = {}
+    routers, copies = {}, {}
     for name, layer in config["layers"].items():
         prefix, device = f"{name}.", next(layers[name].router.parameters()).device
         values = {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
+        copies[name] = {n.removeprefix(_COPIES): values.pop(n) for n in list(values) if n.startswith(_COPIES)}
         routers[layers[name]] = _router(f"{folder / ROUTERS}, {name}", layer["router"], values, allow).to(device)
     put_in(stock, {layer: (router, read_rule(layer)[0]) for layer, router in routers.items()})
+    for layer in find_layers(stock):
+        if "table" in config["layers"].get(layer.name, ()):
+            add_copies(layer, Placement(config["layers"][layer.name]["table"]), copies[layer.name])
 
 
 def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model as its family has it: a swapped layer with the gate that it had before."""
+    """The state dict of a model as its family has it: a swapped layer with the gate that it had before, no copies."""
     state: dict[str, Tensor] = model.state_dict()
+    for layer in placed_layers(model).values():
+        state |= without_copies(layer)
     ours = tuple(f"{path}.router." for path, each in model.named_modules() if isinstance(each, SwappedRouter))
     return {name: value for name, value in state.items() if not name.startswith(ours)}
 

@@ -14,7 +14,7 @@ from spectralmoe.hf.language import batch_arguments
 from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.routers.fit import Agreement, fit_scorer
 from spectralmoe.hf.routers.gates import gate_of, start_from_gate
-from spectralmoe.hf.routers.places import refuse_adapters, stock_layers, swapped_routers, take_out
+from spectralmoe.hf.routers.places import refuse_adapters, refuse_placed, stock_layers, swapped_routers, take_out
 from spectralmoe.hf.routers.rules import Rule, put_bias, read_rule
 from spectralmoe.hf.structure import correction_bias, matrix_name
 from spectralmoe.layers import moe_layers, unwrapped
@@ -37,10 +37,11 @@ def fold_routers(model: nn.Module) -> None:
 
     Raises:
         UserError: no router was swapped; one that no gate of the family equals: another scorer, another selector than
-            the family's own (``distill_to_gate`` takes those to the nearest gate); adapters of PEFT.
+            the family's own (``distill_to_gate`` takes those to the nearest gate); adapters of PEFT; copies of experts.
     """
     stock = unwrapped(model)
     refuse_adapters("fold_routers", stock)
+    refuse_placed("fold_routers", swapped_routers(stock))
     routers = {name: swapped.router for name, swapped in swapped_routers(stock).items()}
     with stock_layers(stock) as layers:
         for name, router in routers.items():
@@ -95,6 +96,7 @@ def distill_to_gate(model: nn.Module, batches: Iterable[Any], *, steps: int = 30
     """
     stock = unwrapped(model)
     refuse_adapters("distill_to_gate", stock)
+    refuse_placed("distill_to_gate", swapped_routers(stock))
     routers = {name: swapped.router for name, swapped in swapped_routers(stock).items()}
     for name, router in routers.items():
         if reads := [each for part in (router.scorer, router.selector) for each in part.reads]:

@@ -17,7 +17,7 @@ from spectralmoe.hf.routers.swapped import SwappedRouter, swapped_router
 from spectralmoe.layers import moe_layers
 from spectralmoe.router import Router
 
-__all__ = ["put_in", "refuse_adapters", "stock_layers", "swapped_routers", "take_out"]
+__all__ = ["put_in", "refuse_adapters", "refuse_placed", "stock_layers", "swapped_routers", "take_out"]
 
 
 def put_in(model: nn.Module, routers: Mapping[HFLayer, tuple[Router, Rule]]) -> None:
@@ -65,6 +65,20 @@ def swapped_routers(model: nn.Module) -> dict[str, SwappedRouter]:
     if not routers:
         raise UserError(f"{type(model).__name__} holds no swapped router; swap_routers(model) puts them in")
     return routers
+
+
+def refuse_placed(who: str, routers: Mapping[str, SwappedRouter]) -> None:
+    """Refuse layers with copies of experts, which only our routers know how to use.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, router in routers.items():
+        if router.placement is not None:
+            raise UserError(
+                f"{who}: {name} has copies of experts, which no router of its family can use; do it before "
+                "replicate_and_quantize_experts"
+            )
 
 
 def refuse_adapters(who: str, model: nn.Module) -> None:

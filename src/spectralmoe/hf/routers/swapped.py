@@ -18,6 +18,7 @@ from spectralmoe.hf.calls import Calls
 from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.routers.rules import Rule
 from spectralmoe.parts import Part
+from spectralmoe.placement import Placement
 from spectralmoe.recording import Recordable
 from spectralmoe.router import Router
 from spectralmoe.routing import Routing
@@ -39,6 +40,7 @@ class SwappedRouter(Recordable):
         router: scorer and selector.
         rule: how the family routes and what its routers return.
         calls: the frames of the stack around it.
+        placement: which places of the stacked experts hold each expert of the router; None: place e is expert e.
         stock: the stock router, alone in a tuple, so that it is no submodule.
     """
 
@@ -46,6 +48,7 @@ class SwappedRouter(Recordable):
     router: Router
     rule: Rule
     calls: Calls
+    placement: Placement | None
     stock: tuple[nn.Module]
 
     @property
@@ -70,7 +73,8 @@ class SwappedRouter(Recordable):
         routing = self.rule.limited(routing)
         seen = self.seen(tokens, self.names_to_keep(), streams=self.router.scorer.streams_tokens)
         self.leave(routing, None, seen, None)
-        return self.rule.arrange(routing, hidden_states)
+        placed = routing if self.placement is None else self.placement(routing)
+        return self.rule.arrange(placed, hidden_states)
 
     def _route(self, hidden_states: Tensor) -> tuple[Routing, Tensor]:
         """The routing, and the tokens in the sequences that they came in, if that is known."""
@@ -107,6 +111,7 @@ def swapped_router(stock: nn.Module, router: Router, rule: Rule, calls: Calls) -
     swapped.__dict__.update({name: value for name, value in vars(stock).items() if name not in _OWN})
     _keep_tensors(swapped, stock)
     swapped.router, swapped.rule, swapped.calls, swapped.stock = router.train(stock.training), rule, calls, (stock,)
+    swapped.placement = None
     return swapped
 
 
@@ -144,6 +149,7 @@ class SwappedLayer(HFLayer):
 
     def __init__(self, path: str, layer: nn.Module, router: str) -> None:
         super().__init__(path, layer, router)
+        self.num_experts = self.router.router.num_experts  # copies are places, no experts
         self.top_k = next((part.k for part in self._parts() if isinstance(getattr(part, "k", None), int)), None)
 
     def _parts(self) -> Iterator[Any]:

@@ -73,7 +73,7 @@ class Calibration:
         if by == "random":
             return random(layer.num_experts, self.generator)
         if by == "frequency":
-            return frequency(self._of(by, name))
+            return frequency(self.load(by, name))
         values = (_reap if by == "reap" else _removal)(layer, self._sample(by, name))
         if not values.isfinite().all():
             raise UserError(f"{self.owner}: by={by!r} of layer {name!r} is not a finite number")
@@ -88,7 +88,12 @@ class Calibration:
         """
         return affinity(self.layers[name].route(self._sample("merging", name)).logits)
 
-    def _of(self, what: str, name: str) -> Tensor:
+    def load(self, what: str, name: str) -> Tensor:
+        """The slots that each expert of layer ``name`` got (E,) int64.
+
+        Raises:
+            UserError: nothing was run, so ``what`` has nothing to go by.
+        """
         counts = self.counts.get(name)
         if counts is None or not counts.sum():
             raise UserError(
@@ -98,7 +103,7 @@ class Calibration:
         return counts
 
     def _sample(self, what: str, name: str) -> Tensor:
-        self._of(what, name)
+        self.load(what, name)
         if not self.layers[name].reroutes:
             raise UserError(
                 f"{self.owner}: {what} routes tokens again, but the router of layer {name!r} reads more than the "

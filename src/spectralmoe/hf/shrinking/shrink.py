@@ -29,7 +29,7 @@ from spectralmoe.layers import unwrapped
 from spectralmoe.recording import Recordable
 from spectralmoe.sharding import is_sharded
 
-__all__ = ["Plan", "merge_experts", "plan", "prune_experts"]
+__all__ = ["Plan", "merge_experts", "plan", "prune_experts", "unswapped_layers"]
 
 _COUNTED = ("frequency", "random")
 """Saliencies that look at no token."""
@@ -151,7 +151,7 @@ def plan(
 ) -> Plan[Model]:
     """The plan of ``prune_experts``, or with ``join`` of ``merge_experts``."""
     stock: Model = unwrapped(model)  # type: ignore[assignment]
-    layers = {layer.name: layer for layer in _stock_layers(owner, stock)}
+    layers = {layer.name: layer for layer in unswapped_layers(owner, stock)}
     if isinstance(keep, Mapping) and not join:
         named = kept_experts(owner, layers, keep)
         return Plan(owner, stock, layers, {n: list(map(Cluster.alone, kept)) for n, kept in named.items()}, {}, {})
@@ -182,7 +182,7 @@ def plan(
     return Plan(owner, stock, layers, clusters, saliency, known.counts)
 
 
-def _stock_layers(owner: str, model: nn.Module) -> list[HFLayer]:
+def unswapped_layers(owner: str, model: nn.Module) -> list[HFLayer]:
     """The layers of a model of transformers that its own class could build.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Routers of this library inside other training frameworks; each module needs its framework and is imported by name."""
