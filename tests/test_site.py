@@ -99,7 +99,7 @@ def test_every_formula_can_be_drawn(extension):
 
 def test_every_public_package_has_a_page():
     pages = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
-    inside = {"draw", "checkpoints", "training", "experiments", "bench", "cli", "report", "data"}
+    inside = {"draw", "checkpoints", "training", "experiments", "bench", "cli", "report", "data", "integrations"}
     for init in (ROOT / "src" / "spectralmoe").glob("*/__init__.py"):
         name = init.parent.name
         assert f"automodule:: spectralmoe.{name}\n" in pages or name in inside, name

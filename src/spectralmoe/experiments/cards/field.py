@@ -205,6 +205,14 @@ FIELD = (
         "llep",
         "holds in the model, and replicas are the rival",
     ),
+    Method(
+        "Replicate-and-Quantize",
+        "compression: copies of busy experts, paid for by short integers",
+        "2602.19938",
+        "compression/replicate_quantize.py",
+        "replicate-quantize",
+        "open",
+    ),
 )
 
 
