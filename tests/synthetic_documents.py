@@ -109,6 +109,19 @@ def passage(rng: np.random.Generator, layers: list[dict[str, Any]], title: str, 
     return {"title": title, "pieces": pieces, "layers": leaning}
 
 
+def holders(rng: np.random.Generator, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What holds the last token of a text: two experts of each layer and its shared part, one without data."""
+    gains = rng.normal(0, 1, (len(layers), 3))
+    rows = [
+        {"layer": place, "expert": expert, "weight": 0.5, "gain": float(gain)}
+        for place, own in enumerate(gains)
+        for expert, gain in zip((0, 1, None), own, strict=True)
+    ]
+    rows[0]["gain"] = None
+    whole = [{"layer": place, "gain": float(own.sum())} for place, own in enumerate(gains)]
+    return {"pieces": ["The ", "capital ", "is ", "Paris"], "log_prob": -0.7, "experts": rows, "layers": whole}
+
+
 def inspection(
     layers: int = 4,
     experts: int = 8,
@@ -179,6 +192,7 @@ def inspection(
             for place, flow in enumerate(flows)
         ],
         "text": [passage(rng, made, title) for title in ("prose", "code")],
+        "holders": [holders(rng, made)],
         "findings": findings,
     }
 

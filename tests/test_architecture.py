@@ -35,7 +35,7 @@ LEVELS = [
     {"checkpoints", "models", "optim", "naming"},
     {"hf", "rows"},
     {"presets", "recorder"},
-    {"vision", "integrations"},
+    {"vision", "integrations", "attribution"},
     {"saving"},
     {""},  # ``import spectralmoe``: whatever the package's own __init__ does not need
     {"adaptation", "data"},

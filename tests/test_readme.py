@@ -77,13 +77,13 @@ def test_vision_pages_examples_run(tmp_path, monkeypatch):
     assert "test accuracy" in (tmp_path / "runs" / "shared" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_instrument_examples_run(number, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "end"), [(0, "[]"), (1, "])"), (2, "[]")])
+def test_instrument_examples_run(number, end, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "inspect.md").read_text(), re.S)
-    assert len(examples) == 2
+    assert len(examples) == 3
     exec(compile(examples[number], "inspect.md", "exec"), {})
-    assert capsys.readouterr().out.rstrip().endswith("[]")
+    assert capsys.readouterr().out.rstrip().endswith(end)
 
 
 def test_verbs_in_the_readme_exist(capsys):

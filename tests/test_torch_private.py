@@ -10,10 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from spectralmoe.torch_private import (
     class_of,
+    forward_hooks,
     gradient_of_view,
     has_forward_hooks,
     has_hooks,
     in_backward,
+    is_compiled,
     transforming,
     whole_of,
 )
@@ -96,3 +98,15 @@ def test_a_view_has_its_part_of_the_gradient(pick, dense):
     assert whole_of(view) is stack
     gradient = torch.randn(3, 4, 5) if dense else torch.randn(5, 4, 3).permute(2, 1, 0)
     assert torch.equal(gradient_of_view(view, gradient), VIEWS[pick](gradient))
+
+
+def test_hooks_are_listed_and_compiled_models_known():
+    layer = nn.Linear(2, 2)
+    first, second = (lambda *seen: None), (lambda *seen: None)
+    layer.register_forward_hook(first)
+    layer.register_forward_hook(second, with_kwargs=True)
+    assert forward_hooks(layer) == [first, second]
+    assert not is_compiled(nn.Sequential(layer))
+    assert is_compiled(nn.Sequential(torch.compile(layer)))
+    layer.compile()
+    assert is_compiled(nn.Sequential(layer))

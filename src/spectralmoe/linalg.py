@@ -36,7 +36,10 @@ __all__ = [
 ]
 
 EXACT_LIMIT = 128
-"""Matrices whose smaller side is at most this get their spectrum exactly (an eigendecomposition of the Gram matrix)."""
+"""Matrices whose smaller side is at most this get their spectrum exactly (an eigendecomposition of the Gram matrix).
+
+On a device the host waits for each of these; a power iteration, which larger ones get, waits for nothing.
+"""
 
 
 _ROUNDINGS = 64

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["class_of", "gradient_of_view", "has_forward_hooks", "has_hooks", "in_backward", "transforming", "whole_of"]
+__all__ = [
+    "class_of",
+    "forward_hooks",
+    "gradient_of_view",
+    "has_forward_hooks",
+    "has_hooks",
+    "in_backward",
+    "is_compiled",
+    "transforming",
+    "whole_of",
+]
 
 
 def transforming() -> bool:
@@ -39,6 +49,24 @@ def has_forward_hooks(module: nn.Module) -> bool:
     (True, False)
     """
     return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The hooks after its forward, in the order in which they run."""
+    return list(module._forward_hooks.values())
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``compile()`` has made something of ``model``.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> is_compiled(layer), is_compiled(torch.compile(layer))
+    (False, True)
+    """
+    return any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -74,9 +74,16 @@ def test_a_table_and_the_findings_are_printed(network, call):
 
 @pytest.mark.parametrize("family", ["mixtral", "switch"])
 def test_a_hugging_face_folder_is_run_on_text(folders, text, family, call, tmp_path):
-    code, out, _ = call("inspect", folders / family, "--text", text, "--tokens", 1000, "--out", tmp_path, "--json")
+    more = ["--attribute", "a b c"] if family == "mixtral" else []
+    code, out, _ = call(
+        "inspect", folders / family, "--text", text, "--tokens", 1000, *more, "--out", tmp_path, "--json"
+    )
     assert code == 0
     document = json.loads(out)
+    for held in document.get("holders", []):
+        assert held["pieces"] == list("a b c")
+        assert {row["layer"] for row in held["experts"]} == {*range(len(document["layers"]))}
+    assert ("holders" in document) == bool(more)
     assert document["data"]["tokens"] == 1000
     assert "bytes" in document["data"]["tokenizer"]
     assert any("UTF-8 bytes" in note for note in document["data"]["notes"])
@@ -165,6 +172,8 @@ def test_mistakes_are_one_line(network, folders, text, refused, tmp_path):
     assert "--data" in refused("inspect", mixtral, "--text", text, "--data", "digits")
     assert "--text" in refused("inspect", network, "--text", text)
     assert "--router-only" in refused("inspect", mixtral, "--text", text, "--router-only")
+    assert "--attribute" in refused("inspect", mixtral, "--attribute", "a b", "--router-only")
+    assert "has an encoder" in refused("inspect", folders / "switch", "--text", text, "--attribute", "a b")
     assert "float64" in refused("inspect", mixtral, "--text", text, "--dtype", "float64")
 
 

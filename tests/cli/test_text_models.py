@@ -13,6 +13,7 @@ import torch
 
 from spectralmoe import load, record, save
 from spectralmoe.cli.app import run
+from spectralmoe.data.vocabulary import SEPARATOR
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.models import sr_moe
 from spectralmoe.training.loop import _Run
@@ -243,6 +244,24 @@ def test_running_text_is_what_the_layers_do_with_it(model, corpus, call):
         assert leaning["weights"] == pytest.approx(item.routing.weights.amax(-1).tolist(), abs=1e-3)
 
 
+def test_who_holds_the_last_token_of_a_text(model, corpus, call):
+    text = "the cat sat"
+    code, out, _ = call("inspect", model, "--attribute", text, "--json")
+    assert code == 0
+    (held,) = json.loads(out)["holders"]
+    assert "".join(held["pieces"]).endswith(text)
+    ids = torch.tensor([SEPARATOR, *task_of(model, corpus).vocabulary.encode(text)])
+    network = load(model).eval()
+    with torch.no_grad():
+        log_p = network(ids[None, :-1])[0, -1].log_softmax(-1)[ids[-1]]
+    assert held["log_prob"] == pytest.approx(float(log_p), abs=1e-4)
+    gains = [row["gain"] for row in held["experts"]]
+    assert gains == sorted(gains, reverse=True)
+    assert {row["layer"] for row in held["experts"]} == {row["layer"] for row in held["layers"]}
+    printed = call("inspect", model, "--attribute", text)[1]
+    assert "who holds" in printed
+
+
 def test_one_page_of_training_and_inspection(model, call, tmp_path):
     assert call("inspect", model, "--out", tmp_path / "look")[0] == 0
     code, out, _ = call("report", tmp_path / "look", model, "--out", tmp_path / "page.html", "--json")
@@ -289,6 +308,7 @@ def test_mistakes_are_one_line(model, image_model, corpus, refused, tmp_path):
     assert "is not text" in refused("predict", model, tmp_path / "binary.txt")
     assert "there is no file 'none.txt'" in refused("predict", model, "none.txt")
     assert "the text is empty" in refused("predict", model, " ")
+    assert "two tokens or more" in refused("inspect", model, "--attribute", "")
     assert "text:FILE for a language model" in refused("inspect", model, "--text", tmp_path / "short.txt")
     assert "continues text; adapt and fewshot are for" in refused("adapt", "trials", model)
     assert "continues text; adapt and fewshot are for" in refused(
@@ -300,6 +320,7 @@ def test_an_image_model_given_text(image_model, corpus, refused):
     assert "there is no file 'some text'; the model classifies images" in refused("predict", image_model, "some text")
     assert "--tokens is for language models" in refused("predict", image_model, "a.png", "--tokens", 5)
     assert "text" in refused("evaluate", image_model, "--data", f"text:{corpus}")
+    assert "--attribute is for language models" in refused("inspect", image_model, "--attribute", "some text")
     assert "text" in refused("inspect", image_model, "--data", "text:pydoc")
 
 

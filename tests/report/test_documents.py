@@ -66,6 +66,9 @@ def test_broken_files_are_one_line(tmp_path, user_error, name, text, words):
         lambda d: d["layers"][0]["association"]["table"][0].__setitem__(0, 10**400),
         lambda d: d["paths"][0].update(flows=[[0, 1, 1e308], [0, 1, 1e308]]),
         lambda d: d["data"].update(tokens=10**400),
+        lambda d: d["holders"][0]["experts"][0].update(expert=4),
+        lambda d: d["holders"][0]["layers"][0].update(layer=2),
+        lambda d: d["holders"][0].update(pieces=["one"]),
     ],
 )
 def test_documents_that_do_not_fit_are_one_line(user_error, spoil):

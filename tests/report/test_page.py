@@ -10,7 +10,7 @@ from browser_tools import BLANK_CANVASES, all_of, choose, column, errors, one
 from synthetic_documents import inspection, monitor
 
 PANELS = ["summary", "load", "devices", "training", "layers", "similarity", "spectra", "paths"]
-PANELS += ["association", "text", "examples", "comparisons", "receipts"]
+PANELS += ["association", "text", "holders", "examples", "comparisons", "receipts"]
 
 
 def test_every_panel_is_drawn_without_errors(page):
@@ -25,6 +25,8 @@ def test_every_panel_is_drawn_without_errors(page):
     assert one(page, "#training .none").text == "no data"  # no slot was ever counted as dropped or kept
     assert len(all_of(page, "#paths path.band")) > 20
     assert page.execute_script("return document.querySelectorAll('#text .running .token').length") == 2 * 2 * 60
+    assert len(all_of(page, "#holders tbody tr")) == 2 * 4 * 3
+    assert one(page, "#holders mark").text == "Paris"
     assert len(all_of(page, "#comparisons svg rect.mean")) > 10
     assert "null" not in one(page, "main").text.split()
     assert not {"NaN", "undefined", "[object"} & set(one(page, "main").text.split())

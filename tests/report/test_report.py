@@ -107,7 +107,7 @@ def test_panels_stand_in_order_and_only_with_data(folder):
     for layer in document["layers"]:
         layer["similarity"]["matrices"] = {"output": None, "weights": None, "rows": None}
         layer["examples"] = [[], [], [], []]
-    document["text"] = []
+    document["text"] = document["holders"] = []
     assert panels(render_report([document], "t")) == ["summary", "load", "devices", "layers", "spectra", "paths"]
     assert panels(render_report(read_documents([folder / "results.json"]), "t")) == ["comparisons"]
     assert panels(render_report(read_documents([folder / "receipt.json"]), "t")) == ["receipts"]
@@ -120,6 +120,7 @@ def test_a_checkpoint_that_was_not_run_is_not_called_healthy():
     document |= {
         "paths": [],
         "text": [],
+        "holders": [],
         "data": {"source": "x.safetensors", "tokens": 0, "sequences": 0, "tokenizer": None, "notes": []},
     }
     for layer in document["layers"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,10 @@ def inspect(
             metavar="NAME|folder:PATH|text:NAME",
             help="Data for a network of spectralmoe; its own by default.",
         ),
+    ] = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option("--attribute", metavar="TEXT", help="Say which experts hold the last token of TEXT; repeatable."),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens to run.")] = 4096,
     out: Annotated[
@@ -75,8 +80,8 @@ def inspect(
         make_folder(out)  # before a long run, not after it
     where, folder = pick_device(device), Path(model)
     if router_only or gates_only:
-        if text or data:
-            raise UserError("--router-only and --gates-only run nothing: leave out --text and --data")
+        if text or data or attribute:
+            raise UserError("--router-only and --gates-only run nothing: leave out --text, --data and --attribute")
         document = inspect_checkpoint(folder, experts=not gates_only)
     elif is_own(folder):
         if text:
@@ -85,12 +90,22 @@ def inspect(
                 "text:FILE for a language model"
             )
         document = inspect_own(
-            folder, where, data=data, data_dir=data_dir, download=download, tokens=tokens, allow=allow, seed=seed
+            folder,
+            where,
+            data=data,
+            data_dir=data_dir,
+            download=download,
+            tokens=tokens,
+            allow=allow,
+            seed=seed,
+            attribute=attribute or (),
         )
     else:
         if data is not None:
             raise UserError("--data is for networks of spectralmoe; give a Hugging Face model text with --text FILE")
-        document = inspect_text(model, where, texts=text or (), tokens=tokens, dtype=dtype, seed=seed)
+        document = inspect_text(
+            model, where, texts=text or (), tokens=tokens, dtype=dtype, seed=seed, attribute=attribute or ()
+        )
     if out is not None:
         page = render_report([document], document["title"])
         write_json(out / "inspection.json", document)
@@ -130,8 +145,25 @@ def show(document: dict[str, Any], out: Path | None) -> None:
         for layer in document["layers"]
     ]
     print_table("layers", ["layer", "experts", *(value.column for value in values)], rows)
+    for held in document.get("holders", ()):
+        show_holders(held, [layer["name"] for layer in document["layers"]])
     if out is not None:
         typer.echo(f"written: {out / 'inspection.json'}, {out / 'report.html'}")
+
+
+def show_holders(held: dict[str, Any], names: Sequence[str], most: int = 8) -> None:
+    """The experts with the largest gains for the last token of a text."""
+    before, last = "".join(held["pieces"][:-1])[-40:].lstrip(), held["pieces"][-1]
+    rows = [
+        [
+            names[row["layer"]],
+            "shared" if row["expert"] is None else str(row["expert"]),
+            *(f"{row[key]:.3g}" for key in ("weight", "gain")),
+        ]
+        for row in held["experts"][:most]
+    ]
+    title = f"who holds {last!r} after {before!r} (log p {held['log_prob']:.3g})"
+    print_table(title, ["layer", "expert", "weight", "gain"], rows)
 
 
 def cell(layer: dict[str, Any], block: str, key: str) -> str:

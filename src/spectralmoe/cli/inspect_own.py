@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from spectralmoe.attribution import holders
 from spectralmoe.cli.options import load_saved, say_notes
 from spectralmoe.diagnostics import evaluation_mode, watch
 from spectralmoe.instruments import Inspector, inspection_document
 from spectralmoe.instruments.running_text import passage
+from spectralmoe.training.tasks.text_verbs import split_prompt
 
 __all__ = ["inspect_own"]
 
@@ -26,6 +28,7 @@ def inspect_own(
     tokens: int,
     allow: Sequence[str] | None,
     seed: int,
+    attribute: Sequence[str],
 ) -> dict[str, Any]:
     """The inspection document of a saved network, from the test part of its data or of other data.
 
@@ -36,9 +39,12 @@ def inspect_own(
     task = kind.reopen(meta, data, data_dir, download)
     say_notes(task.notes)
     samples = task.held_out()
+    prompts = [split_prompt(network, meta, text) for text in attribute]
     order = torch.randperm(len(samples.inputs), generator=torch.Generator().manual_seed(seed))
     used = 0
     with watch(network) as seen, evaluation_mode(network), torch.no_grad():
+        held = [holders(network, *prompt, [layer.name for layer in seen.layers]) for prompt in prompts]
+        seen.drain()
         inspector = Inspector(seen.layers, labels=samples.names, seed=seed)
         for chosen in order.split(samples.batch):
             if inspector.tokens >= tokens:
@@ -67,4 +73,4 @@ def inspect_own(
         "tokenizer": samples.tokenizer,
         "notes": [],
     }
-    return inspection_document(folder.name, model, facts, layers, inspector.paths(), text=passages)
+    return inspection_document(folder.name, model, facts, layers, inspector.paths(), text=passages, holders=held)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectralmoe.attribution import holders
 from spectralmoe.diagnostics.watch import Watch, Watched
 from spectralmoe.errors import UserError
-from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
+from spectralmoe.hf.language import TransformersModel, encode, run, token_ids, training_facts
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.load import load_transformers
 from spectralmoe.hf.watch import watch_transformers
@@ -30,7 +31,14 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 
 
 def inspect_text(
-    source: str, device: torch.device, *, texts: Sequence[str], tokens: int, dtype: str, seed: int
+    source: str,
+    device: torch.device,
+    *,
+    texts: Sequence[str],
+    tokens: int,
+    dtype: str,
+    seed: int,
+    attribute: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The inspection document of a language model, from up to ``tokens`` tokens of the ``texts`` (files; "-" is stdin).
 
@@ -57,6 +65,7 @@ def inspect_text(
                 sequences += list(ids.cpu())
         words = _Words(loaded, sequences)
         layers, passages = inspector.layers(words), _passages(loaded, seen, batches, words)
+    held = [_holders(loaded, text, words, [layer.name for layer in seen.layers]) for text in attribute]
     for layer in layers:
         layer["name"] = loaded.stored_names.get(layer["name"], layer["name"])
     found = find_layers(loaded.model)
@@ -80,7 +89,7 @@ def inspect_text(
         "tokenizer": "bytes (UTF-8)" if loaded.tokenizer is None else type(loaded.tokenizer).__name__,
         "notes": list(loaded.notes),
     }
-    return inspection_document(loaded.name, model, facts, layers, inspector.paths(), text=passages)
+    return inspection_document(loaded.name, model, facts, layers, inspector.paths(), text=passages, holders=held)
 
 
 def _passages(
@@ -95,6 +104,14 @@ def _passages(
         pieces = split_text(first["input_ids"][0], words.text)
         passages.append(passage(pieces, seen.layers, seen.drain(), name if len(batches) > 1 else ""))
     return passages
+
+
+def _holders(loaded: TransformersModel, text: str, words: _Words, layers: Sequence[str]) -> dict[str, Any]:
+    """What holds the last token of ``text``, which the tokenizer does not end."""
+    ids = token_ids(loaded, text)
+    if ids and ids[-1] == getattr(loaded.tokenizer, "eos_token_id", None):
+        ids = ids[:-1]
+    return holders(loaded.model, ids, split_text(torch.tensor(ids), words.text), layers)
 
 
 def _read(name: str) -> str:

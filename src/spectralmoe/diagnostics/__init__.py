@@ -1,7 +1,10 @@
 """Diagnostics: what a router does, as pure functions of tapes, routers, loads and experts.
 
-Each value says how much data it rests on (``Measure``).
+Each value says how much data it rests on (``Measure``). ``attribute_experts`` and ``block`` are found here, too; they
+run whole models, so they live in ``spectralmoe.attribution``.
 """
+
+from typing import TYPE_CHECKING
 
 from spectralmoe.diagnostics.association import association, label_table, specialisation
 from spectralmoe.diagnostics.bound import empirical_rademacher, generalization_bound, natarajan_linear
@@ -118,3 +121,13 @@ __all__ = [
     "watch",
     "weight_cosine",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """What stands above the models: imported when it is first asked for."""
+        if name in ("attribute_experts", "block"):
+            from importlib import import_module
+
+            return getattr(import_module("spectralmoe.attribution"), name)
+        raise AttributeError(f"module 'spectralmoe.diagnostics' has no attribute {name!r}")

@@ -23,7 +23,7 @@ class SortedSlots:
     Attributes:
         order: (M,) flat slot of each sorted row.
         place: (N * K,) sorted row of each flat slot; M where the slot has no row.
-        counts: (E,) int64 rows of each expert, first expert first.
+        counts: (E,) int64 rows of each expert, first expert first; on the host where the bank reads them there.
         slots: K.
         full: every slot has a row, so M = N * K.
     """
@@ -71,7 +71,7 @@ class Dispatch:
         """
         if transforming():
             raise UserError("record() cannot keep tensors inside a transform of torch.func; record without keep")
-        slots = sort_slots(routing, experts.num_experts)
+        slots = sort_slots(routing, experts.num_experts, on_host=experts.reads_loads(x))
         rows = spread(x, slots)
         answer, hidden = self.answer(rows, slots.counts, experts, hidden="hidden" in names)
         tensors = {"input": rows, "output": answer.gained, **(answer.said or {})}
@@ -88,12 +88,15 @@ class Dispatch:
         return answer_of(experts, rows, counts, hidden=hidden)
 
 
-def sort_slots(routing: Routing, num_experts: int) -> SortedSlots:
+def sort_slots(routing: Routing, num_experts: int, *, on_host: bool = False) -> SortedSlots:
     """Sort the filled slots by expert, stably.
 
     Under ``torch.compile`` the shapes stay static: slots without an expert are sorted to the end and kept. Else they
-    are cut off, which costs a device synchronisation and saves the memory and work of N * K - M rows; where the router
-    says that all slots are filled, and knows no zero experts, nobody asks the device.
+    are cut off, for which the host waits for a device, and which saves the memory and work of N * K - M rows. Where the
+    router says that all slots are filled, and knows no zero experts, nobody waits.
+
+    Args:
+        on_host: bring the counts to the host, in the same wait.
     """
     flat = routing.indices.reshape(-1)
     key = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
@@ -101,6 +104,8 @@ def sort_slots(routing: Routing, num_experts: int) -> SortedSlots:
     counts = count_slots(flat, num_experts)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     rows = order.shape[0]
+    if on_host and not torch.compiler.is_compiling():
+        counts = counts.cpu()
     if not (torch.compiler.is_compiling() or (routing.full and routing.num_experts <= num_experts)):
         rows = int(counts.sum())
         order, place = order[:rows], place.clamp_max(rows)

@@ -18,6 +18,10 @@ __all__ = ["Grouped"]
 class Grouped(Dispatch):
     """Dropless: each expert runs on exactly the tokens that chose it, however uneven the load.
 
+    On a device nothing waits for it where the router fills every slot, as ``TopK``, ``Balanced`` and ``NoisyTopK`` do
+    without mask or capacity, and the bank keeps the loads there (``Experts.reads_loads``; feed-forward banks in bf16 of
+    aligned widths do). Else the host waits once a forward, and never in a backward.
+
     Feed-forward banks on a CPU run as one operator (``dispatch.fused``). Inside the transforms of ``torch.func`` the
     dense form runs instead: it needs no number of rows on the host and no operator of our own.
 
@@ -39,7 +43,7 @@ class Grouped(Dispatch):
             return Dense()(x, routing, experts)
         if can_fuse(experts, x):
             return fused(x, routing, experts, recompute=self.recompute)
-        slots = sort_slots(routing, experts.num_experts)
+        slots = sort_slots(routing, experts.num_experts, on_host=experts.reads_loads(x))
         rows = spread(x, slots)
         if self.recompute:
             result = checkpoint(experts, rows, slots.counts, use_reentrant=False)

@@ -81,6 +81,8 @@ class Experts(Part):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor | Answer:
         """All experts on rows sorted by expert: x (M, *S), counts (E,) int64 -> (M, *S), or an ``Answer``.
 
+        ``counts`` are on the device of x, or on the host where the bank ``reads_loads``.
+
         Where gradients are wanted an expert without rows gets an empty batch: its gradient is zero then and not
         missing, which DDP would take for an unused parameter. Else it does not run.
         """
@@ -96,6 +98,13 @@ class Experts(Part):
             return y
         told = {name: _joined(values, len(rest)) for name, values in said.items()}
         return Answer(y, _joined(gains, len(rest)) if gains else None, told)
+
+    def reads_loads(self, x: Tensor) -> bool:
+        """Whether ``forward`` of rows like x reads the counts on the host: then it gets them there.
+
+        For that the host waits for a device, once a layer. By default where the experts run one after the other.
+        """
+        return type(self).forward is Experts.forward
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """The dense form: sum_e weights[:, e] * expert_e(x), for x (N, *S) and weights (N, E)."""

@@ -82,6 +82,9 @@ class ConfidentExperts(Experts):
     def forward(self, x: Tensor, counts: Tensor) -> Answer:
         return self._sorted(self.experts(x, counts), counts)
 
+    def reads_loads(self, x: Tensor) -> bool:
+        return True  # heads are one wide
+
     def hidden(self, x: Tensor, counts: Tensor) -> Tensor | None:
         return self.experts.hidden(x, counts)
 

@@ -71,6 +71,9 @@ class ConvExperts(Experts):
     def project(self, hidden: Tensor, counts: Tensor) -> Tensor:
         return self._each(hidden, self.down, self.down_bias, counts)
 
+    def reads_loads(self, x: Tensor) -> bool:
+        return True
+
     def expert_parameters(self, e: int) -> dict[str, Tensor]:
         return {name: parameter[e] for name, parameter in self.named_parameters(recurse=False)}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
 from spectralmoe.experts.base import Experts
-from spectralmoe.experts.grouped_gemm import grouped_linear
+from spectralmoe.experts.grouped_gemm import grouped_linear, supports_grouped_mm
 from spectralmoe.linalg import qr_retraction
 
 __all__ = ["EigenExperts"]
@@ -68,6 +68,9 @@ class EigenExperts(Experts):
 
     def project(self, hidden: Tensor, counts: Tensor) -> Tensor:
         return grouped_linear(hidden, self._out, counts)
+
+    def reads_loads(self, x: Tensor) -> bool:
+        return not supports_grouped_mm(x, self.left)
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """Two GEMMs over all experts at once; the weights enter between them."""

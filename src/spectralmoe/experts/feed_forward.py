@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts.base import Experts
-from spectralmoe.experts.grouped_gemm import grouped_linear, row_experts
+from spectralmoe.experts.grouped_gemm import grouped_linear, row_experts, supports_grouped_mm
 
 __all__ = ["Activation", "FeedForward", "activate", "add_bias"]
 
@@ -110,6 +110,9 @@ class FeedForward(Experts):
     def project(self, hidden: Tensor, counts: Tensor) -> Tensor:
         return add_bias(grouped_linear(hidden, self.down, counts), self.down_bias, counts)
 
+    def reads_loads(self, x: Tensor) -> bool:
+        return not (supports_grouped_mm(x, self.up) and supports_grouped_mm(x, self.down))
+
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """Two GEMMs over all experts at once; the weights enter between them."""
         h = F.linear(x, self.up.flatten(0, 1).to(x.dtype), self._flat(self.up_bias, x.dtype))
@@ -148,4 +151,4 @@ def add_bias(y: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
     if bias is None:
         return y
     padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])]).to(y.dtype)
-    return y + padded[row_experts(counts, y.shape[0])]
+    return y + padded[row_experts(counts, y.shape[0], y.device)]

@@ -29,7 +29,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Args:
         x: (M, D), sorted by expert.
         weight: (E, H, D), as E linear layers stacked; cast to ``x.dtype``.
-        counts: (E,) int64.
+        counts: (E,) int64, on the device of x or on the host. One GEMM an expert reads them there: from a device the
+            host waits for them, in every direction.
 
     >>> x, w = torch.randn(5, 8), torch.randn(2, 4, 8)
     >>> y = grouped_linear(x, w, torch.tensor([3, 2]))
@@ -42,7 +43,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     x = x.contiguous()
     if not supports_grouped_mm(x, weight):
         return _grouped_gemm(x, weight, counts)  # type: ignore[no-any-return]
-    ends = counts.cumsum(0)
+    ends = _beside(counts, x.device).cumsum(0)
     if not torch.compiler.is_compiling():
         return _grouped_mm(x, weight, ends)
     tail = (torch.arange(x.shape[0], device=x.device) >= ends[-1])[:, None]  # grouped_mm leaves these undefined
@@ -56,9 +57,19 @@ def supports_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     return x.dtype in dtypes and aligned and x.shape[0] > 0 and x.device.type in ("cpu", "cuda")
 
 
-def row_experts(counts: Tensor, rows: int) -> Tensor:
-    """The expert of each of ``rows`` sorted rows: (M,) int64; E for rows behind the last block."""
+def row_experts(counts: Tensor, rows: int, device: torch.device | None = None) -> Tensor:
+    """The expert of each of ``rows`` sorted rows: (M,) int64; E for rows behind the last block.
+
+    Args:
+        device: of the result; None: that of ``counts``.
+    """
+    counts = counts if device is None else _beside(counts, device)
     return torch.searchsorted(counts.cumsum(0), torch.arange(rows, device=counts.device), right=True)
+
+
+def _beside(counts: Tensor, device: torch.device) -> Tensor:
+    """``counts`` on ``device``; nobody waits for that."""
+    return counts.to(device, non_blocking=True)
 
 
 def _every_matrix(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -90,7 +101,7 @@ class _DenseGradient(torch.autograd.Function):
 def _grouped_gemm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     out = x.new_zeros(x.shape[0], weight.shape[1])
     start = 0
-    for e, count in enumerate(counts.tolist()):
+    for e, count in enumerate(counts.tolist() if len(x) else ()):
         if count:
             torch.mm(x[start : start + count], weight[e].T, out=out[start : start + count])
         start += count
@@ -102,7 +113,7 @@ def _grouped_outer(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """Block e of ``grad`` (M, H) transposed times block e of ``x`` (M, D): (E, H, D)."""
     out = x.new_zeros(counts.shape[0], grad.shape[1], x.shape[1])
     start = 0
-    for e, count in enumerate(counts.tolist()):
+    for e, count in enumerate(counts.tolist() if len(x) else ()):
         if count:
             torch.mm(grad[start : start + count].T, x[start : start + count], out=out[e])
         start += count

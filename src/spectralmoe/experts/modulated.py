@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts.base import Experts
 from spectralmoe.experts.feed_forward import add_bias
-from spectralmoe.experts.grouped_gemm import grouped_linear
+from spectralmoe.experts.grouped_gemm import grouped_linear, supports_grouped_mm
 
 __all__ = ["ModulatedExperts"]
 
@@ -75,6 +75,9 @@ class ModulatedExperts(Experts):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         linear = x.new_zeros(()) if self.weight is None else grouped_linear(x, self.weight, counts)
         return _modulated(x, add_bias(linear.expand(len(x), 2 * self.dim), self.bias, counts))
+
+    def reads_loads(self, x: Tensor) -> bool:
+        return self.weight is not None and not supports_grouped_mm(x, self.weight)
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """One modulation by the mean of the parameters: x is weighed before a single GEMM over all experts."""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts.base import Experts
 from spectralmoe.experts.feed_forward import activate
-from spectralmoe.experts.grouped_gemm import grouped_linear
+from spectralmoe.experts.grouped_gemm import grouped_linear, supports_grouped_mm
 from spectralmoe.experts.matrix_products import MatrixProducts
 from spectralmoe.stacks import copy_with
 
@@ -123,6 +123,9 @@ class MPOExperts(Experts):
 
     def project(self, hidden: Tensor, counts: Tensor) -> Tensor:
         return grouped_linear(hidden, self.down.matrices(), counts)
+
+    def reads_loads(self, x: Tensor) -> bool:
+        return not supports_grouped_mm(x, x.new_empty(0, self.width, self.dim))
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """Two GEMMs over all experts at once; the weights enter between them."""

@@ -99,7 +99,7 @@ class MultilinearExperts(Experts):
     def hidden(self, x: Tensor, counts: Tensor) -> Tensor:
         """What the output factor reads (M, R), or (M, r_1 r_3); 0 for rows of nobody."""
         padded = torch.cat([self.expert_factor, torch.zeros_like(self.expert_factor[:1])]).to(x.dtype)
-        return self._meet(self._coordinates(x), padded[row_experts(counts, x.shape[0])])
+        return self._meet(self._coordinates(x), padded[row_experts(counts, x.shape[0], x.device)])
 
     def project(self, hidden: Tensor, counts: Tensor) -> Tensor:
         return self._project(hidden)

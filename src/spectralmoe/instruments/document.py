@@ -27,6 +27,7 @@ def inspection_document(
     paths: Sequence[Mapping[str, Any]] = (),
     *,
     text: Sequence[Mapping[str, Any]] = (),
+    holders: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The document that ``spectralmoe inspect`` writes and ``spectralmoe report`` reads, with its findings.
 
@@ -38,6 +39,7 @@ def inspection_document(
         layers: of an ``Inspector``, or of a checkpoint.
         paths: of an ``Inspector``.
         text: passages, of a language model.
+        holders: what holds the last token of texts (``spectralmoe.attribution.holders``).
     """
     document = {
         "kind": "inspection",
@@ -49,6 +51,7 @@ def inspection_document(
         "layers": list(layers),
         "paths": list(paths),
         **({"text": list(text)} if text else {}),
+        **({"holders": list(holders)} if holders else {}),
     }
     return {**document, "findings": find_problems(document)}
 

@@ -54,7 +54,8 @@ class ConvStem(nn.Module):
         self.project = nn.Linear(32 * self.GRID**2, width)
 
     def forward(self, images: Tensor) -> Tensor:
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        rows = torch.tensor([self.mean, self.std], dtype=images.dtype).to(images.device, non_blocking=True)
+        mean, std = rows.view(2, -1, 1, 1)
         grid = self.convolutions((images - mean) / std)
         # There and back: so the gradient comes in channels-last too, which the convolutions' backward wants.
         there = grid.permute(0, 2, 3, 1).flatten(1)

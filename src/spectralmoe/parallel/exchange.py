@@ -23,7 +23,7 @@ class Route:
         order: (M,) its rows, in the order in which they are sent.
         sends, receives: rows to and from each of the P devices.
         by_expert: (R,) the rows that came, in the order of the experts that are computed here.
-        counts: (L + G,) int64 rows of each: its own experts, then its guests.
+        counts: (L + G,) int64 on the host, rows of each: its own experts, then its guests.
         guests: the experts of others whose weights come along.
     """
 
@@ -41,7 +41,7 @@ def route_rows(plan: Plan, counts: Tensor, rank: int, device: torch.device | str
     Args:
         plan: of the load that all devices have together.
         counts: (P, E) int64 on the CPU, the rows that each device has for each expert, sorted by expert there.
-        device: of the permutations and counts.
+        device: of the permutations.
 
     >>> from spectralmoe.parallel import plan_native
     >>> counts = torch.tensor([[1, 2], [3, 0]])
@@ -70,11 +70,11 @@ def route_rows(plan: Plan, counts: Tensor, rank: int, device: torch.device | str
     by_expert = _ranges(arrival.T[turn].flatten(), arrived.T[turn].flatten())
     computed = torch.zeros(len(place), dtype=torch.int64).index_add_(0, slots, arrived.sum(0))
     return Route(
-        order.to(device),
+        order.to(device, non_blocking=True),
         sends.tolist(),
         arrived.sum(1).tolist(),
-        by_expert.to(device),
-        computed.to(device),
+        by_expert.to(device, non_blocking=True),
+        computed,
         guests,
     )
 

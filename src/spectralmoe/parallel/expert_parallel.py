@@ -38,7 +38,8 @@ class ExpertParallel(Dispatch):
 
     Args:
         mesh: one-dimensional; the devices that share the experts.
-        planner: the plan of each call; every device must find the same. It waits for the counts once a call.
+        planner: the plan of each call; every device must find the same. The host waits for the counts once a call, and
+            once more for its own rows where the router does not fill every slot.
 
     Raises:
         UserError: in a call: soft routing, which would send every row everywhere; inside a transform of ``torch.func``;
@@ -67,13 +68,14 @@ class ExpertParallel(Dispatch):
 
     def answer(self, rows: Tensor, counts: Tensor, experts: Experts, *, hidden: bool) -> tuple[Answer, Tensor | None]:
         group, rank = self.mesh.get_group(), self.mesh.get_local_rank()
-        route, plan = self._route(counts, group, rank)
+        route, plan = self._route(counts.to(rows.device, non_blocking=True), group, rank)
         came = exchange(rows.index_select(0, route.order), route.sends, route.receives, group)
 
         def stacks(own: dict[str, Tensor]) -> dict[str, Tensor]:
             return self._with_guests(own, route, plan, group, rank)
 
-        made, inside = experts.on_stacks(came.index_select(0, route.by_expert), route.counts, stacks, hidden=hidden)
+        sizes = route.counts if experts.reads_loads(came) else route.counts.to(came.device, non_blocking=True)
+        made, inside = experts.on_stacks(came.index_select(0, route.by_expert), sizes, stacks, hidden=hidden)
 
         def back(values: Tensor) -> Tensor:
             arrived = values.index_select(0, route.by_expert.argsort())
@@ -105,8 +107,9 @@ class ExpertParallel(Dispatch):
         sent = sorted((copy.target, copy.expert) for copy in plan.copies if copy.source == rank)
         sends = [sum(target == device for target, _ in sent) for device in range(devices)]
         receives = [sum(e // each == device for e in route.guests) for device in range(devices)]
-        chosen = torch.tensor([e - rank * each for _, e in sent], dtype=torch.int64, device=route.order.device)
+        chosen = torch.tensor([e - rank * each for _, e in sent], dtype=torch.int64)
         flat = torch.cat([stack.flatten(1) for stack in own.values()], 1)
+        chosen = chosen.to(flat.device, non_blocking=True)
         guests = exchange(flat.index_select(0, chosen), sends, receives, group)
         parts = guests.split([stack[0].numel() for stack in own.values()], 1)
         return {

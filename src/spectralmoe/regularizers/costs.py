@@ -40,11 +40,11 @@ def cost_shares(
             raise UserError(f"{term}: costs are missing, and there is no bank here that could say them")
         costs = experts.costs()
         beyond = max(0, len(like) - len(costs)) if free else 0
-    values = torch.as_tensor(costs, dtype=like.dtype, device=like.device)
-    if values.shape != (len(like) - beyond,) or not (values.isfinite().all() and (values > 0).all()):
+    values = torch.as_tensor(costs, dtype=like.dtype)  # checked where they are: for costs on the host nobody waits
+    if values.shape != (len(like) - beyond,) or not (values.isfinite() & (values > 0)).all():
         raise UserError(
             f"{term}: costs must be one positive number for each of E={len(like)} experts"
             f"{'' if free else ' (zero experts have none)'}, got {values.tolist()}"
         )
-    values = F.pad(values, (0, beyond))
+    values = F.pad(values.to(like.device, non_blocking=True), (0, beyond))
     return values / values.max()

@@ -67,7 +67,9 @@ def _named(record: Record | Routing, name: str) -> Tensor:
 def _by_token(severity: Tensor | float, routing: Routing) -> Tensor:
     """The mean severity of each token's sample: (N,), without gradient; 0 for padding."""
     tokens, shape = len(routing.logits), routing.shape or (len(routing.logits),)
-    given = torch.as_tensor(severity, dtype=routing.logits.dtype, device=routing.logits.device).detach()
+    given = (
+        severity.detach().to(routing.logits) if isinstance(severity, Tensor) else routing.logits.new_full((), severity)
+    )
     mean = given if given.dim() < 2 else given.flatten(1).mean(1)
     if mean.dim() == 0:
         return mean.expand(tokens)

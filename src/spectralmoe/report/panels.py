@@ -8,6 +8,7 @@ from typing import Any
 from spectralmoe.instruments.findings import SEVERITIES
 from spectralmoe.report.devices import devices_panel
 from spectralmoe.report.documents import Document, ReceiptFile
+from spectralmoe.report.holders import holders_panel
 from spectralmoe.report.measures import Column, cell, columns, compare, coverage, figure, tiles
 from spectralmoe.report.receipts import receipt_panel
 from spectralmoe.report.runs import comparison_panel, history_summary
@@ -123,6 +124,14 @@ def _layer_panels(inspections: Sequence[Inspection], monitors: Sequence[Monitor]
             "Running text",
             "Each token in the colour of the expert that it leans on: the one with the largest combine weight.",
             _runs(inspections, lambda body: any(map(_has_text, body.text))),
+        ),
+        _panel(
+            "holders",
+            "Who holds a token",
+            "holders.html",
+            "What the experts that served the token before it added to the log-probability of the marked one, in nats.",
+            any(body.holders for body in inspections),
+            runs=[panel for body in inspections if (panel := holders_panel(body))],
         ),
         chart(
             "examples", "Examples", "What the experts get; the number is the combine weight.", with_layer(_has_examples)

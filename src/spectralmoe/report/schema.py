@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from spectralmoe.instruments.findings import Severity
 from spectralmoe.report.schema_parts import Count, Group, Part, Quantity
 
-__all__ = ["Example", "Found", "Inspection", "Layer", "Leaning", "Matrix", "Passage", "Path"]
+__all__ = ["Example", "Found", "Holders", "Inspection", "Layer", "Leaning", "Matrix", "Passage", "Path"]
 
 _IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 
@@ -163,6 +163,31 @@ class Passage(Part):
     layers: list[Leaning | None]
 
 
+class Holder(Part):
+    """What an expert adds to the log-probability of a token; null: the shared part. ``layer``: its place."""
+
+    layer: Count
+    expert: Count | None = None
+    weight: float | None
+    gain: float | None
+
+
+class LayerGain(Part):
+    """What a whole layer adds to it."""
+
+    layer: Count
+    gain: float | None
+
+
+class Holders(Part):
+    """A text, and what holds its last token."""
+
+    pieces: list[str] = Field(min_length=2)
+    log_prob: float | None
+    experts: list[Holder]
+    layers: list[LayerGain]
+
+
 class Found(Part):
     """One finding."""
 
@@ -206,6 +231,7 @@ class Inspection(Part):
     layers: list[Layer] = Field(min_length=1)
     paths: list[Path] = Field(default_factory=list)
     text: list[Passage] = Field(default_factory=list)
+    holders: list[Holders] = Field(default_factory=list)
     findings: list[Found] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -218,6 +244,12 @@ class Inspection(Part):
                     raise ValueError(f"text: layer {layer.label} has not one expert and one weight a token")
                 if leaning and any(e is not None and e >= layer.experts for e in leaning.experts):
                     raise ValueError(f"text: layer {layer.label}: an expert that is not there")
+        for held in self.holders:
+            places = [*(row.layer for row in held.experts), *(row.layer for row in held.layers)]
+            if any(place >= len(self.layers) for place in places):
+                raise ValueError("holders: a layer that is not there")
+            if any(row.expert is not None and row.expert >= self.layers[row.layer].experts for row in held.experts):
+                raise ValueError("holders: an expert that is not there")
         for path in self.paths:
             if max(path.first, path.last) >= len(self.layers):
                 raise ValueError("paths: a layer that is not there")

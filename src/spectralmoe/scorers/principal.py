@@ -110,7 +110,7 @@ class PrincipalScorer(Scorer):
         if self.sides is None:
             sides = torch.arange(2 * self.rank, device=self.spread.device) % self.num_experts
             return F.one_hot(sides, self.num_experts).float()
-        sides = torch.tensor(self.sides, device=self.spread.device)
+        sides = torch.tensor(self.sides).to(self.spread.device, non_blocking=True)
         return F.one_hot(sides + 1, self.num_experts + 1)[:, 1:].float()
 
     def select(self, indices: Sequence[int] | Tensor) -> PrincipalScorer:
@@ -150,26 +150,26 @@ class PrincipalScorer(Scorer):
         if self.is_frozen:  # a frozen basis belongs to the mean and the sizes that it was trained with
             return None
         x = tokens.to(self.mean.dtype)
-        sums = [self.mean.new_tensor([len(x)]), x.sum(0) - len(x) * self.mean, self._sides(x).sum(0)]
+        sums = [self.mean.new_full((1,), len(x)), x.sum(0) - len(x) * self.mean, self._sides(x).sum(0)]
         if not int(self.updates):
             centred = x - self.mean
             sums.append((centred.T @ centred).flatten())
         return torch.cat(sums)
 
     def update(self, statistics: Tensor) -> None:
-        count, shift, spread, outer = statistics.split(self._sizes())
-        if not count or not statistics.isfinite().all():
+        sizes = [1, self.dim, 2 * self.rank]
+        count, shift, spread, outer = statistics.split([*sizes, len(statistics) - sum(sizes)])
+        usable = (count[0] != 0) & statistics.isfinite().all()
+        taken, updates = torch.stack([usable.long(), self.updates]).tolist()  # at once: on a device the host waits
+        if not taken:
             return
         shift, spread = shift / count, spread / count
         if len(outer):
             spread = self._start(outer.view(self.dim, self.dim) / count - torch.outer(shift, shift))
         self.updates += 1
-        weight = max(1 / int(self.updates), self.momentum)
+        weight = max(1 / (updates + 1), self.momentum)
         self.mean += weight * shift
         self.spread.lerp_(spread, weight).clamp_min_(_EPS)
-
-    def _sizes(self) -> list[int]:
-        return [1, self.dim, 2 * self.rank, 0 if int(self.updates) else self.dim**2]
 
     def _start(self, covariance: Tensor) -> Tensor:
         """Let U be the leading eigenvectors; returns the mean of each side if the tokens were Gaussian."""

@@ -153,16 +153,18 @@ class StatisticsMemory(Part):
     def update(self, statistics: Tensor) -> None:
         """Move the slots by sums over micro-batches and ranks."""
         count, shift, square = statistics.split([1, self.dim, self.dim], 1)
-        if not count.sum() or not statistics.isfinite().all():
+        usable = (count.sum() != 0) & statistics.isfinite().all()
+        taken, updates = torch.stack([usable.long(), self.updates]).tolist()  # at once: on a device the host waits
+        if not taken:
             return
         self.updates += 1
-        if int(self.updates) == 1:
+        if not updates:
             mean = shift.sum(0) / count.sum()
             variance = (square.sum(0) / count.sum() - mean.square()).clamp_min(0)
             assign_(self.mean, mean + variance.sqrt() * self.mean)
             assign_(self.variance, variance.expand_as(square))
             return
-        weight = max(1 / int(self.updates), 1 - self.momentum)
+        weight = max(1 / (updates + 1), 1 - self.momentum)
         new = weight * count[:, 0] / count.sum()
         self.share.mul_(1 - weight).add_(new)
         part = (new / self.share.clamp_min(torch.finfo(new.dtype).tiny))[:, None]  # of a slot, the share that is new

@@ -34,7 +34,11 @@ class Selector(Part):
     """Whether every token uses every expert; known once the selector is bound."""
 
     fills: bool = False
-    """Whether every slot of a real token holds an expert, whatever the logits; known once the selector is bound."""
+    """Whether every slot of a real token holds an expert, whatever the logits; known once the selector is bound.
+
+    Without a mask a layer then knows how many slots are filled; else, on a device, the host waits for the number, once
+    a forward.
+    """
 
     def bind(self, num_experts: int) -> None:
         """Called once by the router with E: check the arguments against it, allocate state."""

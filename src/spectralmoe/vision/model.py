@@ -84,7 +84,8 @@ class VisionMoE(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.size is not None and images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        rows = torch.tensor([self.mean, self.std], dtype=images.dtype).to(images.device, non_blocking=True)
+        mean, std = rows.view(2, -1, 1, 1)
         logits: Tensor = self.backbone((images - mean) / std)
         return logits
 

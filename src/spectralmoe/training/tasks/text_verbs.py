@@ -23,7 +23,15 @@ from spectralmoe.models import LanguageMoE
 from spectralmoe.training.settings import Settings, Several, parse
 from spectralmoe.training.tasks.shown import HeldOut, Running, Shown
 
-__all__ = ["TextMeta", "continue_text", "continue_texts", "held_out_windows", "read_prompt", "read_text_meta"]
+__all__ = [
+    "TextMeta",
+    "continue_text",
+    "continue_texts",
+    "held_out_windows",
+    "read_prompt",
+    "read_text_meta",
+    "split_prompt",
+]
 
 _AROUND, _TOGETHER, _SHOWN = 24, 2048, 200
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -161,6 +169,19 @@ def held_out_windows(windows: Tensor, domains: Tensor, names: Sequence[str], voc
         tokenizer=f"byte pairs ({vocabulary.size})" if vocabulary.merges else "bytes (UTF-8)",
         running=[running(index) for index in _from_each(domains)],
     )
+
+
+def split_prompt(network: nn.Module, meta: Any, text: str) -> tuple[list[int], list[str]]:
+    """The tokens of the beginning of a document, at most a window of its end, and the text of each.
+
+    Raises:
+        UserError: a network of another kind.
+    """
+    if not isinstance(meta, TextMeta):
+        raise UserError(f"--attribute is for language models, and this is a {type(network).__name__}; leave it out")
+    vocabulary = Vocabulary.of_json(meta.vocabulary)
+    ids = [SEPARATOR, *vocabulary.encode(text)][-meta.length :]
+    return ids, split_text(torch.tensor(ids), vocabulary.decode)
 
 
 def _from_each(domains: Tensor) -> list[int]:

@@ -1,0 +1,84 @@
+"""A norm with the statistics of one token held, and the log-probability of a target that is read through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from spectralmoe.errors import UserError
+
+__all__ = ["Readout", "frozen_norm"]
+
+_NUMBERS = 2**25  # logits at a time
+
+
+def frozen_norm(norm: nn.Module, states: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""The affine map that an RMSNorm or a LayerNorm is when its statistics are those of ``states`` (B, D).
+
+    .. math:: v \mapsto k_b\, w \odot (v - \mu_b) + \beta
+
+    with k and mu of token b (mu = 0 for an RMSNorm). Read from what the norm answers, so families that add 1 to its
+    weight, or keep it elsewhere, need no name.
+
+    Returns:
+        A function of vectors (R, D) and of the tokens (R,) that they belong to.
+
+    Raises:
+        UserError: the norm is of another kind.
+    """
+    ones = torch.ones_like(states[0])
+    shift = wide(norm, torch.zeros_like(ones))
+    centres = bool((wide(norm, ones) - shift).abs().max() < 1e-3 * (wide(norm, states[0]) - shift).abs().max())
+    probe = torch.where(torch.arange(len(ones), device=ones.device) % 2 == 0, ones, -ones)
+    probe = probe - probe.mean() if centres else ones
+    weight = (wide(norm, probe) - shift) / probe
+    means = states.mean(-1, keepdim=True) if centres else states.new_zeros(len(states), 1)
+    normed, scaled = wide(norm, states), (states - means) * weight
+    scale = ((normed - shift) * scaled).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True)
+    off = (scale * scaled + shift - normed).abs().amax()
+    if not off <= 1e-3 * normed.abs().amax():
+        raise UserError(f"attribute_experts: norm is a {type(norm).__name__}, which is no RMSNorm or LayerNorm")
+    return lambda vectors, token: scale[token] * (vectors - means[token]) * weight + shift
+
+
+def wide(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """``function`` of ``values``, in their precision where it is a module."""
+    if not isinstance(function, nn.Module):
+        return function(values)
+    tensors = [*function.named_parameters(), *function.named_buffers()]
+    cast = {name: tensor.to(values.dtype) for name, tensor in tensors if tensor.is_floating_point()}
+    made: Any = functional_call(function, cast, (values,))
+    return made  # type: ignore[no-any-return]
+
+
+class Readout:
+    """The log-probability of each token's target, read from a residual stream through a norm that is held.
+
+    Args:
+        norm: the final norm.
+        unembed: vectors (R, D) -> logits (R, V).
+        states: what the final norm read (B, D).
+        target: (B,).
+    """
+
+    def __init__(self, norm: nn.Module, unembed: Callable[[Tensor], Tensor], states: Tensor, target: Tensor) -> None:
+        self.norm, self.unembed, self.target = frozen_norm(norm, states), unembed, target
+        self.vocabulary = wide(unembed, wide(norm, states[:1])).shape[-1]
+        if wrong := [int(t) for t in target if not 0 <= t < self.vocabulary]:
+            raise UserError(
+                f"attribute_experts: target {wrong[0]} is no token of a vocabulary of 0 to {self.vocabulary - 1}"
+            )
+        self.log_prob = self(states, torch.arange(len(states), device=states.device))
+
+    def __call__(self, states: Tensor, token: Tensor) -> Tensor:
+        """log p (R,) of states (R, D) that belong to tokens (R,)."""
+        parts = []
+        rows = max(1, _NUMBERS // self.vocabulary)
+        for state, of in zip(states.split(rows), token.split(rows), strict=True):
+            logits = wide(self.unembed, self.norm(state, of))
+            parts.append(logits.log_softmax(-1).gather(1, self.target[of, None]).squeeze(1))
+        return torch.cat(parts) if parts else states.new_zeros(0)
