@@ -38,7 +38,13 @@ def _process(app: Sphinx, *event: Any) -> None:
     lines[:] = plain(lines)
 
 
+def _skip(app: Sphinx, *event: Any) -> bool | None:
+    """Leave out the fields of a named tuple, which its own docstring tells; None: as autodoc does."""
+    return True if str(event[2].__doc__).startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Escape before napoleon reads the sections."""
     app.connect("autodoc-process-docstring", _process, priority=400)
+    app.connect("autodoc-skip-member", _skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -213,6 +213,14 @@ FIELD = (
         "replicate-quantize",
         "open",
     ),
+    Method(
+        "Knowledge attribution",
+        "diagnostic: what each expert adds to the log-probability of the right token",
+        "2505.24593",
+        "attribution/attribute.py",
+        "attribution",
+        "open",
+    ),
 )
 
 
