@@ -95,6 +95,6 @@ def test_links_lead_somewhere(page):
         if not re.match(r"\w+:", target):
             name, _, anchor = target.partition("#")
             file = path.parent / name if name else path
-            assert file.exists(), target
+            assert file.is_file() or (page == "README.md" and file.is_dir()), target  # the site has no folders
             if anchor:
                 assert anchor in anchors(file), target
