@@ -3,6 +3,7 @@
 # make test-all        every grid whole, and the long tests too; PART=2/3: the second third of these alone
 # make test-portable   the tests with other instructions, threads and seeds (tests/portable.sh)
 # make coverage        the tests with the lines and branches that they reach
+# make docs    the documentation site in build/site, from what is here alone; warnings are errors
 # make speed   repeat a small benchmark and warn of ratios that have grown
 # make lint, make format, make clean
 
@@ -17,7 +18,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraint
 
 PYTEST = $(BIN)/pytest -n auto --dist worksteal
 
-.PHONY: demo test test-all test-portable coverage speed lint format clean
+.PHONY: demo test test-all test-portable coverage docs speed lint format clean
 
 demo: .venv/demo.stamp
 	$(BIN)/spectralmoe compare --data mnist5k --out runs/demo $(DEMO)
@@ -33,6 +34,9 @@ test-portable: .venv/test.stamp
 
 coverage: .venv/test.stamp
 	$(PYTEST) --cov --cov-report=term --cov-report=json:coverage.json $(PYTEST_ARGS)
+
+docs: .venv/test.stamp
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/site
 
 speed: .venv/test.stamp
 	$(BIN)/spectralmoe bench --check $(STORED)

@@ -120,6 +120,8 @@ def rows(sizes: Sizes, names: Sequence[str] = tuple(EXPERTS)) -> list[dict[str, 
 def table(found: Sequence[Mapping[str, Any]], sizes: Sizes) -> str:
     """The rows as Markdown."""
     lines = [
+        "# Sizes of the banks of experts",
+        "",
         f"Banks of E = {sizes.e} experts on rows of width D = {sizes.d}; H = {sizes.h}; fp32.",
         "",
         "| bank | form | parameters | own | shared | MB | / feed_forward |",

@@ -86,32 +86,6 @@ def test_instrument_examples_run(number, end, capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().out.rstrip().endswith(end)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "docs/compare.md",
-        "docs/adapt.md",
-        "docs/training.md",
-        "docs/certificate.md",
-        "docs/vision.md",
-        "docs/llm.md",
-        "docs/restoration.md",
-        "docs/methods.md",
-        "docs/inspect.md",
-        "docs/parallel.md",
-        "docs/machines.md",
-        "docs/architecture.md",
-        "CONTRIBUTING.md",
-    ],
-)
-def test_links_lead_somewhere(page):
-    path = ROOT / page
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
-        if not target.startswith("http"):
-            assert (path.parent / target).exists(), target
-
-
 def test_verbs_in_the_readme_exist(capsys):
     for verb in re.findall(r"^\| `(\w+)", README, re.M):
         if verb != "verb":

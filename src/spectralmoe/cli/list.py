@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from typing import Annotated
 
 import typer
 
 from spectralmoe.cli.console import print_json, say
 from spectralmoe.cli.options import Json
+from spectralmoe.errors import UserError
 
 __all__ = ["list_everything"]
 
@@ -82,11 +84,23 @@ _FORMULA = re.compile(r"\s*:math:`[^`]*`|``")
 _WIDTH = 20  # of the names of a table, or more
 
 
-def list_everything(json: Json = False) -> None:
+def list_everything(
+    json: Json = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The methods of papers instead, each with its file, card and verdict.")
+    ] = False,
+) -> None:
     """Data sets, texts, router presets, the parts that networks are made of, and the values that ``inspect`` measures.
 
     Example: spectralmoe list
     """
+    if markdown:
+        from spectralmoe.experiments.cards.field import field_table
+
+        if json:
+            raise UserError("--markdown: it is a table for people; leave out --json")
+        typer.echo("\n".join(field_table()))
+        return
     from spectralmoe.data.image_data import DATASETS
     from spectralmoe.data.text_sources import TEXTS
     from spectralmoe.diagnostics.table import VALUES

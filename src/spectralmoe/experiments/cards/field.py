@@ -1,0 +1,240 @@
+"""The table of the field: every method of a paper that is here, its file, its row, its card and the card's verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FIELD", "Method", "field_table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method.
+
+    Attributes:
+        name: as the paper calls it.
+        what: what it is here, in a few words.
+        arxiv: id of the paper.
+        file: its file, below ``src/spectralmoe``.
+        card: folder of its reproduction card, below ``papers``.
+        verdict: what the card's README calls its verdict.
+        rows: presets that ``compare`` knows it by.
+    """
+
+    name: str
+    what: str
+    arxiv: str
+    file: str
+    card: str
+    verdict: str
+    rows: tuple[str, ...] = ()
+
+
+FIELD = (
+    Method(
+        "SR-MoE",
+        "scorer: distance to prototypes, with two spectral terms",
+        "2601.03889",
+        "scorers/prototype.py",
+        "sr-moe",
+        "the signs hold; prototypes and the selection bias bring most of it, the spectral terms little",
+        ("sr-moe",),
+    ),
+    Method(
+        "EMoE",
+        "scorer: energy of the token along an orthonormal basis",
+        "2601.12137",
+        "scorers/principal.py",
+        "emoe",
+        "not with the equations as they stand; in the default form all experts are used, at no separated accuracy",
+        ("emoe", "emoe-faithful"),
+    ),
+    Method(
+        "L2R",
+        "scorer: saturated inner products in a low-rank space",
+        "2601.21349",
+        "scorers/saturated.py",
+        "l2r",
+        "not at this size, and saturation is not what helps",
+        ("l2r",),
+    ),
+    Method(
+        "ERMoE",
+        "bank and scorer: experts in eigen-form that score tokens by their own bases",
+        "2511.10971",
+        "scorers/basis.py",
+        "ermoe",
+        "not at this size",
+        ("ermoe", "ermoe-context"),
+    ),
+    Method(
+        "MoEC",
+        "selector and loss: groups of experts that stand in for each other",
+        "2207.09094",
+        "selectors/cluster_dropout.py",
+        "moec",
+        "no gain over dropout of experts without groups",
+        ("moec",),
+    ),
+    Method(
+        "Synergistic losses",
+        "losses: overlap of hidden activations, coupled paths",
+        "2602.14159",
+        "regularizers/path_coupling.py",
+        "synergy",
+        "no, and coupling is not separated from a term on sharpness",
+        ("synergy",),
+    ),
+    Method(
+        "Expert specialization",
+        "losses: overlap of outputs, variance of scores",
+        "2505.22323",
+        "regularizers/output_overlap.py",
+        "specialization",
+        "not as claimed; in its cosine form it helps",
+        ("specialization",),
+    ),
+    Method(
+        "muMoE",
+        "bank: linear experts that are slices of one factorised tensor",
+        "2402.12550",
+        "experts/multilinear.py",
+        "mumoe",
+        "no",
+        ("mumoe", "mumoe-tr"),
+    ),
+    Method(
+        "MPOE",
+        "bank: matrix product operators that share their central core",
+        "2203.01104",
+        "experts/mpo.py",
+        "mpoe",
+        "no, and the mask costs",
+        ("mpoe",),
+    ),
+    Method(
+        "MoFME",
+        "bank and scorer: modulations of a shared feature, a calibrated router",
+        "2312.16610",
+        "experts/modulated.py",
+        "mofme",
+        "open",
+        ("mofme",),
+    ),
+    Method(
+        "MoR",
+        "layer: the ranks of an adapter as experts, routed by severity",
+        "2511.16024",
+        "ranks.py",
+        "mor",
+        "open",
+    ),
+    Method(
+        "ConfSMoE",
+        "bank: experts that say how sure they are",
+        "2505.19525",
+        "experts/confident.py",
+        "confsmoe",
+        "no, and collapse could not be tested",
+        ("confsmoe",),
+    ),
+    Method(
+        "MoCE-IR",
+        "bank and loss: experts of unequal cost",
+        "2411.18466",
+        "experts/heterogeneous.py",
+        "moce-ir",
+        "open",
+        ("moce-ir",),
+    ),
+    Method(
+        "FMSR",
+        "scorer and expert: spectra as a gate, frequency mixing",
+        "2405.04964",
+        "scorers/spectrum.py",
+        "fmsr",
+        "open",
+    ),
+    Method(
+        "PhyG-MoE",
+        "loss and network: a heavy expert on demand of the spectrum",
+        "2601.12798",
+        "regularizers/expected_cost.py",
+        "phyg-moe",
+        "open",
+        ("phyg-moe",),
+    ),
+    Method(
+        "OMoE",
+        "optimizer: each expert steps orthogonally to what the others read",
+        "2310.09762",
+        "optim/orthogonal_experts.py",
+        "omoe",
+        "no",
+        ("omoe",),
+    ),
+    Method(
+        "Statistics memory",
+        "before the router: tokens aligned to the statistics of clean ones",
+        "2506.08979",
+        "scorers/statistics_memory.py",
+        "memory",
+        "routing holds stiller, accuracy hardly comes back",
+    ),
+    Method(
+        "Soft-routed units",
+        "network of a theory: students and teachers of gated units",
+        "2510.07205",
+        "models/soft_routed.py",
+        "soft-routed",
+        "mostly holds: experts lead, routers follow; the time scale cannot be told",
+    ),
+    Method(
+        "Generalization bound",
+        "diagnostic: a bound that grows with K, log E and the router",
+        "2403.17404",
+        "diagnostics/bound.py",
+        "bound",
+        "cannot be told at this size",
+    ),
+    Method(
+        "LLEP",
+        "dispatch: what a busy device cannot take goes to the least loaded ones",
+        "2601.17111",
+        "parallel/least_loaded.py",
+        "llep",
+        "holds in the model, and replicas are the rival",
+    ),
+    Method(
+        "Replicate-and-Quantize",
+        "compression: copies of busy experts, paid for by short integers",
+        "2602.19938",
+        "compression/replicate_quantize.py",
+        "replicate-quantize",
+        "open",
+    ),
+    Method(
+        "Knowledge attribution",
+        "diagnostic: what each expert adds to the log-probability of the right token",
+        "2505.24593",
+        "attribution/attribute.py",
+        "attribution",
+        "open",
+    ),
+)
+
+
+def field_table(root: str = "") -> list[str]:
+    """The table as lines of Markdown; its links lead to the repository, which lies at ``root``.
+
+    >>> field_table()[2][:30]
+    '| SR-MoE | scorer: distance to'
+    """
+    lines = ["| method | what it is here | file | row | card: its verdict |", "| --- | --- | --- | --- | --- |"]
+    for item in FIELD:
+        name = f"{item.name}, [{item.arxiv}](https://arxiv.org/abs/{item.arxiv})"
+        file = f"[{item.file.rpartition('/')[2]}]({root}src/spectralmoe/{item.file})"
+        rows = ", ".join(f"`{row}`" for row in item.rows)
+        card = f"[{item.card}]({root}papers/{item.card}/README.md): {item.verdict}"
+        lines.append(f"| {name} | {item.what} | {file} | {rows} | {card} |")
+    return lines

@@ -1,0 +1,160 @@
+"""The documentation site: what its tables say, its formulas, and the whole built with warnings as errors."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib import import_module
+from urllib.parse import unquote
+
+import pytest
+from pages import CARDS, ROOT
+
+from spectralmoe.cli.app import run
+from spectralmoe.experiments.cards.field import FIELD, field_table
+from spectralmoe.presets import PRESETS
+
+COMPARISONS = {"language", "methods"}
+"""Cards that test no paper's method."""
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """A module of docs/extensions by name."""
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "extensions"))
+    names = []
+
+    def load(name):
+        names.append(name)
+        return import_module(name)
+
+    yield load
+    for name in names:
+        del sys.modules[name]
+
+
+def card_text(name):
+    return (ROOT / "papers" / name / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_card_of_a_method_is_in_the_field():
+    assert {item.card for item in FIELD} | COMPARISONS == {page.split("/")[1] for page in CARDS}
+    assert len({item.name for item in FIELD}) == len(FIELD)
+
+
+@pytest.mark.parametrize("item", FIELD, ids=lambda item: item.card)
+def test_the_field_says_what_is_there(item, extension):
+    assert (ROOT / "src" / "spectralmoe" / item.file).is_file()
+    assert set(item.rows) <= PRESETS.keys()
+    text = card_text(item.card)
+    assert item.arxiv in text
+    assert extension("claims").read_verdict(text) == item.verdict
+
+
+def test_claims_of_cards(extension):
+    claims = extension("claims")
+    for item in FIELD:
+        found = claims.read_claims(card_text(item.card))
+        assert found, item.card
+        assert {claim.outcome for claim in found} <= set(claims.OUTCOMES), item.card
+        assert (item.verdict == "open") == all(claim.outcome == "open" for claim in found), item.card
+        others = " ".join(line for line in card_text(item.card).splitlines() if not line.startswith("|"))
+        results = ROOT / "papers" / item.card / "RESULTS.md"
+        known = " ".join([others, *(results.read_text(encoding="utf-8") if results.exists() else "").split()])
+        for claim in found:
+            for figure in re.findall(r"\d*\.?\d+ ±\d*\.?\d+", claim.here):
+                assert figure in " ".join(known.split()), (item.card, figure)
+    table = claims.claim_table(ROOT / "papers", [item.card for item in FIELD], "../papers")
+    assert len(table) == 2 + sum(len(claims.read_claims(card_text(item.card))) for item in FIELD)
+
+
+def test_list_prints_the_field(capsys):
+    assert run(["list", "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines() == field_table()
+    assert run(["list", "--markdown", "--json"]) == 2
+
+
+@pytest.mark.parametrize("name", ["mathml", "plain_docstrings", "claims"])
+def test_examples_of_extensions(name, extension):
+    assert doctest.testmod(extension(name)).failed == 0
+
+
+def test_every_formula_can_be_drawn(extension):
+    mathml = extension("mathml").mathml
+    count = 0
+    for path in sorted((ROOT / "src" / "spectralmoe").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        formulas = re.findall(r":math:`([^`]+)`", text) if "_FORMULA" not in text else []
+        formulas += [m[2] + m[3] for m in re.finditer(r"^( *)\.\. math::(.*)\n((?:\1 +.*\n|\s*\n)*)", text, re.M)]
+        for formula in formulas:
+            assert mathml(" ".join(formula.split())).startswith("<math"), path
+        count += len(formulas)
+    assert count > 100
+
+
+def test_every_public_package_has_a_page():
+    pages = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    inside = {"draw", "checkpoints", "training", "experiments", "bench", "cli", "report", "data", "integrations"}
+    for init in (ROOT / "src" / "spectralmoe").glob("*/__init__.py"):
+        name = init.parent.name
+        assert f"automodule:: spectralmoe.{name}\n" in pages or name in inside, name
+
+
+class Page(HTMLParser):
+    """What an HTML page links to, loads, and offers as targets."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.loads, self.ids = [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.ids |= {values[key] for key in ("id", "name") if values.get(key)}
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"])
+        key = {"script": "src", "img": "src", "link": "href", "iframe": "src"}.get(tag)
+        if key and values.get(key):
+            self.loads.append(values[key])
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_the_site_is_built_and_whole(tmp_path):
+    pytest.importorskip("furo")
+    pytest.importorskip("myst_parser")
+    pytest.importorskip("sphinx_copybutton")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", "-d", str(tmp_path / "trees")]
+    done = subprocess.run(
+        [*command, ".", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    site = tmp_path / "site"
+    pages = {path: Page(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+    assert len(pages) > 60
+    assert [path.name for path in pages if path.stat().st_size > 1_000_000] == []
+    for path, page in pages.items():
+        assert [name for name in page.loads if re.match(r"(https?:)?//", name)] == [], path
+        for link in [*page.links, *page.loads]:
+            if re.match(r"[a-z]+:", link) or link in ("#", "") or "searchindex" in link:
+                continue
+            name, _, anchor = link.partition("#")
+            target = (path.parent / unquote(name.partition("?")[0])).resolve() if name else path
+            assert target.exists(), (path.name, link)
+            if anchor and target in pages and not anchor.startswith("/"):
+                assert unquote(anchor) in pages[target].ids or anchor in ("top", "furo-main-content"), (path.name, link)
+    style = "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.css"))
+    assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style)
+    listed = re.findall(r"\]\(([^)]+\.html)\)", (site / "llms.txt").read_text(encoding="utf-8"))
+    assert len(listed) > 40
+    assert [name for name in listed if not (site / name).is_file()] == []
