@@ -118,7 +118,7 @@ FIELD = (
         "2312.16610",
         "experts/modulated.py",
         "mofme",
-        "open",
+        "modulated experts hold, the uncertain router cannot be told",
         ("mofme",),
     ),
     Method(
@@ -127,7 +127,7 @@ FIELD = (
         "2511.16024",
         "ranks.py",
         "mor",
-        "open",
+        "holds but for its balance loss",
     ),
     Method(
         "ConfSMoE",
@@ -144,7 +144,7 @@ FIELD = (
         "2411.18466",
         "experts/heterogeneous.py",
         "moce-ir",
-        "open",
+        "no gain in restoration; the loss saves work",
         ("moce-ir",),
     ),
     Method(
@@ -153,7 +153,7 @@ FIELD = (
         "2405.04964",
         "scorers/spectrum.py",
         "fmsr",
-        "open",
+        "the spectrum tells kinds apart; what experts gain, random filters give too",
     ),
     Method(
         "PhyG-MoE",
@@ -161,7 +161,7 @@ FIELD = (
         "2601.12798",
         "regularizers/expected_cost.py",
         "phyg-moe",
-        "open",
+        "ahead of chance, but not by paying for the hard records",
         ("phyg-moe",),
     ),
     Method(
@@ -211,7 +211,7 @@ FIELD = (
         "2602.19938",
         "compression/replicate_quantize.py",
         "replicate-quantize",
-        "open",
+        "the copy helps over whole data and large batches; who pays cannot be told",
     ),
     Method(
         "Knowledge attribution",
@@ -219,7 +219,7 @@ FIELD = (
         "2505.24593",
         "attribution/attribute.py",
         "attribution",
-        "open",
+        "holds for single facts and layers, not for relations, where usage says more",
     ),
 )
 
