@@ -110,12 +110,13 @@ def passage(rng: np.random.Generator, layers: list[dict[str, Any]], title: str, 
 
 
 def holders(rng: np.random.Generator, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What holds the last token of a text: two experts of each layer and its shared part, one without data."""
+    """What holds the last token of a text: at most two experts of each layer and its shared part, one without data."""
     gains = rng.normal(0, 1, (len(layers), 3))
     rows = [
         {"layer": place, "expert": expert, "weight": 0.5, "gain": float(gain)}
         for place, own in enumerate(gains)
         for expert, gain in zip((0, 1, None), own, strict=True)
+        if expert is None or expert < layers[place]["experts"]
     ]
     rows[0]["gain"] = None
     whole = [{"layer": place, "gain": float(own.sum())} for place, own in enumerate(gains)]

@@ -198,7 +198,7 @@ def test_a_worker_killed_twenty_times_costs_its_cell_alone(tmp_path, undisturbed
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_a_scheduler_that_goes_is_one_line_and_the_same_command_goes_on(tmp_path):
+def test_a_scheduler_that_goes_is_one_line_and_the_same_command_goes_on(no_plan, tmp_path):
     """On the command line: nothing that Dask logs stands between the lines of the progress."""
     pytest.importorskip("distributed")
     from dask_cluster import cluster

@@ -227,8 +227,8 @@ FIELD = (
 def field_table(root: str = "") -> list[str]:
     """The table as lines of Markdown; its links lead to the repository, which lies at ``root``.
 
-    >>> field_table()[2][:30]
-    '| SR-MoE | scorer: distance to'
+    >>> field_table()[2][:22]
+    '| SR-MoE, [2601.03889]'
     """
     lines = ["| method | what it is here | file | row | card: its verdict |", "| --- | --- | --- | --- | --- |"]
     for item in FIELD:
