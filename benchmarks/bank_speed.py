@@ -1,11 +1,12 @@
-"""Four banks of experts over what they stand for, side by side in one process.
+"""Banks of experts over what they stand for, side by side in one process.
 
     python benchmarks/bank_speed.py --out benchmarks/results/DATE-bank-speed-cpu.json
 
 | case | ours | over |
 | --- | --- | --- |
 | cp | the dense form of `MultilinearExperts` (E 256, D 512, rank 128, N 2048) | `torch.matmul` of as many operations |
-| heterogeneous | a layer with `HeterogeneousExperts`, one of four `PatchMixer` a map | each module alone, on its maps |
+| heterogeneous | `HeterogeneousExperts`, one of four `PatchMixer` a map, on maps in the order of their experts | each module alone, on its maps |
+| heterogeneous layer | a layer with this bank: a router, the order, and back | the same |
 | ranks | `RankExperts`, 8 of 32 ranks a token, 8 shared | LoRA of rank 8 on the same linear layer |
 | mpo | a layer with `MPOExperts`, full bonds, 2 of 8 a token | the same layer with `FeedForward` |
 
@@ -94,8 +95,8 @@ def cp(sizes: Sizes) -> Case:
     return Case(torch.randn(sizes.n, sizes.d), ours, Side(lambda x: torch.matmul(x, weight), [weight]), 1.5)
 
 
-def heterogeneous(sizes: Sizes) -> Case:
-    """A routed layer of modules of rising cost, over these modules on the maps that chose them."""
+def unequal(sizes: Sizes) -> tuple[Case, Case]:
+    """A bank of modules of rising cost and a layer around it, over these modules on the maps that chose them."""
     ranks = [max(2, sizes.channels // share) for share in (8, 4, 2, 1)]
     modules = [PatchMixer(sizes.channels, rank, window) for rank, window in zip(ranks, (4, 8, 16, 32), strict=True)]
     router = Router(LinearScorer(sizes.channels, len(modules)), TopK(1))
@@ -104,11 +105,24 @@ def heterogeneous(sizes: Sizes) -> Case:
     with torch.no_grad():
         chosen = router(Sample().split(x)[0]).indices[:, 0]
     places = [(chosen == e).nonzero().flatten() for e in range(len(modules))]
+    counts, order = torch.tensor([len(place) for place in places]), torch.cat(places)
 
     def alone(x: Tensor) -> Tensor:
         return torch.cat([module(x[place]) for module, place in zip(modules, places, strict=True) if len(place)])
 
-    return Case(x, of_module(layer), Side(alone, of_module(layer.experts).parameters), 1.15)
+    theirs = Side(alone, of_module(layer.experts).parameters)
+    bank = of_module(layer.experts, lambda x: layer.experts(x[order], counts))
+    return Case(x, bank, theirs, 1.15), Case(x, of_module(layer), theirs, 1.15)
+
+
+def heterogeneous(sizes: Sizes) -> Case:
+    """The bank."""
+    return unequal(sizes)[0]
+
+
+def heterogeneous_layer(sizes: Sizes) -> Case:
+    """The layer around it."""
+    return unequal(sizes)[1]
 
 
 class LoRA(nn.Module):
@@ -144,7 +158,13 @@ def mpo(sizes: Sizes) -> Case:
     return Case(torch.randn(sizes.n, sizes.d), of_module(layers["mpo"]), of_module(layers["feed_forward"]), None)
 
 
-CASES: Mapping[str, Callable[[Sizes], Case]] = {"cp": cp, "heterogeneous": heterogeneous, "ranks": ranks, "mpo": mpo}
+CASES: Mapping[str, Callable[[Sizes], Case]] = {
+    "cp": cp,
+    "heterogeneous": heterogeneous,
+    "heterogeneous layer": heterogeneous_layer,
+    "ranks": ranks,
+    "mpo": mpo,
+}
 
 
 def work(side: Side, x: Tensor, mode: str) -> Callable[[], object]:

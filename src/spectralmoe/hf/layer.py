@@ -62,9 +62,13 @@ class HFLayer(Watched):
         self._given: dict[str, Any] | None = None
         self._flat = False
         self.top_k = number_of((self.router, layer), "top_k", "num_experts_per_tok")
+        if self.top_k is None:
+            self.top_k = self._answered_slots()
+
+    def _answered_slots(self) -> int | None:
+        """K of what the router answers to a token."""
         matrix = self.matrix
-        if self.top_k is None and matrix is not None and not matrix.is_meta:
-            self.top_k = self.returned(matrix[:1]).indices.shape[1]
+        return None if matrix is None or matrix.is_meta else self.returned(matrix[:1]).indices.shape[1]
 
     @property
     def matrix(self) -> Tensor | None:

@@ -152,6 +152,9 @@ class SwappedLayer(HFLayer):
         self.num_experts = self.router.router.num_experts  # copies are places, no experts
         self.top_k = next((part.k for part in self._parts() if isinstance(getattr(part, "k", None), int)), None)
 
+    def _answered_slots(self) -> None:
+        """Nothing is asked: the selector says it."""
+
     def _parts(self) -> Iterator[Any]:
         return (part for part in self.router.router.modules() if isinstance(part, Part))
 
