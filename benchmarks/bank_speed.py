@@ -5,7 +5,7 @@
 | case | ours | over |
 | --- | --- | --- |
 | cp | the dense form of `MultilinearExperts` (E 256, D 512, rank 128, N 2048) | `torch.matmul` of as many operations |
-| heterogeneous | `HeterogeneousExperts`, one of four `PatchMixer` a map, maps in order | each module alone, on its maps |
+| heterogeneous | `HeterogeneousExperts`, one of four `PatchMixer` a map, maps in order | its modules alone |
 | heterogeneous layer | a layer with this bank: a router, the order, and back | the same |
 | ranks | `RankExperts`, 8 of 32 ranks a token, 8 shared | LoRA of rank 8 on the same linear layer |
 | mpo | a layer with `MPOExperts`, full bonds, 2 of 8 a token | the same layer with `FeedForward` |
