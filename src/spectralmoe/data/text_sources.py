@@ -63,7 +63,7 @@ def read_pydoc(_data_dir: Path | None = None) -> Source:
 
 
 def read_stdlib(_data_dir: Path | None = None) -> Source:
-    """Source files of the running Python's standard library without its tests, about 12 MB."""
+    """Source files of the running Python's standard library without its tests, about 11 MB."""
     root = Path(sysconfig.get_path("stdlib"))
     others = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
     files = [path for path in files_below(root) if path.suffix == ".py"]
