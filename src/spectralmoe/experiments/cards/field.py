@@ -91,7 +91,7 @@ FIELD = (
         "2505.22323",
         "regularizers/output_overlap.py",
         "specialization",
-        "not as claimed; in its cosine form it helps",
+        "accuracy rises as claimed; the overlap falls, but outputs shrink as well",
         ("specialization",),
     ),
     Method(
