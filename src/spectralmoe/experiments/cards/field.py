@@ -82,7 +82,7 @@ FIELD = (
         "2602.14159",
         "regularizers/path_coupling.py",
         "synergy",
-        "no, and coupling is not separated from a term on sharpness",
+        "cannot be told; the gains do not add up",
         ("synergy",),
     ),
     Method(
