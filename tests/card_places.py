@@ -53,7 +53,7 @@ _CARDS: dict[str, Sentences] = {
     ],
     "ermoe": [("from # on |", f"{SRC}/selectors/threshold.py > threshold"), ("R/D = #)", [8 / 64])],
     "l2r": [
-        *in_results("l2r", ("tokens are saturated (#%)", "l2r, 4 anchors")),
+        *in_results("l2r", ("with #% of their tokens", "l2r, 4 anchors")),
         ("x -> # x", "papers/l2r/plan.py > SCALE"),
         ("noise of #%", f"{SRC}/diagnostics/stability.py > noise"),
     ],
@@ -85,7 +85,7 @@ _CARDS: dict[str, Sentences] = {
     ],
     "specialization": in_results(
         "specialization",
-        ("experts from # to #", "Losses > | aux"),
+        ("experts falls from # to #", "Losses > | aux"),
         ("from a norm of # to #", "Losses > | aux"),
     ),
     "sr-moe": [
@@ -104,7 +104,7 @@ _CARDS: dict[str, Sentences] = {
     ],
     "synergy": [
         ("are # and # times those", [0.1 / 2e-3, 1e-2 / 1e-3]),  # plan.py over its comment
-        ("(MaxVio #)", "LOG.md > gives up the balance"),
+        ("balance (MaxVio #)", "LOG.md > gives up the balance"),
     ],
 }
 
