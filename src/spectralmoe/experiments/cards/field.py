@@ -73,7 +73,7 @@ FIELD = (
         "2207.09094",
         "selectors/cluster_dropout.py",
         "moec",
-        "no gain over dropout of experts without groups",
+        "more experts hurt less; clusters are not separated from dropout of experts",
         ("moec",),
     ),
     Method(
