@@ -127,7 +127,7 @@ def _layer_panels(inspections: Sequence[Inspection], monitors: Sequence[Monitor]
         ),
         _panel(
             "holders",
-            "Who holds a token",
+            "What each expert adds to a token",
             "holders.html",
             "What the experts that served the token before it added to the log-probability of the marked one, in nats.",
             any(body.holders for body in inspections),
