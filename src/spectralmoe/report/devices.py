@@ -1,4 +1,4 @@
-"""Experts on several devices: what the load of an inspection would do to the busiest one, layer by layer."""
+"""Experts on several devices: how much the busiest one would do under the load of an inspection, layer by layer."""
 
 from __future__ import annotations
 

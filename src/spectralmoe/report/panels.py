@@ -122,14 +122,14 @@ def _layer_panels(inspections: Sequence[Inspection], monitors: Sequence[Monitor]
         chart(
             "text",
             "Running text",
-            "Each token in the colour of the expert that it leans on: the one with the largest combine weight.",
+            "Each token has the colour of the expert with the largest combine weight for it.",
             _runs(inspections, lambda body: any(map(_has_text, body.text))),
         ),
         _panel(
             "holders",
             "What each expert adds to a token",
             "holders.html",
-            "What the experts that served the token before it added to the log-probability of the marked one, in nats.",
+            "What each expert added to the log-probability of the marked token, in nats, from the token before it.",
             any(body.holders for body in inspections),
             runs=[panel for body in inspections if (panel := holders_panel(body))],
         ),
