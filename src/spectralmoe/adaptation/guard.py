@@ -121,8 +121,8 @@ class Guard:
     ) -> Verdict:
         """The verdict on ``model`` as it is now; ``reference`` is how its ``tail`` was.
 
-        At first only what the touched experts can reach runs through the tail, which is enough to refuse. Nothing is
-        kept before the whole model has run on all reference samples, whatever else it may read the new weights for.
+        First only the samples that the touched experts can reach run through the tail, which is enough to refuse. An
+        update is kept only after the whole model has run on all reference samples.
 
         Args:
             others: the reference samples that count (N,); see ``others``.

@@ -143,7 +143,7 @@ def training_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def stored_names(layers: Sequence[Watched], tensors: Iterable[str]) -> dict[str, str]:
-    """Layer's name -> its name in the files, for layers whose tensors stand there under another one.
+    """Layer's name -> its name in the files, for layers whose tensors have another name there.
 
     Files keep the names of the model's authors, or those of a larger model that holds this one; ``--router-only``
     shows them too.

@@ -65,7 +65,7 @@ class Standing:
 
 @dataclass(slots=True)
 class History:
-    """What training left behind.
+    """How a training went.
 
     Attributes:
         epochs: one dict an epoch: loss, ``metric`` on the validation part (NaN without one), seconds.

@@ -72,7 +72,7 @@ def check_attends(path: str, block: nn.Module, dim: int) -> None:
     """Refuse a block that does not compute what an ``AttendedBlock`` of its parts does, under random weights.
 
     Raises:
-        UserError: says so.
+        UserError: it computes something else.
     """
     random = torch.Generator().manual_seed(0)  # its own: the caller's random numbers stay as they are
     try:

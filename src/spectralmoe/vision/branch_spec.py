@@ -90,8 +90,8 @@ class BranchSpec:
 
         Args:
             k: experts a token, or "soft".
-            options: attributes of the class; where ``tokens``, ``norm`` and ``start`` are left out they are the row's,
-                "all", True and "model" for most.
+            options: attributes of the class. ``tokens``, ``norm`` and ``start`` default to those of the row, which are
+                "all", True and "model" for most rows.
 
         Raises:
             UserError: as ``find_preset`` and the class.
