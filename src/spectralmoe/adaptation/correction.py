@@ -19,12 +19,12 @@ class Correction:
     """What a method works on.
 
     Attributes:
-        model: from the samples on.
+        model: what runs on the samples, the whole model or its last part.
         samples: (k, ...) that must become right.  labels: (k,).
         copies: (k * m, ...) that should become right with them; may be empty.
         weights: what may be written.
         experts: the experts that these weights are, layer by layer; empty in a baseline that writes more.
-        max_steps, lr: bounds of the iteration; each method says what it makes of them.
+        max_steps, lr: bounds of the iteration; each method says how it uses them.
         carry: share of the copies to reach.
         strength: weight of the reference samples against the samples to correct, where a method weighs the two.
         reference: samples that should stay as they are; None without a guard.

@@ -37,7 +37,7 @@ class Block:
         num_experts: E, of the experts that have weights.
         router: the router's tensors and the biases of the choice.
         matrix: the routing matrix (E, D) among them, with more rows where tokens may choose no expert ("zero experts");
-            None where the router is not told by one matrix.
+            None where the router has no single matrix.
         parts: the experts' tensors by name, each as E pieces of one size; empty with a ``note``.
         note: why the experts cannot be read, else None.
     """

@@ -74,14 +74,16 @@ def train(
         str | None,
         typer.Option(
             metavar="ddp|fsdp2[,ep=K]",
-            help="Share every batch among the processes of torchrun; ep=K: K of them share the experts out.",
+            help="Share every batch among the processes of torchrun; ep=K: each K of them share the experts.",
             autocompletion=one_among("ddp", "fsdp2"),
         ),
     ] = None,
     monitor: Annotated[
         bool, typer.Option("--monitor", help=f"Write what the routers do to {MONITOR} in --out.")
     ] = False,
-    every: Annotated[int | None, typer.Option(min=1, help="Steps between two reports of --monitor; 50.")] = None,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two reports of --monitor; 50 by default.")
+    ] = None,
     log: Annotated[
         str | None,
         typer.Option(

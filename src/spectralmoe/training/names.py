@@ -44,7 +44,7 @@ ROUTER_NAMES = (
 OWN_EXPERTS = ("ermoe", "ermoe-context", "mumoe", "mumoe-tr", "mpoe", "mofme", "confsmoe", "moce-ir")
 """Routers with experts of their own, which do not fit where there are experts already."""
 OWN_LOSSES = ("synergy", "specialization", "omoe")
-"""Routers with terms on what experts make, or an optimizer of theirs, which experts of other libraries do not serve."""
+"""Routers with terms on experts' outputs, or with their own optimizer: not for experts of other libraries."""
 SIDE_READERS = ("phyg-moe",)
 """Routers that read side information of a sample, which networks of other data do not give."""
 DEFAULT_ROUTERS = ("linear", "linear+load_balance", "prototype", "sr-moe", "emoe")

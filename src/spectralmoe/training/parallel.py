@@ -34,7 +34,7 @@ Kind = Literal["ddp", "fsdp2"]
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes of a run. Each takes its share of every batch, so that all together do what one alone would.
+    """The processes of a run. Each takes its share of every batch, so that together they do what one alone would do.
 
     The gradients are those of one process up to rounding, with two exceptions: penalty terms and batch norms see the
     share of each process, and dropout draws other masks.
@@ -57,7 +57,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """This process's part of ``n`` samples; all of them, for every process, where there are not two for each.
+        """This process's part of ``n`` samples; all of them for every process if there are fewer than two for each.
 
         >>> [Ranks("ddp", rank, 3).share(8) for rank in range(3)]
         [slice(0, 2, None), slice(2, 5, None), slice(5, 8, None)]

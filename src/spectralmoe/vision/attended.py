@@ -1,4 +1,4 @@
-"""The block of a vision transformer that also tells its experts what its attention gave."""
+"""The block of a vision transformer that also passes the output of its attention to its MoE layer."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def check_attends(path: str, block: nn.Module, dim: int) -> None:
     """Refuse a block that does not compute what an ``AttendedBlock`` of its parts does, under random weights.
 
     Raises:
-        UserError: says so.
+        UserError: it computes something else.
     """
     random = torch.Generator().manual_seed(0)  # its own: the caller's random numbers stay as they are
     try:

@@ -36,7 +36,7 @@ class AdaptOptions(ModelOptions):
         str | None,
         typer.Option(
             metavar="NAME|folder:PATH",
-            help="Reference data (their training part).",
+            help="Reference data: what a correction may cost on their training part is bounded.",
             rich_help_panel=GUARDED,
             autocompletion=complete_images,
         ),
@@ -44,18 +44,24 @@ class AdaptOptions(ModelOptions):
     guard_size: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="How many of them, the first N (default: 10000).", rich_help_panel=GUARDED
+            min=1, metavar="N", help="Take the first N of the reference data (default: 10000).", rich_help_panel=GUARDED
         ),
     ] = None
     budget: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Points of accuracy an update may cost on them (default: 0.1).", rich_help_panel=GUARDED
+            min=0.0,
+            help="Percentage points of accuracy that an update may cost on the reference data (default: 0.1).",
+            rich_help_panel=GUARDED,
         ),
     ] = None
     max_flips: Annotated[
         int | None,
-        typer.Option(min=0, help="Predictions that may change on them (default: any number).", rich_help_panel=GUARDED),
+        typer.Option(
+            min=0,
+            help="Predictions that may change on the reference data (default: any number).",
+            rich_help_panel=GUARDED,
+        ),
     ] = None
     method: Annotated[
         str | None,
@@ -70,7 +76,7 @@ class AdaptOptions(ModelOptions):
         str | None,
         typer.Option(
             metavar="all|last|NAME,...",
-            help="In which layers the used expert learns (default: all; with a guard last).",
+            help="Layers in which the expert that the sample uses is changed (default: all; with a guard last).",
             rich_help_panel=HOW,
         ),
     ] = None
@@ -84,7 +90,7 @@ class AdaptOptions(ModelOptions):
         bool | None,
         typer.Option(
             "--carry/--no-carry",
-            help="Correct noisy copies and copies shifted by one pixel with the sample; by default with a guard.",
+            help="Ask that noisy copies and copies shifted by one pixel become right, too; the default with a guard.",
             rich_help_panel=HOW,
         ),
     ] = None

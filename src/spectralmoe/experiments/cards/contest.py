@@ -1,4 +1,4 @@
-"""Contest: the networks of a card that differ by their row alone: one budget, equal tuning, the same measures."""
+"""Contest: networks of a card that differ by their row alone, under one budget, with equal tuning and measures."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ class Contest:
         tries: settings that each row tries on the validation part, factors on its learning rate and on the weights of
             its terms; the first leaves both as they are.
         tune_size, tune_epochs: training samples and epochs of a try; None: those of ``run``.
-        looked: test samples in which the choices of routers are looked at; None: about 4,000 numbers of them, which of
-            images of 28 x 28 are 5, 80 patches of 7 x 7, so that a share of 1/2 is known to 11 points. See ``choices``.
+        looked: how many test samples show the choices of the routers; None: so many that they hold about 4,000 numbers.
+            For images of 28 x 28 these are 5, with 80 patches of 7 x 7, so a share of 1/2 is known to 11 points. See
+            ``choices``.
         more: further measures of a trained network.
         vary: (run, cell) -> the run of a cell that names more than its row and seed.
         file: its cells go to FILE.json; a card with several contests gives each a file of its own.

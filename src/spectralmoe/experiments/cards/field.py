@@ -157,7 +157,7 @@ FIELD = (
     ),
     Method(
         "PhyG-MoE",
-        "loss and network: a heavy expert on demand of the spectrum",
+        "loss and network: the spectrum decides when a heavy expert is called",
         "2601.12798",
         "regularizers/expected_cost.py",
         "phyg-moe",
@@ -183,7 +183,7 @@ FIELD = (
     ),
     Method(
         "Soft-routed units",
-        "network of a theory: students and teachers of gated units",
+        "network of a theory: a student of gated units learns from a teacher",
         "2510.07205",
         "models/soft_routed.py",
         "soft-routed",
@@ -199,7 +199,7 @@ FIELD = (
     ),
     Method(
         "LLEP",
-        "dispatch: what a busy device cannot take goes to the least loaded ones",
+        "dispatch: tokens that a busy device cannot take go to the least loaded ones",
         "2601.17111",
         "parallel/least_loaded.py",
         "llep",
@@ -230,7 +230,10 @@ def field_table(root: str = "") -> list[str]:
     >>> field_table()[2][:22]
     '| SR-MoE, [2601.03889]'
     """
-    lines = ["| method | what it is here | file | row | card: its verdict |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| method | what it is here | file | row | card: does its claim hold here? |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for item in FIELD:
         name = f"{item.name}, [{item.arxiv}](https://arxiv.org/abs/{item.arxiv})"
         file = f"[{item.file.rpartition('/')[2]}]({root}src/spectralmoe/{item.file})"

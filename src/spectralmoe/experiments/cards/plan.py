@@ -1,4 +1,4 @@
-"""What a card is: steps that tune and measure, and how their cells become tables and figures. Plain values."""
+"""A card as plain values: steps that tune and measure, and how their cells become tables and figures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Desk:
     tuned: Mapping[str, Mapping[str, Any]]
 
     def network(self, name: str, train: Callable[[], tuple[nn.Module, Any]]) -> tuple[nn.Module, Any]:
-        """The network kept under ``name``, in evaluation mode, and the JSON value that its training told.
+        """The network kept under ``name``, in evaluation mode, and the JSON value that its training returned.
 
         One that is not there is trained, as ``kept`` does it.
         """
@@ -54,7 +54,7 @@ class Desk:
     def kept(self, name: str, fill: Callable[[Path], None]) -> Path:
         """The folder kept under ``name``.
 
-        One that is not there is filled, by one process, while others that want it wait; it is whole or not there.
+        If it is not there, one process fills it while the others that need it wait; it appears whole.
         """
         place = self.work / name
         with (self.work / f"{name}.lock").open("w") as lock:

@@ -1,4 +1,4 @@
-"""The ``Trainer`` of transformers without output of its own: followed by a callback, gone on with from a checkpoint."""
+"""The ``Trainer`` of transformers without output of its own: a callback follows it, a checkpoint resumes it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def follow_trainer(
     The last step has no checkpoint: the model is saved after it.
 
     Args:
-        begin: gives what is logged as of step 0; not asked when a training goes on.
+        begin: gives what is logged as step 0; not called when a training is resumed.
         every: steps between two calls of ``score``, which is called after the last step, too.
         score: gives what is logged after these steps.
         tell: gets the ``TrainerState`` and the loss of every step, before a checkpoint is written.

@@ -61,9 +61,9 @@ class Passages:
 def hold_out(documents: Sequence[str], share: float, size: int | None = None) -> tuple[list[str], list[str]]:
     """The training and the held-out part of one domain, the same in every run.
 
-    Documents are ordered by their SHA-256, so that one document more moves none of the others; the first ones are held
-    out until they make up ``share`` of the text. Of a single document it is the end, from a line's beginning where
-    there is one.
+    Documents are ordered by their SHA-256, so that a new document changes nothing for the others; the first ones are
+    held out until they make up ``share`` of the text. Of a single document the end is held out, from the beginning of a
+    line where there is one.
 
     Args:
         documents: texts that are not empty, at least one.
