@@ -179,7 +179,7 @@ FIELD = (
         "2506.08979",
         "scorers/statistics_memory.py",
         "memory",
-        "routing holds stiller, accuracy hardly comes back",
+        "by stream it holds where no LayerNorm stands before the experts; by sample it does not",
     ),
     Method(
         "Soft-routed units",
