@@ -78,12 +78,12 @@ def _verb(name: str, command: Any) -> list[str]:
     if getattr(command, "commands", None):
         return [line for job, part in command.commands.items() for line in _verb(f"{name} {job}", part)]
     words = [_word(param) + ("..." if param.nargs < 0 else "") for param in command.params if not _option(param)]
-    table = ["| option | what it does |", "| --- | --- |"]
+    table = ["| option | what it does | default |", "| --- | --- | --- |"]
     for param in command.params:
         if _option(param) and not param.hidden:
-            table.append(f"| `{', '.join(param.opts)}` | {_cell(param.help)} |")
+            table.append(f"| `{', '.join(param.opts)}` | {_cell(param.help)} | {_default(param)} |")
         elif getattr(param, "help", None):
-            table.append(f"| `{_word(param)}` | {_cell(param.help)} |")
+            table.append(f"| `{_word(param)}` | {_cell(param.help)} |  |")
     text = [_example(line.strip()) or _prose(line.strip()) for line in (command.help or "").split("\n")]
     return ["", f"## {name}", "", f"`{' '.join([name, *words, '[OPTION]...'])}`", "", *text, "", *table, ""]
 
@@ -99,6 +99,14 @@ def _option(param: Any) -> bool:
 
 def _word(param: Any) -> str:
     return str(param.metavar or param.name.upper())
+
+
+def _default(param: Any) -> str:
+    """What holds where the option is not given: as ``--help`` shows it; of one that must be given, that word."""
+    if param.required:
+        return "must be given"
+    value = param.show_default if isinstance(param.show_default, str) else param.default
+    return "" if value is None or value is False else f"`{value}`"
 
 
 def _cell(text: str | None) -> str:

@@ -21,12 +21,15 @@ def predict(
         typer.Argument(metavar="INPUT...", help="Images, or .npy arrays; of a language model text, files or -."),
     ],
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=1, help="How many tokens a language model writes; 100.")
+        int | None, typer.Option("--tokens", min=1, help="How many tokens a language model writes.", show_default="100")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0, help="Of its draws; 0: the likeliest token; 0.8.")
+        float | None,
+        typer.Option("--temperature", min=0, help="Of its draws; 0: the likeliest token.", show_default="0.8"),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Of its draws; 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Of its draws.", show_default="0")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for restored images; by default each is written beside its file."),

@@ -81,7 +81,9 @@ def train(
     monitor: Annotated[
         bool, typer.Option("--monitor", help=f"Write what the routers do to {MONITOR} in --out.")
     ] = False,
-    every: Annotated[int | None, typer.Option(min=1, help="Steps between two reports of --monitor; 50.")] = None,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two reports of --monitor.", show_default="50")
+    ] = None,
     log: Annotated[
         str | None,
         typer.Option(

@@ -44,25 +44,30 @@ class AdaptOptions(ModelOptions):
     guard_size: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="How many of them, the first N (default: 10000).", rich_help_panel=GUARDED
+            min=1, metavar="N", help="How many of them, the first N.", show_default="10000", rich_help_panel=GUARDED
         ),
     ] = None
     budget: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Points of accuracy an update may cost on them (default: 0.1).", rich_help_panel=GUARDED
+            min=0.0,
+            help="Points of accuracy an update may cost on them.",
+            show_default="0.1",
+            rich_help_panel=GUARDED,
         ),
     ] = None
     max_flips: Annotated[
         int | None,
-        typer.Option(min=0, help="Predictions that may change on them (default: any number).", rich_help_panel=GUARDED),
+        typer.Option(
+            min=0, help="Predictions that may change on them.", show_default="any number", rich_help_panel=GUARDED
+        ),
     ] = None
     method: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="sgd, margin, null_space, low_rank or unit. By default sgd; with a guard unit, or low_rank where the "
-            "model has no spare units.",
+            help="sgd, margin, null_space, low_rank or unit.",
+            show_default="sgd; with a guard unit, or low_rank where the model has no spare units",
             rich_help_panel=HOW,
         ),
     ] = None
@@ -70,15 +75,17 @@ class AdaptOptions(ModelOptions):
         str | None,
         typer.Option(
             metavar="all|last|NAME,...",
-            help="In which layers the used expert learns (default: all; with a guard last).",
+            help="In which layers the used expert learns.",
+            show_default="all; with a guard last",
             rich_help_panel=HOW,
         ),
     ] = None
     lr: Annotated[
-        float | None, typer.Option(min=0.0, help="Step size of sgd (default: 0.002).", rich_help_panel=HOW)
+        float | None, typer.Option(min=0.0, help="Step size of sgd.", show_default="0.002", rich_help_panel=HOW)
     ] = None
     max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Give up after so many steps (default: 200).", rich_help_panel=HOW)
+        int | None,
+        typer.Option(min=1, help="Give up after so many steps.", show_default="200", rich_help_panel=HOW),
     ] = None
     carry: Annotated[
         bool | None,
