@@ -194,3 +194,16 @@ def test_the_tables_of_the_map_are_in_their_files():
             "spectralmoe." + file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         )
         assert isinstance(getattr(module, table), dict), (file, table)
+
+
+def test_the_map_is_in_the_order_of_imports():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^      (\w+)(?:\.py|/)", page, re.M)
+    places = {"__init__", "__main__", "formula", *listed}  # formula.py stands beside spec.py
+    assert places >= {file.partition("/")[0].removesuffix(".py") for file in FILES}
+    order = {name: place for place, name in enumerate(listed)}
+    order["formula"] = order["spec"]
+    for file in FILES:
+        mine = file.partition("/")[0].removesuffix(".py")
+        for name in re.findall(r"^\s*from spectralmoe\.(\w+)", (SOURCE / file).read_text(encoding="utf-8"), re.M):
+            assert mine not in order or name not in order or order[name] <= order[mine], (file, name)

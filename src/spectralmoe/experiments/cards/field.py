@@ -230,7 +230,7 @@ def field_table(root: str = "") -> list[str]:
     >>> field_table()[2][:22]
     '| SR-MoE, [2601.03889]'
     """
-    lines = ["| method | what it is here | file | row | card: its verdict |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| method | what it is here | file | row | card: does its claim hold here? |", "| --- | --- | --- | --- | --- |"]
     for item in FIELD:
         name = f"{item.name}, [{item.arxiv}](https://arxiv.org/abs/{item.arxiv})"
         file = f"[{item.file.rpartition('/')[2]}]({root}src/spectralmoe/{item.file})"
