@@ -2,7 +2,7 @@
 
     python benchmarks/router_only_memory.py --out benchmarks/results/DATE-router-only-memory.json
 
-A layer has 8 experts of three matrices of 4,096 by 14,336 and a gate, random numbers in bf16: 2.8 GB. A checkpoint of
+A layer has 8 experts of three matrices of 4,096 by 14,336 and a gate, in bf16: 2.8 GB. A checkpoint of
 one layer and one of two, a shard each, are written to a temporary folder and inspected in a process of their own. Row 0
 is ``spectralmoe inspect --help``. `own_bytes`: the most that the process held of its own (RssAnon), seen every 10 ms;
 `peak_bytes`: its largest resident set, which counts pages of the files too, that the system takes back when it needs
@@ -46,14 +46,15 @@ def main() -> None:
 def write(folder: Path, layers: int) -> int:
     """A checkpoint with Mixtral's names, a shard a layer; returns its bytes."""
     torch.manual_seed(0)
-    names: dict[str, str] = {}
+    drawn, names = torch.randn(H, D, dtype=torch.bfloat16), dict[str, str]()
     for layer in range(layers):
         start, shard = f"model.layers.{layer}.block_sparse_moe", f"model-{layer + 1:05}-of-{layers:05}.safetensors"
-        tensors = {f"{start}.gate.weight": torch.randn(E, D)}
+        tensors = {f"{start}.gate.weight": drawn[:E].clone()}
         for expert in range(E):
-            for name, shape in {"w1": (H, D), "w2": (D, H), "w3": (H, D)}.items():
-                tensors[f"{start}.experts.{expert}.{name}.weight"] = torch.randn(shape, dtype=torch.bfloat16)
-        save_file({name: value.bfloat16() for name, value in tensors.items()}, folder / shard)
+            for place, (name, shape) in enumerate({"w1": (H, D), "w2": (D, H), "w3": (H, D)}.items()):
+                values = drawn.roll(3 * expert + place).reshape(shape)  # others for every matrix
+                tensors[f"{start}.experts.{expert}.{name}.weight"] = values
+        save_file(tensors, folder / shard)
         names |= dict.fromkeys(tensors, shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": E}

@@ -1,4 +1,4 @@
-"""Directives for what is written nowhere but in the code and the cards: ``{field}``, ``{claims}``, ``{commands}``."""
+"""Directives for what is written elsewhere: ``{field}``, ``{claims}``, ``{commands}`` and ``{versions}``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
+from versions import version_table
 
 from spectralmoe.cli.app import app as application
 from spectralmoe.experiments.cards.field import FIELD, field_table
 
-__all__ = ["setup"]
+__all__ = ["command_lines", "setup"]
 
 
 class Lines(SphinxDirective):
@@ -62,6 +63,16 @@ class Claims(Lines):
         return claim_table(Path(self.env.srcdir) / "papers", [item.card for item in FIELD], "../papers")
 
 
+class Versions(Lines):
+    """The packages that this one asks for, with their oldest and their tested versions."""
+
+    reads = ("pyproject.toml", "constraints.txt")
+
+    def lines(self) -> list[str]:
+        """One table."""
+        return version_table(Path(self.env.srcdir))
+
+
 class Commands(Lines):
     """Every verb of the command line with its options."""
 
@@ -69,8 +80,13 @@ class Commands(Lines):
 
     def lines(self) -> list[str]:
         """A section a verb: its help, then its options."""
-        root = typer.main.get_command(application)
-        return [line for name, verb in root.commands.items() for line in _verb(f"spectralmoe {name}", verb)]  # type: ignore[attr-defined]
+        return command_lines()
+
+
+def command_lines() -> list[str]:
+    """Markdown that says what every verb does, with its options and their defaults."""
+    root = typer.main.get_command(application)
+    return [line for name, verb in root.commands.items() for line in _verb(f"spectralmoe {name}", verb)]  # type: ignore[attr-defined]
 
 
 def _verb(name: str, command: Any) -> list[str]:
@@ -121,7 +137,7 @@ def _prose(text: str) -> str:
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:
-    """The three directives."""
-    for name, directive in {"field": Field, "claims": Claims, "commands": Commands}.items():
+    """The four directives."""
+    for name, directive in {"field": Field, "claims": Claims, "commands": Commands, "versions": Versions}.items():
         app.add_directive(name, directive)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
