@@ -83,7 +83,8 @@ def test_claims_of_cards(extension):
             for figure in re.findall(r"\d*\.?\d+ ±\d*\.?\d+", claim.here):
                 assert figure in " ".join(known.split()), (item.card, figure)
     table = claims.claim_table(ROOT / "papers", [item.card for item in FIELD], "../papers")
-    assert len(table) == 2 + sum(len(claims.read_claims(card_text(item.card))) for item in FIELD)
+    assert len(table) == 2 + sum(len(claims.read_claims(card_text(page.split("/")[1]))) for page in CARDS)
+    assert sum("| [language](" in row for row in table) == 3
 
 
 def test_versions_are_those_of_the_project(extension):
