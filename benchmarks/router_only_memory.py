@@ -2,10 +2,10 @@
 
     python benchmarks/router_only_memory.py --out benchmarks/results/DATE-router-only-memory.json
 
-A layer has 8 experts of three matrices of 4,096 by 14,336 and a gate, in bf16: 2.8 GB. A checkpoint of one layer and one
-of two, a shard each, are written to a temporary folder and inspected in a process of their own. `own_bytes`: the most that
-the process held of its own (RssAnon), seen every 10 ms; pages of the files, which the system takes back when it needs
-them, do not count.
+A layer has 8 experts of three matrices of 4,096 by 14,336 and a gate, in bf16: 2.8 GB. A checkpoint of one layer and
+one of two, a shard each, are written to a temporary folder and inspected in a process of their own. `own_bytes`: the
+most that the process held of its own (RssAnon), seen every 10 ms; pages of the files, which the system takes back when
+it needs them, do not count.
 """
 
 from __future__ import annotations

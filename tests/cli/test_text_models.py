@@ -259,7 +259,7 @@ def test_who_holds_the_last_token_of_a_text(model, corpus, call):
     assert gains == sorted(gains, reverse=True)
     assert {row["layer"] for row in held["experts"]} == {row["layer"] for row in held["layers"]}
     printed = call("inspect", model, "--attribute", text)[1]
-    assert "who holds" in printed
+    assert "what experts add to" in printed
 
 
 def test_one_page_of_training_and_inspection(model, call, tmp_path):

@@ -63,15 +63,15 @@ def adapt_one(
         layers: "last", "all" or names. In each the expert with the largest weight, summed over the samples' tokens.
         method: see ``METHODS``: "sgd", "margin", "null_space", "low_rank", "unit". The last three need a guard.
         max_steps, lr: bounds of the iteration.
-        guard: judges the update on reference data. Too costly, it is scaled back, tried in the last layer alone,
-            tried by other methods, and refused in the end.
+        guard: judges the update on reference data. An update that costs too much is scaled back, tried in the last
+            layer alone, tried by other methods, and refused in the end.
         augment: x -> copies (k * m, ...), those of one sample together, that are to become right too.
-        carry: the share of copies at which the iteration may stop.
-        strength: how much the reference data count in "unit" against samples and copies: more costs less elsewhere,
-            and carries less far.
+        carry: the share of the copies that must be right for the iteration to stop.
+        strength: weight of the reference data against samples and copies in "unit": a larger one costs less accuracy
+            on other data, and fewer copies become right.
 
     Returns:
-        An ``Update``. Where it has no success, and where anything is raised, the model is as it was.
+        An ``Update``. If it has no success, and if anything is raised, the model is as it was.
 
     Raises:
         UserError: a label out of range, an unknown method or layer, a bank that cannot be adapted, a method that
@@ -116,10 +116,10 @@ def adapt_one(
 
 
 def split(model: nn.Module, layer: str) -> tuple[Head, nn.Module]:
-    """What runs before ``layer``, and the rest: the model's own ``split``, or nothing and the whole.
+    """The part of the model that runs before ``layer``, and the rest, by the model's own ``split``.
 
-    Nothing and the whole also where both parts read the same memory (tied weights): what is written into the rest
-    would change what comes before it.
+    Without a ``split`` the first part is empty and the rest is the whole model; so it is where both parts read the same
+    memory (tied weights), since writing into the rest would change what comes before it.
     """
     model_split = getattr(model, "split", None)
     if callable(model_split):

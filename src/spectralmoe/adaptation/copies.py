@@ -75,7 +75,8 @@ def contrasted(x: Tensor, factors: Sequence[float] = (0.7, 1.3)) -> Tensor:
 def neighbours(x: Tensor, *, count: int = 64, sigma: float = SIGMA, seed: int = 1) -> Tensor:
     """``count`` noisy copies of each sample and, for images (k, C, H, W), half as many shifted ones.
 
-    What ``augment`` may be. Each of the eight shifts by one pixel comes count / 16 times (at least once).
+    Give it as ``augment`` to ``adapt_one``. Each of the eight shifts by one pixel comes count / 16 times (at least
+    once).
     """
     copies = noisy(x, count, sigma=sigma, seed=seed).unflatten(0, (len(x), count))
     if x.dim() == 4:

@@ -45,15 +45,15 @@ class Verdict:
 
 
 class Guard:
-    """Reference data that a one-expert update must leave (nearly) as it is.
+    """Bounds what a one-expert update may cost on reference data.
 
-    What it bounds is the cost on these data; on others the cost may be larger. A sample that is itself corrected does
-    not count among them. They are measured again when a parameter or buffer of the model has changed; after any other
-    change of the model make a new guard.
+    On other data the cost may be larger. A sample that is itself corrected does not count among the reference data.
+    They are measured again when a parameter or buffer of the model has changed; after any other change of the model
+    make a new guard.
 
     Args:
-        loader: batches (inputs, labels); read once and kept. They must not be test or tuning data: what is reported
-            on those would then be fitted to them.
+        loader: batches (inputs, labels); read once and kept. Do not give test or tuning data: results on these would
+            then be fitted to them.
         budget: how many percentage points of reference accuracy an update may cost.
         max_flips: how many reference samples may change their prediction at all; None: any number.
 
@@ -80,7 +80,7 @@ class Guard:
         return len(self.labels)
 
     def protect(self, x: Tensor, y: Tensor) -> None:
-        """Let later updates weigh these samples x (k, ...), y (k,), corrected before, among what must stay."""
+        """Count samples x (k, ...), y (k,) that were corrected before among the reference data of later updates."""
         with torch.inference_mode(False):
             self.protected.append((x.detach().to(self.samples, copy=True), y.detach().to(self.labels, copy=True)))
 

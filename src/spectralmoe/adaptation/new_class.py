@@ -50,8 +50,8 @@ def add_class(
 ) -> list[Shots]:
     """Teach class ``label`` from ``shots`` of the ``support`` images (S, C, H, W), ``tries`` times over.
 
-    Each time the k samples are drawn anew and given to one ``adapt_one``, which writes one expert a layer; measured
-    on test ``images`` (N, C, H, W) with ``labels`` (N,); then taken back.
+    Each time the k samples are drawn anew and given to one ``adapt_one``, which writes one expert a layer. The model is
+    measured on test ``images`` (N, C, H, W) with ``labels`` (N,), and then restored.
 
     Raises:
         UserError: fewer support images than shots; no test image of the class.

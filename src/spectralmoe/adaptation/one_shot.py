@@ -98,7 +98,7 @@ class Trial:
             by name.
         interference: accuracy after minus before on all other samples, in percentage points; negative is damage.
             0 without success, when the model is as it was.
-        before, after: how far the correction carries.
+        before, after: share of the copies of the sample that are right before and after the correction, by kind.
     """
 
     sample: int
@@ -124,10 +124,10 @@ def one_shot_trials(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> list[Trial]:
-    """Correct ``trials`` misclassified ones of ``images`` (N, C, H, W) one at a time, restoring the model after each.
+    """Correct ``trials`` misclassified ``images`` (N, C, H, W) one at a time, restoring the model after each.
 
-    Takes all misclassified images where there are fewer. Only the layers from the first touched one on run again, in
-    models that offer ``split``.
+    Where fewer are misclassified it takes all of these. In models that offer ``split`` only the layers from the first
+    changed one on run again.
 
     Args:
         progress: called with the share done, 0 to 1.
@@ -217,7 +217,7 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def carried(model: nn.Module, x: Tensor, y: Tensor) -> Carried:
-    """How far the model's answer for samples x (k, ...), y (k,) carries to copies of them."""
+    """Which share of the copies of samples x (k, ...), y (k,) the model gets right, by kind of copy."""
     return _carries(model, copies_of(x), y)
 
 

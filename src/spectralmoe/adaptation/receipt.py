@@ -84,8 +84,8 @@ class Receipt:
         written, parameters: how many numbers of the model changed, of how many.
         label: the right class.  before, after: what the model said of the sample, and says now.
         carried_before, carried_after: share of the copies of each kind in ``COPIES`` that are right.
-        reference: on the guard's data; None without a guard, or where nothing was changed.
-        test: on held-out data; None where none were given, or nothing was changed.
+        reference: what changed on the guard's data; None without a guard, or where nothing was changed.
+        test: what changed on held-out data; None where none were given, or nothing was changed.
         classes: names of the classes; may be empty.
         machine: versions and hardware.
     """

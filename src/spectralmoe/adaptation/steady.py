@@ -19,8 +19,8 @@ __all__ = ["first_logits", "steady"]
 def steady(model: nn.Module) -> Iterator[None]:
     """``model`` in evaluation mode and without gradient inside the block; modes are put back after it.
 
-    An outer ``torch.inference_mode`` has no say inside, because methods need gradients. Outer autocast has, but keeps
-    no copies of weights, which would not follow what is written.
+    An outer ``torch.inference_mode`` is switched off inside, because methods need gradients. An outer autocast goes on,
+    without its cache of weights, which would not follow what is written.
 
     Raises:
         UserError: a module that stays in training mode, or weights made under ``torch.inference_mode``.

@@ -21,10 +21,10 @@ class StreamStep:
 
     Attributes:
         sample: index of the image.
-        success, method, touched, seconds: of its update. Already right by an earlier one: success without a change.
+        success, method, touched, seconds: of its update. A sample that an earlier one made right: success, no change.
         accuracy: percent, on the images that no correction of the stream is about.
         kept: share of the corrections made so far, this one included, that are right now; 1 before the first.
-        after: how far this correction carries.
+        after: share of the copies of this sample that are right now, by kind.
     """
 
     sample: int
@@ -48,10 +48,10 @@ def correction_stream(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> list[StreamStep]:
-    """Correct ``count`` misclassified ones of ``images`` (N, C, H, W) in a row; the model stays changed.
+    """Correct ``count`` misclassified ``images`` (N, C, H, W) in a row; the model stays changed.
 
-    The guard measures each update against the model as it is then, and weighs earlier corrections among what must
-    stay. Takes all misclassified images where there are fewer.
+    The guard compares each update with the model right before it, and counts the samples of earlier corrections among
+    the reference data. Where fewer images are misclassified it takes all of these.
 
     Args:
         progress: called with the share done, 0 to 1.

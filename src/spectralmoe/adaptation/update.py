@@ -45,9 +45,9 @@ class Update:
         steps: steps taken by the method that succeeded, or by all.
         touched: layer -> the one expert that changed.
         change: Euclidean norm of the change of their tensors.
-        method: what was used last.
+        method: the method of the last attempt, which is the one that was kept, if any was.
         tried: every attempt, and why it was not kept.
-        verdict: of the guard, on the update that was kept or refused last.
+        verdict: the guard's, on the update that was kept or refused last.
         seconds: time taken, the guard's checks included.
     """
 

@@ -38,7 +38,7 @@ class Candidate:
         kind: "ours"; "peer", which computes the same and must pass the gate; "limit", the arithmetic alone; "unlike",
             which computes something else and is shown, never counted; "rate", the machine's large matmul.
         check: the gate: None where the candidate is right, else what is wrong. "ours" and "peer" must have one.
-        reset: gives back what a run leaves behind (gradients), in front of a measurement of memory.
+        reset: frees what a run leaves behind (gradients), before memory is measured.
         flops: of one run; 0: not counted.
         held: bytes that it keeps between runs (for cases that measure memory).
         note: what a reader must know.

@@ -67,8 +67,8 @@ def state_dict_of(source: Any, origin: str) -> dict[str, Tensor]:
 
 
 def without_prefix(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """``tensors`` by the names that a model wants, where all names lie below one prefix: what a wrapper (``module.``,
-    ``_orig_mod.``) or a trainer's class (``model.``) put in front. As they are where no name is wanted below a prefix.
+    """``tensors`` without the prefix that a wrapper (``module.``, ``_orig_mod.``) or a trainer's class (``model.``) put
+    in front of all names; as they are where the model wants no name that the prefix hides.
 
     >>> without_prefix({"module._orig_mod.head.bias": torch.zeros(2)}, ["head.bias", "head.weight"]).keys()
     dict_keys(['head.bias'])

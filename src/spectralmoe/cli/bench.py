@@ -20,17 +20,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 def bench(
     suites: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SUITE]...", help="Which; by default all.", autocompletion=one_among(*SUITES)),
+        typer.Argument(metavar="[SUITE]...", help="Suites to run; all by default.", autocompletion=one_among(*SUITES)),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for JSON, table and picture.")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Interleaved rounds, by default 25 (quick: 7); an interval needs 6.")
+        int | None,
+        typer.Option(min=1, help="Runs of each candidate, in turns; by default 25 (quick: 7); an interval needs 6."),
     ] = None,
     device: DeviceName = "auto",
     dtype: Annotated[
-        str | None, typer.Option(metavar="A,B", help="By default float32,bfloat16 on a CPU, bfloat16 on a GPU.")
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Types of the numbers; by default float32,bfloat16 on a CPU, bfloat16 on a GPU."
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: for a look, not for a record.")] = False,
@@ -46,7 +50,8 @@ def bench(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Time layers, routers, penalties and steps against their arithmetic and against other libraries' layers.
+    """Time layers, routers, penalties and training steps, and compare them with their bare arithmetic and with layers
+    of other libraries.
 
     Suites: layer, router, penalty, branch, step, scaling, decode, memory. Every candidate must give what
     dispatch="loop" gives before it is timed. Other libraries that are not installed (extra: bench) are left out with

@@ -17,7 +17,7 @@ __all__ = ["card"]
 
 def card(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with a plan.py, such as papers/sr-moe.")],
-    quick: Annotated[bool, typer.Option("--quick", help="The small form.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run the small form, which shows that the card runs.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Run a few cells again; do their means lie in the stored intervals?")
     ] = False,
@@ -26,10 +26,11 @@ def card(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the results: DIR itself, of the small form runs/NAME-quick."),
+        typer.Option(metavar="DIR", help="Folder of the results; by default DIR itself, with --quick runs/NAME-quick."),
     ] = None,
     work: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the trained networks: runs/NAME, or models in --out.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the trained networks; by default runs/NAME, or models in --out."),
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each.", show_default="2")] = None,
     cluster: Cluster = None,
@@ -39,11 +40,12 @@ def card(
     collect: Collect = False,
     json: Json = False,
 ) -> None:
-    """Run what a card lacks: tune its rows alike, measure its cells, write its tables and figures.
+    """Run a reproduction card, a folder that tests a paper's claim: tune its rows alike, measure the cells (trained
+    networks) that are missing, write its tables and figures.
 
     Example: spectralmoe card papers/sr-moe --quick
 
-    Each finished cell is a file at once; a card that was stopped goes on when it is started again. The plan is Python
+    Each finished cell is written at once; a card that was stopped goes on when it is started again. The plan is Python
     code of the folder and is run. Several machines share the work with --cluster, --submit or --take, and folders that
     all of them see.
     """

@@ -57,7 +57,10 @@ def compare(
             autocompletion=complete_routers,
         ),
     ] = None,
-    depths: Annotated[str | None, typer.Option(metavar="N,N,...", help="MoE stages.", show_default="2,4")] = None,
+    depths: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="How many MoE stages or blocks the networks have.", show_default="2,4"),
+    ] = None,
     network: Annotated[
         str | None,
         typer.Option(
@@ -67,9 +70,9 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many seeds; the interval is over them.", show_default="5")
+        int | None, typer.Option(min=1, help="How many seeds; intervals are over them.", show_default="5")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="The first.", show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="The first seed.", show_default="0")] = None,
     k: Annotated[
         str | None, typer.Option(metavar="K|soft", help="Experts a token, or soft mixing of all.", show_default="2")
     ] = None,
@@ -102,7 +105,9 @@ def compare(
     assign: Assign = None,
     baseline: Annotated[
         str | None,
-        typer.Option(metavar="ROUTER", help="What the others are compared with, seed by seed; the first by default."),
+        typer.Option(
+            metavar="ROUTER", help="Router that the others are compared with, seed by seed; by default the first."
+        ),
     ] = None,
     columns: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Measures in tables and pictures; all by default.")

@@ -29,13 +29,13 @@ Submit = Annotated[
 ]
 SubmitWith = Annotated[
     list[str] | None,
-    typer.Option("--submit-with", metavar="KEY=VALUE", help="Of these jobs, such as timeout_min=60; repeats."),
+    typer.Option("--submit-with", metavar="KEY=VALUE", help="Setting of these jobs, such as timeout_min=60; repeats."),
 ]
 Take = Annotated[
     str | None,
     typer.Option("--take", metavar="I/N", help="Run the I-th of N slices of the cells alone, such as 3/16."),
 ]
-Collect = Annotated[bool, typer.Option("--collect", help="Run nothing; put together what the slices have run.")]
+Collect = Annotated[bool, typer.Option("--collect", help="Run nothing; write the tables of what the slices have run.")]
 
 
 def elsewhere(

@@ -34,8 +34,8 @@ def evaluate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Test accuracy of MODEL, bits per byte of a language model, operations spent on signals, or PSNR and SSIM of
-    restored photos; and how evenly its experts are used in each layer.
+    """Print how good MODEL is on the test part: accuracy, bits per byte of a language model, operations spent on
+    signals, or PSNR and SSIM of restored photos; and how evenly the experts of each layer are used.
 
     Examples: spectralmoe evaluate runs/first/models/sr-moe-depth2-seed0
 

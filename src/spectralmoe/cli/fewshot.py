@@ -64,7 +64,8 @@ def fewshot(
     device: DeviceName = "auto",
     json: Json = False,
 ) -> None:
-    """Train branches and head on K images a class, MODEL frozen as the backbone; accuracy on the test part.
+    """Train MoE branches and a new head on K images a class of other data, with MODEL as a frozen backbone, and print
+    the accuracy on the test part.
 
     Example: spectralmoe fewshot runs/vit --data mnist5k --shots 1,5,10 --out runs/fewshot
 

@@ -40,12 +40,12 @@ def finetune(
         str | None,
         typer.Option(
             metavar="NAME|TABLE|PKG:OBJECT",
-            help="Put other routers in (see 'spectralmoe list').",
+            help="Put these routers in the place of the model's own (see 'spectralmoe list').",
             autocompletion=complete_finetune_router,
         ),
     ] = None,
     terms: Annotated[
-        str | None, typer.Option(metavar="NAME=WEIGHT,...", help="Terms of the loss, such as load_balance=1e-2.")
+        str | None, typer.Option(metavar="NAME=WEIGHT,...", help="Terms added to the loss, such as load_balance=1e-2.")
     ] = None,
     train: Annotated[
         str | None,
@@ -68,7 +68,7 @@ def finetune(
     device: DeviceName = "auto",
     json: Json = False,
 ) -> None:
-    """Train a mixture-of-experts language model on text; bits per byte on a held-out part tell what it was worth.
+    """Train a mixture-of-experts language model on text, and print bits per byte on a held-out part, before and after.
 
     Example: spectralmoe finetune ./Mixtral-8x7B --text books --terms load_balance=1e-2 --lora 16 --out runs/books
 

@@ -36,7 +36,9 @@ def inspect(
     ] = None,
     attribute: Annotated[
         list[str] | None,
-        typer.Option("--attribute", metavar="TEXT", help="Say which experts hold the last token of TEXT; repeatable."),
+        typer.Option(
+            "--attribute", metavar="TEXT", help="Say what each expert adds to the last token of TEXT; repeats."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens to run.")] = 4096,
     out: Annotated[
@@ -164,7 +166,7 @@ def show_holders(held: dict[str, Any], names: Sequence[str], most: int = 8) -> N
         ]
         for row in held["experts"][:most]
     ]
-    title = f"who holds {last!r} after {before!r} (log p {held['log_prob']:.3g})"
+    title = f"what experts add to {last!r} after {before!r} (log p {held['log_prob']:.3g})"
     print_table(title, ["layer", "expert", "weight", "gain"], rows)
 
 

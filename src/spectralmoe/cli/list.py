@@ -87,10 +87,12 @@ _WIDTH = 20  # of the names of a table, or more
 def list_everything(
     json: Json = False,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="The methods of papers instead, each with its file, card and verdict.")
+        bool,
+        typer.Option("--markdown", help="Print the methods of papers instead, each with its file, card and verdict."),
     ] = False,
 ) -> None:
-    """Data sets, texts, router presets, the parts that networks are made of, and the values that ``inspect`` measures.
+    """Print data sets, texts, router presets, the parts that networks are made of, and the values that 'inspect'
+    measures.
 
     Example: spectralmoe list
     """

@@ -33,9 +33,10 @@ def plan(
     ] = 1.3,
     json: Json = False,
 ) -> None:
-    """What expert parallelism, replicas and least-loaded plans would do to the busiest device, layer by layer.
+    """Print for each layer the work of the busiest of several devices over their mean, under expert parallelism,
+    replicas and a least-loaded plan; 1 is even.
 
-    The load of the inspection stands for a step: its shares, of as many tokens as a step has. Nothing is run or timed.
+    The load in the inspection gives the shares of the experts in a step. Nothing is run or timed.
 
     Example: spectralmoe plan runs/look --devices 8
     """

@@ -25,10 +25,10 @@ def predict(
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", min=0, help="Of its draws; 0: the likeliest token.", show_default="0.8"),
+        typer.Option("--temperature", min=0, help="Of its draws; 0: always the likeliest token.", show_default="0.8"),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Of its draws.", show_default="0")
+        int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Random seed of its draws.", show_default="0")
     ] = None,
     out: Annotated[
         Path | None,
@@ -38,11 +38,11 @@ def predict(
     device: DeviceName = "auto",
     json: Json = False,
 ) -> None:
-    """The most likely class of each image, its probability, and the expert that each layer leans on; how a language
-    model goes on with each text; or each image restored, as NAME-restored.png.
+    """Print the most likely class of each image, its probability, and the expert with the largest weight in each layer;
+    let a language model go on with each text; or restore each image and write it as NAME-restored.png.
 
-    To be classified, images are read in the size and the colours that the model was trained with; where that changes
-    one, stderr says so. Restored ones keep both.
+    To classify images, they are read in the size and the colours that the model was trained with; a line on stderr says
+    which ones that changes. Restored images keep size and colours.
 
     Example: spectralmoe predict runs/first/models/sr-moe-depth2-seed0 digit.png
 

@@ -24,8 +24,8 @@ _BATCH = 256
 def replicate(
     model: Model,
     out: Out,
-    bits: Annotated[int, typer.Option("--bits", metavar="2..32", help="Of an integer.")] = 8,
-    copies: Annotated[int, typer.Option("--copies", metavar="N", help="Places added to each layer.")] = 1,
+    bits: Annotated[int, typer.Option("--bits", metavar="2..32", help="Bits of an integer.")] = 8,
+    copies: Annotated[int, typer.Option("--copies", metavar="N", help="Copies added to each layer.")] = 1,
     quantize: Annotated[
         int, typer.Option("--quantize", metavar="N", help="How many experts without copies are quantised.")
     ] = 1,
@@ -53,10 +53,11 @@ def replicate(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Write MODEL with a copy of the busiest expert of each layer to --out, and the least important ones as integers.
+    """Give the busiest expert of each layer a copy, turn it and the least important experts into integers of few bits,
+    and write the model to --out.
 
-    The weights are written as the numbers that the integers stand for; the bytes that these would take are counted.
-    Models of Hugging Face: spectralmoe.hf.replicate_and_quantize_experts.
+    The values are rounded to what the integers stand for and keep their type; the bytes that the integers would take
+    are printed. For models of Hugging Face: spectralmoe.hf.replicate_and_quantize_experts.
 
     Example: spectralmoe replicate runs/language --bits 4 --quantize 3 --out runs/replicated
     """

@@ -28,9 +28,9 @@ def report(
     title: Annotated[str | None, typer.Option("--title", metavar="TEXT", help="Title of the page.")] = None,
     json: Json = False,
 ) -> None:
-    """One HTML page about inspections, training runs, comparisons and one-expert updates.
+    """Write one HTML page about inspections, training runs, comparisons and one-expert updates.
 
-    Several of a kind stand side by side. The page loads nothing: it can be mailed, or opened from disk.
+    Several of a kind stand side by side. The page needs no network: it can be mailed, or opened from disk.
 
     Example: spectralmoe report runs/inspected runs/corrected --out report.html
     """

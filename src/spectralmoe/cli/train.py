@@ -74,7 +74,7 @@ def train(
         str | None,
         typer.Option(
             metavar="ddp|fsdp2[,ep=K]",
-            help="Share every batch among the processes of torchrun; ep=K: K of them share the experts out.",
+            help="Share every batch among the processes of torchrun; ep=K: each K of them share the experts.",
             autocompletion=one_among("ddp", "fsdp2"),
         ),
     ] = None,

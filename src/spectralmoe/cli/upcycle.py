@@ -45,7 +45,7 @@ def upcycle(
         str,
         typer.Option(
             metavar="copy|drop|noise|virtual",
-            help="How experts are made; drop or noise to train them.",
+            help="How experts are made of the MLP; take drop or noise if you train them.",
             autocompletion=one_among("copy", "drop", "noise", "virtual"),
         ),
     ] = "copy",
@@ -78,10 +78,11 @@ def upcycle(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Make a mixture of experts of DENSE: a folder in --out that plain transformers loads, with DENSE's tokenizer.
+    """Turn the language model DENSE into a mixture of experts, and write it to --out, with DENSE's tokenizer, for plain
+    transformers to load.
 
-    With copy and virtual it computes what DENSE did, until it is trained. With --router prompts every domain of the
-    text starts one expert.
+    With --method copy or virtual it computes what DENSE did, until it is trained. With --router prompts the router row
+    of each expert starts from one domain of the text.
 
     Example: spectralmoe upcycle ./Llama-3.2-1B --experts 8 --method drop --out runs/moe
 

@@ -1,4 +1,4 @@
-"""Imputation of samples: a placeholder for what is missing, made from samples of others.
+"""Imputation of missing views: a placeholder that is the mean of other samples.
 
 Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs
 with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525, the first stage.
@@ -19,9 +19,9 @@ __all__ = ["PoolImputer"]
 class PoolImputer:
     r"""Fills missing samples with the mean of some others: :math:`x_b \leftarrow \frac{1}{n} \sum_{i \in S_b} p_i`.
 
-    S_b are n samples of the pool, drawn anew for each missing one, without one twice. Samples that are there stay as
-    they are, bit by bit; where all are there, nothing is drawn. The pool holds one view (a modality) of the training
-    samples.
+    S_b are n samples of the pool, drawn anew for each missing one, without replacement. Samples that are not missing
+    stay as they are, bit by bit; if none is missing, nothing is drawn. The pool holds one view (a modality) of the
+    training samples.
 
     Args:
         pool: p (P, *S).

@@ -1,7 +1,8 @@
 r"""Records of radio interference, made from equations: 21 classes of one or two jammers in noise.
 
-Complex baseband, frequencies in cycles a sample. After the signal models of the GNSS interference literature that
-"PhyG-MoE", arXiv 2601.12798, names 21 classes of; its own set is not public, so primitives, pairs and ranges are ours.
+Complex baseband, frequencies in cycles a sample. "PhyG-MoE", arXiv 2601.12798, has 21 classes of interference to
+satellite navigation, but its data are not public; primitives, pairs and ranges here are ours, after signal models of
+that literature.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def patches_of(photos: Sequence[Photo], side: int, *, least: float = 0.05) -> Te
     Photographs that are smaller than a patch give none.
 
     Args:
-        least: patches whose standard deviation is not above it are left out: nothing is to be seen in them.
+        least: patches whose standard deviation is not above it are left out, since they show nothing.
     """
     large = [photo.pixels for photo in photos if min(photo.pixels.shape[1:]) >= side]
     cut = [pixels.unfold(1, side, side).unfold(2, side, side).flatten(0, 2) for pixels in large]

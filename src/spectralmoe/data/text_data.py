@@ -43,9 +43,9 @@ class TextData:
 def load_text(name: str, data_dir: Path | None = None) -> TextData:
     """Load text by a name of ``TEXTS``, a file or a folder (``read_path``), or several of them joined by "+".
 
-    Alone a text has the domains of its own (the topics of "fortunes", the subfolders of a folder); of several joined
-    each is one domain. Of each ten documents about eight are for training, one for validation and one for testing.
-    Documents that stand there twice are taken once.
+    A single text has domains of its own (the topics of "fortunes", the subfolders of a folder); of several that are
+    joined each is one domain. About eight of ten documents are for training, one for validation and one for testing. A
+    document that occurs twice is taken once.
 
     Raises:
         UserError: an unknown name; text that cannot be had or read; too few documents to fill all parts.

@@ -1,6 +1,6 @@
 """Views of grey images: upper half, lower half and spectrum, any of which may be missing.
 
-A small stand-in for samples of several modalities: each view tells something of the class, none tells all.
+A small stand-in for samples of several modalities: each view says something about the class, none says all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def views_of(images: Tensor, scales: Scales | None = None) -> list[Tensor]:
     The third is :math:`\log(1 + |\mathrm{FFT}(x)|)`, the half of it that a real image does not repeat.
 
     Args:
-        scales: what is taken off and divided by; None: the values as they are.
+        scales: means that are subtracted and standard deviations that are divided by; None: the values as they are.
 
     Raises:
         UserError: images with colours, or of a height below 2.

@@ -32,7 +32,7 @@ class Estimate:
 
     @property
     def separated(self) -> bool:
-        """Whether the interval leaves out 0: of a difference, whether the seeds tell two rows apart."""
+        """Whether the interval does not contain 0: for a difference, whether the seeds tell two rows apart."""
         return self.half is not None and abs(self.mean) > self.half
 
     def holds(self, value: float) -> bool:
@@ -61,7 +61,7 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
 def paired(a: Mapping[Hashable, float | None], b: Mapping[Hashable, float | None]) -> Estimate | None:
     """The differences a - b under the keys (seeds) that both have; None if there are none.
 
-    Seeds that make both rows better or worse drop out, so it tells apart rows whose single intervals overlap.
+    What a seed does to both rows alike cancels, so rows can differ clearly even where their own intervals overlap.
 
     >>> difference = paired({0: 5.0, 1: 7.0, 2: 9.0}, {0: 4.0, 1: 6.1, 2: 7.9})
     >>> round(difference.mean, 3), round(difference.half, 3), difference.separated

@@ -1,5 +1,5 @@
-"""MoE models of Hugging Face's transformers: load one, run it on text, watch its routers, monitor its training,
-make one of a dense model."""
+"""Mixtures of experts of Hugging Face's transformers: load one, run it on text, watch its routers, replace them, train
+with terms, prune, and make one of a dense model."""
 
 from spectralmoe.hf.language import TransformersModel, encode, run, training_facts
 from spectralmoe.hf.load import load_transformers

@@ -52,8 +52,8 @@ class TransformersModel:
 def encode(loaded: TransformersModel, text: str, tokens: int) -> list[dict[str, Tensor]]:
     """The first ``tokens`` tokens of ``text`` as batches of arguments of the model's forward: ``input_ids`` (B, S), ...
 
-    Sequences have 512 tokens, or as many as the model has positions; the last one what remains. A decoder beside an
-    encoder gets the start token and then the text, so that it predicts each token from those before.
+    Sequences have 512 tokens, or as many as the model has positions; the last one has what remains. The decoder of an
+    encoder-decoder model gets the start token and then the text, so that it predicts each token from those before.
 
     Raises:
         UserError: no text; as ``token_ids``.
@@ -101,7 +101,7 @@ def token_ids(loaded: TransformersModel, text: str, *, special: bool = True) -> 
 
 @torch.no_grad()
 def run(loaded: TransformersModel, batches: Sequence[dict[str, Tensor]]) -> None:
-    """Run the model on batches for what a watch sees; logits of the vocabulary are left out where they can be.
+    """Run the model on batches, for a watch that is open; logits of the vocabulary are not computed where possible.
 
     Raises:
         UserError: the model's forward fails, as with a config that asks for more experts than there are.

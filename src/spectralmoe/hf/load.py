@@ -45,8 +45,8 @@ def load_transformers(
 ) -> TransformersModel:
     """Load a language model with MoE, causal, sequence-to-sequence or multimodal, to be run on text.
 
-    Weights come from safetensors, and no code of others is run: of the attention and the experts too it is not the
-    config that chooses the implementation (it can name a kernel of the hub), but the model's class in transformers.
+    Weights come from safetensors, and no code of the model's author is run. The model's class in transformers chooses
+    the implementation of attention and experts; the config does not, since it can name a kernel of the hub.
 
     Args:
         source: a folder, a name on the Hugging Face hub, or "smollm2" (see ``spectralmoe.hf.smollm2``).

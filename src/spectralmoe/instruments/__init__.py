@@ -1,4 +1,4 @@
-"""Instruments: the values of ``diagnostics`` gathered over a run, compared with thresholds, written down.
+"""Instruments: they gather the values of ``diagnostics`` over a run, compare them with thresholds, and write them down.
 
 ``Inspector`` looks at a model once, ``Monitor`` while it trains; both make findings by the same rules.
 """

@@ -51,8 +51,8 @@ CURES = {
     "not_finite": "go back to a checkpoint from before the weights stopped being finite",
     "no_data": "give more tokens (--tokens) or a larger data set",
     "no_choice": (
-        "nothing, by more data: one expert, or all of them, is no choice to judge, and a choice by noise or by the "
-        "experts is not told by the scores"
+        "more data do not help: with one expert, or all of them, there is no choice to judge, and the scores do not "
+        "show a choice that noise or the experts made"
     ),
     "not_run": "run the model on data: inspect without --router-only or --gates-only",
     "half_precision": "inspect a checkpoint in float32, where there is one (--dtype float32)",

@@ -39,7 +39,7 @@ def inspection_document(
         layers: of an ``Inspector``, or of a checkpoint.
         paths: of an ``Inspector``.
         text: passages, of a language model.
-        holders: what holds the last token of texts (``spectralmoe.attribution.holders``).
+        holders: what each expert adds to the last token of texts (``spectralmoe.attribution.holders``).
     """
     document = {
         "kind": "inspection",

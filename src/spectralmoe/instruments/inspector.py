@@ -35,13 +35,13 @@ Describe = Callable[[Watched, Place], dict[str, Any]]
 
 
 class Inspector:
-    """Takes the calls of a run batch by batch; gives the "layers" and "paths" of an inspection document.
+    """Gathers the calls of a run batch by batch, and makes the "layers" and "paths" of an inspection document of them.
 
     Args:
         layers: of a ``Watch``.
         labels: the names of the classes or topics, where the data has any.
-        sample: how many tokens of each layer are kept to look at noise and at precision, the first 256 of them at its
-            experts.
+        sample: how many tokens of each layer are kept; all of them show what noise and precision change, the first
+            256 how alike the experts' outputs are.
         seed: of the sample and of the noise.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK

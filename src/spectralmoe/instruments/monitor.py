@@ -33,20 +33,20 @@ class OpenWatch(Protocol):
 
 
 class Monitor:
-    """Counts what the routers of ``model`` do while it trains; reports every ``every`` steps.
+    """Counts what the routers of ``model`` do while it trains, and reports every ``every`` steps.
 
-    Of a replayed forward the choice counts that the router itself makes (``Routing.live``).
-    Only layers in training mode count, so evaluation in between stays out; so do padding and the second forward of
-    activation checkpointing. All forwards between two calls of ``step`` make one step (gradient accumulation). Loads,
-    dead experts and drops are exact counts of all steps since the last report; entropy and near ties, which cost more,
-    are those of the first steps after it, until 256 tokens or more. Nothing waits for the device between two reports.
+    Only layers in training mode count, so evaluation in between does not; nor do padding and the second forward of
+    activation checkpointing. In a replayed forward the router's own choice counts (``Routing.live``). All forwards
+    between two calls of ``step`` make one step (gradient accumulation). Loads, dead experts and drops are exact counts
+    of all steps since the last report; entropy and near ties, which cost more, are those of the first steps after it,
+    until 256 tokens or more. Between two reports nothing waits for the device.
 
-    Where ``torch.distributed`` is initialised, every rank must call ``step`` alike; a report sums over the ranks, and
-    the first one writes. A file that is there is gone on with: the lines of steps that are done again are dropped.
+    Where ``torch.distributed`` is initialised, every rank must call ``step``; a report sums over the ranks, and the
+    first one writes. If the file exists, lines are added to it; the lines of steps that are repeated are replaced.
 
     Args:
         path: JSON lines are written here (``read_monitor`` reads them); None: nowhere.
-        every: report at the steps that this divides.
+        every: report at the steps whose number this divides.
         layers: also write the share of the load of each expert of each layer.
         group: process group to sum over; None: the default group.
         title: of the run; None: the model's class.
@@ -136,7 +136,7 @@ class Monitor:
         """Call once after each optimizer step.
 
         Args:
-            step: its number, rising; None: one more than the last (of the file, where a run goes on).
+            step: its number, larger than the last; None: one more than the last (in the file, where a run is resumed).
 
         Raises:
             UserError: outside the ``with`` block; a number that does not rise; inside torch's ``Join``, where other

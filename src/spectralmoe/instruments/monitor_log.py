@@ -40,7 +40,7 @@ def read_monitor(path: str | Path) -> list[dict[str, Any]]:
 
 
 class MonitorLog:
-    """Where a monitor writes, one at a time; a file that is there is gone on with.
+    """The file that a monitor writes, one monitor at a time; lines are added to a file that is there.
 
     Raises:
         UserError: the file is not of a monitor, another one writes it, or its folder cannot be written.

@@ -1,6 +1,6 @@
 """The findings of a document: what is wrong with its routers, from stated thresholds, with cures for the model.
 
-They are read off the values of an inspection (``spectralmoe inspect``), of a checkpoint that is not run,
+They follow from the values of an inspection (``spectralmoe inspect``), of a checkpoint that is not run,
 or of a training run (``Monitor``), so the three agree. A value without data gives no finding: the finding ``no_data``
 says what could not be judged.
 """

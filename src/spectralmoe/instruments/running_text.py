@@ -1,4 +1,4 @@
-"""Running text: the expert that each token of a sequence leans on, layer by layer, for the page to colour."""
+"""Running text: the expert with the largest combine weight for each token of a sequence, layer by layer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _leaning(layer: Watched, routing: Routing | None, tokens: int) -> dict[str, 
 def split_text(ids: Tensor, decode: Callable[[Sequence[int]], str]) -> list[str]:
     """What each token adds to the text of ``ids`` (S,); nothing where a letter ends in a later token.
 
-    A tokenizer may write a token otherwise when it stands alone, without its space or as a part of a letter.
+    A tokenizer may write a single token differently: without its space, or as a part of a letter.
 
     >>> import torch
     >>> split_text(torch.tensor(list("né".encode())), lambda ids: bytes(ids).decode(errors="replace"))

@@ -1,4 +1,4 @@
-"""Samples of the tokens of a layer: a uniform one, and the tokens that lean most on each expert."""
+"""Samples of the tokens of a layer: a uniform one, and the tokens with the largest combine weight of each expert."""
 
 from __future__ import annotations
 

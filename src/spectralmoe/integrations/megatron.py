@@ -52,13 +52,13 @@ class SpectralRouter(MegatronModule, GuestRouter):  # type: ignore[misc]
 
     Each layer adds its terms, :math:`\sum_j w_j f_j / P` over P ranks of its tensor and context parallel group, to the
     gradient through Megatron's ``MoEAuxLossAutoScaler``, in training, where its own auxiliary losses are added and with
-    the same scale. ``Term.reduce`` is over the records of a tape; here is one a layer, so layers add up. A term of the
-    statistics of a batch (``load_balance``) reads the tokens of its rank. The unweighted values are in Megatron's
-    tracker of auxiliary losses under the names of the terms.
+    the same scale. Each layer computes its terms by itself and layers add up, whatever ``Term.reduce`` says. A term of
+    the statistics of a batch (``load_balance``) reads the tokens of its rank. Megatron's tracker of auxiliary losses
+    has the unweighted values, under the names of the terms.
 
-    Tokens that the padding mask names (True is padding) get no expert: their output is 0. An empty slot (threshold,
-    capacity) is no entry of the routing map. Parameters stay fp32 in a bf16 model, and so do the weights that are
-    returned, as under ``moe_router_dtype="fp32"``.
+    Padding (True in the padding mask) gets no expert: its output is 0. An empty slot (threshold, capacity) has no entry
+    in the routing map. Parameters stay fp32 in a bf16 model, and so do the weights that are returned, as under
+    ``moe_router_dtype="fp32"``.
 
     ``record``, ``feed``, ``Monitor`` and ``attach`` find the layer under the name of its MoE layer. Under pipeline
     parallelism the stages hold different layers, so selection biases are summed over
@@ -67,13 +67,13 @@ class SpectralRouter(MegatronModule, GuestRouter):  # type: ignore[misc]
     Args:
         config: the ``TransformerConfig``; ``hidden_size`` is D, ``num_moe_experts`` E, ``moe_router_topk`` k.
         pg_collection: the process groups, as ``MoELayer`` hands them on.
-        is_mtp_layer: told by later versions; nothing depends on it.
+        is_mtp_layer: later versions pass it; nothing depends on it.
         preset: what ``configure`` read.
 
     Raises:
-        UserError: what the parts of the row refuse; a setting of ``config`` that is an order to Megatron's own router;
-            a term that needs more than the router of one layer. In forward: a slot that is empty, or may be, where the
-            dispatcher counts on exactly k experts a token.
+        UserError: what the parts of the row refuse; a setting of ``config`` that only Megatron's own router follows; a
+            term that needs more than the router of one layer. In forward: a slot that is empty, or may be, where the
+            dispatcher needs exactly k experts a token.
     """
 
     config: Any

@@ -1,4 +1,4 @@
-"""Experts on several devices: what the load of an inspection would do to the busiest one, layer by layer."""
+"""Experts on several devices: how much the busiest one would do under the load of an inspection, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["PLANS", "TOKENS", "devices_panel", "layer_plans"]
 
 PLANS = {
     "native": ("expert parallel", "each device computes its own experts"),
-    "replicas": ("replicas", "one place more a device, for the experts that are busiest in this very load"),
-    "least_loaded": ("least loaded", "what a device cannot take goes to the least loaded, with the weights it needs"),
+    "replicas": ("replicas", "each device also holds a copy of one of the experts that are busiest in this very load"),
+    "least_loaded": ("least loaded", "tokens that a device cannot take go to the least loaded, with copies of experts"),
 }
 """Plan -> its heading, and what it is."""
 

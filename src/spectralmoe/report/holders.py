@@ -1,4 +1,4 @@
-"""The panel of what holds a token: for each text the experts, those with the largest gain first."""
+"""The panel of what each expert adds to a token: for each text the experts, those with the largest gain first."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ STYLES = ("base", "panels", "print")
 def render_report(documents: Sequence[Document | Mapping[str, Any]], title: str) -> str:
     """The HTML of a page about ``documents``, read ones or JSON values in memory; several of a kind stand side by side.
 
-    It loads nothing, and its own policy forbids it to: only the one script that it was made with may run.
+    The page loads nothing from elsewhere; its content policy forbids that, and lets only its own script run.
 
     Raises:
         UserError: nothing to show; a value that is no document.

@@ -18,7 +18,7 @@ class FinetuneSettings(Settings):
         router: the routers that are put in, a name or a table, see ``find_preset``; None: the model's own stay.
         terms: regularizers by name with their weights, beside those of the router; one of the same name changes it.
         train: "routers", "experts", both, or "all"; None: "all", with ``lora`` "routers".
-        layers: the MoE layers that are trained, "all" or the last N, "last2"; of what is before them the output is
+        layers: the MoE layers that are trained, "all" or the last N, "last2"; the output of the layers before these is
             computed once.
         lora: rank of adapters on the experts; None: no adapters.
         length: tokens of a window; None: 256, or as many as the model reads.

@@ -1,4 +1,4 @@
-"""A process that dies ends the others: every process of a run beats in the store they share, and watches the next one.
+"""A process that dies ends the others: each writes signs of life to the store they share, and watches the next one.
 
 torchrun ends the processes of its own machine, and says so in a report of its own. Those of other machines may wait in
 a collective for as long as its timeout; here each has a thread that ends it.

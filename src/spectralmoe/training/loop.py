@@ -36,14 +36,14 @@ _CHECKPOINT_SECONDS = 10.0
 
 
 class Progress(Protocol):
-    """Who is told how far a run has come."""
+    """A function that is told how far a run has come."""
 
     def __call__(self, text: str, done: float, detail: str = "") -> None:
         """``text`` is what runs now, ``done`` the share of all work, 0 to 1; ``detail`` may change at every call."""
 
 
 class Diverged(UserError):
-    """The loss or a weight stopped being a finite number: no mistake of the user's in itself."""
+    """The loss or a weight is no longer a finite number. This need not be a mistake of the user."""
 
     exit_code = 1
 

@@ -34,7 +34,7 @@ Kind = Literal["ddp", "fsdp2"]
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes of a run. Each takes its share of every batch, so that all together do what one alone would.
+    """The processes of a run. Each takes its share of every batch, so that together they do what one alone would do.
 
     The gradients are those of one process up to rounding, with two exceptions: penalty terms and batch norms see the
     share of each process, and dropout draws other masks.

@@ -1,4 +1,4 @@
-"""The precision of a training step: autocast for its forward, a scaled loss where gradients would vanish."""
+"""The precision of a training step: autocast for its forward, and under fp16 a scaled loss, since gradients vanish."""
 
 from __future__ import annotations
 

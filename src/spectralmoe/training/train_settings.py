@@ -27,8 +27,9 @@ class TrainSettings(Settings):
     Attributes:
         router, depth, network: of an SR-MoE network or a language model: a name or a table, see ``find_preset``; how
             many MoE stages or blocks; their sizes.
-        experts: of an SR-MoE network: the bank by name, or a table with its arguments; None: the router's, or its own.
-        backbone, moe: a timm model and its MoE parts; without parts it is dense, to be a start for others.
+        experts: of an SR-MoE network: the bank by name, or a table with its arguments; None: that of the router, if it
+            brings one, or else of the network.
+        backbone, moe: a timm model and its MoE parts; without parts it is dense, and others can start from it.
         terms: regularizers by name with their weights, beside those of the router; one of the same name changes it.
         image_size: images are resized to this side; those of a folder when they are read. None: as the data have them.
         text: how text is cut and read; with data text:NAME, which have defaults of their own in other sections, too.

@@ -29,8 +29,8 @@ class Views(Settings):
         rates: those at which the network is measured, each with a metric of its own.
         placeholder: the values of a missing view: "zeros", its mean; "noise", normal with its mean and deviation;
             "pool", the mean of some training samples' (``PoolImputer``).
-        samples: how many of the pool.
-        keep: tokens that a ``SparseCrossImputer`` in each block fills a missing view from; 0: there is none.
+        samples: how many training samples "pool" takes.
+        keep: from how many tokens a ``SparseCrossImputer`` in each block fills a missing view; 0: there is no imputer.
         confidence: weight of ``confidence_loss``, for layers of ``ConfidentExperts``.
         heads: of each attention.
     """

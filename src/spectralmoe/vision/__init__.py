@@ -1,4 +1,4 @@
-"""Put MoE into vision models: branches behind blocks, experts in place of MLPs, timm models, old EMoE weights."""
+"""Put MoE into vision models: branches (adapters) behind blocks, or experts in place of MLPs; read old EMoE weights."""
 
 from spectralmoe.vision.blocks import choose_blocks, model_blocks
 from spectralmoe.vision.branch_spec import BranchSpec

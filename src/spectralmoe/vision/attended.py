@@ -1,4 +1,4 @@
-"""The block of a vision transformer that also tells its experts what its attention gave."""
+"""The block of a vision transformer that also passes the output of its attention to its MoE layer."""
 
 from __future__ import annotations
 

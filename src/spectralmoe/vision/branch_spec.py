@@ -40,8 +40,8 @@ class BranchSpec:
         scale: start of the learnable factor alpha; 0 leaves the model as it is.
         start: "model": the adapters' output matrices start at zero, so that the model computes what it did until the
             first step (as in LoRA, Hu et al., arXiv 2106.09685); "authors": they start at random, as EMoE's authors
-            have it. With scale 0, which leaves the model as it is too, they start at random: of two factors at zero
-            neither gets a gradient.
+            have it. With scale 0, which also leaves the model as it is, they always start at random: if both factors
+            were zero, neither would get a gradient.
         bank: (E, D, H) -> a bank in the place of an MLP (``replace_mlp``); None: adapters in a branch, and experts of
             the MLP's form in its place.
 
@@ -83,9 +83,9 @@ class BranchSpec:
     def of(cls, row: str | Table, *, k: K = 1, **options: Any) -> BranchSpec:
         """Branches with a router by name, ``"emoe"``, or any row that ``find_preset`` reads.
 
-        EMoE (Cheng et al., "Eigenbasis-Guided Routing for Mixture-of-Experts", arXiv 2601.12137) comes in two forms:
-        ``"emoe"``, the idea done well: ``PrincipalScorer`` on normalised tokens, class token included; and
-        ``"emoe-faithful"``, the authors' layer: h + alpha * sum_e gate_e E_e(h) on patch tokens, with
+        EMoE (Cheng et al., "Eigenbasis-Guided Routing for Mixture-of-Experts", arXiv 2601.12137) has two forms here:
+        ``"emoe"``, the default form of this library: ``PrincipalScorer`` on normalised tokens, class token included;
+        and ``"emoe-faithful"``, the authors' layer: h + alpha * sum_e gate_e E_e(h) on patch tokens, with
         ``EigenbasisScorer`` and weights that are not renormalised after the top-k.
 
         Args:

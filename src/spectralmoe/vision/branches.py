@@ -88,17 +88,17 @@ class Branch(nn.Module):
 def add_branches(model: Model, spec: BranchSpec) -> Model:
     """Add an MoE branch behind the chosen blocks of ``model``, in place; returns ``model``.
 
-    Works on timm's families with blocks (ViT, DeiT, DINO, CLIP, SigLIP, Eva, BEiT, Swin, Hiera, ConvNeXt, ...); the
-    width D is read from each block, the number of prefix tokens from ``model.num_prefix_tokens``. Of other libraries'
-    models pass the part that holds the blocks, and say the ``prefix``: ``add_branches(model.encoder, ...)`` for
-    torchvision's ViT, ``add_branches(model.vit, ...)`` for Hugging Face's. New parameters lie on the device and in the
-    dtype of their block (routers stay fp32) and take gradients, whatever the model's do.
+    It works on timm's families with blocks (ViT, DeiT, DINO, CLIP, SigLIP, Eva, BEiT, Swin, Hiera, ConvNeXt, ...); the
+    width D is read from each block, the number of prefix tokens from ``model.num_prefix_tokens``. For models of other
+    libraries pass the part that holds the blocks, and give the ``prefix``: ``add_branches(model.encoder, ...)`` for
+    torchvision's ViT, ``add_branches(model.vit, ...)`` for Hugging Face's. New parameters have the device and dtype of
+    their block (routers stay fp32) and take gradients, also where the model's are frozen.
 
-    The model computes what it did before until the first step, but for ``start="authors"``. In that step the adapters'
-    output matrices alone get a gradient from the task, then router and experts do.
+    Unless ``start="authors"``, the model computes what it did before until the first step. In that step only the
+    adapters' output matrices get a gradient from the task; from then on router and experts do, too.
 
-    With class-token pooling only the class token of the last block reaches the head: a branch there with
-    tokens="patches" gets no gradient. That is how the EMoE authors have it; tokens="all" cures it.
+    With class-token pooling only the class token of the last block reaches the head, so a branch there with
+    tokens="patches" gets no gradient. The EMoE authors have it so; with tokens="all" it gets one.
 
     Raises:
         UserError: no blocks, or none such; a block that has a branch; what the spec's parts refuse (a rank above D).

@@ -41,9 +41,9 @@ def load_emoe_checkpoint(
 ) -> Model:
     """Give ``vit`` the backbone and the branches of an EMoE checkpoint, in place; returns ``vit``.
 
-    The weights do not tell k and tau: take them from where the checkpoint came from (the defaults are
-    those of the authors' training script). ``model(images)`` gives the logits, as the authors' model in eval mode.
-    Of each branch ``P`` and ``log_lambda`` are left out: they take no part in the output.
+    The file does not hold k and tau: take them from where the checkpoint came from (the defaults are those of the
+    authors' training script). ``vit(images)`` then gives the logits of the authors' model in evaluation mode. The
+    tensors ``P`` and ``log_lambda`` of each branch are not read: the output does not depend on them.
 
     Args:
         vit: a timm ViT built with the arguments of the checkpoint's backbone.

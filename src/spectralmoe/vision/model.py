@@ -111,7 +111,7 @@ class VisionMoE(nn.Module):
         self.to(device)
 
     def freeze(self, parts: Sequence[str] | None = None) -> None:
-        """Train the head and some MoE parts alone: those at the paths ``parts``, or all.
+        """Train only the head and the MoE parts at the paths ``parts`` (None: all MoE parts).
 
         The rest gets no gradient and stays in evaluation mode while the network trains (dropout, drop path and the
         statistics of batch norms stand still), so it is the same function, bit by bit, before and after.

@@ -73,17 +73,17 @@ def replace_mlp(model: Model, spec: BranchSpec, init: Literal["copy", "random"] 
     """Put experts in place of the ``.mlp`` of the chosen blocks of ``model``, in place; returns ``model``.
 
     A plain MLP (linear, GELU or ReLU, linear) and one with a SiLU gate (SwiGLU: Llama's, the packed ones of ViTs)
-    become a stacked ``FeedForward`` bank of the same hidden width, any other (another gate or activation, inner norm,
-    dropout) ``ModuleExperts``. The block's residual path, layer scale and drop path stay. Used of ``spec``: router,
-    experts and blocks, and where it has a ``bank`` of its own, which starts at random, bottleneck. Parts that read
-    ``attended`` get the output of the block's attention, in a block of a vision transformer (``AttendedBlock``). The
-    new parameters take gradients, whatever those of the MLP did. Of other libraries' models pass the part that holds
-    the blocks: ``replace_mlp(model.encoder, ...)`` for torchvision's ViT, ``replace_mlp(model.vit, ...)`` for Hugging
-    Face's, ``replace_mlp(model.model, ...)`` for its language models.
+    become a stacked ``FeedForward`` bank of the same hidden width, any other MLP (another gate or activation, inner
+    norm, dropout) ``ModuleExperts``. The block's residual path, layer scale and drop path stay. Of ``spec`` the router,
+    experts and blocks are used; if it has a ``bank`` of its own, which starts at random, the bottleneck, too. Parts
+    that read ``attended`` get the output of the block's attention, in a block of a vision transformer
+    (``AttendedBlock``). The new parameters take gradients, also where those of the MLP were frozen. For models of other
+    libraries pass the part that holds the blocks: ``replace_mlp(model.encoder, ...)`` for torchvision's ViT,
+    ``replace_mlp(model.vit, ...)`` for Hugging Face's, ``replace_mlp(model.model, ...)`` for its language models.
 
     Args:
         init: "copy": every expert starts as the MLP, so that the model computes the same at step 0. Its router gets no
-            gradient from the task until the experts differ. "random": every expert starts afresh.
+            gradient from the task until the experts differ. "random": every expert gets new random weights.
 
     Raises:
         UserError: no blocks, or none such; a block without ``.mlp``, or with experts there; an MLP that mixes tokens;

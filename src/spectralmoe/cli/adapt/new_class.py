@@ -28,7 +28,7 @@ def new_class(
         str, typer.Option(metavar="K,K,...", help="How many training images of it the model is shown.")
     ] = "1,5,10",
 ) -> None:
-    """Teach a class from a few training images of MODEL's data, and print what that gave on the test part.
+    """Teach a class from a few training images of MODEL's data, and print the accuracy on it and on all other classes.
 
     Example: spectralmoe adapt new-class MODEL 7 --shots 1,5,10 --guard mnist5k
     """

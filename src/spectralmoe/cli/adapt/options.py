@@ -36,7 +36,7 @@ class AdaptOptions(ModelOptions):
         str | None,
         typer.Option(
             metavar="NAME|folder:PATH",
-            help="Reference data (their training part).",
+            help="Reference data: what a correction may cost on their training part is bounded.",
             rich_help_panel=GUARDED,
             autocompletion=complete_images,
         ),
@@ -44,14 +44,18 @@ class AdaptOptions(ModelOptions):
     guard_size: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="How many of them, the first N.", show_default="10000", rich_help_panel=GUARDED
+            min=1,
+            metavar="N",
+            help="Take the first N of the reference data.",
+            show_default="10000",
+            rich_help_panel=GUARDED,
         ),
     ] = None
     budget: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="Points of accuracy an update may cost on them.",
+            help="Percentage points of accuracy that an update may cost on the reference data.",
             show_default="0.1",
             rich_help_panel=GUARDED,
         ),
@@ -59,7 +63,10 @@ class AdaptOptions(ModelOptions):
     max_flips: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Predictions that may change on them.", show_default="any number", rich_help_panel=GUARDED
+            min=0,
+            help="Predictions that may change on the reference data.",
+            show_default="any number",
+            rich_help_panel=GUARDED,
         ),
     ] = None
     method: Annotated[
@@ -75,7 +82,7 @@ class AdaptOptions(ModelOptions):
         str | None,
         typer.Option(
             metavar="all|last|NAME,...",
-            help="In which layers the used expert learns.",
+            help="Layers in which the expert that the sample uses is changed.",
             show_default="all; with a guard last",
             rich_help_panel=HOW,
         ),
@@ -91,7 +98,7 @@ class AdaptOptions(ModelOptions):
         bool | None,
         typer.Option(
             "--carry/--no-carry",
-            help="Correct noisy copies and copies shifted by one pixel with the sample; by default with a guard.",
+            help="Ask that noisy copies and copies shifted by one pixel become right, too; the default with a guard.",
             rich_help_panel=HOW,
         ),
     ] = None

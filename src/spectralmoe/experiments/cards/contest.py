@@ -1,4 +1,4 @@
-"""Contest: the networks of a card that differ by their row alone: one budget, equal tuning, the same measures."""
+"""Contest: networks of a card that differ by their row alone, under one budget, with equal tuning and measures."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ FIELD = (
     ),
     Method(
         "PhyG-MoE",
-        "loss and network: a heavy expert on demand of the spectrum",
+        "loss and network: the spectrum decides when a heavy expert is called",
         "2601.12798",
         ("regularizers/expected_cost.py", "models/signal.py", "data/interference.py"),
         "phyg-moe",
@@ -189,7 +189,7 @@ FIELD = (
     ),
     Method(
         "Soft-routed units",
-        "network of a theory: students and teachers of gated units",
+        "network of a theory: a student of gated units learns from a teacher",
         "2510.07205",
         ("models/soft_routed.py", "optim/sphere.py"),
         "soft-routed",
@@ -205,7 +205,7 @@ FIELD = (
     ),
     Method(
         "LLEP",
-        "dispatch: what a busy device cannot take goes to the least loaded ones",
+        "dispatch: tokens that a busy device cannot take go to the least loaded ones",
         "2601.17111",
         ("parallel/least_loaded.py",),
         "llep",

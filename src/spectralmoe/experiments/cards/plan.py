@@ -1,4 +1,4 @@
-"""What a card is: steps that tune and measure, and how their cells become tables and figures. Plain values."""
+"""A card as plain values: steps that tune and measure, and how their cells become tables and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run the steps of a card: what is there is kept, what was killed goes on, and everything is written from the cells."""
+"""Run the steps of a card: cells that are there are kept, others are run, and everything is written from the cells."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run_card(
     Args:
         processes: cells that run at a time, each on one thread, or an engine on machines that share ``out`` and
             ``work``.
-        collect: run nothing; the slices of ``take_card`` have run all.
+        collect: run nothing; the slices of ``take_card`` have run all cells.
 
     Returns:
         How many cells were run, and what a user should know, a line each.

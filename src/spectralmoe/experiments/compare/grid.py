@@ -82,7 +82,7 @@ def run(
             engine on machines that share ``out``.
         baseline: the router that the others are compared with, seed by seed; by default the first.
         columns: keys of the columns in tables and pictures; by default all.
-        collect: run nothing; the slices of ``take`` have run all.
+        collect: run nothing; the slices of ``take`` have run all cells.
 
     Raises:
         UserError: as ``run_folder``; settings that cannot work; a damaged cell; cells of several versions; cells that

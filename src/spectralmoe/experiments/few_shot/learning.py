@@ -25,7 +25,7 @@ FEW_SHOT = Optimization(epochs=200, batch_size=32, lr=5e-3, weight_decay=1e-2)
 
 
 def draw_shots(split: Split, shots: int, num_classes: int, seed: int) -> Split:
-    """``shots`` images of each class, drawn with ``seed`` alone; fewer shots of a seed are a part of more.
+    """``shots`` images of each class, drawn with ``seed`` alone; under one seed fewer shots are a subset of more.
 
     Raises:
         UserError: a class with fewer images.

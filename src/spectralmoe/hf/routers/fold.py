@@ -29,7 +29,7 @@ __all__ = ["distill_to_gate", "fold_routers"]
 
 
 def fold_routers(model: nn.Module) -> None:
-    """Write swapped routers into the stock gates, and put these back: the model is one of its family again.
+    """Write swapped routers into the stock gates, and put the gates back: the model is one of its family again.
 
     A linear scorer becomes the matrix (and bias) of the gate, the bias of ``Balanced`` the family's correction bias:
     the model computes what it did, up to the precision of the gate's weights, and ``save_pretrained`` writes a
@@ -56,7 +56,7 @@ def distill_to_gate(model: nn.Module, batches: Iterable[Any], *, steps: int = 30
     """Replace each swapped router by the linear gate that comes nearest to it on ``batches``, and fold that.
 
     A gate is fitted to the logits of the router for the tokens that reach it (``fit_scorer``), under the choice and the
-    weights of the family. What can be folded as it is, is.
+    weights of the family. A router that ``fold_routers`` can fold is folded exactly.
 
     Args:
         batches: inputs of the model: token ids (B, S), or tables of arguments. The model is run on them once.

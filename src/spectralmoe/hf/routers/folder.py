@@ -62,8 +62,8 @@ def load_swapped(folder: str | Path, *, base: nn.Module | str | Path | None = No
     """The model that ``save_swapped`` wrote to ``folder``.
 
     Args:
-        base: a model in memory, which gets the routers in the place of its own and is returned, or another folder with
-            it; None: the stock model of ``folder``, loaded in evaluation mode and in the dtypes of its file.
+        base: the base model: in memory, where it gets the routers and is returned, or its folder; None: the stock model
+            of ``folder``, loaded in evaluation mode and in the dtypes of its file.
         allow: classes outside spectralmoe's tables that the folder may name, as "pkg:Class".
 
     Raises:

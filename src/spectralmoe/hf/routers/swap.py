@@ -67,7 +67,9 @@ class Swapped:
     _undone: bool = field(default=False, repr=False)
 
     def undo(self) -> None:
-        """Put the stock routers back, the same modules with the tensors that the model kept of them. Twice is once.
+        """Put the stock routers back, the same modules with the tensors that the model kept of them.
+
+        A second call does nothing.
 
         Raises:
             UserError: PEFT trains a copy of a router.
@@ -92,19 +94,19 @@ def swap_routers(
 ) -> Swapped:
     """Put routers of this library in the place of a Hugging Face model's own.
 
-    The model goes on as it was: ``generate``, its losses, ``output_router_logits``, gradient checkpointing, Trainer.
-    Besides, ``record``, ``penalty``, ``attach``, ``feed`` and ``Monitor`` see its layers as they see an ``MoE``. The
-    attention mask of a call is the mask of its routings: padding gets no expert. A saved model holds the stock routers
-    too, as they were, so plain transformers loads it as the model before the swap.
+    ``generate``, the model's losses, ``output_router_logits``, gradient checkpointing and the Trainer work as before.
+    ``record``, ``penalty``, ``attach``, ``feed`` and ``Monitor`` see the layers as they see an ``MoE``. The attention
+    mask of a call is the mask of its routings: padding gets no expert. A saved model also holds the stock routers, as
+    they were, so plain transformers loads it as the model before the swap.
 
     Args:
         scorer: a name, a table such as ``{"type": "cosine", "temperature": 0.1}``, or a function (D, E) -> scorer.
         selector: a name, a table, or a function that makes one for each layer; None: the choice and the weights of the
             model's family (top-k of softmax or sigmoid, renormalised or not, selection bias). A factor of the weights
-            and a capacity that the family has stay with any selector; noise on what a router reads does not.
+            and a capacity of the family stay with any selector; noise on the router's input does not.
         init: "from_gate": linear scorers start as the gate, cosine scorers with its rows as keys and the temperature
-            1 / median(|x| |w|), where |x| is taken from the calibration, else sqrt(D); "fit": the logits of the gate
-            on the calibration are learned; "fresh": as the scorer draws itself.
+            1 / median(|x| |w|), where |x| is taken from the calibration, else sqrt(D); "fit": the scorer learns the
+            logits of the gate on the calibration; "fresh": the scorer keeps its random start.
         layers: pattern on layer names (``*`` and ``?``).
         calibration: inputs of the model, tables of arguments or ids (B, S); the model is run on them once.
 

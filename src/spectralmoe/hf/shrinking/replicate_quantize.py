@@ -48,10 +48,11 @@ def replicate_and_quantize_experts(
 ) -> Report[Model]:
     """A copy of a Hugging Face ``model`` whose busy experts have copies and whose unimportant ones are quantised.
 
-    As ``compression.replicate_and_quantize``. Copies stand behind the stacked experts; routers of this library take the
-    place of the stock ones (``swap_routers``), decide as these and deal an expert's tokens out to its places. The model
-    is saved by ``save_swapped`` and loaded by ``load_swapped``; plain transformers loads that folder as a model without
-    copies and with the same quantised experts. With ``copies=0`` the model is a stock one, for ``save_pretrained``.
+    It does what ``compression.replicate_and_quantize`` does. Copies stand behind the stacked experts. Routers of this
+    library take the place of the stock ones (``swap_routers``), choose the same experts and share an expert's tokens
+    among its places. ``save_swapped`` saves the model and ``load_swapped`` loads it; plain transformers loads that
+    folder as a model without copies and with the same quantised experts. With ``copies=0`` no router is replaced, and
+    ``save_pretrained`` saves the model.
 
     Args:
         model: of transformers, with its stock routers, in evaluation mode.
@@ -59,7 +60,7 @@ def replicate_and_quantize_experts(
             (B, S).
         importance: what an expert is worth: "removal", how much the layer's output changes without it; "frequency";
             "reap"; "random".
-        bits, copies, quantize, keep_original: as there. A row is what the family's stack has as one.
+        bits, copies, quantize, keep_original: as there.
         tokens: how many of each layer's tokens "removal" and "reap" look at, drawn evenly.
         seed: of the draw and of "random".
 

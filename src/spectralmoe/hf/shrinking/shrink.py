@@ -48,9 +48,9 @@ def prune_experts(
     tokens: int = 2048,
     seed: int = 0,
 ) -> Model:
-    """A copy of a Hugging Face ``model`` without some of its experts, of the model's own class; it stays as it is.
+    """A copy of a Hugging Face ``model`` without some of its experts, of the same class; ``model`` stays as it is.
 
-    The layers compute what they would if the router gave the experts that go a logit of minus infinity. Tensors and
+    The layers compute what they would if the router gave the removed experts a logit of minus infinity. Tensors and
     buffers of the experts and routers lose those entries, the config says the smaller number, and ``save_pretrained``
     writes a folder that plain transformers loads. Experts stay in their order. Keeping all changes nothing.
 
@@ -95,13 +95,13 @@ def merge_experts(
     tokens: int = 2048,
     seed: int = 0,
 ) -> Model:
-    r"""A copy of a Hugging Face ``model`` whose layers have ``keep`` experts, means of the old ones; it stays as it is.
+    r"""A copy of a Hugging Face ``model`` with ``keep`` experts in each layer, means of the old ones.
 
     .. math:: \theta_g = \sum_{i \in g} s_i \theta_i \Big/ \sum_{i \in g} s_i
 
     with s the saliency ``by`` of each expert. The ``keep`` most salient experts are the centres of the groups g; every
     other joins the centre whose logits go most like its own (``compression.group_by_affinity``), inside the groups that
-    the router chooses in. The router keeps the rows of the centres. All else as ``prune_experts``.
+    the router chooses in. The router keeps the rows of the centres. Everything else is as in ``prune_experts``.
 
     Args:
         keep: how many experts; or layer's name -> the groups themselves, such as ``[[0, 3], [1, 2]]``. Experts that no

@@ -63,7 +63,7 @@ class AddedTerms:
         self.remove()
 
     def remove(self) -> None:
-        """Take all hooks off the model. Twice is once."""
+        """Take all hooks off the model; a second call does nothing."""
         self._seal()
         self._hooks.close()
 
@@ -118,29 +118,29 @@ class AddedTerms:
 def add_terms(model: nn.Module, terms: Mapping[str, Term], *, into: Literal["loss", "aux_loss"] = "loss") -> AddedTerms:
     r"""Add terms on the routers, stock or swapped, to the loss that a Hugging Face model returns in training.
 
-    For transformers' Trainer, accelerate, ``DistributedDataParallel``, PEFT and plain loops alike: call it on the model
-    before (with PEFT: after) it is wrapped. In evaluation mode, and without gradient, nothing is added.
+    It works in transformers' Trainer, accelerate, ``DistributedDataParallel``, PEFT and plain loops: call it on the
+    model before (with PEFT: after) it is wrapped. In evaluation mode, and without gradient, nothing is added.
 
     **Accumulation and ranks.** Where the forward is told ``num_items_in_batch`` M, as the Trainer does, the loss is the
     sum over its tokens divided by M, and the penalty p of these tokens counts as :math:`p \cdot m / M`, m the labels
     that count in this call. So what is trained is the mean of the penalties of the micro-batches of all steps and
     ranks, weighted by their labels (the Trainer multiplies losses by the number of ranks, which average gradients).
-    That **is** the penalty of one big batch where a term is a mean over tokens (``router_z``), up to tokens that carry
-    no label (padding, prompts, the first of a sequence) where micro-batches have unequal shares of them, and where it
-    reads no tokens (the spectral terms of the matrix). A term of the statistics of a batch (``load_balance``,
+    For a term that reads no tokens (the spectral terms of the matrix) or is a mean over tokens (``router_z``) this is
+    the penalty of one big batch; in the second case up to tokens that carry no label (padding, prompts, the first of a
+    sequence), if micro-batches have unequal shares of them. A term of the statistics of a batch (``load_balance``,
     ``importance_cv2``, the spectral terms of the gates) is not linear in them: it asks each micro-batch to be balanced,
-    which is more than that all together are. Without ``num_items_in_batch`` the penalty counts whole: divide the loss
-    by the number of micro-batches, as accelerate's ``accumulate`` does. The Trainer does so too for a model with
-    ``accepts_loss_kwargs = False``, which one needs whose loss pays no heed to M (Switch).
+    which is more than asking it of all together. Without ``num_items_in_batch`` the whole penalty counts: divide the
+    loss by the number of micro-batches, as accelerate's ``accumulate`` does. The Trainer does so, too, for a model with
+    ``accepts_loss_kwargs = False``; set it for a model whose loss ignores M (Switch).
 
     **The model's own balance loss.** With a term of balance (``load_balance``, ``importance_cv2``), calls in training
-    run with ``output_router_logits=False``, whatever config and call say, so the family adds none of its own: nothing
-    counts twice, and the config stays as it is. ``record`` has the logits.
+    run with ``output_router_logits=False``, whatever config and call say, so the family adds no balance loss of its
+    own and nothing counts twice. The config stays as it is. To read the logits use ``record``.
 
     **Losses computed elsewhere.** TRL's ``SFTTrainer`` computes its loss of log-probabilities and reads ``aux_loss``,
     times ``router_aux_loss_coef``, never ``loss``. For it, ``into="aux_loss"`` writes the penalty to
     ``output.aux_loss``, unscaled: set ``output_router_logits`` true and the coefficient to 1 in the config that it
-    reads. A trainer that asks for no loss (label smoothing, ``compute_loss_func``) gets an error, not silence.
+    reads. A trainer that asks the model for no loss (label smoothing, ``compute_loss_func``) gets an error.
 
     Raises:
         UserError: no MoE layer, or one that cannot be read; no terms; a term that reads what the experts made, which

@@ -24,7 +24,7 @@ def trainer_callback(path: str | Path | None = None, *, every: int = 50, layers:
 
     It works with gradient accumulation and checkpointing, and sums over the ranks of a distributed run. What the
     Trainer logs beside the loss gets the values of the last report, as "moe/max_vio" and so on (``Monitor.last``).
-    Callbacks that are told first, those of ``report_to``, see them only behind this one:
+    The callbacks of ``report_to`` run first and miss these values, unless this one is put in front of them:
     ``trainer.callback_handler.callbacks.insert(0, callback)``.
 
     The hooks go when the training ends. Where it may fail, use ``with trainer_callback(...) as callback:``.

@@ -19,7 +19,7 @@ __all__ = ["freeze_experts", "freeze_routers", "train_only_routers"]
 def freeze_experts(model: nn.Module) -> None:
     """Freeze the routed experts of ``model``, stock ones too; routers, shared experts and all else go on training.
 
-    A router that reads the bases of the experts (``BasisScorer``) has no others, so it is frozen with them.
+    A router that reads the bases of the experts (``BasisScorer``) has no parameters of its own, so it is frozen, too.
 
     Raises:
         UserError: the model holds no MoE layer, or one of a kind that cannot be read.
@@ -35,9 +35,9 @@ def freeze_experts(model: nn.Module) -> None:
 
 
 def freeze_routers(model: nn.Module) -> None:
-    """Freeze the routers of ``model``, stock ones too, so that their choices stay functions of the tokens alone.
+    """Freeze the routers of ``model``, stock ones too: the same tokens go on getting the same experts.
 
-    Frozen routers of this library rest as a whole: their selection biases do not move.
+    The selection biases and statistics of frozen routers of this library do not move either.
 
     Raises:
         UserError: the model holds no MoE layer, or one of a kind that cannot be read; a router without parameters of

@@ -26,7 +26,7 @@ def add_lora(model: nn.Module, layers: Sequence[HFLayer], rank: int, *, routers:
     Args:
         layers: the MoE layers that get adapters.
         rank: R.
-        routers: train the layers' routers whole; the adapter's files hold them too.
+        routers: train all weights of the layers' routers; the adapter's files hold them, too.
 
     Raises:
         UserError: peft is not installed; experts that hold no matrices.

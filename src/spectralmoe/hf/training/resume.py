@@ -25,8 +25,8 @@ def resume_safe(trainer: Any) -> None:
 
     They are written in the model's own layout, which ``from_pretrained`` reads as well; ``trainer.save_model()`` and
     ``model.save_pretrained()`` write the layout of the hub as before. Only this trainer is changed. A checkpoint that
-    lacks tensors of the model, as one that was written without this, is refused, not half loaded. Adapters of PEFT
-    are not concerned.
+    lacks tensors of the model, such as one that was written without this, is refused. Nothing changes for adapters of
+    PEFT.
 
     Raises:
         UserError: when a checkpoint is loaded: it lacks tensors of the model.

@@ -47,9 +47,9 @@ def upcycle(
 
     In 16 bits two copies may tie in a router's logits, and with "virtual" a token then gets shards of both.
 
-    Exact copies give the router no gradient from the task, and differ only as training moves them apart: "drop" or
-    "noise" is the better start for training ("virtual" gives one: shards differ). With k = 1 the only weight is always
-    1 and no method helps.
+    Exact copies ("copy") give the router no gradient from the task until training has moved them apart; with "drop",
+    "noise" and "virtual" experts differ, so the router gets one from the start. With k = 1 the only weight is always 1
+    and the router gets no gradient by any method.
 
     Memory: the dense model, the result, and one expert while it is made; no tensor of the result is made twice.
 
