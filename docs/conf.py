@@ -33,6 +33,7 @@ include_patterns = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "LOG.md",
+    "SECURITY.md",
 ]
 exclude_patterns = ["build", "src", "tests", ".*", "**/runs", "**/cells"]
 

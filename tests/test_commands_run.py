@@ -50,6 +50,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_a_regularizer_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_terms.py").write_text(
+        next(each.text for each in blocks("docs/compare.md") if each.kind == "python")
+    )
+    (words,) = (words for words in commands("docs/compare.md") if "my_terms" in "".join(words))
+    carry_out(words)
+
+
 @pytest.mark.parametrize(
     "page", ["README.md", "docs/first.md", "docs/router.md", "docs/inspect.md", "docs/vision.md", "docs/restoration.md"]
 )
@@ -71,6 +81,12 @@ def test_commands_run(page, folder, monkeypatch, capsys):
         for n in range(4):
             Image.effect_noise((96, 96), 40 + 20 * n).save(f"scenes/{n}.png")
     if page == "docs/router.md":
+        from PIL import Image
+
+        for kind in ("cats", "dogs"):
+            (folder / "photos" / kind).mkdir(parents=True)
+            for n in range(12):
+                Image.effect_noise((20, 20), 40 + 20 * n).save(f"photos/{kind}/{n}.png")
         monkeypatch.syspath_prepend(str(folder))
         (folder / "my_router.py").write_text(next(block.text for block in blocks(page) if block.kind == "python"))
     ran = [words for words in commands(page) if words[0] not in NOT_RUN]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -20,7 +22,7 @@ from spectralmoe.cli.app import run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "llm.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in PAGE.split("\n## ")[1:]}
-LOOK, REAL = "Look", "The walk on a real model"
+LOOK, REAL, LOSS_FREE = "Look", "The walk on a real model", "Loss-free balance in the Trainer"
 SMALLER = {  # these commands with their sizes take minutes
     "compare": "--routers linear --depths 1 --seeds 1 --epochs 1 --train-size 8 --trials 1 --set network.width=16 "
     "--set network.hidden=8 --set text.length=32 --set text.measured=2",
@@ -47,6 +49,7 @@ def folder(tmp_path, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     build("mixtral").save_pretrained(tmp_path / "mixtral")
+    build("qwen3_moe").save_pretrained(tmp_path / "qwen")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=260, max_position_embeddings=128, **sizes)).save_pretrained(
         tmp_path / "dense"
@@ -62,12 +65,30 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("section", [title for title in SECTIONS if title != REAL])
+@pytest.mark.parametrize("section", [title for title in SECTIONS if title not in (REAL, LOSS_FREE)])
 def test_every_block_runs(section, folder, capsys):
     names: dict[str, object] = {}
     if section != LOOK:
         run_blocks(LOOK, names, ["python"])  # the model and the text that the others use
     run_blocks(section, names)
+
+
+def test_the_script_of_the_trainer_goes_on_where_it_was_stopped(folder, capsys):
+    from spectralmoe.hf import load_swapped, load_transformers
+
+    (text,) = (text for kind, text in BLOCK.findall(SECTIONS[LOSS_FREE]) if kind == "python")
+    start = text.partition("batches = ")[0]
+    exec(compile(start, "llm.md", "exec"), begun := {})
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(begun["loaded"].model(ids).logits, load_transformers("qwen").model(ids).logits)
+    exec(compile(text, "llm.md", "exec"), {})
+    whole = load_swapped("runs/qwen-balanced").state_dict()
+    shutil.rmtree("runs/qwen/checkpoint-4")
+    shutil.rmtree("runs/qwen-balanced")
+    exec(compile(text, "llm.md", "exec"), {})
+    again = load_swapped("runs/qwen-balanced").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert any(bool(value.any()) for name, value in whole.items() if name.endswith("selector.bias"))
 
 
 def test_blocks_are_of_three_kinds():

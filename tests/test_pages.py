@@ -63,7 +63,7 @@ def test_pages_whose_code_others_run_are_named_there():
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_are_of_known_kinds(page):
     kinds = {block.kind for block in blocks(page)}
-    directives = {"toctree", "field", "claims", "commands"}  # written {toctree}: these are no blocks
+    directives = {"toctree", "field", "claims", "commands", "versions"}  # written {toctree}: these are no blocks
     assert kinds <= {"sh", "python", "toml", *SHOWN, *directives}
 
 

@@ -20,6 +20,8 @@ from spectralmoe.presets import PRESETS
 
 COMPARISONS = {"language", "methods"}
 """Cards that test no paper's method."""
+NO_SECTION = "llep"
+"""A method of the field that docs/methods.md leaves to docs/parallel.md."""
 
 
 @pytest.fixture
@@ -49,11 +51,22 @@ def test_every_card_of_a_method_is_in_the_field():
 
 @pytest.mark.parametrize("item", FIELD, ids=lambda item: item.card)
 def test_the_field_says_what_is_there(item, extension):
-    assert (ROOT / "src" / "spectralmoe" / item.file).is_file()
+    assert all((ROOT / "src" / "spectralmoe" / file).is_file() for file in item.files)
     assert set(item.rows) <= PRESETS.keys()
     text = card_text(item.card)
     assert item.arxiv in text
     assert extension("claims").read_verdict(text) == item.verdict
+
+
+def test_the_field_and_the_page_of_methods_name_the_same_files():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    named = {item.card: set() for item in FIELD}
+    for part in page.split("\n### ")[1:]:
+        for card in set(re.findall(r"papers/([\w-]+)/README", part)) & named.keys():
+            named[card] |= set(re.findall(r"\]\(\.\./src/spectralmoe/([\w/]+\.py)\)", part))
+    assert {item.card: set(item.files) for item in FIELD if item.card != NO_SECTION} == {
+        card: files for card, files in named.items() if card != NO_SECTION
+    }
 
 
 def test_claims_of_cards(extension):
@@ -70,7 +83,22 @@ def test_claims_of_cards(extension):
             for figure in re.findall(r"\d*\.?\d+ ±\d*\.?\d+", claim.here):
                 assert figure in " ".join(known.split()), (item.card, figure)
     table = claims.claim_table(ROOT / "papers", [item.card for item in FIELD], "../papers")
-    assert len(table) == 2 + sum(len(claims.read_claims(card_text(item.card))) for item in FIELD)
+    assert len(table) == 2 + sum(len(claims.read_claims(card_text(page.split("/")[1]))) for page in CARDS)
+    assert sum("| [language](" in row for row in table) == 3
+
+
+def test_versions_are_those_of_the_project(extension):
+    rows = extension("versions").version_table(ROOT)
+    assert any(row.startswith("| torch | 2.") and row.endswith("| everything |") for row in rows)
+    assert any(row.startswith("| transformers | 5.") and "hf" in row for row in rows)
+    assert not any("pytest" in row or "sphinx" in row for row in rows)
+
+
+def test_defaults_of_options_are_shown(extension):
+    lines = extension("tables").command_lines()
+    assert any(line.startswith("| `--experts` |") and line.endswith("| `8` |") for line in lines)
+    assert any(line.startswith("| `--keep` |") and line.endswith("| must be given |") for line in lines)
+    assert not any("False" in line or "None" in line.rpartition("|")[0].rpartition("|")[2] for line in lines)
 
 
 def test_list_prints_the_field(capsys):

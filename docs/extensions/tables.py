@@ -1,4 +1,4 @@
-"""Directives for what is written nowhere but in the code and the cards: ``{field}``, ``{claims}``, ``{commands}``."""
+"""Directives for what is written elsewhere: ``{field}``, ``{claims}``, ``{commands}`` and ``{versions}``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
+from versions import version_table
 
 from spectralmoe.cli.app import app as application
 from spectralmoe.experiments.cards.field import FIELD, field_table
 
-__all__ = ["setup"]
+__all__ = ["command_lines", "setup"]
 
 
 class Lines(SphinxDirective):
@@ -62,6 +63,16 @@ class Claims(Lines):
         return claim_table(Path(self.env.srcdir) / "papers", [item.card for item in FIELD], "../papers")
 
 
+class Versions(Lines):
+    """The packages that this one asks for, with their oldest and their tested versions."""
+
+    reads = ("pyproject.toml", "constraints.txt")
+
+    def lines(self) -> list[str]:
+        """One table."""
+        return version_table(Path(self.env.srcdir))
+
+
 class Commands(Lines):
     """Every verb of the command line with its options."""
 
@@ -69,8 +80,13 @@ class Commands(Lines):
 
     def lines(self) -> list[str]:
         """A section a verb: its help, then its options."""
-        root = typer.main.get_command(application)
-        return [line for name, verb in root.commands.items() for line in _verb(f"spectralmoe {name}", verb)]  # type: ignore[attr-defined]
+        return command_lines()
+
+
+def command_lines() -> list[str]:
+    """Markdown that says what every verb does, with its options and their defaults."""
+    root = typer.main.get_command(application)
+    return [line for name, verb in root.commands.items() for line in _verb(f"spectralmoe {name}", verb)]  # type: ignore[attr-defined]
 
 
 def _verb(name: str, command: Any) -> list[str]:
@@ -78,12 +94,12 @@ def _verb(name: str, command: Any) -> list[str]:
     if getattr(command, "commands", None):
         return [line for job, part in command.commands.items() for line in _verb(f"{name} {job}", part)]
     words = [_word(param) + ("..." if param.nargs < 0 else "") for param in command.params if not _option(param)]
-    table = ["| option | what it does |", "| --- | --- |"]
+    table = ["| option | what it does | default |", "| --- | --- | --- |"]
     for param in command.params:
         if _option(param) and not param.hidden:
-            table.append(f"| `{', '.join(param.opts)}` | {_cell(param.help)} |")
+            table.append(f"| `{', '.join(param.opts)}` | {_cell(param.help)} | {_default(param)} |")
         elif getattr(param, "help", None):
-            table.append(f"| `{_word(param)}` | {_cell(param.help)} |")
+            table.append(f"| `{_word(param)}` | {_cell(param.help)} |  |")
     text = [_example(line.strip()) or _prose(line.strip()) for line in (command.help or "").split("\n")]
     return ["", f"## {name}", "", f"`{' '.join([name, *words, '[OPTION]...'])}`", "", *text, "", *table, ""]
 
@@ -101,6 +117,14 @@ def _word(param: Any) -> str:
     return str(param.metavar or param.name.upper())
 
 
+def _default(param: Any) -> str:
+    """What holds where the option is not given: as ``--help`` shows it; of one that must be given, that word."""
+    if param.required:
+        return "must be given"
+    value = param.show_default if isinstance(param.show_default, str) else param.default
+    return "" if value is None or value is False else f"`{value}`"
+
+
 def _cell(text: str | None) -> str:
     return _prose(" ".join((text or "").split())).replace("|", "\\|")
 
@@ -113,7 +137,7 @@ def _prose(text: str) -> str:
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:
-    """The three directives."""
-    for name, directive in {"field": Field, "claims": Claims, "commands": Commands}.items():
+    """The four directives."""
+    for name, directive in {"field": Field, "claims": Claims, "commands": Commands, "versions": Versions}.items():
         app.add_directive(name, directive)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -191,9 +191,13 @@ def test_branches_start_as_the_dense_model_unless_asked_otherwise(data, router):
     assert not torch.equal(build_vision(data, settings(moe={**moe, "start": "authors"})).eval()(images), dense(images))
 
 
-def test_replacing_mlps_by_copies_starts_as_the_dense_model(data):
+NORMALIZED = {"preset": "linear", "normalize": True}
+
+
+@pytest.mark.parametrize("row", [{"k": "soft"}, {"k": 2, "router": NORMALIZED}], ids=["soft", "top-2"])
+def test_replacing_mlps_by_copies_starts_as_the_dense_model(data, row):
     dense = build_vision(data, settings(moe=None)).eval()
-    moe = build_vision(data, settings(moe={"kind": "replace_mlp", "k": "soft", "blocks": "all", **LINEAR})).eval()
+    moe = build_vision(data, settings(moe={"kind": "replace_mlp", "blocks": "all", **LINEAR, **row})).eval()
     images = data.test.images[:5]
     torch.testing.assert_close(moe(images), dense(images), rtol=1e-5, atol=1e-5)
 
@@ -218,13 +222,7 @@ def test_all_routers_start_with_the_same_experts_and_backbone(data, routers):
         ({"router": {"preset": "linear", "tau": 0.1}}, ("unknown key 'tau'", "scorer")),
         ({"router": {"preset": "emoe", "experts": "adapter"}}, ("branches have adapters",)),
         ({"blocks": "last9"}, ("last9",)),
-        (
-            {"kind": "replace_mlp", "router": "linear"},
-            (
-                "soft",
-                "random",
-            ),
-        ),
+        ({"kind": "replace_mlp", "router": "linear"}, ("soft", "normalize", "random")),
         ({"router": {"preset": "emoe-faithful", "rank": 99}}, ("99", "D=16")),
     ],
 )

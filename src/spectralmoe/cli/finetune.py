@@ -58,7 +58,7 @@ def finetune(
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a window; 256 by default, if the model reads as many.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Random seed; 0 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Random seed.", show_default="0")] = None,
     config: Annotated[Path | None, typer.Option(metavar="F.toml", help="Settings of the run.")] = None,
     assign: Assign = None,
     print_config: Annotated[

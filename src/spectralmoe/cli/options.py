@@ -79,7 +79,7 @@ DeviceName = Annotated[
     typer.Option(
         "--device",
         metavar="auto|cpu|cuda",
-        help="Where to compute.",
+        help="Where to compute; auto: on a CUDA GPU where there is one.",
         autocompletion=one_among("auto", "cpu", "cuda"),
     ),
 ]

@@ -21,14 +21,14 @@ def predict(
         typer.Argument(metavar="INPUT...", help="Images, or .npy arrays; of a language model text, files or -."),
     ],
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=1, help="How many tokens a language model writes; 100 by default.")
+        int | None, typer.Option("--tokens", min=1, help="How many tokens a language model writes.", show_default="100")
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", min=0, help="Of its draws; 0: always the likeliest token; 0.8 by default."),
+        typer.Option("--temperature", min=0, help="Of its draws; 0: always the likeliest token.", show_default="0.8"),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Random seed of its draws; 0 by default.")
+        int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Random seed of its draws.", show_default="0")
     ] = None,
     out: Annotated[
         Path | None,

@@ -82,7 +82,7 @@ def train(
         bool, typer.Option("--monitor", help=f"Write what the routers do to {MONITOR} in --out.")
     ] = False,
     every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between two reports of --monitor; 50 by default.")
+        int | None, typer.Option(min=1, help="Steps between two reports of --monitor.", show_default="50")
     ] = None,
     log: Annotated[
         str | None,

@@ -70,10 +70,6 @@ def add_parts(network: VisionMoE, wanted: MoEParts, seed: int) -> None:
     if wanted.kind == "branches":
         add_branches(network.backbone, spec)
         return
-    if wanted.init == "copy" and wanted.k != "soft":
-        raise UserError(
-            'moe: kind = "replace_mlp" starts as the dense model only with k = "soft"; or use init = "random"'
-        )
     replace_mlp(network.backbone, spec, init=wanted.init)
 
 

@@ -44,7 +44,8 @@ class MoEParts(Settings):
         tokens: "patches" or "all"; None: as the router has it, "all" but for "emoe-faithful".
         start: of branches: "model" starts as the backbone itself, "authors" with random adapters; None: as the router
             has it, "model" but for "emoe-faithful".
-        init: of "replace_mlp": "copy" starts as the dense model and needs k = "soft"; "random".
+        init: of "replace_mlp": "copy" starts as the dense model, and needs weights that sum to 1 (k = "soft", or a
+            router with normalize = true and k from 2); "random".
     """
 
     moved: ClassVar[Mapping[str, str]] = {

@@ -4,6 +4,7 @@ from spectralmoe.vision.blocks import choose_blocks, model_blocks
 from spectralmoe.vision.branch_spec import BranchSpec
 from spectralmoe.vision.branches import Branch, add_branches, put_branch
 from spectralmoe.vision.emoe_checkpoint import load_emoe_checkpoint
+from spectralmoe.vision.patches import patch_experts
 from spectralmoe.vision.replace_mlp import replace_mlp
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "choose_blocks",
     "load_emoe_checkpoint",
     "model_blocks",
+    "patch_experts",
     "put_branch",
     "replace_mlp",
 ]

@@ -136,7 +136,8 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
         if not _sums_to_one(router):
             raise UserError(
                 "replace_mlp(init='copy'): the router's weights must sum to 1 for the model to stay as it is; use soft "
-                "routing, Soft(), or normalised top-k with k >= 2, TopK(2, normalize=True)"
+                "routing (k = 'soft', Soft()) or normalised top-k with k >= 2 (normalize = true in the router's table, "
+                "TopK(2, normalize=True)), or start afresh with init='random'"
             )
         bank = _bank_of_copies(mlp, spec.experts)
     weight = next(mlp.parameters())

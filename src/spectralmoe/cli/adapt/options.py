@@ -44,14 +44,19 @@ class AdaptOptions(ModelOptions):
     guard_size: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Take the first N of the reference data (default: 10000).", rich_help_panel=GUARDED
+            min=1,
+            metavar="N",
+            help="Take the first N of the reference data.",
+            show_default="10000",
+            rich_help_panel=GUARDED,
         ),
     ] = None
     budget: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="Percentage points of accuracy that an update may cost on the reference data (default: 0.1).",
+            help="Percentage points of accuracy that an update may cost on the reference data.",
+            show_default="0.1",
             rich_help_panel=GUARDED,
         ),
     ] = None
@@ -59,7 +64,8 @@ class AdaptOptions(ModelOptions):
         int | None,
         typer.Option(
             min=0,
-            help="Predictions that may change on the reference data (default: any number).",
+            help="Predictions that may change on the reference data.",
+            show_default="any number",
             rich_help_panel=GUARDED,
         ),
     ] = None
@@ -67,8 +73,8 @@ class AdaptOptions(ModelOptions):
         str | None,
         typer.Option(
             metavar="NAME",
-            help="sgd, margin, null_space, low_rank or unit. By default sgd; with a guard unit, or low_rank where the "
-            "model has no spare units.",
+            help="sgd, margin, null_space, low_rank or unit.",
+            show_default="sgd; with a guard unit, or low_rank where the model has no spare units",
             rich_help_panel=HOW,
         ),
     ] = None
@@ -76,15 +82,17 @@ class AdaptOptions(ModelOptions):
         str | None,
         typer.Option(
             metavar="all|last|NAME,...",
-            help="Layers in which the expert that the sample uses is changed (default: all; with a guard last).",
+            help="Layers in which the expert that the sample uses is changed.",
+            show_default="all; with a guard last",
             rich_help_panel=HOW,
         ),
     ] = None
     lr: Annotated[
-        float | None, typer.Option(min=0.0, help="Step size of sgd (default: 0.002).", rich_help_panel=HOW)
+        float | None, typer.Option(min=0.0, help="Step size of sgd.", show_default="0.002", rich_help_panel=HOW)
     ] = None
     max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Give up after so many steps (default: 200).", rich_help_panel=HOW)
+        int | None,
+        typer.Option(min=1, help="Give up after so many steps.", show_default="200", rich_help_panel=HOW),
     ] = None
     carry: Annotated[
         bool | None,
