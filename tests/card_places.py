@@ -48,7 +48,7 @@ _CARDS: dict[str, Sentences] = {
         ),
         ("at least #% of the load", _LEAST),
         ("where #% is even", [100 / 8]),
-        ("from # to # that the paper reports", "papers/emoe/README.md > CIFAR-100, 10 shots"),
+        ("paper's step from # to # on", "papers/emoe/README.md > CIFAR-100, 10 shots"),
         ("adds # points.)", [_ablated("faithful, tau = 0.1") - _ablated("faithful")]),
     ],
     "ermoe": [("from # on |", f"{SRC}/selectors/threshold.py > threshold"), ("R/D = #)", [8 / 64])],
@@ -75,7 +75,7 @@ _CARDS: dict[str, Sentences] = {
     ],
     "mpoe": [("# of the numbers", MPO), ("are #% of a network", [100 * 2 * (256 + 256) / (2 * 64 * 128)])],
     "phyg-moe": [
-        ("at 0 and # above", "papers/phyg-moe/rows.py"),
+        ("single prices 0 and # it is above", "papers/phyg-moe/rows.py"),
         ("at # and # not separated", "papers/phyg-moe/rows.py"),
         ("does # times the work", [_MFLOP[1] / _MFLOP[0]]),
     ],
