@@ -83,7 +83,7 @@ class MoE(Recordable):
         router.scorer.meet(experts)
 
     def spec_arguments(self) -> dict[str, object]:
-        """Constructor arguments that are not attributes of the same name."""
+        """Return the constructor arguments that are not attributes of the same name."""
         of_machine = isinstance(self.dispatch, Dispatch) and self.dispatch.of_machine
         unit = None if isinstance(self.unit, Token) else self.unit
         return {"unit": unit, "dispatch": "auto" if of_machine else self.dispatch}
