@@ -119,7 +119,7 @@ class DecoderBlock(nn.Module):
     r"""A decoder block of causal attention and an MoE layer, each behind an RMSNorm and on a residual path.
 
     .. math:: x \leftarrow x + \mathrm{Attention}(\mathrm{RMS}(x)), \qquad x \leftarrow x +
-    \mathrm{MoE}(\mathrm{RMS}(x))
+        \mathrm{MoE}(\mathrm{RMS}(x))
 
     If a part of the layer reads the side information "attended" (``BasisScorer``), it gets the attention's output.
 

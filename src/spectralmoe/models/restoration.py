@@ -99,7 +99,7 @@ class RestorationBlock(nn.Module):
     r"""A block of a 3 x 3 convolution W and an MoE layer on maps x (B, D, H, W).
 
     .. math:: x \leftarrow x + \mathrm{gelu}(W * \mathrm{norm}(x)), \qquad x \leftarrow x +
-    \mathrm{MoE}(\mathrm{norm}(x))
+        \mathrm{MoE}(\mathrm{norm}(x))
 
     The norm is a LayerNorm over the D numbers of each position.
 
