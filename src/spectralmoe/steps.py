@@ -172,7 +172,7 @@ class _Shadow(JoinHook):
         after(self.attachment.layers, (), self.attachment.group)
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """All ranks are through."""
+        """Note that all ranks have ended."""
         self.attachment._uneven = False
 
 

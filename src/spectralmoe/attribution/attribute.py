@@ -162,7 +162,7 @@ class _Layer:
         return _Layer(layer, call.tokens[at], weights, indices, added.before, added.output, _has_shared(layer))
 
     def served(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each expert that serves any of the tokens: its number, these tokens, and their slots."""
+        """Iterate over the experts that were chosen: the number of the expert, its tokens, and their slots."""
         for e in self.indices[self.indices >= 0].unique().tolist():
             tokens, slots = (self.indices == e).nonzero(as_tuple=True)
             yield e, tokens, slots

@@ -143,11 +143,11 @@ class _Hook(ABC):
         """Return what the router returns without the blocked experts."""
 
     def named(self, indices: Tensor) -> Tensor:
-        """Indices among those that are kept, as the router numbers them."""
+        """Translate indices among the kept experts to the router's own numbers."""
         return torch.where(indices >= 0, self.kept.to(indices.device)[indices.clamp_min(0)], EMPTY)
 
     def silent(self, routing: Routing) -> Routing:
-        """Without the weights of those whose output is to be 0."""
+        """Set the combine weights of the experts whose output shall be 0 to 0."""
         if not len(self.out):
             return routing
         out = torch.isin(routing.indices, self.out.to(routing.indices.device))
@@ -155,7 +155,7 @@ class _Hook(ABC):
 
     @contextmanager
     def refusing(self, selector: Selector) -> Iterator[None]:
-        """Where ``selector`` cannot choose among those that are kept: say which layer, and what can be done."""
+        """Name the layer and the cure if ``selector`` cannot choose among the kept experts."""
         cure = 'use mode="zero"'
         if any(isinstance(part, GroupLimited) for part in selector.modules()):
             raise UserError(f"block: layer {self.name!r} chooses among equal groups of experts, so none can go; {cure}")

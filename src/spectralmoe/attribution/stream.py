@@ -75,17 +75,17 @@ class _Around:
         self.output: Tensor | None = None
 
     def passed(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
-        """A part of the block beside the layer ran."""
+        """Note the input and output of another part of the block."""
         given, made = _first((*args, *kwargs.values())), _first(returned)
         if given is not None and made is not None:
             self.candidates.append((given, made))
 
     def ran(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
-        """The layer ran."""
+        """Note the input and output of the layer."""
         self.read, self.output = _first((*args, *kwargs.values())), _first(returned)
 
     def ended(self, block: nn.Module, args: Any, returned: Any) -> None:
-        """The block ended: what the layer's norm read, or the layer itself, is what its output was added to."""
+        """Find the stream that the layer's output was added to: the input of the layer's norm, or of the layer."""
         after, read, output = _first(returned), self.read, self.output
         if after is None or read is None or output is None or self.name in self.stream.added:
             raise UserError(f"attribute_experts: the block around {self.name} cannot be read")

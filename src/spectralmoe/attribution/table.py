@@ -83,7 +83,7 @@ def _known(number: Tensor) -> int | None:
 
 
 def joined(level: Level, layers: tuple[str, ...], log_prob: Tensor, rows: list[dict[str, Tensor]]) -> Table:
-    """A table of pieces with the same columns."""
+    """Join pieces with the same columns to one table."""
     names = ("sequence", "layer", "expert", "neuron", "weight", "gain")
     columns = {name: torch.cat([piece[name] for piece in rows]).cpu() for name in names}
     return Table(level, layers, log_prob.cpu(), **columns)

@@ -178,7 +178,7 @@ class _OwnWatch(Watch):
         self.tape = Tape(recorded, keep=("tokens",) if tokens else (), training_only=training_only)
 
     def drain(self) -> list[Seen]:
-        """See ``Watch``."""
+        """Return the calls since the last ``drain``."""
         layers = {layer.name: layer for layer in self.layers}
         records = [item for item in self.tape.drain() if item.name in layers]
         return [seen_of(item, layers[item.name], self.keeps_tokens) for item in records]

@@ -74,7 +74,7 @@ class EigenExperts(Experts):
         return not supports_grouped_mm(x, self.left)
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Two GEMMs over all experts at once; the weights enter between them."""
+        """Run all experts on all rows by two GEMMs; the coordinates are multiplied by ``weights`` (N, E)."""
         coordinates = x @ self.right.to(x.dtype).transpose(0, 1).flatten(1)
         weighted = coordinates.unflatten(-1, (self.num_experts, -1)) * weights.unsqueeze(-1)
         y: Tensor = weighted.flatten(1) @ self._out.to(x.dtype).transpose(1, 2).flatten(0, 1)

@@ -131,7 +131,7 @@ class MPOExperts(Experts):
         return not supports_grouped_mm(x, x.new_empty(0, self.width, self.dim))
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Two GEMMs over all experts at once; the weights enter between them."""
+        """Run all experts on all rows by two GEMMs; the hidden activations are multiplied by ``weights`` (N, E)."""
         h = F.linear(x, self.up.matrices().to(x.dtype).flatten(0, 1)).unflatten(-1, (self.num_experts, -1))
         weighted = activate(self.activation, h) * weights.unsqueeze(-1)
         y: Tensor = weighted.flatten(1) @ self.down.matrices().to(x.dtype).transpose(1, 2).flatten(0, 1)
