@@ -18,8 +18,8 @@ __all__ = ["record"]
 def record(model: nn.Module, keep: Sequence[str] = (), *, terms: Mapping[str, Needs] | None = None) -> Iterator[Tape]:
     """Record what the MoE layers of ``model`` do inside a ``with`` block, as a ``Tape``.
 
-    A tape is a sequence of ``Record`` s, one for each forward of each layer: the routing of the tokens and, if asked
-    for, tensors. Losses (``penalty``), diagnostics and ``after_step`` read it.
+    A tape is a sequence of records (``Record``), one for each forward of each layer: the routing of the tokens and, if
+    asked for, tensors. Losses (``penalty``), diagnostics and ``after_step`` read it.
 
     In a Hugging Face model without layers of this library, the model's own routers are recorded. Their routings have a
     gradient and no expert for padding, so regularizers work on them. The model is not changed.
@@ -29,7 +29,7 @@ def record(model: nn.Module, keep: Sequence[str] = (), *, terms: Mapping[str, Ne
         keep: names of tensors to keep: "tokens" (N, D), what the router read; of the experts, with rows sorted by
             expert, "input" (M, D), "hidden" (M, H) and "output" (M, D); and names in ``Experts.says``. A layer that
             keeps tensors of its experts uses the grouped dispatch. Hugging Face's own layers keep "tokens" alone.
-        terms: ``Term`` s; the tensors that they read are kept, in the layers that they are for.
+        terms: name -> ``Term``; the tensors that the terms read are kept, in the layers that they are for.
 
     If ``torch.compile`` and activation checkpointing are used together, compile the module that holds the checkpoints,
     not the modules inside them, and set ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``.

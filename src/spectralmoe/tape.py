@@ -45,7 +45,7 @@ def keeps(*names: str, argument: str = "") -> Callable[[Function], Function]:
 
 
 def of_model(function: Function) -> Function:
-    """Decorate a regularizer that takes the records of all layers at once; its ``Term`` s have ``scope="model"``."""
+    """Decorate a regularizer that takes the records of all layers at once; a ``Term`` of it has ``scope="model"``."""
     function.scope = "model"  # type: ignore[attr-defined]
     return function
 
@@ -145,7 +145,7 @@ class Record:
 
 
 class Tape:
-    """A sequence of ``Record`` s, one for each forward of each layer, in the order of layers and then calls.
+    """A sequence of records (``Record``), one for each forward of each layer, in the order of layers and then calls.
 
     ``record`` makes it; use it with ``len``, by index, or in a loop. Recording ends when the tape is first read, and
     when its block ends. A recomputation during backward is not recorded. A tape sees the forwards of its own thread
