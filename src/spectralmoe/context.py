@@ -73,5 +73,7 @@ def _flat(name: str, value: Tensor, lead: tuple[int, ...], kind: str) -> Tensor:
     if not isinstance(value, torch.Tensor):
         raise UserError(f"Context: {name!r} must be a tensor, got a {type(value).__name__}")
     if value.shape[: len(lead)] != lead:
-        raise UserError(f"Context: {name!r} has shape {tuple(value.shape)}, but there are {lead} {kind}")
+        raise UserError(
+            f"Context: {name!r} has shape {tuple(value.shape)}, but there are {lead} {kind}; give it one value for each"
+        )
     return value.reshape(math.prod(lead), *value.shape[len(lead) :])

@@ -109,7 +109,7 @@ def _indices(name: str, layer: Recordable, value: Tensor, mask: Tensor | None) -
     ordered = indices.sort(-1).values
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY)).any(-1)
     if bool(twice.any()):
-        raise UserError(f"{start} name one expert twice for token {int(twice.int().argmax())}")
+        raise UserError(f"{start} name one expert twice for token {int(twice.int().argmax())}; name it once")
     empty = (indices == EMPTY).all(-1)
     if mask is not None and mask.numel() == len(empty):  # a mask of another shape is refused by the router
         empty = empty & mask.reshape(-1).bool().to(empty.device)

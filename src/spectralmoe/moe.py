@@ -68,18 +68,29 @@ class MoE(Recordable):
     ) -> None:
         super().__init__()
         if not isinstance(router, Router) or not isinstance(experts, Experts):
-            raise UserError(f"MoE: takes a Router and Experts, got {type(router).__name__}, {type(experts).__name__}")
+            raise UserError(
+                f"MoE: takes a Router and Experts, got {type(router).__name__}, {type(experts).__name__}; write "
+                "MoE(Router(scorer, selector), FeedForward(...))"
+            )
         unit = Token() if unit is None else unit
         if not unit.pooled and getattr(experts, "dim", router.scorer.dim) != router.scorer.dim:
-            raise UserError(f"MoE: the router reads tokens of width D={router.scorer.dim}, the experts {experts.dim}")
+            raise UserError(
+                f"MoE: the router reads tokens of width D={router.scorer.dim}, the experts {experts.dim}; make both "
+                "for the same width"
+            )
         if isinstance(dispatch, str) and dispatch not in ("auto", *DISPATCHES):
             raise one_of("dispatch", dispatch, ["auto", *DISPATCHES])
         check_places(placement, router.num_experts, experts.num_experts)
         if placement is not None and type(router.scorer).meet is not Scorer.meet:
-            raise UserError(f"MoE: {type(router.scorer).__name__} reads expert e in place e, so it takes no placement")
+            raise UserError(
+                f"MoE: {type(router.scorer).__name__} reads expert e in place e, so it takes no placement; leave it out"
+            )
         self.router, self.experts, self.dispatch, self.shared = router, experts, dispatch, shared
         if memory is not None and memory.dim != router.scorer.dim:
-            raise UserError(f"MoE: the router reads tokens of width D={router.scorer.dim}, the memory {memory.dim}")
+            raise UserError(
+                f"MoE: the router reads tokens of width D={router.scorer.dim}, the memory {memory.dim}; make it with "
+                f"StatisticsMemory({router.scorer.dim})"
+            )
         if memory is not None and unit.pooled and memory.where == "layer":
             raise UserError(
                 f"MoE: under {type(unit).__name__} the memory knows pooled features alone; use where='router'"

@@ -98,9 +98,12 @@ def check_places(placement: Placement | None, num_experts: int, num_places: int)
     """
     if placement is None:
         if num_experts < num_places:
-            raise UserError(f"MoE: the router knows E={num_experts} experts, but the bank holds {num_places}")
+            raise UserError(
+                f"MoE: the router knows E={num_experts} experts, but the bank holds {num_places}; make the "
+                "scorer for as many"
+            )
     elif not isinstance(placement, Placement):
-        raise UserError(f"MoE: placement takes a Placement, got {type(placement).__name__}")
+        raise UserError(f"MoE: placement takes a Placement, got {type(placement).__name__}; write Placement(table)")
     elif placement.num_experts != num_experts:
         raise UserError(f"Placement: the table has {placement.num_experts} rows, but the router knows E={num_experts}")
     elif placement.num_places > num_places:

@@ -100,7 +100,7 @@ class RankExperts(Recordable):
     ) -> None:
         super().__init__()
         if not isinstance(linear, nn.Linear):
-            raise UserError(f"RankExperts: goes around an nn.Linear, got a {type(linear).__name__}")
+            raise UserError(f"RankExperts: goes around an nn.Linear, got a {type(linear).__name__}; pass one")
         if ranks < 1 or shared < 0 or zero < 0:
             raise UserError(
                 f"RankExperts: needs ranks >= 1, shared >= 0 and zero >= 0, got ranks={ranks}, shared={shared}, "

@@ -79,9 +79,13 @@ class Router(nn.Module):
         """
         shape, dim = x.shape[:-1], self.scorer.dim
         if x.shape[-1] != dim:
-            raise UserError(f"Router: tokens are {x.shape[-1]} wide, but the scorer was made for D={dim}")
+            raise UserError(
+                f"Router: tokens are {x.shape[-1]} wide, but the scorer was made for D={dim}; make it for this width"
+            )
         if mask is not None and mask.shape != shape:
-            raise UserError(f"Router: mask has shape {tuple(mask.shape)}, but the tokens have {tuple(shape)}")
+            raise UserError(
+                f"Router: mask has shape {tuple(mask.shape)}, but the tokens have {tuple(shape)}; give each a value"
+            )
         tokens = (x if x.dim() == 2 else x.reshape(-1, dim)).to(torch.promote_types(x.dtype, torch.float32))
         flat_mask = None if mask is None else mask.reshape(-1).bool()
         if flat_mask is not None:
@@ -143,6 +147,9 @@ def _replayed(replay: Routing | Tensor, logits: Tensor, mask: Tensor | None) -> 
     tokens, experts = logits.shape
     n, e = (len(replay), experts) if isinstance(replay, Tensor) else replay.logits.shape
     if (n, e) != (tokens, experts):
-        raise UserError(f"Router: the replayed routing has N={n}, E={e}, but this forward has N={tokens}, E={experts}")
+        raise UserError(
+            f"Router: the replayed routing has N={n}, E={e}, but this forward has N={tokens}, E={experts}; replay it "
+            "on the batch that it was recorded on"
+        )
     indices = replay.to(logits.device) if isinstance(replay, Tensor) else replay.indices
     return indices if mask is None else indices.masked_fill(~mask[:, None], EMPTY)

@@ -70,7 +70,10 @@ def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
     arguments = {}
     for name in parameters_of(cls):
         if name not in overrides and not hasattr(part, name):
-            raise UserError(f"{cls.__name__} cannot be described: it does not keep its argument {name!r}")
+            raise UserError(
+                f"{cls.__name__} cannot be described: it does not keep its argument {name!r}; set self.{name} in its "
+                "constructor"
+            )
         arguments[name] = describe(overrides.get(name, getattr(part, name, None)), tables=tables)
     return {"type": kind, **arguments}
 

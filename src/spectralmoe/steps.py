@@ -271,5 +271,8 @@ def _records(layers: dict[str, Recordable], tapes: Sequence[Tape]) -> list[Recor
     known = {id(layer) for layer in layers.values()}
     for item in records:
         if id(item.layer) not in known:
-            raise UserError(f"the tape was recorded on another model: its layer {item.name!r} is not in this one")
+            raise UserError(
+                f"the tape was recorded on another model: its layer {item.name!r} is not in this one; pass this "
+                "model's tape"
+            )
     return records

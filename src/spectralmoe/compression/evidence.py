@@ -34,7 +34,9 @@ class Evidence:
         self.generator = torch.Generator().manual_seed(seed)
         for item in self.records:
             if not any(item.layer is layer for layer in layers.values()):
-                raise UserError(f"{owner}: evidence of another model: its layer {item.name!r} is not in this one")
+                raise UserError(
+                    f"{owner}: evidence of another model: its layer {item.name!r} is not in this one; record this model"
+                )
 
     def of(self, name: str, layer: MoE) -> list[Record]:
         """Return the records of one layer.

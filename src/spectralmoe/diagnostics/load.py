@@ -71,7 +71,9 @@ def load_imbalance(record: Record, *, physical: bool = False) -> float:
     """
     routing, layer = record.routing, record.layer
     if routing.soft:
-        raise UserError(f"load_imbalance: every token of layer {record.name!r} uses every expert, so none is busier")
+        raise UserError(
+            f"load_imbalance: every token of layer {record.name!r} uses every expert, so none is busier; use TopK(k)"
+        )
     placement, counts = getattr(layer, "placement", None), routing.counts()
     if physical and placement is not None:
         counts = count_slots(placement(routing).indices, placement.num_places)

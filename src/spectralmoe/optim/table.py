@@ -81,7 +81,7 @@ def _find(kind: str, name: str, table: Mapping[str, Any], form: str) -> Any:
         raise one_of(kind, name, [*table, form])
     function = find_class(name)
     if not callable(function):
-        raise UserError(f"{kind} {name!r} is not a function; name one as pkg:function")
+        raise UserError(f"{kind} {name!r} is no function; name one as pkg:function")
     return function
 
 

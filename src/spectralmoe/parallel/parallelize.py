@@ -115,7 +115,9 @@ def _check(name: str, layer: object, devices: int) -> None:
         raise UserError(f"parallelize_experts: {name!r} is a {type(layer).__name__}, not an MoE layer of this library")
     bank = layer.experts
     if layer.router.soft:
-        raise UserError(f"parallelize_experts: {name!r} routes softly, so every row would go to every device")
+        raise UserError(
+            f"parallelize_experts: {name!r} routes softly, so every row would go to every device; use TopK(k)"
+        )
     scorer = layer.router.scorer
     if type(scorer).meet is not Scorer.meet:
         raise UserError(

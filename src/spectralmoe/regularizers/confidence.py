@@ -45,7 +45,10 @@ def confidence_loss(record: Record, target: Tensor) -> Tensor:
     """
     bank = getattr(record.layer, "experts", None)
     if not isinstance(bank, ConfidentExperts):
-        raise UserError(f"confidence_loss: layer {record.name!r} has {type(bank).__name__}, not ConfidentExperts")
+        raise UserError(
+            f"confidence_loss: layer {record.name!r} has {type(bank).__name__}, not ConfidentExperts; wrap its "
+            "experts in them"
+        )
     confidence = record.tensor("confidence")
     if target.shape != confidence.shape:
         raise UserError(

@@ -62,7 +62,10 @@ def _named(record: Record | Routing, name: str) -> Tensor:
     side = None if isinstance(record, Routing) else record.context
     if side is None or name not in side:
         there = ", ".join(side or {}) or "nothing"
-        raise UserError(f"severity_balance: the record holds {there} of the context, not {name!r}")
+        raise UserError(
+            f"severity_balance: the record holds {there} of the context, not {name!r}; pass it to the layer with "
+            "Context(samples=...)"
+        )
     return side[name]
 
 

@@ -153,7 +153,7 @@ def _check_layers(folder: Path, model: nn.Module, expected: dict[str, Any]) -> N
     layers = _describe_layers(model)
     for name in sorted(layers.keys() | expected.keys()):
         if _given(layers.get(name)) != _given(expected.get(name)):
-            raise UserError(f"{folder} holds other MoE layers than the model: layer {name!r} differs")
+            raise UserError(f"{folder} holds other MoE layers than the model: layer {name!r} differs; build it alike")
 
 
 def _given(spec: Any) -> Any:

@@ -70,8 +70,8 @@ class Scorer(Part):
         """
         if not self.rows:
             raise UserError(
-                f"{type(self).__name__} cannot be cut down to some of its experts: its class does not set 'rows', the "
-                "names of the parameters with one row for each expert"
+                f"{type(self).__name__} cannot be cut down to some of its experts: its class names no rows; "
+                "set rows = (...), the parameters with one row for each expert"
             )
         stacks = [stack for name in self.rows if (stack := getattr(self, name)) is not None]
         chosen = chosen_experts(f"{type(self).__name__}.select", indices, self.num_experts)

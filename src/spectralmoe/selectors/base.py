@@ -132,7 +132,9 @@ def check_k(owner: str, k: int, normalize: bool, score: str) -> None:
 def check_fits(owner: str, k: int, num_experts: int) -> None:
     """Refuse a k larger than the number of experts."""
     if k > num_experts:
-        raise UserError(f"{owner}: k={k} experts a token were asked for, but the router has E={num_experts}")
+        raise UserError(
+            f"{owner}: k={k} experts a token were asked for, but the router has E={num_experts}; choose k up to E"
+        )
 
 
 def share_of(total: Tensor, factor: float, num_experts: int) -> Tensor:

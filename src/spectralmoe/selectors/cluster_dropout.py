@@ -86,10 +86,13 @@ class ClusterDropout(Around):
                 "load_balance"
             )
         if num_experts % self.groups:
-            raise UserError(f"ClusterDropout: groups={self.groups} do not divide E={num_experts} experts")
+            raise UserError(
+                f"ClusterDropout: groups={self.groups} do not divide E={num_experts} experts; take a divisor"
+            )
         if self._kept(num_experts) < 1:
             raise UserError(
-                f"ClusterDropout: rate={self.rate} leaves none of the {num_experts // self.groups} experts of a group"
+                f"ClusterDropout: rate={self.rate} leaves none of the {num_experts // self.groups} experts of a group; "
+                "lower it"
             )
         self.fills = False
         self.register_buffer("seed", torch.randint(2**62, ()))

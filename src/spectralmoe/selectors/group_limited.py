@@ -69,7 +69,7 @@ class GroupLimited(Around):
         if self.soft:
             raise UserError("GroupLimited: soft routing makes no choice to limit; use a selector with k below E")
         if num_experts % self.groups:
-            raise UserError(f"GroupLimited: groups={self.groups} do not divide E={num_experts} experts")
+            raise UserError(f"GroupLimited: groups={self.groups} do not divide E={num_experts} experts; take a divisor")
         size, k = num_experts // self.groups, self.selector.k
         if self.counted > size:
             raise UserError(f"GroupLimited: counted={self.counted}, but a group holds {size} of E={num_experts}")
