@@ -1,4 +1,4 @@
-"""Mixture-of-Experts whose routing is shaped by geometry: eigenbases, prototypes, spectra."""
+"""Mixture-of-Experts layers for PyTorch whose routing is shaped by geometry: eigenbases, prototypes, spectra."""
 
 from typing import TYPE_CHECKING
 
@@ -138,7 +138,7 @@ _NAMES = {
     "tape": ("Record", "Tape"),
     "terms": ("Term", "penalty"),
 }
-"""Module -> what the library's user finds here of it; imported when it is first asked for, with torch."""
+"""Module -> its names that can be imported from here; a module is imported at the first use of one."""
 
 if not TYPE_CHECKING:
 

@@ -1,4 +1,4 @@
-"""Context: side information beside the tokens, which parts of a layer read by name."""
+"""Context: side information that a layer gets beside its tokens, and that its parts read by name."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from spectralmoe.errors import UserError
 __all__ = ["Context", "Rows", "rows_of"]
 
 Rows = dict[str, Tensor]
-"""Side information as parts get it, by name: one row a token (N, ...)."""
+"""Side information by name in the form that scorers, selectors and experts get: one row for each token (N, ...)."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Side information by name; a part that reads some says which (``Part.reads``).
+    """Side information for a forward, by name: ``layer(x, context=Context(...))``.
+
+    Scorers, selectors and experts that read side information name it in ``reads``: ``ContextScorer`` reads "severity",
+    for example.
 
     Args:
-        tokens: one value a token, (..., *) beside tokens x (..., D).
-        samples: one value a sample, (B, *) beside tokens x (B, ..., D).
+        tokens: name -> one value for each token, (..., *) beside tokens x (..., D).
+        samples: name -> one value for each sample, (B, *) beside tokens x (B, ..., D).
 
     >>> context = Context(samples={"severity": torch.tensor([0.5, 0.0])})
     >>> context.rows((2, 3))["severity"].tolist()  # for two samples of three tokens
@@ -35,13 +38,14 @@ class Context:
     samples: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, shape: tuple[int, ...], mask: Tensor | None = None) -> dict[str, Tensor]:
-        """All values by name as rows (N, *), one a token, for tokens of the leading dimensions ``shape``.
+        """Return all values by name as rows (N, *), one for each token.
 
         Args:
+            shape: the leading dimensions of the tokens, which N is the product of.
             mask: of that shape, False for padding, whose rows become 0.
 
         Raises:
-            UserError: a value that is no tensor or of another leading shape; a name of both kinds.
+            UserError: a value is no tensor or has another leading shape, or a name is given for tokens and samples.
         """
         if both := self.tokens.keys() & self.samples.keys():
             raise UserError(f"Context: {min(both)!r} is given for tokens and for samples; give it once")
@@ -60,7 +64,7 @@ register_dataclass(Context)  # so that FSDP and torch.export see the tensors ins
 
 
 def rows_of(context: Context | Rows | None, x: Tensor, mask: Tensor | None) -> Rows | None:
-    """The rows of a ``Context`` beside tokens x (..., D); what holds rows already, or nothing, as it is."""
+    """Return the rows of a ``Context`` beside tokens x (..., D); rows and None are returned as they are."""
     return context.rows(x.shape[:-1], mask) if isinstance(context, Context) else context
 
 
@@ -69,5 +73,7 @@ def _flat(name: str, value: Tensor, lead: tuple[int, ...], kind: str) -> Tensor:
     if not isinstance(value, torch.Tensor):
         raise UserError(f"Context: {name!r} must be a tensor, got a {type(value).__name__}")
     if value.shape[: len(lead)] != lead:
-        raise UserError(f"Context: {name!r} has shape {tuple(value.shape)}, but there are {lead} {kind}")
+        raise UserError(
+            f"Context: {name!r} has shape {tuple(value.shape)}, but there are {lead} {kind}; give it one value for each"
+        )
     return value.reshape(math.prod(lead), *value.shape[len(lead) :])

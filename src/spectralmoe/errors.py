@@ -1,4 +1,4 @@
-"""The one kind of error that a user of the library or the command line is meant to read."""
+"""UserError: the error that users of the library and of the command line are meant to read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _LISTED = 5
 
 
 class UserError(ValueError):
-    """A mistake that the caller can mend: one line with the wrong word, the cause and the cure.
+    """A mistake that the caller can mend; the message is one line with the wrong word, the cause and the cure.
 
-    The command line prints it without a traceback and ends with its ``exit_code``: 2, a mistake of the user's; 1 for
-    what went wrong while it ran.
+    The command line prints it without a traceback and ends with its ``exit_code``: 2 for a mistake of the user, 1 for a
+    failure while it ran.
     """
 
     exit_code: ClassVar[int] = 2
 
 
 def one_of(kind: str, name: str, known: object) -> UserError:
-    """The error for an unknown ``name``: says what kind of thing it is, which known one is near, and lists them all.
+    """Return the error for an unknown ``name`` of some ``kind``; it suggests a similar name and lists all known ones.
 
     >>> print(one_of("router", "liner", ["cosine", "linear"]))
     unknown router 'liner'; did you mean 'linear'? known: cosine, linear
@@ -37,9 +37,9 @@ def one_of(kind: str, name: str, known: object) -> UserError:
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says in its first line, without the full stop; its kind where it says nothing.
+    """Return the first line of another library's error, without the full stop; its class name if it has no message.
 
-    A first line that ends with a colon is joined with the second.
+    If the first line ends with a colon, the second is joined to it.
 
     >>> first_line(KeyError()), first_line(OSError("no disk.\\nDetails")), first_line(ValueError("wrong:\\n  width 3"))
     ('KeyError', 'no disk', 'wrong: width 3')
@@ -49,10 +49,10 @@ def first_line(error: Exception) -> str:
 
 
 def refuse_differences(start: str, wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> None:
-    """Raise unless two sets of tensors, name -> shape, are the same.
+    """Raise an error unless two sets of tensors, given as name -> shape, are the same.
 
     Raises:
-        UserError: ``start``, and what is missing, extra or of another shape.
+        UserError: they differ; the message is ``start`` and what is missing, extra or of another shape.
 
     >>> refuse_differences("a.pt does not fit", {"w": (2, 3), "b": (2,)}, {"w": (2, 4)})
     Traceback (most recent call last):

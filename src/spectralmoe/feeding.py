@@ -1,4 +1,4 @@
-"""Side information and recorded choices for the MoE layers inside a model whose forward does not pass them on."""
+"""``feed``: it hands masks, side information and recorded choices to the MoE layers inside any model."""
 
 from __future__ import annotations
 
@@ -28,31 +28,33 @@ def feed(
     replay: Tape | None = None,
     indices: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Hand side information to the MoE layers inside a model whose forward does not pass it on.
+    """Hand a mask, side information or recorded choices to all MoE layers of ``model`` inside a ``with`` block.
+
+    It is for models whose own forward does not pass these on to their layers.
 
     Args:
-        mask: (...) bool, True for a real token, for every layer.
-        context: side information that parts read by name, for every layer.
-        replay: reuse the choices of this tape, call by call; weights are recomputed from live logits. What is counted
-            of such a forward is not what was replayed: selection biases rest, and ``load_balance`` and ``Monitor`` go
-            by the choice that the router itself makes (``Routing.live``).
-        indices: the same for choices that another engine recorded: layer's name -> the experts (N, K) or (..., K) of
-            one call, -1 in an empty slot. Layers that are not named choose for themselves. What vLLM returns as
-            ``routed_experts`` (N, layers, K) is ``dict(zip(moe_layers(model), routed.unbind(1)))``, where every layer
-            is an MoE layer.
+        model: a model with MoE layers.
+        mask: (...) bool, True for a real token.
+        context: side information that scorers, selectors and experts read by name.
+        replay: a tape of ``record``, whose choices are used again, call by call. The weights of the chosen experts are
+            recomputed from the logits of this forward. What the router itself would have chosen is ``Routing.live``;
+            ``load_balance`` and ``Monitor`` read that, and selection biases do not move.
+        indices: choices that another engine recorded: layer name -> experts (N, K) or (..., K) of one call, -1 in an
+            empty slot. Layers that are not named choose for themselves. If every layer of a model is an MoE layer,
+            vLLM's ``routed_experts`` (N, layers, K) become ``dict(zip(moe_layers(model), routed.unbind(1)))``.
 
-    The block belongs to its thread: the forwards of others see nothing of it. A backward inside it runs in this thread
-    on every device.
+    The block holds for its thread alone: forwards in other threads see nothing of it. A backward inside it runs in this
+    thread on every device.
 
-    Call backward inside the block if the model uses activation checkpointing, for the forwards of this block alone: a
-    recomputation gets the side information of the block it runs in. Where arithmetic does not repeat bit by bit, or
-    noise is not repeated, a recomputation may choose other experts than its forward, and nothing tells: around backward
-    alone, ``with feed(model, replay=tape)`` pins the choice.
+    With activation checkpointing, call backward inside the block, and only for forwards of this block: the forward that
+    is recomputed gets what the block hands out. If arithmetic or noise does not repeat exactly, the recomputation may
+    choose other experts than the first forward did, without an error. ``with feed(model, replay=tape)`` around backward
+    prevents this.
 
     Raises:
-        UserError: no MoE layer; a layer that the replayed tape does not hold, or that is called more often; a tape and
-            indices together; indices of an unknown layer, that are no whole numbers, name an expert twice or one that
-            there is not, or leave a token that the mask does not rule out without one.
+        UserError: the model has no MoE layer; the tape does not hold a layer, or a layer is called more often than it
+            was recorded; tape and indices are both given; indices name an unknown layer, are no whole numbers, name an
+            expert twice or one that does not exist, or leave a real token without an expert.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
     >>> layers = torch.nn.Sequential(MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16)))
@@ -107,7 +109,7 @@ def _indices(name: str, layer: Recordable, value: Tensor, mask: Tensor | None) -
     ordered = indices.sort(-1).values
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY)).any(-1)
     if bool(twice.any()):
-        raise UserError(f"{start} name one expert twice for token {int(twice.int().argmax())}")
+        raise UserError(f"{start} name one expert twice for token {int(twice.int().argmax())}; name it once")
     empty = (indices == EMPTY).all(-1)
     if mask is not None and mask.numel() == len(empty):  # a mask of another shape is refused by the router
         empty = empty & mask.reshape(-1).bool().to(empty.device)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written inside a temporary folder beside their place, then renamed."""
+"""Files that are whole or absent: each is written in a temporary folder beside its place, and then renamed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors of a block that writes ``path`` become a user's error in one line.
+    """Turn errors of a block that writes ``path`` into a ``UserError`` of one line.
 
     Raises:
         UserError: as ``write_whole``.
@@ -77,11 +77,11 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def part_folder(parent: Path) -> Iterator[Path]:
-    """A new folder inside ``parent`` for files that are being written; it is removed when the block ends.
+    """Make a folder inside ``parent`` for files that are being written; it is removed when the block ends.
 
-    The block holds a lock on a file in the folder, which the system takes back when its process ends. So the folders of
-    killed writers are told from those of running ones, on other machines that share ``parent`` too, and are removed
-    first.
+    The block holds a lock on a file in the folder, which the system releases when the process ends. So the folders of
+    killed writers can be told from those of running ones, also on other machines that share ``parent``. Those of killed
+    writers are removed first.
     """
     for part in parent.glob(f".*{_PART}"):
         _remove_part(part)
@@ -95,9 +95,9 @@ def part_folder(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """No other process, on other machines that share the folder too, is in a block with the same ``file`` meanwhile.
+    """Keep other processes out of blocks with the same ``file``, also on other machines that share its folder.
 
-    The file is there for the block alone. The system takes the lock back from a process that is killed.
+    The file exists while the block runs. If a process is killed, the system releases its lock.
 
     Raises:
         UserError: the folder cannot be written, or its file system has no locks.
@@ -122,10 +122,10 @@ def publish(file: Path, path: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Give each of two paths what stands at the other, in one step. False: the system cannot, and nothing was done.
+    """Swap what stands at two paths in one step; return False, with nothing done, if the system cannot.
 
     Raises:
-        OSError: it can, and fails.
+        OSError: the system can, and fails.
     """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
@@ -145,10 +145,10 @@ def flush(file: Path) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Whether something stands at ``path``.
+    """Return whether something stands at ``path``.
 
     Raises:
-        UserError: it cannot be looked up: a name that is too long or holds a null character, a folder that may not be
+        UserError: the path cannot be looked up: its name is too long or holds a null character, or a folder may not be
             entered.
     """
     try:
@@ -173,12 +173,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` whole or not at all; raises as ``write_whole``."""
+    """Write ``text`` whole or not at all; it raises what ``write_whole`` raises."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def to_json(value: Any) -> str:
-    """``value`` as indented JSON text.
+    """Return ``value`` as indented JSON text; infinite and undefined numbers become null.
 
     Raises:
         UserError: it holds something that JSON cannot.
@@ -190,10 +190,10 @@ def to_json(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in ``path``, with or without a byte order mark.
+    """Read the JSON value in ``path``, with or without a byte order mark.
 
     Raises:
-        UserError: missing, unreadable, or not JSON.
+        UserError: the file is missing, unreadable, or not JSON.
     """
     if not exists(path) and not path.is_symlink():
         raise UserError(f"{path}: no such file")
@@ -223,7 +223,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what writes that were killed have left in ``folder`` and below."""
+    """Remove the temporary files that killed processes have left in ``folder`` and below."""
     for part in folder.rglob(f".*{_PART}"):
         _remove_part(part)
 

@@ -1,4 +1,4 @@
-"""Values of a spec that follow from the sizes of the network: ``"= dim ** -0.5"``."""
+"""Formulas: text such as ``"= dim ** -0.5"`` in a spec, for values that follow from the sizes of the network."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max}
 
 
 def is_formula(value: object) -> bool:
-    """Whether ``value`` is text that begins with an equals sign, as in a spreadsheet."""
+    """Return whether ``value`` is text that begins with an equals sign, as in a spreadsheet."""
     return isinstance(value, str) and value.startswith("=")
 
 
 def evaluate(text: str, sizes: Mapping[str, Any]) -> Any:
-    """The number that a formula stands for: numbers, names of ``sizes``, + - * / // **, min and max.
+    """Compute a formula, which may use numbers, the names in ``sizes``, + - * / // **, min and max.
 
     Raises:
-        UserError: anything else, an unknown name, a number beyond 10^9.
+        UserError: the formula holds anything else, an unknown name, or a number beyond 10^9.
 
     >>> evaluate("= min(128, dim)", {"dim": 64}), evaluate("= dim ** -0.5", {"dim": 64})
     (64, 0.125)
@@ -49,9 +49,9 @@ def evaluate(text: str, sizes: Mapping[str, Any]) -> Any:
 
 
 class Sized(partial[Tensor]):
-    """A regularizer with options, of which formulas follow from the layer that it is given a record of.
+    """A regularizer with its options, some of which are formulas; they are computed for the layer of each record.
 
-    They may name ``num_experts`` and ``k``, E and K of its routing; of several records, those of the first.
+    Formulas may name ``num_experts`` and ``k``, the E and K of the record's routing; of several records, the first's.
 
     >>> import torch
     >>> from types import SimpleNamespace

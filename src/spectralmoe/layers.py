@@ -1,4 +1,4 @@
-"""The MoE layers inside a model, whatever wraps it, and their names."""
+"""Functions that find the MoE layers of a model and their names, whatever wraps the model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def moe_layers(model: nn.Module) -> dict[str, Recordable]:
-    """The MoE layers of ``model`` by name, free of wrapper prefixes.
+    """Return the MoE layers of ``model`` by name, without the prefixes of wrappers such as DDP.
 
     Raises:
         UserError: there is none.
+
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
+    >>> model = nn.Sequential(nn.Linear(8, 8), MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16)))
+    >>> list(moe_layers(nn.ModuleDict({"block": model})))
+    ['block.1']
     """
     inside = unwrapped(model)
     layers = {
@@ -37,7 +42,7 @@ def moe_layers(model: nn.Module) -> dict[str, Recordable]:
 
 
 def stock_experts(model: nn.Module) -> bool:
-    """Whether ``model`` holds experts that no layer or router of this library serves: a child called "experts"."""
+    """Return whether ``model`` holds experts (a child called "experts") without a layer or router of this library."""
     if isinstance(model, Recordable):
         return False
     children = dict(model.named_children())
@@ -47,19 +52,19 @@ def stock_experts(model: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside DDP, DataParallel, ``torch.compile`` and activation checkpoints."""
+    """Return the user's module inside DDP, DataParallel, ``torch.compile`` and activation checkpoints."""
     names = ("module",) if isinstance(model, DistributedDataParallel | DataParallel | AveragedModel) else _WRAPPERS
     inside = [child for name, child in model.named_children() if name in names]
     return unwrapped(inside[0]) if inside else model
 
 
 def plain_name(path: str) -> str:
-    """The path of a module or parameter without the parts that wrappers put in."""
+    """Return the path of a module or parameter without the parts that wrappers add."""
     return ".".join(part for part in path.split(".") if part and part not in _WRAPPERS)
 
 
 def layer_name(path: str) -> str:
-    """The name of a layer: ``plain_name`` of its path, without what PEFT puts around a model and its modules.
+    """Return the name of a layer: its path without the parts that wrappers and PEFT add.
 
     >>> layer_name("base_model.model.model.layers.0.mlp.gate.modules_to_save.default")
     'model.layers.0.mlp.gate'

@@ -1,10 +1,8 @@
-"""The home of the spectra: largest singular value, stable rank, retraction onto orthonormal columns.
+"""Spectra of matrices: largest singular value, stable rank, and retraction onto orthonormal columns.
 
-Every matrix is divided by its largest entry first, so no square leaves the range of its numbers. What is not finite has
-no spectrum: nan.
-
-Sharded parameters are gathered first, differentiably where a gradient flows (``sharding.full``). Autocast has no say in
-products here: its 16 bits would change a spectrum by percents.
+Every matrix is first divided by its largest entry, so that no square overflows. The spectrum of a matrix with entries
+that are not finite is nan. Sharded parameters are gathered first, with gradient (``sharding.full``). Autocast is
+switched off, because 16 bits would change a spectrum by percents.
 """
 
 from __future__ import annotations
@@ -36,9 +34,9 @@ __all__ = [
 ]
 
 EXACT_LIMIT = 128
-"""Matrices whose smaller side is at most this get their spectrum exactly (an eigendecomposition of the Gram matrix).
+"""Matrices whose smaller side is at most this get an exact spectrum, by an eigendecomposition of their Gram matrix.
 
-On a device the host waits for each of these; a power iteration, which larger ones get, waits for nothing.
+For each of these the CPU waits for the GPU. Larger ones get a power iteration, for which it does not wait.
 """
 
 
@@ -51,7 +49,7 @@ _Result = TypeVar("_Result")
 def without_autocast(
     function: Callable[Concatenate[Tensor, _Others], _Result],
 ) -> Callable[Concatenate[Tensor, _Others], _Result]:
-    """``function`` of a tensor, and of anything else, with autocast off for the tensor's device."""
+    """Return ``function`` with autocast switched off for the device of its first argument, a tensor."""
 
     @wraps(function)
     def run(x: Tensor, /, *args: _Others.args, **kwargs: _Others.kwargs) -> _Result:
@@ -63,9 +61,9 @@ def without_autocast(
 
 @without_autocast
 def top_right(matrix: Tensor) -> Tensor:
-    """Exact leading right singular vector v (D,) of ``matrix`` (E, D), without gradient.
+    """Compute the leading right singular vector v (D,) of ``matrix`` (E, D) exactly, without gradient.
 
-    From the eigendecomposition of the smaller Gram matrix, in at least fp32. Without rows, any direction will do.
+    It comes from the eigendecomposition of the smaller Gram matrix, in fp32 or float64.
     """
     m = _scaled(matrix.detach())[0].nan_to_num(0, 0, 0)
     wide = 0 < m.shape[0] <= m.shape[1]
@@ -75,9 +73,9 @@ def top_right(matrix: Tensor) -> Tensor:
 
 @without_autocast
 def power_iteration(matrix: Tensor, start: Tensor, steps: int = 1) -> Tensor:
-    """``steps`` rounds of v <- M'M v / |M'M v| from ``start`` (D,), without gradient; returns v (D,).
+    """Repeat v <- M'M v / |M'M v| ``steps`` times from ``start`` (D,), without gradient; return v (D,).
 
-    v is zero where M v is.
+    v is zero if M v is.
     """
     m = _scaled(matrix.detach())[0]
     v = start.detach().to(m.dtype)
@@ -87,13 +85,17 @@ def power_iteration(matrix: Tensor, start: Tensor, steps: int = 1) -> Tensor:
 
 
 def sigma_max(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
-    r"""Largest singular value :math:`\sigma_1 = \|M v\|` of ``matrix`` (E, D), with the gradient :math:`u v^\top`.
+    r"""Compute the largest singular value :math:`\sigma_1 = \|M v\|` of a matrix M (E, D), with the gradient u v'.
 
-    ``direction`` is the leading right singular vector if it is known (from ``power_iteration``); left out, it is
-    found exactly. A zero matrix has value 0 and gradient 0; one that is not finite has value nan.
+    A zero matrix has the value 0 and the gradient 0; one that is not finite has the value nan.
 
-    The direction is held fixed, so a gradient of this gradient lacks a part. Second derivatives are those of
-    ``torch.func`` (``hessian``, ``jvp`` of ``grad``), where :math:`\sigma_1` comes from the eigenvalues.
+    The gradient takes v as constant, so second derivatives by autograd lack a term. Those of ``torch.func``
+    (``hessian``, ``jvp`` of ``grad``) are right: there :math:`\sigma_1` comes from eigenvalues.
+
+    Args:
+        matrix: M (E, D).
+        direction: v (D,), the leading right singular vector, for example from ``power_iteration``; None computes it
+            exactly.
 
     >>> round(float(sigma_max(torch.diag(torch.tensor([3.0, 1.0])))), 5)
     3.0
@@ -102,7 +104,7 @@ def sigma_max(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
 
 
 def stable_rank(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
-    r"""Stable rank :math:`\|M\|_F^2 / \sigma_1^2`, between 1 and the rank; 0 (with gradient 0) for a zero matrix.
+    r"""Compute the stable rank :math:`\|M\|_F^2 / \sigma_1^2`, from 1 to the rank; 0 with gradient 0 for a zero matrix.
 
     >>> round(float(stable_rank(torch.eye(4))), 5)
     4.0
@@ -112,7 +114,7 @@ def stable_rank(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
 
 @without_autocast
 def spectrum(matrix: Tensor, direction: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``sigma_max`` and ``stable_rank`` from one decomposition."""
+    """Compute ``sigma_max`` and ``stable_rank`` by one decomposition."""
     m, largest = _scaled(full(matrix))
     if transforming():
         sigma = _root_of_largest_eigenvalue(m)
@@ -125,10 +127,10 @@ def spectrum(matrix: Tensor, direction: Tensor | None = None) -> tuple[Tensor, T
 
 
 def qr_retraction(basis: Tensor) -> Tensor:
-    """The nearest-by-QR matrix with orthonormal columns, signs of the columns kept (..., D, R) -> (..., D, R).
+    """Make the columns of ``basis`` (..., D, R) orthonormal by QR, without flipping the sign of any.
 
-    Plain QR may flip columns; multiplying Q by sign(diag R) makes the map continuous, so that an optimizer's
-    momentum keeps its meaning from step to step.
+    Plain QR may flip columns. Multiplying Q by sign(diag R) makes the map continuous, so that an optimizer's momentum
+    stays valid from step to step.
     """
     q, r = torch.linalg.qr(_scaled(full(basis.detach()))[0])
     sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
@@ -138,24 +140,24 @@ def qr_retraction(basis: Tensor) -> Tensor:
 
 @without_autocast
 def orthonormality_error(basis: Tensor) -> Tensor:
-    r"""The largest entry of :math:`|U^\top U - 1|` of ``basis`` U (..., D, R): (...), without gradient."""
+    r"""Return the largest entry of :math:`|U^\top U - 1|` for ``basis`` U (..., D, R): (...), without gradient."""
     u = full(basis.detach())
     return (u.mT @ u - torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)).abs().amax((-2, -1))
 
 
 def is_orthonormal(basis: Tensor) -> Tensor:
-    """Whether the columns of each ``basis`` (..., D, R) are orthonormal up to rounding: (...) bool."""
+    """Return whether the columns of each ``basis`` (..., D, R) are orthonormal up to rounding: (...) bool."""
     return orthonormality_error(basis) <= _ROUNDINGS * torch.finfo(basis.dtype).eps
 
 
 def retracted(basis: Tensor) -> Tensor:
-    """``qr_retraction``, or each ``basis`` (..., D, R) itself, bit by bit, where it is orthonormal up to rounding."""
+    """Apply ``qr_retraction`` to each ``basis`` (..., D, R) whose columns are not orthonormal up to rounding."""
     whole = full(basis.detach())
     return torch.where(is_orthonormal(whole)[..., None, None], whole, qr_retraction(whole))
 
 
 def largest_entry(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """The largest absolute value along ``dim``, which stays with size 1; 1 where all are zero or there are none.
+    """Return the largest absolute value along ``dim``, which is kept with size 1; 1 if all are zero or none exist.
 
     >>> largest_entry(torch.tensor([[3.0, -4.0], [0.0, 0.0]]), 1).tolist()
     [[4.0], [1.0]]
@@ -167,7 +169,7 @@ def largest_entry(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 
 def over_largest(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """``x`` over its largest absolute value along ``dim``, so that no product leaves the range of its numbers.
+    """Divide ``x`` by its largest absolute value along ``dim``, so that products of its entries do not overflow.
 
     >>> over_largest(torch.tensor([1e30, -2e30]), 0).tolist()
     [0.5, -1.0]

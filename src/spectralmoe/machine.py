@@ -1,4 +1,4 @@
-"""What a result was measured on, and with how many threads."""
+"""Describes the machine that a result was measured on, and sets the number of threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["cpu_model", "describe_machine", "threads", "versions"]
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions and hardware, as JSON values to keep beside every figure.
+    """Return versions and hardware as JSON values, to be kept with every measured number.
 
     >>> sorted(describe_machine())
     ['cores', 'cpu', 'gpu', 'python', 'system', 'threads', 'torch']
@@ -37,7 +37,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes: results of different ones are not put together.
+    """Return the versions of Python, torch and this library; results of different versions are not put together.
 
     >>> list(versions())
     ['python', 'torch', 'spectralmoe']
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def cpu_model() -> str:
-    """The processor's name and, on Linux, its model number; its architecture where the system tells no more."""
+    """Return the processor's name and, on Linux, its model number; its architecture if the system knows no more."""
     if platform.system() == "Darwin":
         name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
         return name.stdout.strip() or platform.machine()
@@ -64,7 +64,7 @@ def _first_cpu(listing: str) -> str:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Torch computes on ``count`` threads inside the block.
+    """Let torch compute on ``count`` threads inside a ``with`` block.
 
     >>> with threads(1):
     ...     torch.get_num_threads()

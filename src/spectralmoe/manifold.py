@@ -1,4 +1,4 @@
-"""Finds bases that averages of weights or edits by hand have moved off their manifold, and puts them back."""
+"""Finds bases that are no longer orthonormal, as after averaging weights, and makes them orthonormal again."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ __all__ = ["off_manifold", "retract", "warn_off_manifold"]
 
 
 def retract(model: nn.Module) -> None:
-    r"""Put every basis U (D, R) of the routers and experts in ``model`` back on its manifold, :math:`U^\top U = 1`.
+    r"""Make every basis U (D, R) of the routers and experts in ``model`` orthonormal again, :math:`U^\top U = 1`.
 
-    ``attach`` and ``after_step`` do so after each step. An average of weights (torch's ``AveragedModel``, timm's
-    ``ModelEmaV3``, checkpoints averaged by hand) is off the manifold, because a mean of orthonormal bases is not
-    orthonormal: call this before the average is evaluated or saved. A basis that lies on its manifold up to rounding
-    keeps its bits, frozen or not.
+    ``attach`` and ``after_step`` do so after each step. A mean of orthonormal bases is not orthonormal, so call this on
+    an average of weights (torch's ``AveragedModel``, timm's ``ModelEmaV3``, checkpoints averaged by hand) before it is
+    evaluated or saved. A basis that is orthonormal up to rounding stays exactly as it is.
 
     Raises:
-        UserError: no part of an MoE layer in ``model``.
+        UserError: ``model`` holds no router and no experts.
 
     >>> import torch
     >>> from spectralmoe import EigenbasisScorer, Router, TopK
@@ -44,7 +43,7 @@ def retract(model: nn.Module) -> None:
 
 
 def off_manifold(model: nn.Module) -> dict[str, float]:
-    r"""Names of the bases that lie off their manifold by more than rounding, with :math:`\max |U^\top U - 1|`."""
+    r"""Return the bases U that are not orthonormal up to rounding: name -> :math:`\max |U^\top U - 1|`."""
     errors = {}
     for path, module in unwrapped(model).named_modules():
         if isinstance(module, Part):
@@ -56,8 +55,8 @@ def off_manifold(model: nn.Module) -> dict[str, float]:
 
 
 def warn_off_manifold(model: nn.Module) -> None:
-    """One line of warning where a basis that is about to be written lies off its manifold."""
+    """Warn in one line if a basis that is about to be written is not orthonormal."""
     if errors := off_manifold(model):
         name, error = max(errors.items(), key=lambda item: item[1])
-        cause = f"{name} is {error:.2g} off its manifold (an average of weights?)"
+        cause = f"{name} is {error:.2g} off its manifold (not orthonormal; an average of weights?)"
         warnings.warn(f"{cause}; retract(model) puts it back", stacklevel=3)

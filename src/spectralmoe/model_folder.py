@@ -1,8 +1,9 @@
-"""Folders of a config and the weights that it describes: a reader sees both of one save, whatever became of the writer.
+"""Folders with a config and the weights that it describes; a reader always sees both of the same save.
 
-``config.json`` holds the SHA-256 of the weights, and its rename alone turns the old model into the new one. A save puts
-its weights beside the old ones under a name made of their hash, renames ``config.json``, and then gives the weights
-their plain name. A save that was killed before the last step is read all the same, and finished by the next one.
+``config.json`` holds the SHA-256 of the weights, and renaming it alone turns the old model into the new one. A save
+writes its weights beside the old ones under a name made of their hash, renames ``config.json``, and then gives the
+weights their plain name. If a save is killed before the last step, the folder can still be read, and the next save
+finishes it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ __all__ = [
 
 CONFIG, WEIGHTS, PARTS = "config.json", "model.safetensors", "parts.safetensors"
 _NAMES = {"spectralmoe": WEIGHTS, "spectralmoe_parts": PARTS, "spectralmoe_ranks": PARTS}
-"""What a config names its format by -> the file of the weights."""
+"""The key by which a config names its format -> the file of the weights."""
 
 _COMING = ".spectralmoe-weights"
 _TRIES = 100
@@ -48,10 +49,13 @@ _PATIENCE = 60.0
 
 
 def read_config_of(folder: Path, key: str, version: int, content: str) -> dict[str, Any]:
-    """The ``config.json`` of a folder that holds ``content``, named by ``key`` with its ``version``.
+    """Read the ``config.json`` of a folder, which must name its format by ``key`` and ``version``.
+
+    Args:
+        content: what such a folder holds, for the error message.
 
     Raises:
-        UserError: it is not such a folder, or its weights are missing.
+        UserError: the folder has another format, or its weights are missing.
     """
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get(key) != version:
@@ -64,12 +68,12 @@ def read_config_of(folder: Path, key: str, version: int, content: str) -> dict[s
 def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write ``tensors``, and ``config`` with their SHA-256, to ``folder`` in place of the model in it.
 
-    Processes that save to one folder do so one after the other; the last one's model stays.
+    Processes that save to the same folder do so one after the other; the last one's model stays.
 
     Raises:
-        UserError: ``config`` holds what JSON cannot; the folder cannot be written, is held by another process for too
-            long, or has a ``config.json`` of another program. The folder then holds the model that it held; if the last
-            step alone failed, the new one.
+        UserError: ``config`` holds what JSON cannot; the folder cannot be written, is locked by another process for too
+            long, or has a ``config.json`` of another program. The old model then stays, or the new one if only the last
+            step failed.
     """
     to_json(config)
     make_folder(folder)
@@ -95,13 +99,14 @@ def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
 def read_model_folder(
     folder: Path, read_config: Callable[[Path], dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of one save; if another one ends meanwhile, they are read again.
+    """Read the config and the tensors of one save; if another save ends meanwhile, they are read again.
 
     Args:
-        read_config: reads and checks ``config.json``.
+        read_config: the function that reads and checks ``config.json``.
 
     Raises:
-        UserError: what ``read_config`` raises; weights that are not those that it describes, or no safetensors.
+        UserError: the weights are not those that the config describes, or no safetensors file; or what ``read_config``
+            raises.
     """
     for _ in range(_TRIES):
         before = _state(folder)
@@ -119,22 +124,22 @@ def read_model_folder(
 
 
 def weights_file(folder: Path, config: Mapping[str, Any]) -> Path:
-    """The weights that ``config`` describes: under their plain name, or where a killed save left them."""
+    """Return the file of the weights that ``config`` describes: their plain name, or where a killed save left them."""
     digest = config.get("sha256")
     coming = _coming(folder, digest) if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) else None
     return coming if coming is not None and coming.is_file() else folder / _weights_name(config)
 
 
 def is_ours(config: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether a value read from ``config.json`` is of this library."""
+    """Return whether a value read from ``config.json`` was written by this library."""
     return isinstance(config, dict) and not _NAMES.keys().isdisjoint(config)
 
 
 def refuse_others(folder: Path) -> dict[str, Any] | None:
-    """The ``config.json`` of ``folder``, None without.
+    """Return the ``config.json`` of ``folder``, or None if there is none.
 
     Raises:
-        UserError: it is of another program, or not readable.
+        UserError: it was written by another program, or is not readable.
     """
     if not exists(folder / CONFIG):
         return None
@@ -167,7 +172,7 @@ def _finish(folder: Path) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[int]:
-    """A handle of ``folder`` that no other process has within the block; the system takes it from a killed one."""
+    """Lock ``folder`` for a ``with`` block and give its file descriptor; the system unlocks it if the process dies."""
     handle, patience_ends = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
     try:
         while True:

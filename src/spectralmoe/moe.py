@@ -1,4 +1,4 @@
-"""MoE = router x dispatch x experts (+ shared expert)."""
+"""The MoE layer: a router, a dispatch, a bank of experts and, if wanted, a shared expert."""
 
 from __future__ import annotations
 
@@ -26,21 +26,26 @@ Plain = Callable[[Tensor, Routing, Experts], Tensor]
 
 
 class MoE(Recordable):
-    r"""Mixture-of-Experts layer: :math:`y_t = \sum_j w_{tj} E_{i_{tj}}(x_t) + S(x_t)`.
+    r"""A Mixture-of-Experts layer: :math:`y_t = \sum_j w_{tj} E_{i_{tj}}(x_t) + S(x_t)`.
+
+    For token t the router chooses experts :math:`i_{tj}` with weights :math:`w_{tj}`, j = 1 ... K; E_i are the routed
+    experts and S is the shared expert, if there is one.
 
     Args:
-        router: scorer and selector. It may count more experts than the bank has: those are zero experts.
-        experts: the bank.
-        placement: which places of the bank hold each expert of the router; None: place e is expert e.
-        dispatch: "auto" (``pick_dispatch``), "loop", "dense", "grouped", or a callable.
-        shared: module applied to every token, added to the sum.
+        router: scorer and selector. If it counts more experts than the bank holds, the last ones are zero experts,
+            which can be chosen and add nothing to the output.
+        experts: the bank of routed experts, such as ``FeedForward``.
+        placement: which places of the bank hold each expert of the router; None puts expert e at place e.
+        dispatch: "auto", the fastest for each call (``pick_dispatch``); "loop", "dense" or "grouped"; a ``Dispatch``;
+            or a function (x, routing, experts) -> y.
+        shared: S, a module that is applied to every token; None adds nothing.
         unit: what is routed: ``Token()``, the default, ``Pixel()`` or ``Sample()`` (``spectralmoe.units``).
-        memory: aligns what the router, or the whole layer, reads in evaluation with the tokens of training.
+        memory: aligns shifted inputs with the tokens of training, in evaluation (``StatisticsMemory``).
 
     Raises:
-        UserError: unknown dispatch; fewer experts in the router than in the bank; a placement of other sizes; a memory
-            of another width, or of a whole layer whose rows are not what the router reads; in forward, rows of a shape
-            that the bank does not take.
+        UserError: the dispatch is unknown; the router has fewer experts than the bank; widths of router, experts or
+            memory differ; the placement does not fit; or the memory is to align the experts of a unit that pools. In
+            forward: the bank does not take rows of this shape.
 
     >>> from spectralmoe import FeedForward, LinearScorer, TopK
     >>> layer = MoE(Router(LinearScorer(16, 4), TopK(2)), FeedForward(4, dim=16, hidden=32))
@@ -63,18 +68,29 @@ class MoE(Recordable):
     ) -> None:
         super().__init__()
         if not isinstance(router, Router) or not isinstance(experts, Experts):
-            raise UserError(f"MoE: takes a Router and Experts, got {type(router).__name__}, {type(experts).__name__}")
+            raise UserError(
+                f"MoE: takes a Router and Experts, got {type(router).__name__}, {type(experts).__name__}; write "
+                "MoE(Router(scorer, selector), FeedForward(...))"
+            )
         unit = Token() if unit is None else unit
         if not unit.pooled and getattr(experts, "dim", router.scorer.dim) != router.scorer.dim:
-            raise UserError(f"MoE: the router reads tokens of width D={router.scorer.dim}, the experts {experts.dim}")
+            raise UserError(
+                f"MoE: the router reads tokens of width D={router.scorer.dim}, the experts {experts.dim}; make both "
+                "for the same width"
+            )
         if isinstance(dispatch, str) and dispatch not in ("auto", *DISPATCHES):
             raise one_of("dispatch", dispatch, ["auto", *DISPATCHES])
         check_places(placement, router.num_experts, experts.num_experts)
         if placement is not None and type(router.scorer).meet is not Scorer.meet:
-            raise UserError(f"MoE: {type(router.scorer).__name__} reads expert e in place e, so it takes no placement")
+            raise UserError(
+                f"MoE: {type(router.scorer).__name__} reads expert e in place e, so it takes no placement; leave it out"
+            )
         self.router, self.experts, self.dispatch, self.shared = router, experts, dispatch, shared
         if memory is not None and memory.dim != router.scorer.dim:
-            raise UserError(f"MoE: the router reads tokens of width D={router.scorer.dim}, the memory {memory.dim}")
+            raise UserError(
+                f"MoE: the router reads tokens of width D={router.scorer.dim}, the memory {memory.dim}; make it with "
+                f"StatisticsMemory({router.scorer.dim})"
+            )
         if memory is not None and unit.pooled and memory.where == "layer":
             raise UserError(
                 f"MoE: under {type(unit).__name__} the memory knows pooled features alone; use where='router'"
@@ -83,29 +99,29 @@ class MoE(Recordable):
         router.scorer.meet(experts)
 
     def spec_arguments(self) -> dict[str, object]:
-        """Constructor arguments that are not attributes of the same name."""
+        """Return the constructor arguments that are not attributes of the same name."""
         of_machine = isinstance(self.dispatch, Dispatch) and self.dispatch.of_machine
         unit = None if isinstance(self.unit, Token) else self.unit
         return {"unit": unit, "dispatch": "auto" if of_machine else self.dispatch}
 
     @property
     def keepable(self) -> tuple[str, ...]:
-        """The names of what ``record`` can keep of this layer."""
+        """The names of the tensors that ``record`` can keep of this layer."""
         return (*KEEPABLE, *self.experts.says)
 
     @property
     def reads_alike(self) -> bool:
-        """Whether the experts read what the router reads, and nothing else."""
+        """Whether the experts read exactly what the router reads."""
         aligns_router_alone = self.memory is not None and self.memory.where == "router"
         return not (self.experts.reads or self.unit.pooled or aligns_router_alone)
 
     @property
     def reads(self) -> frozenset[str]:
-        """The names of the side information that its parts read."""
+        """The names of the side information that the layer's parts read."""
         return frozenset(name for _, part in self.parts() for name in part.reads)
 
     def places(self, e: int) -> list[int]:
-        """The places of the bank that hold expert ``e`` of the router: none for a zero expert."""
+        """Return the places of the bank that hold expert ``e`` of the router; none for a zero expert."""
         if self.placement is not None:
             return self.placement.places(e)
         return [e] if 0 <= e < self.experts.num_experts else []
@@ -117,14 +133,13 @@ class MoE(Recordable):
         context: Context | Rows | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """x (..., D) -> (..., D), as wide as the bank's outputs, or as the unit lays it out.
+        """Run the layer on x (..., D) -> (..., D); with other units x is laid out as they say.
 
         Args:
-            mask: (...), True for real tokens: the others get no expert, their output is 0, and so is their part
-                in every gradient, whatever they hold.
-            context: side information that parts read by name: a ``Context``, or its rows (N, ...).
-            scale: a number that multiplies all that the layer adds; for the routed experts their N * K weights instead
-                of N * D outputs.
+            mask: (...), True for real tokens. Padding gets no expert, its output is 0, and it has no part in any
+                gradient, whatever it holds.
+            context: side information that the layer's parts read by name: a ``Context``, or its rows (N, ...).
+            scale: a number that multiplies the output; it is applied to the routed experts' combine weights.
         """
         fed, replay = self.take_feed(x.device), None
         if fed is not None:

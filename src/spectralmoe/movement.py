@@ -1,4 +1,4 @@
-"""What moves at an optimizer step: bases, streaming statistics, selection biases; from the records of all ranks."""
+"""The work after an optimizer step: running statistics, biases and bases move, by the records of all ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ __all__ = ["after", "device_of", "parallel_of", "refuse_join"]
 
 @torch.no_grad()
 def after(layers: dict[str, Recordable], records: Sequence[Record], group: Any) -> None:
-    """Statistics, then what each part does after a step; frozen parts rest. Every rank of ``group`` calls."""
+    """Update the statistics of each part of the layers, and call its ``after_step``; frozen parts stay as they are.
+
+    Every rank of ``group`` must call it.
+    """
     moving, gathered = [], []
     for layer in layers.values():
         seen = [item for item in records if item.layer is layer]
@@ -72,12 +75,16 @@ def _real(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def parallel_of(model: nn.Module) -> DistributedDataParallel | None:
-    """The DDP wrapper around or inside ``model``."""
+    """Return the DDP wrapper around or inside ``model``; None if there is none."""
     return next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
 
 
 def refuse_join(parallel: DistributedDataParallel | None, cure: str) -> None:
-    """Refuse sums over ranks inside torch's ``Join`` that ranks without inputs would not take part in."""
+    """Refuse to sum over ranks inside torch's ``Join``, if ranks without inputs would not take part.
+
+    Args:
+        cure: what the caller should do instead, for the error message.
+    """
     if parallel is not None and (config := parallel._join_config).enable and not config.throw_on_early_termination:
         raise UserError(f"uneven inputs: a rank that has none left would miss the sums over the ranks; do it {cure}")
 
@@ -97,5 +104,5 @@ def _summed(totals: list[Tensor], group: Any) -> list[Tensor]:
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Where its tensors are; the CPU, where it has none."""
+    """Return the device of the layer's first tensor; the CPU if it has none."""
     return next((tensor.device for tensor in chain(layer.parameters(), layer.buffers())), torch.device("cpu"))

@@ -1,7 +1,8 @@
-"""Parts by name: what the command line and settings files say, read into specs and checked.
+"""Reads and checks the parts of a network as the command line and settings files name them.
 
-A part is a name of its table, ``"prototype"``; or a table with arguments, ``{type = "topp", p = 0.7}``; or
-``pkg:Class`` of a user. What the network around it knows (``FILLED_IN``) is left out.
+A part (a scorer, selector or bank of experts) is a name, ``"prototype"``; or a table with arguments,
+``{type = "topp", p = 0.7}``; or a class of your own, ``pkg:Class``. Arguments that follow from the network
+(``FILLED_IN``) are left out.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ KINDS: dict[str, tuple[Mapping[str, type], type]] = {
     "selector": (SELECTORS, Selector),
     "experts": (EXPERTS, Experts),
 }
-"""The kinds of parts: their table, and the base class of a user's classes. An argument of that name is such a part."""
+"""Kind of part -> its table of names, and the base class for classes of a user. Arguments so named are such parts."""
 
 FILLED_IN = ("dim", "num_experts", "hidden", "bottleneck", "spare", "k")
-"""Arguments that a part gets from the network if they are left out."""
+"""The arguments that a part gets from the network if they are left out."""
 
 _FIXED = ("dim", "num_experts")
 _OWN = re.compile(r"[\w.]+:[\w.]+")
@@ -60,10 +61,10 @@ _TERM = ("weight", "layers", "reduce", "scope")
 
 
 def read_table(text: str) -> dict[str, Any]:
-    """The values of an inline TOML table.
+    """Read an inline TOML table.
 
     Raises:
-        UserError: something else.
+        UserError: ``text`` is no such table.
 
     >>> read_table('{scorer = "prototype", selector = "topp", p = 0.7}')
     {'scorer': 'prototype', 'selector': 'topp', 'p': 0.7}
@@ -80,7 +81,7 @@ def read_table(text: str) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A row as one line: text as it is, a table as inline TOML.
+    """Return a row of a comparison as one line: a name as it is, a table as inline TOML.
 
     >>> shown({"scorer": {"type": "linear", "bias": True}, "terms": {"load_balance": 0.01}})
     '{scorer = {type = "linear", bias = true}, terms = {load_balance = 0.01}}'
@@ -89,7 +90,7 @@ def shown(value: Any) -> str:
 
 
 def file_name(row: str) -> str:
-    """A row as a part of a file's name; that of a table is its words and a digest.
+    """Return a row of a comparison in a form for file names; that of a table is its words and a digest.
 
     >>> file_name("my.module:Signs"), file_name('{scorer = "linear", k = 1}')
     ('my.module_Signs', 'scorer_linear_k_1-9e978b47')
@@ -113,7 +114,7 @@ def _key(name: str) -> str:
 
 
 def own_names(value: Any) -> list[str]:
-    """Everything of the form ``pkg:object`` that a row or table names.
+    """Return all names of the form ``pkg:object`` in a row of a comparison or a table.
 
     >>> own_names('{scorer = {type = "mine:Signs"}, selector = "topk"}')
     ['mine:Signs']
@@ -128,10 +129,10 @@ def own_names(value: Any) -> list[str]:
 
 
 def named(kind: str, value: Any) -> dict[str, Any]:
-    """A name or a table as a table with a type that is known; its arguments are not looked at.
+    """Return a part, given as a name or a table, as a table with a known ``type``; arguments are not checked.
 
     Raises:
-        UserError: neither a name nor a table; a type that is missing, unknown, or of another kind.
+        UserError: ``value`` is neither a name nor a table, or its type is missing, unknown, or of another kind.
     """
     if not isinstance(value, str | Mapping):
         raise UserError(f'{kind} = {_inline(value)} is neither a name nor a table such as {{type = "..."}}')
@@ -144,10 +145,10 @@ def named(kind: str, value: Any) -> dict[str, Any]:
 
 
 def read_part(kind: str, value: Any) -> dict[str, Any]:
-    """The spec of a part of ``kind``: its type, and arguments that its constructor takes.
+    """Return the spec of a part of ``kind``, its type and arguments, after a check.
 
     Raises:
-        UserError: as ``named``; an argument that is unknown, missing, or the network's to give.
+        UserError: an argument is unknown, missing, or follows from the network; or as ``named``.
 
     >>> read_part("selector", "topk")
     {'type': 'topk'}
@@ -163,10 +164,10 @@ def read_part(kind: str, value: Any) -> dict[str, Any]:
 
 
 def part_class(kind: str, name: str) -> type:
-    """The class called ``name`` in the table of ``kind``, or a user's own, ``pkg:Class``.
+    """Return the class called ``name`` in the table of ``kind``, or a class of a user, ``pkg:Class``.
 
     Raises:
-        UserError: an unknown name, a part of another kind, a class that is not of this kind.
+        UserError: the name is unknown or of another kind, or the class has another base.
     """
     table, base = KINDS[kind]
     if name in table:
@@ -184,18 +185,18 @@ def part_class(kind: str, name: str) -> type:
 
 
 def read_term(name: str, value: Any, start: Term | None = None) -> Term:
-    """The term called ``name``: a weight, or a table with ``weight`` and more.
+    """Read a term of the training loss, given as a weight or as a table with ``weight`` and more.
 
-    Its ``type`` is a name of the regularizers' table or ``pkg:function``, by default ``name``; ``layers``, ``reduce``
-    and ``scope`` are those of ``Term``, all else are arguments of the regularizer, formulas among them
+    In a table, ``type`` is a name in ``REGULARIZERS`` or ``pkg:function``, by default ``name``. ``layers``, ``reduce``
+    and ``scope`` are those of ``Term``. All else are arguments of the regularizer; they may be formulas
     (``"= num_experts // 4"``).
 
     Args:
-        start: the term of that name so far; what the table leaves out stays as it has it, unless there is a ``type``.
+        start: the term of this name so far; the table changes only what it says, unless it has a ``type``.
 
     Raises:
-        UserError: an unknown type; an argument that is unknown or missing; a weight that is missing or no number; what
-            ``Term`` refuses.
+        UserError: the type is unknown; an argument is unknown or missing; the weight is missing or no number; or
+            ``Term`` refuses a value.
 
     >>> read_term("load_balance", 0.01).weight
     0.01

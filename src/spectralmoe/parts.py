@@ -1,4 +1,4 @@
-"""Part: what scorers, selectors, banks of experts and their wrappers share, a life around the optimizer step."""
+"""Part: the base class of scorers, selectors and banks of experts; it does their work after an optimizer step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ __all__ = ["Part", "in_full_precision"]
 
 
 class Part(nn.Module):
-    """Base of scorers, selectors, banks and what wraps them: state that moves at the optimizer step alone.
+    """The base class of scorers, selectors and banks of experts, the parts of an MoE layer.
 
-    After each step every part of a layer, those inside other parts too, goes through ``statistics`` (summed over
-    micro-batches and ranks), ``update`` with the sums, and ``after_step``. A wrapper forwards none of them.
+    A part may have state that moves after each optimizer step. Then ``statistics`` is called for each forward of
+    training, ``update`` with its sums over micro-batches and ranks, and ``after_step``; ``attach`` or
+    ``spectralmoe.after_step`` does so for all parts of a model, also for those that another part wraps. A wrapper
+    forwards none of these calls.
 
     >>> class Mean(Part):  # of the tokens that its layer saw
     ...     streams_tokens = True
@@ -36,32 +38,32 @@ class Part(nn.Module):
     """
 
     manifold: tuple[str, ...] = ()
-    """Names of the parameters (..., D, R) with orthonormal columns: no weight decay, retracted after the step."""
+    """Names of the parameters (..., D, R) whose columns are kept orthonormal; they get no weight decay."""
 
     streams_tokens = False
-    """Whether records keep the tokens of training forwards, for ``statistics``; read of scorers and banks."""
+    """Whether ``statistics`` needs the tokens of training forwards; scorers and banks may set it."""
 
     reads: tuple[str, ...] = ()
-    """Names of the side information that ``read`` asks for; experts get it in this order behind their rows."""
+    """Names of the side information that the part reads; experts get it behind their rows, in this order."""
 
     @property
     def is_frozen(self) -> bool:
-        """Whether nothing moves after a step: there are parameters, and none of them takes a gradient.
+        """Whether the part is frozen: it has parameters, and none takes a gradient. Then nothing moves after a step.
 
-        A part that moves by statistics alone says so by ``is_frozen = False``.
+        A part that shall move by statistics alone sets ``is_frozen = False``.
         """
         gradients = [parameter.requires_grad for parameter in self.parameters()]
         return bool(gradients) and not any(gradients)
 
     def read(self, context: Rows | None, name: str, tokens: int, width: int | None = None) -> Tensor:
-        """The side information ``name``, one vector a token: (N, P).
+        """Return the side information ``name``, one vector for each token: (N, P).
 
         Args:
             tokens: N.
-            width: the P that is expected; None: any.
+            width: the expected P; None takes any.
 
         Raises:
-            UserError: it is not there, of another number of rows, or of another width.
+            UserError: the context has none of this name, or it has another number of rows or another width.
         """
         who = f"{type(self).__name__} reads {name!r} from the context, which"
         if context is None or name not in context:
@@ -82,29 +84,32 @@ class Part(nn.Module):
         return vectors
 
     def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor | None:
-        """What one training forward adds to running statistics: sums, of one shape whatever the tokens.
+        """Return what one training forward adds to running statistics: sums, whose shape does not depend on N.
 
-        None: there are none to keep. It is also asked with no tokens and counts of 0.
+        None means that the part has no statistics. It is also called with no tokens and counts of 0.
 
         Args:
-            tokens: the real tokens that the router read (N, D), without gradient; (0, D) where no part streams them.
-            counts: (E,) int64, slots of each expert by the router's own choice; 0 where the choice was replayed.
+            tokens: the real tokens that the router read (N, D), without gradient; (0, D) if no part asks for them
+                (``streams_tokens``).
+            counts: (E,) int64, the slots of each expert by the router's own choice; 0 if the choice was replayed.
         """
         return None
 
     def update(self, statistics: Tensor) -> None:
-        """Called once after each optimizer step, before ``after_step``, where there are statistics."""
+        """Take the sums of ``statistics`` over micro-batches and ranks; called before ``after_step``."""
 
     def after_step(self) -> None:
-        """Called once after each optimizer step, without gradient. A subclass that overrides it calls super."""
+        """Do the work after an optimizer step, without gradient; a subclass that overrides this calls super."""
         self.retract(trained_only=True)
 
     @torch.no_grad()
     def retract(self, *, trained_only: bool = False) -> None:
-        """Put the parameters in ``manifold`` back on it, by QR; those that are on it up to rounding keep their bits.
+        """Make the columns of the parameters in ``manifold`` orthonormal again, by QR.
+
+        A parameter whose columns are orthonormal up to rounding stays exactly as it is.
 
         Args:
-            trained_only: leave parameters without gradient alone.
+            trained_only: whether parameters that take no gradient stay as they are.
         """
         for basis in (getattr(self, name) for name in self.manifold):
             if basis.requires_grad or not trained_only:
@@ -112,7 +117,7 @@ class Part(nn.Module):
 
 
 def in_full_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``fn``, what ``Module._apply`` does to each tensor, but for a cast to 16 bits: then the tensor moves alone."""
+    """Return ``fn``, an argument of ``Module._apply``, changed so that it moves tensors but casts none to 16 bits."""
 
     def keep_precision(tensor: Tensor) -> Tensor:
         moved = fn(tensor)

@@ -1,4 +1,4 @@
-"""Placement: which places of a bank hold each of the experts that a router knows."""
+"""Placement: it says which places of a bank hold each expert of a router, for merged experts and replicas."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ __all__ = ["Placement", "arrival", "check_places"]
 
 
 class Placement(nn.Module):
-    """A map from the experts that a router knows (logical) to the places of the bank that hold them (physical).
+    """Maps each expert that a router knows to the places of the bank that hold it.
 
-    Row e of the table (E, R) lists the places of expert e, with -1 behind the last one:
+    A place is an index of a network in the bank. Row e of the table (E, R) lists the places of expert e:
 
-    - no place: a zero expert, which is chosen and counted, and adds nothing;
-    - a place that stands in other rows, too: merged experts, which are one network;
-    - several places: replicas. They take the expert's tokens in turn, in the order of the batch, so in each forward
-      their loads differ by one at most and nothing is drawn. As parameters they are apart: training lets them drift.
+    - none makes it a zero expert, which is chosen and counted, and adds nothing to the output;
+    - a place that is in other rows, too, makes these experts one network, as merging does;
+    - several places make replicas. They take the expert's tokens in turn, in the order of the batch, so that in each
+      forward their loads differ by one at most. Their parameters are separate, so training would let them drift apart.
 
-    Router, losses, loads and records speak of experts; dispatch and bank of places. The table is structure, as the
-    number of experts is: saved with the description of the layer, not with its weights.
+    Router, losses, loads and records count experts; dispatch and bank count places. The table is saved with the
+    description of the layer (its spec), not with its weights.
 
     Args:
-        table: (E, R) whole numbers, R the most places of an expert; or rows of different lengths.
+        table: (E, R) whole numbers, R the most places of an expert, filled up with -1; or rows of different lengths.
 
     Raises:
-        UserError: a table of another form; a place below -1, behind a -1 or twice in a row; no place at all.
+        UserError: the table has another form; a place is below -1, behind a -1 or twice in a row; or no expert has one.
 
     >>> placement = Placement([[0], [1, 2], [], [0]])
     >>> placement.table.tolist(), placement.places(1)
@@ -53,17 +53,17 @@ class Placement(nn.Module):
         self.register_buffer("table", torch.tensor(padded, dtype=torch.int64), persistent=False)
 
     def spec_arguments(self) -> dict[str, object]:
-        """The table as JSON knows it."""
+        """Return the table as lists."""
         return {"table": self.table.tolist()}
 
     def places(self, e: int) -> list[int]:
-        """The places of expert ``e``; none for a number that is no expert."""
+        """Return the places of expert ``e``; an empty list if there is no such expert."""
         return [place for place in self.table[e].tolist() if place >= 0] if 0 <= e < self.num_experts else []
 
     def forward(self, routing: Routing) -> Routing:
-        """The routing for the dispatch: its indices are places of the bank, -1 where there is none.
+        """Return the routing with places of the bank as indices, -1 where there is none.
 
-        Its counts would still be taken over E experts: count with ``count_slots(indices, num_places)``.
+        Count its slots with ``count_slots(indices, num_places)``; ``counts()`` would still count E experts.
         """
         chosen, table = routing.indices.clamp_min(0), self.table
         if table.shape[1] == 1:
@@ -76,7 +76,7 @@ class Placement(nn.Module):
 
 
 def arrival(indices: Tensor, num_experts: int) -> Tensor:
-    """How many earlier slots hold the same expert, token by token and slot by slot: (N, K) int64.
+    """Count for each slot how many earlier slots hold the same expert, token by token: (N, K) int64.
 
     >>> arrival(torch.tensor([[0, 1], [1, 0], [1, 2]]), 3).tolist()
     [[0, 0], [1, 1], [2, 0]]
@@ -91,16 +91,19 @@ def arrival(indices: Tensor, num_experts: int) -> Tensor:
 
 
 def check_places(placement: Placement | None, num_experts: int, num_places: int) -> None:
-    """Compare with a router that knows ``num_experts`` and a bank of ``num_places``.
+    """Check that a placement fits a router with ``num_experts`` experts and a bank with ``num_places`` places.
 
     Raises:
-        UserError: no placement, and a place without an expert; one of other sizes, or of another type.
+        UserError: its sizes or its type are wrong; or it is None and the router has fewer experts than the bank.
     """
     if placement is None:
         if num_experts < num_places:
-            raise UserError(f"MoE: the router knows E={num_experts} experts, but the bank holds {num_places}")
+            raise UserError(
+                f"MoE: the router knows E={num_experts} experts, but the bank holds {num_places}; make the "
+                "scorer for as many"
+            )
     elif not isinstance(placement, Placement):
-        raise UserError(f"MoE: placement takes a Placement, got {type(placement).__name__}")
+        raise UserError(f"MoE: placement takes a Placement, got {type(placement).__name__}; write Placement(table)")
     elif placement.num_experts != num_experts:
         raise UserError(f"Placement: the table has {placement.num_experts} rows, but the router knows E={num_experts}")
     elif placement.num_places > num_places:

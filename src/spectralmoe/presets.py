@@ -1,4 +1,4 @@
-"""Routers by name. A row says in plain values what differs between two networks: scorer, selector, terms, experts."""
+"""Presets: routers by name. A preset says in plain values what differs between the networks of a comparison."""
 
 from __future__ import annotations
 
@@ -78,21 +78,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_BALANCED,
     },
     "moec": {
-        "summary": "cosine gate with groups of siblings: even among them, half of each left out in training (MoEC)",
+        "summary": "cosine gate on groups of experts: even within a group, half of it left out in training (MoEC)",
         "scorer": {"type": "cosine", "proj_dim": "= min(32, dim)"},
         "selector": _DROPOUT,
         "soft": {**_DROPOUT, "selector": {"type": "soft"}},
         "terms": {"load_balance": 1e-2, "cluster_variance": {"weight": 1.0, "groups": _GROUPS}},
     },
     "ermoe": {
-        "summary": "energy of the token in the experts' own bases, an even share or more (ERMoE, without attention)",
+        "summary": "energy of the token in the experts' own bases, at least 1/E of it (ERMoE, without attention)",
         "scorer": {"type": "basis", "score": "energy"},
         "selector": {"type": "threshold", "threshold": "= 1 / num_experts"},
         "soft": {"type": "soft"},
         "experts": _EIGEN,
     },
     "ermoe-context": {
-        "summary": "likeness of token and attention output in the experts' own bases (ERMoE, behind attention)",
+        "summary": "cosine of token and attention output in the experts' own bases (ERMoE, behind attention)",
         "scorer": {"type": "basis", "score": "context"},
         "selector": {"type": "threshold", "threshold": 0.5},
         "soft": {"type": "soft"},
@@ -113,7 +113,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "k": "soft",
     },
     "omoe": {
-        "summary": "dot-product gate; the experts step orthogonally to what the others saw (OMoE)",
+        "summary": "dot-product gate; experts step orthogonally to the inputs of the others (OMoE)",
         "scorer": "linear",
         "optimizer": "orthogonal_experts",
     },
@@ -131,7 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "experts": "modulated",
     },
     "confsmoe": {
-        "summary": "experts that say how sure they are weigh their own outputs (ConfSMoE)",
+        "summary": "dot-product gate; experts weigh their outputs by how sure they are (ConfSMoE)",
         "scorer": "linear",
         "selector": {"type": "unweighted", "selector": "topk"},
         "experts": {
@@ -140,44 +140,44 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     "moce-ir": {
-        "summary": "four experts of unequal cost and reach on whole maps, the cheap ones preferred (MoCE-IR)",
+        "summary": "four experts of unequal cost on whole maps, importance in inverse proportion to cost (MoCE-IR)",
         "scorer": "linear",
         "selector": "noisy_topk",
         "experts": {"type": "heterogeneous", "modules": _MIXERS},
         "terms": {"complexity_balance": 1e-2},
     },
     "phyg-moe": {
-        "summary": "the spectrum of a signal, one expert each, evened and at a price on dear ones (PhyG-MoE)",
+        "summary": "gate on a signal's spectrum, top-1, with the Switch loss and a price on costly experts (PhyG-MoE)",
         "scorer": "spectrum",
         "selector": {"type": "noisy_topk", "noise_std": 0.5},
         "k": 1,
         "terms": {"load_balance": 0.3, "expected_cost": 0.03},
     },
     "dense": {
-        "summary": "no choice: one network as wide as the experts of a token together",
+        "summary": "no experts: one network as wide as the experts of a token together",
         "scorer": "linear",
         "k": 1,
         "dense": True,
     },
 }
-"""Name -> row, whose keys are those of ``Preset``, and ``preset``: the row that it starts from."""
+"""Name -> a table with keys of ``Preset``, and ``preset``, the preset that it starts from."""
 
 _KEYS = ("preset", "summary", "scorer", "selector", "soft", "experts", "k", "optimizer", "dense", "terms", "branch")
 _KIND_OF = {"scorer": "scorer", "selector": "selector", "soft": "selector", "experts": "experts"}
 
 
 def find_preset(row: str | Table) -> Preset:
-    """The row that a name or a table stands for.
+    """Return the preset that a name or a table stands for.
 
     Args:
-        row: a name in ``PRESETS``; a table, or its text ``{scorer = "prototype", selector = "topp", p = 0.7}``;
-            ``pkg:object`` of a user's own: a scorer's class, a table, a ``Preset``, or a function that returns one.
-            Keys of a table are those of ``Preset`` and ``preset``, a row to start from; what is left are arguments
-            of its parts, each for the one part that takes it.
+        row: a name in ``PRESETS``; a table, or its text ``{scorer = "prototype", selector = "topp", p = 0.7}``; or an
+            object of your own as ``pkg:object``: a scorer's class, a table, a ``Preset``, or a function that returns
+            one. The keys of a table are those of ``Preset``, and ``preset``, the one to start from. All other keys are
+            arguments, and go to the part (scorer, selector, experts) that takes them.
 
     Raises:
-        UserError: an unknown name, part or argument; an argument that is missing or fits two parts; an object of
-            another kind; a scorer of a user's own that does not work.
+        UserError: a name, part or argument is unknown; an argument is missing or fits two parts; the object is of
+            another kind; or a scorer of your own does not work.
 
     >>> preset = find_preset('{preset = "sr-moe", rate = 1e-3}')
     >>> preset.selector["rate"], list(preset.terms)

@@ -1,10 +1,10 @@
-"""Mixture of Ranks: every rank of a low-rank adapter is an expert, and the router says which of them a token gets.
+"""Mixture of Ranks: every rank of a low-rank adapter is an expert, and a router chooses among them for each token.
 
 "MoR" (a mixture of ranks for image restoration, routed by the severity of a degradation), arXiv 2511.16024. The
 adapter is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1;
 experts that add nothing: Jin et al., "MoE++", arXiv 2410.07348.
-Differs: the gates of the chosen have the mean 1, so that ranks with equal gates are a plain LoRA; the router may read
-the token, which is the default, where the paper's reads severity alone (``ContextScorer``).
+Differs: the gates of the chosen ranks have the mean 1, so that with equal gates they are a plain LoRA. By default the
+router reads the token; the paper's reads severity alone (``ContextScorer``).
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class RankGates(TopK):
-    r"""Top-k whose weights have the mean 1: :math:`g_{tj} = k\,\mathrm{softmax}_j(s_{t,i_j})` over the k chosen.
+    r"""Chooses the top k and gives them weights with the mean 1: :math:`g_{tj} = k\,\mathrm{softmax}_j(s_{t,i_j})`.
 
-    With k = 1 the weight is the softmax over all experts, without which the router would get no gradient.
+    The softmax is over the k chosen. With k = 1 it is over all experts, because the router would get no gradient else.
+
+    >>> gates = RankGates(2)
+    >>> logits = torch.tensor([[1.0, 3.0, 3.0]])
+    >>> gates.weigh(logits, gates.choose(logits)).tolist()
+    [[1.0, 1.0]]
     """
 
     def __init__(self, k: int) -> None:
@@ -47,30 +52,31 @@ class RankGates(TopK):
 
 
 class RankExperts(Recordable):
-    r"""A linear layer with R ranks to choose from: :math:`y = W_0 x + \sum_{j \le S} B_j A_j x + \sum_i g_i B_i A_i x`.
+    r"""Adds ranks to a frozen linear layer and routes among them.
 
-    S ranks are shared by all tokens, i runs over the k chosen of R ranks and Z zero experts, which add nothing. The
-    layer reads (..., D) and gives (..., O) as the linear layer does, and is recorded as an ``MoE`` is. All ranks are
-    computed, in two products, and those not chosen are multiplied by 0: at these ranks that takes less time than a
-    choice of rows. W_0 is frozen; B starts at zero, so the layer starts as the linear one, and in the first step B
-    alone gets a gradient.
+    .. math:: y = W_0 x + \sum_{j \le S} B_j A_j x + \sum_i g_i B_i A_i x
+
+    All tokens share S ranks. i runs over the k ranks that the router chooses for a token among R ranks and Z zero
+    experts, which add nothing. Like the linear layer it maps (..., D) to (..., O), and ``record`` sees it like an
+    ``MoE``. All ranks are computed by two matrix products, and those not chosen are multiplied by 0. W_0 is frozen. B
+    starts at zero, so the layer starts as the linear one, and in the first step only B gets a gradient.
 
     Args:
         linear: W_0 (O, D) with its bias.
         ranks: R, how many ranks are experts.
-        shared: S, how many every token has.
-        zero: Z, experts that add nothing: the router counts R + Z.
-        k: how many of these R + Z a token gets.
-        scorer: of R + Z experts; None: a linear one on the token.
+        shared: S, how many ranks all tokens share.
+        zero: Z, the number of zero experts; the router has E = R + Z experts.
+        k: how many of the R + Z experts a token gets.
+        scorer: a scorer of R + Z experts; None makes a linear one that reads the token.
 
     Attributes:
-        down: A (S + R, D), shared ranks first; uniform as LoRA's.
+        down: A (S + R, D), the shared ranks first, which starts uniform as in LoRA.
         up: B (O, S + R).
-        router: its gates (``RankGates``) have the mean 1 over the chosen, zero experts included.
+        router: the router, whose gates (``RankGates``) have the mean 1 over the chosen experts, zero experts included.
 
     Raises:
-        UserError: no linear layer; a size that is negative, no rank at all, a k that is not 1 to R + Z; a scorer of
-            another width or number of experts.
+        UserError: ``linear`` is no ``nn.Linear``; ranks < 1, or shared or zero is negative; k is not 1 to R + Z; or the
+            scorer has another width or number of experts.
 
     >>> from spectralmoe import ContextScorer
     >>> linear, x = nn.Linear(16, 8), torch.randn(2, 5, 16)
@@ -94,7 +100,7 @@ class RankExperts(Recordable):
     ) -> None:
         super().__init__()
         if not isinstance(linear, nn.Linear):
-            raise UserError(f"RankExperts: goes around an nn.Linear, got a {type(linear).__name__}")
+            raise UserError(f"RankExperts: goes around an nn.Linear, got a {type(linear).__name__}; pass one")
         if ranks < 1 or shared < 0 or zero < 0:
             raise UserError(
                 f"RankExperts: needs ranks >= 1, shared >= 0 and zero >= 0, got ranks={ranks}, shared={shared}, "
@@ -117,14 +123,14 @@ class RankExperts(Recordable):
 
     @property
     def keepable(self) -> tuple[str, ...]:
-        """What the router reads; a rank has no rows of its own."""
+        """The names of the tensors that ``record`` can keep: the tokens alone."""
         return ("tokens",)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, context: Context | Rows | None = None) -> Tensor:
-        """x (..., D) -> (..., O).
+        """Run the layer on x (..., D) -> (..., O).
 
         Args:
-            mask: (...), True for real tokens; of the others the output is 0, and so is their part in every gradient.
+            mask: (...), True for real tokens. Padding has the output 0 and no part in any gradient.
             context: side information that the scorer reads: a ``Context``, or its rows (N, ...).
         """
         fed, replay = self.take_feed(x.device), None
@@ -143,22 +149,22 @@ class RankExperts(Recordable):
         return _real(y, mask)
 
     def rank(self, x: Tensor, e: int) -> Tensor:
-        """What rank ``e`` of the R adds to x (M, D) with a gate of 1: (M, O)."""
+        """Return what rank ``e`` of the R adds for x (M, D) with the gate 1: (M, O)."""
         down, up = (part.to(x.dtype) for part in self.rank_parameters(e).values())
         return (x @ down)[:, None] * up
 
     def rank_parameters(self, e: int) -> dict[str, Tensor]:
-        """Views of what belongs to rank ``e`` of the R alone: A_e (D,) and B_e (O,)."""
+        """Return views of the parameters of rank ``e`` of the R: A_e (D,) and B_e (O,)."""
         return {"down": self.down[self.shared + e], "up": self.up[:, self.shared + e]}
 
     @torch.no_grad()
     def merged(self, gates: Tensor) -> nn.Linear:
-        r"""The plain linear layer for tokens with these gates: :math:`W_0 + B\,\mathrm{diag}(1, g)\,A`.
+        r"""Return the plain linear layer that equals this one for gates g: :math:`W_0 + B\,\mathrm{diag}(1, g)\,A`.
 
-        Where the router reads side information alone, such as a severity, that is the whole layer for one severity.
+        If the router reads only side information, such as a severity, this is the whole layer for one severity.
 
         Args:
-            gates: (R,), such as a row of ``routing.gates(layer.ranks)``.
+            gates: g (R,), such as a row of ``routing.gates(layer.ranks)``.
 
         >>> layer = RankExperts(nn.Linear(6, 5), ranks=4, shared=1, zero=0, k=4)
         >>> _ = layer.router.scorer.weight.data.zero_()  # so all gates are 1
@@ -188,21 +194,21 @@ def add_ranks(
     k: int = 8,
     scorer: Callable[[int, int], Scorer] | None = None,
 ) -> Model:
-    """Put ``RankExperts`` in place of the linear layers of ``model`` that ``layers`` names, in place.
+    """Replace linear layers of ``model`` by ``RankExperts``, in place, and return the model.
 
-    All else is frozen, as with other adapters: unfreeze afterwards what is to be trained as well. The model computes
-    what it did before until the first step. Linear layers inside routers stay as they are. ``record``, ``penalty``,
-    ``attach`` and ``feed`` see the new layers; ``feed(model, context=...)`` gives them what their scorers read.
-    ``saving.ranks`` writes and reads them alone.
+    All other parameters are frozen, as with other adapters; unfreeze afterwards what else is to be trained. Until the
+    first step the model computes what it did before. Linear layers inside routers are left alone. ``record``,
+    ``penalty``, ``attach`` and ``feed`` see the new layers; ``feed(model, context=...)`` gives their scorers side
+    information. ``saving.ranks`` saves and loads them alone.
 
     Args:
-        layers: pattern on the layers' names (``*`` and ``?``), or several: ``["*.q_proj", "*.v_proj"]``.
+        layers: a pattern for the names of the layers (``*`` and ``?``), or several: ``["*.q_proj", "*.v_proj"]``.
         ranks, shared, zero, k: as in ``RankExperts``.
-        scorer: (D, E) -> scorer, of E = ranks + zero experts, called for each layer; None: linear ones.
+        scorer: a function (D, E) -> scorer of E = ranks + zero experts, called for each layer; None makes linear ones.
 
     Raises:
-        UserError: a pattern without a match; a layer that its module reads itself instead of calling it; a model that
-            is sharded or under DDP, which would not sum the gradients of what comes later.
+        UserError: a pattern matches no layer; a layer is never called, because its parent reads its weight; the model
+            is sharded or under DDP, which would not sum the gradients of the new parameters.
 
     >>> model = add_ranks(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), "2", ranks=6, zero=2, k=4)
     >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -218,10 +224,10 @@ def add_ranks(
 
 
 def put_ranks(model: Model, layers: Mapping[str, RankExperts]) -> Model:
-    """Put layers with ranks at their paths in ``model``, in place, and freeze all but what ranks there are in it.
+    """Put ``RankExperts`` at their paths in ``model``, in place, and freeze all parameters but those of ranks.
 
     Args:
-        layers: by paths without the parts that wrappers put in.
+        layers: path -> layer; the paths are those without wrappers such as DDP.
     """
     places = modules_of(model)
     for path, layer in layers.items():
@@ -236,12 +242,12 @@ def put_ranks(model: Model, layers: Mapping[str, RankExperts]) -> Model:
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of ``model`` by every path that leads to them, without the parts that wrappers put in."""
+    """Return the modules of ``model`` by every path that leads to them, without the parts that wrappers add."""
     return {plain_name(path): module for path, module in unwrapped(model).named_modules(remove_duplicate=False)}
 
 
 def refuse_parallel(who: str, model: nn.Module) -> None:
-    """Refuse a model whose processes would not sum the gradients of parameters that are added.
+    """Refuse a model that is sharded or under DDP, which would not sum the gradients of new parameters.
 
     Raises:
         UserError: it is sharded, or under DDP.

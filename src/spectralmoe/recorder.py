@@ -1,4 +1,4 @@
-"""``record``: a tape of the MoE layers of any model, of this library or of Hugging Face's transformers."""
+"""``record``: it records what the MoE layers of a model do, of this library's or of Hugging Face's models."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ __all__ = ["record"]
 
 @contextmanager
 def record(model: nn.Module, keep: Sequence[str] = (), *, terms: Mapping[str, Needs] | None = None) -> Iterator[Tape]:
-    """Record what the MoE layers of ``model`` do inside the block.
+    """Record what the MoE layers of ``model`` do inside a ``with`` block, as a ``Tape``.
 
-    Of a Hugging Face model as it comes, its stock routers are read: routings with gradient, without an expert for
-    padding by the attention mask, so that terms can be put on them. No part of it is changed.
+    A tape is a sequence of records (``Record``), one for each forward of each layer: the routing of the tokens and, if
+    asked for, tensors. Losses (``penalty``), diagnostics and ``after_step`` read it.
+
+    In a Hugging Face model without layers of this library, the model's own routers are recorded. Their routings have a
+    gradient and no expert for padding, so regularizers work on them. The model is not changed.
 
     Args:
-        model: any module that holds MoE layers; wrapped, compiled or sharded as you like.
-        keep: also keep "tokens" (N, D), what the router read, or "input" (M, D), "hidden" (M, H), "output" (M, D) of
-            the experts, sorted by expert, or what they say of themselves (``Experts.says``). A forward that keeps what
-            experts make takes the grouped dispatch, and so does its second under activation checkpointing. Stock
-            layers of Hugging Face models keep "tokens" alone.
-        terms: also keep what these ``Term`` s need, of the layers that they are about.
+        model: any module that holds MoE layers; it may be wrapped, compiled or sharded.
+        keep: names of tensors to keep: "tokens" (N, D), what the router read; of the experts, with rows sorted by
+            expert, "input" (M, D), "hidden" (M, H) and "output" (M, D); and names in ``Experts.says``. A layer that
+            keeps tensors of its experts uses the grouped dispatch. Hugging Face's own layers keep "tokens" alone.
+        terms: name -> ``Term``; the tensors that the terms read are kept, in the layers that they are for.
 
-    With ``torch.compile`` and activation checkpointing together, compile what holds the checkpoints, not what is
-    inside them, and set ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``; without it
-    the recorded forward is right, but runs uncompiled.
+    If ``torch.compile`` and activation checkpointing are used together, compile the module that holds the checkpoints,
+    not the modules inside them, and set ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``.
+    Otherwise the recorded forward is right but runs uncompiled.
 
     Raises:
-        UserError: the model holds no MoE layer, or one of a kind that cannot be read; a name to keep that is unknown.
+        UserError: the model holds no MoE layer, or one that cannot be read; or a name in ``keep`` is unknown.
 
     >>> import torch
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK

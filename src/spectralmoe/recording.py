@@ -1,4 +1,4 @@
-"""What a layer must have to be recorded: sinks that open tapes put there, and the side information of ``feed``."""
+"""Recordable: the base class of layers that ``record`` can record and ``feed`` can reach."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spectralmoe.torch_private import in_backward
 __all__ = ["KEEPABLE", "Feed", "Recordable", "Sink", "recomputing"]
 
 KEEPABLE = ("tokens", "input", "hidden", "output")
-"""What ``record`` can keep of any layer."""
+"""The names of the tensors that ``record`` can keep of any layer."""
 
 Entry = tuple[Routing, Kept | None, Tensor | None, bool, Rows | None]
 """Routing, kept tensors, the tokens that the router read, whether layer and router were training, side information."""
@@ -30,10 +30,10 @@ Entry = tuple[Routing, Kept | None, Tensor | None, bool, Rows | None]
 
 @dataclass(slots=True)
 class Sink:
-    """Where a layer leaves its routings for one tape.
+    """Collects the routings of one layer for one tape.
 
-    A chain of pairs (entry, earlier entries): ``torch.compile`` traces the assignment without a look at what is there
-    already (a list would give a new graph for each length; so would the earlier entries in front).
+    It is a chain of pairs (entry, earlier entries). ``torch.compile`` traces the assignment without reading what is
+    there already; a list, or the earlier entries in front, would give a new graph for each length.
     """
 
     keep: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Sink:
     chain: tuple[Entry, Any] | None = None
 
     def entries(self) -> list[Entry]:
-        """What was left here, in the order of the calls."""
+        """Return the entries in the order of the calls."""
         entries, rest = [], self.chain
         while rest is not None:
             entry, rest = rest
@@ -52,7 +52,7 @@ class Sink:
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class Feed:
-    """Side information that ``feed`` leaves at a layer inside a model of others."""
+    """What ``feed`` hands to one layer: a mask, side information, and choices to replay."""
 
     mask: Tensor | None = None
     context: Context | Rows | None = None
@@ -61,7 +61,12 @@ class Feed:
     closed: bool = False
 
     def next_replay(self) -> Routing | Tensor | None:
-        """The recorded routing or indices (N, K) of this call of the layer; None without a replay."""
+        """Return the recorded routing or indices (N, K) for this call of the layer; None without a replay.
+
+        Raises:
+            UserError: the layer is called more often than it was recorded, or is recomputed although it is called
+                several times.
+        """
         if self.replay is None:
             return None
         if recomputing():
@@ -75,10 +80,10 @@ class Feed:
 
 
 class Here(threading.local):
-    """What a layer has for the calling thread alone: the sinks of the tapes that it opened, and its feed.
+    """The sinks and the feed of a layer that belong to the calling thread alone.
 
-    Values are set in ``__init__``, which runs once a thread: ``torch.compile`` does not see a default of the class
-    change. A copy starts empty.
+    Values are set in ``__init__``, which runs once a thread, because ``torch.compile`` does not see a default of the
+    class change. A copy starts empty.
     """
 
     def __init__(self) -> None:
@@ -90,13 +95,17 @@ class Here(threading.local):
 
 
 class Recordable(nn.Module):
-    """A layer that tapes can record and ``feed`` can reach. Forward reads what tape.py sets.
+    """The base class of layers that ``record`` can record and ``feed`` can reach: ``MoE`` and ``RankExperts``.
+
+    Derive a layer of your own from it to have it recorded. Its ``forward`` calls ``take_feed`` first and ``leave`` with
+    its routing, as ``MoE.forward`` does, and its constructor sets ``router``.
 
     Attributes:
-        here: sinks and feed of the calling thread.
-        watching: the sinks of tapes of training alone (``attach``, ``Monitor``), whatever thread it runs in.
-        kept: what the last forward kept for its tapes.
-        ended: the last feed whose block was closed, while its thread runs no other forward.
+        router: the layer's router, or None.
+        here: the sinks (where routings are left for a tape) and the feed of the calling thread.
+        watching: the sinks of ``attach`` and ``Monitor``, which record training in every thread.
+        kept: the names of the tensors that the last forward kept for its tapes.
+        ended: the last feed whose block was closed, until its thread runs another forward.
     """
 
     router: Router | None
@@ -107,7 +116,7 @@ class Recordable(nn.Module):
         self.without_tapes()
 
     def without_tapes(self) -> None:
-        """Set what tapes and ``feed`` use: there is none yet."""
+        """Set the attributes that tapes and ``feed`` use to their empty state."""
         self.here = Here()
         self.watching: tuple[Sink, ...] = ()
         self.kept: frozenset[str] = frozenset()
@@ -119,34 +128,34 @@ class Recordable(nn.Module):
 
     @property
     def keepable(self) -> tuple[str, ...]:
-        """The names of what ``record`` can keep of this layer."""
+        """The names of the tensors that ``record`` can keep of this layer."""
         return KEEPABLE
 
     def layer_path(self, path: str) -> str:
-        """The path of the MoE layer: of this module, whose own path is given, or of the one that it is a part of."""
+        """Return the path of the MoE layer, given that of this module, which may be a part of the layer."""
         return path
 
     def watched(self, model: nn.Module, path: str) -> Any:
-        """What the instruments see of it in ``model``, where it is at ``path``: a ``Watched``; None: nothing."""
+        """Return the ``Watched`` through which ``Inspector`` reads this layer of ``model``; None if it cannot."""
         return None
 
     @property
     def matrix(self) -> Tensor | None:
-        """The routing matrix, as the router has it now; None where there is none."""
+        """The scorer's routing matrix; None if there is none."""
         return None if self.router is None else self.router.scorer.matrix
 
     @property
     def trains_router(self) -> bool:
-        """Whether a forward trains the router: not in evaluation mode, nor where it is frozen."""
+        """Whether a forward trains the router: the layer is in training mode, and the router is not frozen."""
         return self.training and self.router is not None and any(p.requires_grad for p in self.router.parameters())
 
     @property
     def sinks(self) -> tuple[Sink, ...]:
-        """Where the calling thread leaves its routings."""
+        """The sinks in which a forward of the calling thread leaves its routing."""
         return (*self.watching, *self.here.sinks)
 
     def parts(self) -> Iterator[tuple[str, Part]]:
-        """Scorer, selector, bank and the parts inside them by name, but for those of other layers inside."""
+        """Iterate over scorer, selector, experts and the parts inside them by name, without those of inner layers."""
         inside: list[tuple[str, nn.Module]] = list(self.named_children())[::-1]
         met: set[nn.Module] = set()
         while inside:
@@ -160,7 +169,7 @@ class Recordable(nn.Module):
     def leave(
         self, routing: Routing, kept: Kept | None = None, tokens: Tensor | None = None, context: Rows | None = None
     ) -> None:
-        """Leave one routing in every sink, with what else belongs to it; a recomputation leaves nothing."""
+        """Leave one routing, and what is kept with it, for every open tape; a recomputation leaves nothing."""
         if not (sinks := self.sinks) or recomputing():
             return
         trains = self.training and (self.router is None or self.router.training)
@@ -171,9 +180,10 @@ class Recordable(nn.Module):
                 sink.chain = ((routing, asked, tokens, trains, rows), sink.chain)
 
     def names_to_keep(self) -> frozenset[str]:
-        """The names of tensors that open tapes ask for.
+        """Return the names of the tensors that open tapes ask for.
 
-        While a checkpoint recomputes, those that its first forward kept: the tape may be closed by then.
+        While a checkpoint recomputes a forward, these are the names that the first forward kept, because the tape may
+        be closed by then.
         """
         if recomputing():
             return self.kept
@@ -183,11 +193,12 @@ class Recordable(nn.Module):
         return keep
 
     def seen(self, queries: Tensor, names: frozenset[str], *, streams: bool) -> Tensor | None:
-        """What the records get of what the router read, rows (N, D); a copy where a tape asks, which may be read later.
+        """Return the tokens (N, D) for the record; None if nothing asks for them. If a tape does, it is a copy.
 
         Args:
-            names: of tensors to keep.
-            streams: whether a part keeps statistics of the tokens of training.
+            queries: what the router reads (..., D).
+            names: the names of the tensors to keep.
+            streams: whether a part of the layer needs the tokens of training for its statistics.
         """
         if "tokens" in names:
             queries = queries.clone()
@@ -198,9 +209,10 @@ class Recordable(nn.Module):
         return queries.reshape(-1, queries.shape[-1])
 
     def take_feed(self, device: torch.device) -> Feed | None:
-        """What ``feed`` left here for this thread, if its block is still open.
+        """Return what ``feed`` hands to this layer in this thread, if its block is still open.
 
-        A backward outside the block recomputes on an accelerator in a thread of autograd's own, which has no feed.
+        Raises:
+            UserError: a forward is recomputed after its block was closed.
         """
         fed = self.here.fed
         if recomputing():
@@ -219,5 +231,5 @@ class Recordable(nn.Module):
 
 
 def recomputing() -> bool:
-    """Whether a backward pass is running, so that this forward is an activation checkpoint's second."""
+    """Return whether a backward pass is running, so that this forward is the second one of an activation checkpoint."""
     return not torch.compiler.is_compiling() and in_backward()

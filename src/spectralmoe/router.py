@@ -1,4 +1,4 @@
-"""Router = scorer x selector, in full precision."""
+"""The router: a scorer and a selector, in full precision."""
 
 from __future__ import annotations
 
@@ -22,11 +22,18 @@ __all__ = ["Router", "shard_routers"]
 
 
 class Router(nn.Module):
-    """Maps tokens to a ``Routing``: the scorer gives logits, the selector chooses and weighs.
+    """Maps tokens to a ``Routing``: the scorer gives logits, and the selector chooses experts and weighs them.
 
-    Scores are computed in fp32 (float64 for float64 tokens) with autocast off. Parameters and buffers stay fp32 when
-    the model is cast down (``.to(torch.bfloat16)``, ``.half()``), so the router goes into a group of its own under
-    FSDP2 (``shard_routers``).
+    Logits and weights are computed in fp32 (float64 for float64 tokens) with autocast off. The router's parameters and
+    buffers stay fp32 if the model is cast down (``.to(torch.bfloat16)``, ``.half()``). So under FSDP2 a router needs a
+    group of its own (``shard_routers``).
+
+    Args:
+        scorer: the scorer.
+        selector: the selector; it belongs to this router alone.
+
+    Raises:
+        UserError: the selector does not fit the number of experts.
 
     >>> from spectralmoe import LinearScorer, TopK
     >>> router = Router(LinearScorer(16, 8), TopK(2))
@@ -43,12 +50,12 @@ class Router(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """E, zero experts included."""
+        """The number of experts E, zero experts included."""
         return self.scorer.num_experts
 
     @property
     def is_frozen(self) -> bool:
-        """Whether nothing of it moves after a step: the scorer is frozen, and no selector's parameter is trained."""
+        """Whether the router is frozen: the scorer is, and no parameter of the selector is trained."""
         return self.scorer.is_frozen and not any(parameter.requires_grad for parameter in self.selector.parameters())
 
     def forward(
@@ -62,19 +69,23 @@ class Router(nn.Module):
         """Route x (..., D).
 
         Args:
-            mask: (...) bool, True for a real token. Other tokens get no expert and are not counted.
+            mask: (...) bool, True for a real token. Padding gets no expert and is not counted.
             context: side information for the scorer and the selector: a ``Context``, or its rows (N, ...) by name.
-            replay: reuse this routing's indices, or these (N, K); the weights are recomputed from live logits, and the
-                router's own choice is ``live`` of the result.
+            replay: a routing, or indices (N, K), whose choice is used again. The weights are computed from the logits
+                of this forward; what the router itself would have chosen is ``Routing.live``.
 
         Raises:
-            UserError: x is not D wide; the mask or the replayed routing is of another shape.
+            UserError: x is not D wide, or the mask or the replayed choice has another shape.
         """
         shape, dim = x.shape[:-1], self.scorer.dim
         if x.shape[-1] != dim:
-            raise UserError(f"Router: tokens are {x.shape[-1]} wide, but the scorer was made for D={dim}")
+            raise UserError(
+                f"Router: tokens are {x.shape[-1]} wide, but the scorer was made for D={dim}; make it for this width"
+            )
         if mask is not None and mask.shape != shape:
-            raise UserError(f"Router: mask has shape {tuple(mask.shape)}, but the tokens have {tuple(shape)}")
+            raise UserError(
+                f"Router: mask has shape {tuple(mask.shape)}, but the tokens have {tuple(shape)}; give each a value"
+            )
         tokens = (x if x.dim() == 2 else x.reshape(-1, dim)).to(torch.promote_types(x.dtype, torch.float32))
         flat_mask = None if mask is None else mask.reshape(-1).bool()
         if flat_mask is not None:
@@ -95,14 +106,14 @@ class Router(nn.Module):
             return replace(routing, asked=None, live=live)
 
     def select(self, indices: Sequence[int] | Tensor) -> Router:
-        """A router that knows the experts ``indices`` alone, in this order, in memory of its own.
+        """Return a new router for the experts ``indices`` alone, in this order.
 
-        It decides as this one would if no other could be chosen and had a logit of minus infinity. Only what a
-        selector takes from E itself (capacities, noise of 1/E) goes by the number that is left.
+        It decides as this one would if all other experts had a logit of minus infinity and could not be chosen. Only
+        what a selector computes from E itself (capacities, noise of 1/E) goes by the number of experts that are left.
 
         Raises:
-            UserError: no index, one out of range or twice; a scorer that cannot be cut down; a selector that cannot
-                choose among so few.
+            UserError: ``indices`` is empty or names an expert twice or one that does not exist; the scorer cannot be
+                cut down; or too few experts are left for the selector.
         """
         chosen = chosen_experts("Router.select", indices, self.num_experts)
         if len(set(chosen)) < len(chosen):
@@ -121,8 +132,8 @@ def shard_routers(model: nn.Module, **options: Any) -> None:
     """Give every router of ``model`` its own FSDP2 group in fp32; call it before ``fully_shard(model)``.
 
     Args:
-        options: passed on to ``torch.distributed.fsdp.fully_shard`` (``mesh``, ``reshard_after_forward``, ...), but
-            for ``mp_policy``, which is fp32 without input casts.
+        options: options of ``torch.distributed.fsdp.fully_shard`` (``mesh``, ``reshard_after_forward``, ...) other than
+            ``mp_policy``, which is set to fp32 without input casts.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -136,6 +147,9 @@ def _replayed(replay: Routing | Tensor, logits: Tensor, mask: Tensor | None) -> 
     tokens, experts = logits.shape
     n, e = (len(replay), experts) if isinstance(replay, Tensor) else replay.logits.shape
     if (n, e) != (tokens, experts):
-        raise UserError(f"Router: the replayed routing has N={n}, E={e}, but this forward has N={tokens}, E={experts}")
+        raise UserError(
+            f"Router: the replayed routing has N={n}, E={e}, but this forward has N={tokens}, E={experts}; replay it "
+            "on the batch that it was recorded on"
+        )
     indices = replay.to(logits.device) if isinstance(replay, Tensor) else replay.indices
     return indices if mask is None else indices.masked_fill(~mask[:, None], EMPTY)

@@ -1,4 +1,4 @@
-"""Preset: what one network of a comparison is made of, and the parts that it makes."""
+"""Preset: it says what one network of a comparison is made of, and makes its routers and experts."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from spectralmoe.units import Unit
 __all__ = ["BRANCH", "RELU", "K", "Preset", "Trial", "check_reads", "experts_a_token"]
 
 K = int | Literal["soft"]
-"""Experts a token: a number, or "soft": all of them."""
+"""The number of experts a token, or "soft" for all of them."""
 
 RELU: Table = {"type": "feed_forward", "activation": "relu", "bias": True}
 """The experts of SR-MoE: ReLU networks with biases."""
 
 BRANCH = {"tokens": "all", "norm": True, "start": "model"}
-"""How a branch reads a model's features where a row does not say it."""
+"""How a branch in a vision model reads the model's features, unless a preset says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a layer of a network is tried with: a small input, and all else that the network gives its layers.
+    """A small input, and what else a network gives its layers, on which a preset is tried.
 
     Attributes:
-        x: as the layer takes it.
-        context: the side information that the network gives; None: none.
-        unit: what its layers route; None: tokens.
-        experts: the network's own bank, for a row without one.
+        x: an input of a layer.
+        context: the side information that the network gives its layers; None is none.
+        unit: what the layers route; None is tokens.
+        experts: the spec of the network's own experts, for a preset without ``experts``.
     """
 
     x: Tensor
@@ -55,19 +55,21 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """One row of a comparison.
+    """Says what one network of a comparison is made of, one row of its table.
 
     Attributes:
         summary: one line for ``spectralmoe list``.
-        scorer, selector: their specs; what the network knows (``spectralmoe.naming.FILLED_IN``) is left out.
-        soft: the selector where a token uses all experts; None: ``selector`` serves there, too.
-        experts: the bank's spec; None: the network's own.
-        k: experts a token; None: as many as the network asks for.
-        optimizer: what goes around the optimizer of all rows, or in its place, see ``make_optimizer``; None: nothing.
-        dense: no choice: one expert as wide as the k of a token together.
-        terms: regularizers by name, with their weights.
-        branch: of a branch behind a vision model's block: tokens, norm and start, see ``BranchSpec``.
-        allow: the classes of a user's own that it names.
+        scorer, selector: their specs, without the arguments that follow from the network
+            (``spectralmoe.naming.FILLED_IN``).
+        soft: the spec of the selector that is used if a token uses all experts; None uses ``selector``.
+        experts: the spec of the experts; None takes the network's own.
+        k: experts a token; None takes what the network asks for.
+        optimizer: what goes around the optimizer that all rows share, or replaces it (``make_optimizer``); None is
+            nothing.
+        dense: whether there is no choice, but one expert that is as wide as the k experts of a token together.
+        terms: regularizers with their weights, by name.
+        branch: how a branch in a vision model reads its features: tokens, norm and start (``BranchSpec``).
+        allow: the classes of a user that the preset names, as ``pkg:Class``.
     """
 
     summary: str
@@ -83,11 +85,11 @@ class Preset:
     allow: tuple[str, ...] = ()
 
     def strengthened(self, factor: float) -> Preset:
-        """The same row with the weights of its terms multiplied by ``factor``."""
+        """Return the same preset with the weights of its terms multiplied by ``factor``."""
         return replace(self, terms={name: _scaled(term, factor) for name, term in self.terms.items()})
 
     def sizes(self, num_experts: int, hidden: int, k: K) -> tuple[int, int]:
-        """E and H of its banks in a network with banks of these sizes and ``k`` experts a token.
+        """Return E and H of this preset's experts in a network with the given E, H and ``k`` experts a token.
 
         >>> Preset("", {"type": "linear"}, dense=True).sizes(8, 32, 2)
         (1, 64)
@@ -97,10 +99,10 @@ class Preset:
         return 1, hidden * (num_experts if k == "soft" else k)
 
     def make_router(self, dim: int, num_experts: int, *, k: K) -> Router:
-        """A new router for tokens of width D in front of E experts, ``k`` of them a token.
+        """Make a router for tokens of width D and E experts, ``k`` of them a token.
 
         Raises:
-            UserError: what its parts refuse; k = "soft" for a selector that was named and takes a number.
+            UserError: k is "soft" and the preset's selector takes a number; or a part refuses its arguments.
         """
         k = self.k or k
         sizes: dict[str, Any] = {"dim": dim, "num_experts": num_experts} | ({} if k == "soft" else {"k": k})
@@ -124,16 +126,16 @@ class Preset:
         trial: Trial,
         depth: int,
     ) -> None:
-        """Build a layer and run it, so that what does not fit the sizes of a network shows before it runs.
+        """Build a layer and run it once, so that mistakes show before a network is trained.
 
         Args:
-            name: what the row is called.
+            name: the name of the preset, for error messages.
+            dim, num_experts, hidden, k, spare: the sizes of the network.
             trial: what the layer is run on, and what the network gives it.
             depth: how many layers the network has.
 
         Raises:
-            UserError: as ``make_router``, ``make_experts``, ``MoE`` and the terms; a part that reads other side
-                information, or fails.
+            UserError: a part does not fit the sizes, reads side information that the network does not give, or fails.
         """
         num_experts, hidden = self.sizes(num_experts, hidden, k)
         try:
@@ -162,17 +164,18 @@ class Preset:
             ) from error
 
     def routers(self, k: K) -> Callable[[int, int], Router]:
-        """(D, E) -> a new router, with ``k`` experts a token."""
+        """Return a function (D, E) -> new router with ``k`` experts a token."""
         return partial(self.make_router, k=k)
 
     def make_experts(self, num_experts: int, dim: int, hidden: int, spare: int = 0, default: Table = RELU) -> Experts:
-        """A new bank of E experts on tokens of width D, H wide inside where they have an inside.
+        """Make a bank of E experts on tokens of width D, with hidden layers of width H if they have any.
 
         Args:
-            default: the bank of the network, for a row without ``experts`` of its own: that of SR-MoE.
+            spare: hidden units that start at zero, see ``FeedForward``.
+            default: the spec of the network's own experts, for a preset without ``experts``; by default SR-MoE's.
 
         Raises:
-            UserError: what the bank refuses; spare units for one that has none.
+            UserError: the bank refuses its arguments, or has no spare units.
         """
         spec = self.experts or default
         if spare and "spare" not in parameters_of(part_class("experts", spec["type"])):
@@ -188,10 +191,10 @@ class Preset:
 
 
 def experts_a_token(value: Any) -> K:
-    """``value`` if it is a number of experts or "soft".
+    """Return ``value`` if it is a positive number of experts or "soft".
 
     Raises:
-        UserError: anything else.
+        UserError: it is anything else.
     """
     if value == "soft":
         return "soft"
@@ -203,8 +206,11 @@ def experts_a_token(value: Any) -> K:
 def check_reads(layer: MoE, given: Collection[str]) -> None:
     """Refuse parts that read side information which the network does not give.
 
+    Args:
+        given: the names of the side information that the network gives.
+
     Raises:
-        UserError: names the part and what it reads.
+        UserError: a part reads something else; the message names both.
     """
     for _, part in layer.parts():
         for name in part.reads:

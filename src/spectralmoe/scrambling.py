@@ -1,4 +1,4 @@
-"""Random numbers that are a function of whole numbers, such as a seed and a step: no generator, no state."""
+"""Random numbers that are a function of whole numbers, such as a seed and a step, without a generator or state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _FRACTION = 53
 
 
 def scrambled(numbers: Tensor) -> Tensor:
-    """Random int64 numbers, a function of ``numbers``: SplitMix64 (Steele et al., 2014); products wrap around.
+    """Return random int64 numbers that are a function of ``numbers``, by SplitMix64 (Steele et al., 2014).
 
     >>> import torch
     >>> scrambled(torch.tensor([1, 1, 2])).unique().numel()
@@ -23,7 +23,7 @@ def scrambled(numbers: Tensor) -> Tensor:
 
 
 def chance(numbers: Tensor, probability: float) -> Tensor:
-    """True for a share ``probability`` of the random int64 ``numbers``."""
+    """Return True where a random int64 number falls into a share ``probability`` of all numbers."""
     return _shifted(numbers, 64 - _FRACTION) < int(probability * 2**_FRACTION)
 
 

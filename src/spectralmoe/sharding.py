@@ -1,6 +1,6 @@
-"""Sharded parameters (DTensor), which everything accepts.
+"""Functions that let all code accept sharded parameters (DTensor) as well as plain ones.
 
-``torch.distributed.tensor`` takes half a second to import, so it is not imported before there is a sharded tensor.
+``torch.distributed.tensor`` takes half a second to import, so it is imported only when there is a sharded tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["assign_", "beside", "full", "is_sharded", "local", "sharded_as"]
 
 
 def is_sharded(x: Tensor | None) -> TypeGuard[DTensor]:
-    """Whether x is a DTensor.
+    """Return whether x is a DTensor.
 
     >>> is_sharded(torch.ones(2))
     False
@@ -26,17 +26,17 @@ def is_sharded(x: Tensor | None) -> TypeGuard[DTensor]:
 
 
 def full(x: Tensor) -> Tensor:
-    """The whole tensor behind ``x``: gathered (with gradient) when it is sharded, else ``x`` itself."""
+    """Return the whole tensor of ``x``: gathered, with gradient, if it is sharded, else ``x`` itself."""
     return x.full_tensor() if is_sharded(x) else x
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's part of ``x``."""
+    """Return this process's part of ``x``, or ``x`` itself if it is not sharded."""
     return x.to_local() if is_sharded(x) else x
 
 
 def sharded_as(value: Tensor, target: Tensor | None) -> Tensor:
-    """The whole tensor ``value``, sharded as ``target`` is."""
+    """Shard the whole tensor ``value`` as ``target`` is sharded."""
     if not is_sharded(target):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -45,7 +45,7 @@ def sharded_as(value: Tensor, target: Tensor | None) -> Tensor:
 
 
 def beside(value: Tensor, target: Tensor) -> Tensor:
-    """``value``, which every rank has whole, for operations with ``target``: replicated where that is sharded."""
+    """Prepare ``value``, whole on every rank, for operations with ``target``: replicate it if that is sharded."""
     if not is_sharded(target):
         return value
     from torch.distributed.tensor import DTensor, Replicate
@@ -55,5 +55,5 @@ def beside(value: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign_(target: Tensor, value: Tensor) -> None:
-    """Write the whole tensor ``value`` into ``target`` in place, sharding it as ``target`` is sharded."""
+    """Write the whole tensor ``value`` into ``target`` in place, sharded as ``target`` is."""
     target.copy_(sharded_as(value, target))

@@ -1,8 +1,8 @@
-"""Specs: a model's structure as plain JSON values, and back.
+"""Specs: they describe the structure of a model in plain JSON values, and models are built from them.
 
-A spec is ``{"type": table name or "pkg:Class", argument: value, ...}``. It is read from the constructor's signature:
-every argument is an attribute of the same name, or is given by the object's ``spec_arguments()``. Only names from the
-tables below are built; any other class must be allowed by the caller.
+A spec is ``{"type": name in a table or "pkg:Class", argument: value, ...}``. The arguments are those of the
+constructor; each is an attribute of the object with the same name, or is given by its ``spec_arguments()``. Only
+classes in the tables are built; any other class must be allowed by the caller.
 """
 
 from __future__ import annotations
@@ -44,10 +44,13 @@ PARTS: dict[str, type] = {
 
 
 def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
-    """The spec of ``part``: a table entry, a user's class, or a plain value.
+    """Return the spec of ``part``, a module of this library, a class of a user, or a plain value.
+
+    Args:
+        tables: name -> class; None takes the parts of an MoE layer.
 
     Raises:
-        UserError: an argument of its constructor is not kept, or cannot be read.
+        UserError: an argument of a constructor is no attribute, or the constructor cannot be read.
 
     >>> from spectralmoe import TopK
     >>> describe(TopK(2))
@@ -67,7 +70,10 @@ def describe(part: Any, *, tables: Mapping[str, type] | None = None) -> Any:
     arguments = {}
     for name in parameters_of(cls):
         if name not in overrides and not hasattr(part, name):
-            raise UserError(f"{cls.__name__} cannot be described: it does not keep its argument {name!r}")
+            raise UserError(
+                f"{cls.__name__} cannot be described: it does not keep its argument {name!r}; set self.{name} in its "
+                "constructor"
+            )
         arguments[name] = describe(overrides.get(name, getattr(part, name, None)), tables=tables)
     return {"type": kind, **arguments}
 
@@ -79,18 +85,16 @@ def build(
     tables: Mapping[str, type] | None = None,
     sizes: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The object that ``spec`` describes.
+    """Build the object that ``spec`` describes; specs of earlier versions are understood, too.
 
     Args:
-        allow: classes outside the tables that may be built, as "pkg:Class".
-        tables: name -> class; the parts of an MoE layer by default.
-        sizes: of the network around it (``dim``, ``num_experts``, ...): arguments that the spec leaves out, and names
-            in its formulas (``"= min(128, dim)"``). None: a spec without formulas.
-
-    Specs that earlier versions wrote are built too.
+        allow: classes outside the tables that may be built, as "pkg:Class". Building one runs its code.
+        tables: name -> class; None takes the parts of an MoE layer.
+        sizes: the sizes of the network (``dim``, ``num_experts``, ...), for arguments that the spec leaves out and for
+            formulas (``"= min(128, dim)"``). With None, formulas are not computed.
 
     Raises:
-        UserError: a type that is neither in a table nor allowed; arguments that its constructor does not take.
+        UserError: a type is neither in a table nor allowed, or its constructor does not take the arguments.
 
     >>> build({"type": "topk", "k": 2}).k
     2
@@ -124,7 +128,7 @@ def build(
 
 
 def of_today(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``spec`` in the words of this version: soft routing was once top-k with k null, and top-p had another name."""
+    """Translate a ``spec`` of an earlier version: soft routing was top-k with k null, and top-p had another name."""
     if spec["type"] == "top_p":
         return {**spec, "type": "topp"}
     if spec["type"] == "topk" and spec.get("k", 0) is None:
@@ -133,10 +137,13 @@ def of_today(spec: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_arguments(cls: Any, kind: str, arguments: Collection[str]) -> None:
-    """Refuse names of arguments that ``cls`` does not take, or without those that it needs.
+    """Check that ``cls`` takes all ``arguments`` (names), and that none is missing.
+
+    Args:
+        kind: what the caller calls ``cls``, for the error message.
 
     Raises:
-        UserError: names the first such argument; ``kind`` is what the caller calls ``cls``.
+        UserError: an argument is unknown or missing.
     """
     parameters = parameters_of(cls)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -149,10 +156,10 @@ def check_arguments(cls: Any, kind: str, arguments: Collection[str]) -> None:
 
 
 def parameters_of(cls: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a constructor by name.
+    """Return the parameters of a constructor or function by name.
 
     Raises:
-        UserError: it cannot be read, as those of some builtin types.
+        UserError: they cannot be read, as those of some builtin types.
     """
     try:
         return inspect.signature(cls).parameters
@@ -161,10 +168,10 @@ def parameters_of(cls: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def find_class(path: str) -> Any:
-    """Import the class that "pkg.module:Class" names.
+    """Import the class or function that "pkg.module:Name" names; this runs the module's code.
 
     Raises:
-        UserError: not of that form, no such module, or no such class in it.
+        UserError: ``path`` has another form, the module cannot be imported, or it has no such name.
     """
     module_name, _, class_name = path.partition(":")
     if not module_name or not class_name:

@@ -1,4 +1,4 @@
-"""Stacks: tensors with one entry an expert, taken apart and put into copies of the modules that hold them."""
+"""Functions for stacks, tensors with one entry an expert: they choose entries, average them, and copy modules."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def chosen_experts(owner: str, indices: Sequence[int] | Tensor, num_experts: int) -> list[int]:
-    """``indices`` as a list of whole numbers.
+    """Return ``indices`` as a list of whole numbers from 0 to E - 1.
 
     Raises:
-        UserError: there is none, or one that is no expert; the message begins with ``owner``.
+        UserError: it is empty, or an entry is no expert; the message begins with ``owner``.
     """
     chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
     if not chosen:
@@ -35,9 +35,9 @@ def chosen_experts(owner: str, indices: Sequence[int] | Tensor, num_experts: int
 
 @torch.no_grad()
 def copy_with(module: Module, tensors: Mapping[Tensor, Tensor]) -> Module:
-    """A copy of ``module`` that holds other tensors in the place of some: old parameter or buffer -> new values.
+    """Return a copy of ``module`` with some tensors replaced: old parameter or buffer -> new values.
 
-    A parameter stays one, of its dtype, and takes a gradient if the old one did.
+    A new parameter has the dtype of the old one, and takes a gradient if the old one did.
     """
     memo: dict[int, object] = {}
     for old, new in tensors.items():
@@ -47,7 +47,7 @@ def copy_with(module: Module, tensors: Mapping[Tensor, Tensor]) -> Module:
 
 
 def means(stack: Tensor, groups: Sequence[Sequence[int]], shares: Sequence[Tensor]) -> Tensor:
-    """Weighted means of the entries of ``stack`` (E, ...), one a group: (G, ...) float64.
+    """Compute weighted means of the entries of ``stack`` (E, ...), one for each group: (G, ...) float64.
 
     Args:
         groups: the members of each group.

@@ -1,4 +1,4 @@
-"""The work around an optimizer step: retractions, streaming statistics, selection bias, parameter groups."""
+"""The work after an optimizer step: bases, running statistics and selection biases; and parameter groups."""
 
 from __future__ import annotations
 
@@ -26,18 +26,28 @@ __all__ = ["Attachment", "after_step", "attach", "param_groups"]
 
 
 def after_step(model: nn.Module, *tapes: Tape, group: Any = None) -> None:
-    """Call after ``optimizer.step()``: retracts bases, refreshes statistics, moves selection biases.
+    """Do the work of MoE layers after ``optimizer.step()``; call it then, or let ``attach`` do it.
 
-    A frozen router (none of its parameters takes a gradient) stays as it is, bit by bit. In evaluation mode biases and
-    statistics rest. Biases move by the router's own choices alone: a replayed forward moves none.
+    It makes bases orthonormal again, updates running statistics and moves selection biases. A frozen router (none of
+    its parameters takes a gradient) stays as it is. Forwards in evaluation mode, and replayed choices, move no bias.
 
     Args:
-        tapes: the tape of this step, or one for each micro-batch under gradient accumulation.
-        group: process group over which the int64 counts are summed; None: the default group, where
-            ``torch.distributed`` is initialised. Every rank must call.
+        model: the model that was trained.
+        tapes: the tape of this step (``record``); under gradient accumulation one for each micro-batch.
+        group: the process group over which statistics are summed; None is the default group, if ``torch.distributed``
+            is initialised. Every rank must call.
 
     Raises:
-        UserError: a tape of another model; an empty tape; inside torch's ``Join``, where other ranks may not call.
+        UserError: a tape is empty or was recorded on another model; or it is called inside torch's ``Join``, where
+            other ranks may not call.
+
+    >>> from spectralmoe import Balanced, FeedForward, LinearScorer, MoE, Router, record
+    >>> layer = MoE(Router(LinearScorer(2, 3), Balanced(1, normalize=False)), FeedForward(3, 2, 4))
+    >>> with record(layer) as tape:
+    ...     y = layer(torch.ones(10, 2))
+    >>> after_step(layer, tape)
+    >>> sorted(round(b, 4) for b in layer.router.selector.bias.tolist())  # all tokens went to one of three
+    [-0.001, 0.001, 0.001]
     """
     layers = moe_layers(model)
     refuse_join(parallel_of(model), "by hooks: with Join([model, attach(optimizer, model)])")
@@ -45,7 +55,7 @@ def after_step(model: nn.Module, *tapes: Tape, group: Any = None) -> None:
 
 
 class Attachment(Joinable):
-    """What ``attach`` returns; ``remove()`` undoes it, for all optimizers of the model."""
+    """What ``attach`` returns: the hooks on the optimizers of a model; ``remove()`` takes them all off."""
 
     def __init__(self, model: nn.Module, group: Any) -> None:
         super().__init__()
@@ -64,7 +74,11 @@ class Attachment(Joinable):
             self._tape.seal()
 
     def add(self, optimizer: Optimizer) -> None:
-        """Hook one more optimizer; the work is done after the last of them has stepped."""
+        """Hook one more optimizer; the work is then done after the last of them has stepped.
+
+        Raises:
+            UserError: the optimizer is hooked already, or is a wrapper without hooks.
+        """
         key, name = id(optimizer), type(optimizer).__name__
         if key in self._handles:
             raise UserError(f"attach: this {name} is attached to this model already; remove() that attachment first")
@@ -87,18 +101,18 @@ class Attachment(Joinable):
         self._handles.clear()
 
     def join_hook(self, **_: Any) -> JoinHook:
-        """For torch's ``Join``: a rank without inputs takes part in the sums of the others."""
+        """Return the hook by which torch's ``Join`` lets a rank without inputs take part in the sums of the others."""
         self._uneven = True
         return _Shadow(self)
 
     @property
     def join_device(self) -> torch.device:
-        """Where the sums over the ranks are made."""
+        """The device on which the sums over the ranks are computed."""
         return next((device_of(layer) for layer in self.layers.values()), torch.device("cpu"))
 
     @property
     def join_process_group(self) -> Any:
-        """The ranks that are summed over."""
+        """The process group over which sums are computed."""
         return dist.group.WORLD if self.group is None else self.group
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -158,7 +172,7 @@ class _Shadow(JoinHook):
         after(self.attachment.layers, (), self.attachment.group)
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """All ranks are through."""
+        """Note that all ranks have ended."""
         self.attachment._uneven = False
 
 
@@ -173,23 +187,26 @@ def _forget(reference: weakref.ref[Attachment], key: int) -> None:
 
 
 def attach(optimizers: Optimizer | Iterable[Optimizer], model: nn.Module, *, group: Any = None) -> Attachment:
-    """Do ``after_step`` by the optimizers' own hooks, so that nobody forgets.
+    """Do the work of ``after_step`` automatically after each optimizer step, by hooks of the optimizers.
 
-    Every forward in training mode between two steps counts, so gradient accumulation works by itself, and so do
-    closures, schedulers and steps that a gradient scaler leaves out. Do not call ``after_step`` as well: the selection
+    All forwards in training mode since the last step count, so gradient accumulation needs no extra code, nor do
+    closures, schedulers and steps that a gradient scaler skips. Do not call ``after_step`` as well, because selection
     biases would move twice.
 
-    Where several optimizers share a model (Muon for matrices, AdamW for the rest), name them all, at once or one call
-    after the other: bases are retracted after each step, and the rest is done after the last of them has stepped, in
-    whatever order. With uneven inputs under ``DistributedDataParallel`` what this returns goes into torch's ``Join``,
-    behind the model: ``Join([model, attachment])``.
+    If several optimizers train a model (Muon for matrices, AdamW for the rest), attach all of them, in one call or
+    several. Bases are made orthonormal after each optimizer's step, and the rest is done after the last has stepped. If
+    ranks have uneven inputs under ``DistributedDataParallel``, give what this returns to torch's ``Join``, behind the
+    model: ``Join([model, attachment])``.
 
     Args:
-        optimizers: one, or all that train ``model``.
+        optimizers: the optimizer, or all optimizers, that train ``model``.
+        model: the model.
+        group: the process group over which statistics are summed, as in ``after_step``.
 
     Raises:
-        UserError: no MoE layer; not an optimizer; one that is attached to this model already; a part of the model that
-            is attached by itself. At a step: a basis that no attached optimizer trains; a ``Join`` without this.
+        UserError: the model has no MoE layer; something is no optimizer, or is attached to this model already; a part
+            of the model is attached by itself. At a step: a basis is trained by no attached optimizer; or ``Join`` is
+            used without the attachment.
 
     >>> from spectralmoe import Balanced, FeedForward, LinearScorer, MoE, Router
     >>> layer = MoE(Router(LinearScorer(2, 3), Balanced(1, normalize=False)), FeedForward(3, 2, 4))
@@ -223,10 +240,18 @@ def _attachment_of(model: nn.Module, group: Any) -> Attachment | None:
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: decayed, and not decayed (bases on a manifold; biases, other vectors and scalars).
+    """Return two parameter groups for an optimizer: one with weight decay, one without.
 
-    Decay would shrink a basis that the retraction restores each step, which changes nothing but the momentum. The
-    stacked biases of experts, (E, H), count as vectors.
+    The second holds vectors, scalars, biases (also the stacked biases (E, H) of experts) and orthonormal bases. Decay
+    would shrink a basis that is made orthonormal again after each step.
+
+    Args:
+        weight_decay: the decay of the first group.
+
+    >>> from spectralmoe import EigenbasisScorer, Router, TopK
+    >>> decayed, others = param_groups(Router(EigenbasisScorer(8, 4, rank=3), TopK(2)), weight_decay=0.1)
+    >>> [tuple(p.shape) for p in decayed["params"]], [tuple(p.shape) for p in others["params"]]
+    ([(3, 4)], [(8, 3), (3,), (4,)])
     """
     bases = {
         id(getattr(module, name)) for module in model.modules() if isinstance(module, Part) for name in module.manifold
@@ -246,5 +271,8 @@ def _records(layers: dict[str, Recordable], tapes: Sequence[Tape]) -> list[Recor
     known = {id(layer) for layer in layers.values()}
     for item in records:
         if id(item.layer) not in known:
-            raise UserError(f"the tape was recorded on another model: its layer {item.name!r} is not in this one")
+            raise UserError(
+                f"the tape was recorded on another model: its layer {item.name!r} is not in this one; pass this "
+                "model's tape"
+            )
     return records

@@ -1,4 +1,4 @@
-"""Tapes: what the MoE layers of a model did, for losses, diagnostics and the work around an optimizer step."""
+"""Tapes hold what the MoE layers of a model did, for losses, diagnostics and the work after an optimizer step."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ __all__ = ["EmptyTape", "Record", "Tape", "keeps", "of_model", "said"]
 
 
 class EmptyTape(UserError):
-    """A tape that recorded no forward was read."""
+    """The error of reading a tape that recorded no forward."""
 
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
 def keeps(*names: str, argument: str = "") -> Callable[[Function], Function]:
-    """Mark a regularizer that reads kept tensors: a ``Term`` of it has ``record(model, terms=terms)`` keep them.
+    """Decorate a regularizer that reads kept tensors, so that ``record(model, terms=terms)`` keeps them.
 
     Args:
-        argument: of the regularizer, names another tensor in their place where a ``partial`` sets it.
+        names: the names of the tensors.
+        argument: the name of an argument of the regularizer; if a ``partial`` sets it, its value is the tensor that is
+            kept instead.
     """
 
     def mark(function: Function) -> Function:
@@ -43,13 +45,13 @@ def keeps(*names: str, argument: str = "") -> Callable[[Function], Function]:
 
 
 def of_model(function: Function) -> Function:
-    """Mark a regularizer that gets the records of all layers at once: a ``Term`` of it has ``scope="model"``."""
+    """Decorate a regularizer that takes the records of all layers at once; a ``Term`` of it has ``scope="model"``."""
     function.scope = "model"  # type: ignore[attr-defined]
     return function
 
 
 def said(function: Callable[..., Tensor]) -> tuple[tuple[str, ...], Literal["layer", "model"]]:
-    """What a regularizer says of itself: the kept tensors that it reads, and its scope."""
+    """Return the kept tensors that a regularizer reads, and its scope, as its decorators say."""
     given = function.keywords if isinstance(function, partial) else {}
     marked: Any = function.func if isinstance(function, partial) else function
     named = given.get(getattr(marked, "keeps_argument", ""))
@@ -57,7 +59,7 @@ def said(function: Callable[..., Tensor]) -> tuple[tuple[str, ...], Literal["lay
 
 
 class Needs(Protocol):
-    """What a tape reads of a ``Term``: a pattern on layer names, and the tensors that it needs of those layers."""
+    """The attributes of a ``Term`` that a tape reads: a pattern for layer names, and the tensors that these keep."""
 
     @property
     def layers(self) -> str: ...
@@ -68,17 +70,17 @@ class Needs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One forward of one layer.
+    """The record of one forward of one layer.
 
     Attributes:
-        name: the layer's name in the model, free of wrapper prefixes (DDP, torch.compile, checkpointing).
-        layer: the module.
+        name: the layer's name in the model, without prefixes of wrappers (DDP, torch.compile, checkpointing).
+        layer: the layer.
         routing: what its router decided.
-        kept: tensors asked for with ``record(keep=...)``.
-        tokens: what the router read (N, D), padding as it came: with gradient if it was asked for, else without, in
-            training, for parts that stream statistics.
+        kept: the tensors of the experts that were asked for with ``record(keep=...)``.
+        tokens: what the router read (N, D), padding included. It has a gradient if "tokens" was asked for; in training
+            it may be there without, for parts with running statistics. Otherwise None.
         training: whether the layer and its router were in training mode.
-        context: the side information that the layer got, one row a token (N, ...) by name.
+        context: the side information that the layer got, by name, one row for each token (N, ...).
     """
 
     name: str
@@ -96,7 +98,7 @@ class Record:
 
     @property
     def matrix(self) -> Tensor | None:
-        """The routing matrix, as the router has it now; None where there is none."""
+        """The scorer's routing matrix as it is now; None if there is none."""
         return self.layer.matrix
 
     @property
@@ -105,10 +107,10 @@ class Record:
         return None if self.router is None else self.router.scorer
 
     def tensor(self, name: str) -> Tensor:
-        """A kept tensor (M, ...), rows sorted by expert; ``order`` says which slot each row is. "tokens" is (N, D).
+        """Return a kept tensor: (M, ...) with rows sorted by expert, whose slots are ``order``; "tokens" is (N, D).
 
         Raises:
-            UserError: it was not kept.
+            UserError: the tensor was not kept.
         """
         if name == "tokens" and self.tokens is not None:
             return self.tokens
@@ -121,40 +123,41 @@ class Record:
 
     @property
     def input(self) -> Tensor:
-        """What the experts got (M, D), if it was kept."""
+        """The inputs of the experts (M, D), if "input" was kept."""
         return self.tensor("input")
 
     @property
     def hidden(self) -> Tensor:
-        """Their hidden activations (M, H), if they were kept."""
+        """The hidden activations of the experts (M, H), if "hidden" was kept."""
         return self.tensor("hidden")
 
     @property
     def output(self) -> Tensor:
-        """Their outputs (M, D) before the combine weights, if they were kept."""
+        """The outputs of the experts (M, D) before the combine weights, if "output" was kept."""
         return self.tensor("output")
 
     @property
     def order(self) -> Tensor:
-        """The flat slot (token * K + slot) of each kept row: (M,) int64."""
+        """The flat slot of each kept row, token * K + slot: (M,) int64."""
         if self.kept is None:
             raise UserError(f"layer {self.name!r} kept no tensors; open the tape with record(model, keep=...)")
         return self.kept.filled(self.kept.slots.order)
 
 
 class Tape:
-    """The records of the forwards that ran inside its block, ordered by layer, then by call: what ``record`` gives.
+    """A sequence of records (``Record``), one for each forward of each layer, in the order of layers and then calls.
 
-    A tape is sealed when it is first read and when its block ends; what runs later is not recorded, nor is a
-    recomputation during backward. It belongs to the thread that opened it and sees no forward of another, but for
-    tapes of training alone (``training_only``), which belong to the model.
+    ``record`` makes it; use it with ``len``, by index, or in a loop. Recording ends when the tape is first read, and
+    when its block ends. A recomputation during backward is not recorded. A tape sees the forwards of its own thread
+    alone, unless it is made with ``training_only``.
 
     Args:
         layers: the layers to record, by name.
-        keep, terms: as for ``record``.
+        keep, terms: as in ``record``.
+        training_only: whether it records forwards in training mode only, and those of all threads.
 
     Raises:
-        UserError: a name to keep that is unknown. On reading: no forward was recorded (``EmptyTape``).
+        UserError: a name to keep is unknown. On reading: no forward was recorded (``EmptyTape``).
     """
 
     def __init__(
@@ -210,7 +213,7 @@ class Tape:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """All records. Seals the tape."""
+        """All records, as a tuple; reading it ends the recording."""
         if self._records is None:
             self.seal()
             self._records = tuple(
@@ -225,7 +228,7 @@ class Tape:
         return self._records
 
     def drain(self) -> tuple[Record, ...]:
-        """What was recorded since the last drain, possibly nothing; the tape goes on recording."""
+        """Return the records since the last call, possibly none; the tape goes on recording."""
         records = []
         for name, sink in self._sinks.items():
             records += [Record(name, self._layers[name], *entry) for entry in sink.entries()]
@@ -233,7 +236,11 @@ class Tape:
         return tuple(records)
 
     def layer(self, name: str) -> list[Record]:
-        """The records of one layer, one a call."""
+        """Return the records of one layer, one for each call.
+
+        Raises:
+            UserError: the tape holds no layer of this name.
+        """
         records = [item for item in self.records if item.name == name]
         if not records:
             names = ", ".join(dict.fromkeys(item.name for item in self.records))

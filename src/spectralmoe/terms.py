@@ -1,4 +1,4 @@
-"""Terms: regularizers with their weights, and their sum over a tape."""
+"""Terms: regularizers with their weights in the training loss, and their sum over a tape."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ __all__ = ["Term", "penalty"]
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One regularizer of a training loss.
+    """One regularizer of a training loss, with its weight.
 
     Attributes:
-        fn: record -> scalar, unweighted; with ``scope="model"`` it gets the list of records.
-        weight: factor, or a function of the step.
-        layers: pattern on layer names (``*`` and ``?``).
-        reduce: "mean" or "sum" over the records.
-        scope: "layer" or "model"; by default what ``fn`` itself says, else "layer".
-        keeps: tensors that ``record(model, terms=terms)`` keeps for it; by default what ``fn`` itself says it reads.
+        fn: the regularizer, a function record -> scalar; with ``scope="model"`` it takes a list of records.
+        weight: its factor in the loss, a number or a function of the step.
+        layers: a pattern for the names of the layers that it is for (``*`` and ``?``).
+        reduce: "mean" or "sum", how the values of the records are combined.
+        scope: "layer" calls ``fn`` for each record, "model" once for all; None is what ``fn`` is marked with, else
+            "layer".
+        keeps: the names of the tensors that ``record(model, terms=terms)`` keeps for it; by default those that ``fn``
+            is marked with (``spectralmoe.tape.keeps``).
+
+    Raises:
+        UserError: ``reduce`` or ``scope`` is unknown.
 
     >>> Term(lambda item: item.hidden.abs().mean(), weight=1e-3, keeps=("hidden",)).keeps
     ('hidden',)
@@ -49,7 +54,11 @@ class Term:
             raise one_of("Term(scope=...)", str(self.scope), ["layer", "model"])
 
     def values(self, records: Sequence[Record]) -> list[tuple[list[Record], Tensor]]:
-        """What each call of ``fn`` was given, and what it gave, over the records that ``layers`` names."""
+        """Call ``fn`` for the records of the layers that ``layers`` matches; return pairs (records, value).
+
+        Raises:
+            UserError: no layer matches.
+        """
         chosen = [item for item in records if fnmatch(item.name, self.layers)]
         if not chosen:
             names = ", ".join(dict.fromkeys(item.name for item in records))
@@ -59,20 +68,35 @@ class Term:
         return [([item], self.fn(item)) for item in chosen]
 
     def reduced(self, values: Sequence[Tensor]) -> Tensor:
-        """The mean or the sum of the values: a scalar."""
+        """Return the mean or the sum of the values: a scalar."""
         stacked = torch.stack([value.to(values[0].device) for value in values])
         return stacked.sum() if self.reduce == "sum" else stacked.mean()
 
 
 def penalty(tape: Tape, terms: Mapping[str, Term], *, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all terms (a scalar), and each term's unweighted, detached value by name.
+    """Compute the weighted sum of all terms over a tape, to be added to the training loss.
 
     Args:
-        step: handed to weights that are functions of the step.
+        tape: a tape that was recorded with ``record(model, terms=terms)``.
+        terms: name -> term.
+        step: the step that weights get which are functions of the step.
+
+    Returns:
+        The weighted sum, a scalar with gradient; and each term's value by name, unweighted and without gradient.
 
     Raises:
-        UserError: an empty tape; a pattern without a match; a term without a gradient for a layer whose router is
-            being trained.
+        UserError: the tape is empty; no layer matches the pattern of a term; or a term has no gradient although a
+            router is being trained.
+
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
+    >>> from spectralmoe.regularizers import load_balance
+    >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
+    >>> _ = layer.router.scorer.weight.data.zero_()
+    >>> with record(layer) as tape:
+    ...     y = layer(torch.randn(10, 8))
+    >>> extra, values = penalty(tape, {"load": Term(load_balance, 0.01)})
+    >>> round(extra.item(), 4), round(values["load"].item(), 4)
+    (0.01, 1.0)
     """
     records = tape.records
     total = records[0].routing.logits.new_zeros(())

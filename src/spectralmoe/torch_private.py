@@ -1,4 +1,4 @@
-"""What the library knows of torch's inside, all in one place, each with its test (``tests/test_torch_private.py``)."""
+"""All functions that read private parts of torch; ``tests/test_torch_private.py`` tests each of them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = [
 
 
 def transforming() -> bool:
-    """Whether ``torch.func`` (``grad``, ``jvp``, ``vmap``, ...) or a forward-mode ``dual_level`` is at work.
+    """Return whether ``torch.func`` (``grad``, ``jvp``, ``vmap``, ...) or a forward-mode ``dual_level`` is active.
 
-    Operators of our own know reverse mode only: there they give way to operations that every transform knows.
-    ``torch.compile`` reads the answer while it traces, so a graph without transforms holds nothing of it.
+    Custom operators of this library know reverse mode only; there they are replaced by operations that every transform
+    knows. ``torch.compile`` evaluates this while it traces.
 
     >>> torch.func.vmap(lambda x: x * transforming())(torch.ones(1)).item(), transforming()
     (1.0, False)
@@ -38,12 +38,12 @@ def transforming() -> bool:
 
 
 def in_backward() -> bool:
-    """Whether the calling thread is inside a backward pass, where only recomputations run a forward."""
+    """Return whether the calling thread is inside a backward pass, where only recomputations run a forward."""
     return torch._C._current_graph_task_id() != -1
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs hooks before or after its forward.
+    """Return whether a call of ``module`` runs hooks before or after its forward.
 
     >>> layer = nn.Linear(2, 2)
     >>> hook = layer.register_forward_hook(lambda module, x, y: None)
@@ -54,12 +54,12 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 
 def forward_hooks(module: nn.Module) -> list[Any]:
-    """The hooks after its forward, in the order in which they run."""
+    """Return the hooks that run after the forward of ``module``, in their order."""
     return list(module._forward_hooks.values())
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` or ``compile()`` has made something of ``model``.
+    """Return whether ``model`` or a module in it was compiled by ``torch.compile`` or ``compile()``.
 
     >>> layer = nn.Linear(2, 2)
     >>> is_compiled(layer), is_compiled(torch.compile(layer))
@@ -72,12 +72,12 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs hooks of any kind, those of its backward too."""
+    """Return whether a call of ``module`` runs hooks of any kind, including backward hooks."""
     return has_forward_hooks(module) or bool(module._backward_pre_hooks or module._backward_hooks)
 
 
 def hooks_before_step(optimizer: Optimizer) -> list[Any]:
-    """What runs before each step of ``optimizer``.
+    """Return the hooks that run before each step of ``optimizer``.
 
     >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     >>> handle = optimizer.register_step_pre_hook(print)
@@ -88,13 +88,13 @@ def hooks_before_step(optimizer: Optimizer) -> list[Any]:
 
 
 def class_of(part: Any) -> Any:
-    """The class that built ``part``; FSDP2, if anybody has imported it, puts one of its own and a mixin in front."""
+    """Return the class of ``part`` as its author wrote it; FSDP2 puts a class of its own and a mixin in front."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return type(part).__mro__[2] if fsdp is not None and isinstance(part, fsdp.FSDPModule) else type(part)
 
 
 def whole_of(view: Tensor) -> Tensor:
-    """The tensor that ``view`` is a view of; itself if it is none.
+    """Return the tensor that ``view`` is a view of, or ``view`` itself if it is none.
 
     >>> stack = torch.zeros(3, 2)
     >>> whole_of(stack[1]) is stack, whole_of(stack) is stack
@@ -104,7 +104,7 @@ def whole_of(view: Tensor) -> Tensor:
 
 
 def gradient_of_view(view: Tensor, gradient: Tensor) -> Tensor:
-    """The part of ``gradient``, which is that of ``whole_of(view)``, that belongs to ``view``.
+    """Return the part of ``gradient``, the gradient of ``whole_of(view)``, that belongs to ``view``.
 
     >>> stack, gradient = torch.zeros(2, 3), torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
     >>> gradient_of_view(stack[1, 1:], gradient)

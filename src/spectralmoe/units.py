@@ -1,7 +1,8 @@
-"""Units: what a layer routes. The router reads queries (..., D), the experts get rows of any shape.
+"""Units say what a layer routes: tokens, pixels or whole samples.
 
-One choice an image, made from its pooled features: Zamfir et al., "Complexity Experts are Task-Discriminative Learners
-for Any Image Restoration" (MoCE-IR), arXiv 2411.18466.
+The router reads queries (..., D), and the experts get rows of any shape. One choice for each image, made from its
+pooled features, is that of Zamfir et al., "Complexity Experts are Task-Discriminative Learners for Any Image
+Restoration" (MoCE-IR), arXiv 2411.18466.
 """
 
 from __future__ import annotations
@@ -15,28 +16,28 @@ __all__ = ["UNITS", "Pixel", "Sample", "Token", "Unit"]
 
 
 class Unit(nn.Module):
-    """Says what of x is routed. ``split`` and ``join`` rearrange; neither computes but for a pool.
+    """The base class of units: ``split`` makes queries and rows of a layer's input, ``join`` puts rows back together.
 
-    The leading dimensions L of queries and rows are the same; masks and the recorded ``Routing.shape`` have them.
+    Queries and rows have the same leading dimensions L, which masks and the recorded ``Routing.shape`` have, too.
     """
 
     pooled = False
-    """Whether the queries are made from the rows; else they are the rows, and as wide as the experts."""
+    """Whether the queries are computed from the rows; else they are the rows."""
 
     def __init__(self) -> None:
         super().__init__()
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (*L, D) for the router and rows (*L, *S) for the experts."""
+        """Return queries (*L, D) for the router and rows (*L, *S) for the experts."""
         raise NotImplementedError
 
     def join(self, rows: Tensor) -> Tensor:
-        """Rows (*L, *S), laid out as x was."""
+        """Lay out rows (*L, *S) as x was."""
         raise NotImplementedError
 
 
 class Token(Unit):
-    """Each vector of x (..., D): the usual unit."""
+    """Routes each vector of x (..., D); this is the default."""
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
@@ -46,7 +47,7 @@ class Token(Unit):
 
 
 class Pixel(Unit):
-    """Each position of maps x (B, C, H, W), or signals (B, C, T): vectors of C channels, D = C.
+    """Routes each position of maps x (B, C, H, W) or signals (B, C, T), a vector of D = C channels.
 
     >>> queries, rows = Pixel().split(torch.zeros(2, 8, 3, 4))
     >>> tuple(rows.shape), tuple(Pixel().join(rows).shape)
@@ -64,10 +65,11 @@ class Pixel(Unit):
 
 
 class Sample(Unit):
-    """Each sample of x (B, *S) as a whole: the router reads pooled queries (B, D), an expert gets all of (*S).
+    """Routes each sample of x (B, *S) as a whole: the router reads pooled features (B, D), an expert all of (*S).
 
     Args:
-        pool: (B, *S) -> (B, D), or (B, D, 1, 1); by default the mean over all positions of each channel (B, C, ...).
+        pool: a module (B, *S) -> (B, D) or (B, D, 1, 1); None takes the mean of each channel over all positions of
+            (B, C, ...).
 
     >>> queries, rows = Sample().split(torch.ones(2, 8, 3, 4))
     >>> tuple(queries.shape), tuple(rows.shape)

@@ -123,13 +123,13 @@ def test_one_line_for_each_mistake(user_error):
         BasisScorer(D, E, bank=bank)(x, context={"severity": x})
     with user_error("BasisScorer reads 'attended'", "7 wide, not 12"):
         BasisScorer(D, E, bank=bank)(x, context={"attended": x[:, :7]})
-    with user_error("BasisScorer", "knows no bank yet"):
+    with user_error("BasisScorer", "has no experts to read yet"):
         BasisScorer(D, E, score="energy")(x)
     with user_error("BasisScorer", "EigenExperts", "FeedForward"):
         MoE(Router(BasisScorer(D, E), TopK(1)), FeedForward(E, D, 4))
     with user_error("BasisScorer", "D=12, E=3", "D=12, E=4"):
         BasisScorer(D, 3, bank=bank)
-    with user_error("another bank"):
+    with user_error("BasisScorer: bank= is not the layer's experts"):
         MoE(Router(BasisScorer(D, E, bank=bank), TopK(1)), EigenExperts(E, D, R))
 
 
@@ -183,7 +183,7 @@ def test_sharded_layers_share_their_bases(one_process, close):
 def test_a_bank_that_is_sharded_by_itself_is_refused(one_process, user_error):
     layer = layer_of()
     fully_shard(layer.experts, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-    with user_error("BasisScorer", "sharded by itself", "its layer or block"):
+    with user_error("BasisScorer", "a sharded group of their own", "their layer or block"):
         layer(torch.randn(N, D))
 
 

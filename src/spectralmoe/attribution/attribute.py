@@ -1,4 +1,4 @@
-"""``attribute_experts``: what each expert, neuron or layer adds to the log-probability of a token."""
+"""``attribute_experts``: it measures what each expert, neuron or layer adds to the log-probability of a token."""
 
 from __future__ import annotations
 
@@ -36,33 +36,38 @@ def attribute_experts(
     norm: nn.Module | None = None,
     level: Level = "expert",
 ) -> Table:
-    r"""What each expert adds to the log-probability of the token after a text.
+    r"""Measure what each expert adds to the log-probability of the token t that follows a text.
 
     .. math:: I_j = \log p(t \mid u + g_j E_j(x)) - \log p(t \mid u)
 
-    with u the residual stream in front of the layer at the last token, x what the layer read there, g the combine
-    weight that the forward used, and :math:`p(\cdot \mid v) = \mathrm{softmax}(U\,\mathrm{norm}(v))`, where the final
-    norm keeps the statistics that it had in the forward. A neuron q has :math:`g_j a_q W_2[:, q]` in the place of
-    :math:`g_j E_j(x)`, a layer all that it adds; what a layer adds beside its routed experts is a row of its own,
-    expert -1. Gains do not add up (the softmax is not linear), and an expert that is used much has more occasion to
-    gain: compare with what ``block`` does.
+    u is the residual stream in front of the layer at the last token, x the layer's input there, and g the combine
+    weight of the forward. :math:`p(\cdot \mid v) = \mathrm{softmax}(U\,\mathrm{norm}(v))`, where the final norm keeps
+    the statistics that it had in the forward. At level "neuron", hidden unit q has :math:`g_j a_q W_2[:, q]` in place
+    of :math:`g_j E_j(x)`; at level "layer", a layer has all that it adds. What a layer adds beside its routed experts
+    is a row of its own, expert -1.
 
-    Runs the model once in evaluation mode; nothing of it is changed, and a ``block`` around it holds. Layers whose
-    experts read more than tokens, and models with an encoder, are refused.
+    The gains :math:`I_j` do not add up, because the softmax is not linear, and an expert that is used often gains more
+    often. Compare them with what ``block`` changes.
+
+    The model runs once in evaluation mode and is not changed; inside ``block`` the blocked experts are left out. Layers
+    whose experts read more than tokens, and models with an encoder, are refused.
 
     Args:
-        model: a ``LanguageMoE``, a causal model of Hugging Face's transformers, or another whose blocks add the output
-            of an MoE layer to the stream.
+        model: a ``LanguageMoE``, a causal Hugging Face model, or another model whose blocks add the output of an MoE
+            layer to the residual stream.
         tokens: ids (S,), or (B, S) without padding.
-        target: the id that is to come next, one for each sequence.
-        unembed: normed vectors (R, D) -> logits (R, V); None: the model's own head.
-        norm: the module of the model that reads the stream in front of it; None: the one beside its layers.
-        level: what a row of the table is.
+        target: t, the id of the next token, one for each sequence.
+        unembed: U, a function from normed vectors (R, D) to logits (R, V); None takes the model's own head.
+        norm: the final norm, a module of the model; None takes the one beside its layers.
+        level: what a row of the table is, "expert", "neuron" or "layer".
+
+    Returns:
+        A table with one row for each expert (neuron, layer) of each sequence.
 
     Raises:
-        UserError: no MoE layer; a target outside the vocabulary; tokens of another shape; a block that does not add
-            the layer's output as it is; logits that are not ``unembed`` of ``norm``; experts without neurons at level
-            "neuron".
+        UserError: the model has no MoE layer; the target is not in the vocabulary; the tokens have another shape; a
+            block does not simply add the layer's output; the logits are not those of ``unembed`` and ``norm``; or the
+            level is "neuron" and the experts have no hidden layer.
 
     >>> from spectralmoe.models import language_moe
     >>> model = language_moe(256, width=32, depth=2, num_experts=4, hidden=16)
@@ -157,7 +162,7 @@ class _Layer:
         return _Layer(layer, call.tokens[at], weights, indices, added.before, added.output, _has_shared(layer))
 
     def served(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each expert that serves any of the tokens: its number, these tokens, and their slots."""
+        """Iterate over the experts that were chosen: the number of the expert, its tokens, and their slots."""
         for e in self.indices[self.indices >= 0].unique().tolist():
             tokens, slots = (self.indices == e).nonzero(as_tuple=True)
             yield e, tokens, slots

@@ -1,4 +1,4 @@
-"""``block``: a model whose tokens cannot use some of its experts, or get nothing from them."""
+"""``block``: it takes some experts out of a model for a while, without changing the model."""
 
 from __future__ import annotations
 
@@ -35,25 +35,26 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 @contextmanager
 def block(model: nn.Module, experts: Mapping[str, Iterable[int]], *, mode: Mode = "mask") -> Iterator[None]:
-    r"""Take experts out of a model's layers inside the block.
+    r"""Take experts out of the layers of a model inside a ``with`` block.
 
-    "mask": routers decide as if these experts had a logit of :math:`-\infty`, as a pruned router does
-    (``Router.select``): the next experts step in, and weights that are normalised are normalised over those. "zero":
-    routers decide as ever, and what these experts give counts as 0: nothing steps in. Which of the two arXiv 2505.24593
-    means by blocking could not be found, so both are here. Under "mask" what is lost is what no other expert gives.
+    With "mask", routers decide as if these experts had a logit of :math:`-\infty`, as a pruned router does
+    (``Router.select``): the next best experts replace them, and normalised weights are normalised over those. With
+    "zero", routers decide as usual, and the outputs of these experts count as 0. arXiv 2505.24593 does not say which of
+    the two it means by blocking.
 
-    The block belongs to its thread; forwards of other threads, other models and copies go on with all experts. Blocks
-    nest: all their experts are out. Records show the choice that was made, with the logits of the whole router. The
-    routers of "mask" are copies of those at the start of the block, so it is for looking, not for training.
+    The block holds for its thread alone: forwards in other threads, and copies of the model, use all experts. Blocks
+    can be nested; then the experts of all are out. Records show the choice that was made, with the logits of the whole
+    router. "mask" copies the routers when the block starts, so do not train inside it.
 
     Args:
-        model: of this library, or of Hugging Face's transformers with its own routers or swapped ones.
-        experts: layer's name, as ``record`` has it -> numbers of experts. Nothing is changed for an empty list.
+        model: a model of this library, or a Hugging Face model with its own routers or swapped ones.
+        experts: layer name, as in ``record`` -> numbers of the experts that are taken out.
         mode: "mask" or "zero".
 
     Raises:
-        UserError: an unknown layer, expert or mode; under "mask" fewer experts left than a token takes, or a choice
-            that cannot be made again without some experts; a compiled model; in forward, a replayed choice.
+        UserError: a layer, an expert or the mode is unknown; the model is compiled. With "mask": fewer experts are left
+            than a token needs, the router's choice without some experts is not known, or, in forward, the choice is
+            replayed.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
     >>> model = nn.Sequential(MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16)))
@@ -125,7 +126,7 @@ class _Hook(ABC):
 
     @staticmethod
     def innermost(router: nn.Module) -> _Hook | None:
-        """Of the blocks that the calling thread has open the last one; None for a router that was copied inside one."""
+        """Return the last block that the calling thread has open; None for a router that was copied inside one."""
         hooks = [hook for hook in forward_hooks(router) if isinstance(hook, _Hook)]
         here = threading.get_ident()
         return next((hook for hook in hooks if hook.router is router and hook.thread == here), None)
@@ -139,14 +140,14 @@ class _Hook(ABC):
 
     @abstractmethod
     def changed(self, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
-        """What the router returns without the blocked experts."""
+        """Return what the router returns without the blocked experts."""
 
     def named(self, indices: Tensor) -> Tensor:
-        """Indices among those that are kept, as the router numbers them."""
+        """Translate indices among the kept experts to the router's own numbers."""
         return torch.where(indices >= 0, self.kept.to(indices.device)[indices.clamp_min(0)], EMPTY)
 
     def silent(self, routing: Routing) -> Routing:
-        """Without the weights of those whose output is to be 0."""
+        """Set the combine weights of the experts whose output shall be 0 to 0."""
         if not len(self.out):
             return routing
         out = torch.isin(routing.indices, self.out.to(routing.indices.device))
@@ -154,7 +155,7 @@ class _Hook(ABC):
 
     @contextmanager
     def refusing(self, selector: Selector) -> Iterator[None]:
-        """Where ``selector`` cannot choose among those that are kept: say which layer, and what can be done."""
+        """Name the layer and the cure if ``selector`` cannot choose among the kept experts."""
         cure = 'use mode="zero"'
         if any(isinstance(part, GroupLimited) for part in selector.modules()):
             raise UserError(f"block: layer {self.name!r} chooses among equal groups of experts, so none can go; {cure}")

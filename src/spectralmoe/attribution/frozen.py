@@ -1,4 +1,4 @@
-"""A norm with the statistics of one token held, and the log-probability of a target that is read through it."""
+"""The final norm with fixed statistics, and the log-probability of a target that is computed through it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _NUMBERS = 2**25  # logits at a time
 
 
 def frozen_norm(norm: nn.Module, states: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    r"""The affine map that an RMSNorm or a LayerNorm is when its statistics are those of ``states`` (B, D).
+    r"""Return the affine map that an RMSNorm or a LayerNorm becomes if its statistics are those of ``states`` (B, D).
 
     .. math:: v \mapsto k_b\, w \odot (v - \mu_b) + \beta
 
-    with k and mu of token b (mu = 0 for an RMSNorm). Read from what the norm answers, so families that add 1 to its
-    weight, or keep it elsewhere, need no name.
+    k and mu are those of token b (mu = 0 for an RMSNorm). They are found by calling the norm, so it does not matter how
+    a family of models names its weight, or whether it adds 1 to it.
 
     Returns:
         A function of vectors (R, D) and of the tokens (R,) that they belong to.
@@ -46,7 +46,7 @@ def frozen_norm(norm: nn.Module, states: Tensor) -> Callable[[Tensor, Tensor], T
 
 
 def wide(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """``function`` of ``values``, in their precision where it is a module."""
+    """Call ``function`` on ``values``; if it is a module, its parameters are cast to their dtype."""
     if not isinstance(function, nn.Module):
         return function(values)
     tensors = [*function.named_parameters(), *function.named_buffers()]
@@ -56,13 +56,13 @@ def wide(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
 
 
 class Readout:
-    """The log-probability of each token's target, read from a residual stream through a norm that is held.
+    """Computes the log-probability of each token's target from states of the residual stream.
 
     Args:
-        norm: the final norm.
-        unembed: vectors (R, D) -> logits (R, V).
-        states: what the final norm read (B, D).
-        target: (B,).
+        norm: the final norm; its statistics are fixed to those of ``states``.
+        unembed: a function from vectors (R, D) to logits (R, V).
+        states: what the final norm read in the forward (B, D).
+        target: the id of each sequence's next token (B,).
     """
 
     def __init__(self, norm: nn.Module, unembed: Callable[[Tensor], Tensor], states: Tensor, target: Tensor) -> None:
@@ -75,7 +75,7 @@ class Readout:
         self.log_prob = self(states, torch.arange(len(states), device=states.device))
 
     def __call__(self, states: Tensor, token: Tensor) -> Tensor:
-        """log p (R,) of states (R, D) that belong to tokens (R,)."""
+        """Return log p (R,) for states (R, D) that belong to the tokens (R,)."""
         parts = []
         rows = max(1, _NUMBERS // self.vocabulary)
         for state, of in zip(states.split(rows), token.split(rows), strict=True):

@@ -1,4 +1,4 @@
-"""Who holds a token: the attribution of a text's last token as a part of an inspection document."""
+"""``holders``: the attribution of a text's last token, in the form of an inspection document."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ __all__ = ["holders"]
 
 
 def holders(model: nn.Module, ids: Sequence[int], pieces: Sequence[str], layers: Sequence[str]) -> dict[str, Any]:
-    """One entry of "holders" in an inspection document: what holds the last of ``ids``.
-
-    ``pieces``, ``log_prob``, ``experts``, each with the place of its layer in the document, its number (None: what the
-    layer adds beside its routed experts), weight and gain, the largest gain first, and ``layers``, the gain of all that
-    each layer adds.
+    """Attribute the last of ``ids`` to the experts and layers of a model, for "holders" of an inspection document.
 
     Args:
-        ids: tokens of a text (S,), two or more.
+        ids: the tokens of a text (S,), two or more.
         pieces: the text of each token.
-        layers: the names of the document's layers in their order, as the model has them.
+        layers: the names of the document's layers, in their order.
+
+    Returns:
+        ``pieces``; ``log_prob`` of the last token; ``experts``, the largest gain first, each with the place of its
+        layer in the document, its number (None is what the layer adds beside its routed experts), weight and gain; and
+        ``layers``, with the gain of all that each layer adds.
 
     Raises:
-        UserError: a text of one token; as ``attribute_experts``.
+        UserError: the text has one token; or as ``attribute_experts``.
     """
     if len(ids) < 2:
         raise UserError("--attribute needs a text of two tokens or more: what is to be predicted, and what it follows")

@@ -1,4 +1,4 @@
-"""What each hidden unit of an expert adds to its output."""
+"""Splits the output of an expert into the parts that its hidden units add."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["expert_part", "neuron_parts"]
 
 
 def expert_part(layer: Watched, x: Tensor, weights: Tensor, e: int) -> Tensor:
-    """What expert ``e`` adds for tokens x (n, D) with combine weights (n,): (n, D), at least fp32."""
+    """Return what expert ``e`` adds for tokens x (n, D) with combine weights (n,): (n, D), in fp32 or float64."""
     if isinstance(layer, HFLayer):
         part = layer.part(x, weights, e)
     else:
@@ -28,12 +28,12 @@ def expert_part(layer: Watched, x: Tensor, weights: Tensor, e: int) -> Tensor:
 
 
 def neuron_parts(layer: Watched, x: Tensor, weights: Tensor, e: int) -> Tensor:
-    r"""The vectors :math:`g\, a_q W_2[:, q]` of all hidden units q: (n, H, D), at least fp32.
+    r"""Return the vectors :math:`g\, a_q W_2[:, q]` of all hidden units q: (n, H, D), in fp32 or float64.
 
-    They add up to ``expert_part`` less what the expert adds whatever its activations are (an output bias).
+    They add up to ``expert_part`` without the expert's output bias.
 
     Raises:
-        UserError: an expert that is no sum over hidden units.
+        UserError: the expert's output is no sum over hidden units.
     """
     parts, rest = _hf_parts(layer, x, weights, e) if isinstance(layer, HFLayer) else _own_parts(layer, x, weights, e)
     whole = expert_part(layer, x, weights, e)

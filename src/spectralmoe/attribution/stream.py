@@ -1,4 +1,4 @@
-"""The residual stream around MoE layers at the last token: what it held before each, and what each added."""
+"""Reads the residual stream around MoE layers at the last token: its state before each, and what each added."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ __all__ = ["Stream", "find_norm", "find_unembed", "slack"]
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What a layer added at the last token: ``before`` (B, D) and ``output`` (B, D)."""
+    """The residual stream before a layer at the last token (B, D), and the output that the layer added (B, D)."""
 
     before: Tensor
     output: Tensor
 
 
 class Stream:
-    """Reads the stream while it is open, by hooks that are gone after it.
+    """Reads the residual stream of a model by hooks, while it is open.
 
     Args:
-        model: that holds the layers.
-        layers: of a ``Watch``; each stands in a block that adds its output to what the norm in front of it read.
+        model: the model.
+        layers: layers of a ``Watch``; the block of each adds its output to what the norm in front of it read.
         norm: the final norm.
 
     Attributes:
-        added: of each layer that ran, by name.
-        final: what the norm read at the last token (B, D).
+        added: for each layer that ran, by name, the stream before it and its output.
+        final: what the final norm read at the last token (B, D).
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Watched], norm: nn.Module) -> None:
@@ -46,7 +46,7 @@ class Stream:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Read the forwards inside."""
+        """Read the forwards inside a ``with`` block."""
         paths = {module: path for path, module in self.model.named_modules()}
         with ExitStack() as hooks:
             hooks.callback(self.norm.register_forward_pre_hook(self._ends, with_kwargs=True).remove)
@@ -75,17 +75,17 @@ class _Around:
         self.output: Tensor | None = None
 
     def passed(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
-        """A part of the block beside the layer ran."""
+        """Note the input and output of another part of the block."""
         given, made = _first((*args, *kwargs.values())), _first(returned)
         if given is not None and made is not None:
             self.candidates.append((given, made))
 
     def ran(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
-        """The layer ran."""
+        """Note the input and output of the layer."""
         self.read, self.output = _first((*args, *kwargs.values())), _first(returned)
 
     def ended(self, block: nn.Module, args: Any, returned: Any) -> None:
-        """The block ended: what the layer's norm read, or the layer itself, is what its output was added to."""
+        """Find the stream that the layer's output was added to: the input of the layer's norm, or of the layer."""
         after, read, output = _first(returned), self.read, self.output
         if after is None or read is None or output is None or self.name in self.stream.added:
             raise UserError(f"attribute_experts: the block around {self.name} cannot be read")
@@ -110,12 +110,12 @@ def _adds_up(found: Added, after: Tensor, rounding: float) -> bool:
 
 
 def slack(dtype: torch.dtype) -> float:
-    """By what share sums in this precision may differ."""
+    """Return the relative error that sums in this precision may have."""
     return 1e-5 + 8 * torch.finfo(dtype).eps
 
 
 def last(states: Tensor | None) -> Tensor:
-    """The last token of each sequence (B, S, D): (B, D), at least fp32."""
+    """Return the state of the last token of each sequence (B, S, D): (B, D), in fp32 or float64."""
     if states is None or states.dim() != 3:
         raise UserError("attribute_experts: the residual stream must be (B, S, D)")
     return states[:, -1].to(torch.promote_types(states.dtype, torch.float32))
@@ -128,7 +128,7 @@ def _first(values: Any) -> Tensor | None:
 
 
 def find_norm(model: nn.Module, layers: Sequence[Watched]) -> nn.Module:
-    """The norm beside the numbered layers: the one module there that holds vectors alone.
+    """Find the final norm of a model: the one module beside its numbered layers that holds vectors alone.
 
     Raises:
         UserError: there is none, or several.
@@ -144,10 +144,10 @@ def find_norm(model: nn.Module, layers: Sequence[Watched]) -> nn.Module:
 
 
 def find_unembed(model: Any) -> Callable[[Tensor], Tensor]:
-    """The matrix that makes logits of the normed stream.
+    """Return the module that maps the normed stream to logits.
 
     Raises:
-        UserError: the model does not say which.
+        UserError: the model does not say which it is.
     """
     if isinstance(model, LanguageMoE):
         return model.head

@@ -1,4 +1,4 @@
-"""The table of an attribution: one row an expert, a neuron or a layer, with its gain."""
+"""The table of an attribution: it has one row for each expert, neuron or layer, with its gain."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ __all__ = ["NONE", "Level", "Table"]
 Level = Literal["expert", "neuron", "layer"]
 
 NONE = -1
-"""In the place of an expert: what the layer adds beside its routed experts, or all of it at level "layer"."""
+"""The number in ``expert`` for what a layer adds beside its routed experts, or, at level "layer", for all it adds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Gains, R rows, on the CPU.
+    """A table of R gains, what ``attribute_experts`` returns; its tensors are on the CPU.
 
     Attributes:
-        level: what a row is.
+        level: what a row is, "expert", "neuron" or "layer".
         layers: the names of the MoE layers.
-        log_prob: log p of each sequence's target (B,), as the model has it.
-        sequence: whose (R,) int64.
-        layer: the place of its layer in ``layers`` (R,) int64.
-        expert: its number (R,) int64; -1 for the shared part of a layer, and for whole layers.
-        neuron: its number (R,) int64; -1 where rows are no neurons.
+        log_prob: the model's log-probability of each sequence's target (B,).
+        sequence: the sequence of each row (R,) int64.
+        layer: the place of the row's layer in ``layers`` (R,) int64.
+        expert: the row's expert (R,) int64; -1 for the shared part of a layer, and for whole layers.
+        neuron: the row's hidden unit (R,) int64; -1 if rows are no neurons.
         weight: the combine weight (R,); 1 for the shared part and for whole layers.
-        gain: in nats (R,).
+        gain: the gain in nats (R,).
     """
 
     level: Level
@@ -46,7 +46,7 @@ class Table:
         return len(self.gain)
 
     def rows(self, count: int | None = None, *, sequence: int = 0) -> list[dict[str, Any]]:
-        """The rows of one sequence, largest gain first; the first ``count`` of them."""
+        """Return the rows of one sequence as dicts, the largest gain first; only ``count`` of them, if given."""
         mine = (self.sequence == sequence).nonzero().flatten()
         order = mine[self.gain[mine].argsort(descending=True, stable=True)][:count].tolist()
         numbers = [
@@ -62,17 +62,17 @@ class Table:
         return [{key: row[key] for key in row if key != "neuron" or self.level == "neuron"} for row in numbers]
 
     def of_experts(self, num_experts: int) -> Tensor:
-        """The gain of every routed expert, its neurons added up: (B, layers, E); 0 where it did not serve the token."""
+        """Return the gain of every routed expert, its neurons added up: (B, layers, E); 0 if it was not chosen."""
         sums = self.gain.new_zeros(len(self.log_prob), len(self.layers), num_experts)
         routed = self.expert >= 0
         places = (self.sequence[routed], self.layer[routed], self.expert[routed])
         return sums.index_put(places, self.gain[routed], accumulate=True)
 
     def of_layers(self) -> Tensor:
-        """The gains of each layer's rows, added up: (B, layers).
+        """Return the sum of the gains of each layer's rows: (B, layers).
 
-        At level "layer" its mean over layers is what the paper calls layer efficiency; at the others it is not the
-        layer's gain, since gains do not add up.
+        At level "layer" this is the layer's gain, whose mean over layers the paper calls layer efficiency. At the other
+        levels it is not, since gains do not add up.
         """
         sums = self.gain.new_zeros(len(self.log_prob), len(self.layers))
         return sums.index_put((self.sequence, self.layer), self.gain, accumulate=True)
@@ -83,7 +83,7 @@ def _known(number: Tensor) -> int | None:
 
 
 def joined(level: Level, layers: tuple[str, ...], log_prob: Tensor, rows: list[dict[str, Tensor]]) -> Table:
-    """A table of pieces with the same columns."""
+    """Join pieces with the same columns to one table."""
     names = ("sequence", "layer", "expert", "neuron", "weight", "gain")
     columns = {name: torch.cat([piece[name] for piece in rows]).cpu() for name in names}
     return Table(level, layers, log_prob.cpu(), **columns)

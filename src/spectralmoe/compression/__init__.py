@@ -1,4 +1,4 @@
-"""Compression: models with fewer experts, merged or quantised ones or replicas; pure functions, one file a method."""
+"""Compression: functions that return a copy of a model with fewer, merged, replicated or quantised experts."""
 
 from spectralmoe.compression.merge import group_by_affinity, merge
 from spectralmoe.compression.prune import prune

@@ -1,4 +1,4 @@
-"""Edits: a copy of a model in which some MoE layers have other routers, banks and placements."""
+"""Functions that copy a model and change the routers, experts and placements of some MoE layers in the copy."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def layers_of(owner: str, model: nn.Module) -> dict[str, MoE]:
-    """The MoE layers of ``model`` that are this library's.
+    """Return the ``MoE`` layers of ``model`` by name.
+
+    Args:
+        owner: the name of the calling function, for error messages.
 
     Raises:
-        UserError: there is none; one is sharded.
+        UserError: there is none, or one is sharded.
     """
     layers = {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
     if not layers:
-        raise UserError(f"{owner}: {type(unwrapped(model)).__name__} holds no MoE of this library")
+        raise UserError(
+            f"{owner}: {type(unwrapped(model)).__name__} holds no MoE of this library; for Hugging Face models see "
+            "spectralmoe.hf"
+        )
     for name, layer in layers.items():
         if any(is_sharded(parameter) for parameter in layer.parameters()):
             raise UserError(f"{owner}: layer {name!r} is sharded; {owner} the whole model and shard it afterwards")
@@ -39,14 +45,17 @@ def layers_of(owner: str, model: nn.Module) -> dict[str, MoE]:
 def edited(
     owner: str, model: Model, layers: Mapping[str, MoE], wish: Any, edit: Callable[[str, MoE, Any], MoE]
 ) -> Model:
-    """A copy of ``model`` with ``edit(name, layer, wish)`` in the place of its layers; the model stays as it is.
+    """Return a copy of ``model`` whose layers are ``edit(name, layer, wish)``; the model stays as it is.
 
     Args:
-        wish: what to do with every layer, or layer name -> what to do; layers without a name there are copied as they
-            are. What is not a number speaks of certain experts, so it needs a name where there are several layers.
+        owner: the name of the calling function, for error messages.
+        layers: the MoE layers of the model by name.
+        wish: what ``edit`` is told: one value for all layers, or layer name -> value; other layers are copied as they
+            are. A list of experts belongs to one layer, so with several layers it needs a name.
+        edit: the function that makes the new layer.
 
     Raises:
-        UserError: an unknown layer; certain experts of several layers.
+        UserError: a layer is unknown, or a list of experts is given for several layers.
     """
     if not isinstance(wish, Mapping):
         if not isinstance(wish, int) and len(layers) > 1:
@@ -63,10 +72,10 @@ def edited(
 
 
 def rebuilt(layer: MoE, experts: Experts, table: Sequence[Sequence[int]], router: Router | None = None) -> MoE:
-    """A copy of ``layer`` with another bank, in which expert e of the router has the places ``table[e]``.
+    """Return a copy of ``layer`` with other experts; expert e of the router has the places ``table[e]`` of the bank.
 
     Args:
-        router: None: a copy of the layer's router.
+        router: the new router; None copies the layer's.
     """
     memo: dict[int, Any] = {id(layer.experts): experts, id(layer.placement): None}
     fresh = copy.deepcopy(layer, memo if router is None else memo | {id(layer.router): router})
@@ -80,10 +89,10 @@ def rebuilt(layer: MoE, experts: Experts, table: Sequence[Sequence[int]], router
 
 
 def whole_number(owner: str, what: str, value: int, least: int, most: int) -> int:
-    """``value``, if it lies between ``least`` and ``most``.
+    """Return ``value`` if it is a whole number from ``least`` to ``most``.
 
     Raises:
-        UserError: it does not, or is no whole number.
+        UserError: it is not; the message names ``owner`` and ``what``.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise UserError(f"{owner}: {what} must be a whole number from {least} to {most}, got {value}")

@@ -1,4 +1,4 @@
-"""Evidence: what a tape of calibration data says of the layers that are to be made smaller."""
+"""Evidence: saliencies of experts, computed from a tape of calibration data."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Evidence", "dense_gates"]
 
 
 class Evidence:
-    """The records of calibration data, layer by layer, and the saliencies that follow from them.
+    """Computes loads and saliencies of experts from the records of calibration data.
 
     Args:
-        owner: who asks, for errors.
-        layers: the layers of the model by name.
+        owner: the name of the calling function, for error messages.
+        layers: the MoE layers of the model by name.
         records: a tape of ``record(model)``, or some of its records.
-        seed: of the saliency "random".
+        seed: the seed of the saliency "random".
 
     Raises:
-        UserError: records of another model.
+        UserError: a record comes from another model.
     """
 
     def __init__(self, owner: str, layers: dict[str, MoE], records: Iterable[Record], seed: int) -> None:
@@ -34,10 +34,12 @@ class Evidence:
         self.generator = torch.Generator().manual_seed(seed)
         for item in self.records:
             if not any(item.layer is layer for layer in layers.values()):
-                raise UserError(f"{owner}: evidence of another model: its layer {item.name!r} is not in this one")
+                raise UserError(
+                    f"{owner}: evidence of another model: its layer {item.name!r} is not in this one; record this model"
+                )
 
     def of(self, name: str, layer: MoE) -> list[Record]:
-        """The records of one layer.
+        """Return the records of one layer.
 
         Raises:
             UserError: there are none.
@@ -51,16 +53,19 @@ class Evidence:
         return records
 
     def counts(self, name: str, layer: MoE) -> Tensor:
-        """The load of each expert: (E,) int64."""
+        """Return the load of each expert: (E,) int64."""
         return torch.stack([item.routing.load_counts() for item in self.of(name, layer)]).sum(0)
 
     @torch.no_grad()
     def saliency(self, by: str, name: str, layer: MoE) -> Tensor:
-        """How much each expert of the layer matters: (E,) float64, on the CPU.
+        """Return how much each expert of the layer matters: (E,) float64, on the CPU.
+
+        Args:
+            by: a name in ``SALIENCIES``, or "wanda".
 
         Raises:
-            UserError: an unknown saliency; no records, or without the tensors that it reads; numbers that are not
-                finite.
+            UserError: the saliency is unknown or not finite; there are no records, or they lack the tensors that it
+                reads.
         """
         if by not in (*SALIENCIES, "wanda"):
             raise one_of("saliency, by", by, (*SALIENCIES, "wanda"))
@@ -72,11 +77,13 @@ class Evidence:
             saliencies = {"reap": _reap, "removal": _removal, "wanda": _wanda}
             values = saliencies[by](layer, self.of(name, layer))
         if not values.isfinite().all():
-            raise UserError(f"{self.owner}: by={by!r} of layer {name!r} is not a finite number")
+            raise UserError(
+                f"{self.owner}: by={by!r} of layer {name!r} is not a finite number; look for nan in weights and data"
+            )
         return values.cpu()
 
     def affinity(self, name: str, layer: MoE) -> Tensor:
-        """Cosine of the logits that two experts get over all tokens: (E, E) float64."""
+        """Return the cosines between the logits of two experts over all tokens: (E, E) float64."""
         routings = [item.routing for item in self.of(name, layer)]
         return affinity(torch.cat([r.logits if r.mask is None else r.logits[r.mask] for r in routings]))
 
@@ -137,7 +144,7 @@ def _seen(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_gates(indices: Tensor, weights: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
-    """Combine weights (N, E) of slots that call ``experts`` 0, 1, ..."""
+    """Return combine weights (N, E) given indices and weights (N, K); index i stands for expert ``experts[i]``."""
     names = torch.tensor([*experts, num_experts], device=indices.device)[indices]  # -1: the last
     dense = weights.new_zeros(len(names), num_experts + 1)
     return dense.scatter_add(1, names, weights)[:, :num_experts]

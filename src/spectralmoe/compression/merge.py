@@ -1,8 +1,8 @@
-"""Merging: groups of experts become one network each, and the router goes on choosing among all of them.
+"""Merging: each group of experts becomes one network, and the router goes on choosing among all experts.
 
 Li et al., "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy" (M-SMoE), arXiv
 2310.01334, section on merging; authors' code: github.com/UNITES-Lab/MC-SMoE (MIT). Differs: hidden units are not
-permuted into alignment before they are averaged; every layer keeps the number that it is told; nothing is factorised
+permuted into alignment before they are averaged; the number of networks is given for each layer; nothing is factorised
 afterwards.
 """
 
@@ -36,26 +36,25 @@ def merge(
     evidence: Iterable[Record] = (),
     seed: int = 0,
 ) -> Model:
-    r"""A copy of ``model`` in which groups of experts are one network each; the model stays as it is.
+    r"""Return a copy of ``model`` in which each group of experts is one network; the model stays as it is.
 
     .. math:: \theta_g = \sum_{i \in g} s_i \theta_i \Big/ \sum_{i \in g} s_i
 
-    with s the saliency ``by`` of each expert; all alike where it is 0 throughout a group. The router stays whole: a
-    token that chose expert i gets the network of i's group, with the weight that i had (``Placement``). Replicas are
-    averaged into one network.
+    s_i is the saliency ``by`` of expert i; if it is 0 for a whole group, all count alike. The router stays as it is: a
+    token that chose expert i gets the network of i's group with the weight of i (``Placement``). Replicas of an expert
+    are averaged, too.
 
     Args:
         model: an ``MoE``, or a model that holds some.
-        groups: how many networks each layer keeps; or the groups, where experts that no group names stay as they are;
-            or layer name -> one or the other. A number makes groups around the most salient experts
-            (``group_by_affinity``).
-        by: the saliency, as in ``prune``; None: all alike, for given groups.
+        groups: how many networks each layer keeps; or lists of experts, where experts in no list stay as they are; or
+            layer name -> one of these. A number makes groups around the most salient experts (``group_by_affinity``).
+        by: the saliency, as in ``prune``; None weighs all alike, and needs lists of experts.
         evidence: the tape of calibration data, as in ``prune``.
-        seed: of "random".
+        seed: the seed of the saliency "random".
 
     Raises:
-        UserError: groups that overlap or name no expert; zero experts; a bank that has no averages; a scorer that reads
-            its bank; ``by=None`` with a number; evidence as in ``prune``.
+        UserError: groups overlap, are empty or name a zero expert or no expert; the experts cannot be averaged; the
+            scorer reads the experts; ``by=None`` is given with a number; or the evidence is wrong, as in ``prune``.
 
     >>> from spectralmoe import FeedForward, LinearScorer, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
@@ -82,11 +81,11 @@ def merge(
 
 
 def group_by_affinity(saliency: Tensor, affinity: Tensor, number: int) -> list[list[int]]:
-    """Groups around the ``number`` most salient experts: every other joins the one that it is closest to.
+    """Make ``number`` groups around the most salient experts; every other expert joins the one with most affinity.
 
     Args:
         saliency: (E,).
-        affinity: (E, E), larger for experts that are closer.
+        affinity: (E, E), larger for experts that are closer to each other.
 
     >>> affinity = torch.tensor([[1.0, 0.1, 0.9], [0.1, 1.0, 0.2], [0.9, 0.2, 1.0]])
     >>> group_by_affinity(torch.tensor([0.5, 0.3, 0.2]), affinity, 2)

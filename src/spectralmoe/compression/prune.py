@@ -1,7 +1,7 @@
-"""Pruning: a model without some of its experts.
+"""Pruning: it removes some experts of a model, without retraining.
 
-Which ones may be told, or follow from a saliency (``saliency.py``) of calibration data, without retraining, as in Lasby
-et al., "REAP the Experts", arXiv 2510.13999.
+The experts that stay are named, or follow from a saliency (``saliency.py``) of calibration data, as in Lasby et al.,
+"REAP the Experts", arXiv 2510.13999.
 """
 
 from __future__ import annotations
@@ -34,24 +34,27 @@ def prune(
     evidence: Iterable[Record] = (),
     seed: int = 0,
 ) -> Model:
-    """A copy of ``model`` without some of the experts; the model stays as it is.
+    """Return a copy of ``model`` without some of its experts; the model stays as it is.
 
-    The router loses the rows of the experts that go (``Router.select``): the layer computes what it would if they
-    could not be chosen and had a logit of minus infinity. Experts and selection biases that remain keep their bits, and
-    count from 0 in the order of ``keep``. Keeping all experts changes nothing.
+    The router loses the rows of the removed experts (``Router.select``), so the layer computes what it would if they
+    had a logit of minus infinity and could not be chosen. The other experts and their selection biases keep their
+    values; they are numbered from 0 in the order of ``keep``.
 
     Args:
         model: an ``MoE``, or a model that holds some.
-        keep: how many experts each layer keeps, those of the largest saliency; or the experts themselves; or layer
-            name -> one or the other, where layers without a name stay whole.
-        by: the saliency: "frequency"; "reap", which reads kept outputs; "removal", which reads kept inputs and runs all
-            experts on them; "wanda", which reads kept inputs and hidden activations; "random".
-        evidence: the tape of calibration data: ``with record(model, keep=("input", "output")) as tape``.
-        seed: of "random".
+        keep: how many experts each layer keeps, those of the largest saliency; or a list of experts; or layer name ->
+            one of these, where other layers stay whole.
+        by: the saliency by which a number of experts is chosen. "frequency", the default, needs no kept tensors;
+            "reap" reads "output"; "removal" reads "input" and runs all experts on it; "wanda" reads "input" and
+            "hidden"; "random" is a control. ``spectralmoe.compression.saliency`` has the equations.
+        evidence: a tape of calibration data, ``with record(model, keep=("input", "output")) as tape``, with what the
+            saliency reads in ``keep``.
+        seed: the seed of "random".
 
     Raises:
-        UserError: more experts than there are, none, one twice; a number of experts among which the selector cannot
-            choose; evidence that is missing, of another model, or without the tensors that the saliency reads.
+        UserError: ``keep`` is empty, too large, or names an expert twice or one that does not exist; the selector
+            cannot choose among so few experts; the evidence is missing, of another model, or lacks the tensors that the
+            saliency reads.
 
     >>> from spectralmoe import FeedForward, LinearScorer, Router, TopK, record
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
@@ -75,7 +78,7 @@ def prune(
 
 
 def most_salient(saliency: torch.Tensor, number: int) -> list[int]:
-    """The ``number`` experts of the largest saliency (E,) in ascending order; of equal ones the first.
+    """Return the ``number`` experts of the largest saliency (E,), in ascending order; of equal ones the first.
 
     >>> most_salient(torch.tensor([0.1, 0.4, 0.4, 0.3]), 2)
     [1, 2]

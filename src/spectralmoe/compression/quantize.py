@@ -1,4 +1,4 @@
-"""Quantised weights: what symmetric integers of few bits make of a matrix, and how many bytes these take."""
+"""Quantisation: it rounds matrices to symmetric integers of few bits, and counts the bytes that these take."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from spectralmoe.errors import UserError
 __all__ = ["SCALE_BYTES", "checked_bits", "fake_quantize", "quantise_", "stored_bytes"]
 
 SCALE_BYTES = 4
-"""A row's scale is a float32."""
+"""The bytes of a row's scale, a float32."""
 
 
 def fake_quantize(weight: Tensor, bits: int) -> Tensor:
-    r"""``weight`` as it comes back from symmetric integers of ``bits`` bits, one scale a row.
+    r"""Round ``weight`` to symmetric integers of ``bits`` bits with one scale a row, and back to its dtype.
 
     .. math:: \hat w_{ij} = s_i \, \mathrm{round}(w_{ij} / s_i), \qquad s_i = \max_j |w_{ij}| / (2^{b-1} - 1)
 
-    Halves go to the even neighbour. The numbers keep their dtype, so the model goes on as it is; ``stored_bytes``
-    counts what the integers would take.
+    Halves are rounded to the even neighbour. The result is an ordinary tensor; ``stored_bytes`` counts the bytes that
+    the integers would take.
 
     Args:
-        weight: (rows, ...); a row is all that stands under one index of the first dimension.
+        weight: (rows, ...); a row is everything at one index of the first dimension.
         bits: b, 2 to 32.
 
     Raises:
-        UserError: another number of bits; a single row, (n,), whose entries would each be a row.
+        UserError: ``bits`` is not 2 to 32, or ``weight`` has a single dimension, so that each entry would be a row.
 
     >>> fake_quantize(torch.tensor([[1.0, -0.4, 0.2], [0.0, 0.0, 0.0]]), 2).tolist()
     [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
@@ -47,14 +47,14 @@ def fake_quantize(weight: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def quantise_(tensors: Iterable[Tensor], bits: int) -> None:
-    """``fake_quantize`` in place of every matrix among ``tensors``; vectors, such as biases, stay as they are."""
+    """Apply ``fake_quantize`` in place to every matrix among ``tensors``; vectors, such as biases, stay as they are."""
     for tensor in tensors:
         if tensor.dim() > 1:
             tensor.copy_(fake_quantize(tensor, bits))
 
 
 def stored_bytes(tensors: Iterable[Tensor], bits: int | None = None) -> int:
-    """Bytes of ``tensors`` as they are, or with their matrices as packed integers of ``bits`` bits and a scale a row.
+    """Count the bytes of ``tensors``; with ``bits``, matrices count as packed integers and a scale a row.
 
     >>> matrix, bias = torch.zeros(2, 8), torch.zeros(2)
     >>> stored_bytes([matrix, bias]), stored_bytes([matrix, bias], 3)
@@ -69,10 +69,10 @@ def stored_bytes(tensors: Iterable[Tensor], bits: int | None = None) -> int:
 
 
 def checked_bits(owner: str, bits: int) -> int:
-    """``bits``, if they are a whole number from 2 to 32.
+    """Return ``bits`` if it is a whole number from 2 to 32.
 
     Raises:
-        UserError: they are not; the message begins with ``owner``.
+        UserError: it is not; the message begins with ``owner``.
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 32:
         raise UserError(f"{owner}: bits must be a whole number from 2 to 32, got {bits}")

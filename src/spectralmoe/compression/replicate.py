@@ -1,7 +1,7 @@
-"""Replicating: busy experts get several places of the bank, which take their tokens in turn.
+"""Replication: a busy expert gets copies, and its tokens go to them in turn.
 
 The first half of "Replicate-and-Quantize" (R&Q), arXiv 2602.19938, which replicates the busiest expert of a layer.
-Differs: more than one place may be added, each to the expert with the largest load per place, as DeepSeek's EPLB does
+Differs: several copies may be added, each of the expert with the largest load per copy, as in DeepSeek's EPLB
 (github.com/deepseek-ai/EPLB, MIT).
 """
 
@@ -27,21 +27,21 @@ _MOST = 2**16  # places added to a layer
 
 
 def replicate(model: Model, copies: Copies | Mapping[str, Copies], *, evidence: Iterable[Record] = ()) -> Model:
-    """A copy of ``model`` whose busy experts have replicas; the model stays as it is.
+    """Return a copy of ``model`` whose busy experts have replicas; the model stays as it is.
 
-    The layer computes what it did: router and choices stay, and each forward deals an expert's tokens out to its places
-    in turn (``Placement``), so that their loads differ by one at most. For inference: training would let replicas
-    drift apart.
+    The new layer computes what the old one did. Router and choices stay; in each forward an expert's tokens go to its
+    replicas in turn (``Placement``), so that their loads differ by one at most. It is for inference: training would let
+    the replicas drift apart.
 
     Args:
         model: an ``MoE``, or a model that holds some.
-        copies: how many places each layer gets, for the experts that are busiest (``replicas_by_load``); or how many
-            places each expert is to have, one number an expert; or layer name -> one or the other.
-        evidence: the tape of calibration data, for a number of places.
+        copies: how many copies are added to each layer, of its busiest experts (``replicas_by_load``); or for each
+            expert how many places it shall have in all; or layer name -> one of these.
+        evidence: a tape of calibration data, ``with record(model) as tape``; only a number of copies needs it.
 
     Raises:
-        UserError: not one number an expert, one below the places that it has; zero experts; a scorer that reads its
-            bank; evidence that is missing or of another model.
+        UserError: there is not one number for each expert, a number is below the places that the expert has, or a zero
+            expert shall have places; the scorer reads the experts; the evidence is missing or of another model.
 
     >>> import torch
     >>> from spectralmoe import FeedForward, LinearScorer, Router, TopK
@@ -74,11 +74,11 @@ def replicate(model: Model, copies: Copies | Mapping[str, Copies], *, evidence: 
 
 
 def replicas_by_load(counts: Tensor, places: Sequence[int], more: int) -> list[int]:
-    """How many places each expert has after ``more`` were added one by one, each where the load per place is largest.
+    """Add ``more`` places one by one, each to the expert with the largest load per place; return the places of each.
 
     Args:
         counts: the load of each expert (E,).
-        places: how many it has; experts without any get none.
+        places: how many places each expert has so far; an expert without any gets none.
 
     >>> import torch
     >>> replicas_by_load(torch.tensor([90, 50, 10]), [1, 1, 1], 3)

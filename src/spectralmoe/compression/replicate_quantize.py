@@ -1,14 +1,14 @@
-"""Replicate-and-Quantize: the busiest expert gets a copy, paid for by quantising experts that matter little.
+"""Replicate-and-Quantize: the busiest expert gets a copy, and quantising unimportant experts pays for its memory.
 
 Zijie Liu, Jie Peng, Jinhao Duan, Zirui Liu, Kaixiong Zhou, Mingfu Liang, Luke Simon, Xi Liu, Zhaozhuo Xu, Tianlong
 Chen, "A Replicate-and-Quantize Strategy for Plug-and-Play Load Balancing of Sparse Mixture-of-Experts LLMs" (R&Q),
 arXiv 2602.19938, abstract: per layer, without retraining and with the router untouched. No code of the authors is
-known. Differs where the abstract is silent: a replicated expert's places take its tokens in turn, so that their counts
-differ by one at most; the original is quantised with its copies, unless ``keep_original``; an expert is worth what the
-score loses without it, or where there are no labels what the layer's output loses.
+known. The abstract leaves open what follows. Here a replicated expert's tokens go to its copies in turn, so that their
+counts differ by one at most. The original is quantised with its copies, unless ``keep_original``. The importance of an
+expert is how far the score falls without it, or, without labels, how much the layer's output changes.
 
-torchao is not used: it quantises whole modules, while here entries of one stack are of different precision. So the
-weights stay in their dtype, with the values that the integers stand for, and the bytes are counted.
+torchao is not used, because it quantises whole modules, and here the experts of one stack have different precision. So
+the weights are rounded but keep their dtype, and the bytes that integers would take are counted.
 """
 
 from __future__ import annotations
@@ -51,36 +51,35 @@ def replicate_and_quantize(
     score: Callable[[Model], float] | None = None,
     seed: int = 0,
 ) -> Report[Model]:
-    r"""A copy of ``model`` whose busiest experts have copies and whose least important ones are quantised.
+    r"""Return a copy of ``model`` whose busiest experts have copies and whose least important experts are quantised.
 
     In each layer the busiest expert, :math:`\arg\max_j n_j` on the calibration data, gets a copy, and the two take its
-    tokens in turn (``Placement``); original, copy and the ``quantize`` least important of the others become integers of
-    ``bits`` bits, one scale a row. With 8 bits for 16 that is the memory of :math:`E - q/2` experts, and the busiest
-    place carries no more than :math:`\max(n_{(2)}, \lceil n_{(1)}/2 \rceil)`. Router, choices, shared experts and
-    biases stay. The result is an ordinary model: it is saved, loaded and evaluated as others are. ``model`` stays as it
-    is.
+    tokens in turn (``Placement``). Original, copy and the q least important of the other experts are rounded to
+    integers of ``bits`` bits, with one scale a row. With 8 bits in place of 16 this takes the memory of :math:`E - q/2`
+    experts, and the largest load of a place is :math:`\max(n_{(2)}, \lceil n_{(1)}/2 \rceil)`. Router, choices, shared
+    experts and biases stay. The new model is saved, loaded and evaluated like any other; ``model`` stays as it is.
 
     Args:
-        model: an ``MoE``, or a model that holds some, in evaluation mode. For models of transformers see
+        model: an ``MoE``, or a model that holds some, in evaluation mode. For Hugging Face models see
             ``spectralmoe.hf.replicate_and_quantize_experts``.
-        calibration: batches of its inputs: what it is called with, or tables of its arguments. A small part of the
-            data is enough. What the importance reads of all batches is kept until the end.
-        importance: what an expert is worth: "removal", how far ``score`` falls when it is gone and its tokens go
-            elsewhere, without a score how much that changes the layer's output; "wanda", the size of its weights times
-            the norms of what they meet; or another saliency of ``prune``: "frequency", "reap", "random".
+        calibration: batches of inputs: tensors that the model is called with, or mappings of its keyword arguments. A
+            small part of the data is enough. The tensors that the importance reads are kept for all batches.
+        importance: how important an expert is. "removal": how far ``score`` falls without it, or, without a score, how
+            much the layer's output changes. "wanda": the size of its weights times the norms of their inputs. Or
+            another saliency of ``prune``: "frequency", "reap", "random".
         bits: 2 to 32.
-        copies: places added to each layer, one by one to the expert with the largest load a place.
+        copies: how many copies are added to each layer, one by one of the expert with the largest load per copy.
         quantize: q, how many of the experts without copies are quantised.
-        keep_original: leave the busiest expert as it is and quantise its copies alone, since it may be the one that
-            matters most; memory then stays for q >= copies, but for the scales.
-        score: model -> a number, higher is better, such as the accuracy on labelled data; run E + 1 times for each
-            layer.
-        seed: of "random".
+        keep_original: whether the busiest expert stays as it is and only its copies are quantised, since it may be the
+            most important one. Apart from the scales, the memory then does not grow if q >= copies.
+        score: a function of the model that returns a number, higher is better, such as the accuracy on labelled data.
+            It is called E + 1 times for each layer.
+        seed: the seed of "random".
 
     Raises:
-        UserError: a model in training mode, or without layers of this library; soft routing; no calibration; numbers
-            out of range; experts without a matrix of their own, on a manifold, or merged; a score that is not asked
-            for, or not finite.
+        UserError: the model is in training mode, has no ``MoE`` layer or routes softly; there is no calibration batch;
+            a number is out of range; the experts have no matrices of their own, orthonormal bases, or are merged; the
+            score is not finite, or is given with another importance than "removal".
 
     >>> from spectralmoe import FeedForward, LinearScorer, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(1)), FeedForward(4, 8, 16)).eval()
@@ -93,7 +92,10 @@ def replicate_and_quantize(
     """
     scheme = Scheme(_OWNER, importance, bits, copies, quantize, keep_original)
     if score is not None and importance != "removal":
-        raise UserError(f"{_OWNER}: a score says what removal costs, and importance={importance!r} does not ask it")
+        raise UserError(
+            f"{_OWNER}: score= goes with importance='removal', and importance={importance!r} does not read it; leave "
+            "one of them out"
+        )
     layers = layers_of(_OWNER, model)
     for name, layer in layers.items():
         _check(name, layer)

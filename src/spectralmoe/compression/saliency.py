@@ -1,16 +1,16 @@
-"""Saliency: how much each expert of a layer matters, from what was recorded of it. Tensors in, (E,) float64 out.
+"""Saliencies say how much each expert of a layer matters; they take recorded tensors and return (E,) float64.
 
-- ``frequency``: its share of the load.
+- ``frequency``: the expert's share of the load.
 - ``reap``: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", arXiv 2510.13999,
   section on router-weighted expert activation pruning.
 - ``removal``: how much the layer's output changes without the expert. After Lu et al., "Not All Experts are Equal",
-  arXiv 2402.14800, section on expert pruning, who compare sets of experts by it. Differs: one expert at a time, so E
-  sets and not all; the mean over tokens.
-- ``random``: the control.
-- ``wanda``: the size of its weights, each times the norm of what it meets. After Sun et al., "A Simple and Effective
-  Pruning Approach for Large Language Models" (Wanda), arXiv 2306.11695, section on the pruning metric. Differs: the sum
-  over a matrix, where the paper compares single weights. It needs the hidden activations, so only banks of this library
-  that show them have it (``compression.prune``, ``replicate_and_quantize``).
+  arXiv 2402.14800, section on expert pruning, who compare all sets of experts by it. Differs: one expert at a time; the
+  mean over tokens.
+- ``random``: a control.
+- ``wanda``: the sum of the absolute weights, each times the norm of its input feature. After Sun et al., "A Simple and
+  Effective Pruning Approach for Large Language Models" (Wanda), arXiv 2306.11695, section on the pruning metric.
+  Differs: the sum over a matrix, where the paper compares single weights. It reads hidden activations, so it works for
+  ``FeedForward`` experts alone.
 
 ``affinity`` says how alike the router treats two experts.
 """
@@ -23,11 +23,11 @@ from torch import Tensor
 __all__ = ["SALIENCIES", "affinity", "frequency", "random", "reap", "removal", "wanda"]
 
 SALIENCIES = ("frequency", "reap", "removal", "random")
-"""Names of the saliencies that any model has, for ``by=``."""
+"""The saliencies that exist for experts of any kind, for the argument ``by``."""
 
 
 def frequency(counts: Tensor) -> Tensor:
-    r"""The share :math:`c_i / \sum_j c_j` of the slots counted for each expert (E,).
+    r"""Compute each expert's share of the slots, :math:`c_i / \sum_j c_j`, by the counts c (E,).
 
     >>> frequency(torch.tensor([3, 1])).tolist()
     [0.75, 0.25]
@@ -36,15 +36,15 @@ def frequency(counts: Tensor) -> Tensor:
 
 
 def reap(indices: Tensor, weights: Tensor, norms: Tensor, num_experts: int) -> Tensor:
-    r"""Mean over the tokens :math:`X_i` of an expert of its weight times the size of its output.
+    r"""Compute the mean over an expert's tokens :math:`X_i` of its combine weight times the norm of its output.
 
     .. math:: S_i = \frac{1}{|X_i|} \sum_{x \in X_i} w_i(x) \, \|E_i(x)\|_2
 
-    0 for an expert without tokens.
+    It is 0 for an expert without tokens.
 
     Args:
-        indices, weights, norms: the expert of each slot (-1: none), its combine weight, and the norm of its output
-            before that weight, all of one shape.
+        indices, weights, norms: for each slot its expert (-1 if it is empty), its combine weight, and the norm of the
+            expert's output before that weight; all have the same shape.
         num_experts: E.
 
     >>> reap(torch.tensor([0, 1, 0]), torch.tensor([0.5, 1.0, 1.0]), torch.tensor([2.0, 4.0, 3.0]), 3).tolist()
@@ -59,14 +59,14 @@ def reap(indices: Tensor, weights: Tensor, norms: Tensor, num_experts: int) -> T
 
 
 def removal(outputs: Tensor, gates: Tensor, gates_without: Tensor) -> Tensor:
-    r"""Mean squared change of the layer's output when the expert is gone and its tokens go elsewhere.
+    r"""Compute the mean squared change of the layer's output if an expert is removed and its tokens go to others.
 
     .. math:: S_i = \frac1N \sum_t \Big\| \sum_j (g_{tj} - g^{(i)}_{tj}) E_j(x_t) \Big\|_2^2
 
     Args:
-        outputs: of every expert for every token (E, N, D).
-        gates: combine weights of the whole layer (N, E), 0 where an expert was not chosen.
-        gates_without: those of the layer without expert i, at i: (E, N, E).
+        outputs: the output of every expert for every token (E, N, D).
+        gates: g, the combine weights of the whole layer (N, E), 0 where an expert was not chosen.
+        gates_without: at i the combine weights of the layer without expert i: (E, N, E).
 
     >>> outputs = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
     >>> removal(outputs, torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]])).tolist()
@@ -78,15 +78,15 @@ def removal(outputs: Tensor, gates: Tensor, gates_without: Tensor) -> Tensor:
 
 
 def wanda(weights: Tensor, squares: Tensor) -> Tensor:
-    r"""Sum over a matrix of the size of each weight times the norm of the feature that it meets.
+    r"""Sum the absolute weights of each expert's matrix, each times the norm of its input feature over the tokens.
 
     .. math:: S_i = \sum_{hd} |W_{ihd}| \, \|X_{i, \cdot d}\|_2, \qquad X_i \text{ the rows of expert } i
 
-    0 for an expert without tokens.
+    It is 0 for an expert without tokens.
 
     Args:
-        weights: one matrix an expert (E, H, D).
-        squares: sums over an expert's rows of the squared features (E, D).
+        weights: W, one matrix for each expert (E, H, D).
+        squares: the sums of the squared features over the rows of each expert (E, D).
 
     >>> wanda(torch.tensor([[[1.0, -2.0]], [[3.0, 0.0]]]), torch.tensor([[4.0, 1.0], [0.0, 0.0]])).tolist()
     [4.0, 0.0]
@@ -95,11 +95,11 @@ def wanda(weights: Tensor, squares: Tensor) -> Tensor:
 
 
 def random(num_experts: int, generator: torch.Generator) -> Tensor:
-    """A number between 0 and 1 for each expert."""
+    """Draw a number between 0 and 1 for each expert."""
     return torch.rand(num_experts, generator=generator, dtype=torch.float64)
 
 
 def affinity(logits: Tensor) -> Tensor:
-    """Cosine of the logits (N, E) that two experts get over all tokens: (E, E) float64, on the CPU."""
+    """Compute the cosines between two experts' columns of the logits (N, E): (E, E) float64, on the CPU."""
     columns = torch.nn.functional.normalize(logits.detach().double(), dim=0)
     return (columns.T @ columns).cpu()

@@ -1,4 +1,4 @@
-"""Scheme of Replicate-and-Quantize: from load and importance of a layer's experts to copies, integers and bytes."""
+"""The scheme of Replicate-and-Quantize: it chooses the experts to copy and to quantise, and counts the bytes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _MOST = 2**16  # places added to a layer
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """What became of the experts of one layer.
+    """Says what Replicate-and-Quantize did to the experts of one layer.
 
     Attributes:
         counts: the load of each expert on the calibration data (E,) int64.
-        importance: of each expert (E,) float64; None where nothing had to be ranked.
+        importance: the importance of each expert (E,) float64; None if it was not needed.
         replicated: the experts that got copies.
         quantised: the experts without copies that were quantised.
-        places: how many places each expert has now; 0 for a zero expert.
-        bytes_before, bytes_after: of the experts' own tensors, all copies counted, with matrices as packed integers
-            and scales where they were quantised.
+        places: how many places each expert has now, copies included; 0 for a zero expert.
+        bytes_before, bytes_after: the bytes of the experts' own tensors, copies included. Quantised matrices count as
+            packed integers and scales.
     """
 
     counts: Tensor
@@ -45,13 +45,13 @@ class LayerReport:
 
     @property
     def imbalance_before(self) -> float:
-        """Largest load of an expert over the mean load, without zero experts."""
+        """The largest load of an expert over the mean load, without zero experts."""
         loads: list[int] = [count for count, number in zip(self.counts.tolist(), self.places, strict=True) if number]
         return len(loads) * max(loads) / max(sum(loads), 1)
 
     @property
     def imbalance_after(self) -> float:
-        """Largest load of a place over the mean load, where places share the load of their expert evenly."""
+        """The largest load of a place over the mean load, if the places of an expert share its load evenly."""
         counts: list[int] = self.counts.tolist()
         held = [(count, number) for count, number in zip(counts, self.places, strict=True) if number]
         busiest, total = max(-(-count // number) for count, number in held), sum(count for count, _ in held)
@@ -60,11 +60,11 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Report(Generic[Model]):
-    """What Replicate-and-Quantize made of a model.
+    """What ``replicate_and_quantize`` returns.
 
     Attributes:
-        model: the new one.
-        layers: layer's name -> what became of it.
+        model: the new model.
+        layers: layer name -> what was done to it.
     """
 
     model: Model
@@ -72,22 +72,22 @@ class Report(Generic[Model]):
 
     @property
     def bytes_before(self) -> int:
-        """Of the routed experts of all layers."""
+        """The bytes of the routed experts of all layers, before."""
         return sum(layer.bytes_before for layer in self.layers.values())
 
     @property
     def bytes_after(self) -> int:
-        """Of the routed experts of all layers, with their copies."""
+        """The bytes of the routed experts of all layers, after, copies included."""
         return sum(layer.bytes_after for layer in self.layers.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a layer holds of each expert.
+    """Says how many copies of each expert a layer holds, and how many bytes they take.
 
     Attributes:
-        places: how many places it has.
-        full, low: bytes of one place, as it is and quantised; 0 for a zero expert.
+        places: how many places each expert has.
+        full, low: the bytes of one place, as it is and quantised; 0 for a zero expert.
     """
 
     places: Sequence[int]
@@ -97,14 +97,14 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What is to be done in every layer.
+    """The settings of Replicate-and-Quantize, and the choice of experts that follows from them.
 
     Attributes:
-        owner: who asks, for errors.
-        importance, bits, copies, quantize, keep_original: as ``replicate_and_quantize`` has them.
+        owner: the name of the calling function, for error messages.
+        importance, bits, copies, quantize, keep_original: as in ``replicate_and_quantize``.
 
     Raises:
-        UserError: numbers out of range, an unknown importance.
+        UserError: a number is out of range, or the importance is unknown.
 
     >>> import torch
     >>> scheme = Scheme("example", copies=1, quantize=1)
@@ -131,13 +131,13 @@ class Scheme:
             raise one_of("importance", self.importance, (*SALIENCIES, "wanda"))
 
     def applied(self, name: str, held: Held, counts: Tensor, importance: Callable[[], Tensor]) -> LayerReport:
-        """What becomes of layer ``name`` with the load ``counts`` (E,).
+        """Choose the experts of layer ``name`` to copy and to quantise, given their load ``counts`` (E,).
 
         Args:
-            importance: gives that of each expert (E,); asked for only where experts have to be ranked.
+            importance: a function that returns the importance of each expert (E,); it is called only if needed.
 
         Raises:
-            UserError: fewer experts without copies than are to be quantised.
+            UserError: more experts shall be quantised than there are without copies.
         """
         before = held.places
         after = replicas_by_load(counts, before, self.copies)
@@ -158,7 +158,7 @@ class Scheme:
         return LayerReport(counts, values, tuple(replicated), tuple(least), tuple(after), whole, total)
 
     def low(self, done: LayerReport, held: Held, places: Sequence[Sequence[int]]) -> set[int]:
-        """The places to be quantised, from those that each expert has now, copies behind the originals."""
+        """Return the places to quantise, given those of each expert now, copies behind the originals."""
         low = {place for e in done.quantised for place in places[e]}
         for e in done.replicated:
             low |= set(places[e][held.places[e] if self.keep_original else 0 :])

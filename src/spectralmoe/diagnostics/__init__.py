@@ -1,7 +1,7 @@
-"""Diagnostics: what a router does, as pure functions of tapes, routers, loads and experts.
+"""Diagnostics: functions that measure what a router does, given tapes, routers, loads and experts.
 
-Each value says how much data it rests on (``Measure``). ``attribute_experts`` and ``block`` are found here, too; they
-run whole models, so they live in ``spectralmoe.attribution``.
+Each value says on how much data it rests (``Measure``). ``attribute_experts`` and ``block`` can be imported from here,
+too; they run whole models and stand in ``spectralmoe.attribution``.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Association of experts with labels: which classes, topics or kinds of token they serve."""
+"""Association of experts with labels: it measures which classes, topics or kinds of token an expert serves."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from spectralmoe.routing import EMPTY, Routing, count_slots
 __all__ = ["EXPECTED_SLOTS", "association", "label_table", "specialisation"]
 
 EXPECTED_SLOTS = 5
-"""A label is compared in an expert that would hold it in this many slots if it did not care."""
+"""A label counts for an expert that would have this many slots of it if it had no preference."""
 
 
 def label_table(routing: Routing, labels: Tensor, num_labels: int) -> Tensor:
-    """How many slots of each label's tokens each expert fills: (labels, E) int64; tables of batches may be added up.
+    """Count for each label and expert the slots of tokens with that label: (labels, E) int64.
 
-    For soft routing, as in ``Routing.load``, a token fills one slot of the expert with its largest weight.
+    Tables of several batches can be added up. In soft routing a token counts once, for the expert with its largest
+    weight, as in ``Routing.load``.
 
     Args:
-        labels: integers, of each token (N,) or, for tokens in sequences, of each sequence (B,); below 0: no label.
+        labels: integers, one for each token (N,) or for each sequence (B,); a number below 0 is no label.
+        num_labels: the number of labels.
 
     Raises:
-        UserError: as many labels as neither tokens nor sequences; a label of ``num_labels`` or more.
+        UserError: there is not one label for each token or sequence, or a label is ``num_labels`` or more.
 
     >>> logits = torch.zeros(3, 2)
     >>> routing = Routing(logits, torch.ones(3, 1), torch.tensor([[0], [1], [1]]), logits)
@@ -49,18 +51,19 @@ def label_table(routing: Routing, labels: Tensor, num_labels: int) -> Tensor:
 
 
 def association(table: Tensor) -> Measure:
-    """How much the expert tells about the label, 0 to 1: ``mutual_information`` of a table (labels, E) of slots.
+    """Measure how much the expert tells about the label, from 0 to 1, by a table (labels, E) of slots.
 
-    It takes slots for independent draws. Those of one token or one sequence are not: a value near 0 may be chance.
+    It is ``mutual_information``, which assumes that slots are independent draws. Those of one token or one sequence are
+    not, so a value near 0 may be chance.
     """
     return mutual_information(table, unit="slots")
 
 
 def specialisation(table: Tensor) -> list[Measure]:
-    r"""How much more often each expert serves its favourite label than the label occurs, from (labels, E) slots.
+    r"""Compute each expert's lift by a table (labels, E) of slots: how much more often it serves its favourite label.
 
-    The lift :math:`\max_l P(l \mid e)/P(l)`: 1 for an expert that serves all alike. Over the labels that the expert
-    would hold in at least ``EXPECTED_SLOTS`` slots if it had no preference; with too few slots for any it has no data.
+    The lift is :math:`\max_l P(l \mid e)/P(l)`, 1 for an expert without a preference. Only labels count of which the
+    expert would have at least ``EXPECTED_SLOTS`` slots without a preference; if there is none, there is no data.
 
     >>> [str(lift) for lift in specialisation(torch.tensor([[90, 10, 0], [10, 90, 1]]))]
     ['1.81 (100 slots)', '1.79 (100 slots)', 'no data (1 of 10 slots)']

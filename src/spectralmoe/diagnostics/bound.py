@@ -1,4 +1,4 @@
-r"""A bound of the gap between training and test error of sparse mixtures, and the complexity that goes into it.
+r"""A bound on the gap between training and test error of sparse mixtures, and the complexities that it needs.
 
 Zhao et al., "Generalization Error Analysis for Sparse Mixture-of-Experts: A Preliminary Study", arXiv 2403.17404, for
 binary classification. Written from the equation; the grouping of its terms follows from Natarajan's lemma, which bounds
@@ -29,30 +29,32 @@ def generalization_bound(
     delta: float = 0.05,
     exact: bool = False,
 ) -> dict[str, float]:
-    r"""What the gap between training and test error stays under with probability 1 - delta, and its terms.
+    r"""Compute a bound on the gap between training and test error that holds with probability 1 - delta, and its terms.
 
     .. math::
         4 C\,\mathcal R_N + 2 \sqrt{\frac{2 d \ln |Y| + d \ln(2N) + \ln(4/\delta)}{2N}},\quad
         \ln |Y| = K \Big(1 + \ln\frac EK\Big)
 
-    It falls in N and delta, and rises in K, E and d. For networks of usual sizes it is far above 1: an order of things
-    and no estimate. It knows neither how many samples an expert sees (N K / E) nor what the experts may approximate.
+    It falls with N and delta, and rises with K, E and d. For networks of usual sizes it is far above 1, so it can order
+    networks and estimates nothing. It uses neither how many samples an expert sees (N K / E) nor what the experts can
+    approximate.
 
     Args:
-        n: N, training samples.
-        experts, k: E, and K of them for each sample.
-        natarajan: d, the Natarajan dimension of the class of routers; 0 for one that is fixed before the samples are
-            seen; ``natarajan_linear`` for linear ones.
-        rademacher: :math:`\mathcal R_N`, the complexity of one expert (``empirical_rademacher``).
-        lipschitz: C, of the loss in the experts' outputs.
-        exact: take :math:`\ln |Y| = \ln \binom EK`, which is no larger; it falls in K beyond E / 2.
+        n: N, the number of training samples.
+        experts, k: E and K.
+        natarajan: d, the Natarajan dimension of the class of routers: 0 for a router that is fixed before the samples
+            are seen, ``natarajan_linear`` for linear routers.
+        rademacher: :math:`\mathcal R_N`, the Rademacher complexity of one expert (``empirical_rademacher``).
+        lipschitz: C, the Lipschitz constant of the loss in the experts' outputs.
+        delta: the probability with which the bound may fail.
+        exact: whether :math:`\ln |Y| = \ln \binom EK` is used, which is never larger, and falls with K beyond E / 2.
 
     Returns:
-        By name: ``masks``, ``samples`` and ``confidence``, the three terms under the root; ``router``, twice the root;
-        ``experts``, the first term; ``bound``, the sum of the last two.
+        Numbers by name: ``masks``, ``samples`` and ``confidence``, the three terms under the root; ``router``, the
+        second summand; ``experts``, the first summand; ``bound``, the sum of both.
 
     Raises:
-        UserError: a number out of range.
+        UserError: a number is out of range.
 
     >>> terms = generalization_bound(1000, 8, 1, natarajan=64, rademacher=0.0)
     >>> round(terms["bound"], 2), terms["bound"] == terms["router"]
@@ -82,21 +84,22 @@ def generalization_bound(
 
 @torch.no_grad()
 def empirical_rademacher(features: Tensor, radius: float, *, draws: int | None = 200, seed: int = 0) -> float:
-    r"""How well linear functions :math:`x \mapsto w^\top x`, :math:`\|w\| \le B`, fit random signs on these samples.
+    r"""Estimate the Rademacher complexity of linear functions :math:`x \mapsto w^\top x`, :math:`\|w\| \le B`.
 
     .. math:: \mathcal R_N = \frac BN\, \mathbb E_\sigma \Big\| \sum_n \sigma_n x_n \Big\|
         \le \frac BN \Big(\sum_n \|x_n\|^2\Big)^{1/2}
 
-    The mean over ``draws`` of the signs, as a share of the root of their mean square, whose expectation is known: it
-    never exceeds the bound on the right.
+    It says how well such functions fit random signs on these samples. The expectation is estimated by ``draws`` draws
+    of the signs, scaled so that the estimate never exceeds the bound on the right.
 
     Args:
-        features: x (N, D), what an expert reads.
+        features: x (N, D), the inputs of an expert.
         radius: B.
-        draws: of the signs; None: the bound on the right.
+        draws: the number of draws; None returns the bound on the right.
+        seed: the seed of the draws.
 
     Raises:
-        UserError: features of another shape or without samples; a radius below 0; no draw.
+        UserError: the features are not (N, D) or have no samples, the radius is below 0, or draws < 1.
 
     >>> x = torch.randn(50, 4)
     >>> 0 < empirical_rademacher(x, 1.0) <= empirical_rademacher(x, 1.0, draws=None)
@@ -118,13 +121,12 @@ def empirical_rademacher(features: Tensor, radius: float, *, draws: int | None =
 
 
 def natarajan_linear(dim: int, experts: int) -> int:
-    """The Natarajan dimension of linear routers on D features with E experts: of the order D E, up to logarithms.
+    """Return D E, the order of the Natarajan dimension of linear routers with E experts, up to logarithms.
 
-    For choices of one expert; the same number stands in for choices of K. It hides a factor E in the d of
-    ``generalization_bound``.
+    This is for the choice of one expert; the same number is used for the choice of K.
 
     Raises:
-        UserError: a number below 1.
+        UserError: a number is below 1.
 
     >>> natarajan_linear(64, 8)
     512

@@ -1,9 +1,9 @@
-"""Certificates: how far a token may move before the router chooses other experts.
+"""Certificates: they bound how far a token may move before the router chooses other experts.
 
-Margin over slope. Tsuzuku et al., "Lipschitz-Margin Training", arXiv 1802.04034, section 4.1: a gap between two logits
-of an L-Lipschitz map lasts for gap / (sqrt(2) L). Hein & Andriushchenko, arXiv 1705.08475, theorem 2.1: the same with
-the slope of each pair in a ball around the token. Differs: the set of the k largest instead of the largest, exact
-distances for gates that are affine, cosines or quadrics, and a processor before the router.
+The bound is the margin over the slope. Tsuzuku et al., "Lipschitz-Margin Training", arXiv 1802.04034, section 4.1: a
+gap between two logits of an L-Lipschitz map lasts for gap / (sqrt(2) L). Hein & Andriushchenko, arXiv 1705.08475,
+theorem 2.1: the same with the slope of each pair in a ball around the token. Differs: the set of the k largest instead
+of the largest, exact distances for gates that are affine, cosines or quadrics, and a processor before the router.
 """
 
 from __future__ import annotations
@@ -34,29 +34,33 @@ _ROOM = 0.25  # tokens up to max ** 0.25, so that no product of squares overflow
 
 @torch.no_grad()
 def routing_radius(router: Router, x: Tensor, *, processor: nn.Sequential | None = None) -> Tensor:
-    r"""Distance (N,) within which the set of experts chosen for each token of x (N, D) cannot change.
+    r"""Compute a distance (N,) within which the set of experts chosen for each token of x (N, D) cannot change.
 
     .. math::
         r(x) = \min_{i\ \text{chosen},\ j\ \text{not}} d_{ij}(x), \qquad
         d_{ij} = \frac{s_i(x) - s_j(x)}{\|a_i - a_j\|}
 
-    for logits affine in x with rows a (linear, prototype), where it is exact. Other scorers give d_ij by
-    ``flip_distance``: exact for cosine, eigenbasis and saturated with one anchor, else :math:`(s_i - s_j)/(\sqrt2 L)`
-    with L from ``lipschitz()``. ``Balanced`` compares :math:`p_i + b_i`, p the softmax of the logits: with the gap
-    :math:`g = p_i + b_i - p_j - b_j` there
-    :math:`d_{ij} = \max\big(\sqrt2\,g,\ \log(1 + g/\max(p_i, p_j))/\sqrt2\big)/L`. A tie has radius 0; soft routing
-    never changes: infinite. Other radii end where tokens come near to an overflow, at norm 4e9 in fp32.
+    This holds for logits that are affine in x with rows a (linear, prototype), and is exact there. Other scorers
+    compute d_ij by ``flip_distance``: it is exact for cosine, eigenbasis and saturated with one anchor; otherwise it is
+    :math:`(s_i - s_j)/(\sqrt2 L)` with L from ``lipschitz()``, or a bound of the scorer's own. ``Balanced`` chooses by
+    :math:`p_i + b_i`, p the softmax of the logits. With the gap :math:`g = p_i + b_i - p_j - b_j` its bound is
+    :math:`d_{ij} = \max\big(\sqrt2\,g,\ \log(1 + g/\max(p_i, p_j))/\sqrt2\big)/L`. A tie has the radius 0, soft routing
+    an infinite one. No other radius reaches tokens of a norm above 4e9 (in fp32), where squares may overflow.
 
-    With ``processor`` x is its input, and the radius is the largest r (to 0.3%, from below) for which the image
-    of the ball under the processor stays within the radius found at its output (``local_bounds.travel_bound``).
+    The radius is never more than the true distance for a router that computes in fp32 (float64 if x is): the rounding
+    error of its logits anywhere in the ball is taken off (Higham's bounds, ``Scorer.rounding``), and a choice that
+    rounding decides has the radius 0. It is computed in float64 and returned in the router's precision.
 
-    Never more than the true distance of the router that computes in fp32 (float64 if x came so): what rounding may do
-    to its logits anywhere in the ball is taken off (Higham's bounds, ``Scorer.rounding``), and a choice that rounding
-    decides has radius 0. Computed in float64, returned in the router's precision.
+    Args:
+        router: the router, in evaluation mode if it chooses at random in training.
+        x: tokens (N, D).
+        processor: layers in front of the router; x is then their input. The radius is the largest r (within 0.3%, from
+            below) for which the processor maps the ball around x into the ball that is safe at its output
+            (``local_bounds.travel_bound``).
 
     Raises:
-        UserError: x not (N, D); a selector whose choice is not made by each token's largest values alone; a scorer
-            without a bound; a layer of the processor without one.
+        UserError: x is not (N, D), the selector does not choose each token's largest values, or there is no bound for
+            the scorer or for a layer of the processor.
 
     >>> from spectralmoe import LinearScorer
     >>> router = Router(LinearScorer(2, 2), TopK(1))
@@ -73,17 +77,18 @@ def routing_radius(router: Router, x: Tensor, *, processor: nn.Sequential | None
 def attack_distance(
     router: Router, x: Tensor, *, processor: nn.Sequential | None = None, steps: int = 30, seed: int = 0
 ) -> Tensor:
-    r"""Distance (N,) of the nearest change of the chosen experts that a gradient search finds; inf where none.
+    r"""Search for the nearest change of the chosen experts by gradients: its distance (N,), inf if none is found.
 
-    An upper bound to compare ``routing_radius`` with. For each of the 8 rivals j nearest to being chosen, with m the
-    smallest chosen value less that of j, it moves to the point of the linearised boundary nearest to x,
-    :math:`y \leftarrow x + g\,(g \cdot (y - x) - m(y))/\|g\|^2,\ g = \nabla m(y)`, damped, from a start near x, and
-    halves the way back from each row's nearest change.
+    The distance is an upper bound, to be compared with ``routing_radius``. The search goes towards each of the 8
+    experts j that are nearest to being chosen. With the margin m, the smallest chosen value less that of j, it moves
+    from a start near x to the point of the linearised boundary that is nearest to x, :math:`y \leftarrow x + g\,(g
+    \cdot (y - x) - m(y))/\|g\|^2,\ g = \nabla m(y)`, damped. In the end bisection shortens the way to each token's
+    nearest change.
 
     Args:
         router, x, processor: as in ``routing_radius``.
-        steps: steps of the search, and halvings after it.
-        seed: of the starts.
+        steps: the number of steps of the search, and of the bisection.
+        seed: the seed of the starts.
 
     Raises:
         UserError: as ``routing_radius``.

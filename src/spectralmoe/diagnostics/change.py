@@ -1,4 +1,4 @@
-"""The change of a model's accuracy, with an interval that is honest about few changes."""
+"""The change of a model's accuracy, with an interval that holds also for few changes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ Z95 = 1.959964
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Accuracy after minus before, in percentage points; negative is damage.
+    """The accuracy after a change of the model minus the accuracy before, in percentage points.
 
     Attributes:
-        mean: the difference on the samples.  low, high: its 95% interval.
-        gained, lost: samples that became right, and wrong.
-        samples: how many were compared.
+        mean: the difference on the samples.
+        low, high: its 95% interval.
+        gained, lost: the number of samples that became right, and that became wrong.
+        samples: the number of samples.
     """
 
     mean: float
@@ -31,14 +32,16 @@ class Change:
 
 
 def accuracy_change(step: Tensor, samples: int) -> Change:
-    r"""The change from ``step``: 1 where a sample became right, -1 where wrong, 0 else; others count as 0.
+    r"""Compute the change of the accuracy and its interval from what happened to each sample.
 
     The interval is that of Agresti and Min for paired proportions (Statistics in Medicine 24, 2005): with g gained and
-    l lost of n, :math:`\hat d = (g - l)/(n + 2)` and
-    :math:`\hat d \pm 1.96 \sqrt{g + l + 1 - (g - l)^2/(n + 2)}/(n + 2)`; it has a width even where nothing changed.
+    l lost of n samples, :math:`\hat d = (g - l)/(n + 2)` and
+    :math:`\hat d \pm 1.96 \sqrt{g + l + 1 - (g - l)^2/(n + 2)}/(n + 2)`. It has a width even if nothing changed.
 
     Args:
-        samples: n, at least ``len(step)``; 0 gives nan, never "no change".
+        step: 1 for a sample that became right, -1 for one that became wrong, 0 for others; samples that are left out
+            count as 0.
+        samples: n, at least ``len(step)``; with 0 the result is nan.
 
     >>> import torch
     >>> change = accuracy_change(torch.tensor([1, -1, -1, 0]), 1000)

@@ -1,8 +1,8 @@
-"""Entropy of the routing distribution: how undecided single tokens are, and how many experts all of them use.
+"""Entropies of the scores: of single tokens, and of the mean over all tokens.
 
-Both over log E, so that layers of any size compare: 1 is even, 0 is one expert. The "local" and "global" entropy of
-Mustafa et al., "LIMoE", arXiv 2206.02770, there without the division. Their difference is the mutual
-information of token and expert, over log E: near 0, the router does not look at its tokens.
+Both are divided by log E, so that layers of any size compare: 1 is even, 0 is one expert. They are the "local" and
+"global" entropy of Mustafa et al., "LIMoE", arXiv 2206.02770, there without the division. Their difference is the
+mutual information of token and expert, over log E; near 0, the choice does not depend on the token.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["are_probabilities", "mean_entropy", "token_entropies", "token_entrop
 
 
 def token_entropy(routing: Routing) -> Measure:
-    r"""Mean over the real tokens of :math:`H(p_t)/\log E`, p the normalised scores.
+    r"""Compute the mean over the real tokens of :math:`H(p_t)/\log E`, p the scores normalised to sum 1.
 
-    No data for one expert.
+    With one expert there is no data.
 
     >>> from spectralmoe import LinearScorer, Router, TopK
     >>> router = Router(LinearScorer(8, 4), TopK(2))
@@ -34,9 +34,9 @@ def token_entropy(routing: Routing) -> Measure:
 
 
 def mean_entropy(routing: Routing) -> Measure:
-    r""":math:`H(\bar p)/\log E` of the mean over the real tokens of the normalised scores.
+    r"""Compute :math:`H(\bar p)/\log E`, with :math:`\bar p` the mean over the real tokens of the normalised scores.
 
-    Never below ``token_entropy``. No data for one expert.
+    It is never below ``token_entropy``. With one expert there is no data.
 
     >>> from spectralmoe.routing import Routing
     >>> logits = torch.tensor([[50.0, -50.0], [-50.0, 50.0]])
@@ -49,15 +49,15 @@ def mean_entropy(routing: Routing) -> Measure:
 
 
 def token_entropies(routing: Routing) -> Tensor:
-    """Entropy over log E of each token's normalised scores: (N,) float64; nan for one expert.
+    """Compute the entropy over log E of each token's normalised scores: (N,) float64; nan for one expert.
 
-    A token whose scores are all 0, and one that is not real, has a 0 that means nothing.
+    Ignore the 0 of padding, and of a token whose scores are all 0.
     """
     return _normalised(_probs(routing))
 
 
 def are_probabilities(logits: Tensor) -> bool:
-    """Whether every row is a distribution: no entry below 0, sum 1 up to the rounding of its precision.
+    """Return whether every row is a distribution: no entry is below 0, and the sum is 1 up to rounding.
 
     >>> are_probabilities(torch.eye(3)), are_probabilities(torch.ones(2, 3))
     (True, False)

@@ -1,4 +1,4 @@
-"""Accuracy, predictions and expert load of a classifier on labelled inputs."""
+"""Evaluation of a classifier on labelled inputs: accuracy, predictions and the load of its experts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Evaluation:
     """The results of one pass over labelled inputs.
 
     Attributes:
-        accuracy: percent.
-        predictions: (N,) int64, on the CPU.
-        loads: layer name -> share of the load of each expert (E,); empty for a model without MoE layers.
+        accuracy: the accuracy in percent.
+        predictions: the predicted classes (N,) int64, on the CPU.
+        loads: layer name -> each expert's share of the load (E,); empty for a model without MoE layers.
     """
 
     accuracy: float
@@ -35,7 +35,7 @@ class Evaluation:
 
 
 class Counted(nn.Module):
-    """``model`` itself, which sums the load of its experts over all forwards.
+    """Wraps a model and sums the load of its experts over all forwards; it computes what the model computes.
 
     >>> from spectralmoe.models import sr_moe
     >>> counted = Counted(sr_moe(10, channels=1))
@@ -56,17 +56,16 @@ class Counted(nn.Module):
 
     @property
     def loads(self) -> dict[str, Tensor]:
-        """Layer name -> share of the load of each expert (E,); empty for a model without MoE layers."""
+        """Layer name -> each expert's share of the load (E,); empty for a model without MoE layers."""
         return {name: total / total.sum().clamp_min(1) for name, total in self.counts.items()}
 
 
 @torch.no_grad()
 def run_over(model: nn.Module, inputs: Tensor, **beside: Tensor) -> Tensor:
-    """The outputs of ``model`` for ``inputs`` (N, ...), on the CPU: run in evaluation mode, in batches; its mode is put
-    back.
+    """Run ``model`` on ``inputs`` (N, ...) in batches, in evaluation mode, and return its outputs on the CPU.
 
     Args:
-        beside: rows (N, ...) of what the model takes by keyword.
+        beside: further inputs (N, ...), which the model takes by keyword.
     """
     device, size = next(model.parameters()).device, min(_BATCH, _NUMBERS // max(inputs[:1].numel(), 1) + 1)
     rows = {name: values.split(size) for name, values in beside.items()}
@@ -79,20 +78,26 @@ def run_over(model: nn.Module, inputs: Tensor, **beside: Tensor) -> Tensor:
 
 
 def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> Evaluation:
-    """Run ``model`` over ``inputs`` (N, ...) with ``labels`` (N,) in evaluation mode; its mode is put back."""
+    """Evaluate a classifier on ``inputs`` (N, ...) with ``labels`` (N,), in evaluation mode; its mode is restored.
+
+    >>> from spectralmoe.models import sr_moe
+    >>> result = evaluate(sr_moe(10, channels=1), torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))
+    >>> 0 <= result.accuracy <= 100, result.predictions.shape
+    (True, torch.Size([4]))
+    """
     counted = Counted(model)
     predictions = run_over(counted, inputs).argmax(-1)
     return Evaluation(100 * float((predictions == labels).float().mean()), predictions, counted.loads)
 
 
 def holds_moe(model: nn.Module) -> bool:
-    """Whether there is an MoE layer in ``model``."""
+    """Return whether ``model`` holds an MoE layer of this library."""
     return any(isinstance(module, Recordable) for module in model.modules())
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` inside the block; each module's own mode after it."""
+    """Put ``model`` into evaluation mode inside a ``with`` block; after it each module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

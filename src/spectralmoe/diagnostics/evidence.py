@@ -1,4 +1,4 @@
-"""The evidence about one layer that its values are measured from: weights, sums over a run, tokens, outputs."""
+"""Evidence: all that is known of one layer, from which its diagnostic values are computed."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def _nothing() -> Tensor:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The argument of every value of the table; a field that was not looked at stays empty.
+    """What is known of one layer, the argument of every function in ``VALUES``; what is not known stays empty.
 
     Attributes:
         counts: exact counts of the slots of each expert.
-        statistics: sums over the routings that were looked at.
+        statistics: sums over the recorded routings.
         matrix: the routing matrix (E, D).
-        weight_cosines: cosines of the experts' weights (E, E); None where they were not read or differ in size.
-        weights: how many numbers those cosines rest on, and what they are.
-        layer: routes tokens again and runs its experts; None for weights that are not run.
+        weight_cosines: the cosines of the experts' weights (E, E); None if they were not read or differ in size.
+        weights: on how many numbers those cosines rest, and the name of these numbers.
+        layer: the layer, which can route tokens and run experts; None if only its weights are there.
         tokens: a sample of what the router read (N, D).
-        outputs: some of these tokens through every expert (E, n, D).
-        labels: slots of each label's tokens in each expert (labels, E).
-        seed: of draws.
-        sound: ``sound_flips``, or a form of it that remembers.
+        outputs: the outputs of every expert for n of these tokens (E, n, D).
+        labels: the number of slots of each label in each expert (labels, E).
+        seed: the seed of random draws.
+        sound: ``sound_flips``, or a form of it that caches results.
     """
 
     counts: LayerStatistics
@@ -59,12 +59,12 @@ class Evidence:
 
     @property
     def watched(self) -> Watched:
-        """The layer, of values that need it to run."""
+        """The layer, for values that run it."""
         assert self.layer is not None
         return self.layer
 
     def sound_router(self) -> Measure:
-        """``sound_flips`` for the sizes of this layer and its sample of tokens."""
+        """Return ``sound_flips`` for the sizes of this layer and its sample of tokens."""
         empty = not self.matrix.numel()
         experts = self.watched.num_experts if empty else len(self.matrix)
         width = self.tokens.shape[-1] if empty else self.matrix.shape[1]

@@ -1,7 +1,7 @@
-r"""Geometry of a router: the spectrum and the rows of its matrix, and how fast the routing turns with the token.
+r"""Geometry of a router: the spectrum and the rows of its matrix, and how fast the scores change with the token.
 
-Functions of a routing matrix A (E, D), one row an expert, in float64. A matrix with values that are not finite has no
-geometry: no data.
+The functions take a routing matrix A (E, D), one row for each expert, and compute in float64. For a matrix with values
+that are not finite there is no data.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _AFFINE = 1e-3
 
 
 def sigma_1(matrix: Tensor) -> Measure:
-    r"""Largest singular value :math:`\sigma_1(A)`: how much the logits can change with the token.
+    r"""Compute the largest singular value :math:`\sigma_1(A)`, a bound on the slope of linear logits.
 
     >>> str(sigma_1(torch.diag(torch.tensor([3.0, 1.0]))))
     '3 (4 weights)'
@@ -44,12 +44,16 @@ def sigma_1(matrix: Tensor) -> Measure:
 
 
 def stable_rank(matrix: Tensor) -> Measure:
-    r"""Stable rank :math:`\|A\|_F^2/\sigma_1^2`: 1 to min(E, D), 0 for a zero matrix (``spectralmoe.linalg``)."""
+    r"""Compute the stable rank :math:`\|A\|_F^2/\sigma_1^2`: 1 to min(E, D); 0 for a zero matrix.
+
+    >>> str(stable_rank(torch.eye(4)))
+    '4 (16 weights)'
+    """
     return _measure(matrix, linalg.stable_rank)
 
 
 def effective_rank(matrix: Tensor) -> Measure:
-    r"""Effective rank :math:`\exp H(\sigma/\sum_i \sigma_i)`: 1 to the rank, 0 for a zero matrix.
+    r"""Compute the effective rank :math:`\exp H(\sigma/\sum_i \sigma_i)`: 1 to the rank; 0 for a zero matrix.
 
     Roy & Vetterli, "The effective rank", EUSIPCO 2007.
 
@@ -66,7 +70,7 @@ def effective_rank(matrix: Tensor) -> Measure:
 
 
 def spectrum(matrix: Tensor) -> Tensor:
-    """All min(E, D) singular values, the largest first, float64; nan where the matrix is not finite."""
+    """Compute all min(E, D) singular values, the largest first, in float64; nan if the matrix is not finite."""
     m = _exact(matrix)
     if not m.isfinite().all():
         return m.new_full((min(m.shape),), math.nan)
@@ -75,9 +79,9 @@ def spectrum(matrix: Tensor) -> Tensor:
 
 
 def row_cosine(matrix: Tensor) -> Measure:
-    """Mean of |cos| over all pairs of rows: 0 for orthogonal experts, 1 where all look along one line.
+    """Compute the mean of |cos| over all pairs of rows: 0 for orthogonal rows, 1 for parallel ones.
 
-    No data for fewer than two rows.
+    With fewer than two rows there is no data.
     """
 
     def mean(m: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ def row_cosine(matrix: Tensor) -> Measure:
 
 
 def row_cosines(matrix: Tensor) -> Tensor:
-    """Cosine of each pair of rows (E, E), float64; 0 for a row of zeros.
+    """Compute the cosine of each pair of rows (E, E), in float64; 0 for a row of zeros.
 
     >>> row_cosines(torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])).tolist()
     [[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
@@ -100,10 +104,10 @@ def row_cosines(matrix: Tensor) -> Tensor:
 
 
 def row_spread(matrix: Tensor) -> Measure:
-    r"""How far the rows are from being all the same: :math:`\|A - 1 \bar a^\top\|_F/\|A\|_F`, 0 to 1.
+    r"""Measure how much the rows differ from their mean: :math:`\|A - 1 \bar a^\top\|_F/\|A\|_F`, 0 to 1.
 
-    What all rows have in common adds the same to every logit: with a spread of 0 no token tells the experts apart. 0
-    for a zero matrix and for one without columns, no data for fewer than two rows.
+    What all rows have in common adds the same to every logit, so with a spread of 0 all experts get the same logits for
+    every token. It is 0 for a zero matrix and for one without columns. With fewer than two rows there is no data.
 
     >>> row_spread(torch.ones(4, 8)).value, row_spread(torch.eye(2)).value < 1
     (0.0, True)
@@ -115,17 +119,16 @@ def row_spread(matrix: Tensor) -> Measure:
 
 
 def jacobian_norm(layer: Watched, x: Tensor) -> Measure:
-    r"""Mean over tokens x (N, D) of the spectral norm of :math:`J = \partial p/\partial x`, p the normalised scores.
+    r"""Compute the mean over tokens x (N, D) of the spectral norm of :math:`J = \partial p/\partial x`.
 
-    How far the routing distribution turns for a unit step of the token, on the data rather than at worst.
-    Novak et al., arXiv 1802.08760, section 3, measure a network's sensitivity so; differs: the spectral norm.
+    p are the scores normalised to sum 1. The value says how much they change with a small step of the token, on data
+    and not in the worst case. Novak et al., arXiv 1802.08760, section 3, measure the sensitivity of a network like
+    this, with the Frobenius norm.
 
-    J is :math:`(\mathrm{diag}(d) - p\,d^\top) A`, A the layer's ``matrix``, if the layer shows itself to be a softmax
-    (d = p) or a sigmoid (:math:`d = p\,(1 - \sigma(s))`) of logits :math:`s = Ax + b`. Else it is differentiated, where
-    ``layer.route`` lets a gradient pass. Else there is no data.
-
-    The cost is E backward passes of the router: a few dozen tokens will do. Tokens in half precision are routed in
-    fp32.
+    If the layer behaves as a softmax (d = p) or a sigmoid (:math:`d = p\,(1 - \sigma(s))`) of logits
+    :math:`s = Ax + b`, A its ``matrix``, J is computed as :math:`(\mathrm{diag}(d) - p\,d^\top) A`. Otherwise it is
+    differentiated, if ``layer.route`` passes a gradient; else there is no data. That costs E backward passes of the
+    router, so take a few dozen tokens. Tokens in half precision are routed in fp32.
     """
     tokens = x.detach().to(precise := torch.promote_types(x.dtype, torch.float32))
     route = partial(layer.route, dtype=None if x.dtype == precise else precise)

@@ -1,7 +1,7 @@
-"""Load metrics: pure functions of one layer's load vector (E,), the share of the load that each expert carries.
+"""Load metrics: functions of one layer's load (E,), each expert's share of the slots.
 
-All read ``Routing.load()``: of one batch, of several whose ``load_counts`` were added up, or of single sequences
-(``per_sequence``). An all-zero load (no token seen) has no metric: nan (all experts dead), never "balanced".
+They take ``Routing.load()`` of one batch, a load computed from added ``load_counts`` of several, or one of single
+sequences (``per_sequence``). For a load of zeros (no token was seen) they return nan, and count all experts as dead.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ __all__ = [
 ]
 
 DEAD_SHARE = 0.1
-"""An expert is dead when it carries less than this share of an even load."""
+"""An expert is dead if it has less than this share of an even load."""
 
 
 def max_vio(load: Tensor) -> float:
-    """MaxVio: largest load over the mean load, minus 1; 0 is even, E - 1 is collapse (arXiv 2408.15664).
+    """Compute MaxVio, the largest load over the mean load, minus 1 (arXiv 2408.15664).
+
+    It is 0 for an even load, and E/K - 1 if top-K routing has collapsed onto K experts.
 
     >>> max_vio(torch.tensor([0.5, 0.25, 0.25, 0.0]))
     1.0
@@ -40,22 +42,23 @@ def max_vio(load: Tensor) -> float:
 
 
 def load_imbalance(record: Record, *, physical: bool = False) -> float:
-    r"""Load imbalance score (LIS) of one call of a layer: MaxVio + 1 of what computes.
+    r"""Compute the load imbalance score (LIS) of one call of a layer, which is MaxVio + 1.
 
     .. math:: \mathrm{LIS} = \frac{E \max_j n_j}{\sum_j n_j}
 
-    1 is even, E is collapse. Zero experts, which compute nothing, and their slots do not count. Of several calls take
-    the mean: their summed load hides what single batches do. As in R&Q, arXiv 2602.19938, where
-    :math:`\sum_j n_j = N K`.
+    n_j is the number of slots of expert j. The score is 1 for an even load and E/K for a collapse onto K experts. Zero
+    experts and their slots do not count. For several calls take the mean, because their summed load hides how uneven
+    single batches are. R&Q, arXiv 2602.19938, where :math:`\sum_j n_j = N K`.
 
     Args:
-        physical: count the places of the bank instead of the experts of the router, so that replicas share a load.
+        physical: whether places of the bank are counted instead of experts of the router, so that the replicas of an
+            expert share its load.
 
     Returns:
-        nan where no slot is filled.
+        The score; nan if no slot is filled.
 
     Raises:
-        UserError: soft routing, where every expert serves every token.
+        UserError: routing is soft, so every expert serves every token.
 
     >>> from spectralmoe import FeedForward, LinearScorer, Placement, Router, TopK, record
     >>> router = Router(LinearScorer(4, 2), TopK(1))
@@ -68,7 +71,9 @@ def load_imbalance(record: Record, *, physical: bool = False) -> float:
     """
     routing, layer = record.routing, record.layer
     if routing.soft:
-        raise UserError(f"load_imbalance: every token of layer {record.name!r} uses every expert, so none is busier")
+        raise UserError(
+            f"load_imbalance: every token of layer {record.name!r} uses every expert, so none is busier; use TopK(k)"
+        )
     placement, counts = getattr(layer, "placement", None), routing.counts()
     if physical and placement is not None:
         counts = count_slots(placement(routing).indices, placement.num_places)
@@ -78,7 +83,7 @@ def load_imbalance(record: Record, *, physical: bool = False) -> float:
 
 
 def gini(load: Tensor) -> float:
-    """Gini coefficient: 0 is even, (E - 1)/E is collapse.
+    """Compute the Gini coefficient of the load: 0 is even, 1 - K/E is a collapse of top-K routing onto K experts.
 
     >>> gini(torch.tensor([0.0, 0.0, 0.0, 1.0]))
     0.75
@@ -90,7 +95,7 @@ def gini(load: Tensor) -> float:
 
 
 def dead_experts(load: Tensor) -> int:
-    """How many experts carry less than ``DEAD_SHARE`` of an even load.
+    """Count the experts that have less than ``DEAD_SHARE`` of an even load.
 
     >>> dead_experts(torch.tensor([0.5, 0.49, 0.01, 0.0]))
     2
@@ -99,26 +104,26 @@ def dead_experts(load: Tensor) -> int:
 
 
 def min_share(load: Tensor) -> float:
-    """The smallest share that an expert carries (1/E is even)."""
+    """Return the smallest share of the load that an expert has; 1/E is even."""
     return float(load.min()) if load.sum() else float("nan")
 
 
 def max_share(load: Tensor) -> float:
-    """The largest share that an expert carries: 1/E is even, 1/K is collapse of a top-K router."""
+    """Return the largest share of the load that an expert has: 1/E is even, 1/K is a collapse of top-K routing."""
     return float(load.max()) if load.sum() else float("nan")
 
 
 def concentration(load: Tensor, k: int) -> float:
-    r"""How far the load has gone to the K busiest experts: 0 is even, 1 is collapse onto K experts.
+    r"""Measure how far the load is concentrated on the K busiest experts: 0 is even, 1 is a collapse onto K experts.
 
     .. math::
         \frac{\sum_{i \le K} f_{(i)} - K/E}{1 - K/E}, \qquad f_{(1)} \ge f_{(2)} \ge \dots
 
     Args:
-        k: experts a token. An expert can serve a token once, so top-K routing cannot collapse further than onto K.
+        k: experts a token. Top-K routing cannot collapse onto fewer than K experts, as each serves a token once.
 
     Returns:
-        nan also where there is nothing to choose: k >= E, k < 1.
+        The concentration; nan for a load of zeros, for k >= E and for k < 1.
 
     >>> concentration(torch.tensor([0.5, 0.5, 0.0, 0.0]), 2), concentration(torch.full((4,), 0.25), 2)
     (1.0, 0.0)
@@ -130,10 +135,10 @@ def concentration(load: Tensor, k: int) -> float:
 
 
 def per_sequence(routing: Routing) -> Tensor:
-    """``Routing.load_counts`` of each sequence by itself: (B, E) int64; (0, E) where the tokens came in none.
+    """Return ``Routing.load_counts`` of each sequence by itself: (B, E) int64; (0, E) if there are no sequences.
 
-    The first of the leading dimensions (B, ...) counts the sequences. ``max_vio`` of a row is the MaxVio of one
-    sequence, which a balance over the whole batch hides.
+    B is the first of the tokens' leading dimensions (B, ...). ``max_vio`` of a row is the MaxVio of one sequence, which
+    may be uneven even if the whole batch is even.
 
     >>> indices = torch.tensor([[0], [0], [1], [0]])
     >>> logits = torch.zeros(4, 2)

@@ -1,4 +1,4 @@
-"""How far the output of a processor moves when its input moves by at most r: a bound around each token.
+"""Bounds how far the output of some layers moves if their input moves by at most r, for each token by itself.
 
 Hein & Andriushchenko, "Formal Guarantees on the Robustness of a Classifier against Adversarial Manipulation",
 arXiv 1705.08475, section 2: Lipschitz constants that hold in a ball around the token alone are far smaller than global
@@ -22,17 +22,17 @@ from spectralmoe.torch_private import has_forward_hooks
 __all__ = ["Travel", "travel_bound"]
 
 Travel = Callable[[Tensor], Tensor]
-"""Radius (N,) of a ball around each token -> distance (N,) from the ball's centre that its image does not leave."""
+"""A function from the radius (N,) of a ball around each token to a bound (N,) on how far the output moves in it."""
 
 
 @torch.no_grad()
 def travel_bound(processor: nn.Sequential, x: Tensor, precision: torch.dtype = torch.float64) -> tuple[Tensor, Travel]:
-    r"""``processor(x)`` (N, D') and the bound :math:`\rho(r) \ge \max_{\|d\| \le r} \|\hat f(x + d) - f(x)\|`.
+    r"""Return ``processor(x)`` (N, D') and a bound :math:`\rho(r) \ge \max_{\|d\| \le r} \|\hat f(x + d) - f(x)\|`.
 
-    :math:`\hat f` is f computed in ``precision``: at each layer what its own rounding may add is added
-    (``scorers.base.gamma``).
+    f is the processor, and :math:`\hat f` is f computed in ``precision``: the rounding error of each layer is added to
+    its bound (``scorers.base.gamma``).
 
-    The bounds of the layers, each at its own input u with the radius r that reaches it, are chained:
+    The bounds of the layers are chained. Each holds at the layer's input u, for the radius r that arrives there:
 
     - Linear: :math:`\sigma_1(W)\,r`; before a ReLU of the rows alone that may be active in the ball,
       :math:`w_j u + b_j + \|w_j\| r > 0`; ReLU: r.
@@ -42,8 +42,8 @@ def travel_bound(processor: nn.Sequential, x: Tensor, precision: torch.dtype = t
     - BatchNorm1d in evaluation: its largest factor times r.
 
     Raises:
-        UserError: a layer of another kind, subclasses of these included; one with forward hooks; BatchNorm1d in
-            training.
+        UserError: a layer is of another kind, or a subclass of one of these; it has forward hooks; or BatchNorm1d is in
+            training mode.
 
     >>> z, rho = travel_bound(nn.Sequential(nn.Identity(), nn.ReLU()), torch.tensor([[1.0, -2.0]]))
     >>> z.tolist(), rho(torch.tensor([0.5])).tolist()

@@ -1,4 +1,4 @@
-"""A value and how much data it rests on."""
+"""Measure: a measured value that says on how much data it rests."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 __all__ = ["TOKENS", "Measure", "mean_of"]
 
 TOKENS = 64
-"""Shares of tokens are judged from this many tokens on."""
+"""A share of tokens needs at least this many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A number with the amount of data behind it; without enough data it has no value.
+    """A number with the amount of data that it rests on; without enough data it has no value.
 
     Attributes:
-        value: the number; None where there is no data.
-        data: how many things it rests on.
-        unit: what they are: "tokens", "slots", "pairs", "weights", ...
-        needs: how many it takes to say anything.
+        value: the number; None if there is not enough data.
+        data: the amount of data.
+        unit: what the data are: "tokens", "slots", "pairs", "weights", ...
+        needs: the least amount of data for a value.
 
     >>> str(Measure.of(0.25, 4096)), str(Measure.of(0.25, 12, needs=64))
     ('0.25 (4096 tokens)', 'no data (12 of 64 tokens)')
@@ -36,7 +36,7 @@ class Measure:
 
     @classmethod
     def of(cls, value: float | Tensor, data: int | Tensor, unit: str = "tokens", needs: int = 1) -> Measure:
-        """``value`` if it is finite and rests on at least ``needs`` things, else no data."""
+        """Make a measure; it has no value if ``value`` is not finite or ``data`` is less than ``needs``."""
         number, amount = float(value), int(data)
         return cls(number if math.isfinite(number) and amount >= needs else None, amount, unit, needs)
 
@@ -46,11 +46,11 @@ class Measure:
         return self.value is not None
 
     def at_least(self, threshold: float) -> bool:
-        """Whether the value is known and reaches ``threshold``."""
+        """Return whether there is a value and it reaches ``threshold``."""
         return self.value is not None and self.value >= threshold
 
     def as_json(self) -> dict[str, Any]:
-        """``{"value": ..., "data": ..., "unit": ...}``; value None and ``needs`` where there is no data."""
+        """Return ``{"value": ..., "data": ..., "unit": ...}``, with ``"needs"`` if there is no value."""
         fields: dict[str, Any] = {"value": self.value, "data": self.data, "unit": self.unit}
         return fields if self.known else {**fields, "needs": self.needs}
 
@@ -63,5 +63,5 @@ class Measure:
 
 
 def mean_of(values: Sequence[float]) -> float | None:
-    """The mean of some numbers; None without any."""
+    """Return the mean of some numbers; None if there are none."""
     return sum(values) / len(values) if values else None

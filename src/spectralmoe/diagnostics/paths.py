@@ -1,4 +1,4 @@
-"""Paths of tokens through the experts: which serve the same token, in one layer and from one layer to the next."""
+"""Paths of tokens: which experts serve the same token, in one layer and from one layer to another."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from spectralmoe.routing import EMPTY, Routing, count_slots
 __all__ = ["CELL_TOKENS", "co_activation", "joint_counts", "mutual_information"]
 
 CELL_TOKENS = 5
-"""A joint table is read when it holds this many times as many tokens as occupied cells."""
+"""A joint table needs this many tokens for each occupied cell."""
 
 _CHUNK = 2**16
 
 
 def joint_counts(a: Routing, b: Routing) -> Tensor:
-    """How many tokens went from each expert of one layer to each of another: (E_a, E_b) int64.
+    """Count the tokens that went from each expert of one layer to each expert of another: (E_a, E_b) int64.
 
-    A token counts for the expert with its largest weight; one without an expert in either layer is skipped. Counts of
-    several batches may be added up. The counts behind the inter-layer affinity of Yao et al., "ExFlow", arXiv
-    2401.08383.
+    A token counts for the expert with its largest weight; a token without an expert in one of the layers is skipped.
+    Counts of several batches can be added up. Yao et al., "ExFlow", arXiv 2401.08383, compute their inter-layer
+    affinity from such counts.
 
     Raises:
-        UserError: the routings are of other numbers of tokens.
+        UserError: the routings differ in their number of tokens.
 
     >>> logits, weights = torch.zeros(3, 2), torch.ones(3, 1)
     >>> a = Routing(logits, weights, torch.tensor([[0], [0], [1]]), logits)
@@ -44,19 +44,19 @@ def joint_counts(a: Routing, b: Routing) -> Tensor:
 
 
 def mutual_information(joint: Tensor, *, unit: str = "tokens") -> Measure:
-    r"""How much one side of a table of counts (A, B) tells about the other: 0 nothing, 1 all that it could.
+    r"""Measure how much one side of a table of counts (A, B) tells about the other: 0 is nothing, 1 the most possible.
 
     .. math::
         \frac{I}{\min(H_A, H_B)}, \qquad I = H_A + H_B - H_{AB}, \qquad H = \hat H + \frac{m - 1}{2n}
 
-    in nats, :math:`\hat H` the entropy of the n counts' shares and m the number of occupied cells: the bias correction
-    of Miller, "Note on the bias of information estimates" (1955), without which independent sides have an I of about
-    (A - 1)(B - 1)/2n. Clipped at 0. It takes the tokens for independent draws, and does not know of cells that are
-    empty by chance: loads with a long tail leave some of the bias (0.07 for 5,000 tokens in two independent layers of
-    128 experts with shares :math:`\propto i^{-1.5}`).
+    I and H are in nats. :math:`\hat H` is the entropy of the shares of n counts in m occupied cells, and the second
+    term is the bias correction of Miller, "Note on the bias of information estimates" (1955); without it, independent
+    sides would have an I of about (A - 1)(B - 1)/2n. A negative I counts as 0. The tokens are assumed to be independent
+    draws. The correction misses cells that are empty by chance, so loads with a long tail keep some bias (0.07 for
+    5,000 tokens in two independent layers of 128 experts with shares :math:`\propto i^{-1.5}`).
 
-    No data with fewer than ``CELL_TOKENS`` tokens for each occupied cell, where the correction fails, and where a side
-    always has the same value.
+    There is no data with fewer than ``CELL_TOKENS`` tokens for each occupied cell, where the correction fails, or if a
+    side always has the same value.
 
     >>> str(mutual_information(torch.tensor([[40, 0], [0, 60]]))), str(mutual_information(torch.tensor([[3, 1]])))
     ('1 (100 tokens)', 'no data (4 of 10 tokens)')
@@ -68,10 +68,10 @@ def mutual_information(joint: Tensor, *, unit: str = "tokens") -> Measure:
 
 
 def co_activation(routing: Routing) -> Tensor:
-    """How many tokens each two experts serve together: (E, E) int64, symmetric; the diagonal counts an expert's tokens.
+    """Count the tokens that two experts serve together: (E, E) int64, with each expert's tokens on the diagonal.
 
-    Muennighoff et al., "OLMoE", arXiv 2409.02060, section 5.2, divide each row by its diagonal. Soft routing has every
-    expert serve every token.
+    Muennighoff et al., "OLMoE", arXiv 2409.02060, section 5.2, divide each row by its diagonal. In soft routing every
+    expert serves every token.
 
     >>> logits = torch.zeros(2, 3)
     >>> co_activation(Routing(logits, torch.ones(2, 2), torch.tensor([[0, 1], [1, 2]]), logits)).tolist()

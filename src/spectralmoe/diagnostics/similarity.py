@@ -1,8 +1,8 @@
-"""How alike the experts of a layer are: their outputs on shared tokens, and their weights.
+"""Similarity of the experts of a layer: of their outputs for the same tokens, and of their weights.
 
-Shared tokens means all of them through every expert, whichever the router would choose (``expert_outputs``): outputs
-(E, N, D). Each likeness is a matrix (E, E), nan where there is too little data; ``mean_offdiagonal`` makes it a number,
-``duplicates`` a list of copies.
+``expert_outputs`` runs all tokens through every expert, whichever the router would choose: outputs (E, N, D). Each
+similarity is a matrix (E, E), nan where there is too little data. ``mean_offdiagonal`` makes a number of it,
+``duplicates`` a list of pairs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 CKA_TOKENS = 16
-"""Fewer tokens have no CKA: for unlike experts it scatters by about sqrt(2)/N around 0."""
+"""The least number N of tokens for a CKA; for unlike experts it scatters by about sqrt(2)/N around 0."""
 
 _BLOCK = 2**22
 _RELATIVE = 1e-12
@@ -41,13 +41,14 @@ _RELATIVE = 1e-12
 
 @torch.no_grad()
 def expert_outputs(layer: Watched, x: Tensor, among: Sequence[int] | None = None) -> Tensor:
-    """All tokens x (N, D) through each expert: (E, N, D), at least fp32.
+    """Run all tokens x (N, D) through each expert: (E, N, D), in fp32 or float64.
 
     Args:
-        among: the experts to run, in this order; None: all.
+        layer: a layer of an open ``watch``.
+        among: the experts to run, in this order; None runs all.
 
     Raises:
-        UserError: ``among`` names an expert that is not there.
+        UserError: ``among`` names an expert that does not exist.
     """
     chosen = _chosen("expert_outputs", among, layer.num_experts)
     outputs = [layer.expert(x, e) for e in chosen]
@@ -56,10 +57,14 @@ def expert_outputs(layer: Watched, x: Tensor, among: Sequence[int] | None = None
 
 
 def cosine_matrix(outputs: Tensor) -> Tensor:
-    r"""Mean over tokens of the squared cosine of two experts' outputs (E, N, D): (E, E) float64.
+    r"""Compute the mean over tokens of the squared cosine of two experts' outputs (E, N, D): (E, E) float64.
 
-    :math:`\frac1N \sum_t \cos^2(y_{it}, y_{jt})`. 1: they write along one line; independent random outputs give about
-    1/D. A token that an expert maps to zero counts as 0. nan without tokens.
+    It is :math:`\frac1N \sum_t \cos^2(y_{it}, y_{jt})`: 1 if the outputs are parallel for every token, about 1/D for
+    independent random outputs. A token that an expert maps to zero counts as 0. Without tokens it is nan.
+
+    >>> y = torch.tensor([[[1.0, 0.0]], [[-2.0, 0.0]], [[0.0, 3.0]]])  # three experts, one token
+    >>> cosine_matrix(y)[0].tolist()
+    [1.0, 1.0, 0.0]
     """
     precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     rows = F.normalize(over_largest(precise, 2).transpose(0, 1), dim=-1)
@@ -67,11 +72,11 @@ def cosine_matrix(outputs: Tensor) -> Tensor:
 
 
 def centred_cosines(outputs: Tensor) -> Tensor:
-    r"""``cosine_matrix`` of outputs (E, N, D) less each expert's mean over the tokens: (E, E) float64.
+    r"""Compute ``cosine_matrix`` of the outputs (E, N, D) minus each expert's mean over the tokens: (E, E) float64.
 
-    :math:`\frac1N \sum_t \cos^2(y_{it} - \bar y_i,\; y_{jt} - \bar y_j)`. Experts that add the same vector to every
-    token are alike without the centring; here they are alike only if they answer alike to what differs between tokens.
-    An expert whose output is the same for every token counts as 0.
+    It is :math:`\frac1N \sum_t \cos^2(y_{it} - \bar y_i,\; y_{jt} - \bar y_j)`. Two experts that add the same vector to
+    every token are alike in ``cosine_matrix``; here only what differs between tokens counts. An expert whose output is
+    the same for every token counts as 0.
 
     >>> y = torch.randn(2, 50, 8)
     >>> raw, centred = (f(y + 100)[0, 1].item() for f in (cosine_matrix, centred_cosines))
@@ -85,18 +90,19 @@ def centred_cosines(outputs: Tensor) -> Tensor:
 
 
 def linear_cka(outputs: Tensor, *, unbiased: bool = True) -> Tensor:
-    r"""Linear centred kernel alignment of two experts' outputs (E, N, D): (E, E) float64.
+    r"""Compute the linear centred kernel alignment (CKA) of two experts' outputs (E, N, D): (E, E) float64.
 
     .. math::
         \frac{\langle \tilde K_i, \tilde K_j\rangle}{\|\tilde K_i\|\,\|\tilde K_j\|}, \qquad K_i = Y_i Y_i^\top
 
-    1 for outputs that are equal up to a shift, a rotation and a scale. Kornblith et al., arXiv 1905.00414, section 3,
-    with rows and columns of K centred: close to 1 for *any* outputs of fewer tokens than their width. By default
-    centred so that the inner product is the unbiased HSIC of Song et al., "Feature Selection via Dependence
-    Maximization", JMLR 13 (2012), equation 5: about 0 for unlike experts whatever N, at times a little below.
+    It is 1 for outputs that are equal up to a shift, a rotation and a scale. Kornblith et al., arXiv 1905.00414,
+    section 3, centre the rows and columns of K (``unbiased=False``); that is close to 1 for *any* outputs if there are
+    fewer tokens than the width. By default K is centred so that the inner product is the unbiased HSIC of Song et al.,
+    "Feature Selection via Dependence Maximization", JMLR 13 (2012), equation 5; that is about 0 for unlike experts
+    whatever N, and may be a little below.
 
-    nan with fewer than ``CKA_TOKENS`` tokens, and for an expert whose output is the same for every token. The Gram
-    matrices take E N^2 numbers.
+    It is nan with fewer than ``CKA_TOKENS`` tokens, and for an expert whose output is the same for every token. The
+    Gram matrices take E N^2 numbers of memory.
 
     >>> y = torch.randn(1, 32, 8)
     >>> turned = y @ torch.linalg.qr(torch.randn(8, 8))[0]
@@ -122,12 +128,15 @@ def linear_cka(outputs: Tensor, *, unbiased: bool = True) -> Tensor:
 
 
 def subspace_overlap(outputs: Tensor, rank: int) -> Tensor:
-    r"""Overlap of the subspaces that two experts' outputs (E, N, D) fill most: (E, E) float64, 0 to 1.
+    r"""Compute the overlap of the leading subspaces of two experts' outputs (E, N, D): (E, E) float64, 0 to 1.
 
-    :math:`\|V_i^\top V_j\|_F^2/r`, V (D, r) the top right singular vectors of an expert's outputs, not centred.
-    1: the same subspace; random subspaces give about r/D. Hu et al., "LoRA", arXiv 2106.09685, section 7.2.
+    It is :math:`\|V_i^\top V_j\|_F^2/r`, with V (D, r) the leading right singular vectors of an expert's outputs, not
+    centred: 1 for the same subspace, about r/D for random ones. Hu et al., "LoRA", arXiv 2106.09685, section 7.2.
 
-    nan for an expert whose outputs (fewer than r tokens, say) do not span r directions or are not finite.
+    It is nan for an expert whose outputs do not span r directions, as with fewer than r tokens, or are not finite.
+
+    Args:
+        rank: r.
 
     Raises:
         UserError: rank < 1.
@@ -151,9 +160,10 @@ def subspace_overlap(outputs: Tensor, rank: int) -> Tensor:
 
 
 def weight_cosine(weights: Tensor) -> Tensor:
-    """Cosine of two experts' weights (E, P): (E, E) float64, summed up in blocks; nan for an expert without weight.
+    """Compute the cosine of two experts' weights (E, P): (E, E) float64; nan for an expert whose weights are all 0.
 
-    Blind to a permutation of hidden units: a low value does not say that two experts differ.
+    The same network with its hidden units in another order gets a low cosine, so a low value does not show that two
+    experts differ.
     """
     gram = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
     largest = largest_entry(weights.detach(), 1).double()
@@ -164,13 +174,13 @@ def weight_cosine(weights: Tensor) -> Tensor:
 
 
 def gram_cosine(gram: Tensor) -> Tensor:
-    """Cosines from the inner products (E, E) of E vectors; nan for a vector of zeros."""
+    """Compute the cosines of E vectors by their inner products (E, E); nan for a vector of zeros."""
     norm = gram.diagonal().sqrt()
     return _ratio(gram, torch.where(norm > 0, norm, math.nan))
 
 
 def mean_offdiagonal(matrix: Tensor) -> Measure:
-    """Mean of a symmetric likeness (E, E) over the pairs of two experts that have one; counts the pairs.
+    """Compute the mean of a similarity (E, E) over the pairs of different experts for which it is finite.
 
     >>> str(mean_offdiagonal(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))), str(mean_offdiagonal(torch.eye(1)))
     ('0.5 (1 pairs)', 'no data (0 of 1 pairs)')
@@ -181,7 +191,7 @@ def mean_offdiagonal(matrix: Tensor) -> Measure:
 
 
 def duplicates(matrix: Tensor, threshold: float) -> list[tuple[int, int]]:
-    """The pairs i < j whose likeness in (E, E) reaches ``threshold``, in order.
+    """Return the pairs i < j whose similarity in (E, E) reaches ``threshold``, in order.
 
     >>> duplicates(torch.tensor([[1.0, 0.2, 0.99], [0.2, 1.0, 0.1], [0.99, 0.1, 1.0]]), 0.98)
     [(0, 2)]

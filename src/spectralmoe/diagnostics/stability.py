@@ -1,8 +1,7 @@
-"""How firm a router's choice is: under noise, between precisions or checkpoints, and how near a tie.
+"""Stability of a router's choice: under noise, between precisions or checkpoints, and near ties.
 
-A choice is the *set* of experts of a token. Tokens without all their experts (padding, or slots that a capacity
-emptied) are left out: what they chose is not known. Soft routing always chooses everything: it never changes and has
-no margin.
+A choice is the *set* of experts of a token. Padding, and tokens of which a capacity emptied a slot, are left out,
+because their choice is not known. The choice of soft routing never changes and has no margin.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ _ROUNDING = 0.01
 
 
 def changed_between(a: Routing, b: Routing, needs: int = 1) -> Measure:
-    """Share of tokens whose set of experts differs between two routings of the same tokens.
+    """Compute the share of tokens whose set of experts differs between two routings of the same tokens.
 
-    Of two checkpoints, two precisions, two runs. 1 minus the "router saturation" of Muennighoff et al., "OLMoE", arXiv
-    2409.02060, section 5.1, for one expert a token; differs: a token counts as changed when any of its experts does.
-    Tokens with logits that are not finite are left out: they have no choice.
+    The routings may come from two checkpoints, precisions or runs. For one expert a token this is 1 minus the "router
+    saturation" of Muennighoff et al., "OLMoE", arXiv 2409.02060, section 5.1; differs: a token counts as changed if any
+    of its experts does. Tokens with logits that are not finite are left out.
 
     Args:
-        needs: how many tokens it takes to say anything.
+        needs: the least number of tokens for a value.
 
     Raises:
-        UserError: the routings are of other numbers of tokens or experts.
+        UserError: the routings differ in their number of tokens or experts.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
     >>> a = Routing(logits, torch.ones(2, 2), torch.tensor([[0, 1], [1, 2]]), logits.softmax(-1))
@@ -59,14 +58,18 @@ def changed_between(a: Routing, b: Routing, needs: int = 1) -> Measure:
 
 @torch.no_grad()
 def noise_flips(layer: Watched, x: Tensor, noise: float = 0.05, seed: int = 0) -> Measure:
-    r"""Share of tokens whose choice changes for :math:`x + \nu\,\|x\|\,u`, u uniform on the sphere; of 64 or more.
+    r"""Compute the share of tokens whose choice changes under noise, :math:`x + \nu\,\|x\|\,u`.
+
+    u is uniform on the unit sphere. The measure needs at least 64 tokens.
 
     Args:
-        x: tokens (N, D); those in half precision are routed in fp32, so that rounding takes no part.
-        noise: nu, the length of the step in units of the token's own norm.
+        layer: a layer of an open ``watch``.
+        x: tokens (N, D); those in half precision are routed in fp32, so that rounding has no effect.
+        noise: nu, the length of the step in units of the token's norm.
+        seed: the seed of the noise.
 
     Raises:
-        UserError: a negative noise.
+        UserError: the noise is negative.
     """
     moved, dtype = _moved(x, noise, seed), _fp32_if_half(x)
     if not len(x):
@@ -76,9 +79,10 @@ def noise_flips(layer: Watched, x: Tensor, noise: float = 0.05, seed: int = 0) -
 
 @torch.no_grad()
 def precision_flips(layer: Watched, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Measure:
-    """Share of tokens x (N, D), 64 or more, whose choice in ``dtype`` is not that in fp32 (float64 stays).
+    """Compute the share of tokens x (N, D) whose choice in ``dtype`` differs from that in fp32 (float64 if x is).
 
-    A model that was loaded in half precision is taken as loaded: what rounding its weights did is not seen.
+    It needs at least 64 tokens. If a model was loaded in half precision, the effect of rounding its weights is not
+    seen.
     """
     if not len(x):
         return Measure.of(math.nan, 0, needs=TOKENS)
@@ -88,9 +92,13 @@ def precision_flips(layer: Watched, x: Tensor, dtype: torch.dtype = torch.bfloat
 
 @torch.no_grad()
 def sound_flips(experts: int, top_k: int | None, width: int, tokens: int, seed: int = 0) -> Measure:
-    r"""``precision_flips`` of a sound router: what bf16 alone does with this many experts and tokens.
+    r"""Compute ``precision_flips`` in bf16 for a random linear router of the same size, to compare a router with.
 
-    Linear, its rows drawn from :math:`N(0, I/D)`, its tokens from :math:`N(0, I)`. No data without a K below E.
+    Its rows are drawn from :math:`N(0, I/D)`, its tokens from :math:`N(0, I)`. Without a K below E there is no data.
+
+    Args:
+        experts, top_k, width, tokens: E, K, D and N.
+        seed: the seed of the draws.
 
     >>> sound_flips(8, 2, 64, 2048).value < 0.01 < sound_flips(256, 8, 64, 2048).value
     True
@@ -105,19 +113,18 @@ def sound_flips(experts: int, top_k: int | None, width: int, tokens: int, seed: 
 
 
 def margins(routing: Routing) -> Tensor:
-    r"""Relative gap of the selection scores at the edge of the choice: (N,), precise as the scores.
+    r"""Compute the relative gap between the last expert chosen and the best one left out: (N,).
 
     .. math::
         \frac{s_{(k)} - s_{(k+1)}}{|s_{(k)}|}
 
-    s_(k) the worst chosen and s_(k+1) the best expert left out: 0 is a tie. For softmax scores this is
-    :math:`1 - e^{-\Delta}` with the gap :math:`\Delta` of the logits, and so it is taken where the scores are the
-    sigmoid of the logits and no more: there a large logit is no tie. With a selection bias it is one: the bias is
-    added to scores that fp32 has rounded to 1.
+    s are the scores that the selector chooses by; 0 is a tie. For softmax scores this is :math:`1 - e^{-\Delta}` with
+    the gap :math:`\Delta` of the logits. The same formula is used for plain sigmoid scores, of which fp32 rounds large
+    ones to 1; with a selection bias these are real ties, because the bias is added to the rounded scores.
 
-    nan for a token that lost a slot, has no expert, or has them all, and where s_(k) underflowed. nan for all when the
-    scores contradict the choice of one by more than 1% (rounding to bf16 is 0.4%; such a small gap counts as a tie):
-    then the choice was not made from them alone, but with a selection bias that they do not hold (``Balanced``), with
+    It is nan for a token that lost a slot, has no expert or all of them, or whose s_(k) underflowed. It is nan for all
+    tokens if the scores contradict a choice by more than 1% (rounding to bf16 is 0.4%; such a small gap counts as a
+    tie): then the choice was not made by these scores alone, but with a selection bias that they do not hold, with
     noise, or by the experts.
 
     >>> logits = torch.tensor([[0.5, 0.4, 0.1], [0.2, 0.2, 0.6]]).log()
@@ -137,9 +144,10 @@ def margins(routing: Routing) -> Tensor:
 
 
 def near_ties(routing: Routing, within: float = 0.01) -> Measure:
-    """Share of the tokens with a margin whose margin is at most ``within``: a hair decides which expert they get.
+    """Compute the share of tokens whose margin (``margins``) is at most ``within``.
 
-    No data for soft routing, and where the scores do not tell the choice (``margins``).
+    Only tokens that have a margin count. For soft routing, and if the choice was not made by the scores alone, there is
+    no data.
     """
     known = margins(routing)
     known = known[known.isfinite()]

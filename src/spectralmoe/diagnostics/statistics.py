@@ -1,4 +1,4 @@
-"""Sums over the routings of one layer, which add up over batches and ranks, and the measures they give."""
+"""Running sums over the routings of one layer, which can be added over batches and ranks, and measures of them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from spectralmoe.routing import Routing
 __all__ = ["NEAR", "SLOTS_AN_EXPERT", "LayerStatistics"]
 
 SLOTS_AN_EXPERT = 10
-"""A load is judged when an even one would give each expert this many slots: an even expert is then seen as dead
-(less than one slot) with a probability of e^-10."""
+"""A load needs this many slots for each expert; then an expert with an even load has none with probability e^-10."""
 
 NEAR = 0.01
-"""A choice is near a tie when the best expert left out scored within this share of the worst one chosen."""
+"""A choice is near a tie if the score of the best expert left out is within this share of the last one chosen."""
 
 _INTS = ("tokens", "judged", "ties", "asked", "filled", "batches", "sequences", "constant")
 _FLOATS = ("entropy", "margin", "batch_vio", "sequence_vio", "sequence_concentration")
 
 
 class LayerStatistics:
-    """Running sums of one layer; ``ints`` (int64) and ``sums`` (float64) may be added over ranks by an all-reduce.
+    """Running sums over the routings of one layer, and the measures that follow from them.
+
+    The tensors ``ints`` (int64) and ``sums`` (float64) can be added over ranks by an all-reduce.
 
     Args:
         num_experts: E.
-        top_k: K; None where it varies.
+        top_k: K; None if it varies.
+        device: the device of the sums.
 
     >>> from spectralmoe import LinearScorer, Router, TopK
     >>> from spectralmoe.diagnostics import max_vio
@@ -50,10 +52,10 @@ class LayerStatistics:
 
     @torch.no_grad()
     def add(self, routing: Routing, *, thorough: bool = True) -> None:
-        """Count one call; nothing waits for the device.
+        """Add one routing; the CPU does not wait for a GPU.
 
         Args:
-            thorough: look at margins and at single sequences as well, which costs more than the rest.
+            thorough: whether margins and single sequences are measured as well, which costs more than the rest.
         """
         e, mask = self.num_experts, routing.mask
         if not len(routing.logits):
@@ -75,73 +77,73 @@ class LayerStatistics:
             self._add_sequences(routing)
 
     def add_counts(self, slots: Tensor, **numbers: int) -> None:
-        """Add the slots of each expert (E,), and tokens, filled, asked, ..., that were counted elsewhere."""
+        """Add the slots of each expert (E,), and numbers of tokens and slots, that were counted elsewhere."""
         self.ints[: self.num_experts] += slots
         self._count(**numbers)
 
     def number(self, name: str) -> int:
-        """One of the counts: tokens, batches, sequences, asked, filled, ..."""
+        """Return one of the counts: "tokens", "batches", "sequences", "asked", "filled", ..."""
         return int(self.ints[self.num_experts + _INTS.index(name)])
 
     def counts(self) -> Tensor:
-        """Slots of each expert (E,) int64."""
+        """Return the slots of each expert (E,) int64."""
         return self.ints[: self.num_experts]
 
     def share(self) -> Tensor:
-        """Share of the load of each expert (E,) float64; 0 without data."""
+        """Return each expert's share of the load (E,) float64; 0 without data."""
         return self.counts().double() / self.counts().sum().clamp_min(1)
 
     def finite(self) -> bool:
-        """Whether all scores and weights were finite numbers; True without data."""
+        """Return whether all scores and weights were finite; True without data."""
         return bool(self.sums[: 2 * self.num_experts].isfinite().all())
 
     def of_share(self, value: Callable[[Tensor], float]) -> Measure:
-        """A function of the experts' shares of the load, judged from ``SLOTS_AN_EXPERT`` slots an expert on."""
+        """Measure a function of the load (E,); it needs ``SLOTS_AN_EXPERT`` slots for each expert."""
         return Measure.of(value(self.share()), self._slots(), "slots", SLOTS_AN_EXPERT * self.num_experts)
 
     def concentration(self) -> Measure:
-        """How far the K busiest experts take all slots (``concentration`` of the load)."""
+        """Measure how far the load is concentrated on the K busiest experts (``load.concentration``)."""
         return self.of_share(lambda share: concentration(share, self.top_k or 1))
 
     def dropped(self) -> Measure:
-        """Share of the slots asked for that stayed empty."""
+        """Measure the share of slots that a capacity emptied."""
         asked = self.number("asked")
         return Measure.of(1 - self.number("filled") / max(asked, 1), asked, "slots", TOKENS)
 
     def max_vio_batch(self) -> Measure:
-        """MaxVio of a batch, mean over the batches."""
+        """Measure the mean over the batches of MaxVio."""
         batches = self.number("batches")
         enough = self._slots() >= SLOTS_AN_EXPERT * self.num_experts
         return Measure.of(self._mean("batch_vio", batches), batches if enough else 0, "batches")
 
     def of_sequences(self, name: str) -> Measure:
-        """The mean over single sequences of "sequence_vio" or "sequence_concentration"."""
+        """Measure the mean over single sequences of "sequence_vio" (MaxVio) or "sequence_concentration"."""
         sequences = self.number("sequences")
         return Measure.of(self._mean(name, sequences), sequences, "sequences")
 
     def token_entropy(self) -> Measure:
-        """Entropy of a token's scores over log E, mean over tokens."""
+        """Measure the mean over tokens of the entropy of a token's scores, over log E."""
         return Measure.of(self._mean("entropy", self.number("tokens")), self._choosing(), needs=TOKENS)
 
     def mean_entropy(self) -> Measure:
-        """Entropy of the mean scores over log E."""
+        """Measure the entropy of the mean scores, over log E."""
         probs = self.sums[: self.num_experts]
         mean = probs / probs.sum().clamp_min(1e-300)
         entropy = float(-torch.xlogy(mean, mean).sum()) / math.log(max(self.num_experts, 2))
         return Measure.of(entropy, self._choosing(), needs=TOKENS)
 
     def near_tie(self) -> Measure:
-        """Share of the tokens whose margin is at most ``NEAR``."""
+        """Measure the share of tokens whose margin is at most ``NEAR``."""
         judged = self.number("judged")
         return Measure.of(self.number("ties") / max(judged, 1), judged, needs=TOKENS)
 
     def margin(self) -> Measure:
-        """Mean margin of the tokens that have one."""
+        """Measure the mean margin of the tokens that have one."""
         judged = self.number("judged")
         return Measure.of(self._mean("margin", judged), judged, needs=TOKENS)
 
     def weights(self) -> dict[str, Any]:
-        """Share of all combine weight that each expert carries, and whether every slot's weight is the constant 1."""
+        """Return each expert's share of all combine weights, and whether every combine weight is exactly 1."""
         carried, filled = self.sums[self.num_experts : 2 * self.num_experts], self.number("filled")
         share = carried / carried.sum().clamp_min(1e-300)
         constant = filled > 0 and self.number("constant") == filled

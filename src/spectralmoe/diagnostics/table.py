@@ -1,7 +1,6 @@
-"""The table of measured values: what the inspector, a checkpoint's inspection, the report and the docs are made from.
+"""The table of measured values, which ``spectralmoe inspect``, its report and ``spectralmoe list`` are made from.
 
-A value is a function of the ``Evidence`` about one layer. A new one is a line here: it is then in the JSON of
-``spectralmoe inspect``, on the page, in ``spectralmoe list`` and, once its row stands there, in docs/inspect.md.
+A value is a function of the ``Evidence`` about one layer. To add one, add a line here and a row in docs/inspect.md.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from spectralmoe.diagnostics.measure import Measure
 __all__ = ["FEWEST", "GROUPS", "NEEDS", "VALUES", "Group", "Need", "Value", "measured"]
 
 FEWEST = 8
-"""Outputs of experts are compared on this many tokens or more."""
+"""The least number of tokens on which outputs of experts are compared."""
 
 _JACOBIANS, _RANK = 32, 4
 
@@ -38,13 +37,13 @@ class Value:
     Attributes:
         group: the block of the inspection document that holds it.
         key: its name in that block.
-        title: its heading on the page.
+        title: its heading in the report.
         meaning: one phrase that says what it is.
-        needs: what it takes to measure it: the layer's weights, the slots that each expert got, routings of a run,
-            tokens to route again, outputs of all experts, gradients of the router, labels of the tokens.
-        fn: evidence -> measure.
-        better: "lower" or "higher" where one of them is.
-        column: its heading in the table that ``inspect`` prints; "" where that leaves it out.
+        needs: what it is computed from: the layer's "weights", the "counts" of slots, "routing" of a run, "tokens" to
+            route again, "outputs" of all experts, "gradients" of the router, or "labels" of the tokens.
+        fn: the function from the evidence to the measure.
+        better: "lower" or "higher", if one of them is better.
+        column: its heading in the table that ``inspect`` prints; "" leaves it out.
     """
 
     group: Group
@@ -155,13 +154,16 @@ _LINES = (
 # fmt: on
 
 VALUES = {value.name: value for value in _LINES}
-"""Every value by ``group.key``, in the order of documents and pages."""
+"""All values by ``group.key``, in the order in which they are shown."""
 
 
 def measured(evidence: Evidence, given: Collection[Need]) -> dict[str, dict[str, Any] | None]:
-    """All values by group, as JSON.
+    """Compute all values of a layer, by group, in a form for JSON.
 
-    A value whose need is not ``given`` has no data; a group of which nothing can be measured is None.
+    Args:
+        evidence: what is known of the layer.
+        given: what of it was really collected; a value that needs something else has no data, and a group without any
+            value is None.
     """
     blocks: dict[str, dict[str, Any] | None] = {}
     for group in GROUPS:

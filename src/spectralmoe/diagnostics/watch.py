@@ -1,7 +1,7 @@
-"""A watch on the MoE layers of any model, and on their calls in a run: all that the instruments see.
+"""Watches: a common view of the MoE layers of any model and of their calls, which all diagnostics of a run read.
 
-A model of this library is watched by ``watch``; a Hugging Face model by ``spectralmoe.hf.watch_transformers``,
-which gives the same two things: layers (``Watched``) and calls (``Seen``).
+``watch`` opens one on a model with layers of this library, ``spectralmoe.hf.watch_transformers`` one on a Hugging Face
+model. Both give layers (``Watched``) and their calls (``Seen``).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["Seen", "Watch", "Watched", "layer_number", "seen_of", "watch"]
 
 
 class Watched(ABC):
-    """One MoE layer of any model.
+    """One MoE layer of any model: it can route given tokens and run single experts.
 
     Attributes:
         name: the path of the layer's module.
-        number: the model's own layer number.
+        number: the layer number of the model.
         stack: "encoder" or "decoder" in a model with both, else "".
         num_experts: E.
-        top_k: K; None where the number of experts of a token varies.
+        top_k: K; None if the number of experts a token varies.
     """
 
     name: str
@@ -47,29 +47,29 @@ class Watched(ABC):
 
     @property
     def reroutes(self) -> bool:
-        """Whether ``route`` gives tokens what the model would give them, each by itself."""
+        """Whether ``route`` routes single tokens as the model would."""
         return True
 
     @property
     @abstractmethod
     def matrix(self) -> Tensor | None:
-        """The routing matrix (E, D), one row an expert; None where the scorer has none."""
+        """The routing matrix (E, D), one row for each expert; None if the scorer has none."""
 
     @abstractmethod
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
-        """Route tokens x (N, D) again, as in evaluation; with ``dtype``, by a copy of the router in that precision."""
+        """Route tokens x (N, D) as in evaluation mode; with ``dtype``, in that precision."""
 
     def raw_logits(self, x: Tensor) -> Tensor:
-        """The logits that the router itself returns for tokens x (N, D): (N, E)."""
+        """Return the logits (N, E) that the router itself returns for tokens x (N, D)."""
         return self.route(x).logits
 
     @abstractmethod
     def expert(self, x: Tensor, e: int) -> Tensor:
-        """Expert ``e`` applied to tokens x (N, D) -> (N, D), without combine weights."""
+        """Apply expert ``e`` to tokens x (N, D) -> (N, D), without combine weights."""
 
     @abstractmethod
     def expert_weights(self, e: int) -> Tensor:
-        """All weights of expert ``e`` as one vector, in the same order for every expert; empty where it has none."""
+        """Return all weights of expert ``e`` as one vector, in the same order for all experts; empty if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,10 @@ class Seen:
     """One call of one layer.
 
     Attributes:
-        layer: whose.
-        routing: what it decided itself, where another choice was replayed too. Its scores are what the choice was made
-            from, selection bias included; its shape is (B, S) where the tokens came in sequences; its mask is False
-            for padding.
-        tokens: what the router read (N, D); (0, D) where the watch was opened with ``tokens=False``.
+        layer: the layer.
+        routing: the router's own decision, also if another choice was replayed. Its scores are those that it chose by,
+            selection bias included; its shape is (B, S) if the tokens came in sequences; its mask is False for padding.
+        tokens: what the router read (N, D); (0, D) if the watch was opened with ``tokens=False``.
     """
 
     layer: Watched
@@ -90,21 +89,21 @@ class Seen:
 
 
 class Watch(ABC):
-    """An open watch on a model: its layers, and their calls since the last ``drain``.
+    """What ``watch`` gives: the MoE layers of a model, and their calls since the last ``drain``.
 
     Attributes:
-        layers: in the order of the forward.
+        layers: the layers, in the order of the forward.
     """
 
     layers: Sequence[Watched]
 
     @abstractmethod
     def drain(self) -> list[Seen]:
-        """The calls since the last drain, ordered by layer, then by call; recomputations are left out."""
+        """Return the calls since the last ``drain``, by layer and then by call, without recomputations."""
 
 
 class OwnLayer(Watched):
-    """An ``MoE`` of this library."""
+    """The view of an ``MoE`` of this library."""
 
     def __init__(self, name: str, number: int, layer: MoE) -> None:
         self.name, self.number, self.layer = name, number, layer
@@ -114,7 +113,7 @@ class OwnLayer(Watched):
 
     @property
     def reroutes(self) -> bool:
-        """Not where the router reads side information, which tokens alone do not have."""
+        """Whether tokens alone can be routed: not if the router reads side information."""
         return not any(part.reads for part in self.layer.router.modules() if isinstance(part, Part))
 
     @property
@@ -124,7 +123,7 @@ class OwnLayer(Watched):
         return None if rows is None else full(rows).detach()
 
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
-        """With gradient. A router of this library computes in fp32 in any model: ``dtype`` rounds the tokens alone."""
+        """Route x with gradient; ``dtype`` rounds the tokens alone, because routers of this library compute in fp32."""
         router = self.layer.router
         training, _ = router.training, router.eval()
         try:
@@ -134,12 +133,12 @@ class OwnLayer(Watched):
 
     @torch.no_grad()
     def expert(self, x: Tensor, e: int) -> Tensor:
-        """The output of the bank's definition of expert ``e``; 0 for a zero expert."""
+        """Apply expert ``e`` to x; 0 for a zero expert."""
         places = self.layer.places(e)
         return self.layer.experts.expert(x, places[0]) if places else torch.zeros_like(x)
 
     def expert_weights(self, e: int) -> Tensor:
-        """The expert's own parameters, by name."""
+        """Return the parameters of expert ``e``, in the order of their names."""
         places = self.layer.places(e)
         parameters = self.layer.experts.expert_parameters(places[0]) if places else {}
         return torch.cat(
@@ -148,7 +147,7 @@ class OwnLayer(Watched):
 
 
 class OwnRanks(OwnLayer):
-    """A ``RankExperts`` of this library, whose experts are ranks: expert ``e`` gives (N, O)."""
+    """The view of a ``RankExperts`` layer, whose experts are ranks: expert ``e`` returns (N, O)."""
 
     layer: RankExperts  # type: ignore[assignment]
 
@@ -158,11 +157,11 @@ class OwnRanks(OwnLayer):
 
     @torch.no_grad()
     def expert(self, x: Tensor, e: int) -> Tensor:
-        """What rank ``e`` adds with a gate of 1."""
+        """Return what rank ``e`` adds with the gate 1."""
         return self.layer.rank(x, e)
 
     def expert_weights(self, e: int) -> Tensor:
-        """The row and the column of rank ``e``."""
+        """Return the row and the column of rank ``e``."""
         return torch.cat([full(value).detach().float() for value in self.layer.rank_parameters(e).values()])
 
 
@@ -179,7 +178,7 @@ class _OwnWatch(Watch):
         self.tape = Tape(recorded, keep=("tokens",) if tokens else (), training_only=training_only)
 
     def drain(self) -> list[Seen]:
-        """See ``Watch``."""
+        """Return the calls since the last ``drain``."""
         layers = {layer.name: layer for layer in self.layers}
         records = [item for item in self.tape.drain() if item.name in layers]
         return [seen_of(item, layers[item.name], self.keeps_tokens) for item in records]
@@ -193,9 +192,10 @@ def _watched(name: str, number: int, layer: Recordable) -> Watched | None:
 
 
 def seen_of(item: Record, layer: Watched, tokens: bool) -> Seen:
-    """The call of ``layer`` that a tape recorded, with its tokens if they were kept.
+    """Make a ``Seen`` of one record of a tape, whose routing has the scores that the router chose by.
 
-    The routing has what the choice was made from as its scores: with the selection bias, where there is one.
+    Args:
+        tokens: whether the tokens were kept and shall be in it.
     """
     router = cast(Router, item.router)
     routing = replace(item.routing.unforced, score=router.selector.ranked(item.routing.logits.detach()))
@@ -213,11 +213,12 @@ def _tokens(item: Record, asked: bool) -> Tensor:
 
 @contextmanager
 def watch(model: nn.Module, *, tokens: bool = True, training_only: bool = False) -> Iterator[Watch]:
-    """Watch the MoE layers of a model of this library.
+    """Record the calls of the MoE layers of a model inside a ``with`` block, in the form that diagnostics read.
 
     Args:
-        tokens: keep what the routers read, which takes memory.
-        training_only: leave out the calls of layers that are in evaluation mode.
+        model: a model with layers of this library.
+        tokens: whether the tokens that the routers read are kept, which takes memory.
+        training_only: whether calls in evaluation mode are left out.
 
     Raises:
         UserError: the model holds no MoE layer.
@@ -240,7 +241,7 @@ def watch(model: nn.Module, *, tokens: bool = True, training_only: bool = False)
 
 
 def layer_number(name: str) -> int | None:
-    """The first number in the path of a module: the model's own layer number.
+    """Return the first number in the path of a module, which is the model's layer number; None if there is none.
 
     >>> layer_number("encoder.block.3.layer.1.mlp"), layer_number("mlp")
     (3, None)

@@ -1,4 +1,4 @@
-"""Dispatch: how tokens reach their experts. Three forms of one sum, equal in value and gradient."""
+"""A dispatch brings tokens to their experts and adds up the outputs; its three forms agree in value and gradient."""
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ DISPATCHES: dict[str, type[Dispatch]] = {"loop": Loop, "dense": Dense, "grouped"
 
 
 def pick_dispatch(routing: Routing, experts: Experts) -> Dispatch:
-    """The fastest form for this call: dense where every token uses every expert (K = E), else grouped.
+    """Return the fastest dispatch for this call, which ``dispatch="auto"`` uses.
 
-    A single token of a plain bank on a CPU (a decoding step, a correction) goes to its experts one after the other:
-    there is nothing to sort.
+    It is ``Dense`` if every token uses every expert (soft routing), and inside the transforms of ``torch.func``;
+    ``Loop`` for a single token of a plain ``FeedForward`` bank on a CPU, such as a decoding step, where there is
+    nothing to sort; and ``Grouped`` otherwise.
     """
     if routing.soft or transforming():
         return Dense()

@@ -1,4 +1,4 @@
-"""Dispatch: how tokens get to their experts and back."""
+"""The base class of dispatches, and the steps of the sorted form: sort the slots, run the experts, add up."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Dispatch", "Kept", "SortedSlots", "combine", "sort_slots", "spread"]
 
 @dataclass(frozen=True, slots=True)
 class SortedSlots:
-    """The slots of all tokens in expert order; slot s of the flat (N * K) list belongs to token s // K.
+    """The slots of all tokens, sorted by expert: flat slot s of the N * K slots belongs to token s // K.
 
     Attributes:
-        order: (M,) flat slot of each sorted row.
-        place: (N * K,) sorted row of each flat slot; M where the slot has no row.
-        counts: (E,) int64 rows of each expert, first expert first; on the host where the bank reads them there.
+        order: (M,) the flat slot of each sorted row.
+        place: (N * K,) the sorted row of each flat slot; M if the slot has no row.
+        counts: (E,) int64, the number of rows of each expert; on the CPU if the bank reads them there.
         slots: K.
-        full: every slot has a row, so M = N * K.
+        full: whether every slot has a row, so that M = N * K.
     """
 
     order: Tensor
@@ -37,37 +37,46 @@ class SortedSlots:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Tensors of one forward, sorted by expert, with the flat (token * K + slot) of each row."""
+    """The tensors of one forward that a tape asked for, with rows sorted by expert.
+
+    Attributes:
+        slots: which slot each row belongs to.
+        tensors: name -> (M, ...).
+    """
 
     slots: SortedSlots
     tensors: dict[str, Tensor]
 
     def only(self, names: tuple[str, ...]) -> Kept:
-        """The same with the named tensors alone."""
+        """Return a copy with the named tensors alone."""
         return Kept(self.slots, {name: self.tensors[name] for name in names if name in self.tensors})
 
     def filled(self, rows: Tensor) -> Tensor:
-        """``rows`` without those of empty slots, which a compiled forward leaves at the end."""
+        """Return ``rows`` without those of empty slots, which a compiled forward leaves at the end."""
         return rows[: int(self.slots.counts.sum())]
 
 
 class Dispatch:
-    """Sends rows x (N, *S), (N, D) for tokens, through the chosen experts and adds up their weighted outputs."""
+    """The base class of dispatches: ``dispatch(x, routing, experts)`` returns the weighted sum of the experts' outputs.
+
+    x is (N, D) for tokens, or (N, *S) for pixels and samples.
+    """
 
     of_machine = False
-    """Whether it belongs to the devices at hand, not to the model: a saved layer says "auto" in its place."""
+    """Whether the dispatch depends on the devices at hand; a saved layer then has "auto" in its place."""
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         raise NotImplementedError
 
     def keeping(self, x: Tensor, routing: Routing, experts: Experts, names: frozenset[str]) -> tuple[Tensor, Kept]:
-        """The same sum, step by step, with the tensors that the steps make.
+        """Return the same sum, and the tensors on the way that a tape asks for.
 
         Args:
-            names: what a tape asks for; "hidden" is made in a step of its own.
+            names: the names of these tensors, such as "input", "hidden" and "output".
 
         Raises:
-            UserError: the bank has no hidden activations; inside a transform of ``torch.func``.
+            UserError: "hidden" is asked for and the experts have no hidden layer; or it is called inside a transform of
+                ``torch.func``.
         """
         if transforming():
             raise UserError("record() cannot keep tensors inside a transform of torch.func; record without keep")
@@ -80,23 +89,22 @@ class Dispatch:
         return combine(answer, routing.weights.to(x.dtype), slots), Kept(slots, tensors)
 
     def answer(self, rows: Tensor, counts: Tensor, experts: Experts, *, hidden: bool) -> tuple[Answer, Tensor | None]:
-        """What the bank makes of rows (M, *S) sorted by expert, and with ``hidden`` its hidden activations.
+        """Run the bank on rows (M, *S) sorted by expert: its ``Answer``, and with ``hidden`` the hidden activations.
 
         Raises:
-            UserError: the bank has no hidden activations.
+            UserError: ``hidden`` is wanted and the experts have no hidden layer.
         """
         return answer_of(experts, rows, counts, hidden=hidden)
 
 
 def sort_slots(routing: Routing, num_experts: int, *, on_host: bool = False) -> SortedSlots:
-    """Sort the filled slots by expert, stably.
+    """Sort the filled slots by expert, in a stable order.
 
-    Under ``torch.compile`` the shapes stay static: slots without an expert are sorted to the end and kept. Else they
-    are cut off, for which the host waits for a device, and which saves the memory and work of N * K - M rows. Where the
-    router says that all slots are filled, and knows no zero experts, nobody waits.
+    Empty slots are cut off, for which the CPU waits for a GPU, unless the router says that all slots are filled and has
+    no zero experts. Under ``torch.compile`` they stay at the end, so that shapes are static.
 
     Args:
-        on_host: bring the counts to the host, in the same wait.
+        on_host: whether the counts are brought to the CPU as well, in the same wait.
     """
     flat = routing.indices.reshape(-1)
     key = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
@@ -113,17 +121,17 @@ def sort_slots(routing: Routing, num_experts: int, *, on_host: bool = False) -> 
 
 
 def spread(x: Tensor, slots: SortedSlots) -> Tensor:
-    """Rows (M, *S) in expert order from x (N, *S): row r is the token of slot ``order[r]``."""
+    """Copy the tokens x (N, *S) into rows (M, *S) sorted by expert: row r is the token of slot ``order[r]``."""
     return _Spread.apply(x, slots)  # type: ignore[no-any-return]
 
 
 def combine(result: Tensor | Answer, weights: Tensor, slots: SortedSlots) -> Tensor:
-    """Tokens (N, *S): for each, the sum over its slots of weight (N, K) times what the bank made of its row.
+    """Add up the experts' outputs of each token, weighed by ``weights`` (N, K): (N, *S).
 
-    Gathers by the inverse permutation instead of scattering, so the sum has a fixed order on every device.
+    It gathers by the inverse permutation instead of scattering, so that the sum has a fixed order on every device.
 
     Args:
-        result: rows (M, *S) of the bank, or its ``Answer``.
+        result: the rows (M, *S) that the bank returned, or its ``Answer``.
     """
     rows = result.y if isinstance(result, Answer) else result
     if isinstance(result, Answer) and result.gain is not None:

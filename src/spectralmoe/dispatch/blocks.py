@@ -1,4 +1,4 @@
-"""Rows sorted by expert, cut into blocks that fit a cache."""
+"""Cuts rows that are sorted by expert into blocks that fit a cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STEP = 32  # rows: what a kernel for 16-bit numbers takes at once
 
 @dataclass(slots=True)
 class Block:
-    """Consecutive sorted rows: those of some experts, or a part of one expert's."""
+    """Consecutive sorted rows: all rows of some experts, or a part of the rows of one."""
 
     start: int
     size: int = 0
@@ -25,13 +25,13 @@ class Block:
     begins: list[bool] = field(default_factory=list)  # whether they are its first
 
     def cut(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The rows of each expert."""
+        """Split x into the rows of each expert."""
         return x.split_with_sizes(self.sizes)
 
     def multiply(
         self, x: Tensor, matrices: Sequence[Tensor], bias: Sequence[Tensor] | None = None, *, out: Tensor
     ) -> None:
-        """The rows of each expert times its matrix, plus its row of ``bias``."""
+        """Multiply the rows of each expert by its matrix and add its row of ``bias``, into ``out``."""
         for e, rows, result in zip(self.experts, self.cut(x), self.cut(out), strict=True):
             if bias is None:
                 torch.mm(rows, matrices[e], out=result)
@@ -39,7 +39,7 @@ class Block:
                 torch.addmm(bias[e], rows, matrices[e], out=result)
 
     def outer(self, left: Tensor, right: Tensor, out: Sequence[Tensor]) -> None:
-        """Left' times right for each expert, over all of its blocks."""
+        """Add left' right of each expert to its matrix in ``out``; its first block overwrites what was there."""
         for e, begins, a, b in zip(self.experts, self.begins, self.cut(left), self.cut(right), strict=True):
             if begins:
                 torch.mm(a.T, b, out=out[e])
@@ -47,23 +47,23 @@ class Block:
                 out[e].addmm_(a.T, b)
 
     def add(self, x: Tensor, out: Tensor) -> None:
-        """Add the rows of each expert to its row of ``out``."""
+        """Add the sum of the rows of each expert to its row of ``out``."""
         for e, rows in zip(self.experts, self.cut(x), strict=True):
             out[e] += rows.sum(0, dtype=out.dtype)
 
     def each(self, table: Tensor) -> Tensor:
-        """For each row that of its expert in ``table``."""
+        """Return for each row the entry of its expert in ``table``."""
         return table[self.experts].repeat_interleave(torch.tensor(self.sizes), dim=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the rows of a bank lie.
+    """The order of rows sorted by expert, and the blocks that they are cut into.
 
     Attributes:
-        slots: (P,) the flat slot of each row, expert by expert; those without an expert may follow.
-        real: True for the rows of slots, False for rows that fill up.
-        blocks: all rows of experts.
+        slots: (P,) the flat slot of each row, expert by expert; slots without an expert may follow.
+        real: True for rows of slots, False for copies that fill an expert's rows up (``lay_out``).
+        blocks: the blocks, which hold all rows of experts.
     """
 
     slots: Tensor
@@ -72,25 +72,25 @@ class Layout:
 
     @property
     def most(self) -> int:
-        """Rows of the largest block."""
+        """The number of rows in the largest block."""
         return max((block.size for block in self.blocks), default=0)
 
     @property
     def end(self) -> int:
-        """All rows of experts."""
+        """The number of rows that belong to experts."""
         return self.blocks[-1].start + self.blocks[-1].size if self.blocks else 0
 
     def scale(self, weights: Tensor) -> Tensor:
-        """(P, 1): the weight of each row; 0 for those that fill up."""
+        """Return the combine weight of each row (P, 1); 0 for rows that fill up."""
         scale = weights.flatten()[self.slots, None]
         return scale if isinstance(self.real, slice) else scale * self.real[:, None]
 
 
 def lay_out(order: Tensor, counts: Tensor, most: int, dtype: torch.dtype) -> Layout:
-    """Rows in the order of ``sort_by_expert``, in blocks of about ``most``.
+    """Lay out rows in the order of ``sort_by_expert``, in blocks of about ``most`` rows.
 
-    In 16 bits torch's matmuls compile a kernel for every shape that they have not met lately, and loads are new at
-    every step. There each expert's rows are filled up with the same rows again, to a power of 2 or a multiple of 32.
+    In 16 bits torch's matmuls on a CPU compile a kernel for every new shape, and loads are new at every step. So there
+    the rows of each expert are filled up with copies, to a power of 2 or a multiple of 32 rows.
     """
     loads = counts.tolist()
     if not _fills_up(dtype):
@@ -102,7 +102,7 @@ def lay_out(order: Tensor, counts: Tensor, most: int, dtype: torch.dtype) -> Lay
 
 
 def rows_at_most(slots: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Rows of any layout of that many slots: no expert gets 31 more than it has, nor twice as many."""
+    """Return an upper bound on the rows of a layout of so many slots: filling up adds at most 31 rows an expert."""
     more: int = torch.sym_min(slots, (_STEP - 1) * num_experts) if _fills_up(dtype) else 0  # type: ignore[assignment]
     return slots + more
 
@@ -120,10 +120,11 @@ def _starts(sizes: Tensor) -> Tensor:
 
 
 def cut_blocks(heights: list[int], most: int, step: int = 1) -> list[Block]:
-    """All rows in blocks of about ``most`` rows; a large expert is cut into equal parts.
+    """Cut all rows into blocks of about ``most`` rows; the rows of a busy expert are cut into equal parts.
 
     Args:
-        step: parts of a height that is a multiple of it are multiples too, so that what is filled up stays so.
+        heights: the number of rows of each expert.
+        step: if a height is a multiple of this, so are its parts.
     """
     blocks = [block := Block(0)]
     for e, height in enumerate(heights):
@@ -147,7 +148,7 @@ def _parts(height: int, most: int, step: int) -> list[int]:
 
 
 def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(order, counts): the flat slots by expert, stably, those without one behind; rows of each expert."""
+    """Return the flat slots sorted by expert, those without one at the end, and the number of rows of each expert."""
     key = indices.flatten().clamp(-1, num_experts) % (num_experts + 1)  # none of our experts: behind the last
     if num_experts < 2**15 - 1:
         key = key.to(torch.int16)  # two passes of a counting sort

@@ -1,4 +1,4 @@
-"""Soft mixing: all experts on all tokens, as batched GEMMs where the bank has them."""
+"""Dense dispatch: all experts run on all tokens, as batched GEMMs if the bank has them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ __all__ = ["Dense"]
 
 
 class Dense(Dispatch):
-    """Every expert on every token, weights 0 where it was not chosen. Best for soft routing and very small layers."""
+    """Runs every expert on every token, with the weight 0 where it was not chosen.
+
+    It suits soft routing and very small layers.
+
+    >>> import torch
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, Soft
+    >>> layer = MoE(Router(LinearScorer(8, 4), Soft()), FeedForward(4, 8, 32), dispatch=Dense())
+    >>> layer(torch.randn(10, 8)).shape
+    torch.Size([10, 8])
+    """
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         weights = routing.gates(experts.num_experts).to(x.dtype)

@@ -1,10 +1,9 @@
-"""Gather, experts and weighted sum as one operator: what ``Grouped`` does with feed-forward banks on a CPU.
+"""One operator that gathers rows, runs the experts and adds up: ``Grouped`` uses it for feed-forward banks on a CPU.
 
-The composed form (``spread`` -> experts -> ``combine``) makes a fresh tensor of all rows at every step, and on a CPU
-fresh memory costs about as much as the work between. Here a block of rows goes all the way in buffers that the next
-block uses again. Of the experts' work, the hidden layer before its activation and the output rows are kept for the
-backward pass, which applies the activation again and writes the gradients of the experts in place; or nothing is kept,
-and their first half runs again.
+The composed form (``spread`` -> experts -> ``combine``) allocates a tensor of all rows at every step, and on a CPU that
+costs about as much time as the arithmetic. Here a block of rows goes through all steps in buffers that the next block
+uses again. For the backward pass the hidden layer before its activation and the output rows are kept; it applies the
+activation again and writes the experts' gradients in place. Or nothing is kept, and the first layer runs again.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _BLOCK = 2**22  # bytes of hidden activations in a block: few enough for the cac
 
 
 def can_fuse(experts: Experts, x: Tensor) -> TypeGuard[FeedForward]:
-    """Whether the fused operator may replace this bank: its forward is ``FeedForward``'s, on a CPU, without hooks."""
+    """Return whether the operator computes what this bank does: a ``FeedForward`` forward, on a CPU, without hooks."""
     kind, plain = type(experts), FeedForward
     return (
         isinstance(experts, plain)
@@ -39,7 +38,7 @@ def can_fuse(experts: Experts, x: Tensor) -> TypeGuard[FeedForward]:
 
 
 def fused(x: Tensor, routing: Routing, bank: FeedForward, *, recompute: bool = False) -> Tensor:
-    """Tokens (N, D) for tokens x (N, D): what the composed form gives, up to rounding."""
+    """Run a layer's experts on tokens x (N, D): (N, D), equal to the composed form up to rounding."""
     parts = [None if part is None else part.to(x.dtype) for part in (bank.up, bank.down, bank.up_bias, bank.down_bias)]
     inputs = (x, routing.weights, *parts)
     trains = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in inputs)

@@ -1,4 +1,4 @@
-"""The passes over a block of rows that ``fused.py`` is made of, all into buffers that are there already."""
+"""The steps of ``fused.py`` on one block of rows; each writes into buffers that exist already."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Bank"]
 
 
 class Bank:
-    """The parts of a feed-forward bank.
+    """The weights of a feed-forward bank, and its steps on a block of rows.
 
     Args:
         up, down, up_bias, down_bias: as in ``FeedForward``, in the dtype of the tokens.
@@ -28,25 +28,25 @@ class Bank:
 
     @cached_property
     def upward(self) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
-        """Of each expert (D, H) and bias: views made at once, since one by one they take longer than a small GEMM."""
+        """The first matrix (D, H) and bias of each expert, as views that are made once for all."""
         return self.up.mT.unbind(), None if self.up_bias is None else self.up_bias.unbind()
 
     @cached_property
     def downward(self) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
-        """Of each expert (H, D) and bias."""
+        """The second matrix (H, D) and bias of each expert."""
         return self.down.mT.unbind(), None if self.down_bias is None else self.down_bias.unbind()
 
     def lift(self, block: Block, rows: Tensor, *, hidden: Tensor, act: Tensor, silu: Tensor | None = None) -> None:
-        """From rows to the hidden layer before and after its activation."""
+        """Compute the hidden layer of rows before (``hidden``) and after (``act``) its activation."""
         block.multiply(rows, *self.upward, out=hidden)
         self.activate(hidden, silu, out=act)
 
     def lower(self, block: Block, act: Tensor, *, outputs: Tensor) -> None:
-        """From the activations to the outputs."""
+        """Compute the outputs from the activations."""
         block.multiply(act, *self.downward, out=outputs)
 
     def activate(self, hidden: Tensor, silu: Tensor | None, *, out: Tensor) -> None:
-        """The hidden activations; for swiglu also the silu of its gate, where there is room for it."""
+        """Apply the activation; for swiglu also write the silu of the gate to ``silu``, if given."""
         if self.activation == "gelu":
             torch.ops.aten.gelu.out(hidden, out=out)
         elif self.activation == "relu":
@@ -56,7 +56,7 @@ class Bank:
             torch.mul(torch.ops.aten.silu.out(gate, out=out if silu is None else silu), value, out=out)
 
     def activate_backward(self, d_act: Tensor, hidden: Tensor, silu: Tensor, *, scratch: Tensor, out: Tensor) -> None:
-        """The gradient of the hidden layer from that of the activations; ``scratch`` is shaped like ``d_act``."""
+        """Compute the gradient of the hidden layer from that of the activations; ``scratch`` has ``d_act``'s shape."""
         if self.activation == "gelu":
             torch.ops.aten.gelu_backward.grad_input(d_act, hidden, grad_input=out)
         elif self.activation == "relu":

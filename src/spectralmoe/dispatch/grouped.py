@@ -1,4 +1,4 @@
-"""Sparse dispatch: sort the slots by expert, run each block once, gather back."""
+"""Grouped dispatch: it sorts the slots by expert, runs each expert once on its tokens, and gathers the outputs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["Grouped"]
 
 
 class Grouped(Dispatch):
-    """Dropless: each expert runs on exactly the tokens that chose it, however uneven the load.
+    """Runs each expert on exactly the tokens that chose it, however uneven the load; no token is dropped.
 
-    On a device nothing waits for it where the router fills every slot, as ``TopK``, ``Balanced`` and ``NoisyTopK`` do
-    without mask or capacity, and the bank keeps the loads there (``Experts.reads_loads``; feed-forward banks in bf16 of
-    aligned widths do). Else the host waits once a forward, and never in a backward.
+    On a GPU the CPU waits for the loads once a forward, and never in a backward. It does not wait at all if the router
+    fills every slot (``TopK``, ``Balanced`` and ``NoisyTopK`` without mask or capacity) and the bank needs no loads on
+    the CPU (``Experts.reads_loads``): that is so for feed-forward banks in bf16 whose widths are multiples of 8.
 
-    Feed-forward banks on a CPU run as one operator (``dispatch.fused``). Inside the transforms of ``torch.func`` the
-    dense form runs instead: it needs no number of rows on the host and no operator of our own.
+    Feed-forward banks on a CPU run as one operator (``dispatch.fused``). Inside the transforms of ``torch.func``
+    ``Dense`` runs instead.
 
     Args:
-        recompute: keep nothing of the experts' work for the backward pass, which does it again as far as it needs it:
+        recompute: whether the backward pass runs the experts again instead of keeping their activations, which takes
             less memory and more time. The router is not run again, so no choice can change.
 
     >>> import torch

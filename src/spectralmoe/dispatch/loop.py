@@ -1,4 +1,4 @@
-"""The oracle: two plain loops over tokens and slots."""
+"""Loop dispatch: two plain loops over tokens and slots, against which the other dispatches are tested."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Loop"]
 
 
 class Loop(Dispatch):
-    r"""The definition, :math:`y_t = \sum_j w_{tj} E_{i_{tj}}(x_t)`, one token and one slot at a time.
+    r"""Computes :math:`y_t = \sum_j w_{tj} E_{i_{tj}}(x_t)` by its definition, one token and one slot at a time.
 
-    Any dtype, any bank, no speed: every other dispatch is tested against it. Reads the indices on the host, so inside
-    the transforms of ``torch.func`` the dense form runs instead.
+    It takes any dtype and any bank, and is slow: the other dispatches are tested against it. Inside the transforms of
+    ``torch.func`` ``Dense`` runs instead.
     """
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:

@@ -1,6 +1,7 @@
-"""Experts: rows sorted by expert (M, *S) -> (M, *S). One file a kind of bank.
+"""Banks of experts: each holds the E experts of a layer and runs them on rows sorted by expert, (M, *S) -> (M, *S).
 
-``RankExperts`` is found here, too. It is a layer with a router, so it lives in ``spectralmoe.ranks``.
+Each file holds one kind. ``RankExperts`` can be imported from here, too; it is a layer with a router of its own and
+stands in ``spectralmoe.ranks``.
 """
 
 from typing import TYPE_CHECKING

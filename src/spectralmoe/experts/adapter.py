@@ -12,7 +12,10 @@ __all__ = ["Adapter"]
 
 
 class Adapter(FeedForward):
-    """E networks D -> bottleneck -> D with GELU and without bias, to be added to a frozen layer's output.
+    """Holds E bottleneck networks D -> H -> D with GELU and without bias, to be added to a frozen layer's output.
+
+    Args:
+        bottleneck: H.
 
     >>> import torch
     >>> Adapter(4, dim=16, bottleneck=4)(torch.randn(3, 16), torch.tensor([1, 0, 2, 0])).shape

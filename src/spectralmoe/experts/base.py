@@ -1,4 +1,4 @@
-"""Experts: a bank of E networks D -> D that sees rows sorted by expert."""
+"""A bank holds the E experts of a layer, and runs them on rows that are sorted by expert."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Answer", "Experts", "answer_of", "per_row"]
 
 
 class Answer(NamedTuple):
-    """What experts make of rows (M, *S), where it is more than rows of the same shape.
+    """What a bank returns if its experts give more than outputs: a weight of their own, or values to be recorded.
 
     Attributes:
-        y: (M, *S).
-        gain: (M,), multiplies the combine weight of each row; None: 1.
-        said: what they say of themselves, name -> (M, ...); ``record(model, keep=name)`` keeps it.
+        y: the outputs (M, *S).
+        gain: (M,), a factor for the combine weight of each row; None is 1.
+        said: further values by name, each (M, ...); ``record(model, keep=name)`` keeps them.
     """
 
     y: Tensor
@@ -32,28 +32,37 @@ class Answer(NamedTuple):
 
     @property
     def gained(self) -> Tensor:
-        """The rows times their gain (M, *S)."""
+        """The outputs times their gain (M, *S)."""
         return self.y if self.gain is None else self.y * per_row(self.gain.to(self.y.dtype), self.y)
 
 
 class Experts(Part):
-    """Base of all expert banks. A subclass must define ``expert`` or ``answer``; the rest has slow, correct defaults.
+    """The base class of all banks of experts.
 
-    Rows are (M, D), or (M, *S) where the layer routes wider units (``spectralmoe.units``). A bank whose experts have a
-    hidden layer defines ``hidden`` and ``project`` as well, so that the hidden activations can be recorded. The rows of
-    a bank that names side information in ``reads`` are D + P wide: what it reads stands behind the token, as ``reads``
-    has it.
+    A subclass must define ``expert`` or ``answer``; all else has defaults that are correct and slow. A row is a token
+    (D,), or of shape (*S) in a layer that routes pixels or samples (``spectralmoe.units``). If the experts have a
+    hidden layer, ``hidden`` and ``project`` make its activations recordable. If a subclass names side information in
+    ``reads``, its rows are (D + P,): the P numbers stand behind the token, in the order of ``reads``.
+
+    Args:
+        num_experts: E.
+
+    >>> class Scale(Experts):  # expert e multiplies by e + 1
+    ...     def expert(self, x, e):
+    ...         return (e + 1) * x
+    >>> Scale(2)(torch.ones(3, 1), counts=torch.tensor([1, 2])).flatten().tolist()
+    [1.0, 2.0, 2.0]
     """
 
     row_dims: int | None = None
-    """How many dimensions a row has: 1 for (D,), 3 for (C, H, W); None: any."""
+    """How many dimensions a row must have: 1 for (D,), 3 for (C, H, W); None takes any."""
 
     says: tuple[str, ...] = ()
-    """The names of what its answers say of themselves."""
+    """The names in ``Answer.said``, which ``record(model, keep=...)`` can keep."""
 
     @property
     def reshapes(self) -> bool:
-        """Whether outputs are of another shape than rows: by default where side information makes rows wider."""
+        """Whether outputs have another shape than rows; by default, whether side information makes rows wider."""
         return bool(self.reads)
 
     def __init__(self, num_experts: int) -> None:
@@ -63,28 +72,29 @@ class Experts(Part):
         self.num_experts = num_experts
 
     def beside(self, x: Tensor, context: Rows | None) -> Tensor:
-        """Rows x (N, D, *S) with what the bank ``reads`` of the context behind the D: (N, D + P, *S)."""
+        """Append the side information that the bank ``reads`` to the rows x (N, D, *S): (N, D + P, *S)."""
         read = [self.read(context, name, len(x)).to(x.dtype) for name in self.reads]
         wide = [values[(..., *[None] * (x.dim() - 2))].expand(-1, -1, *x.shape[2:]) for values in read]
         return torch.cat([x, *wide], 1) if wide else x
 
     def expert(self, x: Tensor, e: int) -> Tensor:
-        """The definition: expert ``e`` applied to x (M, *S) -> (M, *S), gain included."""
+        """Apply expert ``e`` to x (M, *S) -> (M, *S), gain included. This defines what the bank computes."""
         if type(self).answer is Experts.answer:
             raise NotImplementedError
         return self.answer(x, e).gained
 
     def answer(self, x: Tensor, e: int) -> Answer:
-        """The same with its gain apart, and with what the expert says of itself; for banks that have either."""
+        """Apply expert ``e`` to x (M, *S) and return its gain and further values apart from its output."""
         return Answer(self.expert(x, e))
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor | Answer:
-        """All experts on rows sorted by expert: x (M, *S), counts (E,) int64 -> (M, *S), or an ``Answer``.
+        """Run all experts on rows sorted by expert: x (M, *S) -> (M, *S), or an ``Answer``.
 
-        ``counts`` are on the device of x, or on the host where the bank ``reads_loads``.
+        With gradients enabled, an expert without rows runs on an empty batch, so that its gradient is zero and not
+        missing; DDP would take a missing one for an unused parameter.
 
-        Where gradients are wanted an expert without rows gets an empty batch: its gradient is zero then and not
-        missing, which DDP would take for an unused parameter. Else it does not run.
+        Args:
+            counts: (E,) int64, the rows of each expert; on the device of x, or on the CPU if ``reads_loads(x)``.
         """
         sizes = counts.tolist()
         *blocks, rest = x.split([*sizes, x.shape[0] - sum(sizes)])
@@ -100,26 +110,26 @@ class Experts(Part):
         return Answer(y, _joined(gains, len(rest)) if gains else None, told)
 
     def reads_loads(self, x: Tensor) -> bool:
-        """Whether ``forward`` of rows like x reads the counts on the host: then it gets them there.
+        """Return whether ``forward`` wants its counts on the CPU, for rows like x.
 
-        For that the host waits for a device, once a layer. By default where the experts run one after the other.
+        The layer then waits for the GPU once a forward. By default this is so if the experts run one after the other.
         """
         return type(self).forward is Experts.forward
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        """The dense form: sum_e weights[:, e] * expert_e(x), for x (N, *S) and weights (N, E)."""
+        """Run all experts on all rows and add them up: sum_e weights[:, e] * expert_e(x), x (N, *S), weights (N, E)."""
         outputs = [per_row(weights[:, e], x) * self.expert(x, e) for e in range(self.num_experts)]
         return torch.stack(outputs).sum(0)
 
     def hidden(self, x: Tensor, counts: Tensor) -> Tensor | None:
-        """Hidden activations (M, H) of rows sorted by expert; None if the bank has none to show.
+        """Return the hidden activations (M, H) of rows sorted by expert; None if the experts have no hidden layer.
 
-        Where there are any, ``forward(x)`` must be ``project(hidden(x))``, gain included.
+        If they do, ``forward(x, counts)`` must equal ``project(hidden(x, counts), counts)``, gain included.
         """
         return None
 
     def project(self, hidden: Tensor, counts: Tensor) -> Tensor | Answer:
-        """What ``forward`` returns, from what ``hidden`` returned."""
+        """Return what ``forward`` returns, given what ``hidden`` returned."""
         raise NotImplementedError
 
     def on_stacks(
@@ -130,10 +140,14 @@ class Experts(Part):
         *,
         hidden: bool = False,
     ) -> tuple[Answer, Tensor | None]:
-        """``answer_of`` with other experts: ``stacks`` makes theirs, name -> (E', ...), from those of the bank.
+        """Run other experts E' in place of this bank's: ``answer_of`` with the tensors that ``stacks`` makes.
 
-        A bank under FSDP2 gathers its parameters for it where the method is registered
-        (``torch.distributed.fsdp.register_fsdp_forward_method``).
+        Under FSDP2, register this method with ``torch.distributed.fsdp.register_fsdp_forward_method``, so that the
+        bank's parameters are gathered for it.
+
+        Args:
+            stacks: a function from the bank's tensors, name -> (E, ...), to those of the other experts, (E', ...).
+            hidden: whether the hidden activations are returned as well.
 
         >>> from spectralmoe import FeedForward
         >>> bank, x = FeedForward(4, dim=8, hidden=16), torch.ones(3, 8)
@@ -148,43 +162,43 @@ class Experts(Part):
         return made
 
     def expert_parameters(self, e: int) -> dict[str, Tensor]:
-        """Views of the parameters that belong to expert ``e`` alone; empty: it cannot be adapted alone."""
+        """Return views of the parameters that belong to expert ``e`` alone; if empty, it cannot be changed alone."""
         return {}
 
     @property
     def first_weight(self) -> nn.Parameter | None:
-        """The matrices (E, H, D), stacked, that rows (M, D) meet first; None: there is no such stack."""
+        """The stacked first matrices (E, H, D) of the experts; None if there is no such stack."""
         return None
 
     def costs(self, shape: Sequence[int] = ()) -> Tensor:
-        """Floating-point operations of each expert on one row, (E,) float64; multiply and add are two.
+        """Return the floating-point operations of each expert on one row, (E,) float64; multiply and add are two.
 
-        By default two for each number of the expert's own matrices, which every row meets once.
+        By default these are two for each number in the expert's own matrices.
 
         Args:
-            shape: of a row (*S), for banks whose work depends on it.
+            shape: the shape (*S) of a row, for banks whose work depends on it.
 
         Raises:
-            UserError: a bank without ``expert_parameters``, which has to say it itself.
+            UserError: the bank has no ``expert_parameters``; it must override this.
         """
         owned = [self.expert_parameters(e).values() for e in range(self.num_experts)]
         if not all(owned):
-            raise UserError(f"{type(self).__name__} does not say what its experts cost; define costs()")
+            raise UserError(f"{type(self).__name__} does not say what its experts cost; define its method costs()")
         numbers = [sum(part.numel() for part in parts if part.dim() > 1) for parts in owned]
         return 2 * torch.tensor(numbers, dtype=torch.float64)
 
     def mix_cost(self, shape: Sequence[int] = ()) -> float:
-        """Floating-point operations of ``mix`` on one row: by default every expert's, as ``costs`` has them."""
+        """Return the floating-point operations of ``mix`` on one row; by default the sum of ``costs``."""
         return float(self.costs(shape).sum())
 
     def select(self, indices: Sequence[int] | Tensor) -> Experts:
-        """A bank of the experts ``indices``, in this order, in memory of its own and with the same bits.
+        """Return a new bank of copies of the experts ``indices``, in this order; an expert may be named several times.
 
-        An expert may stand several times. As ``averaged``, this takes every parameter and buffer for a stack of one
-        entry an expert; a bank that holds others overrides both.
+        This method and ``averaged`` assume that every parameter and buffer has one entry an expert along its first
+        dimension. A bank with other tensors overrides both.
 
         Raises:
-            UserError: no index, or one out of range; a tensor that is no such stack.
+            UserError: ``indices`` is empty or names an expert that does not exist, or a tensor has another form.
 
         >>> from spectralmoe import FeedForward
         >>> bank = FeedForward(4, dim=8, hidden=16)
@@ -195,18 +209,19 @@ class Experts(Part):
         return self._restacked(lambda stack: stack[chosen], len(chosen))
 
     def averaged(self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Experts:
-        r"""A bank of one expert a group, with the weighted means of the members' tensors.
+        r"""Return a new bank with one expert for each group, whose tensors are weighted means of the members'.
 
         .. math:: \theta_g = \sum_{i \in g} w_{gi} \theta_i \Big/ \sum_{i \in g} w_{gi}
 
-        Computed in float64. An expert may be in several groups, or in none; a group of one keeps its values.
+        The means are computed in float64. An expert may be in several groups or in none; a group of one keeps its
+        values.
 
         Args:
             groups: the members of each group.
-            weights: one number for each member, not negative; None: all alike.
+            weights: one number >= 0 for each member; None weighs all alike.
 
         Raises:
-            UserError: as ``select``; an empty group; weights that do not go with the groups, or are all 0 in one.
+            UserError: as ``select``; a group is empty, or the weights do not fit the groups or are all 0 in one.
         """
         members, shares = self._shares(groups, weights)
 
@@ -267,23 +282,27 @@ def answer_of(
     hidden: bool,
     forward: Callable[[Tensor, Tensor], Tensor | Answer] | None = None,
 ) -> tuple[Answer, Tensor | None]:
-    """What a bank makes of rows x (M, *S) sorted by expert, and with ``hidden`` its hidden activations.
+    """Run a bank on rows x (M, *S) sorted by expert: its ``Answer``, and the hidden activations or None.
 
     Args:
-        forward: of the bank; None: with its hooks.
+        hidden: whether the hidden activations are returned as well.
+        forward: what to call; None calls the bank with its hooks.
 
     Raises:
-        UserError: the bank has no hidden activations.
+        UserError: ``hidden`` is wanted and the experts have no hidden layer.
     """
     inside = experts.hidden(x, counts) if hidden else None
     if hidden and inside is None:
-        raise UserError(f"record(keep=...): {type(experts).__name__} has no 'hidden' to keep")
+        raise UserError(
+            f"record(keep=...): {type(experts).__name__} has no 'hidden' to keep, as its experts have no hidden layer; "
+            "keep 'output'"
+        )
     result = (forward or experts)(x, counts) if inside is None else experts.project(inside, counts)
     return result if isinstance(result, Answer) else Answer(result), inside
 
 
 def per_row(values: Tensor, rows: Tensor) -> Tensor:
-    """``values`` (M,) with as many dimensions as ``rows`` (M, *S), to be multiplied with them."""
+    """Give ``values`` (M,) as many dimensions as ``rows`` (M, *S), so that they multiply row by row."""
     return values.reshape(-1, *[1] * (rows.dim() - 1))
 
 

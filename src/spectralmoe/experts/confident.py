@@ -1,8 +1,8 @@
-"""Experts that say how sure they are, which weighs their output.
+"""Confident experts: each estimates how sure it is, and this weighs its output.
 
 Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs
-with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: a gate made by the
-experts themselves. Written from the equations.
+with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: a gate made by the experts themselves. Written from the
+equations.
 Differs: the gain multiplies the router's combine weight, which the paper sets to 1 (``Unweighted`` does so); the target
 of ``confidence_loss`` has no gradient by default; the residual path and the norm behind it stay with the model.
 """
@@ -26,25 +26,24 @@ __all__ = ["ConfidentExperts"]
 
 
 class ConfidentExperts(Experts):
-    r"""Gives each output of a bank the gain :math:`c_{te} = \sigma(v_e^\top \mathrm{LN}(F_e(x_t)) + b_e)` in (0, 1).
+    r"""Wraps a bank F and weighs each output by a confidence :math:`c = \sigma(v_e^\top \mathrm{LN}(F_e(x)) + b_e)`.
 
-    LN has no factors of its own, which v could take over. In the paper c takes the place of the combine weight: choose
-    with ``Unweighted``. The gains of a token do not sum to 1, so a norm belongs behind the layer. What teaches c to be
-    right is ``confidence_loss``.
+    c lies in (0, 1) and multiplies the combine weight. In the paper it replaces the combine weight: choose the experts
+    with ``Unweighted``. The confidences of a token do not sum to 1, so put a normalisation behind the layer.
+    ``confidence_loss`` trains c to be the probability of being right. LN has no weights, since v can do their work.
 
-    The records keep what a regularizer or ``record(model, keep=...)`` asks for, row by row as ``Record.order`` says:
-    "confidence" c (M,), and "unweighed" F(x) (M, D), before c weighs it.
+    ``record(model, keep=...)`` can keep "confidence", c (M,), and "unweighed", F(x) (M, D) before c weighs it.
 
     Args:
-        experts: the bank F, D wide, with a gain of its own or not.
-        detach_target: ``confidence_loss`` sends no gradient into its target; False: also into what the target is made
-            from, as the paper has it.
+        experts: the bank F of width D.
+        detach_target: whether the target of ``confidence_loss`` gets no gradient; False is the paper's.
 
     Attributes:
-        direction: v (E, D), starts at zero: all are 1/2 sure.  bias: b (E,).
+        direction: v (E, D), which starts at zero, so that every confidence is 1/2.
+        bias: b (E,), which starts at zero.
 
     Raises:
-        UserError: a bank that does not say its width.
+        UserError: the bank has no attribute ``dim``, or its outputs are not as wide as its rows.
 
     >>> import torch
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
@@ -100,7 +99,7 @@ class ConfidentExperts(Experts):
         return self.experts.first_weight
 
     def costs(self, shape: Sequence[int] = ()) -> Tensor:
-        """Floating-point operations of each expert on one row (E,): the bank's, and the confidence."""
+        """Return the operations of each expert on one row (E,): those of the wrapped bank, and the confidence."""
         return self.experts.costs(shape) + 2 * self.dim
 
     def select(self, indices: Sequence[int] | Tensor) -> Experts:

@@ -1,4 +1,4 @@
-"""Convolutional experts on whole maps.
+"""Convolutional experts, which run on whole maps.
 
 One choice an image, as in Zamfir et al., "Complexity Experts are Task-Discriminative Learners for Any Image
 Restoration" (MoCE-IR), arXiv 2411.18466.
@@ -21,19 +21,23 @@ __all__ = ["ConvExperts"]
 
 
 class ConvExperts(Experts):
-    r"""E networks :math:`W_2 * \mathrm{gelu}(W_1 * x + b_1) + b_2` on maps x (C, H, W), of the same size on return.
+    r"""Holds E networks of two convolutions, :math:`W_2 * \mathrm{gelu}(W_1 * x + b_1) + b_2`, on maps x (C, H, W).
 
-    The convolutions are ``kernel_size`` wide, with zeros around the map. Only the experts that a map chose run on it.
-    They go with ``MoE(..., unit=Sample())``. Weights start as in ``nn.Conv2d``.
+    An output has the size of its map; the convolutions pad it with zeros. Only the experts that a map chose run on it.
+    Use it in ``MoE(..., unit=Sample())``. Weights start as in ``nn.Conv2d``.
 
     Args:
-        hidden: channels between the convolutions.
+        channels: C.
+        hidden: the number of channels between the convolutions.
+        kernel_size: the odd side k of the kernels.
 
     Attributes:
-        up: (E, hidden, C, k, k).  down: (E, C, hidden, k, k).  up_bias, down_bias: (E, hidden), (E, C).
+        up: (E, hidden, C, k, k).
+        down: (E, C, hidden, k, k).
+        up_bias, down_bias: (E, hidden) and (E, C).
 
     Raises:
-        UserError: a size below 1; an even ``kernel_size``.
+        UserError: a size is below 1, or ``kernel_size`` is even.
 
     >>> bank = ConvExperts(2, channels=3, hidden=8)
     >>> x = torch.randn(5, 3, 6, 6)
@@ -55,7 +59,7 @@ class ConvExperts(Experts):
         self.down, self.down_bias = _kernels(num_experts, channels, hidden, kernel_size)
 
     def spec_arguments(self) -> dict[str, object]:
-        """Constructor arguments that are not attributes of the same name."""
+        """Return the constructor arguments that are not attributes of the same name."""
         return {"hidden": self.width}
 
     def expert(self, x: Tensor, e: int) -> Tensor:
@@ -78,7 +82,7 @@ class ConvExperts(Experts):
         return {name: parameter[e] for name, parameter in self.named_parameters(recurse=False)}
 
     def costs(self, shape: Sequence[int] = ()) -> Tensor:
-        """Floating-point operations of each expert (E,): on a map of ``shape`` (C, H, W), by default of one pixel."""
+        """Return the operations of each expert (E,) on a map of ``shape`` (C, H, W); by default on one pixel."""
         return super().costs() * prod(shape[1:])
 
     def _each(self, x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Tensor:

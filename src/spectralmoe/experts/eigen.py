@@ -1,4 +1,4 @@
-"""Experts in eigen-form: every expert is a matrix with its own orthonormal bases.
+"""Eigen experts: every expert is a matrix with orthonormal bases of its own.
 
 Cheng et al., "ERMoE: Eigen-Reparameterized Mixture-of-Experts", arXiv 2511.10971, section on the experts. Authors'
 code: github.com/Belis0811/ERMoE (AGPL-3.0 and no commercial use; this file is written from the equations). Differs: the
@@ -24,19 +24,20 @@ __all__ = ["EigenExperts"]
 
 
 class EigenExperts(Experts):
-    r"""E linear maps :math:`W_e = U_e\,\mathrm{diag}(s_e)\,V_e^\top`, :math:`U_e^\top U_e = V_e^\top V_e = 1`.
+    r"""Holds E linear maps :math:`W_e = U_e\,\mathrm{diag}(s_e)\,V_e^\top`, where U_e and V_e have orthonormal columns.
 
-    ``BasisScorer`` routes by the V of this bank. The hidden activations are the coordinates :math:`V_e^\top x`.
+    ``BasisScorer`` routes by the bases V. The hidden activations are the coordinates :math:`V_e^\top x`. U and V are
+    made orthonormal again after each optimizer step (``attach`` or ``after_step``).
 
     Args:
-        rank: R <= D. With R <= D/E the V of all experts start orthogonal to each other.
+        rank: R, 1 to D. With R <= D/E the bases V of all experts start orthogonal to each other.
 
     Attributes:
-        left, right: U and V, (E, D, R).
-        scale: s (E, R), ones at the start.
+        left, right: U and V, each (E, D, R).
+        scale: s (E, R), which starts at 1.
 
     Raises:
-        UserError: rank outside 1 to D.
+        UserError: rank is not 1 to D.
 
     >>> bank = EigenExperts(2, dim=8, rank=3)
     >>> x = torch.randn(5, 8)
@@ -73,7 +74,7 @@ class EigenExperts(Experts):
         return not supports_grouped_mm(x, self.left)
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Two GEMMs over all experts at once; the weights enter between them."""
+        """Run all experts on all rows by two GEMMs; the coordinates are multiplied by ``weights`` (N, E)."""
         coordinates = x @ self.right.to(x.dtype).transpose(0, 1).flatten(1)
         weighted = coordinates.unflatten(-1, (self.num_experts, -1)) * weights.unsqueeze(-1)
         y: Tensor = weighted.flatten(1) @ self._out.to(x.dtype).transpose(1, 2).flatten(0, 1)
@@ -83,7 +84,7 @@ class EigenExperts(Experts):
     def averaged(
         self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None
     ) -> EigenExperts:
-        """The means of the matrices W, as near as rank R comes: their leading singular vectors and values."""
+        """Return a bank whose matrices are the means of the W of each group, cut to rank R by an SVD."""
         members, shares = self._shares(groups, weights)
         bank = cast(EigenExperts, self.select([group[0] for group in members]))
         left, scale, right = (stack.double() for stack in (self.left, self.scale, self.right))

@@ -1,4 +1,4 @@
-"""Feed-forward experts with stacked weights: D -> H -> D."""
+"""Feed-forward experts D -> H -> D, whose weights are stacked."""
 
 from __future__ import annotations
 
@@ -18,21 +18,28 @@ Activation = Literal["gelu", "relu", "swiglu"]
 
 
 class FeedForward(Experts):
-    r"""E networks :math:`W_2\,a(W_1 x + b_1) + b_2`, weights stacked as E linear layers.
+    r"""Holds E networks of two layers, :math:`W_2\,a(W_1 x + b_1) + b_2`, with their weights stacked.
 
-    ``swiglu`` has :math:`W_2(\mathrm{silu}(G x) \odot U x)` with ``up`` = [G; U] of 2H rows (Shazeer, arXiv
-    2002.05202). Weights start as in ``nn.Linear``.
+    With "swiglu" a network is :math:`W_2(\mathrm{silu}(G x) \odot U x)`, and ``up`` is [G; U] with 2H rows (Shazeer,
+    arXiv 2002.05202). Weights start as in ``nn.Linear``.
 
     Args:
-        spare: hidden units added to the H of each expert that start at zero. They add nothing and get no gradient, so
-            training leaves them at zero; a one-expert update may write into them (``spectralmoe.adaptation``).
+        num_experts: E.
+        dim: D.
+        hidden: H.
+        activation: a, "gelu", "relu" or "swiglu".
+        bias: whether there are b_1 and b_2.
+        spare: how many hidden units each expert has beyond H that are zero. They add nothing to the output and get no
+            gradient, so training leaves them zero. A later correction of one expert can write into them
+            (``spectralmoe.adaptation``).
 
     Attributes:
-        up: (E, H, D), or (E, 2H, D) for swiglu, H with the spare units.  down: (E, D, H).
-        up_bias, down_bias: (E, H or 2H), (E, D); None without ``bias``.
+        up: (E, H + spare, D), twice as many rows for "swiglu".
+        down: (E, D, H + spare).
+        up_bias, down_bias: (E, rows of ``up``) and (E, D); None without ``bias``.
 
     Raises:
-        UserError: a size below 1, or an unknown activation.
+        UserError: a size is below 1, ``spare`` is negative, or the activation is unknown.
 
     >>> bank = FeedForward(2, dim=8, hidden=16)
     >>> x = torch.randn(5, 8)
@@ -66,14 +73,16 @@ class FeedForward(Experts):
         self.add_spare(spare)
 
     def spec_arguments(self) -> dict[str, object]:
-        """Constructor arguments that are not attributes of the same name."""
+        """Return the constructor arguments that are not attributes of the same name."""
         return {"hidden": self.width, "bias": self.up_bias is not None}
 
     def add_spare(self, units: int) -> None:
-        """Append ``units`` zero hidden units to every expert: the function stays, the parameters are new tensors.
+        """Append ``units`` hidden units that are zero to every expert; what it computes stays.
+
+        The parameters are new tensors, so make the optimizer afterwards.
 
         Raises:
-            UserError: a negative number.
+            UserError: ``units`` is negative.
         """
         if units < 0:
             raise UserError(f"{type(self).__name__}: spare must not be negative, got {units}")
@@ -88,7 +97,7 @@ class FeedForward(Experts):
         self.spare += units
 
     def free_units(self, e: int) -> list[int]:
-        """The hidden units of expert ``e`` that are zero throughout: what ``spare`` added and no update has used."""
+        """Return the hidden units of expert ``e`` whose weights are all zero: spare ones that no correction uses."""
         up, down = self.up[e].unflatten(0, (-1, self.down.shape[2])), self.down[e]
         used = up.ne(0).any(-1).any(0) | down.ne(0).any(0)
         if self.up_bias is not None:
@@ -114,7 +123,7 @@ class FeedForward(Experts):
         return not (supports_grouped_mm(x, self.up) and supports_grouped_mm(x, self.down))
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Two GEMMs over all experts at once; the weights enter between them."""
+        """Run all experts on all rows by two GEMMs; the hidden activations are multiplied by ``weights`` (N, E)."""
         h = F.linear(x, self.up.flatten(0, 1).to(x.dtype), self._flat(self.up_bias, x.dtype))
         h = activate(self.activation, h.unflatten(-1, (self.num_experts, -1))) * weights.unsqueeze(-1)
         y = h.flatten(1) @ self.down.to(x.dtype).transpose(1, 2).flatten(0, 1)
@@ -133,7 +142,7 @@ class FeedForward(Experts):
 
 
 def activate(activation: Activation, h: Tensor) -> Tensor:
-    """The hidden activations (..., H) from what ``up`` gives, (..., H) or (..., 2H) for swiglu."""
+    """Apply the activation: (..., H) from the output (..., H) of the first layer, for "swiglu" (..., 2H)."""
     if activation == "swiglu":
         gate, value = h.chunk(2, dim=-1)
         return F.silu(gate) * value
@@ -147,7 +156,7 @@ def _uniform(*shape: int, fan_in: int | None = None) -> nn.Parameter:
 
 
 def add_bias(y: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-    """Add each row its expert's bias; rows behind the last block get zero and give no gradient."""
+    """Add to each row of y (M, H) the bias of its expert; rows behind the last expert's get 0 and no gradient."""
     if bias is None:
         return y
     padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])]).to(y.dtype)

@@ -1,4 +1,4 @@
-"""What a module costs: its floating-point operations on one row, counted as it runs."""
+"""Counts the floating-point operations of a module on one row while it runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Formula = Callable[..., int]
 
 
 def count_flops(module: nn.Module, shape: Sequence[int]) -> int:
-    """Floating-point operations of ``module`` on one row of ``shape`` (*S); multiply and add are two.
+    """Count the floating-point operations of ``module`` on one row of ``shape`` (*S); multiply and add are two.
 
-    Matrix products, convolutions, attention and Fourier transforms count: 5 n log2 n for a complex transform of n
-    numbers, half of it for a real one. A copy runs on a row of zeros, as in evaluation.
+    It counts matrix products, convolutions, attention and Fourier transforms (5 n log2 n for a complex transform of n
+    numbers, half of that for a real one), and nothing else. A copy of the module runs in evaluation mode on zeros.
 
     >>> count_flops(nn.Conv2d(3, 8, 1), (3, 10, 10))
     4800

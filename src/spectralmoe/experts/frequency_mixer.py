@@ -1,9 +1,9 @@
-"""A module that mixes channels frequency by frequency.
+"""FrequencyMixer: a module that mixes channels frequency by frequency.
 
 "Frequency-Assisted Mamba for Remote Sensing Image Super-Resolution" (FMSR), arXiv 2405.04964: the frequency selection
 module. Authors' code has no licence; written from the equation.
-Differs: the transforms are scaled to keep the norm, so that the bend of the GELU does not depend on the size of a map;
-signals are taken too.
+Differs: the transforms are scaled to keep the norm, so that the effect of the GELU does not depend on the size of a
+map; it takes signals, too.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ __all__ = ["FrequencyMixer"]
 
 
 class FrequencyMixer(nn.Module):
-    r""":math:`y = \mathcal{F}^{-1}(V_2\, g(V_1 \mathcal{F} x))` on maps x (M, C, H, W), or signals (M, C, T).
+    r"""Mixes the channels of maps x (M, C, H, W) or signals (M, C, T) in frequency space.
 
-    V are complex (C, C), the same at every frequency, and g is a GELU of real and imaginary part. All mixing of
-    positions comes from g: without it and with real V this is a convolution of size 1. g does not commute with shifts:
-    the answer to a shifted map is not the shifted answer. Computed in float32 or more, without autocast.
+    .. math:: y = \mathcal{F}^{-1}(V_2\, g(V_1 \mathcal{F} x))
+
+    V_1 and V_2 are complex (C, C) and the same at every frequency; g is a GELU of the real and of the imaginary part.
+    Only g mixes positions: without it, and with real V, this is a convolution of size 1. g does not commute with
+    shifts, so the output of a shifted map is not the shifted output. It is computed in float32 or more, without
+    autocast.
 
     Args:
         channels: C.
-        gelu: False: g leaves everything as it is.
+        gelu: whether there is a GELU; without one, g is the identity.
 
     Attributes:
-        first, second: V as (2, C, C), real and imaginary part.
+        first, second: V_1 and V_2, each (2, C, C), real and imaginary part.
 
     Raises:
-        UserError: channels below 1; in forward, rows that are neither maps nor signals.
+        UserError: channels is below 1. In forward: the rows are neither maps nor signals.
 
     >>> FrequencyMixer(8)(torch.randn(2, 8, 6, 5)).shape
     torch.Size([2, 8, 6, 5])

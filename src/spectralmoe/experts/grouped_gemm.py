@@ -1,9 +1,9 @@
-"""Grouped GEMM: rows sorted by expert, each block times its own expert's matrix.
+"""Grouped GEMM: it multiplies the rows of each expert, which stand together, by that expert's matrix.
 
-Two forms of one operation. ``torch.nn.functional.grouped_mm`` where dtype and shape allow; else one GEMM an expert
-inside an operator of its own, which any dtype and width can use, ``torch.compile`` takes whole, and whose backward
-writes each expert's gradient in place (indexing a stacked parameter in a Python loop would allocate the whole stack
-for each expert).
+It has two forms. ``torch.nn.functional.grouped_mm`` is used where dtype and shape allow. Elsewhere a custom operator
+runs one GEMM an expert: it takes any dtype and width, ``torch.compile`` takes it as one node, and its backward writes
+each expert's gradient in place (indexing a stacked parameter in a Python loop would allocate the whole stack for each
+expert).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _ROW_BYTES = 16  # grouped_mm wants rows of a multiple of 16 bytes
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Row block e of ``x`` (M, D), ``counts[e]`` rows long, times ``weight[e]``' (H, D): (M, H).
+    """Multiply the rows of expert e, ``counts[e]`` of them, by the transpose of ``weight[e]``: (M, D) -> (M, H).
 
-    Under ``torch.compile`` there may be more rows than ``counts`` has: those are zero on return and get no gradient.
+    Under ``torch.compile`` there may be more rows than ``counts`` sums to; these give zero and get no gradient.
 
     Args:
         x: (M, D), sorted by expert.
-        weight: (E, H, D), as E linear layers stacked; cast to ``x.dtype``.
-        counts: (E,) int64, on the device of x or on the host. One GEMM an expert reads them there: from a device the
-            host waits for them, in every direction.
+        weight: (E, H, D), E linear layers stacked; it is cast to ``x.dtype``.
+        counts: (E,) int64, on the device of x or on the CPU. The form with one GEMM an expert reads them on the CPU;
+            if they are on a GPU, it waits for them in forward and backward.
 
     >>> x, w = torch.randn(5, 8), torch.randn(2, 4, 8)
     >>> y = grouped_linear(x, w, torch.tensor([3, 2]))
@@ -51,17 +51,17 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def supports_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``torch.nn.functional.grouped_mm`` takes these operands."""
+    """Return whether ``torch.nn.functional.grouped_mm`` takes these operands."""
     aligned = all(width * x.element_size() % _ROW_BYTES == 0 for width in weight.shape[1:])
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if x.device.type == "cpu" else (torch.bfloat16,)
     return x.dtype in dtypes and aligned and x.shape[0] > 0 and x.device.type in ("cpu", "cuda")
 
 
 def row_experts(counts: Tensor, rows: int, device: torch.device | None = None) -> Tensor:
-    """The expert of each of ``rows`` sorted rows: (M,) int64; E for rows behind the last block.
+    """Return the expert of each of M = ``rows`` sorted rows: (M,) int64; E for rows behind the last expert's.
 
     Args:
-        device: of the result; None: that of ``counts``.
+        device: the device of the result; None is that of ``counts``.
     """
     counts = counts if device is None else _beside(counts, device)
     return torch.searchsorted(counts.cumsum(0), torch.arange(rows, device=counts.device), right=True)

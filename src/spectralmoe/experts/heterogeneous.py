@@ -1,9 +1,9 @@
-"""Experts of unequal cost and reach.
+"""Heterogeneous experts: modules of unequal cost and receptive field.
 
 Zamfir et al., "Complexity Experts are Task-Discriminative Learners for Any Image Restoration" (MoCE-IR), arXiv
 2411.18466: the bank; the authors' expert is ``PatchMixer``, their balance loss ``complexity_balance``.
-Differs: the cost of an expert is counted, or said, instead of its number of parameters, which leaves out what the reach
-of an expert costs.
+Differs: the cost of an expert is its operations, or a given number. The paper takes the number of parameters, which
+does not see what a larger receptive field costs.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ __all__ = ["HeterogeneousExperts"]
 
 
 class HeterogeneousExperts(ModuleExperts):
-    """A bank of modules that differ in cost and reach, each mapping rows (M, *S) to rows of that shape.
+    """Holds modules of unequal cost as experts; each maps rows (M, *S) to rows of the same shape.
 
-    Only the modules that a row chose run on it. Whole maps take ``MoE(..., unit=Sample())``.
+    Only the modules that a row chose run on it. For whole maps use ``MoE(..., unit=Sample())``.
 
     Args:
-        costs: of each module on one row, in place of counted operations: terms read their ratios, comparisons take
-            them for operations. None: counted, see ``costs()``.
+        modules: the experts.
+        costs: the cost of each module on one row. Regularizers read their ratios; comparisons take them for
+            floating-point operations. None counts the operations (``ModuleExperts.costs``).
 
     Raises:
-        UserError: costs that are not one positive number a module.
+        UserError: ``costs`` is not one positive number for each module.
 
     >>> from spectralmoe.experts import PatchMixer
     >>> bank = HeterogeneousExperts([PatchMixer(16, rank, window) for rank, window in ((4, 2), (8, 4), (16, 8))])
@@ -52,11 +53,11 @@ class HeterogeneousExperts(ModuleExperts):
             )
 
     def spec_arguments(self) -> dict[str, object]:
-        """Constructor arguments that are not attributes of the same name."""
+        """Return the constructor arguments that are not attributes of the same name."""
         return {**super().spec_arguments(), "costs": self.given}
 
     def costs(self, shape: Sequence[int] = ()) -> Tensor:
-        """The costs that were given (E,), of any row; else as ``ModuleExperts`` counts them."""
+        """Return the costs (E,) that were given, whatever the shape; else those that ``ModuleExperts`` counts."""
         return super().costs(shape) if self.given is None else torch.tensor(self.given, dtype=torch.float64)
 
     def select(self, indices: Sequence[int] | Tensor) -> HeterogeneousExperts:
@@ -67,7 +68,7 @@ class HeterogeneousExperts(ModuleExperts):
     def averaged(
         self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None
     ) -> HeterogeneousExperts:
-        """As of any modules, which have to be built alike; a mean costs what the first of its group does."""
+        """Return a bank of means, as ``ModuleExperts.averaged``; a mean has the cost of the first of its group."""
         bank = cast(HeterogeneousExperts, super().averaged(groups, weights))
         return bank._costing([group[0] for group in groups], self.given)
 

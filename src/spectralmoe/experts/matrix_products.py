@@ -1,4 +1,4 @@
-"""Stacked matrices as matrix product operators with a common core.
+"""MatrixProducts: stacked matrices in the form of matrix product operators with a common core.
 
 Oseledets, "Tensor-Train Decomposition", SIAM Journal on Scientific Computing 33(5), 2011, where each index is a pair of
 one of the rows and one of the columns; a core that experts share: Gao et al., arXiv 2203.01104.
@@ -19,17 +19,19 @@ __all__ = ["MatrixProducts"]
 
 
 class MatrixProducts(nn.Module):
-    """E matrices (I, J), each a product of cores, of which the central one is common to all.
+    """Holds E matrices (I, J), each a product of cores, of which all share the central one.
 
-    A bond d joins two cores: at most as much as the smaller of the sides that it parts, which loses nothing.
+    The bond d between two cores is the rank at which the matrix is cut there. Without a bound it is the largest that a
+    matrix can need.
 
     Args:
-        rows, columns: factors of I and of J, as many, an odd number.
-        bond: the largest bond; None: no bound.
+        num_experts: E.
+        rows, columns: the factors of I and of J, the same odd number of each.
+        bond: an upper bound on all bonds; None sets none.
 
     Attributes:
-        left, right: the cores before and behind the central one, (E, d, i, j, d') each.
-        central: (d, i, j, d').
+        left, right: the cores before and behind the central one, each (E, d, i, j, d').
+        central: the common core (d, i, j, d').
 
     >>> products = MatrixProducts(8, (4, 8, 4), (4, 4, 4))
     >>> tuple(products.matrices().shape), tuple(products.central.shape), tuple(products.left[0].shape)
@@ -51,11 +53,11 @@ class MatrixProducts(nn.Module):
         self.central = nn.Parameter(torch.empty(shapes[middle]).uniform_(-bound, bound))
 
     def own(self) -> dict[str, Tensor]:
-        """The cores with one entry an expert, by name."""
+        """Return the cores that have one entry an expert, by name."""
         return {name: core for name, core in self.named_parameters() if name != "central"}
 
     def matrices(self, experts: slice = slice(None)) -> Tensor:
-        """The cores of ``experts`` multiplied out (E, I, J), from both ends towards the central one."""
+        """Multiply the cores of ``experts`` out: matrices (E, I, J)."""
         first, *others = [core[experts] for core in self.left]
         left = first.flatten(1, 3)  # (E, legs so far, d)
         for core in (*others, self.central):
@@ -72,10 +74,10 @@ class MatrixProducts(nn.Module):
 
     @torch.no_grad()
     def fill(self, matrix: Tensor) -> None:
-        """Make all matrices the given one (I, J), by successive singular value decompositions in float64.
+        """Set all E matrices to the given one (I, J), by successive singular value decompositions in float64.
 
-        Those from the left leave orthonormal columns in the cores, those from the right orthonormal rows, and the
-        central core what remains. A bond below the full one keeps the largest singular values.
+        The cores on the left get orthonormal columns, those on the right orthonormal rows, and the central core the
+        rest. Where a bond is bounded, only the largest singular values are kept.
         """
         count = len(self.rows)
         order = [each for pair in zip(range(count), range(count, 2 * count), strict=True) for each in pair]

@@ -1,4 +1,4 @@
-"""Experts that modulate features: each scales and shifts what all of them share.
+"""Modulated experts: each scales and shifts features that all of them share.
 
 Zhang et al., "Efficient Deweather Mixture-of-Experts with Uncertainty-aware Feature-wise Linear Modulation" (MoFME),
 arXiv 2312.16610, section on feature-modulated experts; written from the equations. The form with plain vectors is that
@@ -25,26 +25,26 @@ _FORMS = ("linear", "vector")
 
 
 class ModulatedExperts(Experts):
-    r"""Gives each row b (D,) a scale and a shift of its expert's: :math:`F_e(b) = \gamma_e(b) \odot b + \beta_e(b)`.
+    r"""Holds E experts that scale and shift a row b (D,): :math:`F_e(b) = \gamma_e(b) \odot b + \beta_e(b)`.
 
     - ``"linear"``: :math:`\gamma_e(b) = G_e b + g_e` and :math:`\beta_e(b) = B_e b + c_e`, with 2 (D^2 + D) numbers an
       expert.
     - ``"vector"``: :math:`\gamma_e = g_e` and :math:`\beta_e = c_e`, 2 D numbers an expert.
 
-    An expert is linear in its parameters, so a weighted sum of outputs is the output of the weighted sum of the
-    parameters: ``mix`` needs one pass. What makes such experts strong is the block around them, whose expansion and
-    MLP all share: ``spectralmoe.models.ModulatedBlock``.
+    An expert is linear in its parameters. So a weighted sum of outputs is the output of one expert with the weighted
+    sum of the parameters, and ``mix`` runs that one. The experts are meant for ``spectralmoe.models.ModulatedBlock``,
+    whose expansion and MLP they share.
 
     Args:
         dim: D.
         form: "linear" or "vector".
 
     Attributes:
-        weight: [G; B] (E, 2D, D), starts as in ``nn.Linear``; None in form "vector".
-        bias: [g; c] (E, 2D), starts near 1 and near 0.
+        weight: [G; B] (E, 2D, D), which starts as in ``nn.Linear``; None in form "vector".
+        bias: [g; c] (E, 2D), which starts uniform within 1/sqrt(D) of 1 (g) and of 0 (c).
 
     Raises:
-        UserError: a size below 1; another form.
+        UserError: a size is below 1, or the form is unknown.
 
     >>> bank = ModulatedExperts(2, dim=8)
     >>> x = torch.randn(5, 8)
@@ -80,7 +80,7 @@ class ModulatedExperts(Experts):
         return self.weight is not None and not supports_grouped_mm(x, self.weight)
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        """One modulation by the mean of the parameters: x is weighed before a single GEMM over all experts."""
+        """Modulate each row of x (N, D) once, by the sum of the experts' parameters weighed by ``weights`` (N, E)."""
         mean = weights @ self.bias.to(x.dtype)
         if self.weight is None:
             return _modulated(x, mean)
@@ -95,7 +95,7 @@ class ModulatedExperts(Experts):
         return self.weight
 
     def costs(self, shape: Sequence[int] = ()) -> Tensor:
-        """Floating-point operations of each expert on one row (E,): its matrices, and the modulation itself."""
+        """Return the operations of each expert on one row (E,): its matrices, and scaling and shifting."""
         return super().costs() + 2 * self.dim
 
 

@@ -1,4 +1,4 @@
-"""Any modules as experts."""
+"""Module experts: any modules of your own as experts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ __all__ = ["ModuleExperts"]
 
 
 class ModuleExperts(Experts):
-    """A bank of given modules, each mapping rows (M, *S) to rows of that shape: one call an expert, which takes longer.
+    """Holds given modules as experts; each maps rows (M, *S) to rows of the same shape.
+
+    Each module is called by itself, which is slower than experts with stacked weights, such as ``FeedForward``.
 
     Args:
-        reads: names of side information that the modules get behind the token: they map (M, D + P) to (M, D) then.
+        modules: the experts.
+        reads: names of side information that the modules read. Its P numbers stand behind the token, so the modules
+            then map (M, D + P) to (M, D).
 
     >>> import torch
     >>> bank = ModuleExperts([nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh())])
@@ -33,7 +37,7 @@ class ModuleExperts(Experts):
         self.experts, self.reads = nn.ModuleList(modules), tuple(reads)
 
     def spec_arguments(self) -> dict[str, object]:
-        """Constructor arguments that are not attributes of the same name."""
+        """Return the constructor arguments that are not attributes of the same name."""
         return {"modules": self.experts}
 
     def expert(self, x: Tensor, e: int) -> Tensor:
@@ -44,10 +48,10 @@ class ModuleExperts(Experts):
         return dict(self.experts[e].named_parameters())
 
     def costs(self, shape: Sequence[int] = ()) -> Tensor:
-        """Floating-point operations of each module on one row of ``shape`` (*S), counted as it runs (E,) float64.
+        """Count the floating-point operations of each module on one row of ``shape`` (*S): (E,) float64.
 
-        Without a shape, two for each number of its matrices and kernels: what one position costs, without what grows
-        with the row, such as a Fourier transform.
+        Without a shape it returns two for each number in the module's matrices and kernels. That is the cost of one
+        position of the row, without what grows faster than the row, such as a Fourier transform.
         """
         if not shape:
             return super().costs()
@@ -60,7 +64,11 @@ class ModuleExperts(Experts):
     def averaged(
         self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None
     ) -> ModuleExperts:
-        """As of any bank, of modules that are built alike: of one class, with tensors of the same names and shapes."""
+        """Return a bank of means, as ``Experts.averaged``; the modules of a group must be built alike.
+
+        Raises:
+            UserError: two modules of a group differ in class, or in names or shapes of their tensors.
+        """
         members, shares = self._shares(groups, weights)
         means = [self._mean(group, share.tolist()) for group, share in zip(members, shares, strict=True)]
         return self._with(means)

@@ -1,10 +1,10 @@
-"""Experts as matrix product operators that share their central core.
+"""MPO experts: their matrices are matrix product operators that share a central core.
 
 Gao et al., "Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language Models" (MPOE), arXiv
 2203.01104 (COLING 2022): experts by matrix product operators. Authors' code: github.com/RUCAIBox/MPOE (Apache-2.0);
 this file is written from the equations.
 Differs: a matrix is decomposed from both of its ends, so that the central core holds all singular values and the
-others are orthonormal, which is the same matrix; cores may be of any odd number; the bank takes any router.
+others are orthonormal; the matrix is the same. There may be any odd number of cores, and any router.
 """
 
 from __future__ import annotations
@@ -28,31 +28,34 @@ __all__ = ["MPOExperts", "three_factors"]
 
 
 class MPOExperts(Experts):
-    r"""E networks :math:`W_e^{(2)}\,a(W_e^{(1)} x)`, D -> H -> D, each matrix a product of small cores.
+    r"""Holds E networks :math:`W_e^{(2)}\,a(W_e^{(1)} x)`, D -> H -> D, whose matrices are products of small cores.
 
     A matrix of :math:`\prod_k i_k` rows and :math:`\prod_k j_k` columns is
 
     .. math:: W_e[i_1 \ldots i_n, j_1 \ldots j_n] = T_{1e}[i_1, j_1] \cdots C[i_c, j_c] \cdots T_{ne}[i_n, j_n],
 
-    where :math:`T_k[i, j]` is a matrix :math:`(d_{k-1}, d_k)`. The central core C, most of the numbers, is one for all
-    experts; the others are an expert's own. With bonds :math:`d_k = \min(\prod_{m \le k} i_m j_m, \prod_{m > k} i_m
-    j_m)` any matrix is such a product. A forward multiplies the cores out, so that rows meet plain matrices: that costs
-    as much as some more rows, and the memory of E matrices for as long as a forward and backward take.
+    where :math:`T_k[i, j]` is a matrix :math:`(d_{k-1}, d_k)`. All experts share the central core C, which holds most
+    of the numbers; the other cores are an expert's own. With the bonds :math:`d_k = \min(\prod_{m \le k} i_m j_m,
+    \prod_{m > k} i_m j_m)` any matrix is such a product. A forward multiplies the cores out to plain matrices, which
+    takes some time whatever the number of tokens, and the memory of E matrices until the backward is done.
 
-    ``from_dense`` makes all experts the same network. Without it their own cores are drawn orthonormal and C such that
-    the matrices start as large as in ``nn.Linear``.
+    ``from_dense`` sets all experts to one network. Without it the experts' own cores start random and orthonormal, and
+    C starts such that the matrices have the size that ``nn.Linear`` gives them.
 
     Args:
-        factors: of D and of H, as many, an odd number of at least three; None: three each, as near to each other as
-            they come, the largest in the middle.
-        bond: the largest :math:`d_k`; None: no bound.
+        dim: D.
+        hidden: H.
+        factors: the factors of D and of H, the same odd number of each, three or more. None takes three each, as equal
+            as possible, the largest in the middle (``three_factors``).
+        bond: an upper bound on all :math:`d_k`; None sets none.
         activation: a, "gelu" or "relu".
 
     Attributes:
         up, down: the ``MatrixProducts`` of (H, D) and of (D, H).
 
     Raises:
-        UserError: a size below 1, factors that do not multiply to D and H or are not as many, an unknown activation.
+        UserError: a size is below 1, the factors do not multiply to D and H or differ in number, or the activation is
+            unknown.
 
     >>> bank = MPOExperts(4, dim=16, hidden=32, factors=((2, 4, 2), (2, 8, 2)))
     >>> up, down = torch.randn(32, 16), torch.randn(16, 32)
@@ -87,22 +90,22 @@ class MPOExperts(Experts):
         self.down = MatrixProducts(num_experts, of_dim, of_hidden, bond)
 
     def spec_arguments(self) -> dict[str, object]:
-        """Constructor arguments that are not attributes of the same name."""
+        """Return the constructor arguments that are not attributes of the same name."""
         return {"hidden": self.width}
 
     @property
     def central(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The cores that all experts share: of the first matrices and of the second."""
+        """The cores that all experts share: that of the first and that of the second matrices."""
         return self.up.central, self.down.central
 
     def from_dense(self, up: Tensor, down: Tensor) -> Self:
-        """Make every expert the dense network of ``up`` (H, D) and ``down`` (D, H), and return the bank.
+        """Set every expert to the dense network of ``up`` (H, D) and ``down`` (D, H), and return the bank.
 
-        Exact up to rounding with full bonds; else each cut leaves out the smallest singular values, which for matrices
-        that were not trained is most of them.
+        Without a bound on the bonds this is exact up to rounding. With one, the smallest singular values are left out;
+        in matrices that were not trained these carry much of the norm.
 
         Raises:
-            UserError: matrices of other shapes.
+            UserError: the matrices have other shapes.
         """
         shapes, wanted = [tuple(up.shape), tuple(down.shape)], [(self.width, self.dim), (self.dim, self.width)]
         if shapes != wanted:
@@ -128,19 +131,19 @@ class MPOExperts(Experts):
         return not supports_grouped_mm(x, x.new_empty(0, self.width, self.dim))
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Two GEMMs over all experts at once; the weights enter between them."""
+        """Run all experts on all rows by two GEMMs; the hidden activations are multiplied by ``weights`` (N, E)."""
         h = F.linear(x, self.up.matrices().to(x.dtype).flatten(0, 1)).unflatten(-1, (self.num_experts, -1))
         weighted = activate(self.activation, h) * weights.unsqueeze(-1)
         y: Tensor = weighted.flatten(1) @ self.down.matrices().to(x.dtype).transpose(1, 2).flatten(0, 1)
         return y
 
     def expert_parameters(self, e: int) -> dict[str, Tensor]:
-        """Its own cores, without the central ones."""
+        """Return the expert's own cores, without the central ones."""
         named = {"up": self.up, "down": self.down}
         return {f"{name}.{core}": value[e] for name, part in named.items() for core, value in part.own().items()}
 
     def costs(self, shape: Sequence[int] = ()) -> Tensor:
-        """Operations of each expert on one row (E,), which meets two plain matrices."""
+        """Return the operations of each expert on one row (E,): two plain matrices, without multiplying out cores."""
         return torch.full((self.num_experts,), 4.0 * self.dim * self.width, dtype=torch.float64)
 
     def _restacked(self, change: Callable[[Tensor], Tensor], num_experts: int) -> MPOExperts:
@@ -152,7 +155,7 @@ class MPOExperts(Experts):
 
 
 def three_factors(size: int) -> tuple[int, int, int]:
-    """Three factors of ``size``, as near to each other as they come, the largest in the middle.
+    """Split ``size`` into three factors that are as equal as possible, the largest in the middle.
 
     >>> three_factors(64), three_factors(768), three_factors(7)
     ((4, 4, 4), (8, 12, 8), (1, 7, 1))

@@ -1,10 +1,9 @@
-"""Multilinear experts: hundreds of linear maps that are slices of one factorised tensor.
+"""Multilinear experts: many linear maps that are slices of one factorised tensor.
 
 Oldfield et al., "Multilinear Mixture of Experts: Scalable Expert Specialization through Factorization" (muMoE), arXiv
 2402.12550, NeurIPS 2024, sections on the CP and the tensor-ring form. The authors' code has no licence; this file is
 written from the equations.
-Differs: a bank as any other, so that a token may also use a few of its experts; the two outer ranks of the tensor ring
-are one number.
+Differs: a token may also use a few experts, chosen by any selector. The two outer ranks of the tensor ring are equal.
 """
 
 from __future__ import annotations
@@ -25,30 +24,29 @@ __all__ = ["MultilinearExperts"]
 
 
 class MultilinearExperts(Experts):
-    r"""E linear maps :math:`W_e` (O, D + 1) on z = [x; 1], the slices of a tensor that is never built.
+    r"""Holds E linear maps :math:`W_e` (O, D + 1) on z = [x; 1], the slices of a factorised tensor that is never built.
 
     .. math:: W_e = U_3\,\mathrm{diag}(u_e)\,U_2 \quad\text{(cp)}, \qquad
         (W_e z)_o = \mathrm{tr}\Big[G_e \Big(\sum_i z_i G_{2,i}\Big) G_{3,o}\Big] \quad\text{(tr)}
 
-    The dense sum :math:`\sum_e a_e W_e z` (``mix``) contracts a with the experts' factor first, so that its cost hardly
-    depends on E: R (E + D + O) products a token in form "cp". All experts share U_2 and U_3; an expert's own are R
-    numbers, or r_1 r_2. No W_e has a rank above min(R, D + 1), in form "tr" min(r_1 R, D + 1).
+    The soft sum :math:`\sum_e a_e W_e z` (``mix``) first sums the experts' factors with the weights a, so that it costs
+    R (E + D + O) multiplications a token in form "cp". All experts share U_2 and U_3; an expert's own are the R numbers
+    u_e, or the r_1 r_2 numbers G_e. The rank of W_e is at most min(R, D + 1), in form "tr" min(r_1 r_3, D + 1).
 
     Args:
-        rank: R of form "cp"; r_3, between input and output, of form "tr".
-        form: "cp" or "tr".
-        bond: r_1 = r_2 of form "tr".
-        out: O; None: D.
-        bias: append the 1 to x.
+        rank: R in form "cp"; r_3, the rank between input and output, in form "tr".
+        form: "cp" or "tr" (tensor ring).
+        bond: r_1 = r_2 in form "tr".
+        out: O; None is D.
+        bias: whether z has the 1 behind x.
 
     Attributes:
-        expert_factor: u (E, R), or G (E, r_1, r_2): starts around 1, or around the identity, so that all experts are
-            near one linear map.
-        input_factor, input_bias: U_2 (R, D) and (R,), or (r_2 r_3, D) and (r_2 r_3,); no bias: None.
-        output_factor: U_3 (O, R), or (O, r_1 r_3).
+        expert_factor: u (E, R), which starts as N(1, 1); or G (E, r_1, r_2), which starts diagonal with N(1, 1).
+        input_factor, input_bias: U_2, as (R, D) and (R,), or (r_2 r_3, D) and (r_2 r_3,); the bias may be None.
+        output_factor: U_3, (O, R) or (O, r_1 r_3).
 
     Raises:
-        UserError: a size below 1, or an unknown form.
+        UserError: a size is below 1, or the form is unknown.
 
     >>> bank = MultilinearExperts(64, dim=8, rank=6, out=3)
     >>> x, gates = torch.randn(5, 8), torch.rand(5, 64)
@@ -87,7 +85,7 @@ class MultilinearExperts(Experts):
         self.output_factor = _uniform(dim if out is None else out, width, fan=width)
 
     def spec_arguments(self) -> dict[str, object]:
-        """Constructor arguments that are not attributes of the same name."""
+        """Return the constructor arguments that are not attributes of the same name."""
         return {"bias": self.input_bias is not None}
 
     def expert(self, x: Tensor, e: int) -> Tensor:
@@ -97,7 +95,7 @@ class MultilinearExperts(Experts):
         return self._project(self.hidden(x, counts))
 
     def hidden(self, x: Tensor, counts: Tensor) -> Tensor:
-        """What the output factor reads (M, R), or (M, r_1 r_3); 0 for rows of nobody."""
+        """Return what the output factor reads, (M, R) or (M, r_1 r_3); 0 for rows without an expert."""
         padded = torch.cat([self.expert_factor, torch.zeros_like(self.expert_factor[:1])]).to(x.dtype)
         return self._meet(self._coordinates(x), padded[row_experts(counts, x.shape[0], x.device)])
 
@@ -105,16 +103,16 @@ class MultilinearExperts(Experts):
         return self._project(hidden)
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Three GEMMs, whatever E: the weights meet the experts' factor before anything meets x."""
+        """Run all experts on all rows by three GEMMs: ``weights`` (N, E) multiply the experts' factors first."""
         mixed = weights @ self.expert_factor.to(x.dtype).flatten(1)
         return self._project(self._meet(self._coordinates(x), mixed.unflatten(1, self.expert_factor.shape[1:])))
 
     def mix_cost(self, shape: Sequence[int] = ()) -> float:
-        """Floating-point operations of ``mix`` on one row."""
+        """Return the floating-point operations of ``mix`` on one row."""
         return float(self.costs(shape)[0]) + 2 * self.expert_factor.numel()
 
     def costs(self, shape: Sequence[int] = ()) -> Tensor:
-        """Floating-point operations of each expert on one row (E,): the products with the factors, one for all."""
+        """Return the operations of each expert on one row (E,): the products with the factors, the same for all."""
         met = 0 if self.form == "cp" else self.bond**2 * self.rank
         each = 2.0 * (self.input_factor.numel() + met + self.output_factor.numel())
         return torch.full((self.num_experts,), each, dtype=torch.float64)
@@ -124,7 +122,7 @@ class MultilinearExperts(Experts):
 
     @property
     def reshapes(self) -> bool:
-        """Whether outputs are of another width than rows."""
+        """Whether outputs have another width than rows."""
         return self.out not in (None, self.dim)
 
     def _coordinates(self, x: Tensor) -> Tensor:

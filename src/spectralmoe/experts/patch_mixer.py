@@ -1,9 +1,9 @@
-"""A module that mixes a map within windows: the wider the window, the further it reaches.
+"""PatchMixer: a module that mixes a map within windows.
 
 Zamfir et al., "Complexity Experts are Task-Discriminative Learners for Any Image Restoration" (MoCE-IR), arXiv
 2411.18466, section 3: the expert. Authors' code: github.com/eduardzamfir/MoCE-IR; written from the equations.
-Differs: the branch that multiplies is made from the expert's own map and not shared; the norm has no factors; a map
-smaller than the window is one window, and others are padded with zeros to whole windows.
+Differs: the gating branch s is computed from the expert's own map and not shared. The norm has no weights. A map
+smaller than the window is one window; other maps are padded with zeros to whole windows.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ __all__ = ["PatchMixer", "circular_convolution"]
 
 
 class PatchMixer(nn.Module):
-    r"""Maps x (M, C, H, W) to maps of that shape through R channels, mixed within windows.
+    r"""Maps x (M, C, H, W) to maps of the same shape through R channels, which it mixes within windows.
 
     .. math:: [h, s] = W_1 x, \quad [q, k, v] = W_2 h, \quad
               y = W_3 \big(\mathrm{LN}(q \circledast k) \odot v \odot \mathrm{silu}(s)\big)
 
-    :math:`\circledast` is the circular convolution in each window, by Fourier transforms in float32 or more; all
-    matrices act on channels alone, and LN is over them. The window changes no parameter, only reach and cost.
+    :math:`\circledast` is the circular convolution within each window, by Fourier transforms in float32 or more. The
+    matrices W act on channels alone, and LN is over channels. The size of the window changes the receptive field and
+    the cost, not the parameters.
 
     Args:
         dim: C.
-        rank: R, 2 or more. The authors double it from C/8 to C over their experts.
-        window: its side; the authors have 4, 8, 16 and 32, one an expert.
+        rank: R, at least 2. The authors double it from expert to expert, from C/8 to C.
+        window: the side of a window in pixels; the authors' experts have 4, 8, 16 and 32.
 
     Raises:
-        UserError: a size below these; in forward, rows that are no maps.
+        UserError: a size is too small. In forward: the rows are no maps.
 
     >>> PatchMixer(8, rank=4, window=4)(torch.randn(2, 8, 6, 10)).shape
     torch.Size([2, 8, 6, 10])
@@ -62,10 +63,10 @@ class PatchMixer(nn.Module):
 
 
 def circular_convolution(a: Tensor, b: Tensor, window: int) -> Tensor:
-    r"""The circular convolution :math:`c_i = \sum_j a_j b_{i - j}` of maps (M, C, H, W), in each window apart.
+    r"""Compute the circular convolution :math:`c_i = \sum_j a_j b_{i - j}` of maps (M, C, H, W) within each window.
 
     Args:
-        window: the side of a window, at most that of the map.
+        window: the side of a window in pixels; a map that is smaller is one window.
 
     >>> ones = torch.ones(1, 1, 4, 4)
     >>> circular_convolution(ones, ones, 2)[0, 0, 0].round().tolist()

@@ -1,4 +1,4 @@
-"""Whole networks: those of the papers, a language model, and networks for photographs, signals and several views."""
+"""Whole networks: those of the papers, a language model, and networks for images, signals and several views."""
 
 from torch import nn
 

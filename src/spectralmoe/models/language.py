@@ -1,4 +1,4 @@
-"""A small language model: a decoder with an MoE layer in every block, read from top to bottom.
+"""A small language model: a decoder with an MoE layer in every block.
 
 Rotary positions: Su et al., "RoFormer", arXiv 2104.09864, section 3.2.2. RMSNorm: Zhang and Sennrich, arXiv 1910.07467,
 in front of each part of a block. SwiGLU experts: Shazeer, arXiv 2002.05202. Output matrix tied to the embedding: Press
@@ -29,18 +29,18 @@ ROPE_BASE, RMS_EPS = 10_000.0, 1e-6
 
 
 class LanguageMoE(nn.Module):
-    r"""Tokens (B, S) int64 -> logits (B, S, V): embedding, blocks, RMSNorm, linear head. ``language_moe`` builds one.
+    r"""A decoder that maps tokens (B, S) int64 to logits (B, S, V) of the next tokens. ``language_moe`` builds one.
 
-    Logits at position s are those of the token at s + 1, from the tokens up to s alone, as long as the routers look at
-    each token by itself (``ExpertChoice`` and ``Capacity`` do not).
+    It is made of an embedding, blocks, an RMSNorm and a linear head. The logits at position s depend on the tokens up
+    to s alone, as long as the routers choose for each token by itself (``ExpertChoice`` and ``Capacity`` do not).
 
     Args:
-        blocks: all D wide.
+        blocks: the blocks, all of width D.
         vocab: V.
-        tied: the head's matrix is the embedding.
+        tied: whether the head's matrix is that of the embedding.
 
     Raises:
-        UserError: no block; blocks of different widths; in forward, tokens of another shape or type.
+        UserError: there is no block, or the blocks differ in width. In forward: the tokens are not (B, S) integers.
 
     >>> model = language_moe(256, width=32, depth=2, num_experts=4, hidden=16)
     >>> model(torch.tensor([[72, 101, 108]])).shape
@@ -66,10 +66,10 @@ class LanguageMoE(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits (B, S, V) for tokens (B, S).
+        """Return logits (B, S, V) for tokens (B, S).
 
         Args:
-            cache: keys and values of the tokens before these; those of these tokens are added.
+            cache: keys and values of earlier tokens; those of these tokens are added to it.
         """
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise UserError(f"LanguageMoE: takes tokens (B, S) of integers, got {tokens.dtype} {tuple(tokens.shape)}")
@@ -90,16 +90,16 @@ class LanguageMoE(nn.Module):
         generator: torch.Generator | None = None,
         cached: bool = True,
     ) -> Tensor:
-        """``tokens`` (B, S) and ``count`` more, drawn one after the other in evaluation mode: (B, S + count).
+        """Continue ``tokens`` (B, S) by ``count`` tokens, drawn one by one in evaluation mode: (B, S + count).
 
         Args:
-            temperature: logits are divided by it; 0 takes the largest.
-            top_k: draw among so many largest logits alone; None: among all.
-            generator: of the draws, on the device of the tokens; None: torch's own.
-            cached: keep keys and values instead of computing them again for every token.
+            temperature: the number by which logits are divided; with 0 the largest is taken.
+            top_k: from how many of the largest logits a token is drawn; None is all.
+            generator: the generator of the draws, on the device of the tokens; None is torch's own.
+            cached: whether keys and values are kept instead of computed again for every token.
 
         Raises:
-            UserError: no token to start from, a negative number of tokens or temperature, ``top_k`` below 1.
+            UserError: there is no token to start from, ``count`` or the temperature is negative, or top_k < 1.
         """
         if tokens.shape[-1] < 1 or count < 0:
             raise UserError(f"generate: needs a token to start from and count >= 0, got {tokens.shape[-1]} and {count}")
@@ -116,14 +116,16 @@ class LanguageMoE(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    r"""One block: :math:`x \leftarrow x + \mathrm{Attention}(\mathrm{RMS}(x))`,
-    :math:`x \leftarrow x + \mathrm{MoE}(\mathrm{RMS}(x))`.
+    r"""A decoder block of causal attention and an MoE layer, each behind an RMSNorm and on a residual path.
 
-    A layer with parts that read ``attended`` gets the attention's output under this name.
+    .. math:: x \leftarrow x + \mathrm{Attention}(\mathrm{RMS}(x)), \qquad x \leftarrow x +
+        \mathrm{MoE}(\mathrm{RMS}(x))
+
+    If a part of the layer reads the side information "attended" (``BasisScorer``), it gets the attention's output.
 
     Args:
-        moe: the layer, D wide.
-        heads: of the attention.
+        moe: the MoE layer, of width D.
+        heads: the number of attention heads.
     """
 
     def __init__(self, moe: MoE, heads: int) -> None:
@@ -142,11 +144,11 @@ class DecoderBlock(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Self-attention in which a token sees those before it and itself: x (B, S, D) -> (B, S, D).
+    """Causal self-attention with rotary positions, x (B, S, D) -> (B, S, D): a token sees itself and those before it.
 
     Args:
-        dim: D.
-        heads: D / heads is even.
+        dim: D, a multiple of 2 * heads.
+        heads: the number of heads.
 
     Raises:
         UserError: D is not a multiple of 2 * heads.
@@ -174,17 +176,17 @@ class CausalAttention(nn.Module):
 
 
 class Cache:
-    """Keys and values (B, heads, S, D / heads) of the tokens that each attention has read."""
+    """Keeps the keys and values (B, heads, S, D / heads) of the tokens that each attention has read."""
 
     def __init__(self) -> None:
         self.read: dict[CausalAttention, tuple[Tensor, Tensor]] = {}
 
     def length(self, attention: CausalAttention) -> int:
-        """How many tokens it has read."""
+        """Return how many tokens ``attention`` has read."""
         return self.read[attention][0].shape[2] if attention in self.read else 0
 
     def add(self, attention: CausalAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of all tokens that it has read, with these."""
+        """Add keys and values, and return those of all tokens that ``attention`` has read."""
         if attention in self.read:
             k, v = (torch.cat([old, new], 2) for old, new in zip(self.read[attention], (k, v), strict=True))
         self.read[attention] = k, v
@@ -192,10 +194,12 @@ class Cache:
 
 
 def rotated(x: Tensor, first: int = 0) -> Tensor:
-    r"""Rotary positions: coordinates i and i + d/2 of x (..., S, d) are turned by the angle :math:`p\,\theta^{-2i/d}`.
+    r"""Apply rotary positions: turn coordinates i and i + d/2 of x (..., S, d) by the angle :math:`p\,\theta^{-2i/d}`.
+
+    p is the position of the token, and theta is 10,000.
 
     Args:
-        first: the position p of the first of the S tokens.
+        first: the position of the first of the S tokens.
     """
     half = x.shape[-1] // 2
     precise = torch.promote_types(x.dtype, torch.float32)
@@ -211,7 +215,7 @@ ExpertsFactory = Callable[[int, int, int], Experts]
 
 
 def balanced_router(dim: int, num_experts: int) -> Router:
-    """A linear gate, two experts a token, a loss-free selection bias; of fewer than three experts all are used."""
+    """Make a linear gate with two experts a token and a loss-free selection bias; with E < 3 all experts are used."""
     scorer = LinearScorer(dim, num_experts)
     if num_experts < 3:
         return Router(scorer, Soft())
@@ -231,19 +235,19 @@ def language_moe(
     experts: ExpertsFactory | None = None,
     tied: bool = True,
 ) -> LanguageMoE:
-    """A LanguageMoE of ``depth`` equal blocks.
+    """Build a ``LanguageMoE`` of ``depth`` equal blocks.
 
-    Everything but the routers is initialised first: under one seed two models that differ only in their routers start
-    with the same other parts. What is added to the residual stream starts small, so that its variance stays bounded in
-    any depth. With one expert the model is dense: that of k experts of width H has its dense twin of equal active width
-    in one expert of width k * H.
+    With the same seed, two models that differ only in their routers start with the same other weights, because the
+    routers' draws leave torch's random generator as it was. What is added to the residual stream starts small, so that
+    its variance stays bounded at any depth. With one expert the model is dense; one expert of width k * H is as wide as
+    k experts of width H.
 
     Args:
-        vocab, width, depth, heads, num_experts, hidden: V, D, number of blocks, heads of each attention, E, H.
-        spare: zero hidden units an expert, for later corrections (``FeedForward``).
-        router: (D, E) -> a router; default: ``balanced_router``.
-        experts: (E, D, H) -> a bank; None: SwiGLU networks with ``spare`` units.
-        tied: the head's matrix is the embedding.
+        vocab, width, depth, heads, num_experts, hidden: V, D, the number of blocks, the heads of each attention, E, H.
+        spare: how many hidden units of each expert start at zero, for later corrections (``FeedForward``).
+        router: a function (D, E) -> router; the default is ``balanced_router``.
+        experts: a function (E, D, H) -> bank; None makes SwiGLU networks with ``spare`` units.
+        tied: whether the head's matrix is that of the embedding.
     """
     make_bank = experts or partial(FeedForward, activation="swiglu", spare=spare)
     banks = [make_bank(num_experts, width, hidden) for _ in range(depth)]

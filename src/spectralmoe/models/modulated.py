@@ -18,16 +18,18 @@ __all__ = ["ModulatedBlock"]
 
 
 class ModulatedBlock(nn.Module):
-    r"""One block: :math:`b = \mathrm{gelu}(A_1 \mathrm{LN}\,x) \odot A_2 \mathrm{LN}\,x`,
-    :math:`y = x + \mathrm{MLP}(\mathrm{MoE}(b))`, x (..., D).
+    r"""A block of modulated experts between an expansion and an MLP that all of them share: x (..., D) -> (..., D).
 
-    With E ``ModulatedExperts`` it has 2 E D^2 + 10 D^2 numbers in matrices, where E networks D -> 4D -> D have 8 E D^2:
-    an expert costs a quarter, and the MLP that makes use of it is paid for once.
+    .. math:: b = \mathrm{gelu}(A_1 \mathrm{LN}\,x) \odot A_2 \mathrm{LN}\,x, \qquad
+        y = x + \mathrm{MLP}(\mathrm{MoE}(b))
+
+    With E ``ModulatedExperts`` its matrices have 2 E D^2 + 10 D^2 numbers; those of E networks D -> 4D -> D have
+    8 E D^2.
 
     Args:
-        moe: the layer, D wide; of tokens, with ``ModulatedExperts`` or any other bank.
-        expansion: hidden width of the MLP, in D.
-        residual: False leaves out LN and the sum with x, for a network that has both around the block.
+        moe: an MoE layer of tokens, of width D, with ``ModulatedExperts`` or any other bank.
+        expansion: the hidden width of the MLP is this times D.
+        residual: whether LN and the sum with x are a part of the block; if not, the network around has them.
 
     Raises:
         UserError: expansion < 1.

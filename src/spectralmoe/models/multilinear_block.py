@@ -1,9 +1,9 @@
-"""The two-layer block of muMoE: the gate mixes parameters, not outputs.
+"""The two-layer block of muMoE, whose gate mixes parameters and not outputs.
 
 Oldfield et al., "Multilinear Mixture of Experts: Scalable Expert Specialization through Factorization" (muMoE), arXiv
-2402.12550, NeurIPS 2024: what takes the place of a transformer's MLP. The authors' code has no licence; this file is
+2402.12550, NeurIPS 2024: the block that replaces a transformer's MLP. The authors' code has no licence; this file is
 written from the equations.
-Differs: the router may be any.
+Differs: any router may give the weights.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ __all__ = ["MultilinearBlock"]
 
 
 class MultilinearBlock(Recordable):
-    r"""Two layers of multilinear experts under one gate: :math:`y = W_2[a]\,\mathrm{gelu}(W_1[a]\,x)`.
+    r"""Applies two layers of multilinear experts with the same gate: :math:`y = W_2[a]\,\mathrm{gelu}(W_1[a]\,x)`.
 
-    :math:`W[a] = \sum_e a_e W_e` acts on [x; 1]. Because the gelu stands between the two sums, y is not
-    :math:`\sum_e a_e E_e(x)` for any experts E_e: this is a module of its own and no bank. Tapes record its routing;
-    there is no dispatch to choose.
+    :math:`W[a] = \sum_e a_e W_e` acts on [x; 1], and a are the weights of a router. Because of the GELU between the two
+    layers, y is no weighted sum of experts' outputs. So this is a module of its own and no bank for ``MoE``. ``record``
+    records its routing.
 
     Args:
         dim, hidden: D and H.
         num_experts: E of both layers.
-        rank, form, bond: of both, see ``MultilinearExperts``.
-        router: gives a; None: a linear gate that starts at zero, so with even gates, and ``Entmax(norm=True)``.
+        rank, form, bond: those of both layers, see ``MultilinearExperts``.
+        router: the router that gives a; None makes a linear gate that starts at zero, and so with even weights, with
+            ``Entmax(norm=True)``.
 
     Raises:
-        UserError: as ``MultilinearExperts``; a router of another width or number of experts.
+        UserError: the router has another width or number of experts; or as ``MultilinearExperts``.
 
     >>> block = MultilinearBlock(8, 16, 32, rank=6)
     >>> block(torch.randn(2, 5, 8)).shape
@@ -78,11 +79,11 @@ class MultilinearBlock(Recordable):
 
     @property
     def keepable(self) -> tuple[str, ...]:
-        """The names of what ``record`` can keep: no expert has an input or output of its own."""
+        """The names of the tensors that ``record`` can keep: the tokens alone."""
         return ("tokens",)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, context: Context | Rows | None = None) -> Tensor:
-        """x (..., D) -> (..., D); what ``mask`` (...) leaves out is 0, in every gradient too."""
+        """Run the block on x (..., D) -> (..., D); padding (``mask`` False) has the output and the gradient 0."""
         fed, replay = self.take_feed(x.device), None
         if fed is not None:
             mask = fed.mask if mask is None else mask

@@ -1,4 +1,4 @@
-"""A small network that restores images: an encoder, MoE layers on its coarse maps, a decoder.
+"""A small network that restores images: an encoder, MoE layers on its coarse maps, and a decoder.
 
 The form of networks for all-in-one restoration, such as Zamfir et al., "Complexity Experts are Task-Discriminative
 Learners for Any Image Restoration" (MoCE-IR), arXiv 2411.18466, section 3, with one level.
@@ -25,24 +25,24 @@ __all__ = ["RestorationBlock", "RestorationMoE", "restoration_moe"]
 
 
 class RestorationMoE(nn.Module):
-    r"""Images (B, C, H, W) -> restored ones, each channel by itself: :math:`y = x + f(x)`, where f starts at 0.
+    r"""A network that maps images (B, C, H, W) to restored ones, :math:`y = x + f(x)`, where f starts at 0.
 
-    A convolution, one of stride ``scale`` to D channels, blocks, a linear map back to all pixels, added to what the
-    first convolution gave, and a last one. ``restoration_moe`` builds one. Sides that ``scale`` does not divide are
-    padded inside.
+    It treats each channel by itself: a convolution, one of stride ``scale`` to D channels, the blocks, a linear map
+    back to all pixels, the sum with the output of the first convolution, and a last convolution. If ``scale`` does not
+    divide the sides, they are padded inside. ``restoration_moe`` builds one.
 
-    Layers get the side information that they read, one value a sample: ``severity`` (B, P), and ``map`` (B, 1, H, W),
+    MoE layers can read two values as side information, one for each sample: "severity" (B, P), and "map" (B, 1, H, W),
     the degraded image.
 
     Args:
-        blocks: all D wide.
-        stem: channels in front of the coarse maps.
-        scale: pixels a side that a position of the coarse maps stands for.
+        blocks: the blocks, all of width D.
+        stem: the number of channels in front of the coarse maps.
+        scale: the side in pixels of a position of the coarse maps.
         severities: P.
 
     Raises:
-        UserError: no block, or blocks of different widths; a size below 1; in forward, no images (B, C, H, W), or a
-            severity of another shape.
+        UserError: there is no block, the blocks differ in width, or a size is below 1. In forward: the images are not
+            (B, C, H, W), or the severity has another shape.
 
     >>> model = restoration_moe(width=16, num_experts=4, hidden=8)
     >>> images = torch.rand(2, 3, 17, 20)
@@ -71,10 +71,10 @@ class RestorationMoE(nn.Module):
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor, severity: Tensor | None = None) -> Tensor:
-        """Restored images (B, C, H, W).
+        """Restore images (B, C, H, W).
 
         Args:
-            severity: (B, P), how badly each image is degraded in each way; None: 0, not at all.
+            severity: (B, P), how badly each image is degraded in each of P ways; None is 0, not at all.
         """
         if images.dim() != 4:
             raise UserError(f"RestorationMoE: takes images (B, C, H, W), got {[*images.shape]}")
@@ -96,11 +96,15 @@ class RestorationMoE(nn.Module):
 
 
 class RestorationBlock(nn.Module):
-    r"""One block on maps x (B, D, H, W): :math:`x \leftarrow x + \mathrm{gelu}(W * \mathrm{norm}(x))`, W of 3 x 3, then
-    :math:`x \leftarrow x + \mathrm{MoE}(\mathrm{norm}(x))`; the norm is that of each position's D numbers.
+    r"""A block of a 3 x 3 convolution W and an MoE layer on maps x (B, D, H, W).
+
+    .. math:: x \leftarrow x + \mathrm{gelu}(W * \mathrm{norm}(x)), \qquad x \leftarrow x +
+        \mathrm{MoE}(\mathrm{norm}(x))
+
+    The norm is a LayerNorm over the D numbers of each position.
 
     Args:
-        moe: the layer, of any unit; a layer of tokens gets (B, H, W, D). Any other module maps (B, H, W, D) to that.
+        moe: an MoE layer of any unit, or any module that maps (B, H, W, D) to (B, H, W, D).
         dim: D.
     """
 
@@ -111,10 +115,10 @@ class RestorationBlock(nn.Module):
         self.moe_norm, self.moe = nn.LayerNorm(dim), moe
 
     def forward(self, x: Tensor, side: dict[str, Tensor] | None = None) -> Tensor:
-        """Maps (B, D, H, W).
+        """Run the block on maps (B, D, H, W).
 
         Args:
-            side: values by name, one a sample (B, ...); the layer gets those that it reads.
+            side: side information by name, one value for each sample (B, ...); the layer gets what it reads.
         """
         x = x + F.gelu(self.local(self.local_norm(x.movedim(1, -1)).movedim(-1, 1)))
         rows = self.moe_norm(x.movedim(1, -1))
@@ -147,17 +151,17 @@ def restoration_moe(
     router: RouterFactory | None = None,
     experts: ExpertsFactory | None = None,
 ) -> RestorationMoE:
-    """A RestorationMoE of ``depth`` equal blocks.
+    """Build a ``RestorationMoE`` of ``depth`` equal blocks.
 
-    Everything but the routers is initialised first: under one seed two models that differ only in their routers start
-    with the same other parts.
+    With the same seed, two models that differ only in their routers start with the same other weights, because the
+    routers' draws leave torch's random generator as it was.
 
     Args:
-        width, depth, num_experts, hidden: D, number of blocks, E, H.
-        stem, scale, severities: of the network.
-        unit: what its layers route; None: every position of the coarse maps.
-        router: (D, E) -> a router; None: a linear gate, one expert a unit.
-        experts: (E, D, H) -> a bank; None: ``ConvExperts`` where whole samples are routed, else ``FeedForward``.
+        width, depth, num_experts, hidden: D, the number of blocks, E, H.
+        stem, scale, severities: as in ``RestorationMoE``.
+        unit: what the layers route; None is every position of the coarse maps (``Pixel``).
+        router: a function (D, E) -> router; None makes a linear gate with one expert a unit.
+        experts: a function (E, D, H) -> bank; None makes ``ConvExperts`` for whole samples, else ``FeedForward``.
     """
     unit = Pixel() if unit is None else unit
     make_bank = experts or (ConvExperts if unit.pooled else FeedForward)

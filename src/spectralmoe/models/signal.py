@@ -1,7 +1,7 @@
-"""A small classifier of signals that routes each signal as a whole, to a light expert or to a heavy one.
+"""A small classifier of signals that routes each signal as a whole, to a small expert or to a large one.
 
 After "PhyG-MoE", arXiv 2601.12798, abstract: light experts for elementary signals, a large one on demand, chosen by the
-spectrum. Differs: the authors' large expert is a TransNeXt, of which nothing more is known; here all experts are
+spectrum. Differs: the authors' large expert is a TransNeXt, of which the abstract says no more; here all experts are
 convolutions that differ in width.
 """
 
@@ -30,7 +30,7 @@ _EPS = 1e-6
 
 
 class SignalExpert(nn.Sequential):
-    """Three convolutions, 3 x 3 and ``hidden`` wide inside, on maps (M, C, H, W)."""
+    """An expert of three 3 x 3 convolutions with ``hidden`` channels inside, on maps (M, C, H, W)."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__(
@@ -44,10 +44,10 @@ class SignalExpert(nn.Sequential):
 
 
 class SignalBlock(nn.Module):
-    r""":math:`z \leftarrow z + \mathrm{MoE}(\mathrm{norm}(z))` on maps (B, C, H, W), one choice a map.
+    r"""A block with an MoE layer of whole maps z (B, C, H, W): :math:`z \leftarrow z + \mathrm{MoE}(\mathrm{norm}(z))`.
 
     Args:
-        moe: a layer of whole samples; its parts may read the signals (B, T) as "map".
+        moe: an MoE layer with ``unit=Sample()``; its parts may read the signals (B, T) as "map".
     """
 
     def __init__(self, moe: MoE) -> None:
@@ -60,17 +60,18 @@ class SignalBlock(nn.Module):
 
 
 class SignalMoE(nn.Module):
-    """Signals (B, T), complex or real -> class logits (B, num_classes). ``signal_moe`` builds one.
+    """A classifier that maps signals (B, T), complex or real, to logits (B, num_classes). ``signal_moe`` builds one.
 
-    The logarithm of a spectrogram (Hann windows of 64 samples, every 16), standardised for each signal, then two
-    strided convolutions, the blocks, and a linear head on the mean and the maximum of each channel.
+    It computes the logarithm of a spectrogram (Hann windows of 64 samples, every 16 samples), standardises it for each
+    signal, and applies two strided convolutions, the blocks, and a linear head on the mean and the maximum of each
+    channel.
 
     Args:
-        blocks: all C wide.
-        num_classes: number of logits.
+        blocks: the blocks, all with C channels.
+        num_classes: the number of logits.
 
     Raises:
-        UserError: no block; in forward, signals of another shape, or shorter than 64 samples.
+        UserError: there is no block. In forward: the signals are not (B, T), or shorter than 64 samples.
 
     >>> signal_moe(21, width=8, hidden=16)(torch.randn(3, 256, dtype=torch.complex64)).shape
     torch.Size([3, 21])
@@ -100,7 +101,7 @@ class SignalMoE(nn.Module):
         return logits
 
     def spectrogram(self, signals: Tensor) -> Tensor:
-        """Log powers (B, 1, 64, T // 16) of signals (B, T), of mean 0 and variance 1 in each."""
+        """Return log powers (B, 1, 64, T // 16) of signals (B, T), with mean 0 and variance 1 for each signal."""
         if signals.dim() != 2 or signals.shape[1] < WINDOW:
             raise UserError(
                 f"SignalMoE reads signals (B, T) of at least {WINDOW} samples, got a tensor of shape "
@@ -119,12 +120,12 @@ ExpertsFactory = Callable[[int, int, int], Experts]
 
 
 def spectrum_router(dim: int, num_experts: int) -> Router:
-    """The spectrum of the signal, one expert each."""
+    """Make a router that reads the spectrum of the signal and chooses one expert."""
     return Router(SpectrumScorer(dim, num_experts), TopK(1))
 
 
 def signal_experts(num_experts: int, channels: int, hidden: int) -> HeterogeneousExperts:
-    """Experts from an eighth of ``hidden`` wide to ``hidden``, in equal ratios; one alone is ``hidden`` wide.
+    """Make experts whose widths go from ``hidden`` / 8 to ``hidden`` in equal ratios; a single one has ``hidden``.
 
     >>> [expert.hidden for expert in signal_experts(4, 16, 64).experts]
     [8, 16, 32, 64]
@@ -144,15 +145,16 @@ def signal_moe(
     router: RouterFactory = spectrum_router,
     experts: ExpertsFactory = signal_experts,
 ) -> SignalMoE:
-    """A SignalMoE of ``depth`` equal blocks.
+    """Build a ``SignalMoE`` of ``depth`` equal blocks.
 
-    Everything but the routers is initialised first: under one seed two networks that differ only in their routers
-    start with the same other parts.
+    With the same seed, two networks that differ only in their routers start with the same other weights, because the
+    routers' draws leave torch's random generator as it was.
 
     Args:
-        width, depth, num_experts, hidden: C, number of blocks, E, H.
-        router: (C, E) -> a router; default: ``spectrum_router``.
-        experts: (E, C, H) -> a bank of experts on maps; default: ``signal_experts``.
+        num_classes: the number of logits.
+        width, depth, num_experts, hidden: C, the number of blocks, E, H.
+        router: a function (C, E) -> router; the default is ``spectrum_router``.
+        experts: a function (E, C, H) -> bank of experts on maps; the default is ``signal_experts``.
     """
     banks = [experts(num_experts, width, hidden) for _ in range(depth)]
     state = torch.get_rng_state()

@@ -1,9 +1,9 @@
-"""The student and the teacher of a theory of joint training: units of one expert direction and one router direction.
+"""Soft-routed units: the student and the teacher networks of a theory of jointly trained routers and experts.
 
 "Guided by the Experts: Provable Feature Learning Dynamic of Soft-Routed Mixture-of-Experts", arXiv 2510.07205, AISTATS
-2026: its abstract; constants, start, pruning threshold and width condition could not be found. Written from the
-equations that its words imply.
-Differs: units have an amplitude, without which two that cancel cannot be told from two at work; units that have become
+2026. Written from its abstract, which does not give the constants, the start, the pruning threshold or the condition on
+the width.
+Differs: units have an amplitude; without it, two units that cancel look like two that work. Units that have become
 alike are merged before idle ones are pruned.
 """
 
@@ -28,13 +28,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class SoftRouted(nn.Module):
-    r"""A sum of gated units, one number a sample.
+    r"""A network that sums K gated units into one number for each sample: x (N, D) -> (N,).
 
     .. math:: f(x) = \sum_k a_k\, \pi(w_k^\top x)\, s(v_k^\top x)
 
-    :math:`\pi` is the sigmoid; s is a Hermite polynomial of mean 0 and variance 1 under Gaussian x, or the ReLU. Router
-    directions w_k and expert directions v_k are of length 1 (``spectralmoe.optim.SphereStep`` keeps them so) and start
-    at random; amplitudes start at 1/K, so that the sum starts as an average.
+    :math:`\pi` is the sigmoid; s is a Hermite polynomial, which has mean 0 and variance 1 for Gaussian inputs, or the
+    ReLU. The directions w_k of the routers and v_k of the experts have length 1 (``spectralmoe.optim.SphereStep`` keeps
+    it) and start at random. The amplitudes a start at 1/K, so that the sum starts as an average.
 
     Args:
         dim: D.
@@ -42,10 +42,11 @@ class SoftRouted(nn.Module):
         activation: "hermite3" (the paper's), "hermite2" or "relu".
 
     Attributes:
-        experts, routers: v and w (K, D).  amplitudes: a (K,).
+        experts, routers: v and w, each (K, D).
+        amplitudes: a (K,).
 
     Raises:
-        UserError: a size below 1, an unknown activation.
+        UserError: a size is below 1, or the activation is unknown.
 
     >>> student = SoftRouted(16, 8)
     >>> student(torch.randn(5, 16)).shape
@@ -69,10 +70,10 @@ class SoftRouted(nn.Module):
     def teacher(
         cls, dim: int, units: int, *, activation: Literal["hermite3", "hermite2", "relu"] = "hermite3"
     ) -> SoftRouted:
-        """Units whose 2K directions are orthonormal and whose amplitudes are 1.
+        """Make a frozen teacher, whose 2K directions are orthonormal and whose amplitudes are 1.
 
         Raises:
-            UserError: as the class; more than D/2 units.
+            UserError: there are more than D/2 units; or as the class.
 
         >>> teacher = SoftRouted.teacher(16, 2)
         >>> directions = torch.cat([teacher.experts, teacher.routers])
@@ -90,17 +91,22 @@ class SoftRouted(nn.Module):
         return made.requires_grad_(False)
 
     def contributions(self, x: Tensor) -> Tensor:
-        """What each unit adds: x (N, D) -> (N, K)."""
+        """Return what each unit adds: x (N, D) -> (N, K)."""
         gates = (x @ self.routers.T).sigmoid()
         return self.amplitudes * gates * ACTIVATIONS[self.activation](x @ self.experts.T)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, D) -> (N,)"""
+        """Return f(x) for x (N, D): (N,)."""
         return self.contributions(x).sum(1)
 
 
 class Overlaps(NamedTuple):
-    """Cosines of a student's directions with a teacher's, (K, T) each."""
+    """The cosines between the directions of a student's K units and a teacher's T units.
+
+    Attributes:
+        experts: those of the expert directions (K, T).
+        routers: those of the router directions (K, T).
+    """
 
     experts: Tensor
     routers: Tensor
@@ -108,13 +114,13 @@ class Overlaps(NamedTuple):
 
 @torch.no_grad()
 def overlaps(student: SoftRouted, teacher: SoftRouted) -> Overlaps:
-    """How near each unit is to each of the teacher's.
+    """Compute the cosines between each unit of a student and each of a teacher.
 
-    Where s is odd ("hermite3"), (a, v) and (-a, -v) are one unit, so an expert's cosine counts with the signs of both
-    amplitudes.
+    If s is odd ("hermite3"), (a, v) and (-a, -v) are the same unit, so the cosine of the experts is multiplied by the
+    signs of both amplitudes.
 
     Raises:
-        UserError: networks of other widths or activations.
+        UserError: the networks differ in width or activation.
 
     >>> teacher = SoftRouted.teacher(8, 2)
     >>> torch.allclose(overlaps(teacher, teacher).experts, torch.eye(2), atol=1e-6)
@@ -132,19 +138,20 @@ def overlaps(student: SoftRouted, teacher: SoftRouted) -> Overlaps:
 def prune_units(
     model: SoftRouted, x: Tensor, *, keep: int | None = None, threshold: float = 0.01, merge: float = 0.9
 ) -> SoftRouted:
-    r"""A network of the units that matter: alike ones merged, then idle ones left out.
+    r"""Return a smaller network: units that are alike are merged, and then idle units are left out.
 
-    Two units are alike where the cosines of their experts (sign as in ``overlaps``) and of their routers are above
-    ``merge``; the one of smaller amplitude joins the other, whose directions become the means weighed by amplitude. A
-    unit's part is :math:`\mathrm{E}[(a_k \pi s)^2]` over x.
+    Two units are alike if the cosines of their experts (with the sign of ``overlaps``) and of their routers are above
+    ``merge``. The unit of smaller amplitude joins the other; directions become means that are weighed by the
+    amplitudes. The share of a unit is :math:`\mathrm{E}[(a_k \pi s)^2]` over the samples.
 
     Args:
-        x: (N, D), samples to measure parts on.
-        keep: how many units stay; None: those with at least ``threshold`` times the largest part.
-        merge: above 1 nothing is merged.
+        x: samples (N, D) on which the shares are measured.
+        keep: how many units stay; None keeps those with at least ``threshold`` times the largest share.
+        threshold: see ``keep``.
+        merge: a cosine; above 1 nothing is merged.
 
     Raises:
-        UserError: ``keep`` below 1; no samples.
+        UserError: ``keep`` is below 1, or there are no samples.
     """
     if (keep is not None and keep < 1) or not len(x):
         raise UserError(f"prune_units: needs samples, and at least one unit to keep; got {len(x)} and keep={keep}")

@@ -1,12 +1,12 @@
-"""A deep MoE network for images or feature vectors: stem, N MoE stages, head.
+"""A deep MoE network for images or feature vectors: a stem, MoE stages and a head.
 
 Delibasoglu, "Spectral Manifold Regularization for Stable and Modular Routing in Deep MoE Architectures" (SR-MoE),
 arXiv 2601.03889: convolutional stem, then stages of a local processor (Linear, ReLU, LayerNorm) and an MoE layer with
-prototype routing, and a two-part spectral penalty on the routing. No public code. Not given in the paper and chosen
-here, each an option: the residual path around each stage (without it accuracy falls with depth), the centring of the
+prototype routing, and a two-part spectral penalty on the routing. No public code. The paper leaves open what follows;
+here each is an option: the residual path around each stage (without it accuracy falls with depth), the centring of the
 tokens behind the LayerNorm (without it accuracy falls, and corrections of one expert cost more), soft or sparse
-routing, which matrix the penalty looks at and its form. Fixed here: the LayerNorm before the head, the stem's sizes,
-the experts (Linear, ReLU, Linear). The terms are those of ``spectralmoe.regularizers``.
+routing, which matrix the penalty reads, and its form. Ours and fixed are the LayerNorm before the head, the sizes of
+the stem, and the experts (Linear, ReLU, Linear). The terms are those of ``spectralmoe.regularizers``.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["ConvStem", "SRMoE", "Stage", "VectorStem", "prototype_router", "sr_m
 
 
 class ConvStem(nn.Module):
-    """Images (B, C, H, W) with values in [0, 1] -> features (B, D): two strided convolutions, pooling, a linear layer.
+    """Maps images (B, C, H, W) with values in [0, 1] to features (B, D), by two convolutions, pooling, a linear layer.
 
     Args:
         channels: C.
         width: D.
-        mean, std: pixel statistics of the training images, one value a channel.
+        mean, std: the mean and standard deviation of the training images' pixels, one value a channel.
     """
 
     GRID = 4
@@ -65,7 +65,7 @@ class ConvStem(nn.Module):
 
 
 class VectorStem(nn.Module):
-    """Feature vectors (B, F) -> features (B, D): a linear layer.
+    """Maps feature vectors (B, F) to features (B, D), by a linear layer.
 
     Args:
         features: F.
@@ -83,13 +83,15 @@ class VectorStem(nn.Module):
 
 
 class Stage(nn.Module):
-    r"""One MoE stage: :math:`z' = \mathrm{LN}(\mathrm{ReLU}(A z + a))`, :math:`z \leftarrow z + \mathrm{MoE}(z')`.
+    r"""A stage of a local processor and an MoE layer on features z (B, D).
+
+    .. math:: z' = \mathrm{LN}(\mathrm{ReLU}(A z + a)), \qquad z \leftarrow z + \mathrm{MoE}(z')
 
     Args:
-        moe: the layer, D wide.
-        residual: add z; without it the stage returns MoE(z') alone, as the paper may be read.
-        centred: z' also goes through a BatchNorm without factors, so that tokens spread around zero instead of
-            around the common direction that every ReLU leaves.
+        moe: the MoE layer, of width D.
+        residual: whether z is added; without it the stage returns MoE(z'), which is another reading of the paper.
+        centred: whether z' goes through a BatchNorm without weights, so that tokens are spread around zero and not
+            around the common direction that a ReLU leaves.
     """
 
     def __init__(self, moe: MoE, *, residual: bool = True, centred: bool = False) -> None:
@@ -107,15 +109,17 @@ class Stage(nn.Module):
 
 
 class SRMoE(nn.Module):
-    """Images (B, C, H, W) or vectors (B, F) -> class logits (B, num_classes): stem, stages, LayerNorm, linear head.
+    """A classifier that maps images (B, C, H, W) or vectors (B, F) to logits (B, num_classes). ``sr_moe`` builds one.
+
+    It is made of a stem, MoE stages, a LayerNorm and a linear head.
 
     Args:
-        stem: inputs -> (B, D).
-        stages: the MoE stages, all D wide.
-        num_classes: number of logits.
+        stem: maps inputs to features (B, D).
+        stages: the MoE stages, all of width D.
+        num_classes: the number of logits.
 
     Raises:
-        UserError: no stage; stages of another width than the stem.
+        UserError: there is no stage, or a stage and the stem differ in width.
     """
 
     def __init__(self, stem: ConvStem | VectorStem, stages: Sequence[Stage], num_classes: int) -> None:
@@ -137,16 +141,19 @@ class SRMoE(nn.Module):
         return self.classify(self.stem(inputs))
 
     def classify(self, features: Tensor, first: int = 0) -> Tensor:
-        """Logits from the input (B, D) of stage ``first``: the rest of the network after a prefix was cached."""
+        """Return logits, given the input (B, D) of stage ``first``."""
         for stage in self.stages[first:]:
             features = stage(features)
         logits: Tensor = self.head(self.norm(features))
         return logits
 
     def split(self, layer: str) -> tuple[nn.Module, nn.Module]:
-        """(head, tail) with ``tail(head(x))`` = ``self(x)``; the tail begins at the stage that holds ``layer``.
+        """Split the network in front of the stage that holds ``layer``: (head, tail) with ``tail(head(x)) == self(x)``.
 
-        Both share this network's modules; layers keep their names in the tail.
+        Both use this network's modules; layers keep their names in the tail.
+
+        Raises:
+            UserError: there is no such layer.
         """
         first = next((i for i in range(len(self.stages)) if layer == f"stages.{i}.moe"), None)
         if first is None:
@@ -174,9 +181,9 @@ ExpertsFactory = Callable[[int, int, int], Experts]
 
 
 def prototype_router(dim: int, num_experts: int) -> Router:
-    """The routing that the reproduction card supports: prototypes, two experts a token, a loss-free selection bias.
+    """Make a prototype gate with two experts a token and a loss-free selection bias; with E < 3 all experts are used.
 
-    Of fewer than three experts all are used.
+    The reproduction card in papers/sr-moe supports this routing.
     """
     scorer = PrototypeScorer(dim, num_experts, temperature=1.0, scale=dim**-0.5)
     if num_experts < 3:
@@ -201,20 +208,22 @@ def sr_moe(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> SRMoE:
-    """An SRMoE network of ``depth`` equal stages.
+    """Build an ``SRMoE`` network of ``depth`` equal stages.
 
-    Everything but the routers is initialised first: under one seed two networks that differ only in their routers
-    start with the same stem, experts and head. The experts' last layers start small, at the scale that keeps the
-    variance of the residual stream bounded in any depth.
+    With the same seed, two networks that differ only in their routers start with the same stem, experts and head. The
+    experts' last layers start small, so that the variance of the residual stream stays bounded at any depth.
 
     Args:
-        channels: of the images.  features: F, for feature vectors (B, F) instead of images.
-        width, depth, num_experts, hidden: D, number of stages, E, H.
-        spare: zero hidden units an expert, for later corrections (``FeedForward``).
-        router: (D, E) -> a router; default: ``prototype_router``.
-        experts: (E, D, H) -> a bank; None: ReLU networks with biases and ``spare`` units.
+        num_classes: the number of logits.
+        channels: the number of channels C of images (B, C, H, W).
+        features: F, for feature vectors (B, F) instead of images.
+        width, depth, num_experts, hidden: D, the number of stages, E, H.
+        spare: how many hidden units of each expert start at zero, for later corrections (``FeedForward``).
+        router: a function (D, E) -> router; the default is ``prototype_router``.
+        experts: a function (E, D, H) -> bank; None makes ReLU networks with biases and ``spare`` units.
         residual, centred: see ``Stage``.
-        mean, std: pixel statistics of the training images, one value a channel.
+        mean, std: the mean and standard deviation of the training images' pixels, one value a channel; None is 0.5 and
+            0.25.
 
     >>> sr_moe(10, depth=2)(torch.rand(3, 1, 28, 28)).shape
     torch.Size([3, 10])

@@ -1,7 +1,7 @@
-"""The spectral part of SR-MoE's loss as penalty terms, every open choice an option.
+"""The spectral part of SR-MoE's loss, as terms; each choice that the paper leaves open is an option.
 
-Delibasoglu, SR-MoE, arXiv 2601.03889: spectral norm and stable rank of each layer's "routing weights"; formulas, target
-and weights are not given. The defaults are those of the reproduction card in papers/sr-moe.
+Delibasoglu, SR-MoE, arXiv 2601.03889: spectral norm and stable rank of each layer's "routing weights". The paper gives
+no formulas, target or weights; the defaults are those of the reproduction card in papers/sr-moe.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def sr_moe_terms(
     bound: float = 1.0,
     target: float | None = None,
 ) -> dict[str, Term]:
-    r"""Terms for ``penalty``: :math:`\sum_l \lambda_s\,n(\sigma_1(M_l)) + \lambda_r\,r(M_l)`, added to the task's loss.
+    r"""Make the terms :math:`\sum_l \lambda_s\,n(\sigma_1(M_l)) + \lambda_r\,r(M_l)` for ``penalty``.
 
     Args:
-        network: whose processors "processor" and "both" look at.
-        norm, rank: :math:`\lambda_s`, :math:`\lambda_r`; a part with weight 0 is left out.
-        matrix: what M is: "router" (prototypes or gate weights), "gates" (the batch's gates), "processor" (the Linear
-            before the router), or "both" router and processor.
+        network: the network; "processor" and "both" read its processors.
+        norm, rank: :math:`\lambda_s` and :math:`\lambda_r`; a term with weight 0 is left out.
+        matrix: which matrix M is: "router" (prototypes or gate weights), "gates" (the batch's gates), "processor" (the
+            Linear in front of the router), or "both", router and processor.
         norm_form, bound, rank_form, target: see ``spectral_norm`` and ``stable_rank``.
 
     Raises:
-        UserError: an unknown matrix or form (forms when the terms are evaluated).
+        UserError: the matrix is unknown; or, when the terms are evaluated, a form is.
 
     >>> import torch
     >>> from spectralmoe import penalty, record

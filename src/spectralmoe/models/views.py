@@ -1,10 +1,9 @@
 """A network that classifies samples of several views, some of which may be missing.
 
 Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs
-with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: attention among the
-views' tokens, experts for those that are there, and a second imputation of the others from what the experts said.
-Written from the equations.
-Differs: one token a view, one linear embedding each, and a head on the mean over the views; the block is in the
+with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: attention among the views' tokens, experts for the views that
+are there, and a second imputation of the missing ones from the experts' outputs. Written from the equations.
+Differs: each view has one token and a linear embedding, and the head reads the mean over the views. The block is in the
 post-norm form throughout.
 """
 
@@ -25,21 +24,21 @@ __all__ = ["SparseCrossImputer", "ViewsBlock", "ViewsMoE", "views_moe"]
 
 
 class SparseCrossImputer(nn.Module):
-    r"""Fills tokens that are missing from the few that are there and fit them best: tokens (B, V, D) -> (B, V, D).
+    r"""Replaces missing tokens by a sum over the present tokens that fit them best: tokens (B, V, D) -> (B, V, D).
 
     .. math:: a = \mathrm{softmax}_{j\ \mathrm{there}} \left( \frac{(W_q t)^\top W_k t_j}{\sqrt{D}} \right), \quad
         t \leftarrow \mathrm{LN}\Bigl(t + \sum_{j \in \mathrm{top}(a)} a_j W_k t_j\Bigr)
 
-    for each missing token t, a placeholder; the sum is over the ``keep`` largest a, which are not renormalised, and the
-    values are the projected keys. Tokens that are there stay as they are, bit by bit. Without any the sum is 0.
-    The second stage of ConfSMoE, which keeps (V - 1) S / 4 of the tokens of V views of S tokens.
+    t is the placeholder of a missing token. The sum is over the ``keep`` largest a, which are not normalised again, and
+    the values are the projected keys. Present tokens are not changed; if there is none, the sum is 0. This is the
+    second stage of ConfSMoE, which keeps (V - 1) S / 4 of the tokens for V views of S tokens.
 
     Args:
         dim: D.
-        keep: how many tokens a missing one is filled from.
+        keep: from how many tokens a missing one is made.
 
     Raises:
-        UserError: ``keep`` below 1, or above the number of tokens.
+        UserError: ``keep`` is below 1 or above the number of tokens.
 
     >>> imputer, tokens = SparseCrossImputer(8, keep=1), torch.randn(2, 3, 8)
     >>> present = torch.tensor([[True, True, True], [True, False, True]])
@@ -56,7 +55,7 @@ class SparseCrossImputer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """Tokens (B, V, D) with those filled that ``present`` (B, V) says are missing."""
+        """Return tokens (B, V, D) in which those with ``present`` (B, V) False are replaced."""
         if self.keep > tokens.shape[1]:
             raise UserError(f"SparseCrossImputer: keep={self.keep}, but a sample has {tokens.shape[1]} tokens")
         keys = self.key(tokens)
@@ -71,13 +70,14 @@ class SparseCrossImputer(nn.Module):
 
 
 class ViewsBlock(nn.Module):
-    r"""One block on the tokens of the views: :math:`t \leftarrow \mathrm{LN}(t + \mathrm{Attention}(t))`,
-    :math:`t \leftarrow \mathrm{LN}(t + \mathrm{MoE}(t))`, the MoE for views that are there alone; then the imputer.
+    r"""A block of attention among the views' tokens, an MoE layer for the views that are there, and an imputer.
+
+    .. math:: t \leftarrow \mathrm{LN}(t + \mathrm{Attention}(t)), \qquad t \leftarrow \mathrm{LN}(t + \mathrm{MoE}(t))
 
     Args:
-        moe: the layer, D wide.
-        heads: of the attention.
-        imputer: fills the tokens of missing views; None: their placeholders go on.
+        moe: the MoE layer, of width D.
+        heads: the number of attention heads.
+        imputer: replaces the tokens of missing views; None leaves their placeholders.
 
     Raises:
         UserError: D is not a multiple of the heads.
@@ -102,18 +102,19 @@ class ViewsBlock(nn.Module):
 
 
 class ViewsMoE(nn.Module):
-    """Views (B, F + V) -> class logits (B, C): an embedding each, blocks, the mean over views, a linear head.
+    """A classifier that maps samples of V views (B, F + V) to logits (B, C). ``views_moe`` builds one.
 
-    A row holds the values of all V views side by side, F in all, then one number a view: 1 where it is there, 0 where
-    it is missing and its values are a placeholder. ``views_moe`` builds one.
+    A row holds the values of all views side by side, F in all, and then one number for each view: 1 if it is there, 0
+    if it is missing and its values are a placeholder. The network has an embedding for each view, the blocks, the mean
+    over the views, and a linear head.
 
     Args:
-        blocks: all D wide.
+        blocks: the blocks, all of width D.
         widths: how many values each view has.
         num_classes: C.
 
     Raises:
-        UserError: no block, or no view; in forward, rows of another width.
+        UserError: there is no block or no view. In forward: rows have another width.
 
     >>> from spectralmoe import LinearScorer, Router, TopK
     >>> model = views_moe(5, (4, 6), router=lambda dim, experts: Router(LinearScorer(dim, experts), TopK(2)))
@@ -160,17 +161,17 @@ def views_moe(
     experts: Callable[[int, int, int], Experts] | None = None,
     keep: int = 0,
 ) -> ViewsMoE:
-    """A ViewsMoE of ``depth`` equal blocks.
+    """Build a ``ViewsMoE`` of ``depth`` equal blocks.
 
-    Everything but the routers is initialised first: under one seed two networks that differ only in their routers start
-    with the same other parts.
+    With the same seed, two networks that differ only in their routers start with the same other weights, because the
+    routers' draws leave torch's random generator as it was.
 
     Args:
         num_classes, widths: C, and how many values each view has.
-        router: (D, E) -> a router.
-        width, depth, heads, num_experts, hidden: D, number of blocks, heads of each attention, E, H.
-        experts: (E, D, H) -> a bank; None: GELU networks with biases.
-        keep: tokens that a ``SparseCrossImputer`` in each block fills a missing view from; 0: there is none.
+        router: a function (D, E) -> router.
+        width, depth, heads, num_experts, hidden: D, the number of blocks, the heads of each attention, E, H.
+        experts: a function (E, D, H) -> bank; None makes GELU networks with biases.
+        keep: from how many tokens the ``SparseCrossImputer`` of each block makes a missing view; 0 leaves it out.
     """
     banks = [(experts or _gelu)(num_experts, width, hidden) for _ in range(depth)]
     state = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Optimizers of a whole model, what works around them, and schedules of the learning rate. One file a method."""
+"""Optimizers of a whole model, wrappers that change their steps, and schedules of the learning rate."""
 
 from spectralmoe.optim.gradient_mask import mask_central, mask_gradient
 from spectralmoe.optim.muon import Muon

@@ -1,11 +1,12 @@
-"""Random masks on the gradients of what all experts share.
+"""Random masks on the gradients of parameters that all experts share.
 
 Gao et al., "Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language Models" (MPOE), arXiv
 2203.01104 (COLING 2022), abstract: the central core gets a gradient from every token, an expert's own cores from its
-tokens alone, so that of the central one is masked. Authors' code: github.com/RUCAIBox/MPOE (Apache-2.0), without such a
-mask.
-Differs: what a mask covers and how often it keeps are not known here: one draw a step for a whole core, and of E
-experts one step in E. Not divided by that probability, because the core is to move less.
+tokens alone, so the gradient of the central core is masked. Authors' code: github.com/RUCAIBox/MPOE (Apache-2.0),
+without such a mask.
+Differs: the abstract does not say what a mask covers and with which probability. Here one draw a step decides for a
+whole core, which keeps its gradient with the probability 1/E. The gradient is not divided by that probability, because
+the core should move less.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ STATE = "mask_gradient"
 
 
 def mask_gradient(parameter: Tensor, keep: float, *, generator: torch.Generator | None = None) -> RemovableHandle:
-    r"""Let :math:`\nabla \leftarrow b\,\nabla` with :math:`b \sim \mathrm{Bernoulli}(\mathrm{keep})`, one draw a step.
+    r"""Multiply the gradient of a parameter by :math:`b \sim \mathrm{Bernoulli}(\mathrm{keep})`, drawn once a step.
 
-    A hook on the accumulated gradient; ``remove()`` of what is returned takes it off. All backward passes between two
-    changes of the parameter, so all micro-batches of a step, share a draw. An optimizer with ``fused=True`` leaves no
-    trace of its changes: there take ``mask_central``, which counts steps. With several processes all must draw alike:
-    give them generators of one seed. An optimizer with momentum goes on moving where the gradient is 0: AdamW moves
-    about :math:`\sqrt{\mathrm{keep}}` times as far, plain SGD ``keep`` times.
+    This is a hook on the accumulated gradient; ``remove()`` of the returned handle takes it off. All backward passes
+    between two changes of the parameter, and so all micro-batches of a step, share a draw. An optimizer with
+    ``fused=True`` does not mark its changes: use ``mask_central`` with it. Several processes must draw alike: give them
+    generators of the same seed. An optimizer with momentum goes on moving if the gradient is 0: AdamW moves about
+    :math:`\sqrt{\mathrm{keep}}` times as far, plain SGD ``keep`` times.
 
     Args:
-        parameter: a leaf, such as one of ``MPOExperts.central``.
-        keep: the probability that a gradient stays.
-        generator: of the draws, on the CPU; None: torch's own.
+        parameter: a trained leaf tensor, such as one of ``MPOExperts.central``.
+        keep: the probability that the gradient stays.
+        generator: the generator of the draws, on the CPU; None is torch's own.
 
     Raises:
-        UserError: ``keep`` outside 0 to 1; a tensor that collects no gradient.
+        UserError: ``keep`` is not in [0, 1], or the tensor collects no gradient.
 
     >>> core = nn.Parameter(torch.ones(3))
     >>> handle = mask_gradient(core, 0.0)
@@ -62,7 +63,7 @@ def _masked(
     if not 0 <= keep <= 1:
         raise UserError(f"mask_gradient: keep is a probability between 0 and 1, got {keep}")
     if not (parameter.is_leaf and parameter.requires_grad):
-        raise UserError("mask_gradient: takes a parameter that is trained, this tensor collects no gradient")
+        raise UserError("mask_gradient: this tensor collects no gradient; pass a parameter with requires_grad=True")
     drawn = {"at": -1, "kept": True}
 
     def mask(core: Tensor) -> None:
@@ -78,18 +79,18 @@ def _masked(
 
 
 def mask_central(optimizer: Optimizer, model: nn.Module, *, keep: float | None = None, seed: int = 0) -> None:
-    """Mask the gradient of each central core of the ``MPOExperts`` in ``model``, for as long as they are trained.
+    """Mask the gradient of each trained central core of the ``MPOExperts`` in ``model``, as ``mask_gradient`` does.
 
-    What a row of a comparison puts around its optimizer. The draws are entries of ``optimizer.state``, so a run that
-    goes on from a checkpoint goes on with them (torch's ``get_optimizer_state_dict`` keeps them, too); all processes
-    draw alike.
+    The preset "mpoe" uses it. The state of the draws is in ``optimizer.state``, so a run that resumes from a checkpoint
+    goes on with the same draws (torch's ``get_optimizer_state_dict`` keeps them, too). All processes draw alike.
 
     Args:
-        keep: the probability that a gradient stays; None: 1/E.
-        seed: of the draws.
+        optimizer: the optimizer that trains the cores.
+        keep: the probability that a gradient stays; None is 1/E.
+        seed: the seed of the draws.
 
     Raises:
-        UserError: no trained central core in ``model``; ``keep`` outside 0 to 1.
+        UserError: ``model`` has no trained central core, or ``keep`` is not in [0, 1].
 
     >>> bank = MPOExperts(4, 8, 8)
     >>> optimizer = torch.optim.SGD(bank.parameters(), lr=0.1)
@@ -103,7 +104,7 @@ def mask_central(optimizer: Optimizer, model: nn.Module, *, keep: float | None =
     banks = [module for module in model.modules() if isinstance(module, MPOExperts)]
     cores = [(core, bank.num_experts) for bank in banks for core in bank.central if core.requires_grad]
     if not cores:
-        raise UserError('mask_central: no central core is trained here; take experts = "mpo", or no mask')
+        raise UserError('mask_central: no central core is trained here; take experts = "mpo", or no mask_central')
     generators = [torch.Generator().manual_seed(seed * len(cores) + number) for number in range(len(cores))]
     done = 0
     for (core, num_experts), generator in zip(cores, generators, strict=True):

@@ -1,9 +1,9 @@
-"""Muon: momentum whose every matrix is replaced by the nearest matrix with equal singular values.
+"""Muon: an optimizer that makes all singular values of a matrix's momentum about equal before it steps.
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024),
 https://kellerjordan.github.io/posts/muon; the size of a step as in Liu et al., "Muon is Scalable for LLM Training",
-arXiv 2502.16982, section 2.2. ``torch.optim.Muon`` is the same for single matrices. Differs: the matrices of a stack
-(E, H, D), the experts of a bank, are taken one by one; the iteration runs in fp32 (bf16 there).
+arXiv 2502.16982, section 2.2. ``torch.optim.Muon`` is the same for single matrices. Differs: each matrix of a stack
+(E, H, D), such as the experts of a layer, is treated by itself; the iteration runs in fp32 (theirs in bf16).
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(Optimizer):
-    r"""Momentum, made orthogonal, with the root mean square of an AdamW step; decoupled weight decay.
+    r"""Steps along orthogonalised momentum, with decoupled weight decay.
 
     .. math::
         M \leftarrow \mu M + (1 - \mu) G, \qquad
         W \leftarrow (1 - \eta\lambda) W - 0.2\,\eta\sqrt{\max(H, D)}\;\mathrm{orth}((1 - \mu) G + \mu M)
 
-    for each matrix G (H, D), with orth as in ``orthogonalised``. The factor makes learning rates of AdamW fit.
+    G is the gradient of a matrix W (H, D), M its momentum, and orth is ``orthogonalised``. The factor
+    :math:`0.2\sqrt{\max(H, D)}` gives a step about the root mean square of an AdamW step, so that AdamW's learning
+    rates fit.
 
     Args:
         params: matrices (H, D) and stacks of matrices (E, H, D), or groups of them.
-        lr, weight_decay: eta, lambda.
+        lr, weight_decay: eta and lambda.
         momentum: mu.
 
     Raises:
-        UserError: a parameter of another number of dimensions.
+        UserError: a parameter has neither two nor three dimensions.
 
     >>> w = nn.Parameter(torch.zeros(2, 2, 2))
     >>> optimizer = Muon([w], lr=0.1)
@@ -64,7 +66,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of all parameters that have a gradient."""
+        """Take one step with all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,9 +88,10 @@ class Muon(Optimizer):
 
 
 def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
-    r"""Each matrix (..., H, D) with its singular values moved close to 1, between about 0.7 and 1.2; zeros stay zeros.
+    r"""Move the singular values of each matrix (..., H, D) close to 1, between about 0.7 and 1.2; zeros stay zeros.
 
-    :math:`X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X`, five times, from :math:`X = G / \|G\|_F`.
+    It repeats :math:`X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X`, ``steps`` times, from
+    :math:`X = G / \|G\|_F`.
 
     >>> orthogonalised(torch.tensor([[3.0, 0.0], [0.0, 2.0]])).svd().S.sub(1).abs().max() < 0.35
     tensor(True)

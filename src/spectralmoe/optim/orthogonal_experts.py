@@ -1,11 +1,11 @@
-"""OMoE: every expert steps orthogonally to the inputs that the others learned from.
+"""OMoE: every expert takes steps that are orthogonal to the inputs of the other experts.
 
 Liu et al., "Diversifying the Mixture-of-Experts Representation for Language Models with Orthogonal Optimizer", arXiv
 2310.09762 (another OMoE, arXiv 2501.10062, makes the outputs of LoRA experts orthogonal). Authors' code: not found.
-Differs: projectors come in closed form, from means of x x' over tokens, micro-batches and ranks, in place of their
-recursion over tokens; x is centred, since the direction that all tokens share takes up most of a projector; the norm of
-a step is kept, so that a gain is not that of a smaller step. The paper's phases, alpha and choice of matrices are not
-known here: the defaults are ours.
+Differs: projectors come in closed form, from means of x x' over tokens, micro-batches and ranks, instead of their
+recursion over tokens. x is centred, because the direction that all tokens share takes up most of a projector. The norm
+of a step is kept, so that an effect is not that of smaller steps. The defaults of phase and alpha and the choice of
+matrices are ours.
 """
 
 from __future__ import annotations
@@ -40,47 +40,48 @@ _SUMS = ("outer", "sum", "count")
 
 
 class OrthogonalExperts:
-    r"""Projects the steps of the experts of ``model``, by hooks on ``optimizer``; ``remove()`` takes them off.
+    r"""Projects each expert's steps so that they are orthogonal to the inputs of the other experts.
 
-    For ``phase`` steps the optimizer works as it is, and the inputs x of each expert are added up; for as many steps
-    after them the first matrix (H, D) of each expert e moves along
+    It works by hooks on ``optimizer``, which ``remove()`` takes off. For ``phase`` steps the optimizer works as usual,
+    and the inputs x of each expert are added up. For the next ``phase`` steps the first matrix (H, D) of each expert e
+    moves along
 
     .. math::
         \Delta W_e \leftarrow \Delta W_e \,\frac{1}{E - 1} \sum_{j \ne e} P_j, \qquad
         P_j = \Big(I + \frac{C_j}{\alpha \,\mathrm{tr}(C_j) / D}\Big)^{-1}, \qquad
         C_j = \mathrm{mean}_{x \to j}\,(x - m)(x - m)^\top;
 
-    then the sums start anew. An expert without inputs protects nothing. The mean of projectors is no projector: with
-    many experts all directions that matter shrink alike, which is why the norm is kept.
+    and then the sums start anew. The mean over :math:`x \to j` is over the inputs of expert j, and m is the mean input
+    of all experts. The projector of an expert without inputs is the identity. A mean of projectors is no projector:
+    with many experts it shrinks all used directions alike, which is why the norm of the step is restored.
 
-    **Behind AdamW**, a projected gradient is not yet a projected step: its momentum holds gradients from before the
-    phase, and the division by root mean squares turns the step back in part. ``on="update"`` projects what the weights
-    moved by, exactly, with the weight decay in it.
+    **With AdamW** a projected gradient is not a projected step: the momentum holds older gradients, and the division by
+    root mean squares partly undoes the projection. ``on="update"`` projects the change of the weights itself, weight
+    decay included.
 
-    Works with accumulation, gradient scalers, closures (``on="update"``), checkpoints, DDP and FSDP2: the state is
-    plain entries of ``optimizer.state``, in state dicts (torch's ``get_optimizer_state_dict``, too) beside that of a
-    parameter; the sums are added up over ranks at the end of a phase. A checkpoint from within a gathering phase holds
-    those of the rank that wrote it, which then stand for all. A layer costs E matrices (D, D) on every rank, their
-    eigenvectors once in two phases, and until the next step the tokens of its forwards.
+    It works with accumulation, gradient scalers, closures (``on="update"``), checkpoints, DDP and FSDP2. The state is
+    in ``optimizer.state`` and so in its state dicts (torch's ``get_optimizer_state_dict``, too). The sums are added up
+    over the ranks at the end of a phase; a checkpoint from before that holds those of the rank that wrote it, which
+    then count for all ranks. The cost of a layer is E matrices (D, D) on every rank, their eigenvectors once in two
+    phases, and the tokens of its forwards until the next step.
 
     Args:
-        optimizer: trains the experts of ``model``; of several, the one that does, or ``Together``.
-        phase: steps of each of the two phases.
-        alpha: in units of the mean eigenvalue of C_j; small: only unseen directions are left.
-        center: m is the mean of all inputs of the layer's experts; False: 0.
-        rank: P_j = I - V V' with the ``rank`` leading eigenvectors of C_j, in place of the inverse; None: the inverse.
-        on: project the gradient before the step, or the update after it.
-        match_norm: scale each expert's projected step to the norm it had.
-        group: process group of the sums, as for ``attach``.
+        optimizer: the optimizer that trains the experts of ``model``; if there are several, that one, or ``Together``.
+        phase: the number of steps in each of the two phases.
+        alpha: > 0, in units of the mean eigenvalue of C_j; the smaller, the more a used direction is blocked.
+        center: whether x is centred by m; if False, m is 0.
+        rank: None takes the inverse above; a number R takes P_j = I - V V' with the R leading eigenvectors of C_j.
+        on: "gradient" projects the gradient before a step, "update" the change of the weights after it.
+        match_norm: whether each expert's projected step is scaled to the norm that it had.
+        group: the process group over which sums are taken, as for ``attach``.
 
     Attributes:
         layers: the MoE layers whose experts' first matrices are trained, by name.
 
     Raises:
-        UserError: a value out of range; no trained experts, a layer with one expert alone, with a placement, or with a
-            bank without ``Experts.first_weight``; experts that this optimizer does not train; one that has projectors
-            already. At a step: a closure that computes the gradient with ``on="gradient"``; torch's ``Join``. On
-            loading: a state of other layers.
+        UserError: a value is out of range; the optimizer trains no experts of the model, or has projectors already; a
+            layer has one expert alone, a placement, or experts without ``first_weight``. At a step: a closure computes
+            the gradient with ``on="gradient"``, or torch's ``Join`` is used. On loading: the state is of other layers.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 2), TopK(1)), FeedForward(2, 8, 4))
@@ -154,11 +155,11 @@ class OrthogonalExperts:
             _states(optimizer).pop(STATE, None)
 
     def protect(self, outer: Tensor, total: Tensor, count: Tensor) -> Tensor:
-        """The projectors P_j (E, D, D), from the sums of x x' (E, D, D) and of x (E, D), and the counts (E,)."""
+        """Return the projectors P_j (E, D, D) by the sums of x x' (E, D, D) and of x (E, D), and the counts (E,)."""
         return projectors(outer, total, count, alpha=self.alpha, center=self.center, rank=self.rank)
 
     def project(self, step: Tensor, free: Tensor) -> Tensor:
-        """The step of each expert (E, H, D) along ``free`` (E, D, D), the mean projector of the others."""
+        """Project the step (E, H, D) of each expert by ``free`` (E, D, D), the mean projector of the others."""
         return projected(step, free, match_norm=self.match_norm)
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
-"""State of what works around an optimizer: ``optimizer.state[KEY]``, in state dicts part of the state of a parameter.
+"""Puts the state of a wrapper around an optimizer, ``optimizer.state[KEY]``, into the optimizer's state dicts.
 
-``torch.distributed.checkpoint`` knows what an optimizer keeps for its parameters, and nothing else.
+There it is a part of the state of a parameter, because ``torch.distributed.checkpoint`` saves nothing else.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ State = Mapping[Any, Any]
 def travel_with(
     optimizer: Optimizer, key: str, parameter: nn.Parameter, fill: Callable[[State], State] = dict
 ) -> tuple[RemovableHandle, RemovableHandle]:
-    """Let ``optimizer.state[key]``, a mapping, be entries ``KEY.NAME`` of the state of ``parameter`` in state dicts.
+    """Write the mapping ``optimizer.state[key]`` into state dicts, as entries ``KEY.NAME`` of a parameter's state.
 
     Args:
-        parameter: one of the optimizer; for another one the state stays what it is.
-        fill: gives it all entries that it ever has: a checkpoint is read into a state dict that has the same names.
+        parameter: that parameter, one of the optimizer; if it is another's, the state dict stays as it is.
+        fill: adds the entries that the state has at other times, since a checkpoint is read into a state dict of the
+            same names.
 
     >>> import torch
     >>> weight = nn.Parameter(torch.ones(2))
@@ -53,7 +54,7 @@ def travel_with(
 
 
 def moved_home(state: State, key: str) -> dict[Any, Any]:
-    """``state`` with what travelled under ``key`` as an entry of its own again.
+    """Undo ``travel_with`` in ``state``: the entries ``KEY.NAME`` become the mapping ``state[key]`` again.
 
     >>> moved_home({0: {"step": 1, "phase.steps": 3}, 1: {"step": 1}}, "phase")
     {0: {'step': 1}, 1: {'step': 1}, 'phase': {'steps': 3}}

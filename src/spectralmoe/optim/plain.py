@@ -14,7 +14,7 @@ __all__ = ["Rates", "adamw", "sgd"]
 
 
 class Rates(Protocol):
-    """What a factory of optimizers is told: the settings ``[optimization]``."""
+    """The settings that a function which makes an optimizer gets: those of ``[optimization]``."""
 
     @property
     def lr(self) -> float:

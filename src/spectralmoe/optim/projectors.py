@@ -1,8 +1,8 @@
-r"""Projectors onto what an expert's inputs leave free: their sums, the closed form, and steps along them.
+r"""Projectors onto the directions that an expert's inputs do not use; ``OrthogonalExperts`` projects steps with them.
 
 As in orthogonal weight modification, Zeng et al., "Continual Learning of Context-dependent Processing in Neural
 Networks", arXiv 1810.01256, whose recursion over tokens, :math:`P \leftarrow P - P x x^\top P / (a + x^\top P x)`, ends
-at :math:`(I + \sum x x^\top / a)^{-1}`. Used by ``OrthogonalExperts``.
+at :math:`(I + \sum x x^\top / a)^{-1}`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _NOISE = 1e-5
 
 
 def add_inputs(sums: Sequence[Tensor], record: Record) -> None:
-    """Add the inputs x of each expert to the sums of x x' (E, D, D) and of x (E, D), and their numbers (E,) int64.
+    """Add the inputs x of each expert to the sums of x x' (E, D, D) and of x (E, D), and to their number (E,) int64.
 
-    Tokens that are not finite are left out: those of a step that a gradient scaler did not take are here, too.
+    Tokens that are not finite are left out, because the steps that a gradient scaler skips come here, too.
     """
     outer, total, count = sums
     tokens = record.tensor("tokens").to(outer.dtype)
@@ -47,13 +47,14 @@ def add_inputs(sums: Sequence[Tensor], record: Record) -> None:
 def projectors(
     outer: Tensor, total: Tensor, count: Tensor, *, alpha: float = 0.1, center: bool = True, rank: int | None = None
 ) -> Tensor:
-    """The projectors P_e (E, D, D) of each expert's inputs: symmetric, eigenvalues in (0, 1], or 0 and 1 with ``rank``.
+    """Compute the projectors P_e (E, D, D) of each expert's inputs: symmetric, with eigenvalues in (0, 1].
 
-    Computed in float64; what rounding may have made of an eigenvalue 0 is 0. An expert without inputs, or whose inputs
-    all are the mean, has the identity.
+    With ``rank`` the eigenvalues are 0 and 1. Eigenvalues of C within rounding of 0 count as 0. An expert without
+    inputs, or whose inputs all equal the mean, gets the identity. The computation is in float64.
 
     Args:
-        outer, total, count: sums of x x' (E, D, D) and of x (E, D) over the inputs of each expert, their numbers (E,).
+        outer, total, count: the sums of x x' (E, D, D) and of x (E, D) over each expert's inputs, and their number
+            (E,).
         alpha, center, rank: as of ``OrthogonalExperts``.
 
     >>> x = torch.tensor([[2.0, 0.0]])  # one token of one expert: C = diag(4, 0), its mean eigenvalue 2
@@ -79,16 +80,16 @@ def projectors(
 
 
 def others(made: Tensor) -> Tensor:
-    """For each expert the mean of the projectors (E, D, D) of the others."""
+    """Return for each expert the mean of the other experts' projectors (E, D, D)."""
     return (made.sum(0) - made) / (len(made) - 1)
 
 
 @without_autocast
 def projected(step: Tensor, projector: Tensor, *, match_norm: bool) -> Tensor:
-    """Each expert's step (E, H, D), sharded or whole, times its projector (E, D, D), in the step's precision.
+    """Multiply each expert's step (E, H, D), sharded or whole, by its projector (E, D, D).
 
     Args:
-        match_norm: scale each to the norm that it had.
+        match_norm: whether each product is scaled to the norm of its step.
     """
     wide = step.to(projector.dtype)
     result = torch.bmm(wide, beside(projector, step))

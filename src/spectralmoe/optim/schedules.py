@@ -1,4 +1,4 @@
-"""Schedules: the factor on the learning rate after the warm-up, from the steps done and all steps."""
+"""Schedules give the factor on the learning rate after the warm-up, given the steps done and the number of steps."""
 
 from __future__ import annotations
 

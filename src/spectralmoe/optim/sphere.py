@@ -1,4 +1,4 @@
-"""Gradient descent on spheres: directions of length 1 that stay of length 1."""
+"""Gradient descent on the unit sphere, for parameters that are directions."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ __all__ = ["SphereStep"]
 
 
 class SphereStep(Optimizer):
-    r"""Projected gradient descent for parameters whose rows are points on the unit sphere.
+    r"""Optimizes parameters whose rows are points on the unit sphere, by projected gradient descent.
 
     .. math:: g_\perp = g - \langle g, v\rangle v, \qquad v \leftarrow \frac{v - \eta g_\perp}{\|v - \eta g_\perp\|}
 
-    Rows are (..., D), each normalised before the step. What is no direction, such as an amplitude, goes to another
-    optimizer. Source: the projected descent of "Guided by the Experts", arXiv 2510.07205.
+    v is a row of a parameter (..., D), normalised before the step, and g its gradient. Parameters that are no
+    directions, such as an amplitude, go to another optimizer. Source: the projected descent of "Guided by the Experts",
+    arXiv 2510.07205.
 
     Args:
-        params: of at least one dimension.
-        lr: eta.
+        params: the parameters, each with at least one dimension.
+        lr: eta > 0.
 
     Raises:
-        UserError: a learning rate that is not positive, a scalar parameter.
+        UserError: the learning rate is not positive, or a parameter is a scalar.
 
     >>> v = nn.Parameter(torch.tensor([[1.0, 0.0]]))
     >>> optimizer = SphereStep([v], lr=1.0)
@@ -43,7 +44,7 @@ class SphereStep(Optimizer):
             raise UserError(f"SphereStep: lr must be positive, got {lr}")
         super().__init__(params, {"lr": lr})
         if any(not p.dim() for group in self.param_groups for p in group["params"]):
-            raise UserError("SphereStep: a number is no direction; give it to another optimizer")
+            raise UserError("SphereStep: a scalar parameter is no direction; give it to another optimizer")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -53,7 +54,7 @@ class SphereStep(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step of all parameters that have a gradient."""
+        """Take one step with all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

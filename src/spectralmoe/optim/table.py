@@ -1,4 +1,4 @@
-"""Optimizers and schedules by name: the tables, and what a user gives as ``pkg:name``."""
+"""Tables of optimizers and schedules by name, and functions that look them up."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = [
 ]
 
 Factory = Callable[[nn.Module, Rates], Optimizer]
-"""(model, settings with ``lr`` and ``weight_decay``) -> one optimizer of all that is trained."""
+"""A function (model, settings with ``lr`` and ``weight_decay``) -> optimizer of all trained parameters."""
 
 Schedule = Callable[[float, float], float]
-"""(steps done after the warm-up, all steps after it) -> the factor on the learning rate."""
+"""A function (steps done after the warm-up, number of steps after it) -> factor on the learning rate."""
 
 OPTIMIZERS: dict[str, Factory] = {
     "adamw": adamw,
@@ -44,16 +44,16 @@ WRAPPERS: dict[str, Callable[..., Any]] = {
     "orthogonal_experts": OrthogonalExperts,
     "mask_central": mask_central,
 }
-"""What a row of a comparison may put around the optimizer of all rows: called as (optimizer, model, **arguments)."""
+"""What a preset may put around the optimizer that all share: functions called as (optimizer, model, **arguments)."""
 
 SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "linear": linear, "constant": constant}
 
 
 def find_optimizer(name: str) -> Factory:
-    """The factory called ``name``, or a user's own, ``pkg:factory``.
+    """Return the function of ``OPTIMIZERS`` called ``name``, or one of your own, ``pkg:function``.
 
     Raises:
-        UserError: no such factory; one line with near names.
+        UserError: there is no such function; the message lists similar names.
 
     >>> find_optimizer("muom")
     Traceback (most recent call last):
@@ -63,10 +63,13 @@ def find_optimizer(name: str) -> Factory:
 
 
 def find_schedule(name: str) -> Schedule:
-    """The schedule called ``name``, or a user's own, ``pkg:function``.
+    """Return the schedule called ``name``, or one of your own, ``pkg:function``.
 
     Raises:
-        UserError: no such schedule; one line with near names.
+        UserError: there is no such schedule; the message lists similar names.
+
+    >>> find_schedule("linear")(25, 100)
+    0.75
     """
     return _find("schedule", name, SCHEDULES, "pkg:function")  # type: ignore[no-any-return]
 
@@ -78,12 +81,12 @@ def _find(kind: str, name: str, table: Mapping[str, Any], form: str) -> Any:
         raise one_of(kind, name, [*table, form])
     function = find_class(name)
     if not callable(function):
-        raise UserError(f"{kind} {name!r} is no function")
+        raise UserError(f"{kind} {name!r} is no function; name one as pkg:function")
     return function
 
 
 def arguments_of(name: str) -> list[str]:
-    """What a row may say of the wrapper or optimizer called ``name``, beside its name.
+    """Return the arguments that a preset may give the wrapper or optimizer called ``name``.
 
     >>> arguments_of("orthogonal_experts")[:2], arguments_of("muon")
     (['phase', 'alpha'], [])
@@ -92,10 +95,10 @@ def arguments_of(name: str) -> list[str]:
 
 
 def read_optimizer(value: Any) -> dict[str, Any]:
-    """What a row says of its optimizer, with arguments that are known: a name, or a table with ``type``.
+    """Check what a preset says of its optimizer, a name or a table with ``type``, and return it as a table.
 
     Raises:
-        UserError: neither of them; an unknown name or argument.
+        UserError: it is neither, or a name or an argument is unknown.
 
     >>> read_optimizer("orthogonal_experts")
     {'type': 'orthogonal_experts'}
@@ -116,14 +119,16 @@ def _of_row(name: str) -> Callable[..., Any]:
 
 
 def make_optimizer(name: str, model: nn.Module, settings: Rates, *, row: Mapping[str, Any] | None = None) -> Optimizer:
-    """An optimizer of all parameters of ``model`` that are trained.
+    """Make an optimizer of all trained parameters of ``model``.
 
     Args:
-        row: what the row of the network says of it, as ``read_optimizer`` gives it: something of ``WRAPPERS`` goes
-            around the optimizer ``name``, a factory is called in its place, as (model, settings, **arguments).
+        name: an optimizer, as ``find_optimizer`` takes it.
+        settings: the learning rate and the weight decay.
+        row: what a preset says of its optimizer, as ``read_optimizer`` returns it: a wrapper of ``WRAPPERS`` goes
+            around the optimizer ``name``; an optimizer is used in its place.
 
     Raises:
-        UserError: as ``find_optimizer``; a wrapper or a user's factory fails, or gives something else.
+        UserError: as ``find_optimizer``; or a function fails or returns no torch optimizer.
 
     >>> from types import SimpleNamespace
     >>> optimizer = make_optimizer("muon", nn.Linear(4, 2), SimpleNamespace(lr=0.1, weight_decay=0.0))

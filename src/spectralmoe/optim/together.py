@@ -1,4 +1,4 @@
-"""Together: several optimizers, each with parameters of its own, as one."""
+"""Together: several optimizers that act as one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Together"]
 
 
 class Together(Optimizer):
-    """One optimizer made of several: they share its ``param_groups`` and its ``state``, and step one after the other.
+    """Combines several optimizers into one, which steps them one after the other.
 
-    So schedulers, ``attach``, gradient scalers and checkpoints see one optimizer, whose groups come in the order of the
-    parts.
+    The parts share its ``param_groups`` and its ``state``, so schedulers, ``attach``, gradient scalers and checkpoints
+    see one optimizer. Its groups come in the order of the parts.
 
     Args:
         parts: optimizers of different parameters.
@@ -46,14 +46,14 @@ class Together(Optimizer):
             part.param_groups = [next(groups) for _ in part.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Called for the groups of the parts when this is made."""
+        """Add a group of one of the parts; only the constructor does so."""
         if not any(param_group is group for part in self.parts for group in part.param_groups):
             raise UserError("Together: no part would train this group; add it to a part before they are put together")
         super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of each part; a closure runs once, before the first."""
+        """Take one step with each part; a closure runs once, before the first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

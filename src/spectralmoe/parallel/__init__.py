@@ -1,5 +1,7 @@
-"""Experts on several devices: plans of which device computes what, in whole numbers, what they would cost, and a
-dispatch that follows them."""
+"""Experts on several devices: plans of which device computes which tokens, their cost, and a dispatch by them.
+
+``parallelize_experts`` puts expert parallelism into a model; the rest is for planning and for planners of your own.
+"""
 
 from spectralmoe.parallel.controls import plan_random_spill
 from spectralmoe.parallel.cost import Cost

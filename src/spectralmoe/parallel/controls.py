@@ -1,4 +1,4 @@
-"""Random spill: the control of a planner, which moves as much as it does but does not look where."""
+"""Random spill: a control for least-loaded planning, which moves as many tokens to devices drawn at random."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ def plan_random_spill(
     threshold: float = 1.3,
     seed: int = 0,
 ) -> Plan:
-    """As ``plan_least_loaded``, but each chunk of what does not fit goes to another device that is drawn at random.
+    """Plan as ``plan_least_loaded`` does, but send each chunk of what does not fit to a device drawn at random.
+
+    Args:
+        load, devices, capacity, chunk, threshold: as in ``plan_least_loaded``.
+        seed: the seed of the draws.
 
     Raises:
         UserError: as ``plan_least_loaded``.

@@ -1,4 +1,4 @@
-"""Cost: modelled time and memory of experts on one device.
+"""Cost: a model of the time and memory that experts take on one device.
 
 The cost model of "Least-Loaded Expert Parallelism" (arXiv 2601.17111): the time of a device is the sum over its experts
 of a launch overhead and B t(B), with B tokens and t(B) the time of one; its memory is the sum of B D + D H + B H.
@@ -16,26 +16,27 @@ __all__ = ["Cost"]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    r"""What an expert costs on a device: a model, never a measurement.
+    r"""Models the time and the memory of an expert on a device; nothing is measured.
 
     .. math::
         t(B) = \text{overhead} + \max\left(\frac{2 m B D H}{\text{rate}}, \frac{m D H b}{\text{memory}}\right), \qquad
         M(B) = b\,(B D + m D H + B H)
 
-    with m matrices of D H numbers, b bytes each. An expert without tokens takes no time; its weights take memory.
+    t is the time in seconds and M the memory in bytes for B tokens, with m matrices of D H numbers of b bytes. An
+    expert without tokens takes no time, but its weights take memory.
 
     Args:
         dim: D.
         hidden: H.
         matrices: m; 2, or 3 for gated experts.
-        item: b.
-        overhead: seconds to launch an expert.
-        rate: operations a second. This and the next two are an H200's data sheet in bf16.
-        memory: bytes a second that weights are read with.
-        link: bytes a second between two devices; ``math.inf``, and copies are free.
+        item: b, bytes a number.
+        overhead: the time to launch an expert, in seconds.
+        rate: operations a second. The defaults of this and the next two come from an H200's data sheet, for bf16.
+        memory: bytes a second at which weights are read.
+        link: bytes a second between two devices; with ``math.inf`` copies take no time.
 
     Raises:
-        UserError: one that is not positive; overhead below 0.
+        UserError: an argument is not positive, or overhead is below 0.
 
     >>> cost = Cost(1024, 4096, overhead=0.0)
     >>> cost.seconds(0), cost.seconds(1) == cost.seconds(100), cost.bytes(0)
@@ -60,20 +61,20 @@ class Cost:
 
     @property
     def weights(self) -> int:
-        """Bytes of the weights of one expert."""
+        """The bytes of the weights of one expert."""
         return self.matrices * self.dim * self.hidden * self.item
 
     def seconds(self, tokens: int) -> float:
-        """Time of one expert on its tokens."""
+        """Return the time of one expert on ``tokens`` tokens, in seconds."""
         if not tokens:
             return 0.0
         computed = 2 * self.matrices * self.dim * self.hidden * tokens / self.rate
         return self.overhead + max(computed, self.weights / self.memory)
 
     def copy_seconds(self) -> float:
-        """Time to send the weights of one expert."""
+        """Return the time to send the weights of one expert, in seconds."""
         return self.weights / self.link
 
     def bytes(self, tokens: int) -> int:
-        """Memory of one expert with its tokens' inputs and hidden rows."""
+        """Return the bytes of one expert's weights and of the inputs and hidden activations of its tokens."""
         return self.weights + tokens * (self.dim + self.hidden) * self.item

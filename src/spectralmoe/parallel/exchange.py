@@ -1,4 +1,4 @@
-"""Rows that change devices by a plan: which go where, in one exchange there and one back."""
+"""Sends rows between devices as a plan says, in one exchange to the experts and one back."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Route", "exchange", "route_rows"]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What one device sends and gets, as sizes and permutations.
+    """Says which rows one device sends and receives, as sizes and permutations.
 
     Attributes:
-        order: (M,) its rows, in the order in which they are sent.
-        sends, receives: rows to and from each of the P devices.
-        by_expert: (R,) the rows that came, in the order of the experts that are computed here.
-        counts: (L + G,) int64 on the host, rows of each: its own experts, then its guests.
-        guests: the experts of others whose weights come along.
+        order: (M,) the device's rows in the order in which they are sent.
+        sends, receives: the number of rows to and from each of the P devices.
+        by_expert: (R,) the received rows in the order of the experts that are computed here.
+        counts: (L + G,) int64 on the CPU, the rows of each expert here: the L of this device, then the G guests.
+        guests: the experts of other devices that are computed here.
     """
 
     order: Tensor
@@ -36,12 +36,13 @@ class Route:
 
 
 def route_rows(plan: Plan, counts: Tensor, rank: int, device: torch.device | str = "cpu") -> Route:
-    """The route of device ``rank``.
+    """Compute which rows device ``rank`` sends and receives under a plan.
 
     Args:
-        plan: of the load that all devices have together.
-        counts: (P, E) int64 on the CPU, the rows that each device has for each expert, sorted by expert there.
-        device: of the permutations.
+        plan: a plan of the load of all devices together.
+        counts: (P, E) int64 on the CPU, the rows that each device has for each expert; the rows are sorted by expert.
+        rank: the number of the device.
+        device: where the permutations are put.
 
     >>> from spectralmoe.parallel import plan_native
     >>> counts = torch.tensor([[1, 2], [3, 0]])
@@ -80,9 +81,9 @@ def route_rows(plan: Plan, counts: Tensor, rank: int, device: torch.device | str
 
 
 def exchange(rows: Tensor, sends: Sequence[int], receives: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows (M, *S), ``sends[q]`` of them to device q one device after the other; returns those that came.
+    """Send rows (M, *S), the first ``sends[0]`` to device 0 and so on, and return the received ones.
 
-    Every device of the group calls it, with no rows too; the gradient goes the way back.
+    Every device of the group must call it, also without rows. Gradients travel back the same way.
     """
     return _Exchange.apply(rows, list(sends), list(receives), group)  # type: ignore[no-any-return]
 

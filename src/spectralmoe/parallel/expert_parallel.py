@@ -1,4 +1,4 @@
-"""Dispatch over several devices: rows travel to the experts that a plan gives them to, and their outputs come back."""
+"""Expert parallelism: a dispatch that sends rows to the devices of their experts and brings the outputs back."""
 
 from __future__ import annotations
 
@@ -23,29 +23,28 @@ from spectralmoe.torch_private import transforming
 __all__ = ["ExpertParallel", "Planner"]
 
 Planner = Callable[[list[int], int], Plan]
-"""(tokens of each expert, P) -> a plan in which each expert has one home: ``plan_native``, ``LeastLoaded()``."""
+"""A function (tokens of each expert, P) -> plan with one home an expert, such as ``plan_native``."""
 
 
 class ExpertParallel(Dispatch):
-    r"""Each of the P devices of a mesh holds E/P consecutive experts; the rows of all devices travel to them.
+    r"""Runs each expert on the device that holds it: each of P devices holds E/P consecutive experts.
 
-    Every device counts its rows; from the counts of all, all find one plan; rows travel, and with them the weights of
-    experts that the plan computes away from home (``LeastLoaded``); outputs come back, and are weighted and added up
-    where their tokens are. The routing and the result are those of one process.
+    ``parallelize_experts`` puts it into a model. In each call the devices share the counts of their rows, and each
+    makes the same plan of them. Rows are sent to their experts' devices; with ``LeastLoaded`` the weights of some
+    experts are sent, too. The outputs are sent back and added up where their tokens are. Routing and result are those
+    of a single process.
 
-    Of the gradients of an expert, which come from the tokens of all P devices, their sum over P is left: that of the
-    mean of the devices' losses, as data parallelism takes it for everything else.
+    The gradient of an expert is summed over the tokens of all P devices and divided by P. So it is that of the mean of
+    the devices' losses, which data parallelism takes for all other parameters.
 
     Args:
-        mesh: one-dimensional; the devices that share the experts.
-        planner: the plan of each call; every device must find the same. The host waits for the counts once a call, and
-            once more for its own rows where the router does not fill every slot.
+        mesh: a mesh of one dimension, the devices that share the experts.
+        planner: makes the plan of each call; all devices must get the same from it. The CPU waits for the counts once a
+            call, and once more if the router does not fill every slot.
 
     Raises:
-        UserError: in a call: soft routing, which would send every row everywhere; inside a transform of ``torch.func``;
-            a plan with replicas.
-
-    ``spectralmoe.parallel.parallelize_experts`` puts it into a model.
+        UserError: the mesh has several dimensions. In a call: routing is soft, so that every row would go everywhere;
+            the plan has replicas; or it runs inside a transform of ``torch.func``.
     """
 
     of_machine = True

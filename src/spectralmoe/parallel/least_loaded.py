@@ -1,11 +1,11 @@
-"""Least-loaded expert parallelism: what a busy device cannot take goes to idle ones, with the weights that it needs.
+"""Least-loaded expert parallelism: tokens that a busy device cannot take go to idle ones, with their experts' weights.
 
 Xuan-Phi Nguyen, Shrey Pandit, Austin Xu, Caiming Xiong, Shafiq Joty, "Least-Loaded Expert Parallelism: Load Balancing
 An Imbalanced Mixture-of-Experts" (LLEP), arXiv 2601.17111. Written from the paper; authors' code:
 github.com/SalesforceAIResearch/LeastLoadedEP.
-Differs: the capacity is rounded up to whole tokens, so that alpha = 1 leaves no remainder to force anywhere; the test
-that skips a balanced load looks at devices, not at experts. The paper's text would leave a rest below the chunk on its
-own device; its algorithm moves it, and so do we.
+Differs: the capacity is rounded up to whole tokens, so that with alpha = 1 all tokens fit. The test for a load that is
+even enough looks at devices, not at experts. The paper's text would leave a rest below the chunk on its own device; the
+paper's algorithm moves it, and so do we.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ Helper = Callable[[list[int], int, int, int], tuple[int, int]]
 def plan_least_loaded(
     load: Iterable[int], devices: int, *, capacity: float = 1.0, chunk: int = 1024, threshold: float = 1.3
 ) -> Plan:
-    r"""Every device computes at most its capacity; the rest of an expert goes, in chunks, to the least loaded devices.
+    r"""Plan that every device computes at most its capacity C; what exceeds it goes to the least loaded devices.
 
     .. math:: C = \lceil \alpha \textstyle\sum_e l_e / P \rceil
 
-    Experts are visited by falling load. What fits beside the device's other experts, which are reserved, stays; of the
-    rest the least loaded device takes min(rest, room), until nothing is left. Where its room is smaller than both the
-    chunk and the rest, no device has more, and it takes all of the rest over its capacity (``Plan.forced``).
+    The experts are taken in order of falling load l. On its own device an expert keeps the tokens for which there is
+    room beside the device's other experts. Of its other tokens the least loaded device takes as many as it has room
+    for, and so on until none is left. If that room is smaller than both the chunk and the number of tokens left, the
+    device takes them all and exceeds its capacity (``Plan.forced``).
 
-    The router's choice and the result do not change, only where it is computed. Whole numbers alone decide, ties go to
-    the lower number: all ranks find the same plan from the same load.
+    The router's choice and the layer's result do not change, only where they are computed. The plan is made with whole
+    numbers, and ties go to the lower number, so all ranks make the same plan of the same load.
 
     Args:
-        load: tokens of each expert (E,), of all ranks together.
+        load: the tokens of each expert (E,), of all ranks together.
         devices: P, which divides E.
-        capacity: alpha, at least 1.
-        chunk: m, the fewest tokens that are worth a copy of the weights, where more are left.
-        threshold: lambda; a native plan whose busiest device has less than this many times the mean stays. At 0 none
-            does.
+        capacity: alpha >= 1.
+        chunk: m, the smallest number of tokens for which weights are copied, unless fewer are left.
+        threshold: lambda; if the busiest device has less than lambda times the mean load without any copy, the plan is
+            ``plan_native``. With 0 it never is.
 
     Raises:
-        UserError: as ``checked_load`` and ``owners``; capacity below 1, a chunk below 1, a threshold below 0.
+        UserError: capacity < 1, chunk < 1 or threshold < 0; or as ``plan_native``.
 
     >>> plan = plan_least_loaded([900, 60, 20, 20], 2, chunk=100)
     >>> plan_native([900, 60, 20, 20], 2).device_load(), plan.device_load(), plan.copies
@@ -65,12 +66,12 @@ def plan_least_loaded(
 
 
 def tokens_a_device(total: int, devices: int, capacity: float) -> int:
-    """C, the tokens that a device takes unless it is forced to take more.
+    """Return C, the capacity of a device in tokens.
 
-    The capacity counts as the decimal number that it was written as: 1.1 is 11/10.
+    ``capacity`` is read as a decimal number, so 1.1 is 11/10 exactly.
 
     Raises:
-        UserError: a capacity below 1, which cannot hold all tokens, or an infinite one.
+        UserError: the capacity is below 1, so that not all tokens fit, or infinite.
 
     >>> tokens_a_device(1000, 8, 1.0), tokens_a_device(1000, 8, 1.1), tokens_a_device(1001, 8, 1.0)
     (125, 138, 126)
@@ -83,11 +84,11 @@ def tokens_a_device(total: int, devices: int, capacity: float) -> int:
 def plan_spill(
     load: Iterable[int], devices: int, helper: Helper, *, capacity: float, chunk: int, threshold: float
 ) -> Plan:
-    """Native experts first, up to the capacity of a device; what is left goes where ``helper`` says.
+    """Plan that devices compute their own experts up to their capacity; ``helper`` says who takes the tokens left.
 
     Args:
-        helper: (tokens that each device has or has reserved, the expert's own device, the tokens left, C) -> a device,
-            and how many of them it takes.
+        helper: a function (tokens of each device so far, the expert's own device, tokens left, C) -> (device, how many
+            of them it takes).
 
     Raises:
         UserError: as ``plan_least_loaded``.

@@ -1,4 +1,4 @@
-"""Puts expert parallelism into a model."""
+"""Functions that put expert parallelism into a model."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ __all__ = ["clip_gradients", "expert_parameters", "parallelize_experts", "shard_
 
 
 def parallelize_experts(model: nn.Module, mesh: DeviceMesh, *, ep: str = "ep", planner: Planner | None = None) -> None:
-    """Share the experts of every MoE layer of ``model`` out over a dimension of a mesh, in place.
+    """Distribute the experts of every MoE layer of ``model`` over a dimension of a mesh, in place.
 
-    The stacks of a bank become DTensors, split on the expert dimension: device p keeps E/P consecutive experts. The
-    layer's dispatch becomes ``ExpertParallel``. Every device must hold the same model before. Routers, shared experts
-    and all else stay whole on every device: average their gradients as data parallelism does, leaving the experts out::
+    The experts' stacked weights become DTensors, split on the expert dimension: device p keeps E/P consecutive experts.
+    The layer's dispatch becomes ``ExpertParallel``. Before the call every device must hold the same model. Routers,
+    shared experts and all else stay whole on every device; data parallelism averages their gradients, without the
+    experts'::
 
         mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("ep",))
         parallelize_experts(model, mesh)
         fully_shard(model, mesh=mesh, ignored_params=expert_parameters(model))
 
-    Layers of ``RankExperts`` stay whole, too. Capacities and expert choice go by the tokens of each device.
+    ``RankExperts`` layers stay whole, too. ``Capacity`` and ``ExpertChoice`` count the tokens of each device by itself.
+    On a mesh of two dimensions ``shard_experts`` shards the experts over the other one.
 
-    On a mesh of two dimensions ``shard_experts`` shares the rows of each expert out over the other one.
-
-    Make the optimizer afterwards: parameters are new tensors.
+    Make the optimizer afterwards, because the parameters are new tensors.
 
     Args:
-        mesh: with a dimension called ``ep``.
-        ep: its name.
-        planner: the plan of each call; None: every expert is computed at home (``plan_native``).
+        mesh: a mesh with a dimension called ``ep``.
+        ep: the name of that dimension.
+        planner: makes the plan of each call; None computes every expert where it is held (``plan_native``).
 
     Raises:
-        UserError: before anything is changed: no dimension of this name; an expert count that the devices cannot share
-            evenly; a bank whose tensors are no stacks of experts; a scorer that reads the bank; a layer that routes
-            softly, or is no ``MoE``; no layers but those of ``RankExperts``.
+        UserError: the mesh has no such dimension; the number of devices does not divide E; a bank has tensors that are
+            no stacks of experts; a scorer reads the experts; a layer routes softly or is no ``MoE``; or there are
+            ``RankExperts`` alone. Nothing is changed then.
     """
     names = mesh.mesh_dim_names or ()
     if ep not in names:
@@ -66,15 +66,15 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh, *, ep: str = "ep", p
 
 
 def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of the experts that ``parallelize_experts`` shared out: what data parallelism leaves alone."""
+    """Return the parameters of distributed experts, which data parallelism must leave alone."""
     layers = (layer for layer in moe_layers(model).values() if isinstance(layer, MoE))
     return {p for layer in layers if isinstance(layer.dispatch, ExpertParallel) for p in layer.experts.parameters()}
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh, *, dp: str = "efsdp", **options: Any) -> None:
-    """Give every bank that ``parallelize_experts`` shared out an FSDP2 group over another dimension of the mesh.
+    """Shard the experts that ``parallelize_experts`` distributed over another dimension of the mesh, by FSDP2.
 
-    Everything else is sharded over all devices afterwards::
+    All other parameters are sharded over all devices afterwards::
 
         mesh = init_device_mesh("cuda", (world // 4, 4), mesh_dim_names=("efsdp", "ep"))
         parallelize_experts(model, mesh)
@@ -83,7 +83,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, dp: str = "efsdp", **op
 
     Args:
         dp: the name of that dimension.
-        options: passed on to ``torch.distributed.fsdp.fully_shard``.
+        options: options of ``torch.distributed.fsdp.fully_shard``.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -95,12 +95,10 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, dp: str = "efsdp", **op
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    r"""Scale gradients so that their common norm is at most ``max_norm``; returns the norm from before.
+    r"""Scale gradients so that their joint norm is at most ``max_norm``; return the norm that they had.
 
-    As ``torch.nn.utils.clip_grad_norm_``, which refuses parameters of different meshes:
-    :math:`\|g\|^2` is summed over the shards of each mesh, then over meshes.
-
-    Every device of every mesh calls it.
+    It does what ``torch.nn.utils.clip_grad_norm_`` does, which refuses parameters of different meshes:
+    :math:`\|g\|^2` is summed over the shards of each mesh, then over the meshes. Every device must call it.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     squares = [torch.linalg.vector_norm(grad, dtype=torch.float32).square() for grad in grads]
@@ -117,7 +115,9 @@ def _check(name: str, layer: object, devices: int) -> None:
         raise UserError(f"parallelize_experts: {name!r} is a {type(layer).__name__}, not an MoE layer of this library")
     bank = layer.experts
     if layer.router.soft:
-        raise UserError(f"parallelize_experts: {name!r} routes softly, so every row would go to every device")
+        raise UserError(
+            f"parallelize_experts: {name!r} routes softly, so every row would go to every device; use TopK(k)"
+        )
     scorer = layer.router.scorer
     if type(scorer).meet is not Scorer.meet:
         raise UserError(

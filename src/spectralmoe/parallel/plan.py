@@ -1,4 +1,4 @@
-"""Plan: which device computes which tokens of each expert, in whole numbers that every rank finds alike."""
+"""A plan says which device computes which tokens of each expert; it is made of whole numbers, alike on all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Copy", "Interval", "Plan", "checked_load", "native_load", "owners", 
 
 
 class Interval(NamedTuple):
-    """Tokens ``start`` up to ``end`` of an expert, in its global order: rank by rank, as they come on each rank."""
+    """The tokens ``start`` up to ``end`` of an expert, which ``device`` computes; they are counted rank by rank."""
 
     device: int
     start: int
@@ -21,7 +21,7 @@ class Interval(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """An expert whose weights travel from a device that holds it to one that computes some of its tokens."""
+    """An expert whose weights are sent from the device that holds them to one that computes some of its tokens."""
 
     expert: int
     source: int
@@ -30,13 +30,13 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where the tokens of each expert are computed.
+    """Says which device computes which tokens of each expert.
 
     Attributes:
         devices: P.
-        homes: the devices that hold the weights of each expert beforehand; the first of them owns it.
-        intervals: of each expert, in order and without gaps: together its tokens.
-        forced: tokens beyond the capacity of their device, because no device had room for a chunk.
+        homes: for each expert the devices that hold its weights anyway; the first owns it.
+        intervals: for each expert the intervals of its tokens, in order and without gaps.
+        forced: how many tokens exceed the capacity of their device, because no device had room for a chunk.
     """
 
     devices: int
@@ -46,12 +46,12 @@ class Plan:
 
     @property
     def load(self) -> list[int]:
-        """Tokens of each expert."""
+        """The number of tokens of each expert."""
         return [parts[-1].end if parts else 0 for parts in self.intervals]
 
     @property
     def copies(self) -> list[Copy]:
-        """The weights that travel, by expert, then in the order of its intervals; each once."""
+        """The copies of weights that are sent, each once, in the order of the experts and their intervals."""
         return [
             Copy(e, homes[0], device)
             for e, (homes, parts) in enumerate(zip(self.homes, self.intervals, strict=True))
@@ -60,7 +60,7 @@ class Plan:
         ]
 
     def work(self) -> list[dict[int, int]]:
-        """For each device: expert -> tokens, of the experts that it computes or holds."""
+        """Return for each device the tokens of every expert that it computes or holds: expert -> tokens."""
         work: list[dict[int, int]] = [{} for _ in range(self.devices)]
         for e, (homes, parts) in enumerate(zip(self.homes, self.intervals, strict=True)):
             for device in homes:
@@ -70,16 +70,16 @@ class Plan:
         return work
 
     def device_load(self) -> list[int]:
-        """Tokens of each device."""
+        """Return the number of tokens that each device computes."""
         return [sum(experts.values()) for experts in self.work()]
 
     def imbalance(self) -> float:
-        """The busiest device's tokens over the mean: 1 is even, P is one device for all; 1 without tokens."""
+        """Return the busiest device's tokens over the mean: 1 is even, P is one device for all; 1 without tokens."""
         loads = self.device_load()
         return max(loads) * self.devices / sum(loads) if any(loads) else 1.0
 
     def modelled_time(self, cost: Cost) -> float:
-        """Seconds until the last device is done: it sends or receives weights, then computes its experts one by one."""
+        """Return the seconds until all devices are done; each sends or receives weights, then runs its experts."""
         moved = self.copies
         sent, received = [0] * self.devices, [0] * self.devices
         for copy in moved:
@@ -91,15 +91,20 @@ class Plan:
         )
 
     def modelled_bytes(self, cost: Cost) -> int:
-        """Memory of the fullest device: weights of what it holds and borrows, and the rows that go through them."""
+        """Return the bytes on the fullest device: the weights of the experts there, and their tokens' activations."""
         return max(sum(map(cost.bytes, experts.values())) for experts in self.work())
 
 
 def plan_native(load: Iterable[int], devices: int) -> Plan:
-    """Plain expert parallelism: device p computes all tokens of its own experts, p E/P up to (p + 1) E/P.
+    """Plan plain expert parallelism: device p computes all tokens of its own experts, p E/P up to (p + 1) E/P.
+
+    Args:
+        load: the tokens of each expert (E,).
+        devices: P, which divides E.
 
     Raises:
-        UserError: as ``checked_load`` and ``owners``.
+        UserError: the load is empty or has numbers that are negative or not whole; P is no positive whole number or
+            does not divide E.
 
     >>> plan_native([6, 0, 1, 1], 2).device_load()
     [6, 2]
@@ -111,7 +116,7 @@ def plan_native(load: Iterable[int], devices: int) -> Plan:
 
 
 def owners(experts: int, devices: int) -> list[int]:
-    """The device that owns each expert: E/P consecutive experts a device.
+    """Return the device that owns each expert; each device owns E/P consecutive ones.
 
     Raises:
         UserError: P is no positive whole number, or does not divide E.
@@ -129,7 +134,7 @@ def owners(experts: int, devices: int) -> list[int]:
 
 
 def native_load(counts: Sequence[int], homes: Sequence[int], devices: int) -> list[int]:
-    """Tokens of each device where every expert is computed at home."""
+    """Return the tokens of each device if every expert is computed on the device that owns it."""
     held = [0] * devices
     for home, number in zip(homes, counts, strict=True):
         held[home] += number
@@ -137,10 +142,10 @@ def native_load(counts: Sequence[int], homes: Sequence[int], devices: int) -> li
 
 
 def checked_load(load: Iterable[int]) -> list[int]:
-    """The tokens of each expert as whole numbers; a tensor (E,) is read once.
+    """Return the tokens of each expert as a list of whole numbers, given a list or a tensor (E,).
 
     Raises:
-        UserError: no expert; a number that is negative or not whole.
+        UserError: the load is empty, or a number is negative or not whole.
     """
     counts: Sequence[int] = load.tolist() if hasattr(load, "tolist") else list(load)
     if not isinstance(counts, list) or not counts:

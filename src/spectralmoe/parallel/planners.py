@@ -1,4 +1,4 @@
-"""Planners: plans with their settings, for every call of a layer."""
+"""Planners: functions with their settings that make a plan for every call of a layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ __all__ = ["LeastLoaded"]
 
 @dataclass(frozen=True, slots=True)
 class LeastLoaded:
-    """``plan_least_loaded`` with these settings, as planner of ``parallelize_experts``.
+    """Makes plans by ``plan_least_loaded`` with these settings; pass it as the planner of ``parallelize_experts``.
+
+    Attributes:
+        capacity, chunk, threshold: as in ``plan_least_loaded``.
 
     >>> LeastLoaded(chunk=100)([900, 60, 20, 20], 2).device_load()
     [500, 500]

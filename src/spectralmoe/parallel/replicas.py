@@ -1,4 +1,4 @@
-"""Replicas: busy experts stand on several devices beforehand, and their tokens are dealt out evenly.
+"""Replicas: several devices hold a copy of a busy expert, and its tokens are divided evenly among them.
 
 In the manner of DeepSeek's expert parallelism load balancer (github.com/deepseek-ai/EPLB, MIT), in its form for one
 group: replicas go to the largest load per replica, and the heaviest are packed first, onto the least loaded device.
@@ -17,16 +17,19 @@ __all__ = ["plan_replicas"]
 
 
 def plan_replicas(load: Iterable[int], devices: int, *, spare: int = 1, seen: Iterable[int] | None = None) -> Plan:
-    """Each device holds E/P + ``spare`` experts, chosen by a load that was seen before; no weights travel in a step.
+    """Plan with replicas that are chosen by an earlier load, so that no weights are sent in a step.
+
+    Each device holds E/P + ``spare`` experts.
 
     Args:
-        load: tokens of each expert (E,).
+        load: the tokens of each expert (E,).
         devices: P, which divides E.
-        spare: places a device beyond its E/P.
-        seen: the load that the places are chosen by; by default ``load`` itself, which no system knows beforehand.
+        spare: how many more experts than E/P a device holds.
+        seen: the earlier load by which replicas are chosen. The default is ``load`` itself, which no system knows in
+            advance, so the plan is then better than a real one.
 
     Raises:
-        UserError: as ``checked_load`` and ``owners``; a negative ``spare``; ``seen`` of another number of experts.
+        UserError: ``spare`` is negative, ``seen`` has another number of experts; or as ``plan_native``.
 
     >>> plan = plan_replicas([900, 60, 20, 20], 2)
     >>> plan.homes, plan.device_load(), plan.copies

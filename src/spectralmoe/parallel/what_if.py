@@ -1,4 +1,4 @@
-"""What if: a recorded load on several devices, under plain expert parallelism, with replicas, and least loaded."""
+"""What if a recorded load ran on several devices: plain expert parallelism, replicas, and least loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ __all__ = ["compare_plans", "describe_plan", "scaled_load"]
 def compare_plans(
     load: Iterable[int], devices: int, *, capacity: float = 1.0, chunk: int = 1024, threshold: float = 1.3
 ) -> dict[str, Plan]:
-    """``native``, ``replicas`` (one place more a device, chosen by this very load) and ``least_loaded``.
+    """Make three plans of one load, by name.
+
+    They are ``native`` (``plan_native``), ``replicas`` (``plan_replicas`` with one more expert a device, chosen by this
+    load) and ``least_loaded`` (``plan_least_loaded``). The arguments are those of ``plan_least_loaded``.
 
     Raises:
         UserError: as ``plan_least_loaded``.
@@ -34,11 +37,15 @@ def compare_plans(
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
-    """What a plan does, for JSON.
+    """Summarise a plan in numbers that JSON can hold.
 
     Returns:
-        ``imbalance``: the busiest device over the mean; ``busiest``: its tokens; ``copies``: weights that travel in a
-        step; ``replicas``: places beyond one an expert; ``forced``: tokens over the capacity.
+        ``imbalance``: the busiest device's tokens over the mean; ``busiest``: its tokens; ``copies``: how many experts'
+        weights are sent in a step; ``replicas``: how many copies devices hold beyond one an expert; ``forced``: how
+        many tokens exceed a capacity.
+
+    >>> describe_plan(plan_native([6, 0, 1, 1], 2))
+    {'imbalance': 1.5, 'busiest': 6, 'copies': 0, 'replicas': 0, 'forced': 0}
     """
     return {
         "imbalance": plan.imbalance(),
@@ -50,10 +57,10 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def scaled_load(load: Iterable[int], total: int) -> list[int]:
-    """``total`` tokens in the shares of a recorded load; what rounding leaves goes to the largest remainders.
+    """Scale a recorded load to ``total`` tokens in whole numbers; what rounding leaves goes to the largest remainders.
 
     Raises:
-        UserError: as ``checked_load``; a load without tokens.
+        UserError: the load has no tokens; or as ``plan_native``.
 
     >>> scaled_load([2, 1, 0], 10)
     [7, 3, 0]
@@ -61,7 +68,7 @@ def scaled_load(load: Iterable[int], total: int) -> list[int]:
     counts = checked_load(load)
     recorded = sum(counts)
     if not recorded:
-        raise UserError("a load without tokens has no shares")
+        raise UserError("this load has no tokens, so it cannot be scaled; record one on data")
     scaled = [number * total // recorded for number in counts]
     remainders = sorted(range(len(counts)), key=lambda e: (-(counts[e] * total % recorded), e))
     for e in remainders[: total - sum(scaled)]:

@@ -1,6 +1,7 @@
-"""Regularizers: record -> scalar, unweighted, fp32, mean over real tokens; marked ``of_model``: records -> scalar.
+"""Regularizers are losses on what a layer's router or experts did in one forward.
 
-Weigh them with ``Term``.
+Each takes a ``Record``, one entry of a tape, and returns a scalar in fp32, unweighted, a mean over the real tokens.
+Those marked ``of_model`` take the records of all layers. ``Term`` gives a regularizer its weight in the training loss.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Overlap of the hidden activations of a token's experts: a term that has them compute different things.
+"""Activation overlap: a term that drives the hidden activations of a token's experts apart.
 
 Hu et al., "Synergistic Intra- and Cross-Layer Regularization Losses for MoE Expert Specialization", arXiv 2602.14159,
 equation 4, the specialization loss R_sp. No public code.
@@ -24,23 +24,24 @@ _SMALLEST = 1e-24
 
 @keeps("hidden", argument="kind")
 def activation_overlap(record: Record, *, kind: Literal["hidden", "output"] = "hidden") -> Tensor:
-    r"""Mean squared cosine between the hidden activations :math:`z_{te}` (H) of the experts A_t that serve a token.
+    r"""Compute the mean squared cosine between the hidden activations of the experts that serve the same token.
 
     .. math::
         \frac{1}{|T|} \sum_{t \in T} \frac{1}{|A_t| (|A_t| - 1)} \sum_{e \ne v \in A_t}
         \frac{\langle z_{te}, z_{tv} \rangle^2}{\|z_{te}\|^2 \, \|z_{tv}\|^2}
 
-    T are the real tokens that at least two experts serve; zero experts and empty slots serve nobody. 0 for orthogonal
-    activations and where T is empty, 1 for equal ones, unchanged when an expert's activations are scaled: they cannot
-    escape by shrinking. The gradient reaches what comes before the down projection, not the gates. Routed experts alone
-    are compared.
+    :math:`z_{te}` (H,) are the activations of expert e for token t, and :math:`A_t` its experts, without zero experts,
+    empty slots and shared experts. T are the real tokens with at least two experts. The value is 0 for orthogonal
+    activations and where T is empty, and 1 for parallel ones. Scaling an expert's activations does not change it, so
+    they cannot escape by shrinking. The gradient reaches the weights that make z, not the router.
 
     Args:
-        kind: "hidden": activations before the down projection (of SwiGLU: the product), of banks that have them;
-            "output": what the experts give, before the combine weights, of any bank.
+        record: a record that kept what ``kind`` names: ``record(model, terms=terms)`` does so.
+        kind: "hidden", the activations before the down projection (of SwiGLU, the product), for experts that have them;
+            or "output", the experts' outputs before the combine weights.
 
     Raises:
-        UserError: tensors that were not kept; one expert a token; an unknown kind.
+        UserError: the record did not keep the tensors, K = 1, or ``kind`` is unknown.
 
     >>> import torch
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, Term, TopK, record

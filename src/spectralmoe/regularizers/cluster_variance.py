@@ -1,4 +1,4 @@
-"""Cluster variance: a term that evens out what the experts of a group are given, so that one may stand in for another.
+"""Cluster variance: a term that makes the mean scores of a group's experts alike, so that each may replace another.
 
 Xie et al., "MoEC: Mixture of Expert Clusters", arXiv 2207.09094, section 3. Written from the equations.
 Differs: the mean over tokens instead of the sum, so that it does not grow with the batch; the population variance.
@@ -22,22 +22,28 @@ _FORMS = (0, 1, 2)
 
 
 def cluster_variance(record: Record | Routing, *, groups: int, form: Literal[0, 1, 2] = 1) -> Tensor:
-    r"""Variance of the experts' mean scores P within G groups of consecutive experts: 0 where siblings get the same.
+    r"""Compute the variance of the experts' mean scores P within G groups of consecutive experts.
 
-    P (E,) is the mean over real tokens of the normalised scores. Form 0: :math:`\mathrm{Var}(P)` over all experts,
-    whatever ``groups`` is. Form 1: :math:`V = \frac{1}{G} \sum_g \mathrm{Var}(P_i, i \in g)`. Form 2: :math:`V /
-    \exp(m_1 - m_2)`, with the two largest of the groups' means of P. Experts that ``ClusterDropout`` leaves out have no
-    part in it, where a record says who they are; a ``Routing`` alone does not. Without a real token it is 0.
+    P (E,) is the mean over the real tokens of the scores normalised to sum 1. The population variance is
 
-    The paper's loss is ``load_balance`` with the weight 0.01 and this term with :math:`0.01\, E\, \rho`. V is of the
-    size :math:`E^{-2}`, so :math:`\rho` is about 10 to 100 here.
+    - form 0: :math:`\mathrm{Var}(P)` over all experts, whatever ``groups`` is;
+    - form 1: :math:`V = \frac{1}{G} \sum_g \mathrm{Var}(P_i, i \in g)`;
+    - form 2: :math:`V / \exp(m_1 - m_2)`, where m_1 and m_2 are the two largest means of P within a group.
 
-    It makes the siblings' mean scores alike, not their tokens, and where all scores go to few groups it may be small
-    too: keep ``load_balance`` beside it.
+    Experts that ``ClusterDropout`` leaves out do not count; this needs a ``Record``, since a ``Routing`` does not say
+    which they are. Without a real token the value is 0.
+
+    The paper's loss is ``load_balance`` with the weight 0.01 plus this term with the weight :math:`0.01\, E\, \rho`. V
+    is of the size :math:`E^{-2}`, so a useful :math:`\rho` is about 10 to 100. The term is small, too, if all scores go
+    to few groups: use it together with ``load_balance``.
+
+    Args:
+        groups: G, which divides E.
+        form: 0, 1 or 2.
 
     Raises:
-        UserError: groups that do not divide E, or of one expert each (their variance is always 0); an unknown form;
-            form 2 with one group.
+        UserError: groups do not divide E or hold one expert each, whose variance is always 0; the form is unknown; or
+            form is 2 with one group.
 
     >>> from spectralmoe import LinearScorer, Router, TopK
     >>> router = Router(LinearScorer(1, 4), TopK(1))

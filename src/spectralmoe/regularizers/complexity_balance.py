@@ -2,8 +2,8 @@
 
 Zamfir et al., "Complexity Experts are Task-Discriminative Learners for Any Image Restoration" (MoCE-IR), arXiv
 2411.18466, the routing loss, after Shazeer et al., arXiv 1701.06538, and Riquelme et al., arXiv 2106.05974.
-Differs: the costs are those that the bank says, or given, instead of numbers of parameters; the load asks whether an
-expert would come before the K-th of the others without their noise, which no record holds; the mean over tokens.
+Differs: the costs are operations (``experts.costs()``) or given, instead of numbers of parameters. The load compares an
+expert with the K-th of the others without their noise, because a record does not hold the noise. Means over tokens.
 """
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ __all__ = ["complexity_balance"]
 def complexity_balance(
     record: Record | Routing, costs: Sequence[float] | Tensor | None = None, *, load: bool = True
 ) -> Tensor:
-    r""":math:`\frac{1}{2} [\mathrm{CV}^2(I_e b_e) + \mathrm{CV}^2(L_e)]`; the first square alone without ``load``.
+    r"""Penalise importance that is not inverse to cost: :math:`\frac12 [\mathrm{CV}^2(I_e b_e) + \mathrm{CV}^2(L_e)]`.
 
-    I (E,) is the mean over real tokens of the normalised scores, b = costs / max(costs), and L the mean probability
-    that an expert is among the K chosen when its logit gets noise of standard deviation 1/E (``NoisyTopK``):
-    :math:`L_e = \mathrm{mean}_t\, \Phi(E (s_{te} - \tau_{te}))`, with the K-th largest logit of the others as
-    :math:`\tau_{te}`. Where every token uses all experts, L is 1 and its square 0.
+    CV is the coefficient of variation over the experts. I (E,) is the mean over the real tokens of the scores
+    normalised to sum 1, and b = costs / max(costs). L (E,) is the mean probability that an expert is among the K chosen
+    if its logit gets noise of standard deviation 1/E, as in ``NoisyTopK``: :math:`L_e = \mathrm{mean}_t\,
+    \Phi(E (s_{te} - \tau_{te}))` with :math:`\tau_{te}` the K-th largest logit of the other experts. If every token
+    uses all experts, L is 1 and its part 0.
 
-    The first square is 0 where importance is proportional to 1/b, whatever the tokens are: it is a fixed target for the
-    load, not a preference for what is cheap enough. The second one asks for an even load, which pulls against it.
-    The authors weigh the term by 0.01. It needs many more tokens (samples, where samples are routed) than experts.
+    The first part is 0 where importance is proportional to 1/b. So it is a fixed target for the load, not a preference
+    for cheap experts where they suffice. The second part asks for an even load, which is another target. The authors
+    give the term the weight 0.01. It needs many more routed tokens (or samples) than experts.
 
     Args:
-        costs: of each expert, any unit; None: what the layer's bank says of one position, ``experts.costs()``.
+        costs: one cost for each expert, in any unit; None takes ``experts.costs()`` of the layer, operations a
+            position.
+        load: whether the second part is added; without it the value is :math:`\mathrm{CV}^2(I_e b_e)`.
 
     Raises:
-        UserError: costs that are not one positive number an expert; none given with a ``Routing`` alone.
+        UserError: costs are not one positive number for each expert, or are missing for a ``Routing`` without a layer.
 
     >>> from spectralmoe import LinearScorer, Router, TopK
     >>> router = Router(LinearScorer(1, 2), TopK(1))
@@ -55,7 +58,7 @@ def complexity_balance(
 
 
 def _clear(routing: Routing) -> Tensor:
-    """How likely each expert is among the K chosen (E,), mean over real tokens."""
+    """The mean probability over the real tokens that each expert is among the K chosen: (E,)."""
     logits, k = routing.logits, routing.indices.shape[1]
     if k >= routing.num_experts:
         return logits.new_ones(routing.num_experts)

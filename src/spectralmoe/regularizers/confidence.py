@@ -1,9 +1,8 @@
-"""Confidence loss: a term that makes the confidence of experts the probability with which they are right.
+"""Confidence loss: a term that teaches experts to state the probability with which they are right.
 
 Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs
-with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525. Written from the
-equations.
-Differs: the target has no gradient unless the bank says so (``detach_target=False``, as the paper has it).
+with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525. Written from the equations.
+Differs: the target has no gradient unless the experts have ``detach_target=False``, which is the paper's.
 """
 
 from __future__ import annotations
@@ -22,17 +21,18 @@ __all__ = ["class_target", "confidence_loss"]
 
 @keeps("confidence")
 def confidence_loss(record: Record, target: Tensor) -> Tensor:
-    r"""Mean square of what the experts' confidence is off: :math:`\frac{1}{M} \sum_r (c_r - q_r)^2`; 0 without a row.
+    r"""Compute the mean squared error of the experts' confidence c: :math:`\frac{1}{M} \sum_r (c_r - q_r)^2`.
 
-    The paper adds it to the loss of the task with the weight 1, and takes for q the probability of the true class by a
-    head on the expert's output alone (``class_target``).
+    There is one row r for each filled slot; without one the loss is 0. The paper adds the loss to that of the task with
+    the weight 1. Its target q is the probability that a head on the expert's output alone gives the true class
+    (``class_target``).
 
     Args:
-        record: of a layer of ``ConfidentExperts``, which kept "confidence".
-        target: q (M,), row by row as ``record.order`` says.
+        record: a record of a layer with ``ConfidentExperts`` that kept "confidence".
+        target: q (M,), in the order of ``record.order``.
 
     Raises:
-        UserError: a layer of other experts, or one that did not keep it; a target of another shape.
+        UserError: the layer has other experts, the record did not keep "confidence", or the target is not (M,).
 
     >>> import torch
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
@@ -40,12 +40,15 @@ def confidence_loss(record: Record, target: Tensor) -> Tensor:
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), ConfidentExperts(FeedForward(4, 8, 16)))
     >>> with record(layer, keep="confidence") as tape:
     ...     y = layer(torch.randn(3, 8))
-    >>> confidence_loss(tape[0], torch.ones(6)).item()  # all are half sure at the start
+    >>> confidence_loss(tape[0], torch.ones(6)).item()  # every confidence starts at 1/2
     0.25
     """
     bank = getattr(record.layer, "experts", None)
     if not isinstance(bank, ConfidentExperts):
-        raise UserError(f"confidence_loss: layer {record.name!r} has {type(bank).__name__}, not ConfidentExperts")
+        raise UserError(
+            f"confidence_loss: layer {record.name!r} has {type(bank).__name__}, not ConfidentExperts; wrap its "
+            "experts in them"
+        )
     confidence = record.tensor("confidence")
     if target.shape != confidence.shape:
         raise UserError(
@@ -56,18 +59,19 @@ def confidence_loss(record: Record, target: Tensor) -> Tensor:
 
 
 def class_target(record: Record, head: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
-    r"""Probability of the true class by a head on each expert's own output: :math:`q_r = \mathrm{softmax}(h(F(x)))_y`.
+    r"""Compute the probability of the true class by a head on an expert's output: :math:`\mathrm{softmax}(h(F(x)))_y`.
 
     Args:
-        record: of a layer of ``ConfidentExperts``, which kept "unweighed".
-        head: rows (M, D) -> class logits (M, C).
-        labels: the class of each token, padding included: (N,) int64.
+        record: a record of a layer with ``ConfidentExperts`` that kept "unweighed", the outputs F(x) before the
+            confidence weighs them.
+        head: h, a function from rows (M, D) to class logits (M, C).
+        labels: y, the class of each token, padding included: (N,) int64.
 
     Returns:
-        (M,) fp32 or better, row by row as ``record.order`` says.
+        (M,) in fp32 or float64, in the order of ``record.order``.
 
     Raises:
-        UserError: the layer did not keep it; labels of another shape.
+        UserError: the record did not keep "unweighed", or the labels are not (N,).
 
     >>> import torch
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record

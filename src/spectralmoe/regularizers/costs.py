@@ -1,4 +1,4 @@
-"""What experts cost, as terms on their cost read it: a share of the dearest."""
+"""The cost of each expert as a share of the most expensive one, for the terms that read costs."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ def cost_shares(
     *,
     free: bool = False,
 ) -> Tensor:
-    """Costs (E,) over the largest of them, in the precision of ``like`` (E,).
+    """Return the costs (E,) divided by their largest, in the dtype of ``like`` (E,).
 
     Args:
-        term: whose costs they are, for errors.
-        costs: None: what the bank of the recorded layer says of one position, ``experts.costs()``.
-        free: zero experts cost 0; else they are refused.
+        term: the name of the regularizer, for error messages.
+        costs: None takes ``experts.costs()`` of the recorded layer, operations a position.
+        free: whether zero experts are allowed, at a cost of 0.
 
     Raises:
-        UserError: costs that are not one positive number an expert; none given with a ``Routing`` alone.
+        UserError: costs are not one positive number for each expert, or are missing for a ``Routing`` without a layer.
     """
     beyond = 0
     if costs is None:
         experts = None if isinstance(record, Routing) else getattr(record.layer, "experts", None)
         if experts is None:
-            raise UserError(f"{term}: costs are missing, and there is no bank here that could say them")
+            raise UserError(
+                f"{term}: costs are missing, and a Routing does not know them; pass costs=, or the record of a layer"
+            )
         costs = experts.costs()
         beyond = max(0, len(like) - len(costs)) if free else 0
     values = torch.as_tensor(costs, dtype=like.dtype)  # checked where they are: for costs on the host nobody waits

@@ -1,7 +1,7 @@
-"""Expected cost: a term that asks for cheap experts where they do.
+"""Expected cost: a term that prefers cheap experts where they suffice.
 
-After "PhyG-MoE", arXiv 2601.12798, abstract: a large expert on demand, light experts else. How the authors hold the
-compute down is not known; this is the plain expectation of the cost under the router's scores.
+After "PhyG-MoE", arXiv 2601.12798, abstract: a large expert on demand, light experts otherwise. The abstract does not
+say how the authors limit the compute; this is the expectation of the cost under the router's scores.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ __all__ = ["expected_cost"]
 
 
 def expected_cost(record: Record | Routing, costs: Sequence[float] | Tensor | None = None) -> Tensor:
-    r""":math:`\mathrm{mean}_t \sum_e p_{te}\, c_e / \max c`, with the normalised scores p of real tokens.
+    r"""Compute the expected cost under the router's scores: :math:`\mathrm{mean}_t \sum_e p_{te}\, c_e / \max c`.
 
-    Between the share of the cheapest expert and 1. Where p is one-hot, it is the mean cost of what was chosen. It is a
-    price, not a target: without a loss that asks for more, the cheapest expert takes all tokens.
+    p are the scores of the real tokens, normalised to sum 1. The value lies between c_e / max c of the cheapest expert
+    and 1. It is a price and has no target: without another loss, the cheapest expert takes all tokens.
 
     Args:
-        costs: c of each expert, any unit; None: what the layer's bank says of one position, ``experts.costs()``, and 0
-            for zero experts.
+        costs: c, one cost for each expert, in any unit; None takes ``experts.costs()`` of the layer, operations a
+            position, and 0 for zero experts.
 
     Raises:
-        UserError: costs that are not one positive number an expert; none given with a ``Routing`` alone.
+        UserError: costs are not one positive number for each expert, or are missing for a ``Routing`` without a layer.
 
     >>> import torch
     >>> from spectralmoe import LinearScorer, Router, TopK

@@ -1,7 +1,8 @@
-"""Penalty on rows of the routing matrix that are not orthonormal.
+"""Orthonormality: a term that makes the rows of the routing matrix orthonormal.
 
-With orthogonal initialisation in place of a balancing loss: Omi et al., "Load Balancing Mixture of Experts with
-Similarity Preserving Routers" (SimBal), arXiv 2506.14038 (entrywise L1 there; the squared form is the default here).
+Omi et al., "Load Balancing Mixture of Experts with Similarity Preserving Routers" (SimBal), arXiv 2506.14038, who use
+it with an orthogonal start instead of a balancing loss. Differs: the squared form is the default; theirs is the
+entrywise L1 norm.
 """
 
 from __future__ import annotations
@@ -20,16 +21,27 @@ __all__ = ["orthonormality"]
 
 
 def orthonormality(record: Record, *, form: Literal["square", "l1"] = "square") -> Tensor:
-    r""":math:`\|M M^\top - I\|_F^2` ("square") or :math:`\|M M^\top - I\|_1` ("l1") of the routing matrix M (E, D).
+    r"""Measure how far the routing matrix M (E, D) is from orthonormal rows: :math:`\|M M^\top - I\|_F^2`.
 
-    For E > D the Gram matrix of the columns is used, the side that can be orthonormal. Inert for a matrix that a
-    retraction keeps orthonormal.
+    ``form="l1"`` takes the sum of the absolute entries, :math:`\|M M^\top - I\|_1`. For E > D the rows cannot be
+    orthonormal, so the columns are taken, :math:`M^\top M`. A matrix that is kept orthonormal after each step gives 0.
 
     Raises:
-        UserError: the scorer has no routing matrix; an unknown form.
+        UserError: the scorer has no routing matrix, or the form is unknown.
+
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
+    >>> layer = MoE(Router(LinearScorer(4, 2), TopK(1)), FeedForward(2, 4, 8))
+    >>> _ = layer.router.scorer.weight.data.copy_(torch.eye(2, 4) * 2)
+    >>> with record(layer) as tape:
+    ...     _ = layer(torch.randn(3, 4))
+    >>> orthonormality(tape[0]).item(), orthonormality(tape[0], form="l1").item()  # the diagonal is 4 and not 1
+    (18.0, 6.0)
     """
     if record.matrix is None:
-        raise UserError(f"layer {record.name!r} has no routing matrix for orthonormality to look at")
+        raise UserError(
+            f"orthonormality: the scorer of layer {record.name!r} has no routing matrix; use another scorer, such as "
+            "LinearScorer, or name the layers with Term(layers=...)"
+        )
     defect = _defect(full(record.matrix))
     if form == "square":
         return defect.square().sum()

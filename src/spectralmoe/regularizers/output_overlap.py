@@ -1,9 +1,10 @@
-"""Overlap of what a token's experts make of it: a term that drives them apart.
+"""Output overlap: a term that drives the outputs of a token's experts apart.
 
 Guo et al., "Advancing Expert Specialization for Better MoE", arXiv 2505.22323, the orthogonality loss L_o. Authors'
-code: https://github.com/HongcanGuo/Auxloss-For-Advancing-Expert-Specialization (MIT); it projects on the span of the
-other outputs, the paper and this file on each of them.
-Differs: the mean over tokens instead of the sum; ``form="cosine"`` is ours, for outputs that could escape by shrinking.
+code: https://github.com/HongcanGuo/Auxloss-For-Advancing-Expert-Specialization (MIT); it projects an output on the span
+of the others, the paper and this file on each of them.
+Differs: the mean over tokens instead of the sum. ``form="cosine"`` is ours: outputs cannot make it smaller by
+shrinking.
 """
 
 from __future__ import annotations
@@ -25,15 +26,22 @@ __all__ = ["output_overlap"]
 def output_overlap(
     record: Record, *, form: Literal["projection", "cosine"] = "projection", eps: float = 1e-6
 ) -> Tensor:
-    r"""Mean over real tokens of the overlaps between the outputs :math:`y_{tj}` of the chosen experts A_t of a token.
+    r"""Compute the overlap between the outputs :math:`y_{tj}` of a token's experts A_t, a mean over the real tokens.
 
-    "projection": :math:`\sum_{j \ne k \in A_t} \| \frac{\langle y_{tj}, y_{tk} \rangle}{\langle y_{tk}, y_{tk} \rangle
-    + \epsilon} y_{tk} \|^2`, which scales with the square of the outputs. "cosine": :math:`\sum_{j \ne k}
-    \cos^2(y_{tj}, y_{tk})`, which does not. 0 for orthogonal outputs and without a real token; a zero expert overlaps
-    with nobody. Reads the outputs before their combine weights, which ``record(model, terms=terms)`` keeps.
+    - "projection": :math:`\sum_{j \ne k \in A_t} \| \frac{\langle y_{tj}, y_{tk} \rangle}{\langle y_{tk}, y_{tk}
+      \rangle + \epsilon} y_{tk} \|^2`, which grows with the square of the outputs;
+    - "cosine": :math:`\sum_{j \ne k \in A_t} \cos^2(y_{tj}, y_{tk})`, which does not depend on their size.
+
+    Both are 0 for orthogonal outputs and without a real token. Zero experts do not count. The outputs are those before
+    the combine weights.
+
+    Args:
+        record: a record that kept "output": ``record(model, terms=terms)`` does so.
+        form: "projection", the paper's, or "cosine".
+        eps: epsilon.
 
     Raises:
-        UserError: outputs that were not kept; one expert a token; an unknown form.
+        UserError: the record did not keep the outputs, K = 1, or the form is unknown.
 
     >>> import torch
     >>> from spectralmoe import LinearScorer, ModuleExperts, MoE, Router, TopK, record

@@ -1,4 +1,4 @@
-"""Coupling of neighbouring layers: a term on the paths that tokens take from the experts of one to those of the next.
+"""Path coupling: a term on the paths that tokens take from the experts of one layer to those of the next.
 
 Hu et al., "Synergistic Intra- and Cross-Layer Regularization Losses for MoE Expert Specialization", arXiv 2602.14159,
 equation 7, the coupling loss R_cp. No public code.
@@ -23,26 +23,30 @@ __all__ = ["path_coupling"]
 
 @of_model
 def path_coupling(records: Iterable[Record], *, form: Literal["mass", "paths"] = "mass") -> Tensor:
-    r"""Minus how firmly tokens follow paths through the chosen experts A_t of each two neighbouring layers.
+    r"""Reward tokens that take the same paths from the experts of one layer to those of the next.
 
-    p are the scores normalised over all experts (``routing.probs``), :math:`J_{ev} = \frac1N \sum_t p_{te}\,p'_{tv}
-    [e \in A_t][v \in A'_t]` the mass of the path from expert e of one layer to expert v of the next. The mean over
-    pairs of layers, in the order of the records, of
+    p are the scores of a token, normalised to sum 1 over all experts (``routing.probs``), and A_t its chosen experts;
+    p' and A' are those of the next layer. :math:`J_{ev} = \frac1N \sum_t p_{te}\,p'_{tv} [e \in A_t][v \in A'_t]` is
+    the mass of the path from expert e to expert v. The value is the mean over all pairs of neighbouring layers of
 
-    - "mass" (the paper's): :math:`-\frac1N \sum_t \sum_{e \in A_t} \sum_{v \in A'_t} p_{te}\,p'_{tv} = -\sum_{ev}
-      J_{ev}`. It factorises into the masses of both choices, :math:`\sum_{e \in A_t} p_{te}` and that of the next
-      layer: a reward for sharp scores, from -1, blind to which expert follows which. Keep a balance term beside it.
-    - "paths": minus the mutual information, in nats, of J divided by its sum: from :math:`-\log E`, where the expert of
-      one layer tells that of the next and experts are used evenly, to 0, where it tells nothing. A statistic of the
-      batch, with a bias away from 0 where tokens are few.
+    - "mass" (the paper's): :math:`-\sum_{ev} J_{ev}`, from -1 to 0. This is the mean over the tokens of minus the
+      product of :math:`\sum_{e \in A_t} p_{te}` and the same sum of the next layer. So it rewards sharp scores, and
+      does not see which expert follows which. Use a balance term with it.
+    - "paths": minus the mutual information, in nats, of J divided by its sum. It is :math:`-\log E` if the expert of
+      one layer determines that of the next and all are used evenly, and 0 if it says nothing about it. With few tokens
+      it is biased away from 0.
 
-    Only real tokens count; 0 without one. A layer that is called several times is paired call by call. Of a replayed
-    routing it is the choice that the router itself makes.
+    Only real tokens count; without one the value is 0. A layer that is called several times is paired call by call. If
+    the choice was replayed, the router's own choice is taken.
+
+    Args:
+        records: the records of all layers, in the order of the layers: a tape.
+        form: "mass" or "paths".
 
     Raises:
-        UserError: one layer alone; neighbours that do not see the same tokens in the same order, as far as numbers,
-            shapes and masks tell; an unknown form; "mass" of a layer whose mass is always 1, so that it could have no
-            gradient: a token uses all experts, or its scores are renormalised over the chosen ones.
+        UserError: there is one layer alone; neighbouring layers do not see the same tokens, by number, shape or mask;
+            the form is unknown; or "mass" would be constant, because a token uses all experts or its scores are
+            normalised over the chosen ones.
 
     >>> import torch
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record

@@ -1,4 +1,4 @@
-"""Variance of the scores: a term that rewards experts whom some tokens want and others do not.
+"""Score variance: a term that rewards experts which score high for some tokens and low for others.
 
 Guo et al., "Advancing Expert Specialization for Better MoE", arXiv 2505.22323, the variance loss L_v. Authors' code:
 https://github.com/HongcanGuo/Auxloss-For-Advancing-Expert-Specialization (MIT).
@@ -20,17 +20,23 @@ __all__ = ["score_variance"]
 
 
 def score_variance(record: Record | Routing, *, over: Literal["tokens", "experts"] = "tokens") -> Tensor:
-    r"""Minus the variance of the scores s (N, E): normalised over all experts, and 0 for those that were not chosen.
+    r"""Compute minus the variance of the scores s (N, E) of the chosen experts.
 
-    "tokens" (the paper's): :math:`-\frac1N \sum_t \frac1E \sum_j (s_{tj} - \bar s_j)^2`, with :math:`\bar s_j` the mean
-    over the tokens: 0 where all tokens are routed alike, however sharply. "experts" (the authors' code): the same with
-    the mean :math:`\bar s_t` over the experts of each token, a reward for sharp scores that opposes ``router_z``.
+    s are the scores normalised to sum 1 over all experts, and then set to 0 for experts that were not chosen.
 
-    Only real tokens count; 0 without one. Where a choice changes, a score jumps between 0 and its value: the gradient
-    is that of the chosen scores. Of a replayed routing it is the choice that the router itself makes.
+    - "tokens" (the paper's): :math:`-\frac1N \sum_t \frac1E \sum_j (s_{tj} - \bar s_j)^2` with :math:`\bar s_j` the
+      mean over the tokens. It is 0 if all tokens are routed alike, however sharply.
+    - "experts" (the authors' code): the same with :math:`\bar s_t`, the mean over the experts of a token. It rewards
+      sharp scores, against ``router_z``.
+
+    Only real tokens count; without one the value is 0. The gradient is that of the chosen experts' scores. If the
+    choice was replayed, the router's own choice is taken.
+
+    Args:
+        over: over what the mean is taken, "tokens" or "experts".
 
     Raises:
-        UserError: an unknown ``over``.
+        UserError: ``over`` is unknown.
 
     >>> from spectralmoe import LinearScorer, Router, TopK
     >>> router = Router(LinearScorer(8, 4), TopK(1))

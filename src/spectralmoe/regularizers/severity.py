@@ -1,8 +1,8 @@
-"""Severity balance: an even load, in which experts that add nothing are the cheaper the less a sample is degraded.
+"""Severity balance: a balance loss that sends the tokens of a less degraded sample to experts that do nothing.
 
 "MoR", arXiv 2511.16024, its load-balancing loss.
-Differs: of several severities of a sample the mean counts; it is not below ``floor``, as near 0 all would go to the
-zero experts.
+Differs: if a sample has several severities, their mean counts. A severity below ``floor`` counts as ``floor``; near 0
+all tokens would go to the zero experts.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ __all__ = ["severity_balance"]
 def severity_balance(
     record: Record | Routing, severity: Tensor | float | str, *, num_real: int, floor: float = 0.05
 ) -> Tensor:
-    r"""Balance loss with a weight of each expert: :math:`E \sum_i f_i\,\mathrm{mean}_t(\alpha_{ti} p_{ti})`.
+    r"""Compute a balance loss with a price for each expert: :math:`E \sum_i f_i\,\mathrm{mean}_t(\alpha_{ti} p_{ti})`.
 
-    :math:`\alpha_{ti}` is 1 for the first ``num_real`` experts and the severity :math:`s_t` of the token's sample for
-    the others, which add nothing. f (E,) is ``routing.load()``, p (N, E) the normalised scores of real tokens. With
-    one s for all it is least where shares go with :math:`1/\alpha_i`: n real and Z zero experts then share as n to
-    Z / s. With s = 1 it is ``load_balance``. The paper gives no weight for it; 0.01 is that of other balance losses.
+    The price :math:`\alpha_{ti}` is 1 for the first ``num_real`` experts. For the others, which are zero experts and
+    add nothing to the output, it is the severity s of the token's sample. f (E,) is ``routing.load()``, and p (N, E)
+    are the scores of the real tokens, normalised to sum 1. If all samples have the same s, the loss is smallest where
+    the load of expert i is proportional to :math:`1/\alpha_i`, so that n real and Z zero experts share it as n to Z /
+    s. With s = 1 it is ``load_balance``. The paper gives no weight for it; 0.01 is usual for balance losses.
 
     Args:
-        severity: in [0, 1], 1 for the worst: a number; a value a token (N,), or several (N, P), whose mean counts; a
-            value a sample (B,) or (B, P) of a routing of B samples; or the name of a record's side information.
-        num_real: how many experts add something; the others come after them.
-        floor: severities below it count as it.
+        severity: how badly a sample is degraded, in [0, 1], 1 for the worst. One number for all; one for each token
+            (N,) or each sample (B,); several for each, (N, P) or (B, P), whose mean counts; or the name under which the
+            layer got it as side information.
+        num_real: how many experts are no zero experts; these come first.
+        floor: the smallest severity; smaller ones count as this.
 
     Raises:
-        UserError: ``num_real`` is not 1 to E; a floor that is not positive; a severity of another number of rows, or
-            a name that the record does not hold.
+        UserError: ``num_real`` is not 1 to E, the floor is not positive, the severity has another number of rows, or
+            the record has no side information of that name.
 
     >>> from spectralmoe import LinearScorer, Router, TopK
     >>> router = Router(LinearScorer(1, 6), TopK(2))
@@ -60,7 +62,10 @@ def _named(record: Record | Routing, name: str) -> Tensor:
     side = None if isinstance(record, Routing) else record.context
     if side is None or name not in side:
         there = ", ".join(side or {}) or "nothing"
-        raise UserError(f"severity_balance: the record holds {there} of the context, not {name!r}")
+        raise UserError(
+            f"severity_balance: the record holds {there} of the context, not {name!r}; pass it to the layer with "
+            "Context(samples=...)"
+        )
     return side[name]
 
 

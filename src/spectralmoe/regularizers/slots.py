@@ -1,4 +1,4 @@
-"""Kept rows laid out by token and slot, for terms that compare the experts of one token."""
+"""Rows of experts laid out by token and slot, for terms that compare the experts of one token."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ __all__ = ["grams_of_tokens", "rows_by_token"]
 
 
 def rows_by_token(owner: str, record: Record, name: str) -> Tensor:
-    """A kept tensor as (N, K, W), at least fp32: what each expert of a token made; zero in a slot without a row.
+    """Lay a kept tensor (M, W) out by token and slot, (N, K, W), in fp32 or float64; slots without a row are zero.
 
-    Found by their slots: rows are kept in the order of the experts, in which neighbours are of different tokens.
+    Args:
+        owner: the name of the regularizer, for error messages.
 
     Raises:
-        UserError: it was not kept; one expert a token.
+        UserError: the record did not keep the tensor, or K = 1.
     """
     rows = record.tensor(name).flatten(1)
     n, k = record.routing.indices.shape
     if k < 2:
-        raise UserError(f"{owner} compares the experts of a token, but layer {record.name!r} gives it one (K={k})")
+        raise UserError(
+            f"{owner} compares the experts of a token, but layer {record.name!r} gives it one (K={k}); use k >= 2"
+        )
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return rows.new_zeros(n * k, rows.shape[1]).index_copy_(0, record.order, rows).view(n, k, rows.shape[1])
 
 
 def grams_of_tokens(rows: Tensor) -> Tensor:
-    """The inner products of the rows of each token: (N, K, K) from (N, K, W)."""
+    """Return the inner products (N, K, K) between the rows (N, K, W) of each token."""
     with torch.autocast(rows.device.type, enabled=False):
         return rows @ rows.mT

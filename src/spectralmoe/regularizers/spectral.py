@@ -1,18 +1,18 @@
-r"""Spectral terms on the routing matrix: a bound on the slope, a reward for using all directions.
+r"""Spectral terms: penalties on a large spectral norm and on a low stable rank of the routing matrix.
 
 Delibasoglu, "Spectral Manifold Regularization for Stable and Modular Routing in Deep MoE Architectures" (SR-MoE),
 arXiv 2601.03889: a two-part penalty on each layer's routing weights, spectral norm and stable rank. The paper's
-abstract names the parts, not their formulas: the form is an option here, the default a hinge at 1.
+abstract names the parts, not their formulas. Here the form is an option, and the default is a hinge at 1.
 
-"Routing weights" may be read in more than one way, so ``matrix`` says what M is:
+"Routing weights" can mean more than one matrix M, so the argument ``matrix`` says which:
 
-- "router": the scorer's matrix (E, D). :math:`\sigma_1` bounds the slope of the logits, the stable rank asks for
-  experts that look at different directions. Needs no tokens.
-- "gates": the batch's gates :math:`M = P \sqrt{E / N}` (N, E), P the scores of the N real tokens normalised to sum 1,
-  so :math:`\sigma_1^2 = E \, \lambda_1(P^\top P / N)`. It lies between 1, if and only if the mean gate of every expert
-  is 1/E, and E, where one expert takes all: :math:`\sigma_1` is a load term. The stable rank, which P shares, lies
-  between 1, where all tokens are gated alike, and E, where gates are one-hot and even: it asks for sharpness.
-- a function record -> Tensor: a matrix of your own, for instance the weight of the layer before the router.
+- "router": the scorer's matrix (E, D). :math:`\sigma_1` bounds the slope of the logits; a high stable rank means that
+  experts read different directions. This needs no tokens.
+- "gates": the gates of the batch, :math:`M = P \sqrt{E / N}` (N, E), with P the scores of the N real tokens normalised
+  to sum 1, so :math:`\sigma_1^2 = E \, \lambda_1(P^\top P / N)`. It is 1 if and only if the mean gate of every expert
+  is 1/E, and at most E, where one expert takes all: :math:`\sigma_1` measures the load. The stable rank lies between 1,
+  where all tokens have the same gates, and E, where gates are one-hot and even: it measures sharpness.
+- a function from a ``Record`` to a matrix of your own, for instance the weight of the layer before the router.
 """
 
 from __future__ import annotations
@@ -37,18 +37,21 @@ Matrix = Literal["router", "gates"] | Callable[[Record], Tensor]
 
 
 def spectral_norm(record: Record, *, bound: float = 1.0, form: NormForm = "hinge", matrix: Matrix = "router") -> Tensor:
-    r"""Penalty on the largest singular value of the routing matrix M.
+    r"""Penalise the largest singular value :math:`\sigma_1` of the routing matrix M.
 
-    "hinge": :math:`(\sigma_1 - c)_+^2`; "two-sided": :math:`(\sigma_1 - c)^2`; "square": :math:`\sigma_1^2`;
-    "plain": :math:`\sigma_1`. Exact; the scorer's matrix beyond ``linalg.EXACT_LIMIT`` by warm-started power iteration.
+    The forms are "hinge", :math:`(\sigma_1 - c)_+^2`; "two-sided", :math:`(\sigma_1 - c)^2`; "square",
+    :math:`\sigma_1^2`; and "plain", :math:`\sigma_1`. It is exact, except for a scorer's matrix whose smaller side is
+    above ``linalg.EXACT_LIMIT``, for which a power iteration goes on from step to step.
 
     Args:
         bound: c.
-        matrix: what M is: "router" (E, D), "gates" (N, E; :math:`\sigma_1` from 1 for an even load to
-            :math:`\sqrt E`, and 0 without a real token), or a function record -> (any, any). See the module.
+        form: "hinge", "two-sided", "square" or "plain".
+        matrix: which matrix M is. "router": the scorer's (E, D). "gates": the batch's gates (N, E), with
+            :math:`\sigma_1` from 1 for an even load to :math:`\sqrt E`, and 0 without a real token. Or a function from
+            the record to a matrix. The module's docstring says more.
 
     Raises:
-        UserError: the scorer has no routing matrix; an unknown form or matrix; a function that gives no matrix.
+        UserError: the scorer has no routing matrix, form or matrix is unknown, or the function returns no matrix.
 
     >>> import torch
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
@@ -65,20 +68,20 @@ def spectral_norm(record: Record, *, bound: float = 1.0, form: NormForm = "hinge
 def stable_rank(
     record: Record, *, form: RankForm = "deficit", target: float | None = None, matrix: Matrix = "router"
 ) -> Tensor:
-    r"""Penalty on a low stable rank :math:`r_s = \|M\|_F^2 / \sigma_1^2` of the routing matrix M.
+    r"""Penalise a low stable rank :math:`r_s = \|M\|_F^2 / \sigma_1^2` of the routing matrix M.
 
-    "deficit": :math:`1 - r_s / r_{\max}`, where :math:`r_{\max}` is the smaller side of M, for gates E: 0 for
-    equal-norm orthogonal rows, 1 for a zero matrix; "inverse": :math:`1 / r_s` (of a zero matrix: 1); "target":
-    :math:`(r^* - r_s)_+^2`. Scaling M changes none of them: bound its size with ``spectral_norm``.
+    The forms are "deficit", :math:`1 - r_s / r_{\max}`, with :math:`r_{\max}` the smaller side of M, or E for gates: it
+    is 0 for orthogonal rows of equal norm and 1 for a zero matrix; "inverse", :math:`1 / r_s`, and 1 for a zero matrix;
+    and "target", :math:`(r^* - r_s)_+^2`. The scale of M changes none of them; ``spectral_norm`` bounds it.
 
     Args:
-        target: :math:`r^*`.
-        matrix: what M is: "router" (E, D), "gates" (N, E; zero without a real token), or a function
-            record -> (any, any). See the module.
+        form: "deficit", "inverse" or "target".
+        target: :math:`r^*`, for the form "target".
+        matrix: which matrix M is, as in ``spectral_norm``; gates without a real token are a zero matrix.
 
     Raises:
-        UserError: the scorer has no routing matrix; an unknown form or matrix; a function that gives no matrix;
-            "target" without a target.
+        UserError: the scorer has no routing matrix, form or matrix is unknown, the function returns no matrix, or form
+            is "target" without a target.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
     >>> layer = MoE(Router(LinearScorer(4, 4), TopK(1)), FeedForward(4, 4, 8))
@@ -110,17 +113,17 @@ def spectral_penalty(
     form: NormForm = "hinge",
     matrix: Matrix = "router",
 ) -> Tensor:
-    r"""Both parts from one decomposition: with the hinge :math:`a (\sigma_1 - c)_+^2 + b (1 - r_s / r_{\max})`.
+    r"""Penalise spectral norm and stable rank together: :math:`a (\sigma_1 - c)_+^2 + b (1 - r_s / r_{\max})`.
 
-    The weighted sum of ``spectral_norm`` and of ``stable_rank`` in its default form, at little more than half their
-    cost.
+    It is ``norm`` times ``spectral_norm`` plus ``rank`` times ``stable_rank`` in its default form, and computes the
+    spectrum once.
 
     Args:
         norm, rank: a and b.
         bound, form, matrix: as in ``spectral_norm``.
 
     Raises:
-        UserError: the scorer has no routing matrix; an unknown form or matrix; a function that gives no matrix.
+        UserError: the scorer has no routing matrix, form or matrix is unknown, or the function returns no matrix.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
     >>> layer = MoE(Router(LinearScorer(4, 2), TopK(1)), FeedForward(2, 4, 8))
@@ -171,7 +174,10 @@ def _router(record: Record) -> tuple[Tensor, Tensor | None]:
     matrix, scorer = record.matrix, record.scorer
     if matrix is None:
         kind = "no router" if scorer is None else type(scorer).__name__
-        raise UserError(f"layer {record.name!r} ({kind}) has no routing matrix for a spectral term to look at")
+        raise UserError(
+            f"layer {record.name!r} ({kind}) has no routing matrix for a spectral term; use matrix='gates', another "
+            "scorer, or name the layers with Term(layers=...)"
+        )
     return full(matrix), None if scorer is None else scorer.spectral_direction()
 
 

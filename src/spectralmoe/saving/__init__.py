@@ -1,4 +1,4 @@
-"""Saving: a whole model, the trained parts of a vision model alone, or either through the Hugging Face Hub."""
+"""Saving and loading: whole models, parts of vision models alone, ranks alone, and the Hugging Face Hub."""
 
 from spectralmoe.saving.whole import FORMAT, load, read_config, save
 

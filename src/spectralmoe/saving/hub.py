@@ -1,6 +1,6 @@
-"""Share a ``VisionMoE`` through the Hugging Face Hub, whole or its parts alone: huggingface_hub is imported here alone.
+"""Shares a ``VisionMoE`` through the Hugging Face Hub, whole or its MoE parts alone; it needs huggingface_hub.
 
-A whole model is a folder of ``spectralmoe.save``, parts alone one of ``save_parts``; each with a model card.
+A whole model is a folder of ``spectralmoe.save``, parts alone are one of ``save_parts``, each with a model card.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CARD = "README.md"
 
 
 def model_card(model: VisionMoE, meta: Mapping[str, Any], *, parts_only: bool = False) -> str:
-    """The text below a model card's metadata: what the model is, how it was trained, and what it reached."""
+    """Return the text of a model card below its metadata: the model, its results and its settings."""
     results, settings = dict(meta.get("results") or {}), dict(meta.get("settings") or {})
     lines = [
         f"# {model.name} with {meta.get('router', 'MoE')} parts",
@@ -68,13 +68,13 @@ def _hub_class() -> Any:
     class HubVisionMoE(nn.Module, PyTorchModelHubMixin):
         """A ``VisionMoE`` with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
-        ``from_pretrained(name_or_folder, backbone=None)`` reads what ``save_pretrained`` wrote; parts alone need the
-        backbone that they were trained on (``load_parts``). A ``README.md`` that is there already is not overwritten.
+        ``from_pretrained(name_or_folder, backbone=None)`` reads what ``save_pretrained`` wrote. MoE parts alone need
+        the backbone that they were trained on (``load_parts``). An existing ``README.md`` is not overwritten.
 
         Args:
             model: the network.
-            meta: what ``spectralmoe.save`` keeps beside it (``read_config(folder)["meta"]``); the card is made of it.
-            parts_only: share the MoE parts and the head alone.
+            meta: JSON values that are saved with it (``read_config(folder)["meta"]``), from which the card is made.
+            parts_only: whether only the MoE parts and the head are shared.
         """
 
         def __init__(self, model: VisionMoE, meta: dict[str, Any] | None = None, *, parts_only: bool = False) -> None:
@@ -94,7 +94,7 @@ def _hub_class() -> Any:
             model_card_kwargs: dict[str, Any] | None = None,
             **options: Any,
         ) -> str | None:
-            """Write the folder and upload it if asked; the mixin's own would remove the old config first."""
+            """Write the folder, and upload it if ``push_to_hub``; the old config stays until the new one is written."""
             folder = Path(save_directory)
             self._save_pretrained(folder)
             if not (folder / _CARD).exists():

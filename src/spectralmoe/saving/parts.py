@@ -1,4 +1,4 @@
-"""The trained parts of a ``VisionMoE`` alone: its MoE parts and head in a file of a few megabytes.
+"""Saves and loads the trained parts of a ``VisionMoE`` alone: its MoE parts and head, a file of a few megabytes.
 
 ``parts.safetensors`` holds the tensors, ``config.json`` the description of the network and the SHA-256 of the backbone
 that they belong to. Nothing in either runs code.
@@ -33,6 +33,9 @@ _KEY, _FORMAT = "spectralmoe_parts", 1
 def save_parts(model: VisionMoE, folder: str | Path, *, meta: dict[str, Any] | None = None) -> None:
     """Write the MoE parts and the head of ``model`` to ``folder``, without the rest of the backbone.
 
+    Args:
+        meta: JSON values that are saved with them, see ``read_parts_config``.
+
     Raises:
         UserError: the folder cannot be written, or holds the ``config.json`` of something else.
     """
@@ -50,14 +53,14 @@ def save_parts(model: VisionMoE, folder: str | Path, *, meta: dict[str, Any] | N
 
 
 def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -> VisionMoE:
-    """The model whose parts ``save_parts`` wrote to ``folder``, on the backbone given, in evaluation mode.
+    """Load the model whose parts ``save_parts`` wrote to ``folder``, on a given backbone, in evaluation mode.
 
     Args:
-        backbone: a timm model, a ``VisionMoE`` or a state dict with timm's names; what it holds of MoE parts and head
-            is not used. It is copied.
+        backbone: a timm model, a ``VisionMoE`` or a state dict with timm's names; it is copied, and its own MoE parts
+            and head are not used.
 
     Raises:
-        UserError: not such a folder; another backbone than the parts were trained on.
+        UserError: the folder holds no such parts, or the parts were trained on another backbone.
     """
     folder = Path(folder)
     config, tensors = read_model_folder(folder, read_parts_config)
@@ -86,7 +89,7 @@ def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -
 
 
 def backbone_sha256(model: VisionMoE) -> str:
-    """The SHA-256 of all weights of ``model`` but those of its MoE parts and its head: names, types and bytes."""
+    """Compute the SHA-256 of the names, dtypes and values of all weights outside the MoE parts and the head."""
     return digest_of(_split(model)[1])
 
 
@@ -101,7 +104,7 @@ def _split(model: VisionMoE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of tensors: names, types and bytes."""
+    """Compute the SHA-256 of tensors: of their names, dtypes and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = full(tensors[name].detach()).cpu().contiguous()
@@ -130,7 +133,7 @@ def _difference(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> st
 
 
 def holds_parts(folder: Path) -> bool:
-    """Whether ``save_parts`` wrote the model that ``folder`` holds.
+    """Return whether ``save_parts`` wrote what ``folder`` holds.
 
     Raises:
         UserError: its ``config.json`` is no JSON.
@@ -140,9 +143,9 @@ def holds_parts(folder: Path) -> bool:
 
 
 def read_parts_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a folder of parts; ``["meta"]`` is what ``save_parts`` was given.
+    """Read the ``config.json`` of a folder that ``save_parts`` wrote; ``["meta"]`` is what it was given.
 
     Raises:
-        UserError: it is not such a folder.
+        UserError: ``save_parts`` did not write the folder.
     """
     return read_config_of(folder, _KEY, _FORMAT, "parts")

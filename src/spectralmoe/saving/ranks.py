@@ -1,8 +1,8 @@
-"""The ranks of a model alone: its ``RankExperts`` without the linear layers, in a file of a few megabytes.
+"""Saves and loads the ranks of a model alone: its ``RankExperts`` without the linear layers, a few megabytes.
 
-``parts.safetensors`` holds the tensors, ``config.json`` what each layer is made of and the SHA-256 of the model's other
-weights, which the ranks belong to. Statistics that norms collect in training are no weights: they are neither written
-nor compared. Nothing in either runs code.
+``parts.safetensors`` holds the tensors. ``config.json`` describes each layer and holds the SHA-256 of the model's other
+weights, which the ranks belong to. Running statistics of norms are neither written nor compared. Nothing in either file
+runs code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _SIZES = ("ranks", "shared", "zero", "k")
 
 
 def save_ranks(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = None) -> None:
-    """Write what ``add_ranks`` added to ``model``, trained, to ``folder``; the model's own weights stay out.
+    """Write the ranks that ``add_ranks`` added to ``model`` to ``folder``, without the model's own weights.
+
+    Args:
+        meta: JSON values that are saved with them.
 
     Raises:
         UserError: the model holds no ``RankExperts``; the folder cannot be written, or holds the ``config.json`` of
@@ -53,15 +56,15 @@ def save_ranks(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | N
 
 
 def load_ranks(folder: str | Path, model: Model, *, allow: Sequence[str] = ()) -> Model:
-    """Put the ranks that ``save_ranks`` wrote to ``folder`` into ``model``, in place, and freeze all but them.
+    """Put the ranks that ``save_ranks`` wrote to ``folder`` into ``model``, in place, and freeze all other parameters.
 
     Args:
-        model: the one that they were trained in, with its own weights, without ranks.
+        model: the model in which they were trained, with the same weights and without ranks.
         allow: classes of scorers outside the library that may be built, as "pkg:Class".
 
     Raises:
-        UserError: not such a folder; a model with other weights, or with ranks already; one that is sharded or under
-            DDP, which would not sum the gradients of the ranks.
+        UserError: ``save_ranks`` did not write the folder; the model has other weights, has ranks already, is sharded
+            or is under DDP, which would not sum the gradients of the ranks.
 
     >>> import tempfile
     >>> from spectralmoe.ranks import add_ranks

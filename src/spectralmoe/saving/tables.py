@@ -1,4 +1,4 @@
-"""What a saved folder may be built of, by name: the parts of an MoE layer, whole networks, and what holds layers."""
+"""The classes that a saved folder may be built of, by name."""
 
 from __future__ import annotations
 

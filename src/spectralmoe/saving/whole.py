@@ -1,6 +1,6 @@
-"""Save a whole model to a folder and load it back: safetensors and JSON, nothing that runs code.
+"""Saves a whole model to a folder and loads it: the files are safetensors and JSON, and nothing in them runs code.
 
-``config.json`` holds the SHA-256 of ``model.safetensors``; the two are always of one save (``model_folder``).
+``config.json`` holds the SHA-256 of ``model.safetensors``; the two are always of the same save (``model_folder``).
 """
 
 from __future__ import annotations
@@ -29,20 +29,29 @@ FORMAT = 1
 
 
 def save(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = None) -> None:
-    """Write ``model`` to ``folder``: ``model.safetensors`` and ``config.json``.
+    """Write ``model`` to ``folder``, as ``model.safetensors`` and ``config.json``.
 
-    Tied tensors are written once, names are free of wrapper prefixes (DDP, ``torch.compile``). A network that cannot
-    be described by a spec (a class of others) is saved all the same; ``load`` then needs ``into=``. A sharded model is
-    gathered first: every rank must call, and writes the same bytes. At any time the folder holds the old model or the
-    new one, also when several processes save to it or one is killed. A basis off its manifold, as averages of weights
-    leave it, is written as it is, with a warning; ``retract(model)`` first puts it back.
+    Tied tensors are written once, and names have no prefixes of wrappers (DDP, ``torch.compile``). A network of your
+    own class is saved, too; ``load`` then needs ``into=``, because the folder does not describe it. A sharded model is
+    gathered first: every rank must call. At any time the folder holds the old model or the new one, also if several
+    processes save to it or one is killed. A basis that is not orthonormal, as after averaging weights, is written as it
+    is, with a warning; ``retract(model)`` makes it orthonormal.
 
     Args:
-        meta: JSON values kept beside the model (class names, training settings, ...), see ``read_config``.
+        meta: JSON values that are saved with the model (class names, training settings, ...), see ``read_config``.
 
     Raises:
         UserError: the model holds no MoE layer; ``meta`` holds what JSON cannot; the folder cannot be written, or
             holds a ``config.json`` of another program.
+
+    >>> import tempfile
+    >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
+    >>> layer = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(layer, folder, meta={"steps": 0})
+    ...     loaded, meta = load(folder), read_config(folder)["meta"]
+    >>> torch.equal(loaded.experts.up, layer.experts.up), meta
+    (True, {'steps': 0})
     """
     folder, model = Path(folder), unwrapped(model)
     warn_off_manifold(model)
@@ -59,16 +68,16 @@ def save(model: nn.Module, folder: str | Path, *, meta: dict[str, Any] | None = 
 
 
 def load(folder: str | Path, *, into: nn.Module | None = None, allow: Sequence[str] = ()) -> nn.Module:
-    """The model that ``save`` wrote to ``folder``, in evaluation mode, on the CPU and in the dtypes of the file.
+    """Load the model that ``save`` wrote to ``folder``, in evaluation mode, on the CPU, in the dtypes of the file.
 
     Args:
-        into: an already built model to fill, which keeps its devices, dtypes and shards; needed where the folder does
-            not describe the whole network.
-        allow: classes outside spectralmoe's tables that the folder may name, as "pkg:Class".
+        into: a model to fill, which keeps its devices, dtypes and shards; None builds the model that the folder
+            describes. It is needed for a network of your own class.
+        allow: classes outside this library that the folder may name, as "pkg:Class". Building one runs its code.
 
     Raises:
-        UserError: not a model folder, one whose weights were altered, a class that was not allowed, other layers than
-            ``into`` has, or tensors that are missing, extra or of another shape (with the list).
+        UserError: it is no model folder, or its weights were changed; it names a class that was not allowed; ``into``
+            has other layers; or tensors are missing, extra or of another shape, which the message lists.
     """
     folder = Path(folder)
     config, tensors = read_model_folder(folder, read_config)
@@ -89,7 +98,7 @@ def load(folder: str | Path, *, into: nn.Module | None = None, allow: Sequence[s
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The ``config.json`` of a model folder; ``["meta"]`` is what ``save`` was given.
+    """Read the ``config.json`` of a model folder; ``["meta"]`` is what ``save`` was given.
 
     Raises:
         UserError: the folder holds no model that this version can read.
@@ -144,7 +153,7 @@ def _check_layers(folder: Path, model: nn.Module, expected: dict[str, Any]) -> N
     layers = _describe_layers(model)
     for name in sorted(layers.keys() | expected.keys()):
         if _given(layers.get(name)) != _given(expected.get(name)):
-            raise UserError(f"{folder} holds other MoE layers than the model: layer {name!r} differs")
+            raise UserError(f"{folder} holds other MoE layers than the model: layer {name!r} differs; build it alike")
 
 
 def _given(spec: Any) -> Any:

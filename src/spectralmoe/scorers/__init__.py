@@ -1,4 +1,4 @@
-"""Scorers: tokens (N, D) -> logits (N, E). One file a method."""
+"""Scorers turn tokens (N, D) into logits (N, E). Each file holds one method."""
 
 from spectralmoe.scorers.base import Scorer
 from spectralmoe.scorers.basis import BasisScorer

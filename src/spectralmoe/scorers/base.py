@@ -1,4 +1,4 @@
-"""Scorer: tokens -> logits. The part of a router that holds its geometry."""
+"""A scorer is the part of a router that turns tokens into logits, one for each expert."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ _REFRESH_STEPS = 2
 
 
 class Scorer(Part):
-    """Base of all scorers: ``forward(x (N, D), *, context=None) -> logits (N, E)``.
+    """The base class of all scorers: ``forward(x (N, D), *, context=None)`` returns logits (N, E).
 
-    A subclass keeps every constructor argument as an attribute of the same name (saving reads the spec back from
-    the signature) and casts its parameters to ``x.dtype``, so that float64 tokens give float64 logits.
+    A subclass must keep every constructor argument as an attribute of the same name, because saving reads the
+    arguments back by the names in the signature. Its ``forward`` casts the parameters to ``x.dtype``, so that float64
+    tokens give float64 logits. Only ``forward`` is required.
+
+    Args:
+        dim: D, the width of a token.
+        num_experts: E.
 
     Raises:
         UserError: ``dim`` or ``num_experts`` is not a positive integer.
     """
 
     rows: tuple[str, ...] = ()
-    """Names of the parameters and buffers with one row an expert, where a logit reads its own rows alone."""
+    """Names of the parameters and buffers of which row e is read by the logit of expert e and by no other."""
 
     top_direction: Tensor | None
 
@@ -49,22 +54,24 @@ class Scorer(Part):
         return logits
 
     def meet(self, experts: Experts) -> None:
-        """Called once by the layer with its bank; a scorer that reads the experts keeps a reference to them.
+        """Take note of the layer's experts; the layer calls this once, when it is made.
 
-        A wrapper of a scorer passes it on.
+        A scorer that reads the experts' parameters keeps a reference to them. Others do nothing. A scorer around
+        another scorer passes the call on.
         """
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
-        """A scorer of the experts ``indices`` alone, in this order: what is left has the logits that it had.
+        """Return a scorer of the experts ``indices`` alone, in this order; they keep the logits that they had.
 
-        Takes the ``rows`` of these experts; a scorer whose logits depend on more than their rows overrides it.
+        It copies the ``rows`` of these experts. A scorer whose logits depend on more than ``rows`` overrides this.
 
         Raises:
-            UserError: no index, or one out of range; a scorer that names no rows.
+            UserError: ``indices`` is empty or names an expert that does not exist; the scorer has no ``rows``.
         """
         if not self.rows:
             raise UserError(
-                f"{type(self).__name__} cannot be cut down to some of its experts: it names no rows of theirs"
+                f"{type(self).__name__} cannot be cut down to some of its experts: its class names no rows; "
+                "set rows = (...), the parameters with one row for each expert"
             )
         stacks = [stack for name in self.rows if (stack := getattr(self, name)) is not None]
         chosen = chosen_experts(f"{type(self).__name__}.select", indices, self.num_experts)
@@ -78,28 +85,31 @@ class Scorer(Part):
 
     @property
     def matrix(self) -> Tensor | None:
-        """What the spectral terms look at, one row an expert; None where there is no such matrix."""
+        """The routing matrix, one row for each expert, which the spectral terms read; None if there is none."""
         return None
 
     def affine(self) -> tuple[Tensor, Tensor] | None:
-        """(A (E, D), b (E,)) with logits = x A' + b up to a shift common to all experts; None if not affine."""
+        """Return (A (E, D), b (E,)) with logits = x A' + b up to a shift common to all experts; None if not affine."""
         return None
 
     def lipschitz(self) -> float | None:
-        """A global Lipschitz constant of the logits in x, up to a shift common to all experts; None if unknown."""
+        """Return a Lipschitz constant of the logits as a function of x, valid for all x; None if none is known.
+
+        The constant is in 2-norms and leaves out a shift that is common to all experts.
+        """
         return None
 
     def rounding(self, x: Tensor, precision: torch.dtype) -> Tensor | None:
-        r"""How wrong the logits are when they are computed in ``precision``: coefficients c (3, E); None if unknown.
+        r"""Bound the rounding error of the logits computed in ``precision``: coefficients c (3, E); None if unknown.
 
-        Logit e of a token y, wherever it lies, is wrong by at most
-        :math:`c_{0e} + c_{1e}\|y\| + c_{2e}\|y\|^2`, up to a shift common to all experts. That of an inner product
-        over D terms where the scorer is affine; where it has a ``lipschitz()`` bound alone, it is taken to round as
-        such a product does: a scorer that rounds worse overrides it.
+        The logit of expert e for any token y is wrong by at most
+        :math:`c_{0e} + c_{1e}\|y\| + c_{2e}\|y\|^2`, up to a shift common to all experts. For an affine scorer this
+        is the bound of an inner product over D terms. A scorer that has only a ``lipschitz()`` bound is assumed to
+        round like such a product; one that rounds worse overrides this method.
 
         Args:
-            x: tokens (N, D) of the device and precision in which the coefficients are wanted.
-            precision: of the tokens that the router sees, float32 or float64.
+            x: tokens (N, D); the coefficients get their device and dtype.
+            precision: the dtype in which the router computes the logits, float32 or float64.
         """
         relative, least = gamma(self.dim + 2, precision), self.dim * torch.finfo(precision).tiny
         if (affine := self.affine()) is not None:
@@ -114,16 +124,16 @@ class Scorer(Part):
     def flip_distance(
         self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
     ) -> Tensor | None:
-        r"""How far x may move before logit ``under`` reaches logit ``over``: a lower bound (N, P); None if unknown.
+        r"""Bound from below how far x may move until logit ``under`` reaches logit ``over``: (N, P); None if unknown.
 
-        Margin over slope: exact where the scorer is affine, else
-        :math:`(s_{over} - s_{under})/(\sqrt2 L)` with L from ``lipschitz()``; less what ``rounding`` may do to both
-        logits. A scorer with a sharper bound of its own overrides it.
+        The bound is the margin divided by the slope: the exact distance where the scorer is affine, else
+        :math:`(s_{over} - s_{under})/(\sqrt2 L)` with L from ``lipschitz()``. In both cases the rounding error that
+        ``rounding`` allows both logits is taken off. A scorer with a sharper bound overrides this method.
 
         Args:
             x: tokens (N, D), float64.
-            over, under: experts (N, P), P pairs a token.
-            precision: in which the router computes the logits, float32 or float64.
+            over, under: experts (N, P), for P pairs of experts a token.
+            precision: the dtype in which the router computes the logits, float32 or float64.
         """
         error = self.rounding(x, precision)
         if (affine := self.affine()) is not None and error is not None:
@@ -139,7 +149,11 @@ class Scorer(Part):
         self.refresh_spectrum()
 
     def spectral_direction(self) -> Tensor | None:
-        """Warm start of the leading right singular vector of ``matrix``; None where the spectrum is exact."""
+        """Return the tracked leading right singular vector (D,) of ``matrix``.
+
+        It is None where there is no matrix, or where the matrix is small enough for an exact spectrum
+        (``linalg.EXACT_LIMIT``).
+        """
         matrix = self.matrix
         if matrix is None or min(matrix.shape) <= EXACT_LIMIT:
             return None
@@ -149,9 +163,9 @@ class Scorer(Part):
 
     @torch.no_grad()
     def refresh_spectrum(self) -> None:
-        """Move the kept direction of a large ``matrix`` by a few power iterations; small ones need none.
+        """Update the tracked singular vector of a large ``matrix`` by two power iterations; small ones need none.
 
-        It starts exact, and starts again where the iteration has nothing to go by (a matrix that was zero so far).
+        The first vector is exact. It is computed anew if the iteration gave zero, as it does for a zero matrix.
         """
         matrix = self.matrix
         if matrix is None or min(matrix.shape) <= EXACT_LIMIT:
@@ -163,11 +177,11 @@ class Scorer(Part):
 
 
 def gamma(terms: int, precision: torch.dtype) -> float:
-    r"""Relative error of a chain of so many rounded operations: :math:`nu/(1 - nu)`, u the unit roundoff.
+    r"""Bound the relative error of a chain of n = ``terms`` rounded operations by :math:`nu/(1 - nu)`.
 
-    Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1: a sum of n products is wrong by at most this
-    times the sum of the sizes, in whatever order it is taken. Here u is that of ``precision`` and of the float64 of
-    whoever checks it, together.
+    Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1: a sum of n products, taken in any order, is
+    wrong by at most this times the sum of the products' absolute values. Here u is the unit roundoff of ``precision``
+    plus that of float64, in which the error is checked.
     """
     unit = terms * (torch.finfo(precision).eps + torch.finfo(torch.float64).eps) / 2
     return unit / (1 - unit)
@@ -176,9 +190,10 @@ def gamma(terms: int, precision: torch.dtype) -> float:
 def half_space_distance(
     weight: Tensor, offset: Tensor, x: Tensor, over: Tensor, under: Tensor, *, error: Tensor
 ) -> Tensor:
-    r"""Distance (N, P) of x (N, D) from where :math:`w_{over} x + o_{over} > w_{under} x + o_{under}` ends.
+    r"""Return the distance (N, P) from x (N, D) to where :math:`w_{over} x + o_{over} = w_{under} x + o_{under}`.
 
-    Both sides may be wrong by ``error`` (3, E), coefficients as in ``Scorer.rounding``. 0 for a tie.
+    Each side may be wrong by ``error`` (3, E), coefficients as in ``Scorer.rounding``, which shortens the distance.
+    The distance of a tie is 0.
     """
     weight, offset = weight.to(x.dtype), offset.to(x.dtype)
     values, offsets = x @ weight.T + offset, offset.expand(x.shape[0], -1)
@@ -188,7 +203,10 @@ def half_space_distance(
 
 
 def margin_over_slope(gap: Tensor, slope: Tensor, x: Tensor, error: Tensor) -> Tensor:
-    r"""The largest r (N, P) with :math:`gap - slope\,r \ge c_0 + c_1 R + c_2 R^2`, R = |x| + r, c of ``error``."""
+    r"""Return the largest r (N, P) with :math:`gap - slope\,r \ge c_0 + c_1 R + c_2 R^2`.
+
+    R = |x| + r is the largest norm of a token that lies within r of x; c are the three coefficients in ``error``.
+    """
     size = x.norm(dim=-1, keepdim=True)
     left = gap - error[0] - error[1] * size - error[2] * size.square()
     steep = slope + error[1] + 2 * error[2] * size

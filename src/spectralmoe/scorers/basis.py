@@ -1,4 +1,4 @@
-"""Basis gate: an expert scores a token by its own basis, so routing and experts cannot drift apart.
+"""Basis gate: each expert scores a token by the expert's own basis, so routing and experts cannot drift apart.
 
 Cheng et al., "ERMoE: Eigen-Reparameterized Mixture-of-Experts", arXiv 2511.10971, section on routing. Authors' code:
 github.com/Belis0811/ERMoE (AGPL-3.0 and no commercial use; this file is written from the equations). Differs: a
@@ -25,19 +25,23 @@ __all__ = ["BasisScorer"]
 
 
 class BasisScorer(Scorer):
-    r"""Logits :math:`s_e = \cos(V_e^\top x, V_e^\top a)`, V_e (D, R) the bases of the experts, a the attended context.
+    r"""Scores a token by the input bases of the experts: :math:`s_e = \cos(V_e^\top x, V_e^\top a)`.
 
-    With ``score="energy"``, :math:`s_e = \|V_e^\top x\|^2 / \|x\|^2`, which needs no context. The scorer has no
-    parameters: it reads those of the bank, where they are saved, copied and sharded once. With R = D all experts score
-    alike. The blocks of this library's networks give what their attention gave as ``attended``.
+    V_e (D, R) is the input basis of expert e in ``EigenExperts``, and a is the output of the attention in front of the
+    layer for this token. The layer gets it as ``context=Context(tokens={"attended": a})``; the blocks of
+    ``spectralmoe.models`` that have attention pass it themselves. With ``score="energy"``,
+    :math:`s_e = \|V_e^\top x\|^2 / \|x\|^2`, which needs no context.
+
+    The scorer has no parameters of its own; it reads those of the experts. If R = D, all experts get the same score.
 
     Args:
-        bank: the bank of the layer; None: the one that the layer gets, which is the same.
-        score: "context" reads ``attended`` (N, D) from the context, "energy" nothing.
+        bank: the experts whose bases are read. None, the default, takes those of the layer that the scorer is put
+            into; they must be the same.
+        score: "context" reads ``attended`` (N, D) from the context, "energy" reads the token alone.
 
     Raises:
-        UserError: an unknown score; a bank of other sizes or without such bases; a layer with another bank; at a
-            forward, no bank yet, or no ``attended``.
+        UserError: ``score`` is unknown; the experts are no ``EigenExperts`` or have another D or E; ``bank`` is not
+            the layer's. In forward: the scorer is in no layer and has no bank, or the context has no ``attended``.
 
     >>> from spectralmoe import EigenExperts, MoE, Router, TopK
     >>> bank = EigenExperts(4, dim=16, rank=4)
@@ -64,43 +68,50 @@ class BasisScorer(Scorer):
             self.meet(bank)
 
     def spec_arguments(self) -> dict[str, object]:
-        """The bank is described by the layer that holds it."""
+        """Return the arguments to save: the bank is saved with its layer, not here."""
         return {"bank": None}
 
     def meet(self, experts: Experts) -> None:
         if not isinstance(experts, EigenExperts):
-            raise UserError(f"BasisScorer: reads the bases of EigenExperts, the bank is {type(experts).__name__}")
+            raise UserError(
+                f"BasisScorer: reads the bases of EigenExperts, but the experts of the layer are "
+                f"{type(experts).__name__}; use EigenExperts, or another scorer"
+            )
         if (experts.dim, experts.num_experts) != (self.dim, self.num_experts):
             raise UserError(
-                f"BasisScorer: made for D={self.dim}, E={self.num_experts}, but the bank has D={experts.dim}, "
+                f"BasisScorer: made for D={self.dim}, E={self.num_experts}, but the experts have D={experts.dim}, "
                 f"E={experts.num_experts}"
             )
         if self._banks and self._banks[0] is not experts:
-            raise UserError("BasisScorer: reads another bank than the layer holds; give both the same one")
+            raise UserError(
+                "BasisScorer: bank= is not the layer's experts; give the scorer and the layer the same ones"
+            )
         self._banks = (experts,)
 
     def select(self, indices: Sequence[int] | Tensor) -> BasisScorer:
-        """It meets the bank of these experts in the layer that it goes into."""
+        """Return a scorer of these experts; the layer that it is put into gives it their bases."""
         chosen = chosen_experts("BasisScorer.select", indices, self.num_experts)
         return BasisScorer(self.dim, len(chosen), score=self.score).train(self.training)
 
     @property
     def bank(self) -> EigenExperts:
-        """The bank whose bases are read."""
+        """The experts whose bases are read."""
         if not self._banks:
-            raise UserError("BasisScorer: knows no bank yet; put it into a layer, or pass bank=")
+            raise UserError("BasisScorer: has no experts to read yet; put it into an MoE layer, or pass bank=")
         return self._banks[0]
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the bases that it reads are frozen."""
+        """Whether the experts' bases are frozen."""
         return not self.bank.right.requires_grad
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """The tokens x (N, D) in the basis of each expert: (N, E, R)."""
+        """Return the coordinates of the tokens x (N, D) in the basis of each expert: (N, E, R)."""
         right = self.bank.right
         if is_sharded(right) and torch.is_grad_enabled():  # what is gathered here gets the gradient of this rank alone
-            raise UserError("BasisScorer: the bank is sharded by itself; call fully_shard on its layer or block")
+            raise UserError(
+                "BasisScorer: the experts are a sharded group of their own; call fully_shard on their layer or block"
+            )
         bases = full(right).to(x.dtype).transpose(0, 1).flatten(1)
         coordinates: Tensor = (x @ bases).unflatten(-1, (self.num_experts, -1))
         return coordinates
@@ -108,11 +119,12 @@ class BasisScorer(Scorer):
     def flip_distance(
         self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
     ) -> Tensor | None:
-        r"""Of energies, :math:`(\|V_i^\top x\| - \|V_j^\top x\|) / \sqrt{2(1 + \|V_i^\top V_j\|)}`; else unknown.
+        r"""Bound the distance to a tie of two energies; None for ``score="context"``, where no bound is known.
 
-        Two energies tie where these norms do, and the gradient of their difference is :math:`V_i u - V_j w` with unit
-        vectors u and w. Exact for bases orthogonal to each other; of others, and of bases that are not orthonormal, a
-        lower bound. Rounding in ``precision`` moves a norm by at most a share of :math:`\|x\|`.
+        The bound is :math:`(\|V_i^\top x\| - \|V_j^\top x\|) / \sqrt{2(1 + \|V_i^\top V_j\|)}`. Two energies tie
+        where these two norms do, and the gradient of the norms' difference is :math:`V_i u - V_j w` with unit vectors
+        u and w. The bound is the distance itself if the two bases are orthonormal and orthogonal to each other.
+        Rounding in ``precision`` moves a norm by at most a share of :math:`\|x\|`, which is taken off.
         """
         if self.score != "energy":
             return None

@@ -1,4 +1,4 @@
-"""Context gate: experts by what is known beside the token, such as how badly a sample is degraded.
+"""Context gate: side information chooses the experts, such as how badly a sample is degraded.
 
 After the gate of "MoR", arXiv 2511.16024, which reads the severity of a degradation and not the token. Differs: any
 named vector will do, the gate is linear or has one hidden layer, and it may read the token too.
@@ -18,21 +18,22 @@ __all__ = ["ContextScorer"]
 
 
 class ContextScorer(Scorer):
-    r"""Logits :math:`s = c\,C^\top + b`, C (E, P), of a vector c (N, P) of the context.
+    r"""Scores experts by side information c (N, P) instead of the token: :math:`s = c\,C^\top + b`, C (E, P), b (E,).
 
-    With ``hidden`` H, :math:`s = \mathrm{gelu}(c\,G^\top + a)\,C^\top + b`, G (H, P) and C (E, H): logits need
-    not rise or fall all along c then. With ``token``, :math:`x W^\top` is added, W (E, D). Rows start as
-    N(0, 1/P), those of C behind a hidden layer as N(0, 1/H), those of W as N(0, 1/D); biases at 0, and a (H,) uniform
-    in [-1, 1], so that hidden units turn at different severities.
+    With ``hidden=H``, :math:`s = \mathrm{gelu}(c\,G^\top + a)\,C^\top + b`, G (H, P), a (H,) and C (E, H), so that a
+    logit may rise and fall again along c. With ``token=True``, :math:`x W^\top` is added, W (E, D).
+
+    Start values: the rows of C and G are N(0, 1/P), those of C behind a hidden layer N(0, 1/H), those of W N(0, 1/D).
+    b is 0, and a is uniform in [-1, 1], so that the hidden units bend at different values of c.
 
     Args:
-        key: the name of c in ``Context``; a value a token, or a value a sample for all of its tokens.
+        key: the name of c in ``Context``: one vector for each token, or one for each sample and all of its tokens.
         width: P, how many numbers c has.
-        token: whether the token x is read too.
-        hidden: H, the width of a hidden layer; None: a linear gate.
+        token: whether the token x is read as well.
+        hidden: H, the width of a hidden layer; None makes the gate linear.
 
     Raises:
-        UserError: width < 1, hidden < 1; at a forward, no c, or one of another width.
+        UserError: width < 1 or hidden < 1. In forward: the context has no c, or c has another width.
 
     >>> from spectralmoe import Context, FeedForward, MoE, Router, TopK
     >>> layer = MoE(Router(ContextScorer(16, 4, width=3), TopK(1)), FeedForward(4, dim=16, hidden=8))
@@ -75,5 +76,5 @@ class ContextScorer(Scorer):
 
     @property
     def matrix(self) -> Tensor:
-        """C, beside W where the token is read: (E, P) or (E, P + D), with a hidden layer H in the place of P."""
+        """C, with W beside it if the token is read: (E, P) or (E, P + D); with a hidden layer H stands for P."""
         return self.weight if self.token_weight is None else torch.cat([self.weight, self.token_weight], 1)

@@ -1,4 +1,4 @@
-"""Cosine gate: direction only, in an optional low-dimensional space.
+"""Cosine gate: a token is scored by its direction alone, in an optional low-dimensional space.
 
 Chi et al., "On the Representation Collapse of Sparse Mixture of Experts" (X-MoE), arXiv 2204.09179, section 3.2;
 authors' code: github.com/microsoft/torchscale (MIT). Differs: the temperature is fixed, not learned.
@@ -19,13 +19,17 @@ __all__ = ["CosineScorer"]
 
 
 class CosineScorer(Scorer):
-    r"""Logits :math:`s_i = \cos(P x, k_i) / \tau` with keys k (E, P) and projection P (P, D), identity by default.
+    r"""Scores a token by its cosine with a learned key of each expert: :math:`s_i = \cos(W x, k_i) / \tau`.
 
-    Scale of x and of the keys does not matter. There is no global Lipschitz constant: near x = 0 the cosine jumps.
+    The keys k are (E, P), the learned projection W is (P, D); without it, W = 1 and P = D. The lengths of x and of the
+    keys do not matter. The logits have no Lipschitz constant, because the cosine jumps at x = 0.
 
     Args:
-        proj_dim: width P of the space in which cosines are taken; None: no projection.
-        temperature: tau > 0.
+        proj_dim: P, the width of the space in which cosines are taken; None, the default, takes no projection.
+        temperature: tau > 0, fixed.
+
+    Raises:
+        UserError: the temperature is not positive, or proj_dim < 1.
 
     >>> scorer = CosineScorer(16, 4, proj_dim=8)
     >>> x = torch.randn(5, 16)
@@ -53,15 +57,16 @@ class CosineScorer(Scorer):
 
     @property
     def matrix(self) -> Tensor:
-        """The keys as the cosine sees them: rows of norm 1."""
+        """The keys (E, P), each divided by its norm."""
         return F.normalize(self.keys, dim=-1)
 
     def flip_distance(
         self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
     ) -> Tensor:
-        """Exact: the factor 1/(tau |Px|) changes no order, so this is a linear gate with rows normalise(k) P.
+        """Return the exact distance, less rounding.
 
-        Times that factor, a cosine is wrong by what the keys, the product with them and P x were rounded.
+        The factor 1/(tau |W x|) is common to all experts and positive, so the choice is that of a linear gate whose
+        rows are k W, each key k divided by its norm. The rounding of the keys, of W x and of their product counts.
         """
         rows = F.normalize(full(self.keys).to(x.dtype), dim=-1)
         terms, sizes = 2 * rows.shape[1] + 8, rows.abs()

@@ -1,4 +1,4 @@
-"""Eigenbasis gate: energy shares of a token along shared orthonormal directions.
+"""Eigenbasis gate: it scores experts by how a token's energy is shared among orthonormal directions.
 
 Cheng et al., "Eigenbasis-Guided Routing for Mixture-of-Experts" (EMoE), arXiv 2601.12137, section on routing.
 Authors' code: github.com/Belis0811/EMoE (no licence; this file is written from the equations). Differs: the basis is
@@ -26,23 +26,25 @@ _BISECTIONS = 50
 
 
 class EigenbasisScorer(Scorer):
-    r"""Logits from the energy of x along R orthonormal directions.
+    r"""Scores experts by the energy of x along R learned orthonormal directions, which all experts share.
 
     .. math::
         z = U^\top x,\quad e_j = \frac{z_j^2}{\sum_m z_m^2 + \epsilon},\quad
         s_k = \frac1\tau \Big(\sum_j \gamma_j \pi_{jk} e_j + b_k\Big)
 
-    U (D, R) has orthonormal columns; the masks pi (R, E) are a softmax over the experts for each direction; gain
-    gamma (R,) starts at 1 and bias b (E,) at 0.
-    Routing does not change for x -> -x, nor, as long as the energy dwarfs eps, for x -> c x.
+    U (D, R) has orthonormal columns. The masks pi (R, E) say how much each direction counts for each expert; row j is
+    a softmax over the experts. The gain gamma (R,) starts at 1 and the bias b (E,) at 0. The routing of -x is that of
+    x, and so is that of c x, as long as the energy is far above eps.
+
+    U is learned like any weight and made orthonormal again after each optimizer step (``attach`` or ``after_step``).
 
     Args:
-        rank: R <= D.
-        temperature: tau > 0. Logits before the division lie near 1/E, so 1.0 starts close to uniform.
-        eps: epsilon.
+        rank: R, 1 to D.
+        temperature: tau > 0. Before the division the logits lie near 1/E, so with 1.0 the scores start near uniform.
+        eps: epsilon >= 0, which keeps a zero token from a division by zero.
 
     Raises:
-        UserError: rank > dim, or a temperature that is not positive.
+        UserError: rank is not 1 to D, the temperature is not positive, or eps is negative.
 
     >>> scorer = EigenbasisScorer(16, 4, rank=8)
     >>> x = torch.randn(5, 16)
@@ -67,7 +69,7 @@ class EigenbasisScorer(Scorer):
         self.bias = nn.Parameter(torch.zeros(num_experts))
 
     def energies(self, x: Tensor) -> Tensor:
-        """Energy shares e (N, R) of the tokens x (N, D); each row sums to 1 (up to eps)."""
+        """Return the energy shares e (N, R) of the tokens x (N, D); each row sums to 1 (up to eps)."""
         energy = (x @ self.basis.to(x.dtype)).square()
         return energy / (energy.sum(-1, keepdim=True) + self.eps)
 
@@ -79,7 +81,10 @@ class EigenbasisScorer(Scorer):
         return (shares + self.bias.to(x.dtype)) / self.temperature
 
     def select(self, indices: Sequence[int] | Tensor) -> EigenbasisScorer:
-        """The masks are a softmax over all experts: the share of those that are left goes into the gain."""
+        """Return a scorer of these experts; they keep their logits.
+
+        The masks are a softmax over all experts, so the share of those that are left goes into the gain.
+        """
         chosen = chosen_experts("EigenbasisScorer.select", indices, self.num_experts)
         masks, gain, bias = self.mask_logits.detach(), self.gain.detach(), self.bias.detach()
         share = masks.double().softmax(-1)[:, chosen].sum(-1)
@@ -88,23 +93,23 @@ class EigenbasisScorer(Scorer):
 
     @property
     def matrix(self) -> Tensor:
-        """The map from energies to logits, before the temperature: (E, R), entries gamma_j pi_jk."""
+        """The linear map from energy shares to logits before the temperature: (E, R), entries gamma_j pi_jk."""
         return (self.gain[:, None] * self.mask_logits.softmax(-1)).T
 
     def flip_distance(
         self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
     ) -> Tensor:
-        r"""Distance from the quadric on which two logits tie, exact for an orthonormal U.
+        r"""Return the distance to the quadric on which two logits tie, less rounding; exact for an orthonormal U.
 
-        Times the positive :math:`\tau(\|z\|^2 + \epsilon)`, the difference of two logits is
+        Multiplied by the positive :math:`\tau(\|z\|^2 + \epsilon)`, the difference of two logits is
         :math:`\sum_m c_m z_m^2 + \epsilon\,\delta` with
         :math:`c_m = \gamma_m(\pi_{mi} - \pi_{mj}) + \delta,\ \delta = b_i - b_j`. The squared distance to its zeros is
         the largest value (S-lemma) of the Lagrange dual
         :math:`\sum_m \lambda c_m z_m^2/(1 + \lambda c_m) + \lambda\epsilon\delta` over the lambda >= 0 with all
         :math:`1 + \lambda c_m > 0`; every such lambda gives a lower bound.
 
-        Rounding in ``precision`` moves z by at most :math:`\eta\|x\|`, which is taken off the distance, and the c by a
-        share of what they are the difference of, which is taken off them.
+        Rounding in ``precision`` moves z by at most :math:`\eta\|x\|`, which is taken off the distance. It moves the
+        two terms whose difference is c by a share of each, which is taken off c.
         """
         tensors = (self.basis, self.bias, self.matrix, self.gain)
         basis, bias, weights, gain = (full(t).to(x.dtype) for t in tensors)

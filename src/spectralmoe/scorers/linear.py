@@ -18,9 +18,12 @@ __all__ = ["LinearScorer"]
 
 
 class LinearScorer(Scorer):
-    r"""Logits :math:`s = x W^\top + b`, W (E, D), b (E,) if ``bias``.
+    r"""Scores a token by a dot product with a learned row of each expert: :math:`s = x W^\top + b`, W (E, D), b (E,).
 
-    Rows start as N(0, 1/D), so that tokens of unit variance get logits of unit variance.
+    The entries of W start as N(0, 1/D), so that tokens of unit variance get logits of unit variance.
+
+    Args:
+        bias: whether there is a b, which starts at 0.
 
     >>> scorer = LinearScorer(16, 4)
     >>> scorer(torch.randn(5, 16)).shape
@@ -35,7 +38,7 @@ class LinearScorer(Scorer):
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
 
     def spec_arguments(self) -> dict[str, object]:
-        """Constructor arguments that are not attributes of the same name."""
+        """Return the constructor arguments that are not attributes of the same name."""
         return {"bias": self.bias is not None}
 
     def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:

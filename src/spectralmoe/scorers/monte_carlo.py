@@ -1,12 +1,12 @@
-"""Uncertainty-aware routing: several passes of a scorer with dropout, and scores that know how far they spread.
+"""Uncertainty-aware routing: several passes of a scorer with dropout show how sure it is of each expert's score.
 
 Zhang et al., "Efficient Deweather Mixture-of-Experts with Uncertainty-aware Feature-wise Linear Modulation" (MoFME),
 arXiv 2312.16610, section on the uncertainty-aware router: mean and covariance of the weights over passes, whitened
 deviations of norm 1. Written from the equations. Dropout as a posterior: Gal & Ghahramani, arXiv 1506.02142.
-Differs: the whitened deviations have both signs and so are no weights of a mixture; they are logits here, and the
-covariance is its diagonal, because that of M passes has at most rank M - 1. The default form, our own, shrinks scores
-that spread much. The dropped coordinates are those of a pass, the same for all tokens of a step, as if each pass were
-one draw of the scorer; so a token's score depends on no other token, and a recomputed forward draws the same.
+Differs: the whitened deviations have both signs, so they cannot weigh experts; they are logits here. Of the covariance
+only the diagonal is used, because the covariance of M passes has at most rank M - 1. The default form is our own: it
+lowers scores that vary much from pass to pass. A pass drops the same coordinates of all tokens of a step, as if each
+pass were one draw of the scorer; so a token's score depends on no other token, and a recomputed forward repeats it.
 """
 
 from __future__ import annotations
@@ -33,31 +33,34 @@ _EPS = 1e-12  # of a variance of scores: what is left of it is rounding
 
 
 class MonteCarlo(Scorer):
-    r"""Calibrates the logits of a scorer by M passes with dropout in training; one plain pass in evaluation.
+    r"""Wraps a scorer and corrects its logits by M passes with dropout in training; evaluation is one plain pass.
 
-    Pass m reads the token with a share p of its coordinates set to 0 and the others divided by 1 - p, and gives logits
-    :math:`s^m` with scores :math:`r^m = \mathrm{softmax}(s^m)`, of mean :math:`\mu` and variance v (N, E) over the
-    passes. Then, with r the scores of a pass without dropout and the mean of v taken over the experts of a token,
+    Pass m reads the token with a share p of its coordinates set to 0 and the others divided by 1 - p. It gives logits
+    :math:`s^m` and scores :math:`r^m = \mathrm{softmax}(s^m)`. Let :math:`\mu` and v (N, E) be the mean and the
+    variance of the scores over the passes, :math:`\bar v` the mean of v over the experts of a token, and r the scores
+    of a pass without dropout.
 
-    - ``"shrink"``: :math:`s = \log\mu - \log(1 + v/\bar v) + \overline{\log\textstyle\sum_e e^{s^m_e}}`: scores
-      that spread more than usual count less. The last term, a shift of all experts, makes s the plain logits where
-      passes agree.
+    - ``"shrink"``: :math:`s = \log\mu - \log(1 + v/\bar v) + \overline{\log\textstyle\sum_e e^{s^m_e}}`. A score that
+      varies more than the token's others counts less. The last term is the same for all experts; with it, s is the
+      plain logits where the passes agree.
     - ``"whiten"``: :math:`s = z/\|z\|_2,\ z = (r - \mu)/\sqrt v`, the paper's equation with a diagonal covariance.
-      Its logits are of norm 1, those of evaluation are not: weights are even in training and sharp in evaluation.
+      These logits have norm 1 and those of evaluation do not, so the weights are even in training and sharp in
+      evaluation.
 
-    The coordinates are drawn anew after each optimizer step (``after_step`` or ``attach``), from a seed that torch's
-    random generator gives when the scorer is made; both are saved with the model. ``DistributedDataParallel`` makes the
-    seed of all ranks one; under FSDP2 seed them alike. In evaluation all that is known of the wrapped scorer holds:
-    its bounds, its certificate, and what ``select`` leaves of it.
+    The dropped coordinates are drawn anew after each optimizer step (``after_step`` or ``attach``), from a seed that
+    torch's random generator gives when the scorer is made. Seed and step are saved with the model.
+    ``DistributedDataParallel`` gives all ranks the same seed; under FSDP2 call ``torch.manual_seed`` with the same
+    number on all ranks. In evaluation the bounds and certificates of the wrapped scorer hold.
 
     Args:
         scorer: the scorer that is wrapped.
-        passes: M.
-        dropout: p.
+        passes: M >= 2, how many passes with dropout.
+        dropout: p, in [0, 1). With 0 the logits are those of the wrapped scorer.
         form: "shrink" or "whiten".
 
     Raises:
-        UserError: fewer than two passes, a dropout outside [0, 1), another form.
+        UserError: ``scorer`` is no scorer, there are fewer than two passes, dropout lies outside [0, 1), or ``form`` is
+            unknown.
 
     >>> from spectralmoe import LinearScorer
     >>> scorer, x = MonteCarlo(LinearScorer(16, 4)), torch.randn(5, 16)
@@ -73,7 +76,9 @@ class MonteCarlo(Scorer):
 
     def __init__(self, scorer: Scorer, *, passes: int = 5, dropout: float = 0.1, form: str = "shrink") -> None:
         if not isinstance(scorer, Scorer):
-            raise UserError(f"MonteCarlo: goes around a scorer, got {type(scorer).__name__}")
+            raise UserError(
+                f"MonteCarlo: wraps a scorer, got {type(scorer).__name__}; pass one, as in LinearScorer(D, E)"
+            )
         super().__init__(scorer.dim, scorer.num_experts)
         if not isinstance(passes, int) or passes < 2:
             raise UserError(f"MonteCarlo: passes must be at least 2, so that they have a variance, got {passes}")
@@ -100,14 +105,14 @@ class MonteCarlo(Scorer):
         return log_scores.logsumexp(0) - math.log(self.passes) + level.mean(0) - spread.log1p()
 
     def moments(self, x: Tensor, *, context: Rows | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and variance (N, E) of the scores over the passes, in training and in evaluation: how sure it is."""
+        """Return the mean and the variance (N, E) of the scores over the passes, in training and in evaluation."""
         return _moments(self._logits(x, context).softmax(-1))
 
     def meet(self, experts: Experts) -> None:
         self.scorer.meet(experts)
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
-        """Of these experts alone, with the same draws; in evaluation they keep their logits."""
+        """Return a scorer of these experts alone, with the same dropout draws; in evaluation they keep their logits."""
         scorer = copy.deepcopy(self, {id(self.scorer): self.scorer.select(indices)})
         scorer.num_experts = scorer.scorer.num_experts
         return scorer
@@ -128,14 +133,14 @@ class MonteCarlo(Scorer):
     def flip_distance(
         self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
     ) -> Tensor | None:
-        """That of the wrapped scorer in evaluation; unknown in training."""
+        """Return the wrapped scorer's bound in evaluation; None in training."""
         return self.scorer.flip_distance(x, over, under, precision=precision) if self._plain else None
 
     def spectral_direction(self) -> Tensor | None:
         return self.scorer.spectral_direction()
 
     def refresh_spectrum(self) -> None:
-        """The wrapped scorer keeps the direction of its matrix itself."""
+        """Do nothing: the wrapped scorer tracks the singular vector of its matrix itself."""
 
     def after_step(self) -> None:
         super().after_step()

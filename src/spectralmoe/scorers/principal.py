@@ -1,11 +1,11 @@
-r"""Principal-direction gate: every expert owns half a direction along which the tokens vary.
+r"""Principal-direction gate: every expert owns one side of a direction along which the tokens vary.
 
 After Cheng et al., "Eigenbasis-Guided Routing for Mixture-of-Experts" (EMoE), arXiv 2601.12137: a token goes where its
-energy along shared orthonormal directions lies, and no loss balances the load. Differs from the paper's equations,
-which ``EigenbasisScorer`` has: the basis starts at the principal directions of the tokens, which are centred; energies
-are counted in units of what is usual on their side; the two sides of a direction are told apart, and each belongs to
-one expert for good. So no direction outshines the others, and experts that see opposite tokens do not grow alike. What
-each of these is worth stands in the card ``papers/emoe``.
+energy along shared orthonormal directions lies, and no loss balances the load. ``EigenbasisScorer`` has the paper's
+equations. Differs: the basis starts at the principal directions of the centred tokens; the projection on each side of
+a direction is divided by its running mean, so that no direction outweighs the others; and each side belongs to one
+expert for good, so that opposite tokens go to different experts. The card ``papers/emoe`` measures what each of these
+is worth.
 """
 
 from __future__ import annotations
@@ -30,29 +30,30 @@ _LEAST_VARIANCE = 1e-3  # of the largest: a first batch of few tokens has direct
 
 
 class PrincipalScorer(Scorer):
-    r"""Logits from the share of energy on each side of R orthonormal directions.
+    r"""Scores experts by the share of a token's energy on each side of R orthonormal directions.
 
     .. math::
         z = U^\top (x - \mu),\quad q_{j\pm} = \Big(\frac{\max(\pm z_j, 0)}{m_{j\pm}}\Big)^2,\quad
         e_h = \frac{q_h}{\sum_g q_g + \epsilon},\quad s_k = \frac1\tau \sum_{h \bmod E = k} e_h
 
-    with the 2R sides h in the order :math:`1+, 1-, 2+, 2-, \ldots` The running means mu (D,) of the tokens and m (2R,)
-    of :math:`\max(\pm z_j, 0)` follow the training tokens in ``update``. U (D, R) becomes the leading eigenvectors of
-    the tokens' covariance at the first step, is learned like any weight from then on, and put back on the manifold
-    after each step with the signs of its columns kept.
+    The 2R sides h are numbered from 0 in the order :math:`1+, 1-, 2+, 2-, \ldots` mu (D,) is the running mean of the
+    training tokens, and m (2R,) that of :math:`\max(\pm z_j, 0)`. After the first optimizer step U (D, R) holds the
+    leading eigenvectors of the tokens' covariance. From then on it is learned like any weight and made orthonormal
+    again after each step. Both need ``attach`` or ``after_step``.
 
     Args:
-        rank: R <= D, with 2R >= E; None: half as many as experts, rounded up, so that each expert owns one side.
+        rank: R, E/2 to D; None, the default: E/2 rounded up, so that each expert owns one side (of an odd E, expert 0
+            owns two).
         temperature: tau > 0.
-        momentum: how fast mu and m follow, 0 to 1; the first 1/momentum steps count alike.
-        sides: the expert of each of the 2R sides, -1 for a side that is nobody's; None: h mod E.
+        momentum: the weight of a new step in the running means, 0 to 1; the first 1/momentum steps count alike.
+        sides: the expert of each of the 2R sides, -1 for a side without an expert; None: expert h mod E.
 
     Raises:
-        UserError: an argument out of range.
+        UserError: an argument is out of range.
 
     >>> scorer = PrincipalScorer(16, 4)
     >>> x = torch.randn(5, 16)
-    >>> scorer(-x).argmax(-1).equal(scorer(x).argmax(-1) ^ 1)  # what 0 owns one side of, 1 owns the other side of
+    >>> scorer(-x).argmax(-1).equal(scorer(x).argmax(-1) ^ 1)  # experts 0 and 1 own the two sides of one direction
     True
     """
 
@@ -84,7 +85,7 @@ class PrincipalScorer(Scorer):
             raise UserError(f"PrincipalScorer: momentum must be above 0 and at most 1, got {momentum}")
         if sides is not None and (len(sides) != 2 * rank or not set(sides) <= set(range(-1, num_experts))):
             raise UserError(
-                f"PrincipalScorer: sides must name an expert below E={num_experts} or -1, 2R={2 * rank} times"
+                f"PrincipalScorer: sides must have 2R={2 * rank} entries, each -1 or an expert below E={num_experts}"
             )
         self.rank, self.temperature, self.momentum = rank, temperature, momentum
         self.sides = None if sides is None else list(sides)
@@ -94,7 +95,7 @@ class PrincipalScorer(Scorer):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def energies(self, x: Tensor) -> Tensor:
-        """Energy shares e (N, 2R) of the tokens x (N, D); each row sums to 1 (up to eps)."""
+        """Return the energy shares e (N, 2R) of the tokens x (N, D); each row sums to 1 (up to epsilon = 1e-6)."""
         q = (self._sides(x) / self.spread.to(x.dtype)).square()
         return q / (q.sum(-1, keepdim=True) + _EPS)
 
@@ -106,7 +107,7 @@ class PrincipalScorer(Scorer):
 
     @property
     def owners(self) -> Tensor:
-        """The expert of each side: (2R, E), a single 1 in each row; none for a side that is nobody's."""
+        """The expert of each side, one-hot: (2R, E); a row of zeros for a side without an expert."""
         if self.sides is None:
             sides = torch.arange(2 * self.rank, device=self.spread.device) % self.num_experts
             return F.one_hot(sides, self.num_experts).float()
@@ -114,7 +115,10 @@ class PrincipalScorer(Scorer):
         return F.one_hot(sides + 1, self.num_experts + 1)[:, 1:].float()
 
     def select(self, indices: Sequence[int] | Tensor) -> PrincipalScorer:
-        """The sides of the experts that are gone become nobody's, and go on taking their share of the energy."""
+        """Return a scorer of these experts; they keep their logits.
+
+        The sides of the experts that are gone have no expert any more, and go on taking their share of the energy.
+        """
         chosen = chosen_experts("PrincipalScorer.select", indices, self.num_experts)
         sides = self.owners.argmax(1).where(self.owners.any(1), -1).tolist()
         scorer = self._cut(chosen, {})
@@ -124,13 +128,14 @@ class PrincipalScorer(Scorer):
     def flip_distance(
         self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
     ) -> Tensor:
-        r"""A lower bound: :math:`f_k = (\sum_{h \bmod E = k} q_h)^{1/2}` orders the experts as the logits do.
+        r"""Bound the distance from below by that of :math:`f_k = (\sum_{h \bmod E = k} q_h)^{1/2}`.
 
-        The slope of :math:`f_i - f_j` in z is at most :math:`(M_i^{-2} + M_j^{-2})^{1/2}`, M_k the smallest m of
-        expert k: where z lies, each of its coordinates moves one side alone.
+        f orders the experts as the logits do. The slope of :math:`f_i - f_j` in z is at most
+        :math:`(M_i^{-2} + M_j^{-2})^{1/2}`, M_k the smallest m of expert k, because each coordinate of z moves only the
+        side on which it lies.
 
-        Rounding in ``precision`` moves z by at most :math:`\eta(\|x\| + \|\mu\|)` and each f_k by a share of it, or by
-        what underflows.
+        Rounding in ``precision`` moves z by at most :math:`\eta(\|x\| + \|\mu\|)`, and each f_k by a share of itself or
+        by what underflows; both are taken off.
         """
         spread, owners, basis = self.spread.to(x.dtype), self.owners.to(x.dtype), full(self.basis).to(x.dtype)
         roots = ((self._sides(x) / spread).square() @ owners).sqrt()
@@ -146,7 +151,7 @@ class PrincipalScorer(Scorer):
         return radius
 
     def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor | None:
-        """Of the tokens: their number, the sums of x - mu and of the sides and, at the first step, outer products."""
+        """Return sums over the tokens: of 1, x - mu, the sides and, before the first update, outer products."""
         if self.is_frozen:  # a frozen basis belongs to the mean and the sizes that it was trained with
             return None
         x = tokens.to(self.mean.dtype)

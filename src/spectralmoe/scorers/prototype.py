@@ -1,9 +1,9 @@
-"""Prototype gate: squared distance to one learned point an expert.
+"""Prototype gate: a token is scored by its squared distance to one learned point of each expert.
 
 Delibasoglu, "Spectral Manifold Regularization for Stable and Modular Routing in Deep MoE Architectures" (SR-MoE),
-arXiv 2601.03889, section on routing. No public code. The routing formula is the paper's; initial scale and
-temperature are not given there: prototypes start at norm about 1, the scale at which tokens that leave a LayerNorm
-spread over the experts.
+arXiv 2601.03889, section on routing. No public code. The routing formula is the paper's. The paper gives neither the
+temperature nor the prototypes' start: here they start at norm about 1, at which tokens that leave a LayerNorm spread
+over the experts.
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ __all__ = ["PrototypeScorer"]
 
 
 class PrototypeScorer(Scorer):
-    r"""Logits :math:`s_i = -\|c x - \mu_i\|^2 / \tau` with prototypes mu (E, D).
+    r"""Scores a token by its squared distance to a learned prototype of each expert: :math:`-\|c x - \mu_i\|^2 / \tau`.
 
-    Up to a shift common to all experts this is a linear gate with weight :math:`2 c \mu_i/\tau` and the tied bias
-    :math:`-\|\mu_i\|^2/\tau` (``affine()``), so the softmax is :math:`c\,\sigma_1(\mu)/\tau`-Lipschitz. Sigmoid
-    scores see the shift and underflow for wide tokens: prefer softmax scores with this scorer. In fp32 the shift rounds
-    the differences of logits by about :math:`10^{-7} \|c x\|^2/\tau`: give it tokens that leave a normalisation.
+    The prototypes mu are (E, D). Up to the shift :math:`-\|c x\|^2/\tau`, which is common to all experts, this is a
+    linear gate with weight :math:`2 c \mu_i/\tau` and bias :math:`-\|\mu_i\|^2/\tau` (``affine()``), so the softmax of
+    the logits is :math:`c\,\sigma_1(\mu)/\tau`-Lipschitz. A softmax does not see the shift; sigmoid scores do, and
+    underflow for wide tokens, so use softmax scores with this scorer. In fp32 the shift costs the differences of logits
+    about :math:`10^{-7} \|c x\|^2/\tau` in precision, so put a normalisation in front of the layer.
 
     Args:
-        temperature: tau > 0, fixed. (Learning it would undo a penalty on the prototypes' norm.)
-        scale: c > 0; 1/sqrt(D) brings tokens that leave a normalisation to the prototypes' norm, about 1.
+        temperature: tau > 0, fixed. If it were learned, it could undo a penalty on the prototypes' norm.
+        scale: c > 0. With 1/sqrt(D), tokens that leave a normalisation get the prototypes' norm, about 1.
+
+    Raises:
+        UserError: temperature or scale is not positive.
 
     >>> scorer = PrototypeScorer(16, 4)
     >>> x = torch.randn(5, 16)
@@ -69,7 +73,7 @@ class PrototypeScorer(Scorer):
         return 2 * self.scale * mu / self.temperature, -mu.square().sum(-1) / self.temperature
 
     def rounding(self, x: Tensor, precision: torch.dtype) -> Tensor:
-        """The term -|c x|^2/tau is one number for all experts, but it rounds what is added to it: c_2."""
+        """Return the coefficients; c_2 is the rounding that adding -|c x|^2/tau costs each logit."""
         matrix, bias = (t.to(x.dtype) for t in self.affine())
         size, least = matrix.norm(dim=1), self.dim * torch.finfo(precision).tiny
         tied = gamma(2 * self.dim + 6, precision) * bias.abs() + least

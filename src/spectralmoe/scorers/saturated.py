@@ -1,10 +1,10 @@
-"""Saturated inner products in a low-rank space: the router of L2R.
+"""Saturated gate: bounded inner products in a low-rank space, the router of L2R.
 
 Yang, Togo, Li, Ogawa & Haseyama, "L2R: Low-Rank and Lipschitz-Controlled Routing for Mixture-of-Experts", arXiv
 2601.21349, section on saturated inner-product scoring; authors' code: announced, not found. The paper names the parts
 (a shared projection, a bounded factor of the query's norm, several light anchors for each expert); both factors are our
-choice. Differs: gamma and beta are learned by their logarithms, so that phi stays positive and the order of the experts
-is that of the cosines; the projection starts small enough for the tokens of a normalisation not to be saturated.
+choice. Differs: gamma and beta are learned as logarithms, so that phi stays positive and the experts are ordered as
+their cosines are; the projection starts so small that tokens of unit variance are not saturated.
 """
 
 from __future__ import annotations
@@ -29,32 +29,33 @@ _EPS = 1e-12
 
 
 class SaturatedScorer(Scorer):
-    r"""Logits from saturated inner products of a low-rank query with A anchors of each expert.
+    r"""Scores experts by bounded inner products of a low-rank query with A learned anchors of each expert.
 
     .. math::
         q = W x,\quad z_{ia} = \varphi(\|q\|)\,\psi(\|k_{ia}\|)\,\cos(q, k_{ia}),\quad s_i = \log\sum_a e^{z_{ia}}
 
-    with W (R, D), anchors k (E, A, R) and :math:`\psi(n) = 1 + (n - 1)/4`. The factor of the query's norm is bounded:
+    W is (R, D), the anchors k are (E, A, R), and :math:`\psi(n) = 1 + (n - 1)/4`. The factor phi of the query's norm is
+    bounded:
 
     - ``"tanh"``: :math:`\varphi(n) = \gamma\tanh n`. The logits are :math:`\gamma\,\sigma_1(\Psi\hat K)\,\sigma_1(W)`
       -Lipschitz in x, the rows of :math:`\Psi\hat K` being :math:`\psi(\|k_{ia}\|)\,k_{ia}/\|k_{ia}\|`.
     - ``"affine"``: :math:`\varphi(n) = \gamma(1 + \beta\tanh n)`, affine in tanh. It is not 0 at n = 0, so the logits
       jump where q = 0 and have no Lipschitz constant.
 
-    With one anchor phi scales all logits of a token alike: the choice is that of the linear gate whose rows are
-    ``matrix``, whatever phi is, and ``flip_distance`` is exact. x -> c x then changes the weights, not the choice. More
-    anchors add up to log A to every logit, which a softmax does not see, but sigmoid scores do.
+    With one anchor, phi scales all logits of a token alike: top-k chooses as the linear gate with the rows ``matrix``
+    does, ``flip_distance`` is exact, and x -> c x changes the weights and not the choice. With A anchors a logit is
+    between the largest of its :math:`z_{ia}` and that plus log A.
 
-    Tokens of unit variance start with :math:`\|q\| \approx 1`, where tanh still bends; anchors start at norm about 1.
+    For tokens of unit variance :math:`\|q\|` starts near 1, where tanh is not saturated; anchors start at norm about 1.
 
     Args:
-        rank: R, width of the space of queries and anchors. More than R anchors in all cannot be orthogonal.
-        anchors: A, for each expert.
+        rank: R, the width of queries and anchors. More than R anchors of all experts together cannot be orthogonal.
+        anchors: A, how many each expert has.
         saturation: "tanh" or "affine".
-        gain: gamma > 0 at the start; it is learned, as is beta, which starts at 1.
+        gain: the start of gamma > 0. gamma is learned, and so is beta > 0, which starts at 1.
 
     Raises:
-        UserError: an argument out of range, or another saturation.
+        UserError: an argument is out of range, or ``saturation`` is unknown.
 
     >>> scorer = SaturatedScorer(16, 4, rank=8)
     >>> x = torch.randn(5, 16)
@@ -110,7 +111,7 @@ class SaturatedScorer(Scorer):
         return _directions(full(self.keys)[:, 0]) @ full(self.projection)
 
     def lipschitz(self) -> float | None:
-        """Of the logits themselves, shift included; None where phi(0) is not 0."""
+        """Return a Lipschitz constant of the logits, shift included; None for "affine", where they jump at q = 0."""
         if self.saturation != "tanh":
             return None
         keys, projection = full(self.keys.detach()).flatten(0, 1), full(self.projection.detach())
@@ -118,8 +119,10 @@ class SaturatedScorer(Scorer):
         return float(gain * sigma_max(_directions(keys)) * sigma_max(projection))
 
     def rounding(self, x: Tensor, precision: torch.dtype) -> Tensor | None:
-        r"""The query is wrong by a share of :math:`\|W\|_F \|x\|`, and no logit has a larger slope in it than
-        :math:`\gamma\max_a\psi_{ia}`; the sum over the anchors adds a share of the logit and of log A.
+        r"""Return the coefficients; None for "affine".
+
+        The query q is wrong by a share of :math:`\|W\|_F \|x\|`, and no logit changes faster with q than
+        :math:`\gamma\max_a\psi_{ia}`. The sum over the anchors adds a share of the logit and of log A.
         """
         if self.saturation != "tanh":
             return None
@@ -132,8 +135,10 @@ class SaturatedScorer(Scorer):
     def flip_distance(
         self, x: Tensor, over: Tensor, under: Tensor, *, precision: torch.dtype = torch.float64
     ) -> Tensor | None:
-        """Exact with one anchor: the positive factor phi(|q|)/|q| changes no order, so this is the linear gate of
-        ``matrix``. With more, margin over slope.
+        """Return the exact distance for one anchor, else the bound by ``lipschitz()``; both less rounding.
+
+        With one anchor the positive factor phi(|q|)/|q| is common to all experts, so the choice is that of the linear
+        gate with the rows ``matrix``.
         """
         if self.anchors > 1:
             return super().flip_distance(x, over, under, precision=precision)

@@ -1,4 +1,4 @@
-"""Spectrum gate: experts by the power spectrum of the map or signal that a sample is.
+"""Spectrum gate: the power spectrum of a sample, an image or a signal, chooses the experts.
 
 Spectral features as a routing signal, after Xiao, Yuan, Jiang, Chen, Zhang & Lin, "Frequency-Assisted Mamba for Remote
 Sensing Image Super-Resolution" (FMSR), arXiv 2405.04964, section III, which has no router, and after the gate of
@@ -26,24 +26,30 @@ _FLOOR = 1e-6  # power of a band below which nothing is told apart: 60 dB below 
 
 
 class SpectrumScorer(Scorer):
-    r"""Logits :math:`s = C\,\mathrm{gelu}(V \,\mathrm{LN}(\phi(m)) + b_V) + b`, m a map or signal of the context.
+    r"""Scores experts by the power spectrum of a map or signal m, which comes as side information (``Context``).
 
-    :math:`\phi` are the features of ``spectrum_features``: log powers of bands of frequencies, entropy, flatness, peak
-    and occupied share of the spectrum, and with ``statistics`` four numbers of the values themselves. Circular shifts
-    of m do not change them; without ``statistics`` no constant added to m does; the phase of a complex signal never
-    does. With ``token``, :math:`x W^\top` is added, W (E, D).
+    .. math::
+        s = C\,\mathrm{gelu}(V\,\mathrm{LN}(\phi(m)) + a) + b
 
-    A layer of tokens takes m once for each sample (``Context(samples=...)``) and works out its spectrum for each token.
+    V is (H, F), C (E, H), a (H,) and b (E,). :math:`\phi` (N, F) are the features of ``spectrum_features``: log powers
+    of frequency bands, entropy, flatness, peak and occupied share of the spectrum, and with ``statistics`` four numbers
+    of the values themselves. A circular shift of m does not change them, nor does the global phase of a complex signal;
+    without ``statistics`` a constant added to m does not either. With ``token=True``, :math:`x W^\top` is added,
+    W (E, D).
+
+    In a layer of tokens, m is given once for each sample, ``Context(samples={"map": m})``, and its spectrum is computed
+    for each of the sample's tokens.
 
     Args:
-        bands: of equal width, from the lowest frequency that is not 0 to the highest.
-        hidden: H, width of V; 0: C reads the features themselves.
-        statistics: whether the mean, power, kurtosis and variation of the values are read.
-        token: whether the token x is read too.
+        bands: how many bands of equal width divide the frequencies; frequency 0 is in none.
+        hidden: H; with 0, C (E, F) reads the normalised features themselves.
+        statistics: whether the mean, power, kurtosis and variation of the values are read as well.
+        token: whether the token x is read as well.
         key: the name of m in ``Context``: (N, T) or (N, C, T) signals, or (N, C, H, W) maps, real or complex.
 
     Raises:
-        UserError: an argument out of range; at a forward, no m, or one that is no map or signal of two values or more.
+        UserError: an argument is out of range. In forward: the context has no m, or m is no map or signal of at least
+            two values.
 
     >>> from spectralmoe import Context, FeedForward, MoE, Router, TopK
     >>> layer = MoE(Router(SpectrumScorer(16, 4), TopK(1)), FeedForward(4, dim=16, hidden=8))
@@ -80,7 +86,7 @@ class SpectrumScorer(Scorer):
         self.bias = nn.Parameter(torch.zeros(num_experts))
 
     def spec_arguments(self) -> dict[str, object]:
-        """Constructor arguments that are not attributes of the same name."""
+        """Return the constructor arguments that are not attributes of the same name."""
         return {"statistics": self.statistics_read}
 
     def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
@@ -93,12 +99,12 @@ class SpectrumScorer(Scorer):
         return logits if self.token_weight is None else logits + F.linear(x, self.token_weight.to(x.dtype))
 
     def features(self, maps: Tensor) -> Tensor:
-        """What it reads of maps (N, C, *S): (N, F)."""
+        """Return the features (N, F) of maps (N, C, *S), before the normalisation."""
         return spectrum_features(maps, self.bands, statistics=self.statistics_read)
 
     @property
     def matrix(self) -> Tensor:
-        """C, beside W where the token is read: (E, H) or (E, H + D)."""
+        """C, with W beside it if the token is read: (E, H) or (E, H + D)."""
         return self.weight if self.token_weight is None else torch.cat([self.weight, self.token_weight], 1)
 
     def _values(self, context: Rows | None, x: Tensor) -> Tensor:
@@ -116,21 +122,27 @@ class SpectrumScorer(Scorer):
 
 
 def spectrum_features(x: Tensor, bands: int = 8, *, statistics: bool = True) -> Tensor:
-    r"""Features (N, F) of maps x (N, C, *S): F = ``bands`` + 4, and 4 more with ``statistics``.
+    r"""Compute features (N, F) of the spectra of maps x (N, C, *S): F = ``bands`` + 4, and 4 more with ``statistics``.
 
-    With the powers :math:`P_k` of ``power_spectrum`` at all n frequencies but 0 and :math:`p = P/\sum P`:
+    Let :math:`P_k` be the powers of ``power_spectrum`` at the n frequencies other than 0, and :math:`p = P/\sum P`.
+    The features are, in this order:
 
-    - :math:`\log_{10}` of each of the ``band_powers``;
-    - entropy :math:`-\sum p \log p/\log n`; flatness :math:`\log_{10}` of the geometric over the arithmetic mean of P;
-      peak :math:`\log_{10}(n \max p)`; occupied share :math:`\log_{10}(1/(n \sum p^2))`, which is 0 for white noise
-      without end and :math:`-\log_{10} n` for one line.
+    - the :math:`\log_{10}` of each of the ``band_powers``;
+    - the entropy :math:`-\sum p \log p/\log n`;
+    - the flatness, the :math:`\log_{10}` of the geometric over the arithmetic mean of P;
+    - the peak :math:`\log_{10}(n \max p)`;
+    - the occupied share :math:`\log_{10}(1/(n \sum p^2))`: 0 for a flat spectrum, :math:`-\log_{10} n` for one line.
 
-    Statistics of the values themselves, a mean over channels of each: mean, of complex values its size; power
-    :math:`\log_{10}` of the variance v; kurtosis :math:`\log_{10}` of the mean of :math:`|x - \bar x|^4/v^2`;
-    variation: the mean squared difference of neighbours, on a circle, of the power :math:`|x - \bar x|^2/v`, as
-    :math:`\log_{10}(1 + \cdot)`.
+    With ``statistics`` follow four means over the channels, of the values themselves:
 
-    A floor of 1e-6 is added to every power, -60 dB of unit power, shared by the frequencies.
+    - the mean of x, of complex x its absolute value;
+    - the power, :math:`\log_{10}` of the variance v;
+    - the kurtosis, :math:`\log_{10}` of the mean of :math:`|x - \bar x|^4/v^2`;
+    - the variation, :math:`\log_{10}(1 + d)`, d the mean squared difference between neighbours (on a circle) of
+      :math:`|x - \bar x|^2/v`.
+
+    1e-6, which is -60 dB of unit power, is added to the power of each band, to the variance and, in equal parts for all
+    frequencies, to the spectrum, so that no logarithm is infinite.
 
     >>> line = torch.cos(2 * torch.pi * torch.arange(64) / 8)[None, None]
     >>> entropy = spectrum_features(line)[0, 8]
@@ -151,21 +163,22 @@ def spectrum_features(x: Tensor, bands: int = 8, *, statistics: bool = True) -> 
 
 
 def band_powers(x: Tensor, bands: int = 8) -> Tensor:
-    r"""Power (N, bands) of maps x (N, C, *S) in rings of frequencies; their sum is the variance (Parseval).
+    r"""Compute the power (N, bands) of maps x (N, C, *S) in rings of frequencies; the sum is the variance (Parseval).
 
-    Frequency k lies in ring :math:`\lfloor B |k|/k_{max} \rfloor`, the highest one in the last, |k| in cycles a sample
-    and :math:`k_{max}` that of a sign that changes at every step along every axis. Frequency 0 is in none.
+    Of B rings, frequency k lies in ring :math:`\lfloor B |k|/k_{max} \rfloor`, and :math:`k_{max}` itself in the last.
+    |k| is in cycles a sample, and :math:`k_{max}` is the frequency of a sign that changes at every step along every
+    axis. Frequency 0 is in no ring.
     """
     powers, times, radius = power_spectrum(x)
     return _in_bands(powers * times, radius, bands)
 
 
 def power_spectrum(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Powers :math:`|\mathrm{fft}(x)_k|^2/n^2`, mean over channels, at the frequencies k of maps x (N, C, *S) but 0.
+    r"""Compute the powers :math:`|\mathrm{fft}(x)_k|^2/n^2` of maps x (N, C, *S) of n values, a mean over channels.
 
     Returns:
-        Powers (N, K); how often each counts (K,), twice where a real map has a mirrored frequency that is left out;
-        and :math:`|k|` as a share of the highest (K,).
+        The powers (N, K) at all frequencies but 0; how often each counts (K,), which is twice where the mirrored
+        frequency of a real map is left out; and :math:`|k|` (K,) as a share of the highest frequency.
     """
     shape, axes, options = x.shape[2:], tuple(range(2, x.dim())), {"dtype": x.real.dtype, "device": x.device}
     last = torch.fft.fftfreq(shape[-1], **options) if x.is_complex() else torch.fft.rfftfreq(shape[-1], **options)

@@ -1,10 +1,10 @@
-"""Statistics memory: under a shift of the input, what a router or a layer reads gets the statistics of clean tokens.
+"""Statistics memory: it gives shifted inputs of a router or a layer the mean and the spread of the training tokens.
 
 After the memory-guided adaptive instance normalisation of Yang et al., "Towards Generalized Range-View LiDAR
 Segmentation in Adverse Weather", arXiv 2506.08979, module RDC, for the reflectance of range images. Written
-from the equation; no authors' code was read. Differs: it stands before a router or a layer with experts, which that
-paper does not have; it follows the tokens by running statistics instead of being learned, and aligns in evaluation
-alone; small groups of tokens move less; a stream of inputs may share statistics.
+from the equation; no authors' code was read. Differs: it stands in front of a router or an MoE layer, which that paper
+does not have; it is made of running means instead of learned values, and aligns in evaluation alone; small groups of
+tokens move less; a stream of inputs may share statistics.
 """
 
 from __future__ import annotations
@@ -27,38 +27,41 @@ _LEAST_SPREAD = 1e-3  # of the memory's: what varies less within a group is not 
 
 
 class StatisticsMemory(Part):
-    r"""Gives each group of tokens the mean and the spread that clean tokens have, feature by feature.
+    r"""Aligns each group of tokens with the tokens of training: their mean and spread, feature by feature.
 
     .. math::
         a = \frac{x - m}{s}\,\bar\sigma + \bar\mu,\quad \bar\mu = \sum_p a_p \mu_p,\quad
         \bar\sigma^2 = \sum_p a_p \big(\sigma_p^2 + (\mu_p - \bar\mu)^2\big)
 
-    with m, s (D,) the mean and the spread of a group of n tokens, and :math:`\mu_p, \sigma_p` those of the clean tokens
-    near slot p. A group holds a share :math:`a_p` of slot p: the mean over its tokens of
-    :math:`\mathrm{softmax}_p(-\frac12 \|(x - \mu_p)/\sigma\|^2)`, :math:`\sigma` the spread of all clean tokens. With
-    one slot a shift :math:`x \mapsto c \odot x + b` of a whole group, c > 0, is undone exactly; more slots keep what
-    tells groups apart, and undo less. m and :math:`s^2` of a group of fewer than ``least`` tokens are mixed with
-    :math:`\bar\mu` and :math:`\bar\sigma^2`, whose share is :math:`1 - (n - 1)/(least - 1)`; one token stays as it is.
+    m and s (D,) are the mean and the standard deviation of a group of n tokens. :math:`\mu_p` and :math:`\sigma_p` are
+    those of the training tokens near slot p, one of P cluster centres. The share :math:`a_p` of slot p in a group is
+    the mean over its tokens of :math:`\mathrm{softmax}_p(-\frac12 \|(x - \mu_p)/\sigma\|^2)`, with :math:`\sigma` the
+    standard deviation of all training tokens. One slot undoes a shift :math:`x \mapsto c \odot x + b`, c > 0, of a
+    whole group exactly, and makes all groups alike; more slots keep groups apart, and undo less of a shift.
 
-    In training nothing is aligned, and the slots follow the tokens after each step (``after_step``, ``attach``), as
-    running means without gradient. Before the first step evaluation aligns nothing, either. A layer takes it as
-    ``MoE(..., memory=...)``; before anything else it is a module like any other, whose ``statistics`` and ``update``
-    are the caller's.
+    A group of n < ``least`` tokens says little of its mean and spread: m and :math:`s^2` are mixed with
+    :math:`\bar\mu` and :math:`\bar\sigma^2`, whose share is :math:`1 - (n - 1)/(least - 1)`. A single token stays as
+    it is.
+
+    In training tokens pass unchanged, and the slots follow them after each step (``after_step`` or ``attach``) as
+    running means without gradient. Evaluation aligns nothing before the first step. A layer takes the memory as
+    ``MoE(..., memory=...)``. Elsewhere call it like any module, and after each step its ``statistics`` and ``update``.
 
     Args:
         dim: D.
-        slots: P, how many kinds of clean tokens are told apart.
-        momentum: the share of the running means that stays at a step, 0 to 1; the first 1/(1 - momentum) steps count
+        slots: P, how many cluster centres of the training tokens are kept apart.
+        momentum: the share of the running means that a step keeps, in [0, 1); the first 1/(1 - momentum) steps count
             alike.
-        where: of a layer, "router": the router alone reads aligned tokens; "layer": the experts do, too.
-        over: what a group is. "sample": the tokens x[b] of x (B, ..., D), or all rows of x (N, D). A causal model must
-            not look at them together, and rows that are whole images of few classes lose what tells the classes.
-            "stream": all tokens that ``observe`` was given; until then nothing is aligned.
-        least: tokens from which on the statistics of a group count alone, at least 2.
+        where: "router" aligns what the router of a layer reads, "layer" also what its experts read.
+        over: what a group is. "sample": the tokens x[b] of x (B, ..., D), or all rows of x (N, D). This is not for
+            causal models, whose tokens must not depend on later ones, and not for rows that are whole images of few
+            classes, which lose what tells the classes apart. "stream": all tokens that were given to ``observe``;
+            before that, nothing is aligned.
+        least: from how many tokens on a group's own statistics are used unmixed, at least 2.
 
     Raises:
-        UserError: an argument out of range; several slots over a stream; in forward and ``observe``, x of another
-            width, or a mask of another shape.
+        UserError: an argument is out of range, or there are several slots over a stream. In forward and ``observe``: x
+            has another width, or the mask another shape.
 
     >>> from torch import zeros
     >>> memory, x = StatisticsMemory(4), torch.randn(1000, 4)
@@ -66,8 +69,9 @@ class StatisticsMemory(Part):
     >>> torch.allclose(memory.eval()(1.3 * x + 0.5), x, atol=1e-5)
     True
 
-    Over a stream, in evaluation and without labels, layer by layer, since each reads what those before it let through;
-    a memory that forgets lets the tape see tokens as they come::
+    With ``over="stream"`` a trained model adapts to a stream of shifted inputs without labels. Go layer by layer,
+    because a layer reads what the layers before it have aligned; call ``forget`` first, so that the tape holds
+    unaligned tokens::
 
         for name, layer in moe_layers(model.eval()).items():
             layer.memory.forget()
@@ -123,10 +127,11 @@ class StatisticsMemory(Part):
         self.register_buffer("stream_variance", torch.zeros(dim))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, ..., D) or (N, D), in evaluation aligned; in training x itself.
+        """Align x (B, ..., D) or (N, D) in evaluation; in training return x itself.
 
         Args:
-            mask: (B, ...) or (N,), True for real tokens: others have no part in the statistics, and no meaning.
+            mask: (B, ...) or (N,), True for real tokens. Padding does not enter the statistics, and what is returned
+                in its place has no meaning.
         """
         self._check(x, mask)
         if self.training:
@@ -142,16 +147,16 @@ class StatisticsMemory(Part):
         return _aligned(groups, real, self).to(x.dtype).view(x.shape)
 
     def beside(self, queries: Tensor, units: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What router and experts of a layer read in the place of ``queries`` and ``units``."""
+        """Return what the router and the experts of a layer read instead of ``queries`` and ``units``."""
         aligned = self(queries, mask)
         return aligned, aligned if self.where == "layer" else units
 
     def statistics(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Of the tokens near each slot: their number, the sums of x - mu and of its square; (P, 1 + 2D)."""
+        """Return sums over the tokens near each slot: their number, x - mu and its square; (P, 1 + 2D)."""
         return _sums(tokens.to(self.mean.dtype), self)
 
     def update(self, statistics: Tensor) -> None:
-        """Move the slots by sums over micro-batches and ranks."""
+        """Move the slots by ``statistics``, summed over micro-batches and ranks."""
         count, shift, square = statistics.split([1, self.dim, self.dim], 1)
         usable = (count.sum() != 0) & statistics.isfinite().all()
         taken, updates = torch.stack([usable.long(), self.updates]).tolist()  # at once: on a device the host waits
@@ -174,10 +179,10 @@ class StatisticsMemory(Part):
 
     @torch.no_grad()
     def observe(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Take the tokens x (..., D), those of ``mask`` (...) alone, into the statistics of the stream.
+        """Add the tokens x (..., D), or those where ``mask`` (...) is True, to the statistics of the stream.
 
-        x as it comes, not aligned: what a layer reads after the first call is. They add up over calls, of this
-        process; ``forget`` starts anew. Tokens that are not finite are left out.
+        Give it unaligned tokens: after the first call, what the layer reads is aligned. The statistics add up over the
+        calls in this process; ``forget`` starts anew. Tokens that are not finite are left out.
         """
         self._check(x, mask)
         tokens = (x if mask is None else x[mask.bool()]).reshape(-1, self.dim).to(self.stream_mean.dtype)
@@ -192,7 +197,7 @@ class StatisticsMemory(Part):
         self.stream_count += len(tokens)
 
     def forget(self) -> None:
-        """Forget the stream: nothing is observed yet."""
+        """Forget the statistics of the stream; until ``observe`` is called again, nothing is aligned."""
         for buffer in (self.stream_count, self.stream_mean, self.stream_variance):
             buffer.zero_()
 

@@ -1,4 +1,4 @@
-"""Selectors: logits (N, E) -> indices and weights (N, K). One file a method."""
+"""Selectors turn logits (N, E) into the experts of each token and their weights (N, K). Each file holds one method."""
 
 from spectralmoe.selectors.around import Around
 from spectralmoe.selectors.balanced import Balanced

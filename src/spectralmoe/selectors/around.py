@@ -1,4 +1,4 @@
-"""Around: a selector that wraps another one and forwards everything to it."""
+"""Around: the base class of selectors that wrap another selector."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Around"]
 
 
 class Around(Selector):
-    """Base of selectors that change one thing about another: a subclass overrides the method that it changes.
+    """Wraps a selector and forwards every call to it; a subclass overrides the one method that it changes.
 
-    Every method goes to ``selector``, which has a life of its own around the optimizer step; the facts about it
-    (``score``, ``normalize``, ``per_token``, ``soft`` and ``fills``) are copied. A subclass that may empty slots sets
-    ``fills`` to False in its ``bind``.
+    The attributes ``score``, ``normalize``, ``per_token``, ``soft`` and ``fills`` are copied from the wrapped selector.
+    A subclass that may empty slots sets ``fills`` to False in its ``bind``. The work after an optimizer step
+    (``Part.update``, ``Part.after_step``) is done for the wrapped selector too, without a call by the wrapper.
 
     Args:
         selector: the selector that is wrapped.

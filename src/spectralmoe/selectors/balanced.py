@@ -1,4 +1,4 @@
-"""Top-k balanced without a loss: a bias for each expert, used for the choice only.
+"""Top-k balanced without a loss: each expert has a bias, which is used for the choice only.
 
 Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664, algorithm 1.
 """
@@ -18,19 +18,22 @@ __all__ = ["Balanced"]
 
 
 class Balanced(Selector):
-    r"""Top-k of ``scores + bias``; the combine weights never see the bias.
+    r"""Chooses the k experts with the largest ``scores + bias``; the combine weights come from the scores alone.
 
-    After each optimizer step :math:`b_i \leftarrow b_i + u\,\mathrm{sign}(\bar c - c_i)` from the int64 counts c of
-    the step (all micro-batches and ranks): ``after_step`` or ``attach`` does it.
+    After each optimizer step :math:`b_i \leftarrow b_i + u\,\mathrm{sign}(\bar c - c_i)`, where c_i is how many slots
+    expert i got in the step (int64, summed over all micro-batches and ranks). ``after_step`` or ``attach`` does it;
+    without one of them the bias stays at 0.
 
     Args:
-        k: experts a token, fewer than E: soft routing has no choice to balance (``SoftBalanced`` does that).
-        score: "sigmoid" or "softmax". Logits that are squared distances underflow under sigmoid: use softmax.
-        normalize: weights of a token sum to 1.
-        rate: u.
+        k: experts a token, fewer than E. Where a token uses all experts, ``SoftBalanced`` evens the load.
+        score: "sigmoid" (the paper's) or "softmax". Squared distances as logits underflow under a sigmoid: with
+            ``PrototypeScorer`` use softmax.
+        normalize: whether the weights of a token are divided by their sum.
+        rate: u >= 0, in units of the score; 0.001 in the paper.
 
     Raises:
-        UserError: k < 1, k >= E, rate < 0, or k = 1 with ``normalize``.
+        UserError: k < 1, k >= E, rate < 0, k = 1 with ``normalize`` (the router would get no gradient), an unknown
+            score, or a selector that another router has already.
 
     >>> selector = Balanced(2)
     >>> selector.bind(3)
@@ -58,7 +61,7 @@ class Balanced(Selector):
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def ranked(self, logits: Tensor) -> Tensor:
-        """Scores plus bias, shifted so that the smallest bias is 0 (a common shift changes no choice)."""
+        """Return scores plus bias (N, E), the bias shifted so that its smallest entry is 0, which changes no choice."""
         return self.scores(logits) + (self.bias - self.bias.amin())
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:

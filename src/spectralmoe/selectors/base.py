@@ -1,4 +1,4 @@
-"""Selector: logits -> which experts, with which weights."""
+"""A selector is the part of a router that turns logits into the experts of each token, and their weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ __all__ = ["Score", "Selector", "check_fits", "check_k", "largest", "share_of", 
 
 
 class Selector(Part):
-    """Base of all selectors. ``choose`` decides without gradient, ``weigh`` is the only differentiable path.
+    """The base class of all selectors: ``choose`` picks experts without gradient, ``weigh`` weighs them with gradient.
 
-    A subclass implements ``choose`` and, where they differ from a plain gather of softmax or sigmoid scores, ``scored``
-    and ``weigh``; it keeps every constructor argument as an attribute of the same name.
+    A subclass implements ``choose``. It overrides ``scored`` and ``weigh`` if its weights are not the softmax or
+    sigmoid scores of the chosen experts. It keeps every constructor argument as an attribute of the same name, because
+    saving reads them back.
     """
 
     score: Score = "softmax"
@@ -34,42 +35,47 @@ class Selector(Part):
     """Whether every token uses every expert; known once the selector is bound."""
 
     fills: bool = False
-    """Whether every slot of a real token holds an expert, whatever the logits; known once the selector is bound.
+    """Whether every slot of a real token always holds an expert; known once the selector is bound.
 
-    Without a mask a layer then knows how many slots are filled; else, on a device, the host waits for the number, once
-    a forward.
+    Then, and without a mask, a layer knows how many slots are filled. Otherwise it has to wait for the GPU to count
+    them, once a forward.
     """
 
     def bind(self, num_experts: int) -> None:
-        """Called once by the router with E: check the arguments against it, allocate state."""
+        """Check the arguments against E and allocate buffers; the router calls this once."""
 
     def scored(self, logits: Tensor) -> Tensor | Score:
-        """The value of ``Routing.score``: the name of the activation, or scores (N, E) that the selector computes.
+        """Return ``Routing.score``: "softmax" or "sigmoid", or scores (N, E) that the selector computes itself.
 
-        By name the scores are computed where they are read, and never where nobody does.
+        If it is a name, the scores are computed only where something reads them.
         """
         return self.score
 
     @final
     def scores(self, logits: Tensor) -> Tensor:
-        """The scores (N, E) that the choice and the weights come from; a subclass changes them in ``scored``."""
+        """Return the scores (N, E) that choice and weights come from; a subclass changes them in ``scored``."""
         scored = self.scored(logits)
         return scored if isinstance(scored, Tensor) else apply_score(scored, logits)
 
     def ranked(self, logits: Tensor) -> Tensor:
-        """What a top-k choice is the largest of (N, E): the scores, and a selection bias where there is one."""
+        """Return the values (N, E) whose largest k are chosen: the scores, plus a selection bias if there is one."""
         return self.scores(logits)
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
-        """Indices (N, K) int64 from detached logits (N, E); -1 in an empty slot and in every slot of a masked row."""
+        """Choose experts by detached logits (N, E): indices (N, K) int64, -1 in empty slots and for padding.
+
+        Args:
+            mask: (N,) bool, True for real tokens; None if all are.
+            context: side information by name, one row a token.
+        """
         raise NotImplementedError
 
     def limit(self, wanted: Tensor, num_experts: int) -> Tensor:
-        """The choice (N, K) under a bound on what an expert takes: -1 where a slot is dropped. No bound by default."""
+        """Empty the slots beyond what an expert may take: indices (N, K), -1 there. By default there is no bound."""
         return wanted
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
-        """Combine weights (N, K) of the chosen experts, with gradient; 0 in an empty slot."""
+        """Return the combine weights (N, K) of the chosen experts, with gradient; 0 in an empty slot."""
         if not self.normalize:
             return take(self.scores(logits), indices)
         chosen = take(logits, indices)  # log-scores up to a constant a token, which the softmax takes out
@@ -78,13 +84,13 @@ class Selector(Part):
         return chosen.masked_fill(empty, 0).softmax(-1).masked_fill(indices < 0, 0)
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
-        """A selector for the experts ``indices`` of its router alone, in this order, with what it remembers of them.
+        """Return a selector for the experts ``indices`` of its router alone, in this order; they keep their biases.
 
-        Whatever it counts by E goes by the experts that are left; k, p and capacities stay. A buffer with dimensions,
-        its own or of a selector inside it, is taken for one entry an expert; others stay.
+        What depends on E goes by the number that is left; k, p and capacities stay. A buffer that is not a scalar is
+        assumed to have one entry an expert.
 
         Raises:
-            UserError: it cannot choose among so few.
+            UserError: too few experts are left, for example fewer than k.
         """
         chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
         selector = copy.deepcopy(self)
@@ -100,12 +106,12 @@ class Selector(Part):
 
 
 def take(values: Tensor, indices: Tensor) -> Tensor:
-    """``values`` (N, E) at ``indices`` (N, K); 0 in an empty slot."""
+    """Return the entries (N, K) of ``values`` (N, E) at ``indices`` (N, K); 0 in an empty slot."""
     return values.gather(1, indices.clamp_min(0)).masked_fill(indices < 0, 0)
 
 
 def largest(values: Tensor, k: int, mask: Tensor | None) -> Tensor:
-    """Indices (N, k) of the k largest values a row, largest first; -1 in masked rows."""
+    """Return the indices (N, k) of the k largest values of each row, largest first; -1 where ``mask`` is False."""
     indices = values.topk(k, dim=-1).indices
     return indices if mask is None else indices.masked_fill(~mask[:, None], EMPTY)
 
@@ -126,9 +132,11 @@ def check_k(owner: str, k: int, normalize: bool, score: str) -> None:
 def check_fits(owner: str, k: int, num_experts: int) -> None:
     """Refuse a k larger than the number of experts."""
     if k > num_experts:
-        raise UserError(f"{owner}: k={k} experts a token were asked for, but the router has E={num_experts}")
+        raise UserError(
+            f"{owner}: k={k} experts a token were asked for, but the router has E={num_experts}; choose k up to E"
+        )
 
 
 def share_of(total: Tensor, factor: float, num_experts: int) -> Tensor:
-    """ceil(total * factor / E) as int64, safe from rounding up an exact quotient."""
+    """Return ceil(total * factor / E) as int64; 1e-9 is taken off, so that rounding does not lift an exact quotient."""
     return torch.ceil(total.double() * factor / num_experts - 1e-9).long()

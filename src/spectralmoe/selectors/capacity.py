@@ -1,4 +1,4 @@
-"""Capacity: any selector, with a bound on the tokens that an expert takes.
+"""Capacity: it bounds how many tokens an expert takes, for any selector.
 
 Lepikhin et al., "GShard", arXiv 2006.16668, section 2.2; Fedus et al., "Switch Transformers", arXiv 2101.03961.
 """
@@ -17,17 +17,17 @@ __all__ = ["Capacity"]
 
 
 class Capacity(Around):
-    r"""Lets each expert take at most :math:`\lceil f\,M / E \rceil` of the M slots that ``selector`` fills.
+    r"""Wraps a selector and lets each expert take at most :math:`\lceil f\,M / E \rceil` of the M slots that it fills.
 
-    Places go to first choices before second choices, and to earlier tokens before later ones; a slot that comes too
-    late is emptied (-1, weight 0). ``Routing.dropped()`` reports the share of emptied slots.
+    Places go to first choices before second choices, and to earlier tokens before later ones. A slot that comes too
+    late is emptied (index -1, weight 0). ``Routing.dropped()`` gives the share of emptied slots.
 
     Args:
-        selector: the selector whose choice is bounded; scores and weights are its own.
-        factor: f; 1.0 leaves room for an even load only.
+        selector: the selector that is wrapped; scores and weights are its own.
+        factor: f > 0, the capacity factor; with 1.0 only an even load fits.
 
     Raises:
-        UserError: factor <= 0; soft routing, which has no choice to bound.
+        UserError: factor <= 0, or the selector gives every token every expert.
 
     >>> from spectralmoe.selectors import TopK
     >>> crowd = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 1.0]])

@@ -1,4 +1,4 @@
-"""Cluster dropout: some experts of each group of siblings are left out in training, and tokens go to the others.
+"""Cluster dropout: in training some experts of each group are left out, and their tokens go to the others.
 
 Xie et al., "MoEC: Mixture of Expert Clusters", arXiv 2207.09094, section 3. Written from the equations.
 Differs: evaluation leaves nobody out; the draws follow from a seed that is saved with the model, so that all ranks, and
@@ -25,24 +25,27 @@ __all__ = ["ClusterDropout"]
 
 
 class ClusterDropout(Around):
-    r"""Leaves out all but :math:`\lfloor (1 - p)\,E/G \rfloor` experts of each of G groups of consecutive experts.
+    r"""Wraps a selector and keeps :math:`\lfloor (1 - p)\,E/G \rfloor` experts of each of G groups in training.
 
-    In training the logits of experts that are out count as :math:`-\infty`, in the choice and in the scores, and a slot
-    that ``selector`` gives to one of them all the same is emptied. Evaluation is that without dropout. Every
-    ``interval`` optimizer steps (``after_step`` or ``attach``) the experts are drawn anew, from a seed that torch's
-    random generator gives when the router is made. ``DistributedDataParallel`` makes the seed of all ranks one; under
-    FSDP2 seed them alike. A frozen router keeps the experts that it has. ``groups=1`` is dropout of experts whatever
-    their group; ``cluster_variance`` is the other half of the method.
+    A group is E/G consecutive experts. In training the logits of the experts that are left out count as
+    :math:`-\infty`, in the choice and in the scores; a slot that the wrapped selector still gives to one of them is
+    emptied. In evaluation all experts take part.
+
+    Every ``interval`` optimizer steps (``after_step`` or ``attach``) the experts are drawn anew, from a seed that
+    torch's random generator gives when the router is made. ``DistributedDataParallel`` gives all ranks the same seed;
+    under FSDP2 call ``torch.manual_seed`` with the same number on all ranks. A frozen router draws no more. The method
+    also has a loss, ``cluster_variance``.
 
     Args:
-        selector: the selector that chooses among the others.
-        groups: G, how many groups; divides E.
-        rate: p, the share of each group that is left out.
+        selector: the selector that chooses among the experts that take part.
+        groups: G, which divides E; with 1, experts are dropped without regard to groups.
+        rate: p, the share of each group that is left out, in [0, 1).
         interval: optimizer steps between two draws.
 
     Raises:
-        UserError: groups that do not divide E, a rate outside [0, 1) or that leaves nobody in a group, an interval
-            below 1; soft routing; ``Balanced``, whose bias would run away while an expert is out.
+        UserError: groups do not divide E, the rate lies outside [0, 1) or leaves a group without experts, or interval
+            is below 1. The wrapped selector is ``Balanced``, whose bias would grow without end while an expert is
+            left out, or gives every token every expert.
 
     >>> from spectralmoe.selectors import TopK
     >>> _ = torch.manual_seed(0)
@@ -74,17 +77,22 @@ class ClusterDropout(Around):
             raise UserError("ClusterDropout: this selector belongs to another router already; give each router its own")
         super().bind(num_experts)
         if self.soft:
-            raise UserError("ClusterDropout: soft routing makes no choice to leave experts out of; use TopK")
+            raise UserError(
+                "ClusterDropout: soft routing uses all experts, so none can be left out; use TopK with k < E"
+            )
         if any(isinstance(part, Balanced) for part in self.selector.modules()):
             raise UserError(
                 "ClusterDropout: the bias of Balanced would run away while an expert is out; use TopK and the term "
                 "load_balance"
             )
         if num_experts % self.groups:
-            raise UserError(f"ClusterDropout: groups={self.groups} do not divide E={num_experts} experts")
+            raise UserError(
+                f"ClusterDropout: groups={self.groups} do not divide E={num_experts} experts; take a divisor"
+            )
         if self._kept(num_experts) < 1:
             raise UserError(
-                f"ClusterDropout: rate={self.rate} leaves none of the {num_experts // self.groups} experts of a group"
+                f"ClusterDropout: rate={self.rate} leaves none of the {num_experts // self.groups} experts of a group; "
+                "lower it"
             )
         self.fills = False
         self.register_buffer("seed", torch.randint(2**62, ()))
@@ -104,7 +112,7 @@ class ClusterDropout(Around):
         return super().weigh(self._offered(logits), self._emptied(indices))
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
-        """The same with as many groups, whose experts are drawn anew."""
+        """Return a selector for these experts, with as many groups; who is left out is drawn anew."""
         selector = super().select(indices)
         selector.taking_part = selector._drawn(len(selector.taking_part))
         return selector

@@ -1,11 +1,11 @@
-"""Soft routing with exact zeros: entmax in place of the softmax.
+"""Soft routing with exact zeros: entmax stands in place of the softmax.
 
 The gate of Oldfield et al., "Multilinear Mixture of Experts: Scalable Expert Specialization through Factorization"
 (muMoE), arXiv 2402.12550, NeurIPS 2024; entmax itself is of Peters, Niculae, Martins, "Sparse Sequence-to-Sequence
 Models", arXiv 1905.05702, section 3.
-Differs: the threshold is found by Newton's method, which needs no sort and takes every alpha; the gate's norm is the
-one over a token's logits (the paper also has one over the batch), and an option; the gate starts as its scorer does,
-not at zero.
+Differs: Newton's method finds the threshold, which needs no sort and works for every alpha. The normalisation of the
+logits is optional and over a token's logits (the paper also has one over the batch). The gate starts as its scorer
+does, not at zero.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _STEPS = 8  # of Newton, before the one with gradient: enough for 256 experts in
 
 
 class Entmax(Soft):
-    r"""All E experts for each token, with the weights :math:`\mathrm{entmax}_\alpha(s)`, of which many are exactly 0.
+    r"""Gives each token all E experts with the weights :math:`\mathrm{entmax}_\alpha(s)`, many of them exactly 0.
 
     .. math:: p_e = \left[(\alpha - 1)\, s_e - \tau\right]_+^{1/(\alpha - 1)}, \qquad \sum_e p_e = 1
 
-    :math:`\alpha = 1` is the softmax, 2 the sparsemax. Outside the support the gradient is 0: an expert that no token
-    uses gets none, and its logit falls or rises with the scorer alone.
+    :math:`\alpha = 1` is the softmax, 2 the sparsemax. A weight of 0 has the gradient 0, so an expert that no token
+    uses gets no gradient.
 
     Args:
-        alpha: 1, or from 1.01 to 2; the larger, the fewer experts have a part in a token.
-        norm: the logits of a token go through a LayerNorm without factors first, as in muMoE: then their scale says
-            nothing, and how sparse the weights are follows from their shape alone.
+        alpha: 1, or 1.01 to 2; the larger, the fewer experts have a weight above 0.
+        norm: whether the logits of a token first go through a LayerNorm without weights, as in muMoE. Then the scale
+            of the logits does not matter.
 
     Raises:
-        UserError: another alpha.
+        UserError: ``alpha`` is neither 1 nor 1.01 to 2.
 
     >>> selector, logits = Entmax(), torch.tensor([[2.0, 1.0, -1.0]])
     >>> [[round(p, 4) for p in row] for row in selector.weigh(logits, selector.choose(logits)).tolist()]
@@ -56,11 +56,10 @@ class Entmax(Soft):
 
 @without_autocast
 def entmax(logits: Tensor, alpha: float = 1.5) -> Tensor:
-    r"""Weights (..., E) from logits (..., E): :math:`[(\alpha - 1) s - \tau]_+^{1/(\alpha - 1)}`, with sum 1.
+    r"""Compute weights (..., E) with sum 1 from logits (..., E): :math:`[(\alpha - 1) s - \tau]_+^{1/(\alpha - 1)}`.
 
     :math:`\tau` is where the norm :math:`\|[(\alpha - 1) s - \tau]_+\|_q`, q = 1/(alpha - 1), falls to 1. The norm is
-    convex in it, so Newton's steps from the left never go too far. The last step carries the gradient: there the
-    threshold is a function of the logits to first order, which gives
+    convex in :math:`\tau`, so Newton's steps from the left never overshoot. The last step carries the gradient
     :math:`\partial p / \partial s = \mathrm{diag}(r) - r r^\top / \sum r` with :math:`r = p^{2 - \alpha}`.
 
     >>> entmax(torch.tensor([0.5, 0.5, -3.0]), 2.0).tolist()

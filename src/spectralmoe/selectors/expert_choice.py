@@ -18,13 +18,14 @@ __all__ = ["ExpertChoice"]
 
 
 class ExpertChoice(Selector):
-    r"""Each expert takes its :math:`\lceil N c / E \rceil` best tokens by the softmax over experts.
+    r"""Lets each expert take the :math:`\lceil N c / E \rceil` tokens that score highest for it.
 
-    K = E slots: slot e of a token holds e if expert e took the token, else -1. A token may be taken by no expert or
-    by all. The choice of one token depends on the others, so it is not causal: do not use it in a decoder.
+    The scores are the softmax over the experts, and N counts real tokens. There are K = E slots: slot e of a token
+    holds e if expert e took the token, else -1. A token may be taken by no expert or by all of them. The choice of one
+    token depends on the others, so it is not causal: do not use it in a decoder.
 
     Args:
-        capacity: c, the mean number of experts a token (N counts real tokens).
+        capacity: c > 0, how many experts a token gets in the mean.
 
     Raises:
         UserError: capacity <= 0.

@@ -24,21 +24,22 @@ __all__ = ["GroupLimited"]
 
 
 class GroupLimited(Around):
-    r"""Lets a token choose from M of G groups of consecutive experts, those of the largest sums of top scores.
+    r"""Wraps top-k and lets a token choose only from the best M of G groups of consecutive experts.
 
-    With r the scores that ``selector`` ranks by (a selection bias included), group g of the experts
-    :math:`\mathcal{E}_g` is worth :math:`v_g = \sum \mathrm{top}_c \{r_i : i \in \mathcal{E}_g\}`, and the choice is
-    the top-k of r in the M groups of largest v. Scores and weights are those of ``selector`` without a limit.
+    Let r be the scores that the wrapped selector ranks by, a selection bias included. The value of the group of experts
+    :math:`\mathcal{E}_g` is the sum of its c largest scores, :math:`v_g = \sum \mathrm{top}_c \{r_i : i \in
+    \mathcal{E}_g\}`. A token gets the top-k of r within the M groups of largest v. Scores and weights are those of the
+    wrapped selector without a limit.
 
     Args:
-        selector: ``TopK`` or ``Balanced``; ``Capacity`` and the like go around this one.
+        selector: ``TopK`` or ``Balanced``. Other wrappers, such as ``Capacity``, go around this one.
         groups: G, which divides E.
         groups_on: M, from how many groups a token may choose.
         counted: c, how many scores of a group are summed: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
 
     Raises:
-        UserError: groups that do not divide E, or hold fewer experts than are counted; M outside 1 to G; M groups with
-            fewer than k experts; another selector; soft routing.
+        UserError: groups do not divide E or hold fewer than c experts, M is not 1 to G, M groups hold fewer than k
+            experts, the selector is another one, or k = E.
 
     >>> from spectralmoe.selectors import TopK
     >>> selector = GroupLimited(TopK(2), groups=2, groups_on=1)
@@ -68,7 +69,7 @@ class GroupLimited(Around):
         if self.soft:
             raise UserError("GroupLimited: soft routing makes no choice to limit; use a selector with k below E")
         if num_experts % self.groups:
-            raise UserError(f"GroupLimited: groups={self.groups} do not divide E={num_experts} experts")
+            raise UserError(f"GroupLimited: groups={self.groups} do not divide E={num_experts} experts; take a divisor")
         size, k = num_experts // self.groups, self.selector.k
         if self.counted > size:
             raise UserError(f"GroupLimited: counted={self.counted}, but a group holds {size} of E={num_experts}")
@@ -79,7 +80,7 @@ class GroupLimited(Around):
             )
 
     def ranked(self, logits: Tensor) -> Tensor:
-        """What ``selector`` ranks by, 0 outside the groups."""
+        """Return the wrapped selector's ranking (N, E), 0 outside the token's groups."""
         return super().ranked(logits).masked_fill(~self._on(logits), 0)
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:

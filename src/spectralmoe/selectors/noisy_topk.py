@@ -1,4 +1,4 @@
-"""Top-k with Gaussian noise of fixed size, added in training for the choice only.
+"""Top-k with Gaussian noise of a fixed size, which is added in training, for the choice only.
 
 Riquelme et al., "Scaling Vision with Sparse Mixture of Experts" (V-MoE), arXiv 2106.05974, section 2: the standard
 deviation is fixed to 1/E instead of learned. Differs: the combine weights come from the clean logits.
@@ -18,13 +18,14 @@ __all__ = ["NoisyTopK"]
 
 
 class NoisyTopK(Selector):
-    """Top-k of ``logits + std * normal noise`` in training, of the logits in evaluation; weights without noise.
+    """Chooses the top k of ``logits + noise_std * N(0, 1)`` in training, and of the logits in evaluation.
 
-    The noise comes from torch's random generator of the logits' device: a seed fixes it.
+    The combine weights come from the logits without noise. The noise comes from torch's random generator of the logits'
+    device, so ``torch.manual_seed`` fixes it.
 
     Args:
         k: experts a token.
-        noise_std: standard deviation of the noise; None: 1/E.
+        noise_std: the standard deviation of the noise; None, the default, is 1/E, as in the paper.
         normalize, score: as in ``TopK``.
 
     Raises:

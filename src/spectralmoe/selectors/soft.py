@@ -1,4 +1,4 @@
-"""Soft routing: every token uses every expert, weighted by its score."""
+"""Soft routing: every token uses every expert, weighted by the expert's score."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Soft"]
 
 
 class Soft(Selector):
-    r"""All E experts for each token: K = E slots, slot e holds expert e with :math:`w_{te} = p_{te}`.
+    r"""Gives each token all E experts: of K = E slots, slot e holds expert e with the weight :math:`w_{te} = p_{te}`.
 
     p is the softmax or the sigmoid of the logits. Jacobs et al., "Adaptive Mixtures of Local Experts", Neural
     Computation 3 (1991), where p is the softmax.
 
     Args:
-        normalize: weights of a token sum to 1 (with the softmax they do).
+        normalize: whether the weights of a token are divided by their sum, which is 1 anyway for the softmax.
         score: "softmax" or "sigmoid".
 
     Raises:

@@ -1,4 +1,4 @@
-"""Soft routing balanced without a loss: a bias for each expert, moved by its load.
+"""Soft routing balanced without a loss: each expert has a bias, which its load moves.
 
 The idea of Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664, for
 gates without a choice. Differs: the weights see the bias (in soft routing nothing else could), and it moves in
@@ -19,19 +19,19 @@ __all__ = ["SoftBalanced"]
 
 
 class SoftBalanced(Soft):
-    r"""All experts for each token, with weights :math:`\mathrm{softmax}(s + b)`.
+    r"""Gives each token all experts with the weights :math:`\mathrm{softmax}(s + b)`; the bias b evens the load.
 
     After each optimizer step :math:`\bar f \leftarrow \bar f + a (f - \bar f)` and
-    :math:`b_i \leftarrow b_i + u\,\mathrm{clip}(1 - E \bar f_i, -1, 1)`, f the step's load (the share of tokens whose
-    largest weight is expert i, from int64 counts over all micro-batches and ranks): ``after_step`` or ``attach`` does
-    it.
+    :math:`b_i \leftarrow b_i + u\,\mathrm{clip}(1 - E \bar f_i, -1, 1)`. f is the load of the step: f_i is the share of
+    tokens whose largest weight is that of expert i, counted over all micro-batches and ranks. ``after_step`` or
+    ``attach`` does this; without one of them b stays at 0.
 
     Args:
-        rate: u.
-        memory: a, the weight of a step in the running load.
+        rate: u >= 0.
+        memory: a, the weight of a step in the running load, in (0, 1].
 
     Raises:
-        UserError: a negative rate, or a memory outside (0, 1].
+        UserError: rate or memory is out of range, or another router has the selector already.
 
     >>> selector = SoftBalanced(rate=0.1, memory=1.0)
     >>> selector.bind(2)

@@ -1,4 +1,4 @@
-"""Threshold: of a token's k best experts those that score at least theta.
+"""Threshold: a token gets those of its k best experts that score at least theta.
 
 Cheng et al., "ERMoE: Eigen-Reparameterized Mixture-of-Experts", arXiv 2511.10971, section on routing. Authors' code:
 github.com/Belis0811/ERMoE (AGPL-3.0 and no commercial use; this file is written from the equations). Differs: what a
@@ -22,23 +22,22 @@ _LEAST = 1e-6  # of a score that weighs
 
 
 class Threshold(Selector):
-    r"""The experts with :math:`S_e \ge \theta` among the k largest of a token; weights :math:`S_e / \sum_j S_j`.
+    r"""Gives a token those of its k best experts with :math:`S_e \ge \theta`, and the weights :math:`S_e / \sum_j S_j`.
 
-    S are the logits themselves, as those of ``BasisScorer``, or their softmax or sigmoid. K = k slots, -1 in those of
-    experts that are not eligible. A logit that weighs counts as at least 1e-6, so that weights are not negative. No
-    gradient reaches theta, which decides and does not weigh.
+    S are the logits themselves, which suits ``BasisScorer``, or their softmax or sigmoid. There are K = k slots, -1 in
+    those of experts below theta. A chosen expert's logit counts as at least 1e-6, so that no weight is negative.
 
     Args:
-        k: at most so many experts a token.
-        threshold: theta.
-        normalize: weights of a token sum to 1; else they are S. A token with one expert alone then gives the router no
-            gradient.
+        k: the largest number of experts a token.
+        threshold: theta, a fixed number.
+        normalize: whether the weights of a token are divided by their sum; else they are S. With ``normalize`` a token
+            that has one expert gives the router no gradient.
         score: "logit", "softmax" or "sigmoid".
-        fallback: what a token without an eligible expert gets: "topk", the best of them; or "none", no expert.
+        fallback: what a token gets if no expert reaches theta: "topk", its best expert; or "none", no expert.
 
     Raises:
-        UserError: k < 1, k > E, an unknown score or fallback, or k = 1 with ``normalize`` (the router would get no
-            gradient).
+        UserError: k < 1, k > E, threshold is nan, score or fallback is unknown, or k = 1 with ``normalize`` (the router
+            would get no gradient).
 
     >>> import torch
     >>> logits = torch.tensor([[0.1, 0.9, 0.6, 0.7], [0.1, 0.6, 0.2, 0.4], [0.3, 0.1, 0.4, 0.2]])

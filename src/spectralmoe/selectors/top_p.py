@@ -1,4 +1,4 @@
-"""Top-p: as many experts as it takes to gather a probability of p.
+"""Top-p: a token gets as many experts as it takes to reach a total probability of p.
 
 Huang et al., "Harder Tasks Need More Experts: Dynamic Routing in MoE Models", arXiv 2403.07652, section 3.
 """
@@ -17,18 +17,17 @@ __all__ = ["TopP"]
 
 
 class TopP(Selector):
-    r"""The smallest set of experts, best first, whose normalised scores sum to at least p.
+    r"""Gives a token the smallest set of experts, best first, whose normalised scores sum to at least p.
 
-    K = ``max_k`` slots (E by default), -1 behind the last one used.
+    There are K = ``max_k`` slots, -1 behind the last one used.
 
     Args:
         p: 0 < p <= 1.
-        max_k: at most this many experts a token; None: E.
-        normalize, score: as in ``TopK``. With ``normalize`` a token that uses one expert alone gives the router no
-            gradient.
+        max_k: the largest number of experts a token; None, the default, is E.
+        normalize, score: as in ``TopK``. With ``normalize`` a token that has one expert gives the router no gradient.
 
     Raises:
-        UserError: p outside (0, 1], or ``max_k`` as k in ``TopK``.
+        UserError: p lies outside (0, 1], or ``TopK`` would refuse ``max_k`` as its k.
 
     >>> import torch
     >>> TopP(0.7).choose(torch.tensor([[0.6, 0.3, 0.1]]).log())

@@ -1,4 +1,4 @@
-"""Top-k: the k experts with the largest score."""
+"""Top-k: a token gets the k experts with the largest scores."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["TopK"]
 
 
 class TopK(Selector):
-    r"""The k largest of ``scores = softmax(logits)`` or ``sigmoid(logits)`` for each token.
+    r"""Gives a token the k experts with the largest scores p, the softmax or the sigmoid of the logits.
 
-    Weights are the scores themselves, :math:`w_{tj} = p_{t,i_j}`, or renormalised over the K slots with
-    ``normalize``. Shazeer et al., arXiv 1701.06538; the unnormalised form with k=1 is Switch, arXiv 2101.03961.
+    The weights are the scores of the chosen experts, :math:`w_{tj} = p_{t,i_j}`; with ``normalize`` they are divided by
+    their sum. Shazeer et al., arXiv 1701.06538; without ``normalize`` and with k=1 it is Switch, arXiv 2101.03961.
 
     Args:
-        k: experts a token.
-        normalize: weights of a token sum to 1.
+        k: experts a token; K = k.
+        normalize: whether the weights of a token are divided by their sum.
         score: "softmax" or "sigmoid".
 
     Raises:

@@ -1,10 +1,10 @@
-"""Unweighted: the weight 1 for every chosen expert, for banks that weigh their outputs themselves.
+"""Unweighted: every chosen expert has the weight 1, for experts that weigh their outputs themselves.
 
 Zheng, Zhang, Guo, Xu, Maennel & Chen, "Rethinking Gating Mechanism in Sparse MoE: Handling Arbitrary Modality Inputs
 with Confidence-Guided Gate" (ConfSMoE), arXiv 2505.19525: the experts' confidence
 takes the place of the gate. Written from the equations.
-Differs: in the paper the router gets no gradient, and so chooses by a projection that stays as it was drawn
-(``router_grad="none"``); the gradient of ``router_grad="confidence"`` is ours.
+Differs: in the paper the router gets no gradient, so its random projection never changes (``router_grad="none"``). The
+gradient of ``router_grad="confidence"`` is ours.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ _GRADIENTS = ("none", "confidence")
 
 
 class Unweighted(Around):
-    r"""Chooses as ``selector`` does, and gives each chosen expert the weight 1: :math:`y_t = \sum_j E_{i_{tj}}(x_t)`.
+    r"""Wraps a selector and gives each chosen expert the weight 1: :math:`y_t = \sum_j E_{i_{tj}}(x_t)`.
 
-    Around ``ConfidentExperts`` the confidence c alone weighs the outputs, as in the paper. The router then has no
-    gradient of its own: under torch's DistributedDataParallel freeze it, ``router.requires_grad_(False)``, or let the
-    wrapper find unused parameters. With ``router_grad="confidence"`` the logit s of a chosen expert gets the gradient
-    of its confidence, straight through: :math:`w = 1 + s - \mathrm{sg}(s)`, so :math:`\partial w c / \partial s = c`,
-    as if s were added to the logarithm of c.
+    With ``ConfidentExperts`` the outputs are then weighed by the experts' confidence c alone, as in the paper.
+
+    With ``router_grad="none"`` the router gets no gradient; under torch's DistributedDataParallel freeze it,
+    ``router.requires_grad_(False)``, or let the wrapper find unused parameters. With ``router_grad="confidence"`` the
+    logit s of a chosen expert gets a straight-through gradient: :math:`w = 1 + s - \mathrm{sg}(s)` with sg the
+    stop-gradient, so :math:`\partial w c / \partial s = c`, as if s were added to the logarithm of c.
 
     Args:
-        selector: chooses.
-        router_grad: "confidence", or "none", as the paper has it.
+        selector: the selector that chooses.
+        router_grad: "confidence", or "none", which is the paper's.
 
     Raises:
-        UserError: an unknown ``router_grad``; soft routing, where all experts would weigh the same for all tokens.
+        UserError: ``router_grad`` is unknown, or the selector gives every token every expert, so that with equal
+            weights the router would not matter.
 
     >>> import torch
     >>> from spectralmoe.selectors import TopK
@@ -55,7 +57,7 @@ class Unweighted(Around):
     def bind(self, num_experts: int) -> None:
         super().bind(num_experts)
         if self.soft:
-            raise UserError("Unweighted: soft routing with equal weights tells no token from another; use TopK, k < E")
+            raise UserError("Unweighted: in soft routing equal weights leave the router no say; use TopK with k < E")
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         filled = (indices >= 0).to(logits.dtype)
