@@ -13,7 +13,7 @@ from spectralmoe.draw.panels import Panel
 from spectralmoe.experiments.cards import ROUTING_COLUMNS, Card, Cells, Section, Step, Tuning, difference_panels
 from spectralmoe.experiments.compare.columns import Column
 
-FULL_SIZES = Sizes(images=4_000, epochs=3, phase=20, seeds=3)
+FULL_SIZES = Sizes(images=4_000, epochs=3, phase=20, seeds=5)
 QUICK_SIZES = replace(FULL_SIZES, images=500, epochs=1, phase=3, seeds=1, rates=(1.0,))
 
 METHODS = ("adamw", "omoe", "omoe-update", "omoe-short")
