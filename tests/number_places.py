@@ -202,6 +202,7 @@ _DOCS: dict[str, Sentences] = {
         ("gate is about # points more accurate", "papers/phyg-moe/RESULTS.md > means over prices > spectrum"),
         ("is about # points ahead of a gate", "papers/phyg-moe/RESULTS.md > means over prices > spectrum | content"),
         ("shift (# points", "papers/memory/RESULTS.md > stream"),
+        ("accuracy is lower by # points (five", "papers/omoe/RESULTS.md > | omoe | adamw |"),
         (
             "the layer gains # points of accuracy, # more",
             "papers/memory/RESULTS.md > without a LayerNorm > layer, stream",
