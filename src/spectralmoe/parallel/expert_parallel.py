@@ -108,7 +108,7 @@ class ExpertParallel(Dispatch):
         sends = [sum(target == device for target, _ in sent) for device in range(devices)]
         receives = [sum(e // each == device for e in route.guests) for device in range(devices)]
         chosen = torch.tensor([e - rank * each for _, e in sent], dtype=torch.int64)
-        flat = torch.cat([stack.flatten(1) for stack in own.values()], 1)
+        flat = torch.cat([stack.reshape(len(stack), -1) for stack in own.values()], 1)
         chosen = chosen.to(flat.device, non_blocking=True)
         guests = exchange(flat.index_select(0, chosen), sends, receives, group)
         parts = guests.split([stack[0].numel() for stack in own.values()], 1)

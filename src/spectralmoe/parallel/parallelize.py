@@ -98,13 +98,14 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     r"""Scale gradients so that their common norm is at most ``max_norm``; returns the norm from before.
 
     As ``torch.nn.utils.clip_grad_norm_``, which refuses parameters of different meshes:
-    :math:`\|g\|^2` is summed over the shards of each mesh, then over meshes.
+    :math:`\|g\|^2` is summed over the shards of each mesh, then over meshes, in float32 or wider.
 
     Every device of every mesh calls it.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    squares = [torch.linalg.vector_norm(grad, dtype=torch.float32).square() for grad in grads]
-    whole = [full(square) for square in squares]
+    wide = [torch.promote_types(grad.dtype, torch.float32) for grad in grads]
+    norms = [torch.linalg.vector_norm(grad, dtype=dtype) for grad, dtype in zip(grads, wide, strict=True)]
+    whole = [full(norm.square()) for norm in norms]
     norm = torch.stack(whole).sum().sqrt() if whole else torch.zeros(())
     scale = (max_norm / (norm + 1e-6)).clamp_max(1)
     for grad in grads:
