@@ -22,6 +22,7 @@ from spectralmoe.hf.routers.swapped import SwappedLayer
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.layers import moe_layers, stock_experts, unwrapped
 from spectralmoe.moe import MoE
+from spectralmoe.sharding import is_sharded
 
 __all__ = ["attribute_experts"]
 
@@ -48,7 +49,7 @@ def attribute_experts(
     gain: compare with what ``block`` does.
 
     Runs the model once in evaluation mode; nothing of it is changed, and a ``block`` around it holds. Layers whose
-    experts read more than tokens, and models with an encoder, are refused.
+    experts read more than tokens, models with an encoder, sharded models and replayed choices are refused.
 
     Args:
         model: a ``LanguageMoE``, a causal model of Hugging Face's transformers, or another whose blocks add the output
@@ -60,9 +61,9 @@ def attribute_experts(
         level: what a row of the table is.
 
     Raises:
-        UserError: no MoE layer; a target outside the vocabulary; tokens of another shape; a block that does not add
-            the layer's output as it is; logits that are not ``unembed`` of ``norm``; experts without neurons at level
-            "neuron".
+        UserError: no MoE layer; a sharded model; choices that ``feed`` replays; a target outside the vocabulary; tokens
+            of another shape; a block that does not add the layer's output as it is; logits that are not ``unembed`` of
+            ``norm``; experts without neurons at level "neuron".
 
     >>> from spectralmoe.models import language_moe
     >>> model = language_moe(256, width=32, depth=2, num_experts=4, hidden=16)
@@ -79,6 +80,7 @@ def attribute_experts(
             f"attribute_experts: takes ids (S,) or (B, S) and a target for each sequence, got {[*tokens.shape]} and "
             f"{len(wanted)}"
         )
+    _refuse_elsewhere(inside)
     with _watched(inside) as seen:
         stream = Stream(inside, seen.layers, find_norm(inside, seen.layers) if norm is None else norm)
         head = find_unembed(inside) if unembed is None else unembed
@@ -94,6 +96,23 @@ def attribute_experts(
         row for place, call in enumerate(calls) for row in _gains(_Layer.of(call, stream, ids), readout, level, place)
     ]
     return joined(level, names, readout.log_prob, rows)
+
+
+def _refuse_elsewhere(model: nn.Module) -> None:
+    """Refuse a model whose experts are not all here, or whose choice is not its own."""
+    sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if sharded is not None:
+        raise UserError(
+            f"attribute_experts: {sharded} is sharded over several processes, and every expert is needed here; take "
+            "the whole model, from before it was sharded or as it was saved"
+        )
+    for name, layer in {} if stock_experts(model) else moe_layers(model).items():
+        fed = layer.here.fed
+        if fed is not None and fed.replay:
+            raise UserError(
+                f"attribute_experts: {name} replays choices (feed), but gains are those of the experts that the router "
+                "chooses itself; call it outside of feed(replay=...) and feed(indices=...)"
+            )
 
 
 def _watched(model: nn.Module) -> Any:

@@ -18,7 +18,7 @@ from spectralmoe.compression.scheme import Held, Report, Scheme
 from spectralmoe.errors import UserError
 from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.layers import find_layers
-from spectralmoe.hf.routers.copies import add_copies, refuse_copies
+from spectralmoe.hf.routers.copies import add_copies, refuse_copies, refuse_plain_saving
 from spectralmoe.hf.routers.rules import read_rule
 from spectralmoe.hf.routers.swap import swap_routers
 from spectralmoe.hf.shrinking.calibration import Batches, Calibration
@@ -51,7 +51,8 @@ def replicate_and_quantize_experts(
     As ``compression.replicate_and_quantize``. Copies stand behind the stacked experts; routers of this library take the
     place of the stock ones (``swap_routers``), decide as these and deal an expert's tokens out to its places. The model
     is saved by ``save_swapped`` and loaded by ``load_swapped``; plain transformers loads that folder as a model without
-    copies and with the same quantised experts. With ``copies=0`` the model is a stock one, for ``save_pretrained``.
+    copies and with the same quantised experts. It refuses ``save_pretrained``, whose folder would not load. With
+    ``copies=0`` the model is a stock one, for ``save_pretrained``.
 
     Args:
         model: of transformers, with its stock routers, in evaluation mode.
@@ -94,6 +95,7 @@ def replicate_and_quantize_experts(
     made = copy.deepcopy(stock)
     if copies:
         swap_routers(made)
+        refuse_plain_saving(made)
     for layer in find_layers(made):
         table = _table(done[layer.name].places)
         if copies:
