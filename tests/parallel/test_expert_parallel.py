@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from itertools import product
 
 import pytest
 import torch
@@ -50,6 +49,7 @@ from spectralmoe.parallel import (
     clip_gradients,
     expert_parameters,
     parallelize_experts,
+    plan_native,
     plan_replicas,
     shard_experts,
 )
@@ -67,6 +67,8 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-9}
 EPS = {torch.float32: 1.0, torch.float64: 1e-6}
 """Of AdamW, whose first step is lr g / (|g| + eps): in float32 it must not divide rounding by a small eps."""
 PLANNERS = {"home": None, "least_loaded": LeastLoaded(chunk=1, threshold=1.0)}
+PAIRS = tuple(zip(PLANNERS, TOLERANCE, strict=True))
+"""Rows travel in float32, and weights too in float64."""
 BANKS = {
     "feed_forward": lambda: FeedForward(E, D, H, activation="swiglu", bias=True),
     "eigen": lambda: EigenExperts(E, D, 3),
@@ -235,6 +237,9 @@ def refusals(rank, folder):
     reads = MoE(Router(BasisScorer(D, E, score="energy"), TopK(2)), EigenExperts(E, D, 3))
     several = make()
     parallelize_experts(several, mesh, planner=plan_replicas)
+    fully_shard(sharded := make())
+    other = make()
+    parallelize_experts(other, mesh, planner=lambda load, devices: plan_native([load[0] + 1, *load[1:]], devices))
     lines = []
     for refused in (
         lambda: parallelize_experts(odd, mesh),
@@ -242,6 +247,12 @@ def refusals(rank, folder):
         lambda: parallelize_experts(reads, mesh),
         lambda: parallelize_experts(make(), mesh, ep="tp"),
         lambda: several(torch.randn(4, D)),
+        lambda: other(torch.randn(4, D)),
+        lambda: parallelize_experts(several, mesh),
+        lambda: parallelize_experts(sharded, mesh),
+        lambda: shard_experts(make(), init_device_mesh("cpu", (world, 1), mesh_dim_names=("efsdp", "ep"))),
+        lambda: shard_experts(several, mesh),
+        lambda: clip_gradients(odd.parameters(), -1.0),
     ):
         with pytest.raises(UserError) as error:
             refused()
@@ -313,7 +324,7 @@ def by_name(rank, folder):
             found[name] = str(error)
             continue
         found[name] = {}
-        for planner, dtype in product(PLANNERS, TOLERANCE):
+        for planner, dtype in PAIRS:
             layer = named(name).to(dtype)
             parallelize_experts(layer, line(world), planner=PLANNERS[planner])
             y = outcome(layer, rank, world)
@@ -344,7 +355,7 @@ CHECKS = (parity, kept, accumulated, refusals, bf16, stored, by_name)
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return Ranks(__file__, tmp_path_factory.mktemp("two"), 300)
+    return Ranks(__file__, tmp_path_factory.mktemp("two"), 600)
 
 
 @pytest.fixture(scope="module")
@@ -420,6 +431,8 @@ def test_autocast(ranks):
 
 def test_one_line_before_anything_is_changed(ranks):
     expected = (("5 experts",), ("no stack",), ("BasisScorer",), ("'tp'", "ep"), ("several",))
+    expected += (("another load",), ("sharded already",), ("sharded already",), ("parallelize_experts before",))
+    expected += (("'efsdp'", "ep"), ("max_norm", "-1.0"))
     for lines in ranks(refusals):
         for line, words in zip(lines, expected, strict=True):
             assert len(line.splitlines()) == 1
@@ -438,11 +451,11 @@ def test_every_selector_and_bank_works_or_is_refused(name, ranks):
         assert len(found[0].splitlines()) == 1
         return
     assert name not in REFUSED
-    for dtype in TOLERANCE:
+    for planner, dtype in PAIRS:
         layer = named(name).to(dtype)
         outputs = [outcome(layer, rank, RANKS) for rank in range(RANKS)]
         expected = {key: p.grad / RANKS for key, p in layer.named_parameters() if p.grad is not None}
-        for rank, planner in product(range(RANKS), PLANNERS):
+        for rank in range(RANKS):
             y, grads = found[rank][planner, dtype]
             near(y, outputs[rank])
             near(grads, expected)

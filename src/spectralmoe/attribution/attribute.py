@@ -73,13 +73,7 @@ def attribute_experts(
     """
     if level not in get_args(Level):
         raise one_of("level", level, get_args(Level))
-    inside, ids = unwrapped(model), tokens[None] if tokens.dim() == 1 else tokens
-    wanted = torch.as_tensor(target, device=ids.device).reshape(-1)
-    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point() or len(wanted) != len(ids):
-        raise UserError(
-            f"attribute_experts: takes ids (S,) or (B, S) and a target for each sequence, got {[*tokens.shape]} and "
-            f"{len(wanted)}"
-        )
+    inside, (ids, wanted) = unwrapped(model), _ids(tokens, target)
     _refuse_elsewhere(inside)
     with _watched(inside) as seen:
         stream = Stream(inside, seen.layers, find_norm(inside, seen.layers) if norm is None else norm)
@@ -96,6 +90,22 @@ def attribute_experts(
         row for place, call in enumerate(calls) for row in _gains(_Layer.of(call, stream, ids), readout, level, place)
     ]
     return joined(level, names, readout.log_prob, rows)
+
+
+def _ids(tokens: Tensor, target: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The ids (B, S) and the targets (B,)."""
+    for value in (tokens, torch.tensor(target) if isinstance(target, int) else target):
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+            kind = f"{value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"attribute_experts: ids and targets are whole numbers in a tensor, got {kind}")
+    ids = tokens[None] if tokens.dim() == 1 else tokens
+    wanted = torch.as_tensor(target, device=ids.device).reshape(-1).long()
+    if ids.dim() != 2 or not ids.numel() or len(wanted) != len(ids):
+        raise UserError(
+            f"attribute_experts: takes ids (S,) or (B, S) and a target for each sequence, got {[*tokens.shape]} and "
+            f"{len(wanted)}"
+        )
+    return ids, wanted
 
 
 def _refuse_elsewhere(model: nn.Module) -> None:

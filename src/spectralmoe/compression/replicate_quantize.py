@@ -78,9 +78,9 @@ def replicate_and_quantize(
         seed: of "random".
 
     Raises:
-        UserError: a model in training mode, or without layers of this library; soft routing; no calibration; numbers
-            out of range; experts without a matrix of their own, on a manifold, or merged; a score that is not asked
-            for, or not finite.
+        UserError: a model in training mode, or without layers of this library; soft routing; no calibration, or one
+            without tokens; numbers out of range; experts without a matrix of their own, on a manifold, or merged; a
+            score that is not asked for, or not finite.
 
     >>> from spectralmoe import FeedForward, LinearScorer, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(1)), FeedForward(4, 8, 16)).eval()
@@ -104,7 +104,10 @@ def replicate_and_quantize(
         def worth(name: str = name, layer: MoE = layer) -> Tensor:
             return _losses(model, name, layer, score) if score else known.saliency(importance, name, layer)
 
-        done[name] = scheme.applied(name, held[name], known.counts(name, layer), worth)
+        counts = known.counts(name, layer)
+        if not counts.any():
+            raise UserError(f"{_OWNER}: no expert of layer {name!r} saw a token of the calibration; give other batches")
+        done[name] = scheme.applied(name, held[name], counts, worth)
     made = replicate(model, {name: layer.places for name, layer in done.items()})
     for name, layer in layers_of(_OWNER, made).items():
         for place in scheme.low(done[name], held[name], _places(layer)):

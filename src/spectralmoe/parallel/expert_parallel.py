@@ -15,7 +15,7 @@ from spectralmoe.dispatch.base import combine, sort_slots, spread
 from spectralmoe.errors import UserError
 from spectralmoe.experts.base import Answer, Experts
 from spectralmoe.parallel.exchange import Route, exchange, route_rows
-from spectralmoe.parallel.plan import Plan, plan_native
+from spectralmoe.parallel.plan import Plan, owners, plan_native
 from spectralmoe.routing import Routing
 from spectralmoe.sharding import is_sharded
 from spectralmoe.torch_private import transforming
@@ -43,7 +43,7 @@ class ExpertParallel(Dispatch):
 
     Raises:
         UserError: in a call: soft routing, which would send every row everywhere; inside a transform of ``torch.func``;
-            a plan with replicas.
+            a plan of another load, or with other homes.
 
     ``spectralmoe.parallel.parallelize_experts`` puts it into a model.
     """
@@ -90,9 +90,13 @@ class ExpertParallel(Dispatch):
         everyones = counts.new_empty(devices * len(counts))
         dist.all_gather_into_tensor(everyones, counts.contiguous(), group=group)
         loads = everyones.view(devices, -1).cpu()
-        plan = self.planner(loads.sum(0).tolist(), devices)
-        if any(len(homes) > 1 for homes in plan.homes):
-            raise UserError("ExpertParallel: the plan holds experts on several devices; here each has one home")
+        load: list[int] = loads.sum(0).tolist()
+        plan = self.planner(load, devices)
+        if plan.load != load or plan.homes != tuple((home,) for home in owners(len(load), devices)):
+            raise UserError(
+                "ExpertParallel: the planner's plan is of another load, or holds experts on several devices or on "
+                "other ones; here each of the P devices is home of E/P consecutive experts"
+            )
         return route_rows(plan, loads, rank, counts.device), plan
 
     def _with_guests(
