@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from importlib.util import find_spec
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -14,8 +14,12 @@ from seeds import set_first, shifted
 
 SLOW_SECONDS = 20
 
-MEGATRON = ["src/spectralmoe/integrations/megatron.py", "tests/megatron_layers.py"]
-collect_ignore = [] if find_spec("megatron") else MEGATRON
+ROOT = Path(__file__).parent
+MEGATRON = [
+    ROOT / path
+    for path in ("src/spectralmoe/integrations/megatron.py", "tests/integrations/megatron", "tests/megatron_layers.py")
+]
+"""What imports Megatron-core, which changes what torch loads; tests/integrations/test_megatron.py runs it elsewhere."""
 
 hypothesis.settings.register_profile("spectralmoe", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("spectralmoe")
@@ -31,9 +35,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         const="all",
         help="every grid whole and the long tests too; --full 2/3 runs the second of three parts of these alone",
     )
+    group.addoption("--megatron", action="store_true", help="run what imports Megatron-core in this process")
     group.addoption(
         "--require-chromium", action="store_true", help="fail the tests of the HTML page where there is no Chromium"
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path in MEGATRON and not config.getoption("--megatron") else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

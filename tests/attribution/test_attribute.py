@@ -8,9 +8,10 @@ import pytest
 import torch
 from seeds import shifted
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, UserError, record
+from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, UserError, feed, record
 from spectralmoe.attribution.frozen import frozen_norm
 from spectralmoe.attribution.neurons import expert_part, neuron_parts
 from spectralmoe.diagnostics import attribute_experts, block, watch
@@ -149,6 +150,9 @@ def test_mistakes_are_one_line(text):
         (lambda: attribute_experts(plain, text, torch.tensor([1, 1])), "holds no MoE layer"),
         (lambda: attribute_experts(model, text[0], VOCAB), f"target {VOCAB} is no token of a vocabulary of 0 to 19"),
         (lambda: attribute_experts(model, text, 3), "a target for each sequence"),
+        (lambda: attribute_experts(model, text[0].tolist(), 3), "whole numbers in a tensor, got list"),
+        (lambda: attribute_experts(model, text > 3, torch.tensor([1, 1])), "got torch.bool"),
+        (lambda: attribute_experts(model, text, torch.tensor([1.0, 1.0])), "got torch.float32"),
         (lambda: attribute_experts(model, text[0], 3, level="head"), "unknown level 'head'"),
         (lambda: attribute_experts(model, text[0], 3, unembed=lambda x: 2 * model.head(x)), "give unembed="),
         (lambda: attribute_experts(model, text[0], 3, norm=nn.RMSNorm(WIDTH)), "norm= did not run"),
@@ -157,6 +161,20 @@ def test_mistakes_are_one_line(text):
             call()
         assert "\n" not in str(error.value)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_replayed_choice_and_a_sharded_model_are_refused(text, one_process, user_error):
+    model = build()
+    with record(model) as tape:
+        model(text)
+    with feed(model, replay=tape), user_error("blocks.0.moe replays choices", "outside of feed"):
+        attribute_experts(model, text[0], 3)
+    with feed(model, mask=torch.ones(1, text.shape[1], dtype=torch.bool)):
+        attribute_experts(model, text[0], 3)
+    fully_shard(model.blocks[1].moe)
+    with user_error("blocks.1.moe", "sharded over several processes", "take the whole model"):
+        attribute_experts(model, text[0], 3)
 
 
 def test_a_block_that_scales_what_its_layer_adds_is_refused(text):

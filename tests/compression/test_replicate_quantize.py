@@ -211,6 +211,8 @@ def test_mistakes_are_named(user_error):
             replicate_and_quantize(layer, [x], **options)
     with user_error("calibration holds no batch"):
         replicate_and_quantize(layer, [])
+    with user_error("saw a token of the calibration"):
+        replicate_and_quantize(layer, [x[:0]])
     with user_error("training mode", "eval()"):
         replicate_and_quantize(layer_of().train(), [x])
     with user_error("every expert"):

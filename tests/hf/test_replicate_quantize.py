@@ -87,7 +87,7 @@ def test_the_busiest_and_the_least_are_quantised_and_nothing_else(keep):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_the_folder_holds_the_copies_and_a_stock_model_without(family, tmp_path, close):
+def test_the_folder_holds_the_copies_and_a_stock_model_without(family, tmp_path, close, user_error):
     model = stock_of(family)
     made = replicate_and_quantize_experts(model, [batch(model)], importance="reap", bits=4, copies=2).model
     wanted = logits_of(made)
@@ -95,6 +95,11 @@ def test_the_folder_holds_the_copies_and_a_stock_model_without(family, tmp_path,
     save_swapped(made, tmp_path / "model")
     again = load_swapped(tmp_path / "model")
     close(logits_of(again), wanted)
+    for placed in (made, copy.deepcopy(made), again):
+        with user_error("holds copies of experts", "use save_swapped(model, folder)"):
+            placed.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    save_swapped(copy.deepcopy(again), tmp_path / "model")
     assert [layer.router.placement.table.tolist() for layer in find_layers(again)] == [
         layer.router.placement.table.tolist() for layer in find_layers(made)
     ]

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from spectralmoe import Balanced, Capacity, FeedForward, LinearScorer, MoE, Router, Soft, TopK, attach, feed
 from spectralmoe.instruments.monitor import Monitor
 from spectralmoe.instruments.monitor_log import read_monitor
+from spectralmoe.models import MultilinearBlock
 
 N, D, E, K, DEPTH = 40, 8, 5, 2, 3
 KEYS = ["kind", "step", "tokens", "max_vio", "max_vio_worst", "entropy", "dead_experts", "dropped", "near_tie"]
@@ -214,6 +215,14 @@ def test_layers_of_other_sizes_and_zero_experts(tmp_path):
     assert load["shares"]["0"] == pytest.approx([count / sum(counts) for count in counts], abs=1e-6)
     assert load["shares"]["1"] == pytest.approx([float((second == e).double().mean()) for e in range(3)], abs=1e-6)
     assert step["dropped"] == 0
+
+
+def test_a_model_without_a_layer_to_watch_is_refused(tmp_path, user_error):
+    model = nn.Sequential(MultilinearBlock(D, 4, E, rank=2))
+    with user_error("Sequential has no layer to watch", "MultilinearBlock", "record(model)"):
+        Monitor(model, tmp_path / "lines.jsonl").__enter__()
+    assert not (tmp_path / "lines.jsonl").exists()
+    assert not model[0].watching
 
 
 def test_windows_end_at_multiples_and_the_last_one_is_written(tmp_path):

@@ -22,6 +22,7 @@ from spectralmoe.hf.routers.swapped import SwappedLayer
 from spectralmoe.hf.watch import watch_transformers
 from spectralmoe.layers import moe_layers, stock_experts, unwrapped
 from spectralmoe.moe import MoE
+from spectralmoe.sharding import is_sharded
 
 __all__ = ["attribute_experts"]
 
@@ -50,7 +51,7 @@ def attribute_experts(
     often. Compare them with what ``block`` changes.
 
     The model runs once in evaluation mode and is not changed; inside ``block`` the blocked experts are left out. Layers
-    whose experts read more than tokens, and models with an encoder, are refused.
+    whose experts read more than tokens, models with an encoder, sharded models and replayed choices are refused.
 
     Args:
         model: a ``LanguageMoE``, a causal Hugging Face model, or another model whose blocks add the output of an MoE
@@ -65,7 +66,7 @@ def attribute_experts(
         A table with one row for each expert (neuron, layer) of each sequence.
 
     Raises:
-        UserError: the model has no MoE layer; the target is not in the vocabulary; the tokens have another shape; a
+        UserError: the model has no MoE layer, or is sharded; ``feed`` replays its choices; the target is not in the vocabulary; the tokens have another shape; a
             block does not simply add the layer's output; the logits are not those of ``unembed`` and ``norm``; or the
             level is "neuron" and the experts have no hidden layer.
 
@@ -77,13 +78,8 @@ def attribute_experts(
     """
     if level not in get_args(Level):
         raise one_of("level", level, get_args(Level))
-    inside, ids = unwrapped(model), tokens[None] if tokens.dim() == 1 else tokens
-    wanted = torch.as_tensor(target, device=ids.device).reshape(-1)
-    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point() or len(wanted) != len(ids):
-        raise UserError(
-            f"attribute_experts: takes ids (S,) or (B, S) and a target for each sequence, got {[*tokens.shape]} and "
-            f"{len(wanted)}"
-        )
+    inside, (ids, wanted) = unwrapped(model), _ids(tokens, target)
+    _refuse_elsewhere(inside)
     with _watched(inside) as seen:
         stream = Stream(inside, seen.layers, find_norm(inside, seen.layers) if norm is None else norm)
         head = find_unembed(inside) if unembed is None else unembed
@@ -99,6 +95,39 @@ def attribute_experts(
         row for place, call in enumerate(calls) for row in _gains(_Layer.of(call, stream, ids), readout, level, place)
     ]
     return joined(level, names, readout.log_prob, rows)
+
+
+def _ids(tokens: Tensor, target: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The ids (B, S) and the targets (B,)."""
+    for value in (tokens, torch.tensor(target) if isinstance(target, int) else target):
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+            kind = f"{value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"attribute_experts: ids and targets are whole numbers in a tensor, got {kind}")
+    ids = tokens[None] if tokens.dim() == 1 else tokens
+    wanted = torch.as_tensor(target, device=ids.device).reshape(-1).long()
+    if ids.dim() != 2 or not ids.numel() or len(wanted) != len(ids):
+        raise UserError(
+            f"attribute_experts: takes ids (S,) or (B, S) and a target for each sequence, got {[*tokens.shape]} and "
+            f"{len(wanted)}"
+        )
+    return ids, wanted
+
+
+def _refuse_elsewhere(model: nn.Module) -> None:
+    """Refuse a model whose experts are not all here, or whose choice is not its own."""
+    sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if sharded is not None:
+        raise UserError(
+            f"attribute_experts: {sharded} is sharded over several processes, and every expert is needed here; take "
+            "the whole model, from before it was sharded or as it was saved"
+        )
+    for name, layer in {} if stock_experts(model) else moe_layers(model).items():
+        fed = layer.here.fed
+        if fed is not None and fed.replay:
+            raise UserError(
+                f"attribute_experts: {name} replays choices (feed), but gains are those of the experts that the router "
+                "chooses itself; call it outside of feed(replay=...) and feed(indices=...)"
+            )
 
 
 def _watched(model: nn.Module) -> Any:

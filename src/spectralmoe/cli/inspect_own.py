@@ -11,6 +11,7 @@ import torch
 from spectralmoe.attribution import holders
 from spectralmoe.cli.options import load_saved, say_notes
 from spectralmoe.diagnostics import evaluation_mode, watch
+from spectralmoe.diagnostics.watch import watched_layers
 from spectralmoe.instruments import Inspector, inspection_document
 from spectralmoe.instruments.running_text import passage
 from spectralmoe.training.tasks.text_verbs import split_prompt
@@ -43,9 +44,10 @@ def inspect_own(
     order = torch.randperm(len(samples.inputs), generator=torch.Generator().manual_seed(seed))
     used = 0
     with watch(network) as seen, evaluation_mode(network), torch.no_grad():
-        held = [holders(network, *prompt, [layer.name for layer in seen.layers]) for prompt in prompts]
+        watched = watched_layers("inspect", network, seen)
+        held = [holders(network, *prompt, [layer.name for layer in watched]) for prompt in prompts]
         seen.drain()
-        inspector = Inspector(seen.layers, labels=samples.names, seed=seed)
+        inspector = Inspector(watched, labels=samples.names, seed=seed)
         for chosen in order.split(samples.batch):
             if inspector.tokens >= tokens:
                 break

@@ -77,7 +77,8 @@ def replicate_and_quantize(
         seed: the seed of "random".
 
     Raises:
-        UserError: the model is in training mode, has no ``MoE`` layer or routes softly; there is no calibration batch;
+        UserError: the model is in training mode, has no ``MoE`` layer or routes softly; there is no calibration batch, or one
+            without tokens;
             a number is out of range; the experts have no matrices of their own, orthonormal bases, or are merged; the
             score is not finite, or is given with another importance than "removal".
 
@@ -106,7 +107,10 @@ def replicate_and_quantize(
         def worth(name: str = name, layer: MoE = layer) -> Tensor:
             return _losses(model, name, layer, score) if score else known.saliency(importance, name, layer)
 
-        done[name] = scheme.applied(name, held[name], known.counts(name, layer), worth)
+        counts = known.counts(name, layer)
+        if not counts.any():
+            raise UserError(f"{_OWNER}: no expert of layer {name!r} saw a token of the calibration; give other batches")
+        done[name] = scheme.applied(name, held[name], counts, worth)
     made = replicate(model, {name: layer.places for name, layer in done.items()})
     for name, layer in layers_of(_OWNER, made).items():
         for place in scheme.low(done[name], held[name], _places(layer)):

@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from spectralmoe.errors import UserError
 from spectralmoe.layers import moe_layers, unwrapped
 from spectralmoe.moe import MoE
 from spectralmoe.parts import Part
@@ -25,7 +26,7 @@ from spectralmoe.routing import Routing
 from spectralmoe.sharding import full
 from spectralmoe.tape import Record, Tape
 
-__all__ = ["Seen", "Watch", "Watched", "layer_number", "seen_of", "watch"]
+__all__ = ["Seen", "Watch", "Watched", "layer_number", "seen_of", "watch", "watched_layers"]
 
 
 class Watched(ABC):
@@ -238,6 +239,21 @@ def watch(model: nn.Module, *, tokens: bool = True, training_only: bool = False)
         yield seen
     finally:
         seen.tape.seal()
+
+
+def watched_layers(owner: str, model: nn.Module, seen: Watch) -> Sequence[Watched]:
+    """The layers that ``seen`` watches in ``model``.
+
+    Raises:
+        UserError: there is none, because no layer has experts that can be looked at one by one; ``owner`` asks.
+    """
+    if not seen.layers:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in moe_layers(model).values()}))
+        raise UserError(
+            f"{owner}: {type(unwrapped(model)).__name__} has no layer to watch: experts of {kinds} do not stand by "
+            "themselves; record(model) shows how it routes"
+        )
+    return seen.layers
 
 
 def layer_number(name: str) -> int | None:

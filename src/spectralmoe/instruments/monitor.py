@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmoe.diagnostics.measure import mean_of
-from spectralmoe.diagnostics.watch import Watch, watch
+from spectralmoe.diagnostics.watch import Watch, watch, watched_layers
 from spectralmoe.errors import UserError
 from spectralmoe.instruments.document import layer_names
 from spectralmoe.instruments.findings import Finding
@@ -58,7 +58,8 @@ class Monitor:
         findings: what is wrong now.
 
     Raises:
-        UserError: ``every`` below 1; when entered: no MoE layer, a path that cannot be written or holds something else.
+        UserError: ``every`` below 1; when entered: no MoE layer, or none that can be watched; a path that cannot be
+            written or holds something else.
 
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
     >>> model = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
@@ -97,11 +98,12 @@ class Monitor:
         return list(self._active.values())
 
     def __enter__(self) -> Self:
-        self._stack = ExitStack()
         first = not _distributed() or dist.get_rank(self.group) == 0
-        self._log = MonitorLog(Path(self.path)) if self.path is not None and first else None
-        self._watch = self._stack.enter_context(self.watching(self.model, tokens=False, training_only=True))
-        self._window = Window(self._watch.layers, _device(self.model))
+        with ExitStack() as stack:
+            seen = stack.enter_context(self.watching(self.model, tokens=False, training_only=True))
+            self._window = Window(watched_layers("Monitor", self.model, seen), _device(self.model))
+            self._log = MonitorLog(Path(self.path)) if self.path is not None and first else None
+            self._watch, self._stack = seen, stack.pop_all()
         self.last, self._active = None, {}
         self._now, self._offset, self._unreported, self._begun = 0, 0, 0, False
         return self

@@ -15,7 +15,7 @@ from spectralmoe.dispatch.base import combine, sort_slots, spread
 from spectralmoe.errors import UserError
 from spectralmoe.experts.base import Answer, Experts
 from spectralmoe.parallel.exchange import Route, exchange, route_rows
-from spectralmoe.parallel.plan import Plan, plan_native
+from spectralmoe.parallel.plan import Plan, owners, plan_native
 from spectralmoe.routing import Routing
 from spectralmoe.sharding import is_sharded
 from spectralmoe.torch_private import transforming
@@ -44,7 +44,7 @@ class ExpertParallel(Dispatch):
 
     Raises:
         UserError: the mesh has several dimensions. In a call: routing is soft, so that every row would go everywhere;
-            the plan has replicas; or it runs inside a transform of ``torch.func``.
+            the plan is of another load, has other homes or replicas; or it runs inside a transform of ``torch.func``.
     """
 
     of_machine = True
@@ -89,9 +89,13 @@ class ExpertParallel(Dispatch):
         everyones = counts.new_empty(devices * len(counts))
         dist.all_gather_into_tensor(everyones, counts.contiguous(), group=group)
         loads = everyones.view(devices, -1).cpu()
-        plan = self.planner(loads.sum(0).tolist(), devices)
-        if any(len(homes) > 1 for homes in plan.homes):
-            raise UserError("ExpertParallel: the plan holds experts on several devices; here each has one home")
+        load: list[int] = loads.sum(0).tolist()
+        plan = self.planner(load, devices)
+        if plan.load != load or plan.homes != tuple((home,) for home in owners(len(load), devices)):
+            raise UserError(
+                "ExpertParallel: the planner's plan is of another load, or holds experts on several devices or on "
+                "other ones; here each of the P devices is home of E/P consecutive experts"
+            )
         return route_rows(plan, loads, rank, counts.device), plan
 
     def _with_guests(
@@ -107,7 +111,7 @@ class ExpertParallel(Dispatch):
         sends = [sum(target == device for target, _ in sent) for device in range(devices)]
         receives = [sum(e // each == device for e in route.guests) for device in range(devices)]
         chosen = torch.tensor([e - rank * each for _, e in sent], dtype=torch.int64)
-        flat = torch.cat([stack.flatten(1) for stack in own.values()], 1)
+        flat = torch.cat([stack.reshape(len(stack), -1) for stack in own.values()], 1)
         chosen = chosen.to(flat.device, non_blocking=True)
         guests = exchange(flat.index_select(0, chosen), sends, receives, group)
         parts = guests.split([stack[0].numel() for stack in own.values()], 1)

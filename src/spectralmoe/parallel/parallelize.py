@@ -17,7 +17,7 @@ from spectralmoe.parallel.expert_parallel import ExpertParallel, Planner
 from spectralmoe.parallel.plan import owners, plan_native
 from spectralmoe.ranks import RankExperts
 from spectralmoe.scorers import Scorer
-from spectralmoe.sharding import beside, full
+from spectralmoe.sharding import beside, full, is_sharded
 
 __all__ = ["clip_gradients", "expert_parameters", "parallelize_experts", "shard_experts"]
 
@@ -46,12 +46,10 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh, *, ep: str = "ep", p
 
     Raises:
         UserError: the mesh has no such dimension; the number of devices does not divide E; a bank has tensors that are
-            no stacks of experts; a scorer reads the experts; a layer routes softly or is no ``MoE``; or there are
-            ``RankExperts`` alone. Nothing is changed then.
+            no stacks of experts, or are sharded already; a scorer reads the experts; a layer routes softly or is no
+            ``MoE``; or there are ``RankExperts`` alone. Nothing is changed then.
     """
-    names = mesh.mesh_dim_names or ()
-    if ep not in names:
-        raise UserError(f"parallelize_experts: the mesh has no dimension {ep!r}, but {', '.join(names) or 'no names'}")
+    _find_dimension("parallelize_experts", mesh, ep)
     part = mesh[ep]
     layers = {name: layer for name, layer in moe_layers(model).items() if not isinstance(layer, RankExperts)}
     if not layers:
@@ -67,8 +65,7 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh, *, ep: str = "ep", p
 
 def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Return the parameters of distributed experts, which data parallelism must leave alone."""
-    layers = (layer for layer in moe_layers(model).values() if isinstance(layer, MoE))
-    return {p for layer in layers if isinstance(layer.dispatch, ExpertParallel) for p in layer.experts.parameters()}
+    return {parameter for layer in _shared_out(model) for parameter in layer.experts.parameters()}
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh, *, dp: str = "efsdp", **options: Any) -> None:
@@ -84,13 +81,19 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, dp: str = "efsdp", **op
     Args:
         dp: the name of that dimension.
         options: options of ``torch.distributed.fsdp.fully_shard``.
+
+    Raises:
+        UserError: the mesh has no such dimension; no experts of the model are distributed.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    for layer in moe_layers(model).values():
-        if isinstance(layer, MoE) and isinstance(layer.dispatch, ExpertParallel):
-            fully_shard(layer.experts, mesh=mesh[dp], **options)
-            register_fsdp_forward_method(layer.experts, "on_stacks")
+    _find_dimension("shard_experts", mesh, dp)
+    layers = _shared_out(model)
+    if not layers:
+        raise UserError("shard_experts: no experts of the model are shared out; call parallelize_experts before")
+    for layer in layers:
+        fully_shard(layer.experts, mesh=mesh[dp], **options)
+        register_fsdp_forward_method(layer.experts, "on_stacks")
 
 
 @torch.no_grad()
@@ -98,16 +101,35 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     r"""Scale gradients so that their joint norm is at most ``max_norm``; return the norm that they had.
 
     It does what ``torch.nn.utils.clip_grad_norm_`` does, which refuses parameters of different meshes:
-    :math:`\|g\|^2` is summed over the shards of each mesh, then over the meshes. Every device must call it.
+    :math:`\|g\|^2` is summed over the shards of each mesh, then over the meshes, in float32 or wider. Every device must
+    call it.
+
+    Raises:
+        UserError: ``max_norm`` is below 0.
     """
+    if not max_norm >= 0:
+        raise UserError(f"clip_gradients: max_norm must be 0 or more, got {max_norm}")
     grads = [p.grad for p in parameters if p.grad is not None]
-    squares = [torch.linalg.vector_norm(grad, dtype=torch.float32).square() for grad in grads]
-    whole = [full(square) for square in squares]
+    wide = [torch.promote_types(grad.dtype, torch.float32) for grad in grads]
+    norms = [torch.linalg.vector_norm(grad, dtype=dtype) for grad, dtype in zip(grads, wide, strict=True)]
+    whole = [full(norm.square()) for norm in norms]
     norm = torch.stack(whole).sum().sqrt() if whole else torch.zeros(())
     scale = (max_norm / (norm + 1e-6)).clamp_max(1)
     for grad in grads:
         grad.mul_(beside(scale.to(grad.device), grad))
     return norm
+
+
+def _find_dimension(owner: str, mesh: DeviceMesh, name: str) -> None:
+    names = mesh.mesh_dim_names or ()
+    if name not in names:
+        raise UserError(f"{owner}: the mesh has no dimension {name!r}, but {', '.join(names) or 'no names'}")
+
+
+def _shared_out(model: nn.Module) -> list[MoE]:
+    """The layers whose experts ``parallelize_experts`` shared out."""
+    layers = (layer for layer in moe_layers(model).values() if isinstance(layer, MoE))
+    return [layer for layer in layers if isinstance(layer.dispatch, ExpertParallel)]
 
 
 def _check(name: str, layer: object, devices: int) -> None:
@@ -126,6 +148,11 @@ def _check(name: str, layer: object, devices: int) -> None:
     owners(bank.num_experts, devices)
     owned = bank.expert_parameters(0)  # a factor that all experts share may be E rows long by chance
     for title, stack in (*bank.named_parameters(), *bank.named_buffers()):
+        if is_sharded(stack):
+            raise UserError(
+                f"parallelize_experts: {title!r} of {name!r} is sharded already; share the experts out once, and "
+                "before FSDP2"
+            )
         is_stack = stack.dim() > 0 and len(stack) == bank.num_experts
         if not is_stack or (isinstance(stack, nn.Parameter) and title not in owned):
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from spectralmoe.hf.routers.swapped import SwappedRouter
 from spectralmoe.hf.structure import count_attributes
 from spectralmoe.placement import Placement, check_places
 
-__all__ = ["add_copies", "copies_of", "placed_layers", "refuse_copies", "without_copies"]
+__all__ = ["add_copies", "copies_of", "placed_layers", "refuse_copies", "refuse_plain_saving", "without_copies"]
 
 
 def refuse_copies(owner: str, layer: HFLayer, rule: Rule) -> None:
@@ -50,6 +51,18 @@ def add_copies(layer: HFLayer, placement: Placement, copies: Mapping[str, Tensor
     for name in count_attributes(layer.experts, before):
         setattr(layer.experts, name, placement.num_places)
     router.placement = placement.to(next(layer.experts.parameters()).device)
+
+
+def refuse_plain_saving(model: Any) -> None:
+    """Have this model, which holds copies, refuse ``save_pretrained``, whose folder would not load."""
+    model.save_pretrained = _refuse_saving
+
+
+def _refuse_saving(*_: Any, **__: Any) -> NoReturn:
+    raise UserError(
+        "save_pretrained: the model holds copies of experts, which its config does not count, so that nothing could "
+        "load the folder; use save_swapped(model, folder), which writes a stock model with the copies beside it"
+    )
 
 
 def placed_layers(model: nn.Module) -> dict[str, HFLayer]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spectralmoe.errors import UserError, first_line, refuse_differences
 from spectralmoe.files import exists, read_json, write_json
 from spectralmoe.hf.layers import find_layers
-from spectralmoe.hf.routers.copies import add_copies, copies_of, placed_layers, without_copies
+from spectralmoe.hf.routers.copies import add_copies, copies_of, placed_layers, refuse_plain_saving, without_copies
 from spectralmoe.hf.routers.places import put_in, swapped_routers
 from spectralmoe.hf.routers.rules import read_rule
 from spectralmoe.hf.routers.swapped import SwappedRouter
@@ -114,6 +114,7 @@ def put_routers(model: nn.Module, folder: Path, *, allow: Sequence[str] = ()) ->
     for layer in find_layers(stock):
         if "table" in config["layers"].get(layer.name, ()):
             add_copies(layer, Placement(config["layers"][layer.name]["table"]), copies[layer.name])
+            refuse_plain_saving(stock)
 
 
 def stock_tensors(model: nn.Module) -> dict[str, Tensor]:

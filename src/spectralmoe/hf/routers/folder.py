@@ -46,7 +46,8 @@ def save_swapped(model: nn.Module, folder: str | Path) -> None:
         new.mkdir()
         with quiet():
             try:
-                stock.save_pretrained(new, state_dict={name: full(v) for name, v in stock_tensors(stock).items()})
+                whole = {name: full(value) for name, value in stock_tensors(stock).items()}
+                type(stock).save_pretrained(stock, new, state_dict=whole)  # which one with copies refuses itself
             except ValueError as error:  # a quantised model that cannot be written
                 raise UserError(f"transformers cannot save this model ({first_line(error)})") from error
         write_routers(stock, new)

@@ -18,7 +18,7 @@ from spectralmoe.compression.scheme import Held, Report, Scheme
 from spectralmoe.errors import UserError
 from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.layers import find_layers
-from spectralmoe.hf.routers.copies import add_copies, refuse_copies
+from spectralmoe.hf.routers.copies import add_copies, refuse_copies, refuse_plain_saving
 from spectralmoe.hf.routers.rules import read_rule
 from spectralmoe.hf.routers.swap import swap_routers
 from spectralmoe.hf.shrinking.calibration import Batches, Calibration
@@ -51,8 +51,8 @@ def replicate_and_quantize_experts(
     It does what ``compression.replicate_and_quantize`` does. Copies stand behind the stacked experts. Routers of this
     library take the place of the stock ones (``swap_routers``), choose the same experts and share an expert's tokens
     among its places. ``save_swapped`` saves the model and ``load_swapped`` loads it; plain transformers loads that
-    folder as a model without copies and with the same quantised experts. With ``copies=0`` no router is replaced, and
-    ``save_pretrained`` saves the model.
+    folder as a model without copies and with the same quantised experts. ``save_pretrained`` is refused, since
+    its folder would not load. With ``copies=0`` no router is replaced, and ``save_pretrained`` saves the model.
 
     Args:
         model: of transformers, with its stock routers, in evaluation mode.
@@ -95,6 +95,7 @@ def replicate_and_quantize_experts(
     made = copy.deepcopy(stock)
     if copies:
         swap_routers(made)
+        refuse_plain_saving(made)
     for layer in find_layers(made):
         table = _table(done[layer.name].places)
         if copies:

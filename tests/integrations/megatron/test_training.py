@@ -4,14 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from seeds import generator
-from torch import nn
-
-from spectralmoe import Monitor, attach, record
-from spectralmoe.linalg import is_orthonormal
-
-pytest.importorskip("megatron.core", reason="needs megatron-core")
-
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -19,8 +11,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 from megatron_layers import EXPERTS, B, K, S, config, layer_with, padding
+from seeds import generator
+from torch import nn
 
+from spectralmoe import Monitor, attach, record
 from spectralmoe.integrations.megatron import SpectralRouter
+from spectralmoe.linalg import is_orthonormal
 
 pytestmark = [
     pytest.mark.usefixtures("megatron"),
