@@ -66,9 +66,9 @@ def attribute_experts(
         A table with one row for each expert (neuron, layer) of each sequence.
 
     Raises:
-        UserError: the model has no MoE layer, or is sharded; ``feed`` replays its choices; the target is not in the vocabulary; the tokens have another shape; a
-            block does not simply add the layer's output; the logits are not those of ``unembed`` and ``norm``; or the
-            level is "neuron" and the experts have no hidden layer.
+        UserError: the model has no MoE layer, or is sharded; ``feed`` replays its choices; the target is not in the
+            vocabulary; the tokens have another shape; a block does not simply add the layer's output; the logits are
+            not those of ``unembed`` and ``norm``; or the level is "neuron" and the experts have no hidden layer.
 
     >>> from spectralmoe.models import language_moe
     >>> model = language_moe(256, width=32, depth=2, num_experts=4, hidden=16)

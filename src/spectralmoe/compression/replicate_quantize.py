@@ -77,10 +77,9 @@ def replicate_and_quantize(
         seed: the seed of "random".
 
     Raises:
-        UserError: the model is in training mode, has no ``MoE`` layer or routes softly; there is no calibration batch, or one
-            without tokens;
-            a number is out of range; the experts have no matrices of their own, orthonormal bases, or are merged; the
-            score is not finite, or is given with another importance than "removal".
+        UserError: the model is in training mode, has no ``MoE`` layer or routes softly; there is no calibration batch,
+            or one without tokens; a number is out of range; the experts have no matrices of their own, orthonormal
+            bases, or are merged; the score is not finite, or is given with another importance than "removal".
 
     >>> from spectralmoe import FeedForward, LinearScorer, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(1)), FeedForward(4, 8, 16)).eval()
