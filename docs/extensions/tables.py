@@ -66,7 +66,7 @@ class Claims(Lines):
 class Versions(Lines):
     """The packages that this one asks for, with their oldest and their tested versions."""
 
-    reads = ("pyproject.toml", "constraints.txt")
+    reads = ("pyproject.toml", "constraints*.txt")
 
     def lines(self) -> list[str]:
         """One table."""
