@@ -85,8 +85,8 @@ def test_commands_run(page, folder, monkeypatch, capsys):
 
         for kind in ("cats", "dogs"):
             (folder / "photos" / kind).mkdir(parents=True)
-            for n in range(12):
-                Image.effect_noise((20, 20), 40 + 20 * n).save(f"photos/{kind}/{n}.png")
+            for n in range(30):
+                Image.effect_noise((20, 20), 40 + 5 * n).save(f"photos/{kind}/{n}.png")
         monkeypatch.syspath_prepend(str(folder))
         (folder / "my_router.py").write_text(next(block.text for block in blocks(page) if block.kind == "python"))
     ran = [words for words in commands(page) if words[0] not in NOT_RUN]
