@@ -13,12 +13,10 @@ from grids import part_of
 from seeds import set_first, shifted
 
 SLOW_SECONDS = 20
+EXAMPLES, FULL_EXAMPLES = 15, 50  # of a property, in the default run and with --full
 
 MEGATRON = ["src/spectralmoe/integrations/megatron.py", "tests/megatron_layers.py"]
 collect_ignore = [] if find_spec("megatron") else MEGATRON
-
-hypothesis.settings.register_profile("spectralmoe", derandomize=True, deadline=None, max_examples=50)
-hypothesis.settings.load_profile("spectralmoe")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     set_first(config.getoption("--seed"))
     torch.set_num_threads(config.getoption("--threads"))
+    examples = FULL_EXAMPLES if config.getoption("--full") else EXAMPLES
+    hypothesis.settings.register_profile("spectralmoe", derandomize=True, deadline=None, max_examples=examples)
+    hypothesis.settings.load_profile("spectralmoe")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
