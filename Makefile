@@ -17,6 +17,7 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 PYTEST = $(BIN)/pytest -n auto --dist worksteal
+unexport PYTHONDONTWRITEBYTECODE # every worker and every process of a test would compile all files anew
 
 .PHONY: demo test test-all test-portable coverage docs speed lint format clean
 

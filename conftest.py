@@ -13,6 +13,7 @@ from grids import part_of
 from seeds import set_first, shifted
 
 SLOW_SECONDS = 20
+EXAMPLES, FULL_EXAMPLES = 15, 50  # of a property, in the default run and with --full
 
 ROOT = Path(__file__).parent
 MEGATRON = [
@@ -20,9 +21,6 @@ MEGATRON = [
     for path in ("src/spectralmoe/integrations/megatron.py", "tests/integrations/megatron", "tests/megatron_layers.py")
 ]
 """What imports Megatron-core, which changes what torch loads; tests/integrations/test_megatron.py runs it elsewhere."""
-
-hypothesis.settings.register_profile("spectralmoe", derandomize=True, deadline=None, max_examples=50)
-hypothesis.settings.load_profile("spectralmoe")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,6 +46,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_configure(config: pytest.Config) -> None:
     set_first(config.getoption("--seed"))
     torch.set_num_threads(config.getoption("--threads"))
+    examples = FULL_EXAMPLES if config.getoption("--full") else EXAMPLES
+    hypothesis.settings.register_profile("spectralmoe", derandomize=True, deadline=None, max_examples=examples)
+    hypothesis.settings.load_profile("spectralmoe")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked import ends, environment, start
 
 __all__ = ["RANKS", "Ranks", "environment", "work"]
 
 RANKS = 2
-TESTS = Path(__file__).parent
 
 
 def work(checks: Sequence[Callable[[int, Path], Any]]) -> None:
@@ -38,28 +36,13 @@ def work(checks: Sequence[Callable[[int, Path], Any]]) -> None:
     dist.destroy_process_group()
 
 
-def environment() -> dict[str, str]:
-    """Of a process that knows the source and the modules of the tests, and meets others on this machine."""
-    paths = os.pathsep.join(map(str, (TESTS.parent / "src", TESTS)))
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-
-
 class Ranks:
     """Runs ``script`` as all processes, for ``seconds`` at most; ``ranks(check)`` is what each rank found."""
 
     def __init__(self, script: str, folder: Path, seconds: int, number: int = RANKS) -> None:
         self.folder = folder
-        command = [sys.executable, script]
-        processes = [
-            subprocess.Popen([*command, str(rank), str(folder), str(seconds), str(number)], env=environment())
-            for rank in range(number)
-        ]
-        try:
-            for process in processes:
-                process.wait(timeout=seconds)
-        finally:
-            for process in processes:
-                process.kill()
+        codes = ends([start(script, rank, folder, seconds, number) for rank in range(number)], seconds)
+        assert codes == [0] * number
         self.results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(number)]
 
     def __call__(self, check: Callable[[int, Path], Any]) -> list[Any]:

@@ -8,7 +8,9 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["crosses", "pairwise", "part_of"]
+import pytest
+
+__all__ = ["crosses", "one_of_each", "pairwise", "part_of"]
 
 
 def pairwise(*factors: Iterable[Any], seed: int = 0) -> list[tuple[Any, ...]]:
@@ -40,6 +42,17 @@ def crosses(
     draw = random.Random(seed)
     cross += [(a, draw.choice(second)) for a in first] + [(draw.choice(first), b) for b in second]
     return list(dict.fromkeys(cross))
+
+
+def one_of_each(**factors: Iterable[Any]) -> pytest.MarkDecorator:
+    """A mark: as few rows of the product as hold every value of each factor; the others are marked ``full``."""
+    tables = [list(factor) for factor in factors.values()]
+    cover = {tuple(i % len(table) for table in tables) for i in range(max(map(len, tables)))}
+    rows = [
+        pytest.param(*(t[i] for t, i in zip(tables, row, strict=True)), marks=[] if row in cover else pytest.mark.full)
+        for row in itertools.product(*(range(len(table)) for table in tables))
+    ]
+    return pytest.mark.parametrize(list(factors), rows)
 
 
 def part_of(rows: Sequence[Any], part: str) -> list[Any]:

@@ -13,6 +13,8 @@ from spectralmoe.selectors import SELECTORS
 from spectralmoe.units import Pixel
 
 D, E = 12, 6
+TRUSTED = {"cpp.vec_isa_ok": True}
+"""Torch believes the processor: it would compile a trial for every instruction set, longer than these tests take."""
 ALONE = [name for name in SCORERS if name not in NOT_ALONE]
 
 
@@ -31,10 +33,14 @@ def run(forward, layer, x, direction, mask=None):
     return [y, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
 
 
+def options_of(backend):
+    return TRUSTED if backend == "inductor" else None
+
+
 def check(layer, backend, close, sizes=(20,), masked=False):
     """Equal to eager in output and in every gradient, for batches of all ``sizes``."""
     layer.eval()  # the noise of one generator state differs between backends
-    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, options=options_of(backend))
     for n in sizes:
         x, direction = torch.randn(n, layer.router.scorer.dim), torch.randn(n, layer.router.scorer.dim)
         mask = torch.rand(n) < 0.7 if masked else None
@@ -59,8 +65,20 @@ def test_aot_eager_takes_them_together(make_router, scorer_name, selector_name, 
     check(MoE(make_router(scorer_name, selector_name, D, E), FeedForward(E, D, 8)), "aot_eager", close)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_autocast(make_router, close, backend):
+    layer = MoE(make_router("linear", "topk", D, E), FeedForward(E, D, 8)).eval()
+    x = torch.randn(20, D)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, options=options_of(backend))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = compiled(x)
+    assert y.dtype == torch.bfloat16
+    close(y.float(), layer(x), torch.bfloat16)
+
+
+@pytest.mark.full
 @pytest.mark.inductor
-@pytest.mark.parametrize("case", [i if i % 6 == 0 else pytest.param(i, marks=pytest.mark.full) for i in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_inductor_takes_each_scorer_and_each_selector(make_router, close, case):
     scorer, selector = (list(table)[case % len(table)] for table in (ALONE, SELECTORS))
     check(MoE(make_router(scorer, selector, D, E), FeedForward(E, D, 8)), "inductor", close)
@@ -78,17 +96,6 @@ def test_inductor_takes_both_grouped_paths(make_router, close, hidden, native):
 def test_sizes_may_change(make_router, close, hidden):
     layer = MoE(make_router("cosine", "capacity", D, E), FeedForward(E, D, hidden, bias=True))
     check(layer, "aot_eager", close, sizes=(20, 33, 1, 0), masked=True)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
-def test_autocast(make_router, close, backend):
-    layer = MoE(make_router("linear", "topk", D, E), FeedForward(E, D, 8)).eval()
-    x = torch.randn(20, D)
-    compiled = torch.compile(layer, backend=backend, fullgraph=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = compiled(x)
-    assert y.dtype == torch.bfloat16
-    close(y.float(), layer(x), torch.bfloat16)
 
 
 def test_noise_in_training_is_drawn_anew(make_router):

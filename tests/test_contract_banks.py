@@ -143,10 +143,11 @@ def test_parameters_of_the_experts_are_all_there_are_and_no_two_share_any(bank):
         assert torch.equal(twin.expert(x, e), bank.expert(x, e))
 
 
-def test_compiled_it_gives_the_same(layer, close):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.full)])
+def test_compiled_it_gives_the_same(backend, layer, close):
     torch.compiler.reset()
     x, direction = rows(layer.experts, 20), rows(layer.experts, 20)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=not isinstance(layer.experts, ModuleExperts))
+    compiled = torch.compile(layer, backend=backend, fullgraph=not isinstance(layer.experts, ModuleExperts))
     results = []
     for forward in (layer, compiled):
         layer.zero_grad()

@@ -114,10 +114,11 @@ def test_nothing_but_masked_tokens_is_finite(term, layer, gradients):
     assert all(g.isfinite().all() for g in gradients(value, layer.parameters()))
 
 
-def test_it_is_the_same_of_a_compiled_layer(term, layer, gradients, close):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.full)])
+def test_it_is_the_same_of_a_compiled_layer(backend, term, layer, gradients, close):
     torch.compiler.reset()
     x, values = torch.randn(40, D), []
-    for forward in (layer, torch.compile(layer, backend="aot_eager")):
+    for forward in (layer, torch.compile(layer, backend=backend)):
         with record(layer, terms={"it": Term(term, 1.0)}) as tape:
             forward(x)
         values.append(of_tape(term, tape))

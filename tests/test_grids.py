@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from grids import crosses, pairwise, part_of
+from grids import crosses, one_of_each, pairwise, part_of
 from seeds import shifted
 
 
@@ -29,6 +29,14 @@ def test_a_cross_holds_its_two_lines_and_a_partner_for_each_value():
 
 def test_another_seed_pairs_otherwise():
     assert len({tuple(crosses("abcde", range(8), ("a", (0,)), seed=shifted(seed))) for seed in range(5)}) > 1
+
+
+def test_one_of_each_leaves_the_others_to_the_full_run():
+    names, rows = one_of_each(a="xyz", b="uv").args
+    assert names == ["a", "b"]
+    assert [row.values for row in rows] == list(itertools.product("xyz", "uv"))
+    assert [row.values for row in rows if not row.marks] == [("x", "u"), ("y", "v"), ("z", "u")]
+    assert {mark.name for row in rows for mark in row.marks} == {"full"}
 
 
 def test_parts_make_up_the_whole():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from grids import one_of_each
 from torch import nn
 from torch.nn import functional as F
 
@@ -69,9 +70,7 @@ def equal_weights(model, expected):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("layers", ["all", "last", "name"])
-@pytest.mark.parametrize("name", ["top2", "soft"])
+@pytest.mark.grid(name=["top2", "soft"], layers=["all", "last", "name"], k=[1, 3])
 def test_sgd_is_the_protocol_by_hand(network, data, wrong, name, layers, k):
     original = network(name)
     chosen = wrong(original, 2 + k)
@@ -93,8 +92,7 @@ def test_sgd_is_the_protocol_by_hand(network, data, wrong, name, layers, k):
             assert update.change == pytest.approx(float(sum(moved).sqrt()), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["stacked", "modules"])
-@pytest.mark.parametrize("k", [1, 2, None], ids=["top1", "top2", "soft"])
+@one_of_each(kind=["stacked", "modules"], k=[1, 2, None])
 def test_sgd_on_a_model_of_sequences_without_split(pooled, kind, k):
     original = pooled(kind, k)
     solved = 0
@@ -150,8 +148,7 @@ def with_frozen_parameters(model):
     return model.train()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["top2", "soft"])
+@one_of_each(name=["top2", "soft"], method=METHODS)
 def test_nothing_but_the_touched_experts_changes(network, data, wrong, make_guard, snapshot, changed, name, method):
     model = with_frozen_parameters(network(name))
     modes = [module.training for module in model.modules()]

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from grids import one_of_each
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -83,8 +84,7 @@ def test_the_verdict_is_a_full_evaluation_by_hand(network, data, make_guard, nam
         assert verdict.reachable == len(reference.reachable(touched))
 
 
-@pytest.mark.parametrize("k", [1, 2, None], ids=["top1", "top2", "soft"])
-@pytest.mark.parametrize("method", ["sgd", "low_rank", "unit"])
+@one_of_each(k=[1, 2, None], method=["sgd", "low_rank", "unit"])
 def test_a_model_of_sequences_without_split_is_judged_too(pooled, method, k):
     model = pooled("stacked", k)
     x, tokens = torch.randn(1, 5, 6), torch.randn(80, 5, 6)
@@ -190,11 +190,12 @@ def test_an_expert_that_no_reference_sample_uses(network, data):
     assert update.verdict.samples == int(unused.sum())
 
 
-@pytest.mark.parametrize("method", ["sgd", "low_rank", "unit"])
-@pytest.mark.parametrize(
-    ("name", "budget", "flips"), [("top2", 0.0, 0), ("top2", 5.0, 1), ("soft", 0.6, None), ("soft", 0.0, 2)]
+@one_of_each(
+    method=["sgd", "low_rank", "unit"],
+    limits=[("top2", 0.0, 0), ("soft", 0.6, None), ("top2", 5.0, 1), ("soft", 0.0, 2)],
 )
-def test_the_budget_is_honoured(network, data, wrong, make_guard, snapshot, changed, name, budget, flips, method):
+def test_the_budget_is_honoured(network, data, wrong, make_guard, snapshot, changed, limits, method):
+    name, budget, flips = limits
     model = network(name)
     guard = make_guard(budget=budget, max_flips=flips)
     x, y = data.validation.images, data.validation.labels

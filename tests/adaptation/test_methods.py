@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from grids import one_of_each
 from seeds import shifted
 from torch import nn
 
@@ -185,8 +186,7 @@ def unit_parts(bank, e):
     return torch.cat([up, bias, bank.down[e].T], 1).detach().clone()
 
 
-@pytest.mark.parametrize("layers", ["last", "all"])
-@pytest.mark.parametrize("name", ["top2", "soft"])
+@one_of_each(name=["top2", "soft"], layers=["last", "all"])
 def test_unit_writes_one_hidden_unit_of_one_expert(network, data, wrong, make_guard, snapshot, changed, name, layers):
     model = network(name)
     guard, used = make_guard(budget=100.0), dict[int, int]()
@@ -274,8 +274,7 @@ def test_an_expert_that_reference_data_never_use(user_error):
             METHODS[method](correction)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["top1", "soft"])
+@one_of_each(name=["top1", "soft"], method=METHODS)
 def test_most_mistakes_become_right(network, data, wrong, make_guard, name, method):
     model = network(name)
     guard = make_guard(budget=100.0)

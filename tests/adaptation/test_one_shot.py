@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from grids import one_of_each
 from torch.nn import functional as F
 
 from spectralmoe.adaptation import Rule, adapt_one, carried, one_shot_trials, rotated
@@ -83,8 +84,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("case", RULES)
-@pytest.mark.parametrize("name", ["top2", "soft"])
+@one_of_each(name=["top2", "soft"], case=RULES)
 def test_trials_are_the_plain_loop(network, data, make_guard, untouched, name, case):
     model, rule = network(name).train(), RULES[case]
     guard = make_guard(budget=1.0) if rule.method == "low_rank" else None

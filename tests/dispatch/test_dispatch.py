@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from grids import one_of_each
 from small_parts import make_bank
 from torch import nn
 
@@ -145,12 +146,12 @@ def test_equals_the_loop(bank, choice, dispatch, dtype, check):
     check(bank, choice, dispatch, dtype)
 
 
-@pytest.mark.grid(bank=BANKS, choice=CHOICES, dispatch=DISPATCHES)
+@one_of_each(bank=BANKS, choice=CHOICES, dispatch=DISPATCHES)
 def test_autocast_stays_near_the_fp32_loop(bank, choice, dispatch, check):
     check(bank, choice, dispatch, torch.float32, autocast=True)
 
 
-@pytest.mark.grid(bank=BANKS, choice=CHOICES, dispatch=DISPATCHES)
+@one_of_each(bank=BANKS, choice=CHOICES, dispatch=DISPATCHES)
 def test_bf16_stays_near_the_fp32_loop(bank, choice, dispatch, check):
     check(bank, choice, dispatch, torch.bfloat16)
 

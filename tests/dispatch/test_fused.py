@@ -18,8 +18,8 @@ from spectralmoe.routing import Routing
 
 E, D, H = 5, 8, 12
 ACTIVATIONS = ["gelu", "relu", "swiglu"]
-small_blocks = pytest.mark.parametrize("size", [1, 900, 2**22], ids=["rows", "parts", "whole"])
-again = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+SIZES = (1, 900, 2**22)  # blocks of rows, of parts, and the whole
+small_blocks = pytest.mark.parametrize("size", SIZES, ids=["rows", "parts", "whole"])
 
 
 def composed(x, routing, bank):
@@ -45,12 +45,14 @@ def results(layer, dispatch, x, mask, direction):
     return [y, x.grad, *(p.grad for p in layer.parameters())]
 
 
-@small_blocks
-@again
-@pytest.mark.parametrize("hidden", [H, D // 2], ids=["wide", "bottleneck"])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.grid(
+    dtype=[torch.float32, torch.float64, torch.bfloat16],
+    activation=ACTIVATIONS,
+    size=SIZES,
+    bias=[False, True],
+    hidden=[H, D // 2],
+    recompute=[False, True],
+)
 def test_equals_the_loop_however_it_is_cut(dtype, activation, bias, size, hidden, recompute, close, monkeypatch):
     monkeypatch.setattr(fused, "_BLOCK", size)
     layer, x, mask = make(activation, bias, dtype=dtype, hidden=hidden)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gloo_ranks import environment
+from forked import environment, output_of
 from toy_card.plan import card
 
 from spectralmoe.cli.app import run
@@ -188,15 +188,7 @@ print(json.dumps({
 
 @pytest.mark.parametrize(("seeds", "kills"), [(40, 20), pytest.param(80, 40, marks=pytest.mark.full)])
 def test_a_card_killed_at_random_moments_loses_nothing_and_does_nothing_twice(tmp_path, seeds, kills):
-    worker = subprocess.run(
-        [sys.executable, "-c", WORKER, str(tmp_path), str(seeds), str(kills)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert worker.returncode == 0, worker.stderr[-3000:]
-    found = json.loads(worker.stdout.splitlines()[-1])
+    found = json.loads(output_of(WORKER, tmp_path, seeds, kills).splitlines()[-1])
     assert (found["killed"], found["lost"], found["right"], found["left"]) == (kills, 0, True, [])
     total = 2 + 2 * seeds + 4
     assert total <= found["begun"] <= total + kills

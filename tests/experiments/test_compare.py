@@ -82,8 +82,8 @@ def test_candidates_are_the_same_for_every_row_and_start_with_the_preset():
 def test_tuning_picks_by_validation_and_gives_every_row_the_same_number(tmp_path):
     data = load_data("digits").subset(150)
     settings = CompareSettings(
-        data="digits", routers=("linear", "sr-moe"), depths=(1,), seeds=1, trials=2, tune=3,
-        network={"width": 16, "num_experts": 4, "hidden": 8}, optimization={"epochs": 2},
+        data="digits", routers=("linear", "sr-moe"), depths=(1,), seeds=1, trials=1, tune=3,
+        network={"width": 16, "num_experts": 4, "hidden": 8}, optimization={"epochs": 1},
     )  # fmt: skip
     rows = run(settings, ImageTask(data), tmp_path, torch.device("cpu"), lambda text, done: None).cells
     tried = read_json(tmp_path / "tuning.json")

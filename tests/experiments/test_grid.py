@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
-from gloo_ranks import environment
+from forked import output_of
 from grid_cells import cell_jobs, diverging, run_missing, square
 
 from spectralmoe.experiments.grid import CellJob, finished_cells, run_cells
@@ -113,15 +111,7 @@ print(json.dumps({"killed": kills_done, "lost": lost, "begun": len(begun), "dist
 @pytest.mark.parametrize(("count", "kills"), [(60, 20), pytest.param(1000, 200, marks=pytest.mark.full)])
 def test_killed_at_random_moments_nothing_is_lost_and_nothing_done_twice(tmp_path, count, kills):
     """Twenty times: at most the cell that was running is begun again."""
-    worker = subprocess.run(
-        [sys.executable, "-c", WORKER, str(tmp_path), str(count), str(kills)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert worker.returncode == 0, worker.stderr[-3000:]
-    found = json.loads(worker.stdout.splitlines()[-1])
+    found = json.loads(output_of(WORKER, tmp_path, count, kills).splitlines()[-1])
     assert (found["killed"], found["lost"], found["right"]) == (kills, 0, True)
     assert found["distinct"] == count
     assert count <= found["begun"] <= count + kills

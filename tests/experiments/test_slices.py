@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from gloo_ranks import environment
+from forked import output_of
 from toy_card.plan import card
 
 from spectralmoe.cli.app import run
@@ -120,15 +118,7 @@ print(json.dumps({"killed": done, "changed": changed, "begun": len(begun), "agai
 @pytest.mark.parametrize(("seeds", "kills"), [(12, 20), pytest.param(60, 60, marks=pytest.mark.full)])
 def test_slices_killed_at_random_moments_come_to_what_one_run_comes_to(tmp_path, seeds, kills):
     """Tuning, results and others of a card; each kill costs at most the cell that was running."""
-    worker = subprocess.run(
-        [sys.executable, "-c", WORKER, str(tmp_path), str(seeds), str(kills)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert worker.returncode == 0, worker.stderr[-3000:]
-    found = json.loads(worker.stdout.splitlines()[-1])
+    found = json.loads(output_of(WORKER, tmp_path, seeds, kills).splitlines()[-1])
     assert (found["changed"], found["again"], found["same"], found["left"]) == (0, 0, [True] * 3, [])
     assert found["killed"] == kills
     total = 2 + 2 * seeds + 4

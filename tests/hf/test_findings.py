@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers")
 from families import FAMILIES, batch
 from families_sick import SICK, healthy, matrix_of, stacks
+from grids import one_of_each
 
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.watch import watch_transformers
@@ -33,8 +34,7 @@ def test_a_healthy_model_has_no_findings(family):
     assert inspected(healthy(family))["findings"] == []
 
 
-@families
-@pytest.mark.parametrize("kind", SICK)
+@one_of_each(family=FAMILIES, kind=SICK)
 def test_a_sick_model_is_found_out_in_every_layer(family, kind):
     document = inspected(SICK[kind](family))
     found = [finding for finding in document["findings"] if finding["kind"] == kind]
@@ -68,8 +68,7 @@ def test_one_expert_that_is_no_number_is_found(family):
     assert {kind for kind, _ in found} == {"not_finite"}
 
 
-@families
-@pytest.mark.parametrize("kind", ["no_router", "empty_expert"])
+@one_of_each(family=FAMILIES, kind=["no_router", "empty_expert"])
 def test_weights_that_were_never_trained(family, kind):
     model = healthy(family)
     first = find_layers(model)[0]

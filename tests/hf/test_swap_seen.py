@@ -167,7 +167,9 @@ def test_a_compiled_model_is_the_same_and_is_recorded(close):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.full])]
+)
 def test_a_router_compiles_whole(backend, close):
     layer = next(iter(moe_layers(swapped_of("deepseek_v3")).values()))
     compiled, x = torch.compile(layer, backend=backend, fullgraph=True), torch.randn(7, 32)

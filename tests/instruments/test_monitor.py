@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_ranks import environment
+from forked import ends, start
 from seeds import generator, shifted
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -435,12 +434,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_write_what_one_process_writes(tmp_path):
-    commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(2)]
-    processes = [
-        subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) for command in commands
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    assert ends([start(__file__, rank, tmp_path) for rank in range(2)], seconds=300) == [0, 0]
     torch.manual_seed(shifted(0))
     model = Net(False)
     with Monitor(model, tmp_path / "one.jsonl", every=2, layers=True) as monitor:

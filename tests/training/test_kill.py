@@ -1,11 +1,9 @@
 """Kill -9 at random moments of a comparison, start again: the final weights are those of an undisturbed run."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from gloo_ranks import environment
+from forked import output_of
 
 WORKER = """
 import json, os, random, signal, sys
@@ -24,10 +22,10 @@ from spectralmoe.training.tasks import ImageTask
 
 loop._CHECKPOINT_SECONDS = 0  # after every batch
 out, kills = Path(sys.argv[1]), int(sys.argv[2])
-task = ImageTask(load_data("digits").subset(300))
+task = ImageTask(load_data("digits").subset(120))
 settings = CompareSettings(
     data="digits", routers=("eigenbasis", "sr-moe"), depths=(2,), seeds=1, trials=2,
-    network={"width": 16, "num_experts": 4, "hidden": 8}, optimization={"epochs": 3, "batch_size": 16},
+    network={"width": 16, "num_experts": 4, "hidden": 8}, optimization={"epochs": 2, "batch_size": 16},
 )
 replace, moments = Path.replace, 0
 
@@ -89,15 +87,7 @@ print(json.dumps({"total": total, "killed": killed, "same": same, "rows": rows, 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.full)])
 def test_killed_many_times_ends_with_the_same_weights(kills, tmp_path):
-    worker = subprocess.run(
-        [sys.executable, "-c", WORKER, str(tmp_path), str(kills)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert worker.returncode == 0, worker.stderr[-3000:]
-    found = json.loads(worker.stdout.splitlines()[-1])
+    found = json.loads(output_of(WORKER, tmp_path, kills).splitlines()[-1])
     assert found["total"] > 5 * kills
     assert found["killed"] == kills
     assert found["same"]

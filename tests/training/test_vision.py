@@ -4,14 +4,13 @@ import itertools
 import math
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from gloo_ranks import environment
+from forked import ends, start
 from safetensors.torch import save_file
 from seeds import shifted
 
@@ -296,7 +295,7 @@ def test_presets_bring_their_terms():
 
 CONFIG = """
 data = "digits"
-train_size = 203
+train_size = 103
 
 [backbone]
 name = "vit_tiny_patch16_224"
@@ -373,15 +372,7 @@ def two_processes(tmp_path_factory):
     for form, text in {**FORMS, **OTHERS}.items():
         (folder / form).write_text(text)
     ports = [str(free_port()) for _ in RUNS]
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder), *ports], env=environment())
-        for rank in range(2)
-    ]
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    codes = ends([start(__file__, rank, folder, *ports) for rank in range(2)], seconds=300)
     assert codes == [0, 0]
     return folder
 

@@ -3,12 +3,12 @@
 import copy
 import dataclasses
 import pickle
-import subprocess
 import sys
 
 import pytest
 import timm
 import torch
+from forked import output_of
 
 from spectralmoe import Balanced, LinearScorer, ModuleExperts, Router, Soft, TopK, after_step, load, record, save
 from spectralmoe.compression import merge, prune, replicate
@@ -227,8 +227,7 @@ def test_without_timm_the_extra_is_named(monkeypatch, user_error):
 def test_importing_vision_imports_neither_timm_nor_the_hub():
     code = "import sys, spectralmoe.saving.hub, spectralmoe.vision.model; print('timm' in sys.modules, "
     code += "'huggingface_hub' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["False", "False"]
+    assert output_of(code).split() == ["False", "False"]
 
 
 def test_the_default_emoe_round_trip(tmp_path):
