@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import tempfile
@@ -45,32 +46,47 @@ def main() -> None:
 
 
 def first_picture(where: Path) -> dict[str, Any]:
-    """Seconds of each command and of each stage of ``make demo``, and the size of what was installed."""
-    seconds = {"git clone": type_command(["git", "clone", "--quiet", ROOT.as_uri(), str(where)], where.parent)}
+    """Seconds of each command and of each stage of ``make demo``, and the size of what it fetched and installed."""
+    seconds, said = {}, ""
+    seconds["git clone"], _ = type_command(["git", "clone", "--quiet", ROOT.as_uri(), str(where)], where.parent)
     if (where / ".venv").exists():
         raise SystemExit("the checkout has .venv among its files: nothing would be installed; take it out of git")
     started = time.time()
     for command in README_COMMANDS:
-        seconds[command] = type_command(shlex.split(command), where)
+        seconds[command], more = type_command(shlex.split(command), where)
+        said += more
     ends = [started, *((where / name).stat().st_mtime for name in STAGES.values())]
     return {
         "number_of_commands": len(seconds),
         "commands": seconds,
         "seconds": sum(seconds.values()),
         "stages": dict(zip(STAGES, (after - before for before, after in pairwise(ends)), strict=True)),
+        "downloaded_mb": downloaded(said),
         "installed_mb": sum(path.lstat().st_size for path in (where / ".venv").rglob("*") if path.is_file()) / 1e6,
         "picture": PICTURE,
         "picture_bytes": (where / PICTURE).stat().st_size,
     }
 
 
-def type_command(words: list[str], where: Path) -> float:
-    """Run it as in a new shell, without pip's cache and without what this process was started with; its seconds."""
+def downloaded(said: str) -> float:
+    """MB that pip says it downloaded; packages that lie in a folder of the machine are not among them.
+
+    >>> downloaded("Downloading a-1.whl.metadata (5 kB)\\n  Downloading a-1.whl (1.5 MB)\\n  Processing b-1.whl")
+    1.505
+    """
+    unit = {"bytes": 1e-6, "kB": 1e-3, "MB": 1.0, "GB": 1e3}
+    return sum(float(size) * unit[of] for size, of in re.findall(r"Downloading \S+ \(([\d.]+) (\w+)\)", said))
+
+
+def type_command(words: list[str], where: Path) -> tuple[float, str]:
+    """Run it as in a new shell, without pip's cache and without what this process was started with: seconds, output."""
     ours = ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS")
     fresh = {name: value for name, value in os.environ.items() if name not in ours}
     start = time.perf_counter()
-    subprocess.run(words, cwd=where, env={**fresh, "PIP_NO_CACHE_DIR": "1"}, check=True)
-    return time.perf_counter() - start
+    done = subprocess.run(
+        words, cwd=where, env={**fresh, "PIP_NO_CACHE_DIR": "1"}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return time.perf_counter() - start, done.stdout
 
 
 if __name__ == "__main__":

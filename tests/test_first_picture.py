@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from importlib.util import module_from_spec, spec_from_file_location
 
@@ -27,6 +28,11 @@ def test_its_commands_are_those_of_readme(script):
     assert tuple(typed[: len(script.README_COMMANDS)]) == script.README_COMMANDS
     picture = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("*Made by"))
     assert f"`{script.README_COMMANDS[-1]}`" in picture
+
+
+def test_downloads_are_added_up(script):
+    assert doctest.testmod(script).attempted > 0
+    assert doctest.testmod(script).failed == 0
 
 
 def test_stages_end_with_files_of_the_makefile(script):
