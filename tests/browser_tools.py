@@ -29,11 +29,11 @@ def start_chromium():
     return Chrome(options=options, service=ChromeService(driver))
 
 
-def look(browser, width, *, dark=False, height=1000):
-    """Show pages so wide, light or dark."""
+def look(browser, width, *, dark=False, height=1000, scale=1):
+    """Show pages so wide, light or dark; ``scale``: dots a pixel."""
     features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 

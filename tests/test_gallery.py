@@ -39,7 +39,7 @@ def test_sources_are_written_by_commands_of_the_page(script):
         assert any(command.endswith((f"--out {folder}", f"--out {source}")) for command in commands), source
 
 
-def test_the_sample_is_one_that_is_wrong_here(script, tmp_path):
+def test_a_sample_that_is_right_here_gives_way(script, tmp_path):
     command = "spectralmoe adapt correct M --sample test:0 --out runs/corrected  # note"
     plain = [sys.executable, "-m", *command.partition("  #")[0].split()]
     assert script.words_of(command, tmp_path) == plain
@@ -47,4 +47,6 @@ def test_the_sample_is_one_that_is_wrong_here(script, tmp_path):
     for number in (104, 12):
         (tmp_path / "runs" / "wrong" / f"test-{number}_label-3_predicted-5.png").touch()
     assert script.words_of(command, tmp_path) == [word.replace("test:0", "test:12") for word in plain]
+    wrong = command.replace("test:0", "test:104")
+    assert "test:104" in script.words_of(wrong, tmp_path)
     assert script.words_of("python a.py b", tmp_path) == [sys.executable, "a.py", "b"]

@@ -26,14 +26,13 @@ DRAWN = {
     "receipt.svg": "runs/corrected/receipt.svg",
 }
 """Pictures that a command writes."""
-WIDTH = 900
 PARTS = {
-    "report.png": ("runs/prototype-look/report.html", "#summary", 700),
-    "load.png": ("runs/loads.html", "#load", 700),
-    "text.png": ("runs/language-look/report.html", "#text", 700),
-    "patches.png": ("runs/emoe-vit-look/report.html", "#examples", 700),
+    "load.png": ("runs/loads.html", "#load", 640, 700),
+    "report.png": ("runs/prototype-look/report.html", "#summary", 900, 700),
+    "text.png": ("runs/language-look/report.html", "#text", 900, 700),
+    "patches.png": ("runs/emoe-vit-look/report.html", "#examples", 900, 700),
 }
-"""Parts of reports: the page, the part, and how many pixels of it at most."""
+"""Parts of reports: the page, the part, the width of the page, and how many pixels of the part at most."""
 
 
 def main(folder: Path) -> None:
@@ -54,11 +53,13 @@ def page_commands() -> list[str]:
 
 
 def words_of(command: str, folder: Path) -> list[str]:
-    """The command by this interpreter; the sample to correct is the first one that is wrong on this machine."""
+    """The command by this interpreter; of a sample to correct that is right on this machine, the first wrong one."""
     program, *words = shlex.split(command, comments=True)
     wrong = [int(re.search(r"\d+", path.name)[0]) for path in (folder / "runs" / "wrong").glob("*.png")]
     if "--sample" in words and wrong:
-        words[words.index("--sample") + 1] = f"test:{min(wrong)}"
+        place = words.index("--sample") + 1
+        if int(words[place].removeprefix("test:")) not in wrong:
+            words[place] = f"test:{min(wrong)}"
     return [sys.executable, *(("-m", program) if program == "spectralmoe" else ()), *words]
 
 
@@ -69,11 +70,11 @@ def take(folder: Path) -> None:
     browser = start_chromium()
     if browser is None:
         raise SystemExit("parts of reports need Chromium: apt-get install chromium chromium-driver")
-    look(browser, WIDTH)
-    for name, (page, part, height) in PARTS.items():
+    for name, (page, part, width, height) in PARTS.items():
+        look(browser, width, scale=1.5)
         browser.get((folder / page).absolute().as_uri())
         box = one(browser, part).rect
-        clip = {"x": box["x"], "y": box["y"], "width": box["width"], "height": min(box["height"], height), "scale": 1.5}
+        clip = {"x": 0, "y": box["y"], "width": width, "height": min(box["height"], height), "scale": 1}
         options = {"format": "png", "clip": clip, "captureBeyondViewport": True}
         picture = browser.execute_cdp_cmd("Page.captureScreenshot", options)["data"]
         (ROOT / "docs" / "images" / name).write_bytes(base64.b64decode(picture))
