@@ -29,7 +29,7 @@ DRAWN = {
 PARTS = {
     "load.png": ("runs/loads.html", "#load", 640, 700),
     "report.png": ("runs/prototype-look/report.html", "#summary", 900, 700),
-    "text.png": ("runs/language-look/report.html", "#text", 900, 700),
+    "text.png": ("runs/language-look/report.html", "#text", 700, 680),
     "patches.png": ("runs/emoe-vit-look/report.html", "#examples", 900, 700),
 }
 """Parts of reports: the page, the part, the width of the page, and how many pixels of the part at most."""
