@@ -20,17 +20,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from browser_tools import look, one, start_chromium  # noqa: E402
 
-DRAWN = {
-    "comparison.svg": "runs/demo/comparison.svg",
-    "restored.png": "runs/scenes/restored.png",
-    "receipt.svg": "runs/corrected/receipt.svg",
-}
+DRAWN = {"comparison.svg": "runs/demo/comparison.svg", "restored.png": "runs/scenes/restored.png"}
 """Pictures that a command writes."""
 PARTS = {
     "load.png": ("runs/loads.html", "#load", 640, 700),
     "report.png": ("runs/prototype-look/report.html", "#summary", 900, 700),
     "text.png": ("runs/language-look/report.html", "#text", 700, 680),
-    "patches.png": ("runs/emoe-vit-look/report.html", "#examples", 900, 700),
+    "patches.png": ("runs/emoe-vit-look/report.html", "#examples", 900, 920),
+    "receipt.png": ("runs/receipt.html", "#receipts", 700, 900),
 }
 """Parts of reports: the page, the part, the width of the page, and how many pixels of the part at most."""
 
