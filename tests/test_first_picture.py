@@ -30,6 +30,25 @@ def test_its_commands_are_those_of_readme(script):
     assert f"`{script.README_COMMANDS[-1]}`" in picture
 
 
+def test_what_it_measures(script, tmp_path, monkeypatch):
+    def typed(words, where):
+        for name in script.STAGES.values() if words[0] == "make" else ():
+            (where / name).parent.mkdir(parents=True, exist_ok=True)
+            (where / name).write_text("x" * 1000)
+        return 2.0, "Downloading a.whl (3 MB)"
+
+    (tmp_path / "clone").mkdir()
+    monkeypatch.setattr(script, "type_command", typed)
+    found = script.first_picture(tmp_path / "clone")
+    assert found["commands"] == {"git clone": 2.0, "make demo": 2.0}
+    assert (found["number_of_commands"], found["seconds"], found["picture_bytes"]) == (2, 4.0, 1000)
+    assert found["downloaded_mb"] == 3.0
+    assert found["installed_mb"] == pytest.approx(0.002)  # two of the files lie in .venv
+    assert list(found["stages"]) == list(script.STAGES)
+    with pytest.raises(SystemExit, match=r"has \.venv among its files"):
+        script.first_picture(tmp_path / "clone")
+
+
 def test_downloads_are_added_up(script):
     assert doctest.testmod(script).attempted > 0
     assert doctest.testmod(script).failed == 0
