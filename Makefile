@@ -37,7 +37,7 @@ coverage: .venv/test.stamp
 	$(PYTEST) --cov --cov-report=term --cov-report=json:coverage.json $(PYTEST_ARGS)
 
 docs: .venv/test.stamp
-	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/site
+	$(BIN)/sphinx-build -q -W --keep-going -j 2 -c docs -d build/doctrees . build/site
 
 speed: .venv/test.stamp
 	$(BIN)/spectralmoe bench --check $(STORED)

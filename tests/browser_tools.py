@@ -1,7 +1,10 @@
-"""Short ways to ask a browser about a page."""
+"""A headless browser, and short ways to ask it about a page."""
 
 from __future__ import annotations
 
+import shutil
+
+FLAGS = ("--no-sandbox", "--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,1400")
 BLANK_CANVASES = """
 return [...document.querySelectorAll("main canvas")].filter((canvas) => {
   const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -9,6 +12,29 @@ return [...document.querySelectorAll("main canvas")].filter((canvas) => {
   for (let i = 4; i < data.length; i += 4) if (data.slice(i, i + 4).join() !== first) return false;
   return true;
 }).map((canvas) => canvas.outerHTML)"""
+
+
+def start_chromium():
+    """Chromium with its console and traffic in logs; None where it or its driver is not installed."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        return None
+    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+
+    options = ChromeOptions()
+    options.binary_location = program
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return Chrome(options=options, service=ChromeService(driver))
+
+
+def look(browser, width, *, dark=False, height=1000, scale=1):
+    """Show pages so wide, light or dark; ``scale``: dots a pixel."""
+    features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
 def errors(browser):

@@ -1,4 +1,4 @@
-"""What the tests share: tolerances, small routers made from the tables, the check of a user's error."""
+"""What the tests share: tolerances, small routers made from the tables, the check of a user's error, a browser."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import small_parts
 import torch
+from browser_tools import start_chromium
 from grids import crosses, pairwise
 from seeds import shifted
 from small_parts import NOT_ALONE
@@ -154,3 +155,14 @@ def one_process() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Headless Chromium."""
+    chrome = start_chromium()
+    if chrome is None:
+        absent = pytest.fail if request.config.getoption("--require-chromium") else pytest.skip
+        absent("needs Chromium: apt-get install chromium chromium-driver")
+    yield chrome
+    chrome.quit()

@@ -1,7 +1,8 @@
 """The commands of README and the tutorials run, in the order of the page, at sizes that take seconds.
 
-Those of docs/llm.md run in test_llm_docs.py, those of the cards in tests/papers. Those of docs/compare.md and
-docs/adapt.md are read alone (tests/test_pages.py): they hold placeholders, or take minutes at any size.
+Those of docs/llm.md run in test_llm_docs.py, those of the cards in tests/papers, those of docs/gallery.md in
+docs/images/gallery.py. Those of docs/compare.md and docs/adapt.md are read alone (tests/test_pages.py): they hold
+placeholders, or take minutes at any size.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from importlib import import_module
 from urllib.parse import unquote
 
 import pytest
+from browser_tools import all_of, errors, look, one
 from pages import CARDS, ROOT
 
 from spectralmoe.cli.app import run
@@ -165,15 +166,16 @@ class Page(HTMLParser):
             self.loads.append(values[key])
 
 
-@pytest.mark.full
-@pytest.mark.slow
-def test_the_site_is_built_and_whole(tmp_path):
-    pytest.importorskip("furo")
-    pytest.importorskip("myst_parser")
-    pytest.importorskip("sphinx_copybutton")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", "-d", str(tmp_path / "trees")]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the site, built as ``make docs`` builds it."""
+    for package in ("furo", "myst_parser", "sphinx_copybutton"):
+        pytest.importorskip(package)
+    where = tmp_path_factory.mktemp("docs")
+    rule = re.search(r"^docs:.*\n\t\$\(BIN\)/sphinx-build (.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    words = rule.replace("build/", f"{where}/").split()
     done = subprocess.run(
-        [*command, ".", str(tmp_path / "site")],
+        [sys.executable, "-m", "sphinx", *words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
@@ -181,7 +183,12 @@ def test_the_site_is_built_and_whole(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    site = tmp_path / "site"
+    return where / "site"
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_the_site_is_whole(site):
     pages = {path: Page(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
     assert len(pages) > 60
     assert [path.name for path in pages if path.stat().st_size > 1_000_000] == []
@@ -200,3 +207,39 @@ def test_the_site_is_built_and_whole(tmp_path):
     listed = re.findall(r"\]\(([^)]+\.html)\)", (site / "llms.txt").read_text(encoding="utf-8"))
     assert len(listed) > 40
     assert [name for name in listed if not (site / name).is_file()] == []
+
+
+@pytest.fixture
+def wide(browser):
+    """``wide(width)``: the browser with pages so wide."""
+    yield lambda width: look(browser, width)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.full
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 1400])
+@pytest.mark.parametrize(
+    "page", ["docs/index", "docs/gallery", "docs/methods", "papers/emoe/README", "docs/api/scorers", "search"]
+)
+def test_pages_say_no_error_and_fit(page, width, site, browser, wide):
+    wide(width)
+    browser.get_log("browser")
+    browser.get((site / f"{page}.html").as_uri())
+    assert errors(browser) == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    broken = "return [...document.images].filter((i) => i.loading != 'lazy' && !i.naturalWidth).map((i) => i.src)"
+    assert browser.execute_script(broken) == []
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_search_finds(site, browser):
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    browser.get((site / "docs" / "index.html").as_uri())
+    browser.get_log("browser")
+    one(browser, ".sidebar-search").send_keys("load_balance\n")
+    found = WebDriverWait(browser, 60).until(lambda _: all_of(browser, "#search-results li a"))
+    assert any("regularizers" in link.get_attribute("href") for link in found)
+    assert errors(browser) == []

@@ -133,6 +133,12 @@ def test_picture(made, images):
     assert sum(title.startswith(named) for title in titles) == min(len(named), 24)
     style = root.find(f"{svg}style").text
     assert "prefers-color-scheme:dark" in style
+    texts = list(root.iter(f"{svg}text"))
+    beside = [text for text in texts if text.get("x") == "160"]
+    caption = next(text for text in texts if text.text.startswith(("reference samples that", "none of")))
+    assert len(beside) >= 5
+    assert max(len(text.text) for text in beside) <= 90  # what fits in the picture's width
+    assert max(float(text.get("y")) for text in beside) < float(caption.get("y")) - 12
     many = replace(receipt, reference=replace(receipt.reference, flipped=(), rerouted=tuple(range(40))))
     drawn = draw_receipt(many, images[:1], images[10:])
     assert "24 of 40 shown" in drawn

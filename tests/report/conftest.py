@@ -1,10 +1,9 @@
-"""What the tests of the page share: documents in files, and a page in headless Chromium."""
+"""What the tests of the page share: documents in files, and a page in Chromium."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from spectralmoe.files import write_json
 from spectralmoe.models import sr_moe
 from spectralmoe.report import read_documents, render_report
 
-FLAGS = ("--no-sandbox", "--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,1400")
-HINT = "needs Chromium: apt-get install chromium chromium-driver"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>'
 
 
@@ -64,25 +61,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(where / "receipt.json", receipt())
     (where / "receipt.svg").write_text(SVG)
     return where
-
-
-@pytest.fixture(scope="session")
-def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        if request.config.getoption("--require-chromium"):
-            pytest.fail(HINT)
-        pytest.skip(HINT)
-    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-
-    options = ChromeOptions()
-    options.binary_location = program
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = Chrome(options=options, service=ChromeService(driver))
-    yield chrome
-    chrome.quit()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import base64
 import struct
 import zlib
 from html import escape
+from textwrap import wrap
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ __all__ = ["STYLE", "draw_receipt", "png"]
 
 SHOWN = 24
 _PER_ROW, _CELL, _THUMB, _LINE, _MARGIN, _SAMPLE, _NAME = 8, 96, 72, 15, 20, 120, 10
+_FACT, _CHARACTERS = 19, 90  # of the lines beside the sample: height, and what fits in any font
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#222}.title{font-size:15px;font-weight:600}.soft{fill:#5c5c5c}"
     ".note{font-size:11px}.paper{fill:#fff}.frame{fill:none;stroke:#bbb}.better{stroke:#1b7f4b}.worse{stroke:#c0392b}.other{stroke:#8a6d1f}"
@@ -46,7 +48,8 @@ def draw_receipt(receipt: Receipt, image: Tensor, references: Tensor | None = No
     rows = -(-len(shown) // _PER_ROW)
     width = 2 * _MARGIN + _PER_ROW * _CELL
     row_height = _THUMB + 4 * _LINE + 14
-    top = _MARGIN + 24 + _SAMPLE + 34
+    facts = [(line, soft) for text, soft in _facts(receipt) for line in wrap(text, _CHARACTERS)]
+    top = _MARGIN + 24 + max(_SAMPLE, _FACT * len(facts)) + 34
     height = top + max(rows * row_height, 0) + _MARGIN
     title = f"One expert corrected: {_arrow(receipt, receipt.before.prediction, receipt.after.prediction)}"
     parts = [
@@ -57,8 +60,8 @@ def draw_receipt(receipt: Receipt, image: Tensor, references: Tensor | None = No
         f'<text class="title" x="{_MARGIN}" y="{_MARGIN + 10}">{escape(title)}</text>',
         _picture(image[0], (_MARGIN, _MARGIN + 24), _SAMPLE, "frame", sample_line(receipt)),
     ]
-    for i, (text, soft) in enumerate(_facts(receipt)):
-        y = _MARGIN + 38 + i * 19
+    for i, (text, soft) in enumerate(facts):
+        y = _MARGIN + 38 + i * _FACT
         parts.append(f'<text class="{soft}" x="{2 * _MARGIN + _SAMPLE}" y="{y}">{escape(text)}</text>')
     parts.append(f'<text x="{_MARGIN}" y="{top - 12}">{escape(_caption(receipt, len(shown)))}</text>')
     for i, (index, flip) in enumerate(shown):
