@@ -35,7 +35,7 @@ class AdaptOptions(ModelOptions):
     guard: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|folder:PATH",
+            metavar="NAME|folder:PATH|hf:NAME",
             help="Reference data (their training part).",
             rich_help_panel=GUARDED,
             autocompletion=complete_images,
@@ -91,7 +91,7 @@ class AdaptOptions(ModelOptions):
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|folder:PATH",
+            metavar="NAME|folder:PATH|hf:NAME",
             help="Data of samples and measurements; by default the model's own.",
             autocompletion=complete_images,
         ),
