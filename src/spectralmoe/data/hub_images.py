@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def _labels(tables: Mapping[str, Any], column: str, source: str) -> tuple[tuple[
     return tuple(names), {part: torch.tensor(given, dtype=torch.int64) for part, given in values.items()}
 
 
-def _pictures(table: Any, column: str, source: str) -> Any:
+def _pictures(table: Any, column: str, source: str) -> Iterator[Any]:
     """The images of Pillow, one at a time."""
     if type(table.features[column]).__name__ != "Image":
         raise UserError(f"'hf:{source}': column {column!r} holds no images, but {table.features[column]}")
