@@ -181,6 +181,8 @@ def _look(func: Any, args: Any, kwargs: Any) -> None:
     waits = packet in READS
     if packet is aten.cat and torch._C._current_graph_task_id() != -1:
         strangers = []  # zeros for a part without gradient, which autograd makes where C++ sees the tensor
+    elif packet is aten.scatter and torch._C._current_graph_task_id() != -1:
+        strangers = [x for x in strangers if x is not args[0]]  # such zeros too, of a maximum in torch 2.11
     elif packet in LOADS_ON_HOST:
         waits, strangers = isinstance(args[2], OnDevice), [x for x in strangers if x is not args[2]]
     elif packet in INDEXING:

@@ -60,11 +60,13 @@ HEAVY = {
     "dask",
     "distributed",
     "submitit",
+    "datasets",
 }
 ONLY_IN = {
     "timm": {"vision/model.py"},
     "transformers": {"hf/load.py", "bench/peers/transformers.py"},
     "tokenizers": {"data/vocabulary.py"},
+    "datasets": {"data/hub_data.py"},
     "peft": {"hf/training/lora.py"},
     "huggingface_hub": {"saving/hub.py"},
     "matplotlib": {"draw/figure.py", "draw/images.py"},

@@ -37,6 +37,37 @@ def test_page_of_a_package_index_has_no_broken_picture_or_link():
     assert len(text) > before / 2
 
 
+RUNS_WITH = ("data", "datasets", "plots", "vision", "restore", "text", "hf", "lora", "cluster", "slurm")
+"""The extras that ``make test-min`` installs."""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """2.0 and 2.0.0 are one release."""
+    numbers = [int(number) for number in version.split(".")]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def test_bounds_are_the_oldest_versions_that_are_tested():
+    lines = (ROOT / "constraints-min.txt").read_text().splitlines()
+    tested = dict(re.findall(r"^([\w.-]+)==([\d.]+)", "\n".join(lines), re.M))
+    extras = PROJECT["project"]["optional-dependencies"]
+    named = [*PROJECT["project"]["dependencies"], *(line for extra in RUNS_WITH for line in extras[extra])]
+    bounds = dict(line.split(">=") for line in named)
+    assert {name: _release(tested[name]) for name in bounds} == {name: _release(low) for name, low in bounds.items()}
+    assert {line.split("==")[0] for line in lines[: lines.index("")] if "==" in line} == set(bounds)  # the upper part
+    for extra in extras:  # the same bound wherever a package is named
+        for line in extras[extra]:
+            name, _, low = line.partition(">=")
+            assert low == bounds.get(name, low), (extra, line)
+
+
+def test_the_lowest_environment_has_these_extras():
+    recipe = re.search(r"MIN_INSTALL\) -e \"\.\[(.*?)\]\"", (ROOT / "Makefile").read_text()).group(1)
+    assert sorted(recipe.split(",")) == sorted(RUNS_WITH)
+
+
 def test_typed_and_licensed():
     assert (Path(spectralmoe.__file__).parent / "py.typed").is_file()
     assert PROJECT["project"]["license"] == "Apache-2.0"

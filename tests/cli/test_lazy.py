@@ -104,7 +104,7 @@ def test_the_names_of_help_and_completion_are_those_of_the_tables():
     assert tuple(LOGS) == completion.LOG_NAMES
     for row in {*FRESH_ROWS, *OWN_ROWS, *completion.complete_few_shot_rows("")}:
         recipe(row, FewShotSettings(data="digits"))
-    kinds = {name.partition(":")[0] for name in completion.complete_data("") if not name.startswith("folder:")}
+    kinds = {name.partition(":")[0] for name in completion.complete_data("") if not name.startswith(("folder:", "hf:"))}
     assert {kind for kind in kinds if kind not in DATASETS} == set(TASKS) - {"images"}
     assert all(f"{kind}:NAME" in ANY_DATA for kind in set(TASKS) - {"images"})
 

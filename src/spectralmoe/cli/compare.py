@@ -81,7 +81,7 @@ def compare(
         int | None, typer.Option(min=1, help="Training images, or windows of text; all by default.")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side that the images of folder:PATH are resized to.")
+        int | None, typer.Option(min=1, help="Side that images of folder:PATH and hf:NAME are resized to.")
     ] = None,
     vocab: Annotated[
         str | None,

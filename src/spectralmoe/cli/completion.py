@@ -65,11 +65,13 @@ def complete_few_shot_rows(incomplete: str) -> list[str]:
 complete_finetune_router = one_among(
     *(name for name in ROUTER_NAMES if name not in (*OWN_EXPERTS, *OWN_LOSSES, *SIDE_READERS, "dense"))
 )
-complete_images = one_among(*DATA_NAMES, "folder:")
+complete_images = one_among(*DATA_NAMES, "folder:", "hf:")
 complete_data = one_among(
     *DATA_NAMES,
     "folder:",
+    "hf:",
     *(f"text:{name}" for name in TEXT_NAMES),
+    "text:hf:",
     "restore:photos",
     "restore:folder:",
     *(f"signals:{name}" for name in SIGNAL_NAMES),

@@ -119,11 +119,13 @@ def list_everything(
         "data sets": {
             **{name: _first_line(loader) for name, loader in DATASETS.items()},
             "folder:PATH": "an image folder",
+            "hf:NAME": "a data set of the Hugging Face hub, or a folder, that datasets reads: hf:NAME,label=COLUMN",
             "views:NAME": "upper half, lower half and spectrum of grey images of a data set, some of them missing",
         },
         "texts": {
             **{f"text:{name}": _first_line(reader) for name, reader in TEXTS.items()},
             "text:PATH": "a file, or a folder whose subfolders are domains; several with +: text:stdlib+pydoc",
+            "text:hf:NAME": "the rows of a data set that datasets reads: text:hf:NAME,split=train,text=COLUMN",
         },
         "signals": {"signals:interference": "records of 21 classes of radio interference, made from equations"},
         "photos": {

@@ -57,7 +57,7 @@ OUTPUTS = {
 }
 """What verbs write that is no model: a file's name -> what the folder holds."""
 
-ANY_DATA = "NAME|folder:PATH|text:NAME|signals:NAME|restore:NAME|views:NAME"
+ANY_DATA = "NAME|folder:PATH|hf:NAME|text:NAME|signals:NAME|restore:NAME|views:NAME"
 """What --data takes where a task of any kind is meant."""
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that holds a saved model.")]
@@ -66,8 +66,8 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        metavar="NAME|folder:PATH",
-        help="Data set (see 'spectralmoe list') or image folder.",
+        metavar="NAME|folder:PATH|hf:NAME",
+        help="Data set (see 'spectralmoe list'), image folder, or data set of Hugging Face.",
         autocompletion=complete_images,
     ),
 ]

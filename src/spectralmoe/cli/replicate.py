@@ -44,7 +44,7 @@ def replicate(
         int, typer.Option("--samples", min=1, help="Validation samples that say which experts are busy.")
     ] = 1000,
     data: Annotated[
-        str | None, typer.Option(metavar="NAME|folder:PATH|text:NAME", help="By default the model's own data.")
+        str | None, typer.Option(metavar="NAME|folder:PATH|hf:NAME|text:NAME", help="By default the model's own data.")
     ] = None,
     data_dir: DataDir = None,
     download: Download = False,

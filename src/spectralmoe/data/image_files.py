@@ -17,7 +17,7 @@ from torch.nn import functional
 from spectralmoe.data.sources import INSTALL, one_line
 from spectralmoe.errors import UserError
 
-__all__ = ["conversions", "is_image_name", "named", "probe", "read_image"]
+__all__ = ["conversions", "convert", "format_of", "is_image_name", "named", "probe", "read_image"]
 
 LUMA = (0.299, 0.587, 0.114)
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
@@ -46,8 +46,21 @@ def read_image(path: Path, *, channels: int, size: tuple[int, int]) -> Tensor:
     """
     if channels not in (1, 3):
         raise UserError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
-    path = Path(path)
-    image = _pixels(path)
+    array, white = _decode(Path(path))
+    return _fitted(_pixels(array, white, repr(str(path))), channels, size)
+
+
+def convert(image: Any, *, channels: int, size: tuple[int, int], name: str) -> Tensor:
+    """An image of Pillow as `read_image` reads a file; ``name`` is what an error calls it."""
+    return _fitted(_pixels(*_shown(image), name), channels, size)
+
+
+def format_of(image: Any) -> tuple[int, tuple[int, int]]:
+    """The channels (1 for grey, else 3) and the size (H, W) of an upright image of Pillow."""
+    return (1 if _is_grey(image.mode) else 3), (image.height, image.width)
+
+
+def _fitted(image: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     if channels == 1 < len(image):
         image = torch.tensordot(torch.tensor(LUMA), image, dims=1).unsqueeze(0)
     if image.shape[1:] != size:
@@ -133,14 +146,13 @@ def _flattened(path: Path) -> list[str]:
         return frames + (["transparent parts on white"] if transparent else [])
 
 
-def _pixels(path: Path) -> Tensor:
+def _pixels(array: npt.NDArray[np.generic], white: int, name: str) -> Tensor:
     """The image as it is stored: float32 (1 or 3, H, W) in [0, 1]."""
-    array, white = _decode(path)
     if not np.isfinite(array).all():
-        raise UserError(f"{str(path)!r} has NaN or infinite pixels")
+        raise UserError(f"{name} has NaN or infinite pixels")
     low, high = array.min(), array.max()
     if low < 0 or high > white:
-        raise UserError(f"{str(path)!r} has pixels from {low:.9g} to {high:.9g}; expected 0 to {white}")
+        raise UserError(f"{name} has pixels from {low:.9g} to {high:.9g}; expected 0 to {white}")
     pixels = torch.from_numpy(array.astype(np.float32) / white)
     return pixels.reshape(*array.shape[:2], -1).permute(2, 0, 1)
 
@@ -151,17 +163,22 @@ def _decode(path: Path) -> tuple[npt.NDArray[np.generic], int]:
         array = _read_array(path)
         return (array, 255) if array.dtype.kind in "iu" else (array, 1)
     with _opened(path) as image:
-        from PIL import ImageOps
+        return _shown(image)
 
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F":
-            return np.asarray(image), 1
-        if image.mode.startswith("I"):
-            return np.asarray(image), 65535  # Pillow's own conversion to 8 bits would clip these
-        if _has_opacity(image):
-            colours, opacity = _colours_and_opacity(image)
-            return 255 - opacity * (255 - colours), 255
-        return np.asarray(image.convert("L" if _is_grey(image.mode) else "RGB")), 255
+
+def _shown(image: Any) -> tuple[npt.NDArray[np.generic], int]:
+    """As `_decode`, of an image of Pillow, which is turned upright in place."""
+    from PIL import ImageOps
+
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        return np.asarray(image), 1
+    if image.mode.startswith("I"):
+        return np.asarray(image), 65535  # Pillow's own conversion to 8 bits would clip these
+    if _has_opacity(image):
+        colours, opacity = _colours_and_opacity(image)
+        return 255 - opacity * (255 - colours), 255
+    return np.asarray(image.convert("L" if _is_grey(image.mode) else "RGB")), 255
 
 
 def _has_opacity(image: Any) -> bool:

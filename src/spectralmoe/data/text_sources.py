@@ -10,11 +10,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from spectralmoe.data.hub_data import column_of, open_hub, split_name, title_of
 from spectralmoe.data.image_files import named
 from spectralmoe.data.sources import files_below, one_line, subfolders
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, one_of
 
-__all__ = ["TEXTS", "Document", "Source", "read_path", "read_text"]
+__all__ = ["HUB_OPTIONS", "TEXTS", "Document", "Source", "read_hub_text", "read_path", "read_text"]
+
+HUB_OPTIONS = ("config", "split", "text")
+"""Options after ``text:hf:NAME``."""
 
 FORTUNES_SYSTEM = Path("/usr/share/games/fortunes")
 
@@ -123,6 +127,37 @@ def read_path(path: Path) -> Source:
         raise UserError(f"folder {str(path)!r} has no text{first}")
     notes = (f"{path}: passed over: {named(passed_over)}",) if passed_over else ()
     return Source(documents, notes)
+
+
+def read_hub_text(given: str, data_dir: Path | None = None, download: bool = False) -> Source:
+    """The documents of a data set of Hugging Face: a row each, or parts of it where there are few (``_documents``).
+
+    All its splits are read, since a document's part follows from its content; ``split=`` names one. The text is in the
+    one column of strings, or in the one called "text"; ``text=`` names another. Rows without text are passed over.
+
+    Args:
+        given: what stands after ``hf:``, such as "roneneldan/TinyStories,split=validation".
+
+    Raises:
+        UserError: as ``open_hub``; a split or column that is not there, or could be several; no text.
+    """
+    source, options = split_name(given, HUB_OPTIONS)
+    splits = open_hub(source, options.get("config"), data_dir, download)
+    if "split" in options and options["split"] not in splits:
+        raise one_of(f"split of 'hf:{source}'", options["split"], list(splits))
+    chosen = {name: table for name, table in splits.items() if options.get("split", name) == name}
+    rows = list[str]()
+    for table in chosen.values():
+        usual = "text" if "text" in table.features else None
+        column = column_of(table, options.get("text", usual), "string", source, "text")
+        values = list(table[column])
+        if strange := next((value for value in values if not isinstance(value, str | None)), None):
+            raise UserError(f"'hf:{source}': column {column!r} holds no text, but {type(strange).__name__}")
+        rows += [value for value in values if value and value.strip()]
+    if not rows:
+        raise UserError(f"'hf:{source}' has no text in its splits {', '.join(chosen)}")
+    note = f"hf:{source}: {len(rows):,} rows with text, of {', '.join(chosen)}; split anew by their content"
+    return Source(_documents(title_of(source), rows), (note,))
 
 
 def _readable(files: Sequence[Path], root: Path) -> tuple[dict[Path, str], list[str]]:

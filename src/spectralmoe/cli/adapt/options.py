@@ -35,7 +35,7 @@ class AdaptOptions(ModelOptions):
     guard: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|folder:PATH",
+            metavar="NAME|folder:PATH|hf:NAME",
             help="Reference data: what a correction may cost on their training part is bounded.",
             rich_help_panel=GUARDED,
             autocompletion=complete_images,
@@ -105,7 +105,7 @@ class AdaptOptions(ModelOptions):
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|folder:PATH",
+            metavar="NAME|folder:PATH|hf:NAME",
             help="Data of samples and measurements; by default the model's own.",
             autocompletion=complete_images,
         ),

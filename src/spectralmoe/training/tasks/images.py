@@ -70,9 +70,9 @@ class ImageTask(Task):
     @classmethod
     def open(cls, settings: TrainSettings, data_dir: Path | None = None, download: bool = False) -> Self:
         name, side = settings.data, settings.image_size
-        if side is not None and settings.backbone is None and not name.startswith("folder:"):
+        if side is not None and settings.backbone is None and not name.startswith(("folder:", "hf:")):
             raise UserError(  # a timm model resizes the images of other data sets itself
-                f"image size {side}: only images of folder:PATH are resized, {name!r} comes in one size"
+                f"image size {side}: only images of folder:PATH and hf:NAME are resized, {name!r} comes in one size"
             )
         data = load_data(name, data_dir=data_dir, download=download, side=side)
         if settings.hold_out is not None:

@@ -95,7 +95,7 @@ class TextTask(Task):
 
     @classmethod
     def open(cls, settings: TrainSettings, data_dir: Path | None = None, download: bool = False) -> Self:
-        data = load_text(settings.data.partition(":")[2], data_dir)
+        data = load_text(settings.data.partition(":")[2], data_dir, download)
         return cls(data, settings.text, train_size=settings.train_size)
 
     @property
@@ -186,7 +186,7 @@ class TextTask(Task):
         if not is_text(name or meta.data):
             raise UserError(f"{name!r} does not fit the model, which {cls.does}: name text:NAME or text:PATH")
         text = parse(Text, {**meta.settings.get("text", {}), "length": meta.length}, "the model's meta")
-        data = load_text((name or meta.data).partition(":")[2], data_dir)
+        data = load_text((name or meta.data).partition(":")[2], data_dir, download)
         return cls(data, text, vocabulary=Vocabulary.of_json(meta.vocabulary))
 
     @classmethod
