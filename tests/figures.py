@@ -33,7 +33,7 @@ _NO_PROSE = (
     re.compile(r"\$\$.*?\$\$|\$[^$\n]+\$", re.S),
     re.compile(r"\]\([^)]*\)|https?://\S+"),
     re.compile(r"\b\d{4}\.\d{5}\b|\b\d{4}-\d\d-\d\d\b"),  # arXiv numbers, dates
-    re.compile(r"\b(Python|torch|transformers|Megatron-core|CC-BY|section) \d+\.\d+(\.\d+)?"),
+    re.compile(r"\b(Python|torch|transformers|Megatron-core|CC[- ]BY|section) \d+\.\d+(\.\d+)?"),
     re.compile(r"\b95 ?%\s+intervals?|\b[Ii]n (16|8) bits|\b16 bits changed"),
 )
 
