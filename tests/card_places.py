@@ -32,10 +32,7 @@ def _ablated(variant: str) -> float:
 
 _CARDS: dict[str, Sentences] = {
     "bound": [("points at N = #", "papers/bound/settings.json")],
-    "confsmoe": [
-        (text, "papers/confsmoe/settings.json > rates")
-        for text in ("at #% missing", "at #% of neither", "at #% (", "at #% by")
-    ],
+    "confsmoe": [(text, "papers/confsmoe/settings.json > rates") for text in ("at #% missing", "at #%).")],
     "emoe": [
         *in_results(
             "emoe",

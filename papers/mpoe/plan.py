@@ -13,7 +13,7 @@ from spectralmoe.draw.panels import Panel
 from spectralmoe.experiments.cards import ROUTING_COLUMNS, Card, Cells, Section, Step, Tuning, difference_panels
 from spectralmoe.experiments.compare.columns import Column
 
-FULL_SIZES = Sizes(windows=4_000, tune_windows=1_500, seeds=3)
+FULL_SIZES = Sizes(windows=4_000, tune_windows=1_500, seeds=5)
 QUICK_SIZES = replace(FULL_SIZES, windows=128, tune_windows=64, seeds=1, rates=(3e-3,))
 
 PAIRS = (

@@ -109,7 +109,7 @@ FIELD = (
         "2203.01104",
         ("experts/mpo.py", "optim/gradient_mask.py"),
         "mpoe",
-        "no, and the mask costs",
+        "behind Switch, ahead of narrower experts of as few numbers; the mask costs",
         ("mpoe",),
     ),
     Method(
@@ -201,7 +201,7 @@ FIELD = (
         "2403.17404",
         ("diagnostics/bound.py",),
         "bound",
-        "cannot be told at this size",
+        "in part",
     ),
     Method(
         "LLEP",
