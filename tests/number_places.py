@@ -192,7 +192,7 @@ _DOCS: dict[str, Sentences] = {
         ("by # bits a byte with", "papers/mpoe/RESULTS.md > | mpoe | switch |"),
         ("with # of their parameters", MPO),
         ("of as few by #;", "papers/mpoe/RESULTS.md > | mpoe | switch, cut |"),
-        ("costs # bits (five seeds)", "papers/mpoe/RESULTS.md > | mpoe + mask | mpoe |"),
+        ("mask costs # bits (five", "papers/mpoe/RESULTS.md > | mpoe + mask | mpoe |"),
         ("#% fewer at E = 4, #% at E = 16", [100 * (1 - (2 * e + 10) / (8 * e)) for e in (4, 16)]),
         ("have # to #% fewer", FEWER),
         ("LoRA by # to # dB", "papers/mor/RESULTS.md > | mor | lora, rank"),
