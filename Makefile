@@ -6,7 +6,7 @@
 # make coverage        the tests with the lines and branches that they reach
 # make docs    the documentation site in build/site, from what is here alone; warnings are errors
 # make speed   repeat a small benchmark and warn of ratios that have grown
-# make lint, make format, make clean
+# make lint, make pytest, make format, make clean
 
 PYTHON ?= python3
 DEMO ?= --depths 2 --seeds 3 --epochs 8
@@ -24,12 +24,15 @@ MIN_INSTALL = $(MIN_BIN)/python -m pip install --disable-pip-version-check -c co
 PYTEST = $(BIN)/pytest -n auto --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE # every worker and every process of a test would compile all files anew
 
-.PHONY: demo test test-all test-portable test-min coverage docs speed lint format clean
+.PHONY: demo test test-all test-portable test-min pytest coverage docs speed lint format clean
 
 demo: .venv/demo.stamp
 	$(BIN)/spectralmoe compare --data mnist5k --out runs/demo $(DEMO)
 
-test: lint
+test: .venv/test.stamp
+	$(MAKE) --jobs 2 lint pytest
+
+pytest: .venv/test.stamp
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-all: .venv/test.stamp

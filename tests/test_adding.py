@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = Path(spectralmoe.__file__).parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.S)
-HELPERS = ("seeds", "grids", "small_parts")
+HELPERS = ("browser_tools", "seeds", "grids", "small_parts")
 QUICK = "--data dark:digits --depths 1 --seeds 1 --epochs 1 --tune 0 --trials 1 --train-size 200 --experts 4"
 ROW = '{scorer="sign", selector="halves", experts="scales", terms={logit_spread=0.01}}'
 VERBS = {

@@ -115,6 +115,7 @@ def test_the_suites_measure_every_target(tiny):
     ]
 
 
+@pytest.mark.full
 def test_the_suites_measure(tiny):
     found = measured(["router", "decode"], (torch.float32,))
     assert {row["met"] for row in found["targets"]} > {None}

@@ -609,7 +609,8 @@ def sparse_checkpoint(file: Path, gigabytes: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize("gigabytes", [0.5, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("gigabytes", [0.5, 4])
 def test_gigabytes_in_little_memory(gigabytes, tmp_path):
     file = tmp_path / "model.safetensors"
     sparse_checkpoint(file, gigabytes)

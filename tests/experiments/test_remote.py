@@ -47,6 +47,7 @@ class Here:
             yield [pool.submit(run_apart, *task) for task in tasks]
 
 
+@pytest.mark.full
 def test_any_executor_runs_cells_and_tells_the_line_of_one_that_is_refused(tmp_path, user_error):
     jobs = [*cell_jobs(1, tmp_path / "log"), *cell_jobs(2, tmp_path / "log", refused)[1:]]
     with user_error("number 1 is refused"):

@@ -14,11 +14,12 @@ ROOT = Path(__file__).parents[2]
 PLACES = ["tests/integrations/megatron", "src/spectralmoe/integrations/megatron.py"]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-core")
 def test_routers_in_a_process_of_its_own(request):
     options = request.config.option
     chosen = ["--seed", str(options.seed), "--threads", str(torch.get_num_threads())]
-    chosen += ["--full", options.full] if options.full else []
+    chosen += ["--full", "all"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--megatron", *chosen, *PLACES]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr

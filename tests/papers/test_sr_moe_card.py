@@ -101,6 +101,7 @@ def test_every_row_learns(card):
         assert all(item.routing.indices.shape[1] == used for item in tape), row
 
 
+@pytest.mark.full
 def test_every_row_is_tuned_with_as_many_tries(finished):
     tuned = json.loads((finished / "tuning.json").read_text(encoding="utf-8"))
     assert len({len(found["tries"]) for found in tuned.values()}) == 1
@@ -120,6 +121,7 @@ def test_a_rerun_does_only_what_is_missing(tiny, finished):
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
 
 
+@pytest.mark.full
 def test_check_says_which_means_lie_as_stored(tiny, finished, tmp_path):
     """Held against stored seeds whose accuracies lie around the rerun's, and whose noisy copies do not."""
     (own,) = (cell for cell in cells_of(finished) if cell["row"] == "linear")
