@@ -28,6 +28,7 @@ MONITOR, ADAPT = f"{RUNS}/2026-11-22-monitor-cost-cpu.json", f"{RUNS}/2026-11-22
 FLIPS, CERTIFICATE = f"{RUNS}/2026-11-22-flip-threshold.json", f"{RUNS}/2026-11-29-certificate-cpu.json"
 RESTORED, DEGRADED = f"{RUNS}/2026-11-29-restore-photos.json", f"{RUNS}/2026-11-29-restore-degraded.json"
 TEXTS = f"{RUNS}/2026-11-29-text-sizes.json"
+FIRST = f"{RUNS}/2026-11-29-first-picture.json"
 ROUTER_ONLY = f"{RUNS}/2026-11-29-router-only-memory.json"
 
 BENCHMARKS, SIZES_OF_BANKS = "benchmarks/README.md", f"{RUNS}/2026-11-29-bank-sizes.md"
@@ -122,6 +123,9 @@ _BENCHMARKS: Sentences = [
     ("needs # MB more where that needs # MB:", f"{BANKS} > peak"),
     ("Target: at most #% of a step. `alone`: all", f"{MONITOR} > target"),
     ("Target: less than # s.", f"{ADAPT} > limit_seconds"),
+    ("take # s: # s install", [at(FIRST, "seconds"), at(FIRST, "stages", "install")]),
+    ("install # MB of packages", [at(FIRST, "downloaded_mb")]),
+    ("and # s compare five", [at(FIRST, "stages", "compare")]),
 ]  # fmt: skip
 
 _DOCS: dict[str, Sentences] = {
