@@ -83,7 +83,7 @@ def test_commands_run(page, folder, monkeypatch, capsys):
         carry_out(["train", "--data", "text:pydoc", "--router", "sr-moe", "--out", "runs/language"])
     if page == "docs/vision.md":
         pytest.importorskip("timm")
-        classes(folder / "photos", 10)
+        classes(folder / "photos", 30)
         text = [block.text for block in blocks(page) if block.kind == "toml"][-1]
         (folder / "mine.toml").write_text(text.replace("pretrained = true", "arguments = {depth = 2, embed_dim = 48}"))
     if page == "docs/restoration.md":
