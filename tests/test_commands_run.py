@@ -51,6 +51,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def classes(photos, count):
+    """An image folder of two classes with ``count`` images each."""
+    from PIL import Image
+
+    for kind in ("cats", "dogs"):
+        (photos / kind).mkdir(parents=True)
+        for n in range(count):
+            Image.effect_noise((20, 20), 40 + 5 * n).save(photos / kind / f"{n}.png")
+
+
 def test_a_regularizer_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -73,6 +83,9 @@ def test_commands_run(page, folder, monkeypatch, capsys):
         carry_out(["train", "--data", "text:pydoc", "--router", "sr-moe", "--out", "runs/language"])
     if page == "docs/vision.md":
         pytest.importorskip("timm")
+        classes(folder / "photos", 30)
+        text = [block.text for block in blocks(page) if block.kind == "toml"][-1]
+        (folder / "mine.toml").write_text(text.replace("pretrained = true", "arguments = {depth = 2, embed_dim = 48}"))
     if page == "docs/restoration.md":
         from PIL import Image
 
@@ -82,12 +95,7 @@ def test_commands_run(page, folder, monkeypatch, capsys):
         for n in range(4):
             Image.effect_noise((96, 96), 40 + 20 * n).save(f"scenes/{n}.png")
     if page == "docs/router.md":
-        from PIL import Image
-
-        for kind in ("cats", "dogs"):
-            (folder / "photos" / kind).mkdir(parents=True)
-            for n in range(30):
-                Image.effect_noise((20, 20), 40 + 5 * n).save(f"photos/{kind}/{n}.png")
+        classes(folder / "photos", 30)
         monkeypatch.syspath_prepend(str(folder))
         (folder / "my_router.py").write_text(next(block.text for block in blocks(page) if block.kind == "python"))
     ran = [words for words in commands(page) if words[0] not in NOT_RUN]

@@ -103,9 +103,9 @@ def test_a_version_has_its_reason(extension, tmp_path):
     (tmp_path / "constraints.txt").write_text("torch==2.15.0\n")
     (tmp_path / "constraints-min.txt").write_text("torch==2.11.0  # older ones lack a name\ntransformers==5.20.0\n")
     assert extension("versions").version_table(tmp_path)[2:] == [
-        "| Python | 3.11 | 3.11 | everything |  |",
+        "| Python | 3.11 | 3.11 | everything | settings are read by tomllib, which 3.10 lacks |",
         "| torch | 2.11 | 2.15.0 | everything | older ones lack a name |",
-        "| transformers | 5.20 |  | hf |  |",
+        "| transformers | 5.20 |  | hf | no older one was tried |",
     ]
 
 

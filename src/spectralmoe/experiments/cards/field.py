@@ -242,7 +242,7 @@ def field_table(root: str = "") -> list[str]:
     ]
     for item in FIELD:
         name = f"{item.name}, [{item.arxiv}](https://arxiv.org/abs/{item.arxiv})"
-        files = ", ".join(f"[{file}]({root}src/spectralmoe/{file})" for file in item.files)
+        files = ", ".join(f"[src/spectralmoe/{file}]({root}src/spectralmoe/{file})" for file in item.files)
         rows = ", ".join(f"`{row}`" for row in item.rows)
         card = f"[{item.card}]({root}papers/{item.card}/README.md): {item.verdict}"
         lines.append(f"| {name} | {item.what} | {files} | {rows} | {card} |")
