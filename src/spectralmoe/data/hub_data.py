@@ -101,7 +101,7 @@ def column_of(table: Any, wanted: str | None, kind: str, source: str, key: str) 
         if wanted not in table.features:
             raise one_of(f"column of 'hf:{source}'", wanted, list(table.features))
         return wanted
-    found = [name for name, feature in table.features.items() if _type_of(feature) == kind]
+    found: list[str] = [name for name, feature in table.features.items() if _type_of(feature) == kind]
     if len(found) != 1:
         there = ", ".join(f"{name} ({_type_of(feature)})" for name, feature in table.features.items())
         which = f"several columns of type {kind}" if found else f"no column of type {kind}"
