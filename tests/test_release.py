@@ -51,7 +51,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 def test_bounds_are_the_oldest_versions_that_are_tested():
     lines = (ROOT / "constraints-min.txt").read_text().splitlines()
-    tested = dict(re.findall(r"^([\w.-]+)==([\d.]+)", "\n".join(lines), re.M))
+    tested = dict(re.findall(r"^([\w.-]+)={2,3}([\d.]+)", "\n".join(lines), re.M))
     extras = PROJECT["project"]["optional-dependencies"]
     named = [*PROJECT["project"]["dependencies"], *(line for extra in RUNS_WITH for line in extras[extra])]
     bounds = dict(line.split(">=") for line in named)

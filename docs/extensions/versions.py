@@ -21,7 +21,7 @@ def version_table(root: Path) -> list[str]:
     tested = dict(re.findall(r"^([\w.-]+)==(\S+)", (root / "constraints.txt").read_text(encoding="utf-8"), re.M))
     least = root / "constraints-min.txt"
     reasons = dict(
-        re.findall(r"^([\w.-]+)==\S+ +# (.*)$", least.read_text(encoding="utf-8"), re.M) if least.exists() else ()
+        re.findall(r"^([\w.-]+)===?[^\s=]+ +# (.*)$", least.read_text(encoding="utf-8"), re.M) if least.exists() else ()
     )
     extras: dict[str, list[str]] = {line: [] for line in project["dependencies"]}
     for extra, lines in project["optional-dependencies"].items():
