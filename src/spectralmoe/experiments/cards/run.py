@@ -79,7 +79,7 @@ def run_card(
         if collect:
             _refuse_gaps(card, out)
         make_folder(work)
-        write_json(out / "machine.json", describe_machine())
+        write_json(out / "machine.json", {**describe_machine(), "threads": 1})  # of a cell, however many run at once
         count = sum(_run_step(step, card, _Run(out, work, processes, progress)) for step in card.steps)
         progress("done", 1.0)
         shutil.rmtree(out / RUNNING, ignore_errors=True)  # all cells are in their files now
