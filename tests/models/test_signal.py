@@ -15,7 +15,7 @@ from spectralmoe.models import SignalMoE, signal_experts, signal_moe
 SIZES = {"width": 6, "num_experts": 2, "hidden": 8}
 
 
-def signals(n=5, length=64):
+def signals(n=5, length=80):
     return torch.randn(n, length, dtype=torch.complex64)
 
 
@@ -27,7 +27,7 @@ def test_each_record_takes_one_expert_and_only_that_one_runs(close):
     assert [item.name for item in tape] == ["blocks.0.moe", "blocks.1.moe"]
     for item in tape:
         assert item.routing.indices.shape == (5, 1)
-        assert tuple(item.input.shape) == (5, 6, 16, 1)
+        assert tuple(item.input.shape) == (5, 6, 16, 2)
     layer, item = model.blocks[0].moe, tape[0]
     with torch.no_grad():
         x_in = model.blocks[0].norm(model.stem(model.spectrogram(x)))
@@ -87,8 +87,8 @@ def test_saved_copied_and_trained(tmp_path):
 def test_mistakes_are_named(user_error):
     with user_error("SignalMoE: depth must be at least 1"):
         signal_moe(3, depth=0)
-    for x in (torch.randn(2, 3, 64), torch.randn(2, 32)):
-        with user_error("SignalMoE reads signals (B, T) of at least 64 samples"):
+    for x in (torch.randn(2, 3, 64), torch.randn(2, 79)):
+        with user_error("SignalMoE reads signals (B, T) of at least 80 samples"):
             signal_moe(3, **SIZES)(x)
 
 

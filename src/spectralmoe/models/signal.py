@@ -24,7 +24,7 @@ from spectralmoe.units import Sample
 
 __all__ = ["SignalBlock", "SignalExpert", "SignalMoE", "signal_experts", "signal_moe", "spectrum_router"]
 
-WINDOW, HOP = 64, 16
+WINDOW, HOP, SHORTEST = 64, 16, 80
 _LIGHTEST = 1 / 8
 _EPS = 1e-6
 
@@ -71,7 +71,9 @@ class SignalMoE(nn.Module):
         num_classes: the number of logits.
 
     Raises:
-        UserError: there is no block. In forward: the signals are not (B, T), or shorter than 64 samples.
+        UserError: there is no block. In forward: the signals are not (B, T), or shorter than 80 samples. With fewer, the
+            second convolution would write one column; in bfloat16 on CPUs with AMX torch then reads memory that was
+            never written, and the logits are NaN.
 
     >>> signal_moe(21, width=8, hidden=16)(torch.randn(3, 256, dtype=torch.complex64)).shape
     torch.Size([3, 21])
@@ -102,9 +104,9 @@ class SignalMoE(nn.Module):
 
     def spectrogram(self, signals: Tensor) -> Tensor:
         """Return log powers (B, 1, 64, T // 16) of signals (B, T), with mean 0 and variance 1 for each signal."""
-        if signals.dim() != 2 or signals.shape[1] < WINDOW:
+        if signals.dim() != 2 or signals.shape[1] < SHORTEST:
             raise UserError(
-                f"SignalMoE reads signals (B, T) of at least {WINDOW} samples, got a tensor of shape "
+                f"SignalMoE reads signals (B, T) of at least {SHORTEST} samples, got a tensor of shape "
                 f"{tuple(signals.shape)}"
             )
         x = signals if signals.is_complex() else torch.complex(signals.float(), torch.zeros_like(signals).float())
