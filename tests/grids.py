@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["crosses", "one_of_each", "pairwise", "part_of"]
+__all__ = ["crosses", "first_of", "one_of_each", "pairwise", "part_of"]
 
 
 def pairwise(*factors: Iterable[Any], seed: int = 0) -> list[tuple[Any, ...]]:
@@ -42,6 +42,11 @@ def crosses(
     draw = random.Random(seed)
     cross += [(a, draw.choice(second)) for a in first] + [(draw.choice(first), b) for b in second]
     return list(dict.fromkeys(cross))
+
+
+def first_of(count: int, values: Iterable[Any]) -> list[Any]:
+    """Values of one parameter: the first ``count`` of them, and the others marked ``full``."""
+    return [pytest.param(v, marks=[] if i < count else pytest.mark.full) for i, v in enumerate(values)]
 
 
 def one_of_each(**factors: Iterable[Any]) -> pytest.MarkDecorator:

@@ -334,6 +334,7 @@ def test_all_are_listed(said):
     assert {"sign", "halves", "scales", "logit_spread", "bare_adam", "geometry.norm"} <= listed
 
 
+@pytest.mark.full
 def test_the_contracts_take_them_up_and_the_test_of_contributing_passes(grown):
     test = grown.root / "tests" / "scorers" / "test_sign.py"
     test.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from grids import first_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -191,7 +192,7 @@ def trained(model, x, y):
     return model.eval()
 
 
-@pytest.mark.parametrize("make", [*TIED[:-1], reading])
+@pytest.mark.parametrize("make", first_of(5, [reading, *TIED[-2::-1]]))
 def test_the_verdict_is_a_full_evaluation(make):
     """Each kept correction is measured by hand; its cost is the verdict's, and within the budget."""
     x = torch.randn(600, D)

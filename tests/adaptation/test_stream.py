@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from grids import one_of_each
 
 from spectralmoe.adaptation import Guard, Rule, adapt_one, carried, correction_stream
 
@@ -18,8 +19,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("case", RULES)
-@pytest.mark.parametrize("name", ["top2", "soft"])
+@one_of_each(name=["top2", "soft"], case=RULES)
 def test_the_stream_is_the_plain_loop(network, data, make_guard, name, case):
     rule, model = RULES[case], network(name).train()
     by_hand = network(name)

@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from grids import one_of_each
 from seeds import shifted
 
 from spectralmoe import MoE
@@ -72,8 +73,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("form", FORMS)
+@one_of_each(mistake=MISTAKES, form=FORMS)
 def test_a_wrong_output_is_caught(mistake, form):
     p = problem()
     change, said = MISTAKES[mistake]

@@ -53,6 +53,7 @@ def test_bench_prints_a_table_or_json(call, busy):
     assert json.loads(out)["settings"]["rounds"] == 2
 
 
+@pytest.mark.full
 def test_memory_is_kept_when_asked_and_again_in_the_check(call, busy, tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr("spectralmoe.bench.allocator.keep_freed_memory", lambda: kept.append(True))

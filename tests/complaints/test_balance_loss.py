@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grids import one_of_each
 from small_parts import make_regularizer
 from torch import nn
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, Term, TopK, feed, penalty, record
 from spectralmoe.regularizers import REGULARIZERS, load_balance
+from spectralmoe.selectors import SELECTORS
 
 E = 4
 BALANCE = {"balance": Term(load_balance, 0.01)}
@@ -145,14 +147,14 @@ def test_automodel_3359_and_trl_6083_accumulation_does_not_change_the_coefficien
         close(one.grad, two.grad)
 
 
-@pytest.mark.parametrize("name", sorted(REGULARIZERS))
-def test_tutel_167_every_loss_works_where_one_does(make_router, selector_name, name, user_error):
+@one_of_each(name=sorted(REGULARIZERS), selector=list(SELECTORS))
+def test_tutel_167_every_loss_works_where_one_does(make_router, name, selector, user_error):
     """Tutel #167: The second loss of the library failed on a model that trained well with the first.
 
     Here every regularizer takes the records of every selector: in training, in bf16, with padding, without a token.
     One that could have no gradient where all experts are used says so.
     """
-    layer = nn.Sequential(*(MoE(make_router("linear", selector_name, 12, 6), FeedForward(6, 12, 8)) for _ in range(2)))
+    layer = nn.Sequential(*(MoE(make_router("linear", selector, 12, 6), FeedForward(6, 12, 8)) for _ in range(2)))
     terms = {name: Term(make_regularizer(name), 1.0)}
     if name == "path_coupling" and layer[0].router.soft:
         with user_error("path_coupling has no gradient"), record(layer) as tape:

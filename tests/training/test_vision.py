@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from forked import ends, start
+from grids import first_of
 from safetensors.torch import save_file
 from seeds import shifted
 
@@ -345,7 +346,9 @@ optimization = {epochs = 1, batch_size = 21, optimizer = "sgd", lr = 0.1}
 """
 KINDS = ("ddp", "fsdp2")
 OTHERS = {"text": TEXT, "digits": DIGITS}
-RUNS = [*itertools.product(FORMS, KINDS), *itertools.product(OTHERS, ["fsdp2,ep=2"]), ("digits", "ddp")]
+SHARDS = "fsdp2,ep=2"
+RUNS = [("faithful", "fsdp2"), ("text", SHARDS)]  # by default; --full: of each form all kinds
+ALL_RUNS = [*itertools.product(FORMS, KINDS), *itertools.product(OTHERS, [SHARDS]), ("digits", "ddp")]
 
 
 def free_port():
@@ -354,10 +357,10 @@ def free_port():
         return free.getsockname()[1]
 
 
-def one_of_two(rank: int, folder: Path, ports: list[str]) -> None:
+def one_of_two(rank: int, folder: Path, runs: list[str]) -> None:
     """What torchrun starts twice: the command line, once for each form and kind."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    for (form, kind), port in zip(RUNS, ports, strict=True):
+    for form, kind, port in map(str.split, runs):
         os.environ["MASTER_PORT"] = port
         out = folder / f"{form}-{kind}"
         code = run(["train", "--config", str(folder / form), "--out", str(out), "--parallel", kind, "--device", "cpu"])
@@ -366,25 +369,25 @@ def one_of_two(rank: int, folder: Path, ports: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def two_processes(tmp_path_factory, request):
     """The folder of what two processes trained: FORM-KIND."""
     folder = tmp_path_factory.mktemp("two")
     for form, text in {**FORMS, **OTHERS}.items():
         (folder / form).write_text(text)
-    ports = [str(free_port()) for _ in RUNS]
-    codes = ends([start(__file__, rank, folder, *ports) for rank in range(2)], seconds=300)
+    runs = ALL_RUNS if request.config.getoption("--full") else RUNS
+    words = [f"{form} {kind} {free_port()}" for form, kind in runs]
+    codes = ends([start(__file__, rank, folder, *words) for rank in range(2)], seconds=300)
     assert codes == [0, 0]
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [*FORMS, "text"])
+@pytest.mark.parametrize("form", first_of(2, ["faithful", "text", "balanced"]))
 def test_two_processes_are_as_one(form, two_processes, tmp_path):
     assert run(["train", "--config", str(two_processes / form), "--out", str(tmp_path), "--device", "cpu"]) == 0
     expected = load(tmp_path).state_dict()
     losses = [epoch["loss"] for epoch in read_json(tmp_path / "history.json")["epochs"]]
-    for kind in [kind for name, kind in RUNS if name == form]:
-        out = two_processes / f"{form}-{kind}"
+    for out in two_processes.glob(f"{form}-*"):
         found = load(out).state_dict()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -392,6 +395,7 @@ def test_two_processes_are_as_one(form, two_processes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_shards_of_a_network_with_a_batch_norm_are_as_copies(two_processes):
     """Its statistics are those of the share of each process, so one process alone has others."""
     one, two = (load(two_processes / f"digits-{kind}").state_dict() for kind in ("ddp", "fsdp2,ep=2"))

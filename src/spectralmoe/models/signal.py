@@ -71,9 +71,9 @@ class SignalMoE(nn.Module):
         num_classes: the number of logits.
 
     Raises:
-        UserError: there is no block. In forward: the signals are not (B, T), or shorter than 80 samples. With fewer, the
-            second convolution would write one column; in bfloat16 on CPUs with AMX torch then reads memory that was
-            never written, and the logits are NaN.
+        UserError: there is no block. In forward: the signals are not (B, T), or shorter than 80 samples. With fewer,
+            the second convolution would write one column; in bfloat16 on CPUs with AMX torch then reads memory that
+            was never written, and the logits are NaN.
 
     >>> signal_moe(21, width=8, hidden=16)(torch.randn(3, 256, dtype=torch.complex64)).shape
     torch.Size([3, 21])
