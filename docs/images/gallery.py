@@ -64,18 +64,18 @@ def take(folder: Path) -> None:
     """Copy what was drawn, and photograph the parts of reports."""
     for name, source in DRAWN.items():
         shutil.copyfile(folder / source, ROOT / "docs" / "images" / name)
-    browser = start_chromium()
-    if browser is None:
-        raise SystemExit("parts of reports need Chromium: apt-get install chromium chromium-driver")
     for name, (page, part, width, height) in PARTS.items():
+        browser = start_chromium()  # anew for each: of several pictures from one, a later one may be cut
+        if browser is None:
+            raise SystemExit("parts of reports need Chromium: apt-get install chromium chromium-driver")
         look(browser, width, scale=1.5)
         browser.get((folder / page).absolute().as_uri())
         box = one(browser, part).rect
         clip = {"x": 0, "y": box["y"], "width": width, "height": min(box["height"], height), "scale": 1}
         options = {"format": "png", "clip": clip, "captureBeyondViewport": True}
         picture = browser.execute_cdp_cmd("Page.captureScreenshot", options)["data"]
+        browser.quit()
         (ROOT / "docs" / "images" / name).write_bytes(base64.b64decode(picture))
-    browser.quit()
 
 
 if __name__ == "__main__":
