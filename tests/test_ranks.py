@@ -268,7 +268,7 @@ def test_routers_stay_as_they_are(user_error):
         add_ranks(model, "1.router.*")
     network = add_ranks(signal_moe(3, width=4, hidden=8), "*", ranks=R, zero=0, k=K)
     assert list(moe_layers(network)) == ["blocks.0.moe", "head"]
-    assert network(torch.randn(2, 64)).shape == (2, 3)
+    assert network(torch.randn(2, 80)).shape == (2, 3)
 
 
 def test_it_is_found_among_the_experts():
