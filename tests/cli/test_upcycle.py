@@ -56,7 +56,7 @@ def test_a_folder_that_plain_transformers_loads(folders, call, tmp_path):
 
 
 def test_what_it_made_as_json(folders, call, tmp_path):
-    options = ["--method", "drop", "--ratio", 0.25, "--layers", "0,-1", "--seed", 3, "--dtype", "bfloat16", "--json"]
+    options = ["--method", "drop", "--ratio", 0.25, "--layers", "0,-1", "--seed", 3, "--dtype", "float16", "--json"]
     code, printed, _ = call("upcycle", folders / "qwen3", *options, "--out", tmp_path / "moe")
     made = json.loads(printed)
     assert (code, made["class"], made["layers"], made["notes"]) == (0, "Qwen3MoeForCausalLM", [0, 2], [])
@@ -65,7 +65,7 @@ def test_what_it_made_as_json(folders, call, tmp_path):
     assert sizes["active"] - sizes["dense"] == 2 * (mlp + 4 * 32)
     assert 0 < made["logits"]["difference"] < made["logits"]["largest"]
     model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
-    assert (model.dtype, model.config.num_experts, model.config.mlp_only_layers) == (torch.bfloat16, 4, [1])
+    assert (model.dtype, model.config.num_experts, model.config.mlp_only_layers) == (torch.float16, 4, [1])
 
 
 def test_routers_start_from_text(folders, domains, call, tmp_path):

@@ -83,12 +83,13 @@ def replicate_and_quantize(
 
     >>> from spectralmoe import FeedForward, LinearScorer, Router, TopK
     >>> layer = MoE(Router(LinearScorer(8, 4), TopK(1)), FeedForward(4, 8, 16)).eval()
+    >>> _ = torch.nn.init.zeros_(layer.router.scorer.weight)  # every token takes the same expert
     >>> report = replicate_and_quantize(layer, [torch.randn(100, 8)], bits=8)
     >>> report.model.experts.num_experts, report.bytes_after < report.bytes_before
     (5, True)
     >>> done = report.layers[""]
-    >>> done.replicated == (int(done.counts.argmax()),), done.imbalance_after < done.imbalance_before
-    (True, True)
+    >>> done.imbalance_before, done.imbalance_after
+    (4.0, 2.5)
     """
     scheme = Scheme(_OWNER, importance, bits, copies, quantize, keep_original)
     if score is not None and importance != "removal":
