@@ -71,10 +71,10 @@ def replicate_and_quantize_experts(
     >>> import pytest, torch
     >>> transformers = pytest.importorskip("transformers")
     >>> sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
-    >>> sizes |= {"num_hidden_layers": 1, "vocab_size": 64, "num_local_experts": 4, "num_experts_per_tok": 1}
-    >>> model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval()
+    >>> sizes |= {"num_hidden_layers": 1, "vocab_size": 64, "num_experts": 4, "num_experts_per_tok": 1}
+    >>> model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes)).eval()
     >>> _ = torch.nn.init.zeros_(model.model.layers[0].mlp.gate.weight)  # every token takes the same expert
-    >>> report = replicate_and_quantize_experts(model, [torch.randint(64, (2, 16))], importance="reap")
+    >>> report = replicate_and_quantize_experts(model, [torch.randint(64, (2, 16))])
     >>> layer = report.layers["model.layers.0.mlp"]
     >>> layer.imbalance_before, layer.imbalance_after
     (4.0, 2.5)
