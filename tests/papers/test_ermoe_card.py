@@ -50,11 +50,11 @@ def layer_of(card, row, dim=8, experts=4):
 def test_the_control_reads_nobodys_bases_and_the_ablation_leaves_its_form(card, row):
     layer, x, attended = layer_of(card, row), torch.randn(40, 8), torch.randn(40, 8)
     context = Context(tokens={"attended": attended})
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     attach(optimizer, layer)
     before = layer.router(x, context=context).logits.detach()
     for _ in range(3):
-        (layer(x, context=context) - x.flip(1)).square().sum().backward()
+        (layer(x, context=context) - x.flip(1)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     same = torch.equal(layer.router(x, context=context).logits, before)
