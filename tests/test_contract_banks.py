@@ -12,7 +12,7 @@ import torch
 
 from spectralmoe import LinearScorer, ModuleExperts, MoE, Router, TopK
 from spectralmoe.experts import Answer
-from spectralmoe.experts.base import per_row
+from spectralmoe.experts.answer import per_row
 from spectralmoe.spec import build, describe
 from spectralmoe.units import Sample
 

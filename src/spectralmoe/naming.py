@@ -38,6 +38,7 @@ __all__ = [
     "own_names",
     "part_class",
     "read_part",
+    "read_row",
     "read_table",
     "read_term",
     "shown",
@@ -80,6 +81,15 @@ def read_table(text: str) -> dict[str, Any]:
     return read["row"]
 
 
+def read_row(row: Any) -> Any:
+    """Return a row of a comparison that is the text of a table as that table, and any other as it is.
+
+    Raises:
+        UserError: as ``read_table``.
+    """
+    return read_table(row) if isinstance(row, str) and row.lstrip().startswith("{") else row
+
+
 def shown(value: Any) -> str:
     """Return a row of a comparison as one line: a name as it is, a table as inline TOML.
 
@@ -119,9 +129,8 @@ def own_names(value: Any) -> list[str]:
     >>> own_names('{scorer = {type = "mine:Signs"}, selector = "topk"}')
     ['mine:Signs']
     """
+    value = read_row(value)
     if isinstance(value, str):
-        if value.lstrip().startswith("{"):
-            return own_names(read_table(value))
         return [value] if _OWN.fullmatch(value) else []
     if isinstance(value, Mapping):
         value = list(value.values())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from spectralmoe.errors import UserError, first_line, one_of
-from spectralmoe.naming import Table, named, own_names, part_class, read_part, read_table, read_term, shown
+from spectralmoe.naming import Table, named, own_names, part_class, read_part, read_row, read_term, shown
 from spectralmoe.optim.table import arguments_of, read_optimizer
 from spectralmoe.rows import BRANCH, Preset, experts_a_token
 from spectralmoe.scorers import Scorer
@@ -183,40 +183,40 @@ def find_preset(row: str | Table) -> Preset:
     >>> preset.selector["rate"], list(preset.terms)
     (0.001, ['spectral_penalty'])
     """
-    if isinstance(row, str) and row.strip().startswith("{"):
-        return _checked(shown(row), read_table(row))
-    if isinstance(row, Mapping):
-        return _checked(shown(row), row)
-    if not isinstance(row, str):
-        raise UserError(f"router {row!r} is neither a name nor a table")
-    if row in PRESETS:
-        return _checked(row, PRESETS[row])
-    if ":" not in row:
-        raise one_of("router", row, [*PRESETS, "pkg:object"])
-    loaded = find_class(row)
-    if isinstance(loaded, type) and issubclass(loaded, Scorer):
-        return _checked(row, {"summary": f"a class of your own, {row}", "scorer": row})
-    if callable(loaded) and not isinstance(loaded, type | Preset):
-        try:
-            loaded = loaded()
-        except Exception as error:
-            raise UserError(f"router {row!r} fails when it is called: {first_line(error)}") from error
-    if isinstance(loaded, Preset):
-        return loaded
-    if isinstance(loaded, Mapping):
-        return _checked(row, loaded)
-    raise UserError(
-        f"router {row!r} is not a subclass of spectralmoe.Scorer, nor a preset: a dict, or a function that returns one"
-    )
-
-
-def _checked(name: str, row: Table) -> Preset:
+    name = shown(row)
+    said = read_row(row)
+    table = said if isinstance(said, Mapping) else _called(said)
+    if isinstance(table, Preset):
+        return table
     try:
-        preset = _read(name, row)
+        preset = _read(name, table)
         _try_own(preset)
     except UserError as error:
         raise error if name in PRESETS else UserError(f"router {name!r}: {error}") from error
     return preset
+
+
+def _called(name: object) -> Table | Preset:
+    """The row of ``PRESETS`` called ``name``, or what an object of the user's own stands for."""
+    if not isinstance(name, str):
+        raise UserError(f"router {name!r} is neither a name nor a table")
+    if name in PRESETS:
+        return PRESETS[name]
+    if ":" not in name:
+        raise one_of("router", name, [*PRESETS, "pkg:object"])
+    loaded = find_class(name)
+    if isinstance(loaded, type) and issubclass(loaded, Scorer):
+        return {"summary": f"a class of your own, {name}", "scorer": name}
+    if callable(loaded) and not isinstance(loaded, type | Preset):
+        try:
+            loaded = loaded()
+        except Exception as error:
+            raise UserError(f"router {name!r} fails when it is called: {first_line(error)}") from error
+    if isinstance(loaded, Preset | Mapping):
+        return loaded
+    raise UserError(
+        f"router {name!r} is not a subclass of spectralmoe.Scorer, nor a preset: a dict, or a function that returns one"
+    )
 
 
 def _read(name: str, row: Table) -> Preset:

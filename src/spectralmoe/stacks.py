@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
 
-__all__ = ["chosen_experts", "copy_with", "means"]
+__all__ = ["chosen_experts", "copy_with", "means", "shares_of"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -44,6 +44,33 @@ def copy_with(module: Module, tensors: Mapping[Tensor, Tensor]) -> Module:
         new = new.to(old.dtype)
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     return copy.deepcopy(module, memo)
+
+
+def shares_of(
+    owner: str, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None, num_experts: int
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Return the members of each group, and their weights (n,) float64 with sum 1.
+
+    Args:
+        weights: one number >= 0 for each member; None weighs all alike.
+
+    Raises:
+        UserError: as ``chosen_experts``; the weights do not fit the groups or are all 0 in one.
+
+    >>> shares_of("merge", [[1], [0, 2]], [[1.0], [3.0, 1.0]], 3)[1][1].tolist()
+    [0.75, 0.25]
+    """
+    members = [chosen_experts(owner, group, num_experts) for group in groups]
+    given = [[1.0] * len(group) for group in members] if weights is None else weights
+    if not members or [len(row) for row in given] != [len(group) for group in members]:
+        raise UserError(f"{owner}: needs at least one group, and a weight for each of its members")
+    shares = [torch.tensor(row, dtype=torch.float64) for row in given]
+    for group, share in zip(members, shares, strict=True):
+        if not (share.isfinite().all() and (share >= 0).all() and share.sum() > 0):
+            raise UserError(
+                f"{owner}: weights must be finite, not negative and not all 0; {group} has {share.tolist()}"
+            )
+    return members, [share / share.sum() for share in shares]
 
 
 def means(stack: Tensor, groups: Sequence[Sequence[int]], shares: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,8 @@ from seeds import generator
 from spectralmoe import FeedForward, MoE, Router, TopK, after_step, record
 from spectralmoe.experiments.cards import run_card
 from spectralmoe.experiments.evidence import difference, select
-from spectralmoe.training.settings import parse, read_toml
+from spectralmoe.training.settings import parse
+from spectralmoe.training.toml_text import read_toml
 
 CARD = Path(__file__).parents[2] / "papers" / "emoe"
 ROWS = {"dense", "linear", "linear+load_balance", "linear+balanced", "EMoE faithful", "EMoE"}

@@ -24,7 +24,7 @@ from spectralmoe.training.loop import train
 from spectralmoe.training.settings import parse
 from spectralmoe.training.tasks import ImageTask
 from spectralmoe.training.train_settings import TrainSettings
-from spectralmoe.training.vision import load_weights, make_spec, router_terms
+from spectralmoe.training.vision import load_weights, make_spec
 from spectralmoe.training.vision_settings import MoEParts
 
 TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -61,7 +61,7 @@ def run_training(network, data, wanted, **options):
 
 def trained(data, wanted, **options):
     network = build_vision(data, wanted)
-    run_training(network, data, wanted, terms=router_terms(wanted.row), **options)
+    run_training(network, data, wanted, terms=wanted.preset.terms, **options)
     return network
 
 
@@ -287,8 +287,12 @@ def test_two_sources_of_weights_are_refused(data, user_error):
 
 
 def test_presets_bring_their_terms():
-    assert list(router_terms("linear+load_balance")) == ["load_balance"]
-    assert not router_terms("emoe")
+    rows = {"linear+load_balance": ["load_balance"], "emoe": [], "omoe": []}
+    presets = {row: settings(moe={"router": row}).preset for row in rows}
+    assert {row: list(preset.terms) for row, preset in presets.items()} == rows
+    assert presets["omoe"].optimizer == {"type": "orthogonal_experts"}
+    dense = settings(moe=None).preset
+    assert (dense.terms, dense.optimizer) == ({}, None)
     assert make_spec(MoEParts(router="linear", k=2)).make_router(8).selector.k == 2
 
 

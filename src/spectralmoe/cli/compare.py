@@ -137,7 +137,6 @@ def compare(
     from spectralmoe.experiments.compare import run
     from spectralmoe.experiments.compare import take as take_slice
     from spectralmoe.experiments.grid import Slice
-    from spectralmoe.naming import own_names
     from spectralmoe.training.settings import pick_device
     from spectralmoe.training.tasks import open_task
 
@@ -162,7 +161,7 @@ def compare(
         "network.num_experts": experts,
     }
     settings = _settings(config, network, given, assign or ())
-    trust_own(settings.routers, (*(allow or ()), *own_names(names)))
+    trust_own(settings.routers, allow, names)
     settings.check()
     where = pick_device(device)
     task = open_task(settings.run_of(settings.cells()[0]), data_dir, download)
@@ -192,8 +191,8 @@ def _settings(
         UserError: as ``read_toml``, ``change`` and ``parse``.
     """
     from spectralmoe.experiments.compare import CompareSettings
-    from spectralmoe.training.settings import parse, read_toml
-    from spectralmoe.training.toml_text import change, choose_network, put
+    from spectralmoe.training.settings import parse
+    from spectralmoe.training.toml_text import change, choose_network, put, read_toml
 
     values = {} if config is None else read_toml(config)
     if network is not None:

@@ -18,8 +18,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from spectralmoe.training.loop import Progress
+    from spectralmoe.training.settings import Settings
 
-__all__ = ["count", "over_seeds", "print_finding", "print_json", "print_table", "say", "show_progress"]
+__all__ = [
+    "count",
+    "over_seeds",
+    "print_finding",
+    "print_json",
+    "print_settings",
+    "print_table",
+    "say",
+    "show_progress",
+]
 
 _PLAIN_SECONDS = 10.0
 _SOON = 2.0  # seconds of work that a forecast rests on
@@ -186,3 +196,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], key: int, fir
 def print_json(value: Any) -> None:
     """One JSON value on stdout, as ``write_json`` writes it."""
     print(to_json(value), end="")
+
+
+def print_settings(settings: Settings, json: bool) -> None:
+    """All settings of a run as TOML that reads back as the same, or as JSON."""
+    from spectralmoe.training.toml_text import to_toml
+
+    if json:
+        print_json(settings.model_dump(mode="json"))
+    else:
+        typer.echo(to_toml(settings), nl=False)

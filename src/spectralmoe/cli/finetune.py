@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectralmoe.cli.completion import complete_finetune_router
-from spectralmoe.cli.console import count, print_finding, print_json, print_table, show_progress
-from spectralmoe.cli.options import Allow, Assign, DeviceName, Json, refuse_outputs, say_notes, split_names, trust_own
+from spectralmoe.cli.console import count, print_finding, print_json, print_settings, print_table, show_progress
+from spectralmoe.cli.options import (
+    Allow,
+    Assign,
+    DeviceName,
+    Json,
+    PrintConfig,
+    refuse_outputs,
+    say_notes,
+    split_names,
+    trust_own,
+)
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json, to_json, write_json, write_text
 
@@ -61,9 +71,7 @@ def finetune(
     seed: Annotated[int | None, typer.Option(min=0, help="Random seed.", show_default="0")] = None,
     config: Annotated[Path | None, typer.Option(metavar="F.toml", help="Settings of the run.")] = None,
     assign: Assign = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print all settings of the run as TOML, and train nothing.")
-    ] = False,
+    print_config: PrintConfig = False,
     allow: Allow = None,
     device: DeviceName = "auto",
     json: Json = False,
@@ -81,7 +89,6 @@ def finetune(
     from spectralmoe.cli.texts import read_domains
     from spectralmoe.experiments.run_folder import run_folder
     from spectralmoe.hf.training.lora import import_peft
-    from spectralmoe.naming import own_names
     from spectralmoe.report import as_document, read_documents, render_report
     from spectralmoe.training.finetune import CHECKPOINTS, MONITOR
     from spectralmoe.training.finetune import finetune as run_finetuning
@@ -91,11 +98,11 @@ def finetune(
     options = {"router": router, "layers": layers, "lora": lora, "length": length, "seed": seed}
     settings = _read(config, assign or (), options, terms, train)
     if print_config:
-        _print(settings, json)
+        print_settings(settings, json)
         return
     if out is None:
         raise UserError("--out is missing: name the folder for everything that is written")
-    trust_own({"router": settings.router, "terms": settings.terms}, (*(allow or ()), *own_names(router)))
+    trust_own({"router": settings.router, "terms": settings.terms}, allow, router)
     terms_of(settings)  # what cannot be is refused before a model is loaded
     if settings.lora is not None:
         import_peft()
@@ -130,8 +137,8 @@ def _read(
         UserError: as ``read_toml``, ``change`` and ``parse``; --terms that are no assignments.
     """
     from spectralmoe.training.finetune_settings import FinetuneSettings
-    from spectralmoe.training.settings import parse, read_toml
-    from spectralmoe.training.toml_text import change, put
+    from spectralmoe.training.settings import parse
+    from spectralmoe.training.toml_text import change, put, read_toml
 
     values = {} if config is None else read_toml(config)
     change(values, assign)
@@ -163,16 +170,6 @@ def _load(source: str, dtype: torch.dtype | None, device: torch.device) -> Trans
 def _digest(texts: dict[str, list[str]]) -> str:
     """What tells other text from this one."""
     return hashlib.sha256(to_json(texts).encode()).hexdigest()
-
-
-def _print(settings: FinetuneSettings, json: bool) -> None:
-    """All settings as TOML that reads back as the same, or as JSON."""
-    from spectralmoe.training.toml_text import to_toml
-
-    if json:
-        print_json(settings.model_dump(mode="json"))
-    else:
-        typer.echo(to_toml(settings), nl=False)
 
 
 def _tell(history: dict[str, Any], out: Path) -> None:

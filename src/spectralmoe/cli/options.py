@@ -34,6 +34,7 @@ __all__ = [
     "Json",
     "Model",
     "Out",
+    "PrintConfig",
     "Seed",
     "load_network",
     "load_saved",
@@ -87,6 +88,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead
 Assign = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as network.k=1; repeats."),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print all settings of the run as TOML, and train nothing.")
 ]
 Allow = Annotated[
     list[str] | None, typer.Option("--allow", metavar="PKG:CLASS", help="A class of your own that the model may use.")
@@ -145,15 +149,19 @@ def see_own_modules(names: Sequence[str]) -> None:
         sys.path.insert(0, os.getcwd())
 
 
-def trust_own(rows: Any, allowed: Sequence[str]) -> None:
+def trust_own(rows: Any, allow: Sequence[str] | None, typed: Any) -> None:
     """Let the ``pkg:object`` that rows name be imported; of a file, no module is imported because it names it.
 
+    Args:
+        allow: the names that may be imported.
+        typed: rows as the command line has them; what they name may be imported, too.
+
     Raises:
-        UserError: one that is not ``allowed``.
+        UserError: a name that is in neither.
     """
     from spectralmoe.naming import own_names
 
-    names = own_names(rows)
+    names, allowed = own_names(rows), (*(allow or ()), *own_names(typed))
     for name in names:
         if name not in allowed:
             raise UserError(f"router {name!r} is a class of your own; if you trust it, add --allow {name}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectralmoe.cli.completion import LOG_NAMES, complete_data, listed, one_among
-from spectralmoe.cli.console import print_finding, print_json, show_progress
+from spectralmoe.cli.console import print_finding, print_json, print_settings, show_progress
 from spectralmoe.cli.options import (
     ANY_DATA,
     Allow,
@@ -21,6 +21,7 @@ from spectralmoe.cli.options import (
     DeviceName,
     Download,
     Json,
+    PrintConfig,
     say_notes,
     split_names,
     trust_own,
@@ -53,9 +54,7 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for everything that is written.")] = None,
     assign: Assign = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print all settings of the run as TOML, and train nothing.")
-    ] = False,
+    print_config: PrintConfig = False,
     router: Annotated[
         str | None,
         typer.Option(
@@ -122,24 +121,23 @@ def train(
     from spectralmoe.training.parallel import joined
     from spectralmoe.training.settings import pick_device
     from spectralmoe.training.tasks import open_task
-    from spectralmoe.training.vision import router_terms, row_optimizer
 
     settings = _read(config, data, assign or (), network, router, seed, pretrained)
     if print_config:
-        _print(settings, json)
+        print_settings(settings, json)
         return
     if out is None:
         raise UserError("--out is missing: name the folder for everything that is written")
     if every is not None and not monitor:
         raise UserError("--every is how often --monitor reports; add --monitor")
-    _check(settings, allow or (), router)
+    trust_own(settings.row, allow, router)
     log_names = split_names(log or "")
     check_logs(log_names)
     with joined(parallel, pick_device(device), settings.num_experts) as (ranks, where):
         task = open_task(settings, data_dir, download)
         if ranks.first:
             say_notes(task.notes)
-        built = task.build(settings).to(where)
+        built, preset = task.build(settings).to(where), settings.preset
         trained = ranks.spread(built)
         claim = {**settings.model_dump(mode="json"), "images": task.fingerprint}
         files = (CHECKPOINT, "model.safetensors", "config.json", "history.json", *([MONITOR] if monitor else []))
@@ -156,8 +154,8 @@ def train(
                     trained,
                     task,
                     settings.optimization,
-                    terms=router_terms(settings.row),
-                    optimizer=row_optimizer(settings.row),
+                    terms=preset.terms,
+                    optimizer=preset.optimizer,
                     checkpoint=out / CHECKPOINT,
                     follow=_shown(progress, title, settings.optimization.epochs, task.metric),
                     logs=logs,
@@ -195,8 +193,8 @@ def _read(
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --pretrained without a timm model.
     """
-    from spectralmoe.training.settings import parse, read_toml
-    from spectralmoe.training.toml_text import change, choose_network, put
+    from spectralmoe.training.settings import parse
+    from spectralmoe.training.toml_text import change, choose_network, put, read_toml
     from spectralmoe.training.train_settings import TrainSettings
 
     if config is None and data is None:
@@ -217,23 +215,6 @@ def _read(
     if pretrained:
         put(values, "backbone.pretrained", True)
     return parse(TrainSettings, values, f"{source} with --set" if assign else source)
-
-
-def _print(settings: TrainSettings, json: bool) -> None:
-    """All settings as TOML that reads back as the same, or as JSON."""
-    from spectralmoe.training.toml_text import to_toml
-
-    if json:
-        print_json(settings.model_dump(mode="json"))
-    else:
-        typer.echo(to_toml(settings), nl=False)
-
-
-def _check(settings: TrainSettings, allow: Sequence[str], router: str | None) -> None:
-    """No module is imported because a file names it; what ``router``, from the command line, names may be."""
-    from spectralmoe.naming import own_names
-
-    trust_own(settings.row, (*allow, *own_names(router)))
 
 
 def _shown(progress: Progress, title: str, epochs: int, metric: Metric) -> Callable[[Standing], None]:

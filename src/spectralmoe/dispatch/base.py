@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError
-from spectralmoe.experts.base import Answer, Experts, answer_of
+from spectralmoe.experts.answer import Answer
+from spectralmoe.experts.base import Experts, answer_of
 from spectralmoe.routing import Routing, count_slots
 from spectralmoe.torch_private import transforming
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from spectralmoe.dispatch.base import Dispatch
-from spectralmoe.experts.base import Experts, per_row
+from spectralmoe.experts.answer import per_row
+from spectralmoe.experts.base import Experts
 from spectralmoe.routing import Routing
 
 __all__ = ["Dense"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from spectralmoe.experts.adapter import Adapter
-from spectralmoe.experts.base import Answer, Experts
+from spectralmoe.experts.answer import Answer
+from spectralmoe.experts.base import Experts
 from spectralmoe.experts.confident import ConfidentExperts
 from spectralmoe.experts.conv import ConvExperts
 from spectralmoe.experts.eigen import EigenExperts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,29 +10,11 @@ from torch.func import functional_call
 
 from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
+from spectralmoe.experts.answer import Answer, joined, per_row
 from spectralmoe.parts import Part
-from spectralmoe.stacks import chosen_experts, copy_with, means
+from spectralmoe.stacks import chosen_experts, copy_with, means, shares_of
 
-__all__ = ["Answer", "Experts", "answer_of", "per_row"]
-
-
-class Answer(NamedTuple):
-    """What a bank returns if its experts give more than outputs: a weight of their own, or values to be recorded.
-
-    Attributes:
-        y: the outputs (M, *S).
-        gain: (M,), a factor for the combine weight of each row; None is 1.
-        said: further values by name, each (M, ...); ``record(model, keep=name)`` keeps them.
-    """
-
-    y: Tensor
-    gain: Tensor | None = None
-    said: dict[str, Tensor] | None = None
-
-    @property
-    def gained(self) -> Tensor:
-        """The outputs times their gain (M, *S)."""
-        return self.y if self.gain is None else self.y * per_row(self.gain.to(self.y.dtype), self.y)
+__all__ = ["Experts", "answer_of"]
 
 
 class Experts(Part):
@@ -101,13 +82,7 @@ class Experts(Part):
         all_run = torch.is_grad_enabled() or torch.compiler.is_compiling()
         busy = [(block, e) for e, block in enumerate(blocks) if all_run or len(block)]
         answers = [self.answer(block, e) for block, e in busy or [(x[:0], 0)]]
-        y = _joined([answer.y for answer in answers], len(rest))
-        gains = [answer.gain for answer in answers if answer.gain is not None]
-        said = {name: [(answer.said or {})[name] for answer in answers] for name in answers[0].said or {}}
-        if not gains and not said:
-            return y
-        told = {name: _joined(values, len(rest)) for name, values in said.items()}
-        return Answer(y, _joined(gains, len(rest)) if gains else None, told)
+        return joined(answers, len(rest))
 
     def reads_loads(self, x: Tensor) -> bool:
         """Return whether ``forward`` wants its counts on the CPU, for rows like x.
@@ -223,31 +198,15 @@ class Experts(Part):
         Raises:
             UserError: as ``select``; a group is empty, or the weights do not fit the groups or are all 0 in one.
         """
-        members, shares = self._shares(groups, weights)
+        owner = f"{type(self).__name__}.averaged"
+        members, shares = shares_of(owner, groups, weights, self.num_experts)
 
         def mean(stack: Tensor) -> Tensor:
             if not stack.is_floating_point():
-                raise UserError(f"{type(self).__name__}.averaged: a buffer of {stack.dtype} has no mean")
+                raise UserError(f"{owner}: a buffer of {stack.dtype} has no mean")
             return means(stack, members, shares)
 
         return self._restacked(mean, len(members))
-
-    def _shares(
-        self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None
-    ) -> tuple[list[list[int]], list[Tensor]]:
-        """The members of each group, and their weights (n,) with sum 1."""
-        owner = f"{type(self).__name__}.averaged"
-        members = [chosen_experts(owner, group, self.num_experts) for group in groups]
-        given = [[1.0] * len(group) for group in members] if weights is None else weights
-        if not members or [len(row) for row in given] != [len(group) for group in members]:
-            raise UserError(f"{owner}: needs at least one group, and a weight for each of its members")
-        shares = [torch.tensor(row, dtype=torch.float64) for row in given]
-        for group, share in zip(members, shares, strict=True):
-            if not (share.isfinite().all() and (share >= 0).all() and share.sum() > 0):
-                raise UserError(
-                    f"{owner}: weights must be finite, not negative and not all 0; {group} has {share.tolist()}"
-                )
-        return members, [share / share.sum() for share in shares]
 
     def _restacked(self, change: Callable[[Tensor], Tensor], num_experts: int) -> Experts:
         """A copy of ``num_experts`` experts, with ``change`` done to every stack."""
@@ -299,13 +258,3 @@ def answer_of(
         )
     result = (forward or experts)(x, counts) if inside is None else experts.project(inside, counts)
     return result if isinstance(result, Answer) else Answer(result), inside
-
-
-def per_row(values: Tensor, rows: Tensor) -> Tensor:
-    """Give ``values`` (M,) as many dimensions as ``rows`` (M, *S), so that they multiply row by row."""
-    return values.reshape(-1, *[1] * (rows.dim() - 1))
-
-
-def _joined(parts: list[Tensor], rest: int) -> Tensor:
-    """The rows of all experts, and zeros for ``rest`` rows of nobody."""
-    return torch.cat([*parts, parts[0].new_zeros(rest, *parts[0].shape[1:])])

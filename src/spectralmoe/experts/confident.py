@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
-from spectralmoe.experts.base import Answer, Experts
+from spectralmoe.experts.answer import Answer
+from spectralmoe.experts.base import Experts
 from spectralmoe.experts.feed_forward import add_bias
 from spectralmoe.experts.grouped_gemm import grouped_linear
 from spectralmoe.stacks import copy_with

@@ -19,6 +19,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.experts.base import Experts
 from spectralmoe.experts.grouped_gemm import grouped_linear, supports_grouped_mm
 from spectralmoe.linalg import qr_retraction
+from spectralmoe.stacks import shares_of
 
 __all__ = ["EigenExperts"]
 
@@ -85,7 +86,7 @@ class EigenExperts(Experts):
         self, groups: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None
     ) -> EigenExperts:
         """Return a bank whose matrices are the means of the W of each group, cut to rank R by an SVD."""
-        members, shares = self._shares(groups, weights)
+        members, shares = shares_of(f"{type(self).__name__}.averaged", groups, weights, self.num_experts)
         bank = cast(EigenExperts, self.select([group[0] for group in members]))
         left, scale, right = (stack.double() for stack in (self.left, self.scale, self.right))
         for place, (group, share) in enumerate(zip(members, shares, strict=True)):

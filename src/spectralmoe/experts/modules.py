@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectralmoe.errors import UserError
 from spectralmoe.experts.base import Experts
 from spectralmoe.experts.flops import count_flops
-from spectralmoe.stacks import chosen_experts
+from spectralmoe.stacks import chosen_experts, shares_of
 
 __all__ = ["ModuleExperts"]
 
@@ -69,7 +69,7 @@ class ModuleExperts(Experts):
         Raises:
             UserError: two modules of a group differ in class, or in names or shapes of their tensors.
         """
-        members, shares = self._shares(groups, weights)
+        members, shares = shares_of(f"{type(self).__name__}.averaged", groups, weights, self.num_experts)
         means = [self._mean(group, share.tolist()) for group, share in zip(members, shares, strict=True)]
         return self._with(means)
 

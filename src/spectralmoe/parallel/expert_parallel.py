@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from spectralmoe.dispatch import Dispatch
 from spectralmoe.dispatch.base import combine, sort_slots, spread
 from spectralmoe.errors import UserError
-from spectralmoe.experts.base import Answer, Experts
+from spectralmoe.experts import Answer, Experts
 from spectralmoe.parallel.exchange import Route, exchange, route_rows
 from spectralmoe.parallel.plan import Plan, owners, plan_native
 from spectralmoe.routing import Routing

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from spectralmoe.errors import UserError, first_line, one_of
+from spectralmoe.errors import UserError, one_of
 from spectralmoe.optim import OPTIMIZERS, SCHEDULES
 from spectralmoe.training.precision import Precision
 
-__all__ = ["Network", "Optimization", "Row", "Several", "laid_over", "parse", "pick_device", "read_toml"]
+__all__ = ["Network", "Optimization", "Row", "Several", "laid_over", "parse", "pick_device"]
 
 T = TypeVar("T")
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -169,24 +167,6 @@ def _section_at(kind: Any, parents: Sequence[str]) -> Any:
 def _section(kind: Any) -> Any:
     """The settings in ``X`` or ``X | None``."""
     return next((part for part in get_args(kind) if hasattr(part, "model_fields")), kind)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The values in a TOML file.
-
-    Raises:
-        UserError: missing, unreadable, or not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: not a readable TOML file (nested too deeply)") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:  # no UTF-8, no TOML, a number of thousands of digits
-        raise UserError(f"{path}: not a readable TOML file ({first_line(error)})") from error
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,15 +1,34 @@
-"""Settings as TOML text, and values in them changed by ``a.b=c``."""
+"""Settings as TOML: values read from a file and changed by ``a.b=c``, and settings as text."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from spectralmoe.errors import UserError, one_of
+from spectralmoe.errors import UserError, first_line, one_of
 from spectralmoe.training.settings import Settings
 
-__all__ = ["change", "choose_network", "put", "to_toml"]
+__all__ = ["change", "choose_network", "put", "read_toml", "to_toml"]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values in a TOML file.
+
+    Raises:
+        UserError: missing, unreadable, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not a readable TOML file (nested too deeply)") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:  # no UTF-8, no TOML, a number of thousands of digits
+        raise UserError(f"{path}: not a readable TOML file ({first_line(error)})") from error
 
 
 def put(values: dict[str, Any], path: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from spectralmoe.naming import shown
-from spectralmoe.presets import find_preset
+from spectralmoe.presets import Preset, find_preset
 from spectralmoe.training.restore_settings import Restore, check_restore, with_restore_defaults
 from spectralmoe.training.settings import Network, Optimization, Positive, Row, Settings, laid_over
 from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
@@ -17,6 +17,7 @@ from spectralmoe.training.vision_settings import Backbone, MoEParts
 __all__ = ["TrainSettings"]
 
 _IMAGES = ("image_size", "hold_out")
+_NO_EXPERTS = Preset("a timm model without experts", {}, dense=True)
 _SR_MOE, _TIMM = ("router", "experts", "depth", "network"), ("backbone", "moe")
 
 
@@ -96,11 +97,20 @@ class TrainSettings(Settings):
         return "none" if self.moe is None else laid_over(self.moe.router, terms=self.terms)
 
     @property
+    def preset(self) -> Preset:
+        """The row as it is read; that of a dense backbone has no terms and no optimizer.
+
+        Raises:
+            UserError: as ``find_preset``.
+        """
+        return _NO_EXPERTS if self.backbone is not None and self.moe is None else find_preset(self.row)
+
+    @property
     def num_experts(self) -> int | None:
         """E of each MoE layer; None: the network is dense."""
-        if self.backbone is not None:
-            return None if self.moe is None else self.moe.experts
-        preset = find_preset(self.row)
+        if self.moe is not None:
+            return self.moe.experts
+        preset = self.preset
         return None if preset.dense else preset.sizes(self.network.num_experts, self.network.hidden, self.network.k)[0]
 
     @property

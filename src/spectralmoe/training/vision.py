@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from spectralmoe.checkpoints.weights_file import read_tensors, without_prefix
 from spectralmoe.data.image_data import ImageData
 from spectralmoe.errors import UserError, refuse_differences
-from spectralmoe.presets import find_preset
 from spectralmoe.saving import load
-from spectralmoe.terms import Term
 from spectralmoe.training.network import pixel_statistics
-from spectralmoe.training.settings import Row
 from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.training.vision_settings import Backbone, MoEParts
 from spectralmoe.vision import BranchSpec, add_branches, replace_mlp
@@ -26,8 +21,6 @@ __all__ = [
     "build_vision",
     "load_weights",
     "make_spec",
-    "router_terms",
-    "row_optimizer",
 ]
 
 
@@ -83,16 +76,6 @@ def make_spec(wanted: MoEParts) -> BranchSpec:
     return BranchSpec.of(
         wanted.router, k=wanted.k, experts=wanted.experts, bottleneck=wanted.bottleneck, blocks=wanted.blocks, **chosen
     )
-
-
-def router_terms(row: Row) -> Mapping[str, Term]:
-    """The penalty terms that belong to a row, or to none."""
-    return {} if row == "none" else find_preset(row).terms
-
-
-def row_optimizer(row: Row) -> Mapping[str, Any] | None:
-    """What a row, or none, says of its optimizer."""
-    return None if row == "none" else find_preset(row).optimizer
 
 
 def load_weights(network: VisionMoE, path: Path) -> None:

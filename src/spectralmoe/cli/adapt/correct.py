@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["correct"]
 
 UPDATE, RECEIPT, PICTURE = "update.safetensors", "receipt.json", "receipt.svg"
-PARTS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
 def correct(
@@ -49,6 +47,7 @@ def correct(
     import torch
 
     from spectralmoe.adaptation import make_receipt, receipt_lines
+    from spectralmoe.cli.adapt.sample import sample_in_file, sample_of_data
     from spectralmoe.cli.adapt.setup import output_folder, prepare
 
     if (sample is None) == (image is None):
@@ -58,7 +57,10 @@ def correct(
     with output_folder(out, options.model), show_progress(quiet=options.json) as progress:
         progress("reading model and data", 0.0)
         prepared = prepare(options)
-        wrong = _from_data(str(sample), label, prepared) if image is None else _from_file(image, str(label), prepared)
+        if image is None:
+            wrong = sample_of_data(str(sample), label, prepared.data(), prepared.meta)
+        else:
+            wrong = sample_in_file(image, str(label), prepared.meta)
         test, missing = _test_part(prepared)
         progress("correcting", 0.2)
         network, guard = prepared.network, prepared.guard
@@ -77,43 +79,6 @@ def correct(
         typer.echo("\n".join([prepared.chosen, *lines, f"written to {out}: {_files(receipt)}"]))
     if not receipt.success:
         raise typer.Exit(1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """What is corrected: an image (1, C, H, W), its class, where it comes from, and how it was converted ("": not)."""
-
-    image: Tensor
-    label: int
-    about: dict[str, Any]
-    converted: str = ""
-
-
-def _from_file(file: Path, label: str, prepared: Prepared) -> _Sample:
-    """The image in ``file``, read as ``predict`` reads it."""
-    from spectralmoe.cli.adapt.setup import find_label
-    from spectralmoe.data.image_files import conversions, read_image
-
-    meta, y = prepared.meta, find_label(label, prepared.meta)
-    image = read_image(file, channels=meta.channels, size=meta.image_size)[None]
-    converted = conversions([file], channels=meta.channels, size=meta.image_size)
-    return _Sample(image, y, {"image": str(file), "sample": None, "converted": converted or None}, converted)
-
-
-def _from_data(text: str, label: str | None, prepared: Prepared) -> _Sample:
-    """Sample N of a part of the data: ``text`` is PART:N."""
-    from spectralmoe.cli.adapt.setup import find_label
-
-    name, _, number = text.partition(":")
-    if name not in PARTS or not number.isdecimal():
-        raise UserError(f"--sample {text!r} is not a part and a number such as test:43; parts: train, validation, test")
-    data, part = prepared.data(), PARTS[name]
-    split, index = getattr(data, part), int(number)
-    if index >= len(split):
-        raise UserError(f"--sample {text}: the {part} part of {data.name} has the samples 0 to {len(split) - 1}")
-    y = int(split.labels[index]) if label is None else find_label(label, prepared.meta)
-    about = {"data": data.name, "part": part, "number": index}
-    return _Sample(split.images[index : index + 1], y, {"image": None, "sample": about, "converted": None})
 
 
 def _test_part(prepared: Prepared) -> tuple[tuple[Tensor, Tensor] | None, str]:

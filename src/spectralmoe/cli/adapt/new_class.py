@@ -32,7 +32,8 @@ def new_class(
 
     Example: spectralmoe adapt new-class MODEL 7 --shots 1,5,10 --guard mnist5k
     """
-    from spectralmoe.cli.adapt.setup import find_label, prepare
+    from spectralmoe.cli.adapt.sample import find_label
+    from spectralmoe.cli.adapt.setup import prepare
 
     counts = split_numbers("--shots", shots)
     if not counts or min(counts) < 1:

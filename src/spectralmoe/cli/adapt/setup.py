@@ -14,6 +14,7 @@ from spectralmoe.adaptation import METHODS, Guard, Rule, neighbours
 from spectralmoe.adaptation.methods import NEEDS_REFERENCE
 from spectralmoe.adaptation.targets import choose_layers
 from spectralmoe.cli.adapt.options import AdaptOptions, ModelOptions
+from spectralmoe.cli.adapt.sample import find_label
 from spectralmoe.cli.options import load_network, open_data, split_names
 from spectralmoe.data.image_data import ImageData
 from spectralmoe.diagnostics import holds_moe
@@ -25,11 +26,10 @@ from spectralmoe.saving import read_config, save
 from spectralmoe.training.network import ModelMeta
 from spectralmoe.training.settings import pick_device
 
-__all__ = ["Prepared", "adaptable_network", "find_label", "output_folder", "prepare", "save_like"]
+__all__ = ["Prepared", "adaptable_network", "output_folder", "prepare", "save_like"]
 
 DEFAULT_RULE = Rule()
 GUARD_SIZE, BUDGET = 10_000, 0.1
-_LISTED = 20
 
 
 @dataclass
@@ -70,8 +70,9 @@ def prepare(options: AdaptOptions, *, new_class: str | None = None) -> Prepared:
     """
     _check(options)
     network, meta = adaptable_network(options)
-    layers = _layers(options, network)
-    method, chosen = _method(options, network, choose_layers(network, layers))
+    layers = _layers(options)
+    names = choose_layers(network, layers)
+    method, chosen = _method(options, network, names)
     carry = options.guard is not None if options.carry is None else options.carry
     rule = Rule(
         layers,
@@ -127,16 +128,13 @@ def _check(options: AdaptOptions) -> None:
             raise UserError(f"--method {options.method} reads reference data: give --guard, or --method sgd or margin")
 
 
-def _layers(options: AdaptOptions, network: nn.Module) -> str | tuple[str, ...]:
+def _layers(options: AdaptOptions) -> str | tuple[str, ...]:
     if options.layers is None:
         return "all" if options.guard is None else "last"
     names = split_names(options.layers)
     if not names:
         raise UserError("--layers names nothing; give all, last or names of layers")
-    if names in (("all",), ("last",)):
-        return names[0]
-    choose_layers(network, names)
-    return names
+    return names[0] if names in (("all",), ("last",)) else names
 
 
 def _method(options: AdaptOptions, network: nn.Module, layers: list[str]) -> tuple[str, str]:
@@ -150,21 +148,6 @@ def _method(options: AdaptOptions, network: nn.Module, layers: list[str]) -> tup
     if isinstance(bank, FeedForward) and bank.up_bias is not None and any(map(bank.free_units, range(len(bank.up)))):
         return "unit", f"method unit, the default with --guard: {layers[-1]} has spare units"
     return "low_rank", f"method low_rank, the default with --guard: {layers[-1]} has no spare units"
-
-
-def find_label(text: str, meta: ModelMeta, option: str = "--label") -> int:
-    """The number of a class given by its name or its number; a name goes first.
-
-    Raises:
-        UserError: neither.
-    """
-    if text in meta.classes:
-        return meta.classes.index(text)
-    if text.isdecimal() and int(text) < len(meta.classes):
-        return int(text)
-    names = ", ".join(meta.classes[:_LISTED]) + (", ..." if len(meta.classes) > _LISTED else "")
-    last = len(meta.classes) - 1
-    raise UserError(f"{option}: label {text} is neither a class ({names}) nor a class number from 0 to {last}")
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from spectralmoe.experiments.compare.settings import Cell, CompareSettings
-from spectralmoe.presets import find_preset
 from spectralmoe.terms import Term
 from spectralmoe.training.tasks import Task
 from spectralmoe.training.train_settings import TrainSettings
@@ -47,5 +46,5 @@ class Setup:
     def recipe(self, cell: Cell, tuned: Tuned) -> Recipe:
         """What ``cell`` is trained with under the tuned factors; sets the seed of torch."""
         run = self.settings.run_of(cell, tuned.lr)
-        preset = find_preset(cell.router).strengthened(tuned.strength)
+        preset = run.preset.strengthened(tuned.strength)
         return Recipe(self.task.build(run).to(self.device), run, preset.terms, preset.optimizer)

@@ -21,7 +21,6 @@ from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError
 from spectralmoe.models import RestorationMoE, restoration_moe
 from spectralmoe.naming import shown
-from spectralmoe.presets import find_preset
 from spectralmoe.rows import RELU, Trial
 from spectralmoe.training.restore_settings import Restore, is_restore
 from spectralmoe.training.settings import parse
@@ -104,7 +103,7 @@ class RestorationTask(Task):
 
     def build(self, settings: TrainSettings) -> RestorationMoE:
         """The untrained network: ``[network]`` has D, E, H and k, the depth is the number of blocks."""
-        network, preset = settings.network, find_preset(settings.row)
+        network, preset = settings.network, settings.preset
         num_experts, hidden = preset.sizes(network.num_experts, network.hidden, network.k)
         unit = UNITS[self.restore.unit]()
         torch.manual_seed(settings.optimization.seed)

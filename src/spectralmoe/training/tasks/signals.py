@@ -22,7 +22,6 @@ from spectralmoe.models import SignalMoE, signal_experts, signal_moe
 from spectralmoe.models.signal import HOP, WINDOW
 from spectralmoe.moe import MoE
 from spectralmoe.naming import shown
-from spectralmoe.presets import find_preset
 from spectralmoe.recorder import record
 from spectralmoe.rows import Trial
 from spectralmoe.tape import Tape
@@ -123,7 +122,7 @@ class SignalTask(Task):
         """The untrained network: ``[network]`` has C, E, H and k, the depth is the number of blocks. Its experts grow
         from an eighth of H to H; those of a row with a bank of its own are what the row says.
         """
-        network, preset = settings.network, find_preset(settings.row)
+        network, preset = settings.network, settings.preset
         num_experts, hidden = preset.sizes(network.num_experts, network.hidden, network.k)
         if network.spare:
             raise UserError(f"{NAME}: the experts of signals have no spare units; leave spare at 0")

@@ -20,7 +20,6 @@ from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError
 from spectralmoe.models import LanguageMoE, language_moe
 from spectralmoe.naming import shown
-from spectralmoe.presets import find_preset
 from spectralmoe.training.settings import parse
 from spectralmoe.training.tasks.base import Metric, Part, Task, rounded
 from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
@@ -116,7 +115,7 @@ class TextTask(Task):
 
     def build(self, settings: TrainSettings) -> LanguageMoE:
         """The untrained model: ``[network]`` has D, E, H and k, the depth is the number of blocks."""
-        network, preset = settings.network, find_preset(settings.row)
+        network, preset = settings.network, settings.preset
         num_experts, hidden = preset.sizes(network.num_experts, network.hidden, network.k)
         torch.manual_seed(settings.optimization.seed)
         return language_moe(

@@ -23,7 +23,6 @@ from spectralmoe.experts import ConfidentExperts
 from spectralmoe.instruments.samples import Place
 from spectralmoe.models import ViewsMoE, views_moe
 from spectralmoe.naming import shown
-from spectralmoe.presets import find_preset
 from spectralmoe.recorder import record
 from spectralmoe.regularizers import class_target, confidence_loss
 from spectralmoe.training.settings import parse
@@ -109,7 +108,7 @@ class ViewsTask(Task):
 
     def build(self, settings: TrainSettings) -> ViewsMoE:
         """The untrained network: ``[network]`` has D, E, H and k, the depth is the number of blocks."""
-        network, preset = settings.network, find_preset(settings.row)
+        network, preset = settings.network, settings.preset
         num_experts, hidden = preset.sizes(network.num_experts, network.hidden, network.k)
         torch.manual_seed(settings.optimization.seed)
         return views_moe(
