@@ -65,7 +65,9 @@ def test_aot_eager_takes_them_together(make_router, scorer_name, selector_name, 
     check(MoE(make_router(scorer_name, selector_name, D, E), FeedForward(E, D, 8)), "aot_eager", close)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.full])]
+)
 def test_autocast(make_router, close, backend):
     layer = MoE(make_router("linear", "topk", D, E), FeedForward(E, D, 8)).eval()
     x = torch.randn(20, D)
