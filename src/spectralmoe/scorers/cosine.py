@@ -17,6 +17,8 @@ from spectralmoe.sharding import full
 
 __all__ = ["CosineScorer"]
 
+_SHORTEST = 1e-12
+
 
 class CosineScorer(Scorer):
     r"""Scores a token by its cosine with a learned key of each expert: :math:`s_i = \cos(W x, k_i) / \tau`.
@@ -52,8 +54,9 @@ class CosineScorer(Scorer):
 
     def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         query = x if self.projection is None else F.linear(x, self.projection.to(x.dtype))
-        keys = F.normalize(self.keys.to(x.dtype), dim=-1)
-        return F.linear(F.normalize(query, dim=-1), keys) / self.temperature
+        keys = F.normalize(self.keys.to(x.dtype), dim=-1) / self.temperature
+        length = torch.linalg.vector_norm(query, dim=-1, keepdim=True).clamp_min(_SHORTEST)
+        return F.linear(query, keys) / length  # E divisions a token instead of P
 
     @property
     def matrix(self) -> Tensor:
