@@ -534,6 +534,11 @@ def test_mistakes_are_one_line_and_leave_nothing(refused, model, tmp_path, job, 
     assert names(tmp_path) == ["image.npy"]
 
 
+def test_a_sample_is_checked_before_a_model_is_read(refused, tmp_path):
+    no_model, out = tmp_path / "none", tmp_path / "out"
+    assert "such as test:43" in refused("adapt", "correct", no_model, "--sample", "43", "--out", out)
+
+
 @pytest.mark.parametrize(
     ("options", "job"),
     [

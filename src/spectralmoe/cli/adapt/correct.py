@@ -47,13 +47,15 @@ def correct(
     import torch
 
     from spectralmoe.adaptation import make_receipt, receipt_lines
-    from spectralmoe.cli.adapt.sample import sample_in_file, sample_of_data
+    from spectralmoe.cli.adapt.sample import read_place, sample_in_file, sample_of_data
     from spectralmoe.cli.adapt.setup import output_folder, prepare
 
     if (sample is None) == (image is None):
         raise UserError("name what to correct: --sample PART:N of the data, or --image F with --label, one of them")
     if image is not None and label is None:
         raise UserError("--image has no class of its own: give --label with it")
+    if sample is not None:
+        read_place(sample)  # before a model and its data are read
     with output_folder(out, options.model), show_progress(quiet=options.json) as progress:
         progress("reading model and data", 0.0)
         prepared = prepare(options)

@@ -13,7 +13,7 @@ from spectralmoe.data.image_files import conversions, read_image
 from spectralmoe.errors import UserError
 from spectralmoe.training.network import ModelMeta
 
-__all__ = ["Sample", "find_label", "sample_in_file", "sample_of_data"]
+__all__ = ["Sample", "find_label", "read_place", "sample_in_file", "sample_of_data"]
 
 PARTS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 _LISTED = 20
@@ -29,16 +29,25 @@ class Sample:
     converted: str = ""
 
 
-def sample_of_data(text: str, label: str | None, data: ImageData, meta: ModelMeta) -> Sample:
-    """Sample N of a part of ``data``: ``text`` is PART:N.
+def read_place(text: str) -> tuple[str, int]:
+    """The part of the data and the number in it that PART:N names.
 
     Raises:
-        UserError: ``text`` has another form, there is no such sample, or as ``find_label``.
+        UserError: ``text`` has another form.
     """
     name, _, number = text.partition(":")
     if name not in PARTS or not number.isdecimal():
         raise UserError(f"--sample {text!r} is not a part and a number such as test:43; parts: train, validation, test")
-    part, index = PARTS[name], int(number)
+    return PARTS[name], int(number)
+
+
+def sample_of_data(text: str, label: str | None, data: ImageData, meta: ModelMeta) -> Sample:
+    """Sample N of a part of ``data``: ``text`` is PART:N.
+
+    Raises:
+        UserError: there is no such sample, or as ``read_place`` and ``find_label``.
+    """
+    part, index = read_place(text)
     split = getattr(data, part)
     if index >= len(split):
         raise UserError(f"--sample {text}: the {part} part of {data.name} has the samples 0 to {len(split) - 1}")
