@@ -1,5 +1,5 @@
 # make demo    install what the comparison needs and run it at demo size
-# make test    install everything and check it: ruff, mypy, pytest (about 10 minutes on 2 cores)
+# make test    install everything and check it: ruff, mypy, pytest (about 8 minutes on 2 cores)
 # make test-all        every grid whole, and the long tests too; PART=2/3: the second third of these alone
 # make test-portable   the tests with other instructions, threads and seeds (tests/portable.sh)
 # make test-min        the tests with the oldest versions that are supported (constraints-min.txt), in .venv-min
