@@ -26,17 +26,13 @@ def _searched(name: str, key: str = "validation_accuracy") -> float:
     return fmean(one[key] for one in at("papers/sr-moe/search.json") if one["name"] == name)
 
 
-def _ablated(variant: str) -> float:
-    return float(at("papers/emoe/ablations.json", variant, "accuracy"))
-
-
 _CARDS: dict[str, Sentences] = {
     "bound": [("points at N = #", "papers/bound/settings.json")],
     "confsmoe": [(text, "papers/confsmoe/settings.json > rates") for text in ("at #% missing", "at #%).")],
     "emoe": [
         *in_results(
             "emoe",
-            ("stays uniform (entropy #)", "From scratch > EMoE faithful"),
+            ("(part c: entropy #", "One change at a time (validation data) > | faithful |"),
             ("(MaxVio # against", "From scratch > | EMoE |"),
             ("against # and #, separated", "From scratch > | linear+"),
             ("EMoE (#%) is", "Few-shot: new classes > | EMoE |"),
@@ -46,7 +42,6 @@ _CARDS: dict[str, Sentences] = {
         ("at least #% of the load", _LEAST),
         ("where #% is even", [100 / 8]),
         ("paper's step from # to # on", "papers/emoe/README.md > CIFAR-100, 10 shots"),
-        ("adds # points.)", [_ablated("faithful, tau = 0.1") - _ablated("faithful")]),
     ],
     "ermoe": [("from # on |", f"{SRC}/selectors/threshold.py > threshold"), ("R/D = #)", [8 / 64])],
     "l2r": [
