@@ -87,7 +87,11 @@ def test_inductor_takes_each_scorer_and_each_selector(make_router, close, case):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(("hidden", "native"), [(8, True), (7, False)], ids=["grouped_mm", "own-operator"])
+@pytest.mark.parametrize(
+    ("hidden", "native"),
+    [pytest.param(8, True, marks=pytest.mark.full), (7, False)],
+    ids=["grouped_mm", "own-operator"],
+)
 def test_inductor_takes_both_grouped_paths(make_router, close, hidden, native):
     bank = FeedForward(E, D, hidden, activation="swiglu", bias=True)
     assert grouped_gemm.supports_grouped_mm(torch.randn(3, D), bank.up) == native
