@@ -71,8 +71,8 @@ def stream(dataset, key, scale=1.0):
     return [scale * select(stored("sr-moe", "streams"), dataset=dataset, depth=depth)[0][key] for depth in DEPTHS]
 
 
-def emoe(key, baseline):
-    found = difference(stored("emoe"), key, "EMoE", baseline)
+def emoe(key, baseline, row="EMoE"):
+    found = difference(stored("emoe"), key, row, baseline)
     return abs(found.mean), found.half
 
 
@@ -131,6 +131,7 @@ SENTENCES = [
     ("sr-moe", "they cost # to # points", [min(stream("mnist5k", "cost", -1)), max(stream("mnist5k", "cost", -1))]),
     ("emoe", "behind the linear gate (by # ±#) and the one with a selection bias (by # ±#)",
      [*emoe("output_cos2", "linear"), *emoe("output_cos2", "linear+balanced")]),
+    ("emoe", "less alike than a linear gate's (by # ±#)", emoe("output_cos2", "linear", "EMoE faithful")),
     ("emoe", "from the gate with a loss five seeds do not separate it (# ±#)",
      emoe("output_cos2", "linear+load_balance")),
     ("emoe", "ahead of the linear gates by # ±# and # ±# points and of the dense adapter by # ±#",
