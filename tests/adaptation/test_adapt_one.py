@@ -317,18 +317,7 @@ def failing(error, call):
 
 @pytest.mark.parametrize(
     "case",
-    first_of(
-        4,
-        [
-            ("sgd", True),
-            ("margin", False),
-            ("low_rank", True),
-            ("unit", True),
-            ("margin", True),
-            ("null_space", True),
-            ("sgd", False),
-        ],
-    ),
+    first_of(4, [("margin", False), *((method, True) for method in reversed(METHODS)), ("sgd", False)]),
     ids=str,
 )
 def test_an_exception_anywhere_leaves_the_model_as_it_was(
