@@ -55,7 +55,7 @@ class CosineScorer(Scorer):
     def forward(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         query = x if self.projection is None else F.linear(x, self.projection.to(x.dtype))
         keys = F.normalize(self.keys.to(x.dtype), dim=-1) / self.temperature
-        length = torch.linalg.vector_norm(query, dim=-1, keepdim=True).clamp_min(_SHORTEST)
+        length: Tensor = torch.linalg.vector_norm(query, dim=-1, keepdim=True).clamp_min(_SHORTEST)
         return F.linear(query, keys) / length  # E divisions a token instead of P
 
     @property
