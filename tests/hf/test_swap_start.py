@@ -252,6 +252,13 @@ def test_a_rule_that_is_unknown_needs_a_selector(user_error):
         swap_routers(model_with(Normed(None)))
 
 
+def test_a_rule_of_one_expert_with_a_constant_weight_says_so(user_error):
+    config = transformers.MixtralConfig(**{**SIZES, "num_local_experts": 4, "num_experts_per_tok": 1})
+    model = transformers.MixtralForCausalLM(config)
+    with user_error("model.layers.0.mlp", "the weight of a token's one expert is always 1", 'selector="topk"'):
+        swap_routers(model)
+
+
 def test_a_gate_that_does_more_than_a_product_starts_nothing(user_error, close):
     model, x = model_with(Normed()), torch.randn(50, 8)
     gate = model.layers[0]["mlp"]["gate"]

@@ -194,9 +194,10 @@ def _make_scorer(layer: HFLayer, rule: Rule, scorer: ScorerLike, init: Init, rea
 def _make_router(layer: HFLayer, scorer: Scorer, rule: Rule, selector: SelectorLike) -> Router:
     """A router around ``scorer``, with the selection bias of the stock one where its selector has such a bias."""
     if selector is None:
+        one = ", perhaps because the weight of a token's one expert is always 1" if layer.top_k == 1 else ""
         raise UserError(
             f"swap_routers: {layer.name} ({type(layer.router).__name__}) chooses its experts by a rule that is not "
-            'known here; name one, such as selector="topk"'
+            f'known here{one}; name one, such as selector="topk"'
         )
     if callable(selector):
         made: Selector = selector()
