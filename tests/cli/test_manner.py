@@ -44,6 +44,7 @@ def test_list_speaks_plain_words(call):
     assert ":math:" not in out
     assert "``" not in out
     assert "whose scores sum to p (p, max_k, normalize, score)" in out
+    assert "a sample is degraded (key, width, token, hidden)" in " ".join(out.split())  # its own, not the network's
 
 
 @pytest.mark.parametrize(

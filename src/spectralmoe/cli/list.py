@@ -172,7 +172,8 @@ def _arguments(title: str, part: object) -> str:
         return ""
     given = {"regularizers": 1, "optimizers": 2}.get(title, 0)
     names = list(parameters_of(part))[given:]
-    free = [name for name in names if name not in FILLED_IN]
+    filled_in = ("dim", "num_experts") if title == "scorers" else FILLED_IN  # a scorer's hidden units are its own
+    free = [name for name in names if name not in filled_in]
     return f" ({', '.join(free)})" if free else ""
 
 
