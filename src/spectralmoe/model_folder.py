@@ -219,7 +219,10 @@ def _checked_tensors(file: Path, digest: Any) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is not a whole safetensors file ({first_line(error)})") from error
     if not same:
-        raise UserError(f"{file} is not the file that {CONFIG} describes: it was changed, or copied from elsewhere")
+        raise UserError(
+            f"{file} is not the file that {CONFIG} describes: it was changed, or copied from elsewhere; "
+            "save the model again"
+        )
     return tensors
 
 

@@ -71,7 +71,10 @@ class Feed:
             return None
         if recomputing():
             if len(self.replay) > 1:
-                raise UserError("feed(): a layer that is called several times cannot be recomputed with a replay")
+                raise UserError(
+                    "feed(): a layer that is called several times cannot be recomputed with a replay; feed it "
+                    "without one"
+                )
             return self.replay[0]
         if self.replayed == len(self.replay):
             raise UserError(f"feed(): a layer is called more often than the {len(self.replay)} times recorded")

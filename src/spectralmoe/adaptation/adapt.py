@@ -160,7 +160,7 @@ def _labels(y: Tensor | int, samples: int, device: torch.device) -> Tensor:
 
 def _check_copies(copies: Tensor, samples: Tensor) -> None:
     if len(copies) % len(samples):
-        raise UserError(f"augment gave {len(copies)} copies of {len(samples)} samples: not the same number of each")
+        raise UserError(f"augment gave {len(copies)} copies of {len(samples)} samples; return the same number of each")
 
 
 def _check_labels(model: nn.Module, x: Tensor, labels: Tensor) -> bool:

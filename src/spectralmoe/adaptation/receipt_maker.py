@@ -54,7 +54,7 @@ def make_receipt(
     (True, True, False)
     """
     if len(x) != 1:
-        raise UserError(f"a receipt is about one sample, x (1, ...), not {len(x)}")
+        raise UserError(f"a receipt is about one sample, x (1, ...), not {len(x)}; make one for each")
     device = next(model.parameters()).device
     x, label = x.to(device), torch.tensor([y], device=device)
     seen = _seen(guard, update)

@@ -56,7 +56,10 @@ def first_logits(model: nn.Module, x: Tensor) -> Tensor:
     for name in changed:
         model.get_buffer(name).copy_(buffers[name])
     if changed:
-        raise UserError(f"buffer {changed[0]!r} changes in evaluation mode, so the model does not always answer alike")
+        raise UserError(
+            f"buffer {changed[0]!r} changes in evaluation mode, so the model does not always answer alike; change "
+            "it in training mode alone"
+        )
     if any(not torch.equal(before, now) for before, now in zip(random, _random_state(x), strict=True)):
         raise UserError(
             "the model draws random numbers in evaluation mode, so it does not always answer alike; "

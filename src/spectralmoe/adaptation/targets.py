@@ -258,5 +258,8 @@ def expert_target(name: str, layer: MoE, expert: int) -> Target:
     with torch.no_grad():
         target = Target(name, expert, layer.experts, places[0])
     if not target.views:
-        raise UserError(f"layer {name!r}: the experts of a {type(layer.experts).__name__} cannot be adapted alone")
+        raise UserError(
+            f"layer {name!r}: the experts of a {type(layer.experts).__name__} cannot be adapted alone; they "
+            "share their parameters"
+        )
     return target

@@ -159,12 +159,14 @@ def _check(path: str, where: str, target: Target, new: Sequence[Tensor | None], 
         raise UserError(f"{path} is for another model: {where} has other weights than the ones it was made from")
     for value, view in zip(new, target.views.values(), strict=True):
         if value is None or value.shape != view.shape or value.dtype != view.dtype:
-            raise UserError(f"{path} is damaged: the tensors of {where} are not those that it announces")
+            raise UserError(
+                f"{path} is damaged: the tensors of {where} are not those that it announces; save or fetch it again"
+            )
     values = [value for value in new if value is not None]
     if not target.has_digest(entry["new_sha256"], values):
-        raise UserError(f"{path} is damaged: the tensors of {where} do not match their SHA-256")
+        raise UserError(f"{path} is damaged: the tensors of {where} do not match their SHA-256; save or fetch it again")
     if not all(bool(value.isfinite().all()) for value in values):
-        raise UserError(f"{path} is damaged: the tensors of {where} hold numbers that are not finite")
+        raise UserError(f"{path} is damaged: the tensors of {where} hold numbers that are not finite; save it again")
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -177,14 +179,16 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         if about.get("format") != FORMAT or not experts:
             raise UserError(f"{path} is not a saved update of this version")
         if not all(type(entry[key]) is kind for entry in experts for key, kind in kinds.items()):
-            raise UserError(f"{path} is damaged: its header is not that of a saved update")
+            raise UserError(f"{path} is damaged: its header is not that of a saved update; save or fetch it again")
         places = [(entry["layer"], entry["expert"]) for entry in experts]
         if repeated := [place for index, place in enumerate(places) if place in places[:index]]:
             layer, expert = repeated[0]
-            raise UserError(f"{path} is damaged: expert {expert} of layer {layer!r} is in it twice")
+            raise UserError(f"{path} is damaged: expert {expert} of layer {layer!r} is in it twice; save it again")
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{path} is not a saved update ({str(reason).splitlines()[0]})") from error
+        raise UserError(
+            f"{path} is not a saved update ({str(reason).splitlines()[0]}); give what Update.save wrote"
+        ) from error
     return experts, tensors

@@ -38,7 +38,9 @@ def neuron_parts(layer: Watched, x: Tensor, weights: Tensor, e: int) -> Tensor:
     parts, rest = _hf_parts(layer, x, weights, e) if isinstance(layer, HFLayer) else _own_parts(layer, x, weights, e)
     whole = expert_part(layer, x, weights, e)
     if (parts.sum(1) + rest - whole).abs().max() > 10 * slack(x.dtype) * whole.abs().max() + 1e-9:
-        raise UserError(f"attribute_experts: the experts of {layer.name} are no sums over hidden units")
+        raise UserError(
+            f"attribute_experts: the experts of {layer.name} are no sums over hidden units; take level='expert'"
+        )
     return parts
 
 
@@ -85,7 +87,9 @@ def _hf_parts(layer: HFLayer, x: Tensor, weights: Tensor, e: int) -> tuple[Tenso
         whole = expert_part(layer, x, weights, e)
     rows, matrix = product.rows.reshape(len(x), -1), product.matrix.reshape(-1, x.shape[1])
     if rows.shape[1] != len(matrix):
-        raise UserError(f"attribute_experts: the experts of {layer.name} are no sums over hidden units")
+        raise UserError(
+            f"attribute_experts: the experts of {layer.name} are no sums over hidden units; take level='expert'"
+        )
     parts = rows.to(whole.dtype)[:, :, None] * matrix.to(whole.dtype)
     parts = parts if layer.weighs_inputs else parts * weights.to(whole.dtype)[:, None, None]
     bias = [value[e] for value in layer.experts.parameters() if value.shape == (layer.num_experts, x.shape[1])]

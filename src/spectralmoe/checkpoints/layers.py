@@ -219,7 +219,7 @@ def _layer(
             block.name, number, stack, block.num_experts, _width(scorer), top_k, block.note, block, scorer
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"config.json does not describe the router of {block.name}") from error
+        raise UserError(f"config.json does not describe the router of {block.name}; save the model again") from error
 
 
 def _width(scorer: Mapping[str, Any]) -> int:
@@ -237,9 +237,11 @@ def _scorer_matrix(name: str, spec: Mapping[str, Any], router: Mapping[str, Stor
         scorer.load_state_dict({key: stored.read() for key, stored in of_scorer.items()}, strict=False, assign=True)
         matrix: Tensor | None = scorer.matrix
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{name}: config.json describes another router than the one that is stored") from error
+        raise UserError(
+            f"{name}: config.json describes another router than the one that is stored; save the model again"
+        ) from error
     if matrix is not None and matrix.is_meta:
-        raise UserError(f"{name}: the router lacks tensors that config.json describes")
+        raise UserError(f"{name}: the router lacks tensors that config.json describes; save the model again")
     return None if matrix is None else matrix.detach().float()
 
 
@@ -253,7 +255,10 @@ def _check_alike(path: Path, blocks: Sequence[Block]) -> None:
         whole = {part for block in group for part in block.parts}
         for block in group:
             if lost := sorted(whole - block.parts.keys()):
-                raise UserError(f"{path}: the experts of {block.name} have no {', '.join(lost)}, those of others do")
+                raise UserError(
+                    f"{path}: the experts of {block.name} have no {', '.join(lost)}, those of others do; fetch or "
+                    "save it again"
+                )
 
 
 def _stack(name: str, tensors: Mapping[str, Stored]) -> str:

@@ -103,7 +103,8 @@ def _wanda(layer: MoE, records: list[Record]) -> Tensor:
     bank, total_experts = layer.experts, layer.router.num_experts
     if not isinstance(bank, FeedForward):
         raise UserError(
-            f"by='wanda' reads the two matrices of FeedForward experts, and {type(bank).__name__} has others"
+            f"by='wanda' reads the two matrices of FeedForward experts, and {type(bank).__name__} has others; take "
+            "another saliency"
         )
     found = torch.zeros(total_experts, dtype=torch.float64)
     experts = [e for e in range(total_experts) if layer.places(e)]

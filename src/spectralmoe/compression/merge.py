@@ -109,7 +109,7 @@ def _disjoint(layer: MoE, groups: Sequence[Sequence[int]]) -> list[list[int]]:
         if members.count(e) > 1:
             raise UserError(f"merge: groups must not overlap, but expert {e} is named {members.count(e)} times")
         if not layer.places(e):
-            raise UserError(f"merge: expert {e} is a zero expert, which has no network to merge")
+            raise UserError(f"merge: expert {e} is a zero expert, which has no network to merge; leave it out")
     return chosen
 
 

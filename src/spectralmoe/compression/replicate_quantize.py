@@ -130,7 +130,9 @@ def _check(name: str, layer: MoE) -> None:
         raise UserError(f"{_OWNER}: the bases of {type(bank).__name__} in layer {name!r} would leave their manifold")
     for place in held:
         if not any(tensor.dim() > 1 for tensor in bank.expert_parameters(place).values()):
-            raise UserError(f"{_OWNER}: experts of {type(bank).__name__} in layer {name!r} have no matrix of their own")
+            raise UserError(
+                f"{_OWNER}: experts of {type(bank).__name__} in layer {name!r} have no matrix of their own to quantise"
+            )
 
 
 def _places(layer: MoE) -> list[list[int]]:
@@ -160,7 +162,10 @@ def _run(model: nn.Module, layers: dict[str, MoE], calibration: Batches, keep: S
         raise UserError(f"{_OWNER}: calibration holds no batch; give inputs of the model, such as [images]")
     for item in records:
         if item.routing.soft:
-            raise UserError(f"{_OWNER}: every token of layer {item.name!r} uses every expert, so none is busier")
+            raise UserError(
+                f"{_OWNER}: every token of layer {item.name!r} uses every expert, so none is busier; give it "
+                "a selector such as TopK"
+            )
     return Evidence(_OWNER, layers, records, seed)
 
 

@@ -74,7 +74,7 @@ def _by_part(splits: Mapping[str, Any], options: Mapping[str, str], source: str)
         if part not in chosen:
             raise UserError(f"'hf:{source}' has no split for {part}; name one by ',{part}=SPLIT': {', '.join(splits)}")
     if len(set(chosen.values())) < len(chosen):
-        raise UserError(f"'hf:{source}': one split cannot be two parts: {', '.join(chosen.values())}")
+        raise UserError(f"'hf:{source}': one split cannot be two parts: {', '.join(chosen.values())}; name another")
     return {part: (chosen[part], splits[chosen[part]]) for part in NAMED if part in chosen}
 
 
@@ -89,7 +89,9 @@ def _labels(tables: Mapping[str, Any], column: str, source: str) -> tuple[tuple[
     """The names of the classes, and part -> labels (N,)."""
     feature = next(iter(tables.values())).features[column]
     if type(feature).__name__ not in ("ClassLabel", "Value"):
-        raise UserError(f"'hf:{source}': column {column!r} holds no classes, but {feature}")
+        raise UserError(
+            f"'hf:{source}': column {column!r} holds no classes, but {feature}; name one by ',label=COLUMN'"
+        )
     values = {part: list(table[column]) for part, table in tables.items()}
     there = set[Any]().union(*values.values())
     names = getattr(feature, "names", None)
@@ -109,7 +111,10 @@ def _labels(tables: Mapping[str, Any], column: str, source: str) -> tuple[tuple[
 def _pictures(table: Any, column: str, source: str) -> Iterator[Any]:
     """The images of Pillow, one at a time."""
     if type(table.features[column]).__name__ != "Image":
-        raise UserError(f"'hf:{source}': column {column!r} holds no images, but {table.features[column]}")
+        raise UserError(
+            f"'hf:{source}': column {column!r} holds no images, but {table.features[column]}; name one by "
+            "',image=COLUMN'"
+        )
     rows = table.select_columns([column])
     for row in range(len(rows)):
         with one_line(f"cannot read image {row} of 'hf:{source}'"):

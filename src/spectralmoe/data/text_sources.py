@@ -152,7 +152,10 @@ def read_hub_text(given: str, data_dir: Path | None = None, download: bool = Fal
         column = column_of(table, options.get("text", usual), "string", source, "text")
         values = list(table[column])
         if strange := next((value for value in values if not isinstance(value, str | None)), None):
-            raise UserError(f"'hf:{source}': column {column!r} holds no text, but {type(strange).__name__}")
+            raise UserError(
+                f"'hf:{source}': column {column!r} holds no text, but {type(strange).__name__}; name one by "
+                "',text=COLUMN'"
+            )
         rows += [value for value in values if value and value.strip()]
     if not rows:
         raise UserError(f"'hf:{source}' has no text in its splits {', '.join(chosen)}")

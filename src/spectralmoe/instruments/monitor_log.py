@@ -115,5 +115,5 @@ def _parsed(path: Path, number: int, text: str) -> dict[str, Any]:
         or "kind" not in line
         or (line["kind"] != "start" and type(line.get("step")) is not int)
     ):
-        raise UserError(f"{path}, line {number}: not a line of a monitor")
+        raise UserError(f"{path}, line {number}: not a line of a monitor; give the JSON lines that Monitor wrote")
     return line

@@ -141,7 +141,7 @@ class SpectralRouter(MegatronModule, GuestRouter):  # type: ignore[misc]
         for name, term in self.terms.items():
             value = term.fn(record)
             if term.weight and self.trains_router and not value.requires_grad:
-                raise UserError(f"term {name!r} has no gradient, so that it would change nothing")
+                raise UserError(f"term {name!r} has no gradient, so that it would change nothing; leave it out")
             save_to_aux_losses_tracker(name, value, self.layer_number, layers, avg_group=self.tp_dp_cp_group)
             total = total + term.weight * value.to(total)  # type: ignore[operator]
         share: Tensor = total / self.tp_cp_group.size()
@@ -173,5 +173,7 @@ def _of_a_router(name: str, term: Term) -> Term:
     wants += [f"layers={term.layers!r}"] if term.layers != "*" else []
     wants += ["the number of the step"] if callable(term.weight) else []
     if wants:
-        raise UserError(f"SpectralRouter: term {name!r} wants {wants[0]}, which the router of one layer does not know")
+        raise UserError(
+            f"SpectralRouter: term {name!r} wants {wants[0]}, which the router of one layer does not know; leave it out"
+        )
     return term

@@ -127,7 +127,7 @@ def _comparison(value: Mapping[str, Any], source: str) -> Comparison:
         try:
             value = few_shot_comparison(value)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{source} is broken: not the file of a few-shot run") from error
+            raise UserError(f"{source} is broken: not the file of a few-shot run; write it again") from error
     name = settings.get("data") if isinstance(settings, dict) else None
     return Comparison.model_validate({"title": f"comparison on {name}" if name else source, **value})
 

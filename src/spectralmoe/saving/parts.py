@@ -76,7 +76,7 @@ def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -
             if {name: value.shape for name, value in of_parts.items()} != {
                 n: value.shape for n, value in tensors.items()
             }:
-                raise UserError(f"{folder / PARTS} holds other tensors than {CONFIG} describes")
+                raise UserError(f"{folder / PARTS} holds other tensors than {CONFIG} describes; save them again")
             model: VisionMoE = build(config["model"], tables=TABLES)
         values = {**used, **tensors}
         for name, target in model.state_dict(keep_vars=True).items():
@@ -84,7 +84,7 @@ def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -
         model.load_state_dict(values)
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{folder} does not hold the parts of a model ({reason})") from error
+        raise UserError(f"{folder} does not hold the parts of a model ({reason}); save them again") from error
     return model.eval()
 
 

@@ -149,5 +149,5 @@ def _fill(path: str, layer: RankExperts, tensors: Mapping[str, Tensor]) -> None:
     own = {name: value.shape for name, value in _own(layer).items()}
     given = {name.removeprefix(f"{path}."): value for name, value in tensors.items() if name.startswith(f"{path}.")}
     if own != {name: value.shape for name, value in given.items()}:
-        raise UserError(f"{PARTS} holds other tensors for {path} than {CONFIG} describes")
+        raise UserError(f"{PARTS} holds other tensors for {path} than {CONFIG} describes; save them again")
     layer.load_state_dict({name: value.to(layer.linear.weight.device) for name, value in given.items()}, False, True)

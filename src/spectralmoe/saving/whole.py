@@ -112,7 +112,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if config["spectralmoe"] != FORMAT:
         raise UserError(f"{folder} has format {config['spectralmoe']!r}; this version reads format {FORMAT}")
     if not isinstance(config.get("layers"), dict) or not isinstance(config.get("meta"), dict):
-        raise UserError(f"{folder / CONFIG} does not describe a model (no layers)")
+        raise UserError(f"{folder / CONFIG} does not describe a model (no layers); save it again")
     if not weights_file(folder, config).is_file():
         raise UserError(f"{folder} is not a model folder: it has no {WEIGHTS}")
     return config
@@ -143,7 +143,7 @@ def _bound(spec: Any, limit: int, folder: Path) -> None:
     """Refuse sizes that no file of ``limit`` numbers can have, before anything is built."""
     size = len(spec) if isinstance(spec, dict | list) else spec
     if isinstance(size, int) and abs(size) > limit:
-        raise UserError(f"{folder / CONFIG} names a size of {size}, more than its weights hold")
+        raise UserError(f"{folder / CONFIG} names a size of {size}, more than its weights hold; save the model again")
     if isinstance(spec, dict | list):
         for item in spec.values() if isinstance(spec, dict) else spec:
             _bound(item, limit, folder)

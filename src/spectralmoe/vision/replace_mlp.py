@@ -118,7 +118,7 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
             f"block {path!r} ({type(block).__name__}) has no .mlp to replace, but {parts}; use add_branches"
         )
     if any(isinstance(module, MoE) for module in mlp.modules()):
-        raise UserError(f"block {path!r} has experts in its .mlp already")
+        raise UserError(f"block {path!r} has experts in its .mlp already; leave it out of blocks")
     if init == "copy" and spec.bank is not None:
         raise UserError(
             "replace_mlp(init='copy'): experts of their own form are no copies of the MLP; use init='random'"

@@ -63,5 +63,7 @@ def try_settings(
         if best is None or metric.rank(value) > metric.rank(best[0]):
             best = (value, setting, made)
     if best is None:
-        raise UserError(f"training diverged with every setting that was tried: {list(map(dict, settings))}")
+        raise UserError(
+            f"training diverged with every setting that was tried: {list(map(dict, settings))}; try lower rates"
+        )
     return Tried(tries, *best[1:])

@@ -76,7 +76,9 @@ def read_routers_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no swapped routers: it has no {ROUTERS}, which save_swapped writes")
     config = read_json(folder / ROUTERS)
     if not isinstance(config, dict) or config.get(_KEY) != _FORMAT:
-        raise UserError(f"{folder / ROUTERS} describes no routers of format {_FORMAT}, which this version reads")
+        raise UserError(
+            f"{folder / ROUTERS} describes no routers of format {_FORMAT}, which this version reads; save them again"
+        )
     layers, shapes = config.get("layers"), config.get("shapes")
     if not isinstance(shapes, dict) or not isinstance(layers, dict):
         raise UserError(f"{folder / ROUTERS} lacks the layers or the shapes of their base; save the model again")
@@ -152,7 +154,9 @@ def _read_tensors(folder: Path, digest: Any) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{folder / TENSORS} cannot be read ({first_line(error)}); save the model again") from error
     if not same:
-        raise UserError(f"{folder / TENSORS} holds other routers than {ROUTERS} describes (SHA-256)")
+        raise UserError(
+            f"{folder / TENSORS} holds other routers than {ROUTERS} describes (SHA-256); save the model again"
+        )
     return tensors
 
 

@@ -124,7 +124,9 @@ def _chosen(selector: Selector, logits: Tensor) -> Tensor:
 def _check(scorer: Scorer, tokens: Tensor, logits: Tensor) -> None:
     name = type(scorer).__name__
     if scorer.reads:
-        raise UserError(f"{name} reads {scorer.reads[0]!r} beside the token, which a gate's logits do not depend on")
+        raise UserError(
+            f"{name} reads {scorer.reads[0]!r} beside the token, which a gate's logits do not depend on; start it fresh"
+        )
     if not any(parameter.requires_grad for parameter in scorer.parameters()):
         raise UserError(f"{name} has no parameters that can be fitted; unfreeze it, or take another scorer")
     if tokens.dim() != 2 or not len(tokens) or tokens.shape[1] != scorer.dim:

@@ -100,7 +100,10 @@ def distill_to_gate(model: nn.Module, batches: Iterable[Any], *, steps: int = 30
     routers = {name: swapped.router for name, swapped in swapped_routers(stock).items()}
     for name, router in routers.items():
         if reads := [each for part in (router.scorer, router.selector) for each in part.reads]:
-            raise UserError(f"distill_to_gate: the router of {name} reads {reads[0]!r}, which no gate does")
+            raise UserError(
+                f"distill_to_gate: the router of {name} reads {reads[0]!r}, which no gate does; swap in one "
+                "that reads the token alone"
+            )
     tokens = _tokens(stock, batches)
     students, agreements = {}, {}
     with stock_layers(stock) as layers:

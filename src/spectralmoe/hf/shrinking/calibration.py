@@ -76,7 +76,7 @@ class Calibration:
             return frequency(self.load(by, name))
         values = (_reap if by == "reap" else _removal)(layer, self._sample(by, name))
         if not values.isfinite().all():
-            raise UserError(f"{self.owner}: by={by!r} of layer {name!r} is not a finite number")
+            raise UserError(f"{self.owner}: by={by!r} of layer {name!r} is not a finite number; calibrate in float32")
         return values.cpu()
 
     @torch.no_grad()

@@ -81,7 +81,9 @@ def replicate_and_quantize_experts(
     """
     scheme = Scheme(_OWNER, importance, bits, copies, quantize, keep_original)
     if importance == "wanda":
-        raise UserError(f"{_OWNER}: importance='wanda' reads hidden activations, which these experts do not show")
+        raise UserError(
+            f"{_OWNER}: importance='wanda' reads hidden activations, which these experts do not show; take 'removal'"
+        )
     stock: Model = unwrapped(model)  # type: ignore[assignment]
     layers = unswapped_layers(_OWNER, stock)
     if stock.training:

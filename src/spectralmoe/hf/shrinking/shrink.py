@@ -207,7 +207,8 @@ def unswapped_layers(owner: str, model: nn.Module) -> list[HFLayer]:
     numbers = {layer.num_experts for layer in layers}
     if len(numbers) > 1:
         raise UserError(
-            f"{owner}: the layers have different numbers of experts ({', '.join(map(str, sorted(numbers)))})"
+            f"{owner}: the layers have different numbers of experts ({', '.join(map(str, sorted(numbers)))}), and the "
+            "config of its family has one"
         )
     return layers
 

@@ -29,7 +29,7 @@ def chosen_layers(model: nn.Module, layers: str) -> list[HFLayer]:
     if match is None:
         raise one_of("layers", layers, ["all", "last1", "last2"])
     if not 0 < int(match[1]) <= len(every):
-        raise UserError(f"layers {layers!r}: the model has {len(every)} MoE layers")
+        raise UserError(f"layers {layers!r}: the model has {len(every)} MoE layers; name at most as many")
     return every[-int(match[1]) :]
 
 
