@@ -62,7 +62,8 @@ def build(kind: str, sizes: Sizes) -> LanguageMoE:
     """Two of eight SwiGLU experts and a shared expert of as many parameters; or one expert as wide as these three."""
     dense, vocab = kind == "dense", sizes.subjects + sizes.relations + sizes.objects
     experts, hidden = (1, 3 * HIDDEN) if dense else (EXPERTS, HIDDEN)
-    model = language_moe(vocab, width=WIDTH, depth=DEPTH, num_experts=experts, hidden=hidden, tied=False)
+    blocks = {"width": WIDTH, "depth": DEPTH, "num_experts": experts, "hidden": hidden}
+    model = language_moe(vocab, **blocks, tied=False, embedding_std=0.02)
     for part in model.blocks:
         wide = 3 * HIDDEN // 2
         up, down = nn.Linear(WIDTH, wide, bias=False), nn.Linear(wide, WIDTH, bias=False)

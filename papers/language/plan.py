@@ -21,7 +21,7 @@ FULL_SIZES = Sizes(
     length=128,
     windows=4_000,
     tune_windows=4_000,
-    batch=16,
+    batch=4,
     measured=128,
     seeds=3,
 )

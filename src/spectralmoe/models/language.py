@@ -61,7 +61,7 @@ class LanguageMoE(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(widths[0], eps=RMS_EPS)
         self.head = nn.Linear(widths[0], vocab, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=widths[0] ** -0.5)
         if tied:
             self.head.weight = self.embedding.weight
 
@@ -234,6 +234,7 @@ def language_moe(
     router: RouterFactory = balanced_router,
     experts: ExpertsFactory | None = None,
     tied: bool = True,
+    embedding_std: float | None = None,
 ) -> LanguageMoE:
     """Build a ``LanguageMoE`` of ``depth`` equal blocks.
 
@@ -248,6 +249,9 @@ def language_moe(
         router: a function (D, E) -> router; the default is ``balanced_router``.
         experts: a function (E, D, H) -> bank; None makes SwiGLU networks with ``spare`` units.
         tied: whether the head's matrix is that of the embedding.
+        embedding_std: the standard deviation of the embeddings at the start; None is D^-1/2, which gives a tied head
+            logits of variance 1. With much less the blocks drown a token in what they add to it, and training stays
+            for long at the frequencies of the tokens.
     """
     make_bank = experts or partial(FeedForward, activation="swiglu", spare=spare)
     banks = [make_bank(num_experts, width, hidden) for _ in range(depth)]
@@ -260,7 +264,11 @@ def language_moe(
             block.attention.out.weight.mul_((2 * depth) ** -0.5)
             if isinstance(block.moe.experts, FeedForward):
                 block.moe.experts.down.mul_((2 * depth) ** -0.5)
-    return LanguageMoE(blocks, vocab, tied=tied)
+    model = LanguageMoE(blocks, vocab, tied=tied)
+    if embedding_std is not None:
+        with torch.no_grad():
+            model.embedding.weight.mul_(embedding_std * width**0.5)
+    return model
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
