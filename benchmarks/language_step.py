@@ -105,8 +105,22 @@ def with_mixtral(model: LanguageMoE, way: str) -> LanguageMoE:
         layer = MixtralSparseMoeBlock(config)
         layer.gate.weight = block.moe.router.scorer.weight
         layer.experts.gate_up_proj, layer.experts.down_proj = bank.up, bank.down
-        block.moe = layer
+        block.moe = Theirs(layer)
     return twin
+
+
+class Theirs(nn.Module):
+    """Transformers' block as a decoder block calls its MoE layer; it reads the tokens alone."""
+
+    reads: tuple[str, ...] = ()
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, context: object = None) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
 
 
 def unlike(ours: LanguageMoE, theirs: LanguageMoE, length: int) -> str | None:
