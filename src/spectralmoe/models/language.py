@@ -250,7 +250,7 @@ def language_moe(
         experts: a function (E, D, H) -> bank; None makes SwiGLU networks with ``spare`` units.
         tied: whether the head's matrix is that of the embedding.
         embedding_std: the standard deviation of the embeddings at the start; None is D^-1/2, which gives a tied head
-            logits of variance 1. With much less the blocks drown a token in what they add to it, and training stays
+            logits of variance 1. With much less the blocks add more to a token than it holds, and training may stay
             for long at the frequencies of the tokens.
     """
     make_bank = experts or partial(FeedForward, activation="swiglu", spare=spare)
