@@ -96,7 +96,7 @@ class SwappedRouter(Recordable):
             parameter.data = self.get_buffer(name)
         for name, buffer in stock.named_buffers():
             buffer.data = self.get_buffer(name)
-        return stock
+        return stock.train(self.training)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (self.family,), self.__getstate__()
