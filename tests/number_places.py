@@ -194,7 +194,7 @@ _DOCS: dict[str, Sentences] = {
         ("is behind `linear` by # points", "papers/ermoe/RESULTS.md > | context | linear |"),
         ("not separated from `linear` (#)", "papers/ermoe/RESULTS.md > | energy | linear |"),
         ("by # points at 32 experts, and", "papers/moec/RESULTS.md > | MoEC | balance | 32"),
-        ("overlap costs # bits (five", "papers/synergy/RESULTS.md > | lb + sp + cp | lb + cp"),
+        ("both together (# bits a", "papers/synergy/RESULTS.md > | lb + sp + cp | lb |"),
         ("# of the parameters of `Feed", MPO),
         ("by # bits a byte with", "papers/mpoe/RESULTS.md > | mpoe | switch |"),
         ("with # of their parameters", MPO),
