@@ -51,12 +51,8 @@ class LayerStatistics:
         self.sums = torch.zeros(2 * num_experts + len(_FLOATS), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, routing: Routing, *, thorough: bool = True) -> None:
-        """Add one routing; the CPU does not wait for a GPU.
-
-        Args:
-            thorough: whether margins and single sequences are measured as well, which costs more than the rest.
-        """
+    def add(self, routing: Routing) -> None:
+        """Add one routing; the CPU does not wait for a GPU."""
         e, mask = self.num_experts, routing.mask
         if not len(routing.logits):
             return
@@ -72,9 +68,8 @@ class LayerStatistics:
         self.sums[:e] += torch.where(real[:, None], routing.probs.detach()[:, :e], 0).double().sum(0)
         self.sums[e : 2 * e].scatter_add_(0, inside.flatten(), torch.where(routing.indices < e, weights, 0).flatten())
         self._sum(entropy=torch.where(real, token_entropies(routing), 0).sum(), batch_vio=_vio(counts[None])[0])
-        if thorough:
-            self._add_margins(margins(routing))
-            self._add_sequences(routing)
+        self._add_margins(margins(routing))
+        self._add_sequences(routing)
 
     def add_counts(self, slots: Tensor, **numbers: int) -> None:
         """Add the slots of each expert (E,), and numbers of tokens and slots, that were counted elsewhere."""
