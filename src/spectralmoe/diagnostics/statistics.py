@@ -12,16 +12,13 @@ from torch import Tensor
 from spectralmoe.diagnostics.entropy import token_entropies
 from spectralmoe.diagnostics.load import concentration, per_sequence
 from spectralmoe.diagnostics.measure import TOKENS, Measure
-from spectralmoe.diagnostics.stability import margins
+from spectralmoe.diagnostics.stability import margins, tie_counts
 from spectralmoe.routing import Routing
 
-__all__ = ["NEAR", "SLOTS_AN_EXPERT", "LayerStatistics"]
+__all__ = ["SLOTS_AN_EXPERT", "LayerStatistics"]
 
 SLOTS_AN_EXPERT = 10
 """A load needs this many slots for each expert; then an expert with an even load has none with probability e^-10."""
-
-NEAR = 0.01
-"""A choice is near a tie if the score of the best expert left out is within this share of the last one chosen."""
 
 _INTS = ("tokens", "judged", "ties", "asked", "filled", "batches", "sequences", "constant")
 _FLOATS = ("entropy", "margin", "batch_vio", "sequence_vio", "sequence_concentration")
@@ -128,7 +125,7 @@ class LayerStatistics:
         return Measure.of(entropy, self._choosing(), needs=TOKENS)
 
     def near_tie(self) -> Measure:
-        """Measure the share of tokens whose margin is at most ``NEAR``."""
+        """Measure the share of tokens whose margin is at most ``stability.NEAR``."""
         judged = self.number("judged")
         return Measure.of(self.number("ties") / max(judged, 1), judged, needs=TOKENS)
 
@@ -152,9 +149,9 @@ class LayerStatistics:
         return self.number("tokens") if self.num_experts > 1 else 0
 
     def _add_margins(self, values: Tensor) -> None:
-        known = values.isfinite()
-        self._count(judged=known.sum(), ties=(known & (values <= NEAR)).sum())
-        self._sum(margin=torch.where(known, values, 0).sum())
+        judged, ties = tie_counts(values)
+        self._count(judged=judged, ties=ties)
+        self._sum(margin=torch.where(values.isfinite(), values, 0).sum())
 
     def _add_sequences(self, routing: Routing) -> None:
         if routing.shape is None or len(routing.shape) != 2:
