@@ -44,7 +44,8 @@ _PACKAGED: dict[PhotoPart, dict[str, str]] = {
 }
 """Part -> file -> where it lies among the installed packages."""
 
-_FEWEST, _PLAIN = 3, 0.05
+_FEWEST = 3
+_PLAIN = 0.05  # a patch whose standard deviation is no higher shows nothing
 
 
 class Photo(NamedTuple):
