@@ -161,7 +161,7 @@ _DOCS: dict[str, Sentences] = {
         ("Mixtral 8x7B, # GB each", [at(ROUTER_ONLY, "rows", 0, "file_bytes") / 1e9]),
         ("held # GB of its own", [at(ROUTER_ONLY, "rows", 0, "own_bytes") / 1e9]),
         ("noise of #% of their", f"{SRC}/diagnostics/stability.py > noise"),
-        ("within #% of the last", f"{SRC}/diagnostics/stability.py > within"),
+        ("within #% of the last", f"{SRC}/diagnostics/stability.py > NEAR = "),
         ("less than # MB", "tests/report/test_report.py > len(page"),
         ("concentration of at least #", f"{SRC}/instruments/cures.py > collapse"),
         ("empties #% of", f"{SRC}/instruments/cures.py > dropped_slots"),
@@ -224,7 +224,7 @@ _DOCS: dict[str, Sentences] = {
     ],
     "docs/router.md": [("them # % of each class are for training, # % for validation and # % for", [70, 10, 20])],
     "docs/restoration.md": [
-        ("up to #) are", f"{SRC}/data/photos.py > least"),
+        ("up to #) are", f"{SRC}/data/photos.py > _PLAIN = "),
         ("t x + # (1 - t), t", f"{SRC}/data/degradations.py > AIR"),
         ("1 - (# + # v) r", f"{SRC}/data/degradations.py > ramp"),
         ("| # added on", f"{SRC}/data/degradations.py > BRIGHTNESS"),
