@@ -66,10 +66,12 @@ def test_json(tune, tmp_path):
 def test_settings_come_from_a_file_and_are_changed_by_options(call, mixtral, tmp_path):
     (tmp_path / "f.toml").write_text('layers = "last2"\nlr = 1e-3\n[terms]\nload_balance = 0.1\n')
     options = ("--set", "lr=2e-3", "--terms", "router_z=1e-3,load_balance=0.01", "--train", "routers,experts")
+    options += ("--seed", 5, "--set", "seed=3")  # --set goes before both
     code, said, _ = call("finetune", mixtral, "--config", tmp_path / "f.toml", *options, "--print-config", "--json")
     assert code == 0
     found = json.loads(said)
-    assert (found["layers"], found["lr"], found["train"]) == ("last2", 2e-3, ["routers", "experts"])
+    assert (found["layers"], found["lr"], found["seed"]) == ("last2", 2e-3, 3)
+    assert found["train"] == ["routers", "experts"]
     assert found["terms"] == {"load_balance": 0.01, "router_z": 0.001}
     code, said, _ = call("finetune", mixtral, "--config", tmp_path / "f.toml", *options, "--print-config")
     (tmp_path / "g.toml").write_text(said)

@@ -129,7 +129,7 @@ def finetune(
 def _read(
     config: Path | None, assign: Sequence[str], options: dict[str, Any], terms: str | None, train: str | None
 ) -> FinetuneSettings:
-    """What the file says, changed by --set, then by the options.
+    """What the file says, changed by the options that were given, then by --set.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --terms that are no assignments.
@@ -139,7 +139,6 @@ def _read(
     from spectralmoe.training.toml_text import change, put, read_toml
 
     values = {} if config is None else read_toml(config)
-    change(values, assign)
     for key, value in options.items():
         if value is not None:
             put(values, key, value)
@@ -149,6 +148,7 @@ def _read(
         if "=" not in term:
             raise UserError(f"--terms {term!r} has no weight; say {term}=0.01")
         change(values, [f"terms.{term}"])
+    change(values, assign)
     return parse(FinetuneSettings, values, str(config) if config else "finetune")
 
 
