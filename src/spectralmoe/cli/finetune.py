@@ -168,7 +168,7 @@ def _load(source: str, dtype: torch.dtype | None, device: torch.device) -> Trans
 
 
 def _digest(texts: dict[str, list[str]]) -> str:
-    """What tells other text from this one."""
+    """A SHA-256 of the text, to notice when a run is resumed on other text."""
     return hashlib.sha256(to_json(texts).encode()).hexdigest()
 
 

@@ -185,7 +185,7 @@ def _summary(index: int, body: Inspection) -> dict[str, Any]:
 
 
 def _named(column: Column) -> str:
-    """``load: dead`` without the group where the title speaks for itself."""
+    """The title of a column, behind its group if the title starts with "of"."""
     return f"{column.group} {column.title}" if column.title.startswith("of ") else column.title
 
 

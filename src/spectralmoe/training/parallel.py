@@ -218,7 +218,7 @@ def joined(
 
 
 def _quiet() -> None:
-    """Keep what torch says to those who write such loops from those who start one."""
+    """Silence torch's warnings that concern authors of training loops."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 

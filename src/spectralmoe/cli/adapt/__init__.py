@@ -27,11 +27,11 @@ JOBS: dict[str, tuple[Callable[..., None], str]] = {
 }
 _TOLD_BY = {"--sample": "correct", "--image": "correct", "--stream": "stream", "--new-class": "new-class"}
 _TOLD_BY |= {"--apply": "apply", "--trials": "trials"}
-"""An option of the time when ``adapt`` took all jobs at once -> its job."""
+"""Old options of ``adapt``, from when it had no jobs as subcommands -> the job that has them now."""
 
 
 class Jobs(TyperGroup):
-    """The jobs by name; who leaves the name out is told which one the options are of."""
+    """The jobs by name; the error for a missing name says which job the given options belong to."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The job that the first word names, and the words after it.
@@ -47,7 +47,7 @@ class Jobs(TyperGroup):
 
 
 def _job_of(args: Sequence[str]) -> str:
-    """The job that old options are of."""
+    """The job that the given old options belong to."""
     words = [word.partition("=")[0] for word in args]
     return next((job for option, job in _TOLD_BY.items() if option in words), "trials")
 
