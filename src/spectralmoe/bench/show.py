@@ -1,4 +1,4 @@
-"""A result for people: Markdown tables and the panels of a picture."""
+"""A result as Markdown tables and as panels of a figure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def as_markdown(result: Row) -> str:
 
 
 def target_cells(row: Row) -> list[str]:
-    """What a target says, what was measured, whether it is met."""
+    """The target, the measured value, and whether the target is met."""
     met = {None: "not measured", True: "yes", False: "**no**"}[row["met"]]
     return [row["what"], f"{row['at_most']:g}", "-" if row["measured"] is None else _interval(row, "measured"), met]
 

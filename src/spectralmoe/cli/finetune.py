@@ -131,7 +131,7 @@ def finetune(
 def _read(
     config: Path | None, assign: Sequence[str], options: dict[str, Any], terms: str | None, train: str | None
 ) -> FinetuneSettings:
-    """What the file says, changed by --set, then by the options.
+    """The settings of the file, changed by --set, then by the options.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --terms that are no assignments.
@@ -173,7 +173,7 @@ def _digest(texts: dict[str, list[str]]) -> str:
 
 
 def _tell(history: dict[str, Any], out: Path) -> None:
-    """What is wrong, a table of bits per byte, and where things are."""
+    """Print the findings, a table of bits per byte, and the paths of the files."""
     for finding in history["findings"]:
         print_finding(finding["severity"], finding["kind"], [finding["message"]], finding["cure"], err=True)
     before, after = history["before"], history["after"]

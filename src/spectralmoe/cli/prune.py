@@ -148,7 +148,7 @@ def _batches(windows: Windows, tokens: int, seed: int, progress: Progress) -> It
 
 
 def _layer(chosen: Plan[Any], name: str, loaded: TransformersModel) -> dict[str, Any]:
-    """What became of one layer."""
+    """The result for one layer, as JSON values."""
     clusters, counts = chosen.clusters[name], chosen.counts[name]
     heads = [cluster.head for cluster in clusters]
     gone = [e for e in range(len(counts)) if e not in heads]
@@ -164,7 +164,7 @@ def _layer(chosen: Plan[Any], name: str, loaded: TransformersModel) -> dict[str,
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    """A table of what went, and what it cost."""
+    """Print the kept and the removed experts of each layer, and the cost."""
     rows = [
         [
             layer["name"],

@@ -188,7 +188,7 @@ def _read(
     seed: int | None,
     pretrained: bool,
 ) -> TrainSettings:
-    """What the file says, changed by the options: --network, --data and --set first, then the others.
+    """The settings of the file, changed by the options: --network, --data and --set first, then the others.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --pretrained without a timm model.

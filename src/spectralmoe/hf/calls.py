@@ -71,7 +71,7 @@ class Calls:
             self.last, self.recomputed = self.here.frame, False
 
     def leave(self, *_: Any) -> None:
-        """The call has ended: its forward hook. What a router is given by itself is of no call."""
+        """The call has ended: its forward hook. A router that is called directly belongs to no call."""
         if not recomputing():
             self.here.frame = Frame()
 

@@ -215,7 +215,7 @@ def _monitor_summary(body: Monitor) -> dict[str, Any]:
 
 
 def _calm(findings: Sequence[Found]) -> str:
-    """A sentence for a page on which nothing is wrong; empty where something is."""
+    """A sentence for a page without severe findings and warnings; empty if there are any."""
     if {finding.severity for finding in findings} & {"severe", "warning"}:
         return ""
     return "Nothing severe, and no warnings." if findings else "No findings."

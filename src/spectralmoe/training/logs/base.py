@@ -1,4 +1,4 @@
-"""What a log is."""
+"""The base class of logs."""
 
 from __future__ import annotations
 
