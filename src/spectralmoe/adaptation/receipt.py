@@ -13,7 +13,7 @@ __all__ = ["Answer", "Flip", "Held", "Moved", "Receipt"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says of the sample: its class, the probability of it, and that of the right class (0 to 1)."""
+    """The model's prediction for the sample: its class, the probability of it, and that of the right class (0 to 1)."""
 
     prediction: int
     probability: float

@@ -41,7 +41,7 @@ def target_cells(row: Row) -> list[str]:
 
 
 def roles(case: Row) -> list[Row]:
-    """The ratios that a case is about: over the limit, the best peer, the baseline; all where it has none of these."""
+    """The main ratios of a case: over the limit, the best peer, the baseline; all ratios if it has none of these."""
     about = [row for row in case["ratios"] if row["over"] in (LIMIT, BEST_PEER, case["baseline"])]
     return about or list(case["ratios"])
 

@@ -101,7 +101,7 @@ class Taken(NamedTuple):
 
 
 def missing(what: str, lacking: Sequence[str], wanted: int) -> str:
-    """Says which cells are not there; "" where none lack.
+    """A sentence that names the missing cells; "" if none is missing.
 
     >>> missing("cells", ["a-seed0", "a-seed1"], 8), missing("cells", [], 8)
     ('2 of 8 cells are not there, the first a-seed0', '')

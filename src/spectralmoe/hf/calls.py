@@ -48,7 +48,7 @@ class Calls:
         return {**self.__dict__, "last": Frame(), "recomputed": True, "mixed": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calls:
-        """Of a router without its stack, as PEFT copies it: the same; else that of the copied stack."""
+        """The same object if a router is copied without its stack, as by PEFT; else that of the copied stack."""
         if id(self.stack) not in memo:
             return self
         copied = memo[id(self)] = Calls.__new__(Calls)

@@ -1,4 +1,4 @@
-"""One training run on several processes, started by torchrun: DDP or FSDP2, its experts shared out or not."""
+"""One training run on several processes, started by torchrun: DDP or FSDP2, with or without distributed experts."""
 
 from __future__ import annotations
 

@@ -154,9 +154,7 @@ def train_row(
 
 
 def measures(trained: Trained, looked: int | None = None) -> dict[str, Any]:
-    """Scores on the test part, and of a network with experts how even, how firm (in ``looked`` samples) and how alike
-    they are.
-    """
+    """Scores on the test part; with experts also their load, their similarity, and the stability of choices."""
     network, task, history = trained
     counted = Counted(network) if holds_moe(network) else None
     values: dict[str, Any] = {

@@ -153,7 +153,7 @@ class SwappedLayer(HFLayer):
         self.top_k = next((part.k for part in self._parts() if isinstance(getattr(part, "k", None), int)), None)
 
     def _answered_slots(self) -> None:
-        """None: the selector knows K."""
+        """Nothing is asked: the selector says it."""
 
     def _parts(self) -> Iterator[Any]:
         return (part for part in self.router.router.modules() if isinstance(part, Part))
@@ -178,7 +178,7 @@ class SwappedLayer(HFLayer):
 
     @property
     def reroutes(self) -> bool:
-        """False if the router reads side information, or if tokens compete for a capacity."""
+        """Not where the router reads side information, or tokens compete."""
         return self.router.router.selector.per_token and not any(part.reads for part in self._parts())
 
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:

@@ -1,4 +1,4 @@
-"""What a training run is about: samples, a loss, and the values that say how good a network is."""
+"""Tasks: what a training run learns, as samples, a loss and metrics."""
 
 from __future__ import annotations
 
