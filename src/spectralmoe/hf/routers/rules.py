@@ -1,7 +1,7 @@
 """How a Hugging Face router makes choice and weights from its logits, and in which form it returns them.
 
-Read by trying: a copy of the router with random weights routes random tokens, and the rule is the one among those
-known whose routing is the same. No family is named.
+The rule is found by trying: a copy of the router with random weights routes random tokens, and the known rule with the
+same routing is taken. No family is named.
 """
 
 from __future__ import annotations
