@@ -18,6 +18,7 @@ from spectralmoe.cli.options import (
     DeviceName,
     Json,
     PrintConfig,
+    TextFiles,
     refuse_outputs,
     say_notes,
     split_names,
@@ -39,10 +40,7 @@ HISTORY = "history.json"
 
 def finetune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face MoE: folder or hub name.")],
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", metavar="PATH|text:NAME", help="File or folder of UTF-8 text; several are domains."),
-    ] = None,
+    text: TextFiles = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for everything that is written.")
     ] = None,
@@ -120,8 +118,8 @@ def finetune(
                 history = run_finetuning(loaded, texts, settings, out, progress)
             documents = [as_document(history, HISTORY), *read_documents([out / MONITOR])]
             write_text(out / "report.html", render_report(documents, history["title"]))
-            shutil.rmtree(out / CHECKPOINTS)
-            write_json(out / HISTORY, history)
+            write_json(out / HISTORY, history)  # now it is finished, so the checkpoints may go
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     if json:
         print_json({"model": str(out), **history})
     else:

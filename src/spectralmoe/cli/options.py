@@ -92,6 +92,15 @@ Assign = Annotated[
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print all settings of the run as TOML, and train nothing.")
 ]
+TextFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        metavar="PATH|text:NAME|-",
+        help="UTF-8 text for a Hugging Face model: a file, a folder, a text by name or standard input; several are "
+        "domains.",
+    ),
+]
 Allow = Annotated[
     list[str] | None, typer.Option("--allow", metavar="PKG:CLASS", help="A class of your own that the model may use.")
 ]

@@ -12,7 +12,7 @@ import typer
 
 from spectralmoe.cli.completion import one_among
 from spectralmoe.cli.console import print_json, print_table, say, show_progress
-from spectralmoe.cli.options import DeviceName, Json, Seed, refuse_outputs, say_notes, split_numbers
+from spectralmoe.cli.options import DeviceName, Json, Seed, TextFiles, refuse_outputs, say_notes, split_numbers
 from spectralmoe.errors import UserError, one_of
 
 if TYPE_CHECKING:
@@ -66,10 +66,7 @@ def upcycle(
             autocompletion=one_among("random", "prompts", "principal"),
         ),
     ] = "random",
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", metavar="PATH|text:NAME", help="File or folder of UTF-8 text; several are domains."),
-    ] = None,
+    text: TextFiles = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of the text are read.")] = 8192,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="Precision to load the model in.")
