@@ -199,7 +199,7 @@ def add_ranks(
     All other parameters are frozen, as with other adapters; unfreeze afterwards what else is to be trained. Until the
     first step the model computes what it did before. Linear layers inside routers are left alone. ``record``,
     ``penalty``, ``attach`` and ``feed`` see the new layers; ``feed(model, context=...)`` gives their scorers side
-    information. ``saving.ranks`` saves and loads them alone.
+    information. ``saving.save_ranks`` and ``saving.load_ranks`` save and load them alone.
 
     Args:
         layers: a pattern for the names of the layers (``*`` and ``?``), or several: ``["*.q_proj", "*.v_proj"]``.

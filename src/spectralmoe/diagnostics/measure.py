@@ -45,10 +45,6 @@ class Measure:
         """Whether there is a value."""
         return self.value is not None
 
-    def at_least(self, threshold: float) -> bool:
-        """Return whether there is a value and it reaches ``threshold``."""
-        return self.value is not None and self.value >= threshold
-
     def as_json(self) -> dict[str, Any]:
         """Return ``{"value": ..., "data": ..., "unit": ...}``, with ``"needs"`` if there is no value."""
         fields: dict[str, Any] = {"value": self.value, "data": self.data, "unit": self.unit}

@@ -56,17 +56,18 @@ class Returned:
 
 
 def read_returned(
-    returned: Any, num_experts: int, raw: Callable[[], Tensor | None] = lambda: None, top_k: int | None = None
+    returned: Any, num_experts: int, raw: Callable[[], Tensor | None], top_k: int | None
 ) -> Returned | None:
     """Sort what a router returned into logits, weights and indices; None if it cannot be read.
 
     Args:
-        raw: gives the router's own matrix on its input (N, E): tells logits from other tensors of their shape.
+        raw: gives the router's own matrix on its input (N, E), which tells logits from other tensors of their shape;
+            or None, where it is not known.
         top_k: K, if the router says it.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
     >>> weights, indices = logits.softmax(-1).topk(2)
-    >>> read_returned((indices, logits, weights), 3).indices.tolist()  # whatever the order
+    >>> read_returned((indices, logits, weights), 3, lambda: None, 2).indices.tolist()  # whatever the order
     [[0, 1], [1, 2]]
     """
     parts = returned if isinstance(returned, Sequence) else [returned]

@@ -20,7 +20,7 @@ from spectralmoe.manifold import warn_off_manifold
 from spectralmoe.model_folder import CONFIG, WEIGHTS, read_model_folder, weights_file, write_model
 from spectralmoe.saving.tables import TABLES
 from spectralmoe.sharding import full, sharded_as
-from spectralmoe.spec import build, describe, of_today
+from spectralmoe.spec import build, describe
 from spectralmoe.vision.model import VisionMoE
 
 __all__ = ["FORMAT", "load", "read_config", "save"]
@@ -157,9 +157,8 @@ def _check_layers(folder: Path, model: nn.Module, expected: dict[str, Any]) -> N
 
 
 def _given(spec: Any) -> Any:
-    """A spec translated to the current version, without arguments that are None, which older folders may lack."""
+    """A spec without arguments that are None, which older folders may lack."""
     if isinstance(spec, dict):
-        spec = of_today(spec) if "type" in spec else spec
         return {name: _given(value) for name, value in spec.items() if value is not None}
     return [_given(value) for value in spec] if isinstance(spec, list) else spec
 
