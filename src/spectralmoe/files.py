@@ -1,4 +1,4 @@
-"""Files that are whole or absent: each is written in a temporary folder beside its place, and then renamed."""
+"""Writes files completely or not at all: each is written in a temporary folder beside its place, then renamed."""
 
 from __future__ import annotations
 

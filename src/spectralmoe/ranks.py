@@ -259,8 +259,8 @@ def refuse_parallel(who: str, model: nn.Module) -> None:
 
 
 def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers that the patterns name, by every path that leads to them; none in a router, and none that has
-    ranks already.
+    """The linear layers that the patterns name, by every path that leads to them; those in routers and those with ranks
+    are left out.
     """
     every = modules_of(model)
     inside = {part for layer in every.values() if isinstance(layer, RankExperts | Router) for part in layer.modules()}

@@ -129,7 +129,7 @@ def finetune(
 def _read(
     config: Path | None, assign: Sequence[str], options: dict[str, Any], terms: str | None, train: str | None
 ) -> FinetuneSettings:
-    """What the file says, changed by the options that were given, then by --set.
+    """The settings of the file, changed by the options that were given, then by --set.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --terms that are no assignments.
@@ -166,12 +166,12 @@ def _load(source: str, dtype: torch.dtype | None, device: torch.device) -> Trans
 
 
 def _digest(texts: dict[str, list[str]]) -> str:
-    """What tells other text from this one."""
+    """A SHA-256 of the text, to notice when a run is resumed on other text."""
     return hashlib.sha256(to_json(texts).encode()).hexdigest()
 
 
 def _tell(history: dict[str, Any], out: Path) -> None:
-    """What is wrong, a table of bits per byte, and where things are."""
+    """Print the findings, a table of bits per byte, and the paths of the files."""
     for finding in history["findings"]:
         print_finding(finding["severity"], finding["kind"], [finding["message"]], finding["cure"], err=True)
     before, after = history["before"], history["after"]

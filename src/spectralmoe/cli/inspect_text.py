@@ -107,7 +107,7 @@ def _passages(
 
 
 def _holders(loaded: TransformersModel, text: str, words: _Words, layers: Sequence[str]) -> dict[str, Any]:
-    """What holds the last token of ``text``, which the tokenizer does not end."""
+    """What each expert adds to the last token of ``text``, without the end token that a tokenizer may append."""
     ids = token_ids(loaded, text)
     if ids and ids[-1] == getattr(loaded.tokenizer, "eos_token_id", None):
         ids = ids[:-1]

@@ -145,7 +145,7 @@ def _batches(windows: Windows, tokens: int, seed: int, progress: Progress) -> It
 
 
 def _layer(chosen: Plan[Any], name: str, loaded: TransformersModel) -> dict[str, Any]:
-    """What became of one layer."""
+    """The result for one layer, as JSON values."""
     clusters, counts = chosen.clusters[name], chosen.counts.get(name)  # nothing was run to keep all
     heads = [cluster.head for cluster in clusters]
     gone = [e for e in range(chosen.layers[name].num_experts) if e not in heads]
@@ -161,7 +161,7 @@ def _layer(chosen: Plan[Any], name: str, loaded: TransformersModel) -> dict[str,
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    """A table of what went, and what it cost."""
+    """Print the kept and the removed experts of each layer, and the cost."""
     rows = [
         [
             layer["name"],

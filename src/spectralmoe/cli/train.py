@@ -188,7 +188,7 @@ def _read(
     seed: int | None,
     pretrained: bool,
 ) -> TrainSettings:
-    """What the file says, changed by the options that were given, then by --set.
+    """The settings of the file, changed by the options that were given, then by --set.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --pretrained without a timm model.

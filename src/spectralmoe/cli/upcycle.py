@@ -176,7 +176,7 @@ def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _active(moe: Any, k: int) -> int:
-    """How many parameters a token meets."""
+    """The number of parameters that are used for a token."""
     experts = [layer.mlp.experts for layer in moe.model.layers if hasattr(layer.mlp, "experts")]
     idle = sum(
         value.numel() * (bank.num_experts - k) // bank.num_experts for bank in experts for value in bank.parameters()
@@ -185,7 +185,7 @@ def _active(moe: Any, k: int) -> int:
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    """What was made, and how far it is from the dense model."""
+    """Print the sizes of the new model, and how far its outputs are from the dense model's."""
     parameters, logits = result["parameters"], result["logits"]
     numbers: Sequence[Sequence[str]] = [
         ["parameters", f"{parameters['dense']:,}", f"{parameters['all']:,}"],

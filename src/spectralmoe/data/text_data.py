@@ -112,7 +112,7 @@ def _joined(name: str) -> list[str]:
 
 
 def _names(name: str) -> tuple[str, str]:
-    """The title of a text as a domain, and its name whatever the current folder is."""
+    """The title of a text as a domain, and its name, which does not depend on the current folder."""
     if name in TEXTS:
         return name, name
     if name.startswith(HUB):

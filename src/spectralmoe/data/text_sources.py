@@ -33,7 +33,7 @@ class Document(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Documents, and what a user should know of how they were read, a line each."""
+    """Documents, and notes on how they were read, a line each."""
 
     documents: list[Document]
     notes: tuple[str, ...] = ()
@@ -178,7 +178,7 @@ def read_hub_text(given: str, data_dir: Path | None = None, download: bool = Fal
 
 
 def _readable(files: Sequence[Path], root: Path) -> tuple[dict[Path, str], list[str]]:
-    """The text of each file that has one; and what is wrong with the others."""
+    """The text of each readable file, and notes on the others."""
     texts, broken = {}, []
     for file in files:
         try:

@@ -1,4 +1,4 @@
-"""Measure: a measured value that says on how much data it rests."""
+"""Measure: a measured value with the amount of data that it rests on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of one run: made by one set of settings, held by one command at a time, gone on with when stopped."""
+"""The folder of one run: made by one set of settings, locked by one command at a time, resumed after a stop."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Reads what the router of a Hugging Face MoE layer returned as our ``Routing``, by shape and type, never by family.
 
-Seen in the wild (N tokens, E experts, K slots): logits (N, E), weights (N, K), indices (N, K), in this order in most
+Known forms (N tokens, E experts, K slots): logits (N, E), weights (N, K), indices (N, K), in this order in most
 families; combine weights (N, E) that are 0 but for K experts, and logits (Llama 4); a one-hot mask (B, S, E) without
-the tokens that overran a capacity, top probability (B, S, 1), logits (Switch). Some return probabilities where the
-name says logits.
+the tokens that overran a capacity, top probability (B, S, 1), logits (Switch). Some return probabilities where the name
+says logits.
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ JOBS: dict[str, tuple[Callable[..., None], str]] = {
     "apply": (apply, "A saved correction, on its model."),
 }
 _TOLD_BY = {"--sample": "correct", "--image": "correct", "--label": "correct", "--shots": "new-class"}
-"""An option that one job alone has -> the job."""
+"""An option that only one job has -> the job."""
 
 
 class Jobs(TyperGroup):
-    """The jobs by name; who leaves the name out is told which one the options are of, or all of them."""
+    """The jobs by name; the error for a missing name gives the job that the options belong to, or all jobs."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The job that the first word names, and the words after it.

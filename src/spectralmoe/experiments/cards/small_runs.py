@@ -1,4 +1,4 @@
-"""The small runs that cards share, so that their figures may stand side by side: clothing, bytes of English, photos."""
+"""Small runs that cards share, so that their results are comparable: clothing, bytes of English, photos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a comparison looks at in a trained network beside its scores: the routers' choices, and what a sample costs."""
+"""What a comparison measures of a trained network besides its scores: routing choices, and cost of a sample."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def _link(path: str | Path, copy: str | Path) -> None:
 
 
 def _files_of_others(target: Path) -> list[Path]:
-    """What stands in ``target`` and ``save_swapped`` did not write.
+    """The files in ``target`` that ``save_swapped`` did not write.
 
     Raises:
         UserError: it is a file, or holds something and no swapped model.

@@ -1,4 +1,4 @@
-"""Calibration: what a run over text says of the experts of a Hugging Face model, for saliencies of ``compression``."""
+"""Calibration: loads and tokens of a Hugging Face model's experts from a run over text, for saliencies."""
 
 from __future__ import annotations
 
