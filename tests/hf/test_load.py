@@ -19,6 +19,8 @@ from spectralmoe.errors import UserError
 from spectralmoe.hf.language import encode, run, training_facts
 from spectralmoe.hf.load import load_transformers
 from spectralmoe.hf.watch import watch_transformers
+from spectralmoe.training.finetune import finetune
+from spectralmoe.training.finetune_settings import FinetuneSettings
 
 transformers = pytest.importorskip("transformers")
 
@@ -265,6 +267,14 @@ def test_a_multimodal_model_is_run_on_text(name, multimodal):
         calls = watching.drain()
     for layer in watching.layers:
         assert sum(len(call.routing.indices) for call in calls if call.layer is layer) == 200
+
+
+def test_a_multimodal_model_is_finetuned_on_text(multimodal, tmp_path):
+    pytest.importorskip("accelerate")
+    loaded, settings = load_transformers(str(multimodal / "Qwen3VLMoe")), FinetuneSettings(length=16, steps=1)
+    history = finetune(loaded, {"text": [TEXT]}, settings, tmp_path / "out", lambda *_: None)
+    assert history["before"]["all"] > 0
+    assert "Vision" in type(load_transformers(str(tmp_path / "out")).model.model.visual).__name__
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe", "switch", "granitemoe", *MULTIMODAL])

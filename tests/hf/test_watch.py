@@ -145,14 +145,16 @@ def test_padding_has_no_expert(family, side):
         assert bool((call.routing.weights[~mask] == 0).all())
 
 
-@family
+@pytest.mark.parametrize(("family", "cache"), [*((family, None) for family in FAMILIES), ("mixtral", "static")])
 @torch.no_grad()
-def test_generation_is_seen_token_by_token(family):
+def test_generation_is_seen_token_by_token(family, cache):
+    """With a static cache the stack gets masks of all keys."""
     model = FAMILIES[family]()
     ids = batch(model, length=12)["input_ids"]
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "use_cache": True}
+    options["cache_implementation"] = cache
     plain = model.generate(input_ids=ids, attention_mask=mask, **options)
     seen, _ = spy(model, family)
     with watch_transformers(model) as watching:

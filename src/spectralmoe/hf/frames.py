@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,7 +92,8 @@ def parameter_names(stack: nn.Module) -> tuple[str, ...]:
 def frame_of(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frame:
     """Shape and mask from the arguments of a call of a stack, whose positional ones have these ``names``.
 
-    A mask that is longer than the input has the cached tokens first.
+    A mask (B, K) that is longer than the input has the cached tokens first. With a static cache ``generate`` gives
+    masks (B, 1, S, K), by name where layers attend differently.
     """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     tokens = given.get("input_ids")
@@ -100,6 +101,27 @@ def frame_of(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:
         return Frame()
     shape, mask = (tokens.shape[0], tokens.shape[1]), given.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
+    mask = mask.get("full_attention") if isinstance(mask, Mapping) else mask
+    if not isinstance(mask, Tensor) or mask.shape[0] != shape[0] or mask.shape[-1] < shape[1]:
         return Frame(shape)
-    return Frame(shape, mask.detach()[:, mask.shape[1] - shape[1] :] != 0)
+    if mask.dim() == 2:
+        return Frame(shape, mask.detach()[:, mask.shape[1] - shape[1] :] != 0)
+    return (
+        Frame(shape, _attended(mask.detach()[:, 0])) if mask.dim() == 4 and mask.shape[2] == shape[1] else Frame(shape)
+    )
+
+
+def _attended(mask: Tensor) -> Tensor:
+    """Which of S tokens (B, S) some token attends to, from a mask (B, S, K) of all keys.
+
+    A token attends to itself, so the last key of the last token is its own; places of the cache behind it are empty.
+
+    Args:
+        mask: True where a token attends to a key, or what is added to their score, 0 there.
+    """
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    _, s, k = allowed.shape
+    places = torch.arange(k, device=mask.device)
+    end = k if k == s else (places * allowed[:, -1]).amax() + 1
+    own = (end - s + places[:s]).clamp(min=0)
+    return allowed.any(1).index_select(1, own)
