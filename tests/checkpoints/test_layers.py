@@ -211,6 +211,14 @@ def test_single_file_with_the_config_beside_it(tmp_path):
     assert (checkpoint.name, checkpoint.layers[0].top_k) == ("weights", 3)
 
 
+def test_a_whole_network_of_unlike_experts_is_not_called_damaged(tmp_path, user_error):
+    spectralmoe.save(
+        MoE(Router(LinearScorer(4, 2), TopK(1)), ModuleExperts([nn.Linear(4, 4), nn.Identity()])), tmp_path
+    )
+    with user_error("a network of spectralmoe", "not alike", "load the model to inspect it"):
+        read_checkpoint(tmp_path)
+
+
 def test_paths_that_are_no_checkpoint(tmp_path, user_error):
     with user_error("no such file or folder", "nowhere"):
         read_checkpoint(tmp_path / "nowhere")

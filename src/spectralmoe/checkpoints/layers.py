@@ -143,6 +143,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             tensors, [name for name, spec in specs.items() if spec], experts_of_config(config).values()
         )
     except UserError as error:
+        if specs:  # saved whole, as its digest says
+            why = "has experts that are not told apart, or not alike, by their tensors"
+            raise UserError(f"{path}: a network of spectralmoe that {why}; load the model to inspect it") from error
         raise UserError(f"{path}: {error}") from error
     if not blocks:
         raise _no_layer(path, tensors, config)
