@@ -12,7 +12,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from spectralmoe.errors import UserError, first_line
 
 __all__ = [
+    "dotted",
     "exchange",
     "exists",
     "flush",
@@ -187,6 +188,19 @@ def to_json(value: Any) -> str:
         return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"not a value for JSON ({error})") from error
+
+
+def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings as one level with dotted keys.
+
+    >>> dotted({"network": {"k": 2}, "seed": 0})
+    {'network.k': 2, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = dotted(value) if isinstance(value, Mapping) else None
+        flat |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
+    return flat
 
 
 def read_json(path: Path) -> Any:

@@ -24,7 +24,7 @@ from spectralmoe.hf.routers.copies import add_copies, copies_of, placed_layers, 
 from spectralmoe.hf.routers.places import put_in, swapped_routers
 from spectralmoe.hf.routers.rules import read_rule
 from spectralmoe.hf.routers.swapped import SwappedRouter
-from spectralmoe.layers import unwrapped
+from spectralmoe.layers import below, unwrapped
 from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.sharding import full
@@ -108,8 +108,8 @@ def put_routers(model: nn.Module, folder: Path, *, allow: Sequence[str] = ()) ->
     tensors = _read_tensors(folder, config.get("sha256"))
     routers, copies = {}, {}
     for name, layer in config["layers"].items():
-        prefix, device = f"{name}.", next(layers[name].router.parameters()).device
-        values = {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
+        device = next(layers[name].router.parameters()).device
+        values = below(f"{name}.", tensors)
         copies[name] = {n.removeprefix(_COPIES): values.pop(n) for n in list(values) if n.startswith(_COPIES)}
         routers[layers[name]] = _router(f"{folder / ROUTERS}, {name}", layer["router"], values, allow).to(device)
     put_in(stock, {layer: (router, read_rule(layer)[0]) for layer, router in routers.items()})
