@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ __all__ = [
     "publish",
     "read_json",
     "remove_parts",
+    "sha256_of",
     "to_json",
     "write_json",
     "write_text",
@@ -215,6 +217,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({str(error).splitlines()[0]})") from error
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of what ``file`` holds."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def make_folder(path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import time
@@ -24,7 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectralmoe.errors import UserError, first_line
-from spectralmoe.files import exists, make_folder, part_folder, publish, read_json, to_json, write_json, writing
+from spectralmoe.files import (
+    exists,
+    make_folder,
+    part_folder,
+    publish,
+    read_json,
+    sha256_of,
+    to_json,
+    write_json,
+    writing,
+)
 
 __all__ = [
     "CONFIG",
@@ -81,7 +90,7 @@ def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     weights = folder / _weights_name(config)
     with writing(weights), part_folder(folder) as part:
         save_file(dict(tensors), part / weights.name)
-        digest = _sha256(part / weights.name)
+        digest = sha256_of(part / weights.name)
         with alone(folder) as handle:
             replaced = refuse_others(folder)
             _finish(folder)
@@ -215,7 +224,7 @@ def _state(folder: Path) -> list[tuple[int, ...] | None]:
 def _checked_tensors(file: Path, digest: Any) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)
-        same = _sha256(file) == digest
+        same = sha256_of(file) == digest
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is not a whole safetensors file ({first_line(error)})") from error
     if not same:
@@ -224,8 +233,3 @@ def _checked_tensors(file: Path, digest: Any) -> dict[str, Tensor]:
             "save the model again"
         )
     return tensors
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -6,7 +6,6 @@ that they belong to. Nothing in either runs code.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from spectralmoe.digests import sha256_of_tensors
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json
 from spectralmoe.layers import plain_name, unwrapped
@@ -105,12 +105,8 @@ def _split(model: VisionMoE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Compute the SHA-256 of tensors: of their names, dtypes and values."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = full(tensors[name].detach()).cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    items = sorted(tensors.items())
+    return sha256_of_tensors((f"{name} {value.dtype} {tuple(value.shape)}\n", value) for name, value in items)
 
 
 def _own_names(backbone: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

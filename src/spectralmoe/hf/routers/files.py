@@ -7,7 +7,6 @@ SHA-256 of its gates; ``spectral_routers.safetensors`` holds their tensors by ``
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from spectralmoe.digests import sha256_of_tensors
 from spectralmoe.errors import UserError, first_line, refuse_differences
-from spectralmoe.files import exists, read_json, write_json
+from spectralmoe.files import exists, read_json, sha256_of, write_json
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.routers.copies import add_copies, copies_of, placed_layers, refuse_plain_saving, without_copies
 from spectralmoe.hf.routers.places import put_in, swapped_routers
@@ -60,7 +60,7 @@ def write_routers(model: nn.Module, folder: Path) -> None:
         "versions": {"torch": torch.__version__},
         "layers": layers,
         "shapes": {name: list(value.shape) for name, value in stock_tensors(model).items()},
-        "sha256": _sha256(folder / TENSORS),
+        "sha256": sha256_of(folder / TENSORS),
         "files": sorted({path.name for path in folder.iterdir() if path.is_file()} | {ROUTERS}),
     }
     write_json(folder / ROUTERS, config)
@@ -150,7 +150,7 @@ def _router(start: str, spec: Any, tensors: Mapping[str, Tensor], allow: Sequenc
 
 def _read_tensors(folder: Path, digest: Any) -> dict[str, Tensor]:
     try:
-        tensors, same = load_file(folder / TENSORS), _sha256(folder / TENSORS) == digest
+        tensors, same = load_file(folder / TENSORS), sha256_of(folder / TENSORS) == digest
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{folder / TENSORS} cannot be read ({first_line(error)}); save the model again") from error
     if not same:
@@ -162,16 +162,6 @@ def _read_tensors(folder: Path, digest: Any) -> dict[str, Tensor]:
 
 def _digest(router: nn.Module) -> str:
     """The SHA-256 of the tensors of a stock router, or of those that a swapped one keeps: names, shapes, values."""
-    digest, state = hashlib.sha256(), router.state_dict()
-    for name in sorted(state):
-        if isinstance(router, SwappedRouter) and name.startswith("router."):
-            continue
-        value = full(state[name]).detach().cpu().double().contiguous()
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.numpy().data)
-    return digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    swapped, state = isinstance(router, SwappedRouter), sorted(router.state_dict().items())
+    stock = [(name, value) for name, value in state if not (swapped and name.startswith("router."))]
+    return sha256_of_tensors((f"{name} {tuple(value.shape)}\n", value.double()) for name, value in stock)
