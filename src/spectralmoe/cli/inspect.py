@@ -10,9 +10,9 @@ import typer
 
 from spectralmoe.cli.completion import complete_data
 from spectralmoe.cli.console import count, print_finding, print_json, print_table, say
-from spectralmoe.cli.options import ANY_DATA, Allow, DataDir, DeviceName, Download, Json, Seed, refuse_outputs
+from spectralmoe.cli.options import ANY_DATA, Allow, DataDir, DeviceName, Download, Json, Seed, is_own, refuse_outputs
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.files import make_folder, read_json, write_json, write_text
+from spectralmoe.files import make_folder, write_json, write_text
 
 __all__ = ["inspect"]
 
@@ -118,13 +118,6 @@ def inspect(
         print_json(document)
     else:
         show(document, out)
-
-
-def is_own(folder: Path) -> bool:
-    """Whether ``spectralmoe.save`` wrote this folder."""
-    config = folder / "config.json"
-    content = read_json(config) if config.is_file() else None
-    return isinstance(content, dict) and "spectralmoe" in content
 
 
 def show(document: dict[str, Any], out: Path | None) -> None:
