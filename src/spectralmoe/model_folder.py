@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectralmoe.errors import UserError, first_line
 from spectralmoe.files import (
@@ -40,6 +41,8 @@ __all__ = [
     "PARTS",
     "WEIGHTS",
     "alone",
+    "build_checked",
+    "fill",
     "is_ours",
     "read_config_of",
     "read_model_folder",
@@ -47,6 +50,8 @@ __all__ = [
     "weights_file",
     "write_model",
 ]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 CONFIG, WEIGHTS, PARTS = "config.json", "model.safetensors", "parts.safetensors"
 _NAMES = {"spectralmoe": WEIGHTS, "spectralmoe_parts": PARTS, "spectralmoe_ranks": PARTS}
@@ -130,6 +135,28 @@ def read_model_folder(
                 raise result
             return result
     raise UserError(f"{folder} is written again and again while it is read; wait until the writer has ended")
+
+
+def build_checked(make: Callable[[], Module], check: Callable[[Module], object]) -> Module:
+    """Return what ``make`` builds by a file, after ``check`` has accepted the same without memory (device "meta").
+
+    So a file cannot ask for more memory than ``check`` lets it. Torch's random generator stays as it was.
+
+    Raises:
+        UserError: as ``make`` and ``check``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            shell = make()
+        check(shell)
+        return make()
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy ``tensors`` into ``module``, which takes over their dtypes."""
+    for name, target in module.state_dict(keep_vars=True).items():
+        target.data = target.data.to(tensors[name].dtype)
+    module.load_state_dict(tensors)
 
 
 def weights_file(folder: Path, config: Mapping[str, Any]) -> Path:

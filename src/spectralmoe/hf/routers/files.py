@@ -25,6 +25,7 @@ from spectralmoe.hf.routers.places import put_in, swapped_routers
 from spectralmoe.hf.routers.rules import read_rule
 from spectralmoe.hf.routers.swapped import SwappedRouter
 from spectralmoe.layers import below, unwrapped
+from spectralmoe.model_folder import build_checked, fill
 from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.sharding import full
@@ -129,16 +130,15 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _router(start: str, spec: Any, tensors: Mapping[str, Tensor], allow: Sequence[str]) -> Router:
-    """The router that ``spec`` describes, first built without memory: it cannot ask for more than its file holds."""
+    """The router that ``spec`` describes; it cannot ask for more memory than its file holds."""
+
+    def check(router: nn.Module) -> None:
+        wanted = {name: value.shape for name, value in router.state_dict().items()}
+        refuse_differences(start, wanted, {name: value.shape for name, value in tensors.items()})
+
     try:
-        with torch.random.fork_rng(devices=[]):
-            with torch.device("meta"):
-                shapes = {name: value.shape for name, value in build(spec, allow=allow).state_dict().items()}
-            refuse_differences(start, shapes, {name: value.shape for name, value in tensors.items()})
-            router = build(spec, allow=allow)
-        for name, target in router.state_dict(keep_vars=True).items():
-            target.data = target.data.to(tensors[name].dtype)
-        router.load_state_dict(tensors)
+        router = build_checked(lambda: build(spec, allow=allow), check)
+        fill(router, tensors)
     except UserError:
         raise
     except Exception as error:  # whatever a constructor says to a file that was tampered with
