@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmoe import Adapter, Dense, FeedForward, Grouped, LinearScorer, Loop, ModuleExperts, MoE, Router, Soft, TopK
+from spectralmoe import Adapter, Dense, FeedForward, Grouped, LinearScorer, Loop, ModuleExperts, MoE, Router, TopK
 from spectralmoe.models import MODELS, sr_moe
 from spectralmoe.spec import PARTS, build, describe, find_class
 
@@ -49,14 +49,6 @@ def test_every_scorer_and_selector(make_router, scorer_name, selector_name):
     built = check(layer)
     shapes = [{name: value.shape for name, value in m.state_dict().items()} for m in (layer, built)]
     assert shapes[0] == shapes[1]
-
-
-def test_specs_of_earlier_versions_are_built():
-    """Soft routing was top-k with k null."""
-    built = build({"type": "topk", "k": None, "normalize": True, "score": "sigmoid"})
-    assert describe(built) == {"type": "soft", "normalize": True, "score": "sigmoid"}
-    router = describe(Router(LinearScorer(D, E), Soft()))
-    assert describe(build(router | {"selector": {"type": "topk", "k": None}})) == router
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def build(kind: str, sizes: Sizes) -> LanguageMoE:
     dense, vocab = kind == "dense", sizes.subjects + sizes.relations + sizes.objects
     experts, hidden = (1, 3 * HIDDEN) if dense else (EXPERTS, HIDDEN)
     blocks = {"width": WIDTH, "depth": DEPTH, "num_experts": experts, "hidden": hidden}
-    model = language_moe(vocab, **blocks, tied=False, embedding_std=0.02)
+    model = language_moe(vocab, **blocks, tied=False)
     for part in model.blocks:
         wide = 3 * HIDDEN // 2
         up, down = nn.Linear(WIDTH, wide, bias=False), nn.Linear(wide, WIDTH, bias=False)

@@ -9,19 +9,13 @@ from functools import partial
 from typing import Any
 
 from loads import DEVICES, LOADS, Load, Sizes, steps_of
+from random_spill import plan_random_spill
 
 from spectralmoe.draw.panels import Panel
 from spectralmoe.experiments.cards import Card, Cells, Check, Desk, Section, difference_panels
 from spectralmoe.experiments.compare.columns import Column
 from spectralmoe.experiments.evidence import select
-from spectralmoe.parallel import (
-    Cost,
-    Plan,
-    plan_least_loaded,
-    plan_native,
-    plan_random_spill,
-    plan_replicas,
-)
+from spectralmoe.parallel import Cost, Plan, plan_least_loaded, plan_native, plan_replicas
 
 FULL_SIZES = Sizes(windows=5_600, steps=16, batch=32, tokens=32_768, seeds=5)
 QUICK_SIZES = Sizes(windows=64, steps=2, batch=8, tokens=8_192, seeds=1)

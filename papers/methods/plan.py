@@ -124,5 +124,5 @@ def contests(images: TrainSettings, text: TrainSettings, **tuning: Any) -> dict[
     return {task: Contest(run, rows, file=task, **tuning) for task, run in runs.items()}
 
 
-FULL = card(contests(small_images(), small_text(), tries=3), seeds=3, rounds=5)
+FULL = card(contests(small_images(), small_text(), tries=3), seeds=5, rounds=5)
 QUICK = card(contests(small_images(128, 1), small_text(32), tries=1), seeds=1, rounds=1)

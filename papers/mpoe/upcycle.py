@@ -80,8 +80,7 @@ class Sizes:
     tune_windows: int
     seeds: int
     rates: tuple[float, ...] = (3e-3, 1e-3, 6e-3)
-    batch_size: int = 16
-    start_batch_size: int = 8
+    batch_size: int = 4
     start_rate: float = 3e-3
 
     def budget(self, seed: int, rate: float) -> Optimization:
@@ -92,7 +91,7 @@ class Sizes:
         """The run of a dense start, ``hidden`` wide."""
         run = small_text(windows, num_experts=1, hidden=hidden, k=1)
         dense = {"preset": "dense", "experts": {"type": "feed_forward", "activation": "gelu"}}
-        budget = Optimization(epochs=1, batch_size=self.start_batch_size, lr=self.start_rate, seed=seed)
+        budget = Optimization(epochs=1, batch_size=self.batch_size, lr=self.start_rate, seed=seed)
         return run.model_copy(update={"router": dense, "optimization": budget})
 
 

@@ -145,8 +145,7 @@ def correct_in_a_row(cell: Any, desk: Desk, progress: Progress, *, sizes: Sizes)
     """Guarded corrections in a row on the network of a cell."""
     data = _data(cell, sizes)
     model, _ = _trained(cell, desk, sizes, data)
-    progress(0.5)
-    return {**about_network(model, data), **run_stream(_with_spare(model), cell["seed"], sizes, data)}
+    return {**about_network(model, data), **run_stream(_with_spare(model), cell["seed"], sizes, data, progress)}
 
 
 def about_network(model: SRMoE, data: ImageData) -> dict[str, float]:
@@ -218,11 +217,13 @@ def carry(shares: Sequence[Carried], when: str) -> dict[str, float]:
     return {f"{kind}_{when}": _mean([share[kind] for share in shares]) for kind in COPIES}
 
 
-def run_stream(model: SRMoE, seed: int, sizes: Sizes, data: ImageData) -> dict[str, Any]:
+def run_stream(model: SRMoE, seed: int, sizes: Sizes, data: ImageData, progress: Progress) -> dict[str, Any]:
     """Guarded corrections in a row without taking any back."""
     before, images, labels = evaluate(model, data.test.images, data.test.labels), data.test.images, data.test.labels
     guard = make_guard(data, sizes.stream_reference, STREAM_BUDGET)
-    steps = correction_stream(model, images, labels, count=sizes.stream, rule=IN_A_ROW, guard=guard, seed=seed)
+    steps = correction_stream(
+        model, images, labels, count=sizes.stream, rule=IN_A_ROW, guard=guard, seed=seed, progress=progress
+    )
     others = torch.ones(len(labels), dtype=torch.bool)
     others[[step.sample for step in steps]] = False
     start = 100 * float((before.predictions == labels)[others].double().mean())

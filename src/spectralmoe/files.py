@@ -1,4 +1,4 @@
-"""Files that are whole or absent: each is written in a temporary folder beside its place, and then renamed."""
+"""Writes files completely or not at all: each is written in a temporary folder beside its place, then renamed."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove the temporary files that killed processes have left in ``folder`` and below."""
+    """Remove the temporary folders that killed processes have left in ``folder`` and below."""
     for part in folder.rglob(f".*{_PART}"):
         _remove_part(part)
 
@@ -273,10 +273,6 @@ def _hold(file: Path) -> int | None:
 
 def _remove_part(part: Path) -> None:
     """Remove ``part`` unless a running process holds it or another user owns it."""
-    if part.is_file():  # as earlier versions left them
-        with suppress(OSError):
-            part.unlink()
-        return
     try:
         handle = os.open(part / _HELD, os.O_RDWR | os.O_CREAT)
     except OSError:

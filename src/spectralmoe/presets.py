@@ -269,7 +269,7 @@ def _parts(row: Table, base: Preset) -> dict[str, Any]:
 
 
 def _arguments(key: str, name: str) -> list[str]:
-    """What may be said of a part in a row: its arguments but for those that the network gives, or keys of the row."""
+    """The arguments of a part that a row may set: all but those that the network sets and the keys of the row."""
     known = arguments_of(name) if key == "optimizer" else parameters_of(part_class(_KIND_OF[key], name))
     return [argument for argument in known if argument not in ("dim", "num_experts", *_KEYS)]
 

@@ -195,7 +195,7 @@ def add_ranks(
     All other parameters are frozen, as with other adapters; unfreeze afterwards what else is to be trained. Until the
     first step the model computes what it did before. Linear layers inside routers are left alone. ``record``,
     ``penalty``, ``attach`` and ``feed`` see the new layers; ``feed(model, context=...)`` gives their scorers side
-    information. ``saving.ranks`` saves and loads them alone.
+    information. ``saving.save_ranks`` and ``saving.load_ranks`` save and load them alone.
 
     Args:
         layers: a pattern for the names of the layers (``*`` and ``?``), or several: ``["*.q_proj", "*.v_proj"]``.
@@ -255,8 +255,8 @@ def refuse_parallel(who: str, model: nn.Module) -> None:
 
 
 def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers that the patterns name, by every path that leads to them; none in a router, and none that has
-    ranks already.
+    """The linear layers that the patterns name, by every path that leads to them; those in routers and those with ranks
+    are left out.
     """
     every = modules_of(model)
     inside = {part for layer in every.values() if isinstance(layer, RankExperts | Router) for part in layer.modules()}

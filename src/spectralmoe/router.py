@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectralmoe.context import Context, Rows, rows_of
 from spectralmoe.errors import UserError
-from spectralmoe.parts import in_full_precision
+from spectralmoe.parts import Part, in_full_precision
 from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.scorers import Scorer
 from spectralmoe.selectors import Selector
@@ -52,6 +52,17 @@ class Router(nn.Module):
     def num_experts(self) -> int:
         """The number of experts E, zero experts included."""
         return self.scorer.num_experts
+
+    @property
+    def k(self) -> int | None:
+        """K of the selector, or of the one that it wraps; None where the number of experts a token varies."""
+        numbers = (getattr(part, "k", None) for part in self.selector.modules())
+        return next((k for k in numbers if isinstance(k, int)), None)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a token alone decides its experts: the selector compares no tokens, and no part reads a context."""
+        return self.selector.per_token and not any(part.reads for part in self.modules() if isinstance(part, Part))
 
     @property
     def is_frozen(self) -> bool:

@@ -27,7 +27,7 @@ from spectralmoe.selectors import SELECTORS
 from spectralmoe.torch_private import class_of
 from spectralmoe.units import UNITS
 
-__all__ = ["build", "check_arguments", "describe", "find_class", "of_today", "parameters_of"]
+__all__ = ["build", "check_arguments", "describe", "find_class", "parameters_of"]
 
 PARTS: dict[str, type] = {
     **SCORERS,
@@ -85,7 +85,7 @@ def build(
     tables: Mapping[str, type] | None = None,
     sizes: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Build the object that ``spec`` describes; specs of earlier versions are understood, too.
+    """Build the object that ``spec`` describes.
 
     Args:
         allow: classes outside the tables that may be built, as "pkg:Class". Building one runs its code.
@@ -109,7 +109,6 @@ def build(
         return spec
     if "type" not in spec:
         return {name: build(value, allow=allow, tables=tables, sizes=sizes) for name, value in spec.items()}
-    spec = of_today(spec)
     kind = spec["type"]
     cls: Any = (tables or PARTS).get(kind) if isinstance(kind, str) else None
     if cls is None:
@@ -125,15 +124,6 @@ def build(
     arguments = {**filled_in, **arguments}
     check_arguments(cls, kind, arguments)
     return cls(**arguments)
-
-
-def of_today(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Translate a ``spec`` of an earlier version: soft routing was top-k with k null, and top-p had another name."""
-    if spec["type"] == "top_p":
-        return {**spec, "type": "topp"}
-    if spec["type"] == "topk" and spec.get("k", 0) is None:
-        return {"type": "soft", **{name: value for name, value in spec.items() if name not in ("type", "k")}}
-    return spec
 
 
 def check_arguments(cls: Any, kind: str, arguments: Collection[str]) -> None:

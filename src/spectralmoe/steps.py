@@ -141,7 +141,7 @@ class Attachment(Joinable):
         after(self.layers, records, self.group)
 
     def _check(self) -> None:
-        """Refuse what would go wrong in silence, or stop the processes."""
+        """Refuse settings that would give wrong results without an error, or make processes hang."""
         if not self._join_config.enable:
             refuse_join(self._parallel, "with Join([model, attach(optimizer, model)])")
         elif self._uneven and self._join_config.is_first_joinable and self._parallel is not None:
@@ -162,13 +162,13 @@ class Attachment(Joinable):
 
 
 class _Shadow(JoinHook):
-    """What a rank that has no inputs left does for each step of the others."""
+    """Takes part in each step of the other ranks for a rank that has no inputs left."""
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
 
     def main_hook(self) -> None:
-        """Take part in their sums, with nothing of its own."""
+        """Take part in the sums of the other ranks, with zeros."""
         after(self.attachment.layers, (), self.attachment.group)
 
     def post_hook(self, is_last_joiner: bool) -> None:
@@ -177,7 +177,7 @@ class _Shadow(JoinHook):
 
 
 def _forget(reference: weakref.ref[Attachment], key: int) -> None:
-    """An attached optimizer is gone."""
+    """Remove an attached optimizer that was deleted."""
     if (attachment := reference()) is not None:
         attachment._handles.pop(key, None)
         attachment._held.pop(key, None)

@@ -440,24 +440,6 @@ def test_the_sign_of_zero_makes_no_other_model(network, correct, tmp_path):
     assert equal(signs, network("soft"))
 
 
-def test_files_of_bits_still_fit(network, saved):
-    """Earlier versions hashed the bits, so the sign of zeros too."""
-
-    def as_before(experts, tensors):
-        views = network("soft").get_submodule(experts[0]["layer"]).experts.expert_parameters(experts[0]["expert"])
-        for view in views.values():
-            view.data[view == 0] = -0.0
-        experts[0]["old_sha256"] = digest_of(views)
-
-    rewritten(saved, as_before)
-    model = network("soft")
-    with safe_open(saved, framework="pt") as file:
-        place = json.loads(file.metadata()["experts"])[0]
-    for view in model.get_submodule(place["layer"]).experts.expert_parameters(place["expert"]).values():
-        view.data[view == 0] = -0.0
-    assert apply_update(model, saved).success
-
-
 def test_an_expert_with_nan_can_be_taken_back(network, correct):
     """NaN equals NaN where it is asked whether somebody else has changed an expert."""
     model = network("soft")

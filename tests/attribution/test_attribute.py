@@ -12,9 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, UserError, feed, record
+from spectralmoe.attribution import attribute_experts, block
 from spectralmoe.attribution.frozen import frozen_norm
 from spectralmoe.attribution.neurons import expert_part, neuron_parts
-from spectralmoe.diagnostics import attribute_experts, block, watch
+from spectralmoe.diagnostics import watch
 from spectralmoe.hf import swap_routers
 from spectralmoe.models import language_moe
 from spectralmoe.models.language import RMS_EPS, DecoderBlock, LanguageMoE

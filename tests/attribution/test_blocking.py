@@ -23,7 +23,7 @@ from spectralmoe import (
     feed,
     record,
 )
-from spectralmoe.diagnostics import block
+from spectralmoe.attribution import block
 from spectralmoe.hf import swap_routers
 from spectralmoe.selectors import GroupLimited
 

@@ -170,10 +170,11 @@ def test_kinds_of_numbers(dtype, tmp_path, close):
     check_values(checkpoint.layers[0], tensors["model.layers.0.mlp.gate.weight"].float(), vectors(tensors, pick), close)
 
 
-def test_blocks_hold_every_weight_once(tmp_path):
+def test_blocks_hold_every_weight_once(tmp_path, monkeypatch):
     tensors = stacked()
     (layer,) = read_checkpoint(written(tmp_path, tensors)).layers
-    blocks = list(layer.expert_vectors(numbers=5 * E))
+    monkeypatch.setattr("spectralmoe.checkpoints.layers._NUMBERS", 5 * E)
+    blocks = list(layer.expert_vectors())
     assert max(block.shape[1] for block in blocks) == 5
     expected = torch.cat(
         [tensors[f"model.layers.0.mlp.experts.{name}"].flatten(1) for name in ("down_proj", "gate_up_proj")], 1

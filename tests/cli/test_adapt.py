@@ -544,15 +544,15 @@ def test_a_sample_is_checked_before_a_model_is_read(refused, tmp_path):
     [
         (["MODEL", "--sample", "test:3"], "correct"),
         (["MODEL", "--guard", "digits", "--image", "x.png"], "correct"),
-        (["--apply", "update.safetensors", "MODEL"], "apply"),
-        (["MODEL", "--stream=5"], "stream"),
-        (["MODEL", "--new-class", "7"], "new-class"),
-        (["MODEL", "--trials", "5"], "trials"),
-        (["runs/model"], "trials"),
+        (["--label=7", "--image=x.png", "MODEL"], "correct"),
+        (["MODEL", "7", "--shots", "5"], "new-class"),
+        (["MODEL", "--count", "5"], "JOB"),
+        (["runs/model"], "JOB"),
     ],
 )
 def test_a_call_without_a_job_is_told_which(refused, options, job):
-    assert f"spectralmoe adapt {job} MODEL" in refused("adapt", *options)
+    jobs = ", JOB one of correct, trials, stream, new-class, apply" if job == "JOB" else ""
+    assert refused("adapt", *options).endswith(f"spectralmoe adapt {job} MODEL ...{jobs}")
 
 
 def test_a_misspelt_job_is_one_line(refused):

@@ -225,7 +225,6 @@ def test_a_vision_model_is_corrected_too(models, call, tmp_path):
         ("patch_size = 4", "patch_sise = 4", "refuses its arguments"),
         ('router = "emoe"', 'router = "emo"', "unknown router 'emo'"),
         ("k = 1", 'k = "top1"', "moe.k"),
-        ("k = 1", 'mode = "top1"', 'moe.mode is no more; say k = 1, k = 2 or k = "soft"'),
         ("bottleneck = 32", "bottleneck = 0", "moe.bottleneck"),
         ('blocks = "last2"', 'blocks = "last22"', "last22"),
         ("label_smoothing", "label_smoothness", "unknown key 'label_smoothness'"),

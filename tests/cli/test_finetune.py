@@ -66,10 +66,12 @@ def test_json(tune, tmp_path):
 def test_settings_come_from_a_file_and_are_changed_by_options(call, mixtral, tmp_path):
     (tmp_path / "f.toml").write_text('layers = "last2"\nlr = 1e-3\n[terms]\nload_balance = 0.1\n')
     options = ("--set", "lr=2e-3", "--terms", "router_z=1e-3,load_balance=0.01", "--train", "routers,experts")
+    options += ("--seed", 5, "--set", "seed=3")  # --set goes before both
     code, said, _ = call("finetune", mixtral, "--config", tmp_path / "f.toml", *options, "--print-config", "--json")
     assert code == 0
     found = json.loads(said)
-    assert (found["layers"], found["lr"], found["train"]) == ("last2", 2e-3, ["routers", "experts"])
+    assert (found["layers"], found["lr"], found["seed"]) == ("last2", 2e-3, 3)
+    assert found["train"] == ["routers", "experts"]
     assert found["terms"] == {"load_balance": 0.01, "router_z": 0.001}
     code, said, _ = call("finetune", mixtral, "--config", tmp_path / "f.toml", *options, "--print-config")
     (tmp_path / "g.toml").write_text(said)
@@ -110,6 +112,7 @@ def test_wrong_text(refused, mixtral, texts, tmp_path):
     assert "has no text" in line("--text", tmp_path / "none")
     assert "does not exist" in line("--text", tmp_path / "nowhere.txt")
     assert "shorter than one window of 128 tokens" in line("--text", tmp_path / "short.txt")
+    assert "is too short" in line("--text", tmp_path / "short.txt", "--set", "domain_bytes=1")
     assert "--out is missing" in refused("finetune", mixtral, "--text", texts)
 
 
@@ -130,7 +133,52 @@ def test_wrong_models_and_folders(refused, call, texts, tmp_path, mixtral):
     assert "holds a run with seed = 0, not 1" in line
 
 
+def test_a_model_in_float16_is_not_trained_in_it(refused, texts, tmp_path):
+    """AdamW divides by squares of gradients, which are 0 there."""
+    build("mixtral").half().save_pretrained(tmp_path / "half")
+    options = ("--text", texts, "--out", tmp_path / "out", *SMALL, "--set", "dtype=auto")
+    line = refused("finetune", tmp_path / "half", *options)
+    assert "is in float16" in line
+    assert "bfloat16" in line
+
+
+def test_configs_that_do_not_fit_their_weights(call, refused, texts, tmp_path):
+    """A start token that the vocabulary does not have is not used; more experts a token than there are is an error."""
+    model, options = build("mixtral"), ("--text", texts / "cats.txt", *SMALL)
+    model.config.bos_token_id = model.config.vocab_size + 7
+    model.config.eos_token_id = model.config.vocab_size
+    model.save_pretrained(tmp_path / "start")
+    assert call("finetune", tmp_path / "start", "--out", tmp_path / "a", *options)[0] == 0
+    model.config.num_experts_per_tok = model.config.num_local_experts + 1
+    model.save_pretrained(tmp_path / "many")
+    assert "cannot be run" in refused("finetune", tmp_path / "many", "--out", tmp_path / "b", *options)
+
+
+def test_before_and_after_are_scored_in_one_precision(tune, tmp_path):
+    """A step of no size changes nothing, in bfloat16 either."""
+    code, said, _ = tune("--out", tmp_path / "out", "--json", "--set", "autocast=true", "--set", "lr=1e-30")
+    assert code == 0
+    history = json.loads(said)
+    assert history["after"] == pytest.approx(history["before"], rel=1e-6)
+
+
+def test_a_report_of_a_training_is_not_overwritten(tune, call, refused, texts, tmp_path):
+    """And the weights alone show the gates from before, which the document says."""
+    out = tmp_path / "out"
+    assert tune("--out", out, "--router", "cosine")[0] == 0
+    assert "holds a training" in refused("inspect", out, "--text", texts, "--out", out)
+    code, said, _ = call("inspect", out, "--router-only", "--json")
+    assert code == 0
+    assert "spectral_routers.json" in json.loads(said)["data"]["notes"][-1]
+
+
 def test_lora_without_peft(refused, mixtral, texts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     line = refused("finetune", mixtral, "--text", texts, "--lora", 4, "--out", tmp_path / "out")
     assert "pip install spectralmoe[lora]" in line
+
+
+def test_a_run_that_is_refused_leaves_the_folder_to_others(refused, call, mixtral, texts, tmp_path):
+    (tmp_path / "short.txt").write_text("one two three")
+    assert "shorter" in refused("finetune", mixtral, "--text", tmp_path / "short.txt", "--out", tmp_path / "out")
+    assert call("finetune", mixtral, "--text", texts / "cats.txt", *SMALL, "--out", tmp_path / "out")[0] == 0

@@ -125,8 +125,23 @@ def test_several_texts_are_topics(folders, text, call, tmp_path):
     code, out, _ = call("inspect", folders / "mixtral", "--text", text, "--text", other, "--tokens", 1000, "--json")
     assert code == 0
     (found,) = {tuple(layer["association"]["labels"]) for layer in json.loads(out)["layers"]}
-    assert found == (str(text), str(other))
-    assert [passage["title"] for passage in json.loads(out)["text"]] == [str(text), str(other)]
+    assert found == (text.stem, "digits")
+    assert [passage["title"] for passage in json.loads(out)["text"]] == [text.stem, "digits"]
+
+
+def test_a_folder_and_a_text_by_name_are_read_as_in_other_verbs(folders, text, call, tmp_path):
+    """The subfolders are topics; a file that is no text is passed over, and the document says so."""
+    for topic in ("cats", "dogs"):
+        (tmp_path / topic).mkdir()
+        (tmp_path / topic / "a.txt").write_text(f"{topic} run. " * 60)
+    (tmp_path / "dogs" / "b.txt").write_bytes(b"\0")
+    code, out, _ = call("inspect", folders / "mixtral", "--text", tmp_path, "--tokens", 400, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert document["layers"][0]["association"]["labels"] == ["cats", "dogs"]
+    assert "passed over" in document["data"]["notes"][0]
+    code, out, _ = call("inspect", folders / "mixtral", "--text", "text:pydoc", "--tokens", 200, "--json")
+    assert (code, json.loads(out)["data"]["tokens"]) == (0, 200)
 
 
 def test_weights_alone(folders, call):
@@ -163,11 +178,12 @@ def test_mistakes_are_one_line(network, folders, text, refused, tmp_path):
     latin.write_bytes(b"caf\xe9 " * 40)
     assert "config.json" in refused("inspect", tmp_path, "--text", text)
     assert "MODEL is empty" in refused("inspect", "", "--text", text)
-    assert "is a folder; name a file" in refused("inspect", mixtral, "--text", tmp_path)
-    assert "no such" in refused("inspect", tmp_path / "nothing", "--text", text)
+    (tmp_path / "nothing").mkdir()
+    assert "has no text" in refused("inspect", mixtral, "--text", tmp_path / "nothing")
+    assert "no such" in refused("inspect", tmp_path / "gone", "--text", text)
     assert "--text" in refused("inspect", mixtral)
-    assert "no text" in refused("inspect", mixtral, "--text", empty)
-    assert "no such file" in refused("inspect", mixtral, "--text", tmp_path / "nothing.txt")
+    assert "is empty" in refused("inspect", mixtral, "--text", empty)
+    assert "does not exist" in refused("inspect", mixtral, "--text", tmp_path / "nothing.txt")
     assert "UTF-8" in refused("inspect", mixtral, "--text", latin)
     assert "--data" in refused("inspect", mixtral, "--text", text, "--data", "digits")
     assert "--text" in refused("inspect", network, "--text", text)
@@ -183,9 +199,9 @@ def test_text_from_standard_input(folders, text, refused, call, monkeypatch):
 
     mixtral = folders / "mixtral"
     stdin(b"caf\xe9 \xff")
-    assert "--text - is not UTF-8" in refused("inspect", mixtral, "--text", "-")
+    assert "standard input is not UTF-8" in refused("inspect", mixtral, "--text", "-")
     stdin(None)  # closed
-    assert "no text" in refused("inspect", mixtral, "--text", "-")
+    assert "standard input is empty" in refused("inspect", mixtral, "--text", "-")
     stdin(TEXT.replace(" ", "\r\n").encode())
     code, out, _ = call("inspect", mixtral, "--text", "-", "--tokens", 200, "--json")
     assert code == 0

@@ -107,6 +107,14 @@ def test_set_changes_values_by_their_type(call, config):
     assert [found[key] for key in ("router", "depth", "hold_out", "train_size")] == ["sr-moe", 3, "7", 90]
 
 
+def test_set_goes_before_options_and_may_choose_where_these_go(call):
+    options = ("--seed", 5, "--router", "linear", "--set", "optimization.seed=3", "--set", "backbone.name=vit_tiny")
+    code, out, _ = call("train", "--data", "mnist5k", *options, "--print-config", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert (found["optimization"]["seed"], found["moe"]["router"]) == (3, "linear")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -106,6 +106,13 @@ def test_json_says_what_was_done(options, arguments, call, tmp_path, close):
         close(loaded(**batch(model)).logits, small(**batch(model)).logits)
 
 
+def test_all_experts_may_stay(arguments, call, tmp_path):
+    code, said, _ = call(*arguments("mixtral", 8, "--out", tmp_path / "out", "--json"))
+    assert code == 0
+    for layer in json.loads(said)["layers"]:
+        assert (layer["kept"], layer["gone"], layer["load_gone"]) == ([*range(8)], [], 0)
+
+
 @pytest.mark.parametrize(
     ("model", "keep", "options", "words"),
     [

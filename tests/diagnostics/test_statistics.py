@@ -10,7 +10,8 @@ import torch
 from spectralmoe import Capacity, LinearScorer, Router, TopK
 from spectralmoe.diagnostics import Evidence, measured
 from spectralmoe.diagnostics.load import dead_experts, gini, max_vio
-from spectralmoe.diagnostics.statistics import NEAR, LayerStatistics
+from spectralmoe.diagnostics.stability import NEAR
+from spectralmoe.diagnostics.statistics import LayerStatistics
 
 E, K, D = 5, 2, 8
 

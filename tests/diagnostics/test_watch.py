@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectralmoe import Capacity, FeedForward, LinearScorer, MoE, Router, TopK, TopP
+from spectralmoe import Capacity, ExpertChoice, FeedForward, LinearScorer, MoE, Router, TopK, TopP
 from spectralmoe.diagnostics.watch import watch
 from spectralmoe.experts import ConvExperts
 from spectralmoe.selectors import ClusterDropout
@@ -42,3 +42,20 @@ def test_there_are_none_where_nobody_asks_or_experts_read_something_else():
 def test_k_is_that_of_the_selector_inside(selector, k):
     with watch(MoE(Router(LinearScorer(D, E), selector), FeedForward(E, D, 8))) as seen:
         assert [layer.top_k for layer in seen.layers] == [k]
+
+
+@pytest.mark.parametrize(
+    "selector", [TopK(1), ExpertChoice(2.0), Capacity(TopK(1), factor=1.0), ClusterDropout(TopK(1), 1)]
+)
+def test_a_layer_is_routed_again_where_each_token_decides_alone(selector):
+    """64 tokens that like expert 0 more and more, of which the first 8 are routed again by themselves."""
+    layer = MoE(Router(LinearScorer(1, 4), selector), FeedForward(4, 1, 8)).eval()
+    with torch.no_grad():
+        layer.router.scorer.weight.copy_(torch.tensor([[1.0], [0.0], [-1.0], [-2.0]]))
+    tokens = torch.linspace(0.1, 3, 64)[:, None]
+    with watch(layer) as seen:
+        layer(tokens)
+        (call,) = seen.drain()
+    again = call.layer.route(call.tokens[:8])
+    assert call.layer.reroutes == selector.per_token
+    assert call.layer.reroutes == torch.equal(again.members(), call.routing.members()[:8])

@@ -104,6 +104,15 @@ def test_undo_puts_the_stock_modules_back(family):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_undo_leaves_the_mode_that_the_model_is_in(training):
+    model = stock_of("mixtral").train(not training)
+    swapped = swap_routers(model)
+    model.train(training)
+    swapped.undo()
+    assert {module.training for module in model.modules()} == {training}
+
+
 @every_family
 @torch.no_grad()
 def test_copies_and_pickles_are_models_of_their_own(family):

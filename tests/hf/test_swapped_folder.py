@@ -18,6 +18,7 @@ from torch import nn
 
 from spectralmoe import LinearScorer
 from spectralmoe.hf import load_swapped, load_transformers, save_swapped, swap_routers
+from spectralmoe.hf.routers.files import write_routers
 from spectralmoe.hf.routers.places import swapped_routers
 from spectralmoe.hf.routers.swapped import SwappedRouter
 
@@ -115,6 +116,14 @@ def test_half_precision_and_other_heads_come_back(tmp_path):
     assert torch.equal(logits_of(loaded), logits_of(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_fp32_comes_back_in_half_precision(saved, dtype):
+    """The gates that are rounded on loading are still those of the folder."""
+    loaded = load_transformers(str(saved), dtype=dtype).model
+    assert loaded.dtype == dtype
+    assert len(swapped_routers(loaded)) == 3
+
+
 def test_what_was_trained_comes_back_and_is_trained_on(tmp_path):
     model = swapped_of("mixtral", EIGENBASIS, init="fresh").train()
     ids = batch(model)["input_ids"]
@@ -162,13 +171,15 @@ def test_inspection_sees_the_swapped_routers(saved):
 
 def test_a_save_replaces_the_model_and_leaves_what_others_wrote(folder):
     (folder / "tokenizer.json").write_text("{}")
+    (folder / "history.json").write_text("{}")
+    write_routers(load_swapped(folder), folder)  # beside what others wrote, as a training does
     (folder / "notes").mkdir()
     (folder / "notes" / "a.txt").write_text("mine")
     model = swapped_of("granitemoe")
     save_swapped(model, folder)
     save_swapped(model, str(folder))
     assert torch.equal(logits_of(load_swapped(folder)), logits_of(model))
-    assert (folder / "tokenizer.json").read_text() == "{}"
+    assert (folder / "tokenizer.json").read_text() == (folder / "history.json").read_text() == "{}"
     assert (folder / "notes" / "a.txt").read_text() == "mine"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 

@@ -17,7 +17,6 @@ from spectralmoe.parallel import (
     Plan,
     plan_least_loaded,
     plan_native,
-    plan_random_spill,
     plan_replicas,
 )
 
@@ -27,7 +26,6 @@ PLANNERS = {
     "always": lambda load, devices: plan_least_loaded(load, devices, chunk=1, threshold=0),
     "replicas": plan_replicas,
     "no_spare": lambda load, devices: plan_replicas(load, devices, spare=0),
-    "random_spill": plan_random_spill,
 }
 
 
@@ -85,7 +83,6 @@ def test_a_balanced_load_moves_nothing():
 
 def test_one_device_is_the_native_plan():
     assert plan_least_loaded([9000, 0, 1], 1, threshold=0) == plan_native([9000, 0, 1], 1)
-    assert plan_random_spill([9000, 0, 1], 1) == plan_native([9000, 0, 1], 1)
 
 
 def test_below_the_threshold_the_native_plan_stays():
@@ -145,14 +142,6 @@ def test_replicas_fit_their_places():
             assert plan.copies == []
 
 
-def test_a_random_spill_is_seeded_and_balances_less():
-    load = skewed(0.95)
-    plan = plan_random_spill(load, 8, seed=shifted(1))
-    assert plan == plan_random_spill(load, 8, seed=shifted(1))
-    assert plan != plan_random_spill(load, 8, seed=shifted(2))
-    assert plan_native(load, 8).imbalance() > plan.imbalance() > plan_least_loaded(load, 8).imbalance()
-
-
 def test_modelled_time_and_memory_by_hand():
     """Two experts of 2 x 8 numbers on two devices; at rate 1 a token takes 64 seconds, a copy takes 64 / 32."""
     cost = Cost(2, 8, item=2, overhead=10, rate=1, memory=0.5, link=32)
@@ -188,7 +177,6 @@ def test_a_plan_does_not_grow_with_the_tokens():
         (lambda: plan_least_loaded([1], 1, threshold=-1), "threshold must be 0 or more, got -1"),
         (lambda: plan_replicas([1], 1, spare=-1), "spare must be a whole number of places from 0 on, got -1"),
         (lambda: plan_replicas([1, 1], 1, seen=[1]), "seen has 1 experts, load has 2"),
-        (lambda: plan_random_spill([1], 1, chunk=0), "chunk must be"),
         (lambda: Cost(0, 4), "Cost: dim must be positive, got 0"),
         (lambda: Cost(4, 4, overhead=-1), "Cost: overhead must be 0 or more"),
     ],

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spectralmoe import Context, ContextScorer, feed, load, save, shard_routers
 from spectralmoe.layers import moe_layers
 from spectralmoe.ranks import add_ranks
-from spectralmoe.saving.ranks import load_ranks, save_ranks
+from spectralmoe.saving import load_ranks, save_ranks
 
 D = 6
 

@@ -912,19 +912,18 @@ def test_files_are_readable_as_the_umask_says(saved):
 
 
 @pytest.mark.parametrize("into", [False, True])
-def test_the_words_of_earlier_folders(into, tmp_path):
-    """Soft routing was top-k with k null once, and a layer had no placement and no memory."""
+def test_arguments_that_an_older_folder_does_not_know(into, tmp_path):
+    """A layer had no placement and no memory once."""
 
     def earlier(spec):
         if not isinstance(spec, dict):
             return spec
-        spec = {name: earlier(value) for name, value in spec.items() if name not in ("placement", "memory")}
-        return {**spec, "type": "topk", "k": None} if spec.get("type") == "soft" else spec
+        return {name: earlier(value) for name, value in spec.items() if name not in ("placement", "memory")}
 
     layer, x = MoE(Router(LinearScorer(D, E), Soft()), FeedForward(E, D, 8)).eval(), torch.randn(5, D)
     save(layer, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(earlier(json.loads(path.read_text()))))
-    assert '"soft"' not in path.read_text()
+    assert '"memory"' not in path.read_text()
     twin = load(tmp_path, into=MoE(Router(LinearScorer(D, E), Soft()), FeedForward(E, D, 8)) if into else None)
     assert torch.equal(twin(x), layer(x))

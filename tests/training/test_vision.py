@@ -240,7 +240,6 @@ def test_moe_parts_that_cannot_be_are_one_line(data, moe, words, user_error):
         ({"moe": {"bottleneck": 0}}, ("moe.bottleneck",)),
         ({"optimization": {"precision": "fp8"}}, ("optimization.precision",)),
         ({"moe": {"wings": 1}}, ("unknown key 'wings'", "bottleneck")),
-        ({"moe": {"faithful": True}}, ("moe.faithful is no more", 'router = "emoe-faithful"')),
         ({"moe": {"router": 3}}, ("moe.router", "got 3")),
     ],
 )

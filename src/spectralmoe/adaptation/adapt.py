@@ -1,4 +1,4 @@
-"""One-expert updates: correct a sample by the one expert that it uses, and prove what else moved."""
+"""One-expert updates: correct a sample by the one expert that it uses, and measure what else changes."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def split(model: nn.Module, layer: str) -> tuple[Head, nn.Module]:
 
 @dataclass(frozen=True, slots=True)
 class _Check:
-    """What a finished update must pass, on the whole model and not on a part of it."""
+    """The checks that a finished update must pass, on the whole model."""
 
     model: nn.Module
     samples: Tensor
@@ -144,7 +144,7 @@ class _Check:
         return bool(right(logits_of(self.model, self.samples), self.labels).all())
 
     def verdict(self, correction: Correction, touched: dict[str, int]) -> Verdict | None:
-        """The guard's, if there is one."""
+        """The guard's verdict; None without a guard."""
         if self.guard is None or self.others is None:
             return None
         assert correction.reference is not None
@@ -173,7 +173,7 @@ def _check_labels(model: nn.Module, x: Tensor, labels: Tensor) -> bool:
 
 
 def _plan(method: str, names: Sequence[str], guard: Guard | None) -> list[_Attempt]:
-    """The wish first; with a guard also the last layer alone, and the gentler methods there."""
+    """The attempts: the requested one; with a guard also the last layer alone, and there the fallback methods."""
     plan = [_Attempt(method, tuple(names))]
     if guard is not None:
         last = tuple(names[-1:])
@@ -188,7 +188,7 @@ def _try_all(
     check: _Check,
     measure: Callable[[Sequence[str]], Reference] | None,
 ) -> Update:
-    """The first attempt that succeeds; else the last, with why each was not kept."""
+    """The first attempt that succeeds; else the last one, with the reasons why none was kept."""
     tried, references = list[str](), dict[tuple[str, ...], Reference]()
     update = Update(False, 0, plan[0].method)
     for attempt in plan:

@@ -1,4 +1,4 @@
-"""Copies of a sample: does a correction hold for what looks almost the same?"""
+"""Altered copies of a sample (noise, shifts, rotations, contrast), on which a correction is tested."""
 
 from __future__ import annotations
 

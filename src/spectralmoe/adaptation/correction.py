@@ -1,4 +1,4 @@
-"""One correction as the update methods see it: what must become right, what may change, what must stay."""
+"""One correction as update methods get it: the samples to correct, the weights to change, the reference data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Correction", "margins"]
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What a method works on.
+    """The input of an update method.
 
     Attributes:
         model: what runs on the samples, the whole model or its last part.

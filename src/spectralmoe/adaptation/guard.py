@@ -1,4 +1,4 @@
-"""The guard: an update may cost only so much on reference data."""
+"""The guard: it limits the loss of accuracy that an update may cause on reference data."""
 
 from __future__ import annotations
 

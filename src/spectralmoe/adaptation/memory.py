@@ -1,4 +1,4 @@
-"""Who reads which memory of a model: tied weights are found by where they lie, not by their names."""
+"""Finds the modules that read the same memory: tied weights are found by their addresses, not by their names."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ __all__ = ["Answer", "Flip", "Held", "Moved", "Receipt"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says of the sample: its class, the probability of it, and that of the right class (0 to 1)."""
+    """The model's prediction for the sample: its class, the probability of it, and that of the right class (0 to 1)."""
 
     prediction: int
     probability: float
@@ -57,7 +57,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The same on held-out data, without the corrected sample.
+    """What the update did on held-out data, without the corrected sample.
 
     Attributes:
         left_out: how many times the corrected sample is in these data; not counted.
@@ -121,7 +121,7 @@ class Receipt:
 
     @property
     def warning(self) -> str:
-        """What a reader must not miss of the test data; "" where there is nothing."""
+        """A warning about the test data; "" if there is none."""
         if self.reference is None or self.test is None or not self.test.over_budget:
             return ""
         budget, change = self.reference.budget, self.test.interference

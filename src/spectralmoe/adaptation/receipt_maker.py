@@ -1,4 +1,4 @@
-"""A receipt is made by running the model with its update and, for a moment, without it."""
+"""Makes a receipt by running the model with its update and without it."""
 
 from __future__ import annotations
 

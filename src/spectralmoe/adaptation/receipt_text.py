@@ -51,7 +51,7 @@ def written_line(receipt: Receipt) -> str:
 
 
 def reference_line(moved: Moved, kept: bool) -> str:
-    """What the guard saw."""
+    """The results on the guard's reference data."""
     could = f"{moved.reachable:,} could change" if moved.reachable < moved.samples else "all could change"
     without = " without this one" if moved.contains_sample else ""
     routes = f", {_count(len(moved.rerouted), 'route')} changed" if moved.rerouted else ", no route changed"

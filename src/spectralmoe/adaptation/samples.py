@@ -1,4 +1,4 @@
-"""Which samples are the same: one that is corrected does not count among those that must stay."""
+"""Finds equal samples: a sample that is corrected does not count among those that must stay the same."""
 
 from __future__ import annotations
 

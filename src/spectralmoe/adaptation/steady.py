@@ -1,4 +1,4 @@
-"""The state in which a model is corrected and measured: every run of it answers alike, and nothing is left behind."""
+"""Puts a model into the state in which it is corrected and measured: every run gives the same outputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def steady(model: nn.Module) -> Iterator[None]:
 
 
 def first_logits(model: nn.Module, x: Tensor) -> Tensor:
-    """The class logits of ``x``, from a run that is watched for what no run may do.
+    """The class logits of ``x``, from a run that is checked for random numbers and changed buffers.
 
     Raises:
         UserError: the run drew random numbers, or changed a buffer (which is put back).

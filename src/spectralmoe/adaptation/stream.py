@@ -22,7 +22,7 @@ class StreamStep:
     Attributes:
         sample: index of the image.
         success, method, touched, seconds: of its update. A sample that an earlier one made right: success, no change.
-        accuracy: percent, on the images that no correction of the stream is about.
+        accuracy: percent, on the images that the stream did not correct.
         kept: share of the corrections made so far, this one included, that are right now; 1 before the first.
         after: share of the copies of this sample that are right now, by kind.
     """

@@ -114,11 +114,6 @@ class Target(Weights):
         tensors = dict(zip(self.views, values or self.copy(), strict=True))
         return digest_of({name: canonical(value) for name, value in tensors.items()})
 
-    def has_digest(self, digest: str, values: Sequence[Tensor] | None = None) -> bool:
-        """Whether ``digest`` is that of these values; or of their bits, as earlier versions wrote it."""
-        bits = digest_of(dict(zip(self.views, values or self.copy(), strict=True)))
-        return digest in (bits, self.digest(values))
-
 
 def canonical(x: Tensor) -> Tensor:
     """The same values in one form: -0 becomes 0, every NaN the same one.

@@ -153,9 +153,9 @@ def apply_update(model: nn.Module, path: Path | str) -> Update:
 
 
 def _check(path: str, where: str, target: Target, new: Sequence[Tensor | None], entry: dict[str, Any]) -> None:
-    if target.has_digest(entry["new_sha256"]):
+    if target.digest() == entry["new_sha256"]:
         raise UserError(f"{path} was applied to this model already: {where} holds its tensors")
-    if not target.has_digest(entry["old_sha256"]):
+    if target.digest() != entry["old_sha256"]:
         raise UserError(f"{path} is for another model: {where} has other weights than the ones it was made from")
     for value, view in zip(new, target.views.values(), strict=True):
         if value is None or value.shape != view.shape or value.dtype != view.dtype:
@@ -163,7 +163,7 @@ def _check(path: str, where: str, target: Target, new: Sequence[Tensor | None], 
                 f"{path} is damaged: the tensors of {where} are not those that it announces; save or fetch it again"
             )
     values = [value for value in new if value is not None]
-    if not target.has_digest(entry["new_sha256"], values):
+    if target.digest(values) != entry["new_sha256"]:
         raise UserError(f"{path} is damaged: the tensors of {where} do not match their SHA-256; save or fetch it again")
     if not all(bool(value.isfinite().all()) for value in values):
         raise UserError(f"{path} is damaged: the tensors of {where} hold numbers that are not finite; save it again")

@@ -1,7 +1,7 @@
 """Knowledge attribution: it measures what each expert adds to the log-probability of a token, and blocks experts.
 
 Li et al., "Decoding Knowledge Attribution in Mixture-of-Experts: A Framework of Basic-Refinement Collaboration and
-Efficiency Analysis", arXiv 2505.24593. The functions can be imported from ``spectralmoe.diagnostics``, too.
+Efficiency Analysis", arXiv 2505.24593.
 """
 
 from spectralmoe.attribution.attribute import attribute_experts

@@ -114,7 +114,7 @@ def _ids(tokens: Tensor, target: int | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _refuse_elsewhere(model: nn.Module) -> None:
-    """Refuse a model whose experts are not all here, or whose choice is not its own."""
+    """Refuse a model that is sharded over processes, or whose choices are replayed."""
     sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
     if sharded is not None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""How fast the layers are: against the arithmetic in them and against other libraries, side by side in one run."""
+"""Speed of the layers, compared in one run with their bare arithmetic and with other libraries."""
 
 from spectralmoe.bench.runner import SUITES, run
 from spectralmoe.bench.settings import Settings

@@ -1,4 +1,4 @@
-"""The C library's memory allocator, whose habits are part of every time on a CPU."""
+"""Settings of the C library's memory allocator, which influence all times measured on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # M_... in glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """From here on this process keeps the memory that it frees and uses it again.
+    """Make this process keep the memory that it frees, and use it again.
 
     By default glibc maps every tensor beyond 32 MiB anew, and the kernel fills it page by page when it is first
     written, which takes about as long as a matmul of that size. Whether a tensor meets a free piece of the heap instead

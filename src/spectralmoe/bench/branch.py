@@ -123,7 +123,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _against_loop(module: nn.Module, inputs: Tensor) -> str | None:
-    """None where output and all gradients agree with the loop in float64; else what is wrong."""
+    """None if output and all gradients agree with the loop in float64; else a description of the difference."""
     results: list[dict[str, Tensor | None]] = []
     for net, x in ((module, inputs.clone()), (_twin(module), inputs.double())):
         net.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Cases: one question, its candidates, the gate in front of them, and what comes out."""
+"""Cases: a measurement of several candidates, the gate that checks them, and the result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One side of a case.
+    """One implementation that a case measures.
 
     Attributes:
         name: unique in the case.
@@ -60,7 +60,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One question.
+    """A measurement of several candidates.
 
     Attributes:
         suite, name: together they name it for targets and stored results.

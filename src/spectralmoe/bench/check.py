@@ -1,4 +1,4 @@
-"""The regression check: today's ratios of a small run beside stored ones. It warns and never fails."""
+"""The regression check: it compares the ratios of a small run with stored ones. It warns and never fails."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_stored(path: Path) -> tuple[dict[str, Any], list[str], Settings]:
 
 
 def warnings(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """A line for each ratio of ours that has grown beyond ``MORE`` and its old interval, and for what is gone."""
+    """A line for each ratio of ours that exceeds ``MORE`` and its old interval, and for each that is missing now."""
     now = {(case["key"], row["of"], row["over"]): row for case in found["cases"] for row in roles(case)}
     lines = []
     for case in stored["cases"]:
@@ -52,7 +52,7 @@ def warnings(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
 
 
 def _why(result: Mapping[str, Any], key: str, name: str) -> str:
-    """What the gate says of a candidate that is not measured any more."""
+    """Why the gate rejects a candidate that was measured before."""
     said = [
         c["gate"] for case in result["cases"] if case["key"] == key for c in case["candidates"] if c["name"] == name
     ]

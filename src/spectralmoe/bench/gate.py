@@ -14,7 +14,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.bfloat16: 6e-2, to
 
 
 def difference(found: Mapping[str, Tensor | None], truth: Mapping[str, Tensor], dtype: torch.dtype) -> str | None:
-    """None where ``found`` agrees with ``truth`` (float64); else what is wrong, in a few words.
+    """None if ``found`` agrees with ``truth`` (float64); else the difference in a few words.
 
     >>> right = {"output": torch.ones(2).double()}
     >>> difference({"output": torch.ones(2)}, right, torch.float32)

@@ -1,4 +1,4 @@
-"""Whether the machine does anything else: a ratio from a busy machine is not reported."""
+"""Tests whether the machine is idle otherwise: a ratio from a busy machine is not reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STAT = Path("/proc/stat")
 
 
 def processor_seconds() -> float:
-    """Seconds that all processors together have worked since the machine started; NaN where nobody says.
+    """Seconds that all processors together have worked since the machine started; NaN if the system does not say.
 
     Work for a machine beside this one on the same processors (steal) counts; waiting for a disk does not.
     """
@@ -40,13 +40,13 @@ def processor_seconds() -> float:
 
 
 def own_seconds() -> float:
-    """Of them, those of this process and of its children that have ended."""
+    """The part of ``processor_seconds`` used by this process and by its children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 class Idle:
-    """How much of the machine others use, from one look to the next: now, not a minute ago.
+    """Measures how much of the machine other processes use between two calls.
 
     Args:
         busy: seconds of work of all processors.

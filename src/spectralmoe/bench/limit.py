@@ -46,7 +46,7 @@ class Balanced:
         self._act, self._act_backward = _ACTIVATIONS[problem.activation]
 
     def operands(self) -> tuple[Tensor, ...]:
-        """What is there before a run."""
+        """The tensors that exist before a run."""
         return self.x, self.up, self.down
 
     def forward(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""One MoE layer as a problem: sizes, weights, tokens, and what the right answer is."""
+"""One MoE layer as a problem: sizes, weights, tokens, and the right output."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Problem:
         return {"output": y.detach(), "x": _gradient(x), "router": _gradient(router), **stacked}
 
     def truth(self, form: Form) -> dict[str, Tensor]:
-        """What a candidate must give."""
+        """The output and the gradients that a candidate must compute."""
         return self.output if form == "forward" else self.gradients
 
 

@@ -1,4 +1,4 @@
-"""Run suites: gate, measure, look whether the machine was idle, write the result."""
+"""Runs suites: check the candidates, measure them, check that the machine was idle, write the result."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _result(
     *,
     complete: bool,
 ) -> dict[str, Any]:
-    """``load`` is that of others at the start; None and NaN, where nobody can say, are not idle."""
+    """``load`` is that of other processes at the start; None and NaN, an unknown load, do not count as idle."""
     loads = [load, *(case["load_of_others"] for case in cases)]
     worst = math.nan if any(one is None or math.isnan(one) for one in loads) else max(loads)
     return {

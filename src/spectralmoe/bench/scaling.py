@@ -1,4 +1,4 @@
-"""Suite ``scaling``: what happens to the time of a token when E, N, D or k grows."""
+"""Suite ``scaling``: how the time of a token changes as E, N, D or k grows."""
 
 from __future__ import annotations
 

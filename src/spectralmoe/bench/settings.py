@@ -1,4 +1,4 @@
-"""What a run of the benchmark is asked for."""
+"""Settings of a run of the benchmark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where and how much.
+    """The device, threads and amount of a run.
 
     Attributes:
         dtypes: the first is the main one; suites that need no second use it alone.

@@ -1,4 +1,4 @@
-"""A result for people: Markdown tables and the panels of a picture."""
+"""A result as Markdown tables and as panels of a figure."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def as_markdown(result: Row) -> str:
 
 
 def target_cells(row: Row) -> list[str]:
-    """What a target says, what was measured, whether it is met."""
+    """The target, the measured value, and whether the target is met."""
     met = {None: "not measured", True: "yes", False: "**no**"}[row["met"]]
     return [row["what"], f"{row['at_most']:g}", "-" if row["measured"] is None else _interval(row, "measured"), met]
 
 
 def roles(case: Row) -> list[Row]:
-    """The ratios that a case is about: over the limit, the best peer, the baseline; all where it has none of these."""
+    """The main ratios of a case: over the limit, the best peer, the baseline; all ratios if it has none of these."""
     about = [row for row in case["ratios"] if row["over"] in (LIMIT, BEST_PEER, case["baseline"])]
     return about or list(case["ratios"])
 

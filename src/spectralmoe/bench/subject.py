@@ -74,7 +74,7 @@ def spectralmoe_layer(problem: Problem, *, recompute: bool = False, compiled: bo
 
 
 def candidate(subject: Subject, problem: Problem, form: Form) -> Candidate:
-    """A subject at work on a problem."""
+    """A candidate that runs a subject on a problem."""
     parameters, training = list(subject.module.parameters()), form != "forward"
 
     def reset() -> None:

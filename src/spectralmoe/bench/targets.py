@@ -77,7 +77,7 @@ TARGETS = _targets()
 
 
 def against_targets(cases: Sequence[Mapping[str, Any]], settings: Settings) -> list[dict[str, Any]]:
-    """Each target with what was measured, and whether it is met; None: not in this run, or not on two CPU threads.
+    """Each target with the measured value, and whether it is met; None: not in this run, or not on two CPU threads.
 
     Of several cases the ratio that the share asks for: of all the worst, of half the median one.
     """

@@ -1,4 +1,4 @@
-"""Seconds of several sides of one question, side by side.
+"""Times of several candidates, measured in turns.
 
 All sides run in one process. In each round each side runs once, in an order drawn anew, so that what the machine does
 meanwhile (clock, temperature, neighbours) falls on all of them alike; what is reported is the median over the rounds
@@ -137,7 +137,7 @@ def device_events(work: Work) -> float:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No garbage collection but between measurements, and then of what was made since."""
+    """Collect garbage only between measurements, and only objects made since the last one."""
     enabled = gc.isenabled()
     gc.collect()
     gc.freeze()

@@ -1,1 +1,1 @@
-"""Weights that others saved: files of tensors, and the routers and experts in them, read without a model."""
+"""Checkpoints of any library: files of tensors, and the routers and experts in them, read without a model."""

@@ -85,7 +85,7 @@ def _model_class(checkpoint: Checkpoint) -> str:
 
 
 def _library(checkpoint: Checkpoint) -> str:
-    """What loads it: "spectralmoe", "transformers", or "" where that cannot be told."""
+    """The library that loads the checkpoint: "spectralmoe", "transformers", or "" if unknown."""
     return next((name for key, name in _LIBRARIES.items() if key in checkpoint.config), "")
 
 

@@ -76,10 +76,10 @@ class CheckpointLayer:
         """The bias of the scores for the choice alone (DeepSeek-V3, ``Balanced``): (E,), fp32; None without."""
         return self._vector(correction=True)
 
-    def expert_vectors(self, numbers: int = _NUMBERS) -> Iterator[Tensor]:
-        """All weights of the experts, one row an expert, in blocks (E, P) of about ``numbers`` numbers, fp32."""
+    def expert_vectors(self) -> Iterator[Tensor]:
+        """All weights of the experts, one row an expert, in blocks (E, P) of about four million numbers, fp32."""
         for pieces in self._block.parts.values():
-            size, step = pieces[0].size, max(numbers // self.num_experts, 1)
+            size, step = pieces[0].size, max(_NUMBERS // self.num_experts, 1)
             for first in range(0, size, step):
                 count = min(step, size - first)
                 block = torch.empty(self.num_experts, count)

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are the router and the experts of which layer: told from names and shapes alone."""
+"""Finds the router and the experts of each layer among a checkpoint's tensors, by names and shapes alone."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _owner(key: str, names: Collection[str]) -> str | None:
 
 
 def _block(name: str, tensors: Named, scored: bool, counts: Collection[int]) -> Block | None:
-    """The layer ``name``; None where no experts stand beside what looked like a router."""
+    """The layer ``name``; None if there are no experts beside the supposed router."""
     where = name or "the layer"
     router = {key: t for key, t in tensors.items() if _router_owner(key) == "" or CORRECTION.search(key)}
     quantised = _is_quantised(router)
@@ -204,7 +204,7 @@ def _stacked_parts(where: str, stacked: Named, e: int, rows: int) -> dict[str, S
 
 
 def _note(experts: Sequence[tuple[str, Stored]]) -> str | None:
-    """Why what is stored is not the experts' weights, if so."""
+    """A note on the form of the stored tensors if they are not the experts' plain weights; else None."""
     kinds = {stored.kind for _, stored in experts if stored.shape}
     if strange := sorted(kinds - FLOATS.keys()):
         return f"experts are quantised ({', '.join(strange)})"

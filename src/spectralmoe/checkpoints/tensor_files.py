@@ -173,7 +173,7 @@ def _is_file_name(value: object) -> bool:
 
 
 def _shards_are_there(folder: Path, places: Mapping[str, str]) -> bool:
-    """Whether the index is of shards that are there, be it some of them: an index without any is a leftover."""
+    """Whether at least one shard of the index exists: an index without any is a leftover."""
     return any(os.path.isfile(folder / shard) for shard in set(places.values()))
 
 

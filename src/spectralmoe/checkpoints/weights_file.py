@@ -1,4 +1,4 @@
-"""Weights files of others: names and tensors, never code."""
+"""Weights files of other libraries: names and tensors are read, code is never run."""
 
 from __future__ import annotations
 

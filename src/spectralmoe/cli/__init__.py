@@ -1,4 +1,4 @@
-"""The command line: ``spectralmoe VERB``. One file a verb."""
+"""The command line: ``spectralmoe VERB``, with one file for each verb."""
 
 from __future__ import annotations
 

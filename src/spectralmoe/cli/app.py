@@ -101,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _explain(error: Exception) -> tuple[str, int] | None:
-    """What to tell the user, and the exit code; None for a fault of the program."""
+    """The message for the user, and the exit code; None for a bug of the program."""
     if isinstance(error, UserError):
         return str(error), error.exit_code
     if type(error).__name__ == "OutOfMemoryError":  # torch's

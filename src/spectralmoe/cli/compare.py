@@ -1,4 +1,4 @@
-"""``spectralmoe compare``: the main job."""
+"""``spectralmoe compare``: train several routers under one budget and compare them."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def compare(
 def _settings(
     config: Path | None, network: str | None, given: dict[str, Any], assign: list[str] | tuple[()]
 ) -> CompareSettings:
-    """What the file says, changed by the options that were given, then by --set.
+    """The settings of the file, changed by the given options, then by --set.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``.

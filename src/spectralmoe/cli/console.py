@@ -1,4 +1,4 @@
-"""What a person sees: progress with time left, tables, findings; plain lines where there is no terminal."""
+"""Output for people: progress with time left, tables, findings; plain lines if there is no terminal."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def count(number: int, name: str) -> str:
 
 
 def over_seeds(seeds: int) -> str:
-    """What stands in a table of estimates: one seed has no interval."""
+    """The meaning of the values in a table of estimates; one seed has no interval."""
     return "mean ± 95% interval" if seeds > 1 else "one value each"
 
 
@@ -146,7 +146,7 @@ def say(text: str, *, indent: str = "", err: bool = False) -> None:
 
 
 def print_finding(severity: str, kind: str, messages: Sequence[str], cure: str, *, err: bool = False) -> None:
-    """One finding with all that it was found on, and its cure."""
+    """Print one finding with the places where it was found, and its cure."""
     typer.echo(f"{severity:>8}  {kind.replace('_', ' ')}", err=err)
     for message in messages:
         say(f"{'':>8}  - {message}", indent=" " * 12, err=err)

@@ -71,7 +71,7 @@ def elsewhere(
 
 
 def say_taken(part: Slice, taken: Taken, json: bool) -> None:
-    """What a slice came to."""
+    """Print the result of a slice."""
     if json:
         print_json({"take": str(part), **taken._asdict()})
         return
@@ -81,7 +81,7 @@ def say_taken(part: Slice, taken: Taken, json: bool) -> None:
 
 
 def one_at_most(given: Mapping[str, bool]) -> None:
-    """Refuse two options that do not go together.
+    """Refuse two options that exclude each other.
 
     Raises:
         UserError: two of them were given.

@@ -18,6 +18,7 @@ from spectralmoe.cli.options import (
     DeviceName,
     Json,
     PrintConfig,
+    TextFiles,
     refuse_outputs,
     say_notes,
     split_names,
@@ -39,10 +40,7 @@ HISTORY = "history.json"
 
 def finetune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face MoE: folder or hub name.")],
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", metavar="PATH|text:NAME", help="File or folder of UTF-8 text; several are domains."),
-    ] = None,
+    text: TextFiles = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for everything that is written.")
     ] = None,
@@ -120,8 +118,8 @@ def finetune(
                 history = run_finetuning(loaded, texts, settings, out, progress)
             documents = [as_document(history, HISTORY), *read_documents([out / MONITOR])]
             write_text(out / "report.html", render_report(documents, history["title"]))
-            shutil.rmtree(out / CHECKPOINTS)
-            write_json(out / HISTORY, history)
+            write_json(out / HISTORY, history)  # now it is finished, so the checkpoints may go
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     if json:
         print_json({"model": str(out), **history})
     else:
@@ -131,7 +129,7 @@ def finetune(
 def _read(
     config: Path | None, assign: Sequence[str], options: dict[str, Any], terms: str | None, train: str | None
 ) -> FinetuneSettings:
-    """What the file says, changed by --set, then by the options.
+    """The settings of the file, changed by the options that were given, then by --set.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --terms that are no assignments.
@@ -141,7 +139,6 @@ def _read(
     from spectralmoe.training.toml_text import change, put, read_toml
 
     values = {} if config is None else read_toml(config)
-    change(values, assign)
     for key, value in options.items():
         if value is not None:
             put(values, key, value)
@@ -151,6 +148,7 @@ def _read(
         if "=" not in term:
             raise UserError(f"--terms {term!r} has no weight; say {term}=0.01")
         change(values, [f"terms.{term}"])
+    change(values, assign)
     return parse(FinetuneSettings, values, str(config) if config else "finetune")
 
 
@@ -168,12 +166,12 @@ def _load(source: str, dtype: torch.dtype | None, device: torch.device) -> Trans
 
 
 def _digest(texts: dict[str, list[str]]) -> str:
-    """What tells other text from this one."""
+    """A SHA-256 of the text, to notice when a run is resumed on other text."""
     return hashlib.sha256(to_json(texts).encode()).hexdigest()
 
 
 def _tell(history: dict[str, Any], out: Path) -> None:
-    """What is wrong, a table of bits per byte, and where things are."""
+    """Print the findings, a table of bits per byte, and the paths of the files."""
     for finding in history["findings"]:
         print_finding(finding["severity"], finding["kind"], [finding["message"]], finding["cure"], err=True)
     before, after = history["before"], history["after"]

@@ -10,7 +10,18 @@ import typer
 
 from spectralmoe.cli.completion import complete_data
 from spectralmoe.cli.console import count, print_finding, print_json, print_table, say
-from spectralmoe.cli.options import ANY_DATA, Allow, DataDir, DeviceName, Download, Json, Seed, is_own, refuse_outputs
+from spectralmoe.cli.options import (
+    ANY_DATA,
+    Allow,
+    DataDir,
+    DeviceName,
+    Download,
+    Json,
+    Seed,
+    TextFiles,
+    is_own,
+    refuse_outputs,
+)
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.files import make_folder, write_json, write_text
 
@@ -21,10 +32,7 @@ def inspect(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A saved model, a Hugging Face folder or hub name, or .safetensors.")
     ],
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", metavar="FILE|-", help="Text for a Hugging Face model; several are compared as topics."),
-    ] = None,
+    text: TextFiles = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -72,6 +80,7 @@ def inspect(
     from spectralmoe.checkpoints.inspection import inspect_checkpoint
     from spectralmoe.cli.inspect_own import inspect_own
     from spectralmoe.cli.inspect_text import DTYPES, inspect_text
+    from spectralmoe.hf.routers.files import ROUTERS
     from spectralmoe.report import render_report
     from spectralmoe.training.settings import pick_device
 
@@ -80,13 +89,16 @@ def inspect(
     if dtype not in DTYPES:
         raise one_of("--dtype", dtype, DTYPES)
     refuse_outputs(Path(model))
-    if out is not None:
-        make_folder(out)  # before a long run, not after it
+    _make_out(out)  # before a long run, not after it
     where, folder = pick_device(device), Path(model)
     if router_only or gates_only:
         if text or data or attribute:
             raise UserError("--router-only and --gates-only run nothing: leave out --text, --data and --attribute")
         document = inspect_checkpoint(folder, experts=not gates_only)
+        if (folder / ROUTERS).is_file():
+            document["data"]["notes"].append(
+                f"these are the gates from before: run the model to see those of {ROUTERS}"
+            )
     elif is_own(folder):
         if text:
             raise UserError(
@@ -118,6 +130,15 @@ def inspect(
         print_json(document)
     else:
         show(document, out)
+
+
+def _make_out(out: Path | None) -> None:
+    """Make the folder for what is written, which must not hold the report of something else."""
+    if out is None:
+        return
+    if (out / "history.json").exists():
+        raise UserError(f"--out {out} holds a training and its report.html; name another folder for the inspection")
+    make_folder(out)
 
 
 def show(document: dict[str, Any], out: Path | None) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectralmoe.attribution import holders
+from spectralmoe.cli.texts import read_domains
 from spectralmoe.diagnostics.watch import Watch, Watched
 from spectralmoe.errors import UserError
 from spectralmoe.hf.language import TransformersModel, encode, run, token_ids, training_facts
@@ -40,17 +38,19 @@ def inspect_text(
     seed: int,
     attribute: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The inspection document of a language model, from up to ``tokens`` tokens of the ``texts`` (files; "-" is stdin).
+    """The inspection document of a language model, from up to ``tokens`` tokens of the ``texts``, in equal numbers of
+    each domain.
 
     Raises:
-        UserError: no text, or an empty one; a model that cannot be loaded or read.
+        UserError: no text; as ``read_domains``; a model that cannot be loaded or read.
     """
     if not texts:
         raise UserError(
             f"{source}: give text to run with --text FILE (or - for standard input), or look at the weights "
             "alone with --router-only"
         )
-    read = {name: _read(name) for name in texts}
+    domains, notes = read_domains(texts)
+    read = {name: _as_one(documents) for name, documents in domains.items()}
     loaded = load_transformers(source, dtype=DTYPES[dtype], device=device)
     batches = {name: encode(loaded, text, -(-tokens // len(read))) for name, text in read.items()}
     labels = list(read) if len(read) > 1 else []
@@ -87,7 +87,7 @@ def inspect_text(
         "tokens": inspector.tokens,
         "sequences": len(sequences),
         "tokenizer": "bytes (UTF-8)" if loaded.tokenizer is None else type(loaded.tokenizer).__name__,
-        "notes": list(loaded.notes),
+        "notes": [*notes, *loaded.notes],
     }
     return inspection_document(loaded.name, model, facts, layers, inspector.paths(), text=passages, holders=held)
 
@@ -95,7 +95,7 @@ def inspect_text(
 def _passages(
     loaded: TransformersModel, seen: Watch, batches: Mapping[str, Sequence[dict[str, Tensor]]], words: _Words
 ) -> list[dict[str, Any]]:
-    """The beginning of each text, with the experts of its tokens."""
+    """The beginning of each domain, with the experts of its tokens."""
     names = list(batches)[:PASSAGES]
     passages = []
     for name in names:
@@ -107,26 +107,16 @@ def _passages(
 
 
 def _holders(loaded: TransformersModel, text: str, words: _Words, layers: Sequence[str]) -> dict[str, Any]:
-    """What holds the last token of ``text``, which the tokenizer does not end."""
+    """What each expert adds to the last token of ``text``, without the end token that a tokenizer may append."""
     ids = token_ids(loaded, text)
     if ids and ids[-1] == getattr(loaded.tokenizer, "eos_token_id", None):
         ids = ids[:-1]
     return holders(loaded.model, ids, split_text(torch.tensor(ids), words.text), layers)
 
 
-def _read(name: str) -> str:
-    path = Path(name)
-    if name != "-" and path.is_dir():
-        raise UserError(f"--text {name} is a folder; name a file, several with --text each")
-    if name != "-" and not path.exists():
-        raise UserError(f"--text {name}: no such file")
-    raw = path.read_bytes() if name != "-" else sys.stdin.buffer.read() if sys.stdin else b""
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
-        raise UserError(f"--text {name} is UTF-16 or UTF-32 text by its first bytes; save it as UTF-8")
-    try:
-        text = raw.decode("utf-8-sig")  # a byte order mark is no part of the text
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text {name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+def _as_one(documents: Sequence[str]) -> str:
+    """Documents one after the other, each from the beginning of a line, whose ends are "\n"."""
+    text = "".join(each if each.endswith("\n") else f"{each}\n" for each in documents)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -1,4 +1,4 @@
-"""``spectralmoe list``: everything that can be named."""
+"""``spectralmoe list``: the names of data, routers, parts and measured values."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def list_everything(
 
 
 def _arguments(title: str, part: object) -> str:
-    """What a table may say of a part: its arguments, less those that the network gives."""
+    """The arguments of a part that a table may set: all but those that the network sets."""
     from spectralmoe.naming import FILLED_IN
     from spectralmoe.spec import parameters_of
 

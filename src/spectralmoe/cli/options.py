@@ -96,6 +96,15 @@ Assign = Annotated[
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print all settings of the run as TOML, and train nothing.")
 ]
+TextFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        metavar="PATH|text:NAME|-",
+        help="UTF-8 text for a Hugging Face model: a file, a folder, a text by name or standard input; several are "
+        "domains.",
+    ),
+]
 Allow = Annotated[
     list[str] | None, typer.Option("--allow", metavar="PKG:CLASS", help="A class of your own that the model may use.")
 ]
@@ -154,7 +163,7 @@ def see_own_modules(names: Sequence[str]) -> None:
 
 
 def trust_own(rows: Any, allow: Sequence[str] | None, typed: Any) -> None:
-    """Let the ``pkg:object`` that rows name be imported; of a file, no module is imported because it names it.
+    """Allow the import of each ``pkg:object`` that rows name; names in a settings file do not allow an import.
 
     Args:
         allow: the names that may be imported.
@@ -173,7 +182,7 @@ def trust_own(rows: Any, allow: Sequence[str] | None, typed: Any) -> None:
 
 
 def refuse_outputs(path: Path) -> None:
-    """Say what a folder or file of this library's is, where it stands in for a model.
+    """Raise an error that names the kind of a folder or file of this library which was given as a model.
 
     Raises:
         UserError: it was written by a verb and holds no model.
@@ -271,6 +280,6 @@ def read_data(name: str, data_dir: Path | None, download: bool, side: int | None
 
 
 def say_notes(notes: Sequence[str]) -> None:
-    """What a user should know, a line each on stderr."""
+    """Print notes for the user, a line each, on stderr."""
     for note in notes:
         typer.echo(f"note: {note}", err=True)

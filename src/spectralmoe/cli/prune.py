@@ -11,7 +11,7 @@ import typer
 
 from spectralmoe.cli.completion import one_among
 from spectralmoe.cli.console import print_json, print_table, say, show_progress
-from spectralmoe.cli.options import DeviceName, Json, Seed, load_stock_model, say_notes
+from spectralmoe.cli.options import DeviceName, Json, Seed, TextFiles, load_stock_model, say_notes
 from spectralmoe.errors import UserError, one_of
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ _LISTED = 8
 def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face MoE: folder or hub name.")],
     keep: Annotated[int, typer.Option(metavar="N", help="How many experts every layer keeps.")],
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", metavar="PATH|text:NAME", help="File or folder of UTF-8 text; several are domains."),
-    ] = None,
+    text: TextFiles = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="New folder for the smaller model.")] = None,
     by: Annotated[
         str | None,
@@ -141,23 +138,23 @@ def _batches(windows: Windows, tokens: int, seed: int, progress: Progress) -> It
 
 
 def _layer(chosen: Plan[Any], name: str, loaded: TransformersModel) -> dict[str, Any]:
-    """What became of one layer."""
-    clusters, counts = chosen.clusters[name], chosen.counts[name]
+    """The result for one layer, as JSON values."""
+    clusters, counts = chosen.clusters[name], chosen.counts.get(name)  # nothing was run to keep all
     heads = [cluster.head for cluster in clusters]
-    gone = [e for e in range(len(counts)) if e not in heads]
+    gone = [e for e in range(chosen.layers[name].num_experts) if e not in heads]
     saliency = chosen.saliency.get(name)
     return {
         "name": loaded.stored_names.get(name, name),
         "kept": heads,
         "gone": gone,
         "joined": [list(cluster.members) for cluster in clusters if len(cluster.members) > 1],
-        "load_gone": float(counts[gone].sum() / counts.sum().clamp_min(1)),
+        "load_gone": 0.0 if counts is None else float(counts[gone].sum() / counts.sum().clamp_min(1)),
         "saliency": None if saliency is None else saliency.tolist(),
     }
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    """A table of what went, and what it cost."""
+    """Print the kept and the removed experts of each layer, and the cost."""
     rows = [
         [
             layer["name"],

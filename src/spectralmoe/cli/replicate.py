@@ -1,4 +1,4 @@
-"""``spectralmoe replicate``: a saved model whose busy experts have copies, paid for by integers of few bits."""
+"""``spectralmoe replicate``: busy experts get copies; quantising other experts to few bits saves their memory."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def replicate(
 
 
 def _as_json(layer: LayerReport) -> dict[str, Any]:
-    """What became of one layer."""
+    """The result for one layer, as JSON values."""
     return {
         "load": layer.counts.tolist(),
         "importance": None if layer.importance is None else layer.importance.tolist(),

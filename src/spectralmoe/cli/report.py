@@ -1,4 +1,4 @@
-"""``spectralmoe report``: what was measured, as one page for a browser."""
+"""``spectralmoe report``: writes measurements as one HTML page."""
 
 from __future__ import annotations
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spectralmoe.data.text_sources import TEXTS, Source, read_path
+from spectralmoe.data.text_data import read_named_text
+from spectralmoe.data.text_sources import Document, Source, decoded, read_path
 from spectralmoe.errors import UserError
 
 __all__ = ["read_domains"]
@@ -18,10 +20,10 @@ def read_domains(names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]
     its file or folder, or by the whole path where two would have one name.
 
     Args:
-        names: files, folders and ``text:NAME``, such as "text:pydoc".
+        names: files, folders, ``text:NAME`` as ``load_text`` reads it, such as "text:pydoc", and "-", standard input.
 
     Raises:
-        UserError: no names; as ``read_path``.
+        UserError: no names; as ``read_path`` and ``read_named_text``.
     """
     if not names:
         raise UserError("there is no text: give a file or a folder with --text")
@@ -36,5 +38,8 @@ def read_domains(names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]
 
 
 def _source(name: str) -> Source:
-    known = name.removeprefix("text:")
-    return TEXTS[known](None) if name != known and known in TEXTS else read_path(Path(name).expanduser())
+    if name == "-":
+        return Source([Document(name, decoded(sys.stdin.buffer.read() if sys.stdin else b"", "standard input"))])
+    if name.startswith("text:"):
+        return read_named_text(name.removeprefix("text:"))
+    return read_path(Path(name).expanduser())

@@ -188,7 +188,7 @@ def _read(
     seed: int | None,
     pretrained: bool,
 ) -> TrainSettings:
-    """What the file says, changed by the options: --network, --data and --set first, then the others.
+    """The settings of the file, changed by the options that were given, then by --set.
 
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --pretrained without a timm model.
@@ -205,15 +205,16 @@ def _read(
         put(values, "data", data)
     if network is not None:
         choose_network(values, network)
-    change(values, assign)
+    backbone = "backbone" in values or any(each.startswith("backbone.") for each in assign)
     if seed is not None:
         put(values, "optimization.seed", seed)
     if router is not None:
-        put(values, "moe.router" if "backbone" in values else "router", router)
-    if pretrained and "backbone" not in values:
+        put(values, "moe.router" if backbone else "router", router)
+    if pretrained and not backbone:
         raise UserError("--pretrained starts a timm model, but the settings have no section [backbone]")
     if pretrained:
         put(values, "backbone.pretrained", True)
+    change(values, assign)
     return parse(TrainSettings, values, f"{source} with --set" if assign else source)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from spectralmoe.cli.completion import one_among
 from spectralmoe.cli.console import print_json, print_table, say, show_progress
-from spectralmoe.cli.options import DeviceName, Json, Seed, load_stock_model, say_notes, split_numbers
+from spectralmoe.cli.options import DeviceName, Json, Seed, TextFiles, load_stock_model, say_notes, split_numbers
 from spectralmoe.errors import UserError, one_of
 
 if TYPE_CHECKING:
@@ -64,10 +64,7 @@ def upcycle(
             autocompletion=one_among("random", "prompts", "principal"),
         ),
     ] = "random",
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", metavar="PATH|text:NAME", help="File or folder of UTF-8 text; several are domains."),
-    ] = None,
+    text: TextFiles = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of the text are read.")] = 8192,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="Precision to load the model in.")
@@ -163,7 +160,7 @@ def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _active(moe: Any, k: int) -> int:
-    """How many parameters a token meets."""
+    """The number of parameters that are used for a token."""
     experts = [layer.mlp.experts for layer in moe.model.layers if hasattr(layer.mlp, "experts")]
     idle = sum(
         value.numel() * (bank.num_experts - k) // bank.num_experts for bank in experts for value in bank.parameters()
@@ -172,7 +169,7 @@ def _active(moe: Any, k: int) -> int:
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    """What was made, and how far it is from the dense model."""
+    """Print the sizes of the new model, and how far its outputs are from the dense model's."""
     parameters, logits = result["parameters"], result["logits"]
     numbers: Sequence[Sequence[str]] = [
         ["parameters", f"{parameters['dense']:,}", f"{parameters['all']:,}"],

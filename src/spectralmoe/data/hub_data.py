@@ -20,7 +20,7 @@ INSTALL = "install it with 'pip install spectralmoe[datasets]'"
 
 
 def split_name(given: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """What stands after ``hf:``: the source, and its options ``KEY=VALUE``, each after a comma.
+    """The source after ``hf:``, and its options ``KEY=VALUE``, each after a comma.
 
     Raises:
         UserError: an option that is not in ``known``, has no value, or is given twice.
@@ -45,7 +45,7 @@ def split_name(given: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def whole_name(source: str, options: Mapping[str, str]) -> str:
-    """The name without ``hf:`` that means the same whatever the current folder is."""
+    """The name without ``hf:`` with its path made absolute, so that it does not depend on the current folder."""
     folder = Path(source).expanduser()
     place = str(folder.resolve()) if folder.is_dir() else source
     return ",".join([place, *(f"{key}={value}" for key, value in options.items())])
@@ -116,7 +116,7 @@ def _type_of(feature: Any) -> str:
 
 
 def _fetch(datasets: ModuleType, source: str, config: str | None, kept: Path) -> None:
-    """Load from the hub and write to ``kept``, which is whole or absent."""
+    """Load from the hub and write to the folder ``kept``, completely or not at all."""
     with one_line(f"cannot fetch 'hf:{source}' from the Hugging Face hub"):
         found = datasets.load_dataset(source, config)
     make_folder(kept.parent)

@@ -137,7 +137,7 @@ def _colour(channels: int) -> str:
 
 
 def _flattened(path: Path) -> list[str]:
-    """What an image has beside one layer of opaque pixels."""
+    """The parts of an image that reading drops or replaces: further frames, transparency."""
     if path.suffix.lower() == ".npy":
         return []
     with _opened(path) as image:

@@ -1,4 +1,4 @@
-"""Image folders: their classes and parts, all their images as tensors, and what in them is no part of it."""
+"""Image folders: their classes and parts, their images as tensors, and the files that are skipped."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def said_size(size: tuple[int, int], stored: Sequence[tuple[int, int]], *, chose
 def _passed_over(
     root: Path, folders: dict[str, Path], strangers: Sequence[Path], broken: dict[Path, str]
 ) -> Iterator[str]:
-    """A line for each kind of thing that is no part of the data."""
+    """A line for each kind of file or folder that is skipped."""
     if broken:
         reasons = [error.replace(str(file), str(file.relative_to(root))) for file, error in sorted(broken.items())]
         yield f"passed over: {_count(len(broken), 'image')} ({named(reasons)})"

@@ -45,6 +45,7 @@ _PACKAGED: dict[PhotoPart, dict[str, str]] = {
 """Part -> file -> where it lies among the installed packages."""
 
 _FEWEST = 3
+_PLAIN = 0.05  # a patch whose standard deviation is no higher shows nothing
 
 
 class Photo(NamedTuple):
@@ -90,18 +91,16 @@ def load_photos(name: str) -> PhotoData:
     )
 
 
-def patches_of(photos: Sequence[Photo], side: int, *, least: float = 0.05) -> Tensor:
+def patches_of(photos: Sequence[Photo], side: int) -> Tensor:
     """Square patches (N, 1, side, side) that lie beside each other in the photographs, in a fixed random order.
 
-    Photographs that are smaller than a patch give none.
-
-    Args:
-        least: patches whose standard deviation is not above it are left out, since they show nothing.
+    Photographs that are smaller than a patch give none. Patches whose standard deviation is at most 0.05 are left out,
+    since they show nothing.
     """
     large = [photo.pixels for photo in photos if min(photo.pixels.shape[1:]) >= side]
     cut = [pixels.unfold(1, side, side).unfold(2, side, side).flatten(0, 2) for pixels in large]
     patches = torch.cat(cut) if cut else torch.empty(0, side, side)
-    patches = patches[patches.flatten(1).std(1) > least]
+    patches = patches[patches.flatten(1).std(1) > _PLAIN]
     return patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(0)), None].contiguous()
 
 

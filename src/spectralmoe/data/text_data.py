@@ -15,7 +15,7 @@ from spectralmoe.data.hub_data import split_name, title_of, whole_name
 from spectralmoe.data.text_sources import HUB_OPTIONS, TEXTS, Document, Source, read_hub_text, read_path
 from spectralmoe.errors import UserError, one_of
 
-__all__ = ["TEXT_PARTS", "TextData", "TextPart", "load_text", "part_of"]
+__all__ = ["TEXT_PARTS", "TextData", "TextPart", "load_text", "part_of", "read_named_text"]
 
 HUB = "hf:"
 TextPart = Literal["train", "validation", "test"]
@@ -55,20 +55,7 @@ def load_text(name: str, data_dir: Path | None = None, download: bool = False) -
     Raises:
         UserError: an unknown name; text that cannot be had or read; too few documents to fill all parts.
     """
-    if not name:
-        raise one_of("text", name, [*TEXTS, "PATH", "hf:NAME"])
-    names = [name] if name in TEXTS or Path(name).expanduser().exists() else name.split("+")
-    sources = [_read(each, data_dir, download) for each in names]
-    documents = sources[0].documents
-    if len(names) > 1:
-        titles = [_names(each)[0] for each in names]
-        if len(set(titles)) < len(titles):
-            raise UserError(f"text {name!r} names a domain twice: {', '.join(titles)}")
-        documents = [
-            Document(title, document.text)
-            for title, source in zip(titles, sources, strict=True)
-            for document in source.documents
-        ]
+    documents, notes = read_named_text(name, data_dir, download)
     parts: dict[TextPart, list[Document]] = {part: [] for part in TEXT_PARTS}
     once: dict[str, Document] = {}
     for document in documents:
@@ -82,8 +69,31 @@ def load_text(name: str, data_dir: Path | None = None, download: bool = False) -
                 f"text {name!r} has too few documents: none of its {len(once)} falls into the {part} part; about "
                 "30 fill all parts"
             )
-    notes = tuple(note for source in sources for note in source.notes)
-    return TextData(f"text:{'+'.join(_names(each)[1] for each in names)}", domains, parts, notes)
+    whole = "+".join(_names(each)[1] for each in _joined(name))
+    return TextData(f"text:{whole}", domains, parts, notes)
+
+
+def read_named_text(name: str, data_dir: Path | None = None, download: bool = False) -> Source:
+    """All documents of a text by the name that ``load_text`` reads, each with its domain.
+
+    Raises:
+        UserError: an unknown name; text that cannot be had or read; a domain that is named twice.
+    """
+    if not name:
+        raise one_of("text", name, [*TEXTS, "PATH", "hf:NAME"])
+    names = _joined(name)
+    sources = [_read(each, data_dir, download) for each in names]
+    if len(names) == 1:
+        return sources[0]
+    titles = [_names(each)[0] for each in names]
+    if len(set(titles)) < len(titles):
+        raise UserError(f"text {name!r} names a domain twice: {', '.join(titles)}")
+    documents = [
+        Document(title, document.text)
+        for title, source in zip(titles, sources, strict=True)
+        for document in source.documents
+    ]
+    return Source(documents, tuple(note for source in sources for note in source.notes))
 
 
 def part_of(text: str) -> TextPart:
@@ -96,8 +106,13 @@ def part_of(text: str) -> TextPart:
     return "validation" if tenth == 0 else "test" if tenth == 1 else "train"
 
 
+def _joined(name: str) -> list[str]:
+    """The texts that a name joins by "+"."""
+    return [name] if name in TEXTS or Path(name).expanduser().exists() else name.split("+")
+
+
 def _names(name: str) -> tuple[str, str]:
-    """The title of a text as a domain, and its name whatever the current folder is."""
+    """The title of a text as a domain, and its name, which does not depend on the current folder."""
     if name in TEXTS:
         return name, name
     if name.startswith(HUB):

@@ -15,7 +15,7 @@ from spectralmoe.data.image_files import named
 from spectralmoe.data.sources import files_below, one_line, subfolders
 from spectralmoe.errors import UserError, one_of
 
-__all__ = ["HUB_OPTIONS", "TEXTS", "Document", "Source", "read_hub_text", "read_path", "read_text"]
+__all__ = ["HUB_OPTIONS", "TEXTS", "Document", "Source", "decoded", "read_hub_text", "read_path", "read_text"]
 
 HUB_OPTIONS = ("config", "split", "text")
 """Options after ``text:hf:NAME``."""
@@ -33,7 +33,7 @@ class Document(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Documents, and what a user should know of how they were read, a line each."""
+    """Documents, and notes on how they were read, a line each."""
 
     documents: list[Document]
     notes: tuple[str, ...] = ()
@@ -43,21 +43,35 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        UserError: it cannot be read, is empty, or is no text: it holds a NUL byte, or bytes that are not UTF-8.
+        UserError: it cannot be read; as ``decoded``.
     """
     with one_line(f"cannot read {str(path)!r}"):
         content = path.read_bytes()
+    return decoded(content, repr(str(path)))
+
+
+def decoded(content: bytes, name: str) -> str:
+    """Text from bytes in UTF-8, without a byte order mark.
+
+    Args:
+        name: of what was read, for errors.
+
+    Raises:
+        UserError: it is empty, or no text: of another encoding by its first bytes, or with a NUL byte or bytes that are
+            not UTF-8.
+    """
     content = content.removeprefix(codecs.BOM_UTF8)
     if not content.strip():
-        raise UserError(f"{str(path)!r} is empty")
+        raise UserError(f"{name} is empty")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise UserError(f"{name} is UTF-16 or UTF-32 text by its first bytes; save it as UTF-8")
     if (nul := content.find(0)) >= 0:
-        raise UserError(f"{str(path)!r} is not text: byte {nul} is NUL")
+        raise UserError(f"{name} is not text: byte {nul} is NUL")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{str(path)!r} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}"
-        ) from error
+        wrong = f"byte {error.start} is {content[error.start]:#04x}"
+        raise UserError(f"{name} is not UTF-8 text: {wrong}; save it as UTF-8") from error
 
 
 def read_pydoc(_data_dir: Path | None = None) -> Source:
@@ -164,7 +178,7 @@ def read_hub_text(given: str, data_dir: Path | None = None, download: bool = Fal
 
 
 def _readable(files: Sequence[Path], root: Path) -> tuple[dict[Path, str], list[str]]:
-    """The text of each file that has one; and what is wrong with the others."""
+    """The text of each readable file, and notes on the others."""
     texts, broken = {}, []
     for file in files:
         try:

@@ -1,4 +1,4 @@
-"""Text as numbers: bytes, or pairs of them merged by byte-pair encoding."""
+"""Tokens of text: bytes, or pairs of them merged by byte-pair encoding."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
 """Diagnostics: functions that measure what a router does, given tapes, routers, loads and experts.
 
-Each value says on how much data it rests (``Measure``). ``attribute_experts`` and ``block`` can be imported from here,
-too; they run whole models and stand in ``spectralmoe.attribution``.
+Each value says on how much data it rests (``Measure``). What each expert adds to a token is in
+``spectralmoe.attribution``.
 """
-
-from typing import TYPE_CHECKING
 
 from spectralmoe.diagnostics.association import association, label_table, specialisation
 from spectralmoe.diagnostics.bound import empirical_rademacher, generalization_bound, natarajan_linear
@@ -121,13 +119,3 @@ __all__ = [
     "watch",
     "weight_cosine",
 ]
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> object:
-        """What stands above the models: imported when it is first asked for."""
-        if name in ("attribute_experts", "block"):
-            from importlib import import_module
-
-            return getattr(import_module("spectralmoe.attribution"), name)
-        raise AttributeError(f"module 'spectralmoe.diagnostics' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Measure: a measured value that says on how much data it rests."""
+"""Measure: a measured value with the amount of data that it rests on."""
 
 from __future__ import annotations
 
@@ -44,10 +44,6 @@ class Measure:
     def known(self) -> bool:
         """Whether there is a value."""
         return self.value is not None
-
-    def at_least(self, threshold: float) -> bool:
-        """Return whether there is a value and it reaches ``threshold``."""
-        return self.value is not None and self.value >= threshold
 
     def as_json(self) -> dict[str, Any]:
         """Return ``{"value": ..., "data": ..., "unit": ...}``, with ``"needs"`` if there is no value."""

@@ -18,13 +18,18 @@ from spectralmoe.errors import UserError
 from spectralmoe.routing import Routing
 
 __all__ = [
+    "NEAR",
     "changed_between",
     "margins",
     "near_ties",
     "noise_flips",
     "precision_flips",
     "sound_flips",
+    "tie_counts",
 ]
+
+NEAR = 0.01
+"""A choice is near a tie if the score of the best expert left out is within this share of the last one chosen."""
 
 _ROUNDING = 0.01
 
@@ -143,15 +148,20 @@ def margins(routing: Routing) -> Tensor:
     return gaps.clamp_min(0).masked_fill(contradicted, math.nan)
 
 
-def near_ties(routing: Routing, within: float = 0.01) -> Measure:
+def tie_counts(values: Tensor, within: float = NEAR) -> tuple[Tensor, Tensor]:
+    """Count the tokens that have a margin, given all margins (N,), and those whose margin is at most ``within``."""
+    known = values.isfinite()
+    return known.sum(), (known & (values <= within)).sum()
+
+
+def near_ties(routing: Routing, within: float = NEAR) -> Measure:
     """Compute the share of tokens whose margin (``margins``) is at most ``within``.
 
     Only tokens that have a margin count. For soft routing, and if the choice was not made by the scores alone, there is
     no data.
     """
-    known = margins(routing)
-    known = known[known.isfinite()]
-    return Measure.of((known <= within).double().mean(), len(known))
+    judged, ties = tie_counts(margins(routing), within)
+    return Measure.of(ties.double() / judged, judged)
 
 
 def _moved(x: Tensor, noise: float, seed: int) -> Tensor:

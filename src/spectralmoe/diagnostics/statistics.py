@@ -12,16 +12,13 @@ from torch import Tensor
 from spectralmoe.diagnostics.entropy import token_entropies
 from spectralmoe.diagnostics.load import concentration, per_sequence
 from spectralmoe.diagnostics.measure import TOKENS, Measure
-from spectralmoe.diagnostics.stability import margins
+from spectralmoe.diagnostics.stability import margins, tie_counts
 from spectralmoe.routing import Routing
 
-__all__ = ["NEAR", "SLOTS_AN_EXPERT", "LayerStatistics"]
+__all__ = ["SLOTS_AN_EXPERT", "LayerStatistics"]
 
 SLOTS_AN_EXPERT = 10
 """A load needs this many slots for each expert; then an expert with an even load has none with probability e^-10."""
-
-NEAR = 0.01
-"""A choice is near a tie if the score of the best expert left out is within this share of the last one chosen."""
 
 _INTS = ("tokens", "judged", "ties", "asked", "filled", "batches", "sequences", "constant")
 _FLOATS = ("entropy", "margin", "batch_vio", "sequence_vio", "sequence_concentration")
@@ -51,12 +48,8 @@ class LayerStatistics:
         self.sums = torch.zeros(2 * num_experts + len(_FLOATS), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, routing: Routing, *, thorough: bool = True) -> None:
-        """Add one routing; the CPU does not wait for a GPU.
-
-        Args:
-            thorough: whether margins and single sequences are measured as well, which costs more than the rest.
-        """
+    def add(self, routing: Routing) -> None:
+        """Add one routing; the CPU does not wait for a GPU."""
         e, mask = self.num_experts, routing.mask
         if not len(routing.logits):
             return
@@ -72,9 +65,8 @@ class LayerStatistics:
         self.sums[:e] += torch.where(real[:, None], routing.probs.detach()[:, :e], 0).double().sum(0)
         self.sums[e : 2 * e].scatter_add_(0, inside.flatten(), torch.where(routing.indices < e, weights, 0).flatten())
         self._sum(entropy=torch.where(real, token_entropies(routing), 0).sum(), batch_vio=_vio(counts[None])[0])
-        if thorough:
-            self._add_margins(margins(routing))
-            self._add_sequences(routing)
+        self._add_margins(margins(routing))
+        self._add_sequences(routing)
 
     def add_counts(self, slots: Tensor, **numbers: int) -> None:
         """Add the slots of each expert (E,), and numbers of tokens and slots, that were counted elsewhere."""
@@ -133,7 +125,7 @@ class LayerStatistics:
         return Measure.of(entropy, self._choosing(), needs=TOKENS)
 
     def near_tie(self) -> Measure:
-        """Measure the share of tokens whose margin is at most ``NEAR``."""
+        """Measure the share of tokens whose margin is at most ``stability.NEAR``."""
         judged = self.number("judged")
         return Measure.of(self.number("ties") / max(judged, 1), judged, needs=TOKENS)
 
@@ -157,9 +149,9 @@ class LayerStatistics:
         return self.number("tokens") if self.num_experts > 1 else 0
 
     def _add_margins(self, values: Tensor) -> None:
-        known = values.isfinite()
-        self._count(judged=known.sum(), ties=(known & (values <= NEAR)).sum())
-        self._sum(margin=torch.where(known, values, 0).sum())
+        judged, ties = tie_counts(values)
+        self._count(judged=judged, ties=ties)
+        self._sum(margin=torch.where(values.isfinite(), values, 0).sum())
 
     def _add_sequences(self, routing: Routing) -> None:
         if routing.shape is None or len(routing.shape) != 2:

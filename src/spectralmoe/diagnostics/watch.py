@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from spectralmoe.errors import UserError
 from spectralmoe.layers import moe_layers, unwrapped
 from spectralmoe.moe import MoE
-from spectralmoe.parts import Part
 from spectralmoe.ranks import RankExperts
 from spectralmoe.recording import Recordable
 from spectralmoe.router import Router
@@ -26,7 +25,7 @@ from spectralmoe.routing import Routing
 from spectralmoe.sharding import full
 from spectralmoe.tape import Record, Tape
 
-__all__ = ["Seen", "Watch", "Watched", "layer_number", "seen_of", "watch", "watched_layers"]
+__all__ = ["Seen", "Watch", "Watched", "WithOwnRouter", "layer_number", "seen_of", "watch", "watched_layers"]
 
 
 class Watched(ABC):
@@ -103,34 +102,47 @@ class Watch(ABC):
         """Return the calls since the last ``drain``, by layer and then by call, without recomputations."""
 
 
-class OwnLayer(Watched):
-    """The view of an ``MoE`` of this library."""
+class WithOwnRouter(Watched):
+    """The view of a layer whose router is of this library, whatever its experts are."""
 
-    def __init__(self, name: str, number: int, layer: MoE) -> None:
-        self.name, self.number, self.layer = name, number, layer
-        self.num_experts = (layer.experts if layer.placement is None else layer.router).num_experts
-        numbers = (getattr(part, "k", None) for part in layer.router.selector.modules())  # one may wrap another
-        self.top_k = next((k for k in numbers if isinstance(k, int)), None)
+    @property
+    @abstractmethod
+    def own_router(self) -> Router:
+        """The router."""
 
     @property
     def reroutes(self) -> bool:
-        """Whether tokens alone can be routed: not if the router reads side information."""
-        return not any(part.reads for part in self.layer.router.modules() if isinstance(part, Part))
+        """False where the router reads side information, or tokens compete for experts."""
+        return self.own_router.per_token
 
     @property
     def matrix(self) -> Tensor | None:
         """The scorer's routing matrix."""
-        rows = self.layer.router.scorer.matrix
+        rows = self.own_router.scorer.matrix
         return None if rows is None else full(rows).detach()
 
     def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
         """Route x with gradient; ``dtype`` rounds the tokens alone, because routers of this library compute in fp32."""
-        router = self.layer.router
+        router = self.own_router
         training, _ = router.training, router.eval()
         try:
             return router(x if dtype is None else x.to(dtype))  # type: ignore[no-any-return]
         finally:
             router.train(training)
+
+
+class OwnLayer(WithOwnRouter):
+    """The view of an ``MoE`` of this library."""
+
+    def __init__(self, name: str, number: int, layer: MoE) -> None:
+        self.name, self.number, self.layer = name, number, layer
+        self.num_experts = (layer.experts if layer.placement is None else layer.router).num_experts
+        self.top_k = layer.router.k
+
+    @property
+    def own_router(self) -> Router:
+        """The layer's router."""
+        return self.layer.router
 
     @torch.no_grad()
     def expert(self, x: Tensor, e: int) -> Tensor:

@@ -94,7 +94,7 @@ def _backward(  # noqa: PLR0917 (the schema of the operator)
     wants_x: bool,
     wants_bank: bool,
 ) -> list[Tensor]:
-    """The gradients of x, weights, up, down and of the biases that there are; an empty tensor for what nobody wants."""
+    """The gradients of x, weights, up, down and biases; an empty tensor for each gradient that was not asked for."""
     bank, layout = Bank(up, down, up_bias, down_bias, activation), _layout(order, counts, down)
     tokens, scale, most = layout.slots // max(weights.shape[1], 1), layout.scale(weights).to(x.dtype), layout.most
     kept = len(hidden) > 0

@@ -1,4 +1,4 @@
-"""What a figure shows, as plain values: rows with intervals, or lines."""
+"""The panels of a figure as plain values: rows with intervals, or lines."""
 
 from __future__ import annotations
 

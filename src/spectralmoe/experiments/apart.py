@@ -19,7 +19,7 @@ PROCESS = "spectralmoe.experiments.one_job"
 
 
 class Outcome(NamedTuple):
-    """What became of a job: its result, or the one line of a user's error, or what a fault of the program printed."""
+    """The outcome of a job: its result, the one line of a user's error, or the traceback of a bug."""
 
     result: Any = None
     refusal: str | None = None

@@ -82,7 +82,7 @@ def show_difference(value: Estimate | None, digits: int, scale: float = 1.0) -> 
 
 
 def verdict(value: Estimate) -> str:
-    """What a paired difference says: "separated" or "not", and "one seed" or "two seeds" where that is too few to tell.
+    """The verdict on a paired difference: "separated" or "not"; "one seed" or "two seeds" if these are too few.
 
     >>> verdict(estimate([1.0, 1.1])), verdict(estimate([1.0, 1.1, 0.9]))
     ('two seeds', 'separated')

@@ -1,4 +1,4 @@
-"""A grid of cells, each a file of its own that is whole or absent.
+"""A grid of cells, each in a file of its own that is written completely or not at all.
 
 A cell is one measurement: a JSON object with what tells it from the others (row, depth, seed), where it ran, and what
 was measured. The process that measured a cell writes its file, so a run that is killed loses the cells that were
@@ -89,7 +89,7 @@ class Slice:
 
 
 class Taken(NamedTuple):
-    """What a slice came to.
+    """The result of a slice.
 
     Attributes:
         cells: how many were run.
@@ -101,7 +101,7 @@ class Taken(NamedTuple):
 
 
 def missing(what: str, lacking: Sequence[str], wanted: int) -> str:
-    """Says which cells are not there; "" where none lack.
+    """A sentence that names the missing cells; "" if none is missing.
 
     >>> missing("cells", ["a-seed0", "a-seed1"], 8), missing("cells", [], 8)
     ('2 of 8 cells are not there, the first a-seed0', '')

@@ -1,4 +1,4 @@
-"""Jobs on other machines, by engines that people run already: a Dask cluster, or SLURM by submitit.
+"""Jobs on other machines, by an engine: a Dask cluster, or SLURM by submitit.
 
 Both take a function and give back futures, as ``concurrent.futures`` does. What goes to them is the place of a job in a
 file; the file, and what the job writes, are in a folder that all machines share.
@@ -33,7 +33,7 @@ Task = tuple[str, int, str]
 
 
 class Future(Protocol):
-    """What is asked of the futures of an engine."""
+    """The interface that the futures of an engine must have."""
 
     def done(self) -> bool:
         """Whether there is a result."""
@@ -47,7 +47,7 @@ class Remote(Protocol):
 
     @property
     def name(self) -> str:
-        """What a user calls it."""
+        """The name for users."""
 
     def running(self, tasks: Sequence[Task], folder: Path) -> AbstractContextManager[Sequence[Future]]:
         """The futures of ``run_apart(*task)``; when the block ends, those that have not finished are cancelled.

@@ -1,4 +1,4 @@
-"""The folder of one run: made by one set of settings, held by one command at a time, gone on with when stopped."""
+"""The folder of one run: made by one set of settings, locked by one command at a time, resumed after a stop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def run_folder(
     """Hold ``out`` for a run with ``settings`` that writes the files ``writes``.
 
     A new folder gets ``settings.json``; one that this run made before is gone on with. Yields the settings of all that
-    the folder holds: those given, but for the lists and numbers that have grown.
+    the folder holds: those given, but for the lists and numbers that have grown. A run that is refused before it has
+    written anything leaves the folder to other settings.
 
     Args:
         grows: settings that may differ between two runs in one folder, since they change no finished cell: lists are
@@ -52,7 +53,12 @@ def run_folder(
         with locked(out / CLAIM) if shared else nullcontext():
             claimed = _claim(out, settings, writes, grows, adds)
         remove_parts(out)
-        yield claimed
+        try:
+            yield claimed
+        except UserError:
+            if {path.name for path in out.iterdir()} <= {SETTINGS, LOCK}:
+                (out / SETTINGS).unlink()
+            raise
 
 
 def _opened(path: Path) -> TextIO:

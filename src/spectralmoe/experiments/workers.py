@@ -1,4 +1,4 @@
-"""Many independent jobs, here one after the other or in several processes; both with progress, both stoppable."""
+"""Many independent jobs, run here one after the other or in several processes, with progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STOP = -1.0
 
 
 class WorkerLost(UserError):
-    """A process of the run ended without a word: no mistake of the user's in itself."""
+    """A process of the run ended without a message, which need not be a mistake of the user."""
 
     exit_code = 1
 
@@ -89,7 +89,7 @@ def _in_processes(jobs: Sequence[Job], processes: int, progress: Progress) -> It
 
 
 def _begin() -> None:
-    """One thread, no answer to the keyboard, and an end when the parent has ended."""
+    """Set up a worker process: one thread, interrupts ignored, ended when its parent ends."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -103,7 +103,7 @@ def _end_with_parent() -> None:
 
 
 class _Stopped(Exception):
-    """The parent wants no more."""
+    """The parent asked this process to stop."""
 
 
 def _work(job: Job, share: Tensor) -> Any:

@@ -36,7 +36,9 @@ def per_row(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def joined(answers: Sequence[Answer], rest: int) -> Tensor | Answer:
-    """The answers of all experts as one, with zeros for ``rest`` rows of nobody; rows alone if they give no more.
+    """The answers of all experts as one; rows alone if the answers hold nothing else.
+
+    The last ``rest`` rows, which belong to no expert, are zeros.
 
     >>> joined([Answer(torch.ones(1, 2)), Answer(torch.full((1, 2), 2.0))], 1).tolist()
     [[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]]
@@ -51,5 +53,5 @@ def joined(answers: Sequence[Answer], rest: int) -> Tensor | Answer:
 
 
 def _stacked(parts: list[Tensor], rest: int) -> Tensor:
-    """The rows of all experts, and zeros for ``rest`` rows of nobody."""
+    """The rows of all experts, and zeros for the last ``rest`` rows, which belong to no expert."""
     return torch.cat([*parts, parts[0].new_zeros(rest, *parts[0].shape[1:])])

@@ -114,7 +114,7 @@ class ConfidentExperts(Experts):
         return bank
 
     def _restacked(self, change: Callable[[Tensor], Tensor], num_experts: int) -> Experts:
-        """As of any bank, of what stands beside the bank inside, which knows its own tensors."""
+        """Restack the tensors of this class; the wrapped bank restacks its own."""
         bank = copy_with(self, {stack: change(stack.detach()) for stack in (self.direction, self.bias)})
         bank.num_experts = num_experts
         return bank

@@ -86,7 +86,7 @@ class ConvExperts(Experts):
         return super().costs() * prod(shape[1:])
 
     def _each(self, x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
-        """The maps of each expert, convolved with its kernels; zeros for maps of nobody."""
+        """The maps of each expert, convolved with its kernels; zeros for maps that belong to no expert."""
         sizes = counts.tolist()
         *blocks, rest = x.split([*sizes, x.shape[0] - sum(sizes)])
         maps = [self._convolve(*part) for part in zip(blocks, weight.unbind(), bias.unbind(), strict=True)]

@@ -68,7 +68,7 @@ def row_experts(counts: Tensor, rows: int, device: torch.device | None = None) -
 
 
 def _beside(counts: Tensor, device: torch.device) -> Tensor:
-    """``counts`` on ``device``; nobody waits for that."""
+    """Copy ``counts`` to ``device`` without blocking."""
     return counts.to(device, non_blocking=True)
 
 

@@ -48,7 +48,7 @@ class Calls:
         return {**self.__dict__, "last": Frame(), "recomputed": True, "mixed": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calls:
-        """Of a router without its stack, as PEFT copies it: the same; else that of the copied stack."""
+        """The same object if a router is copied without its stack, as by PEFT; else that of the copied stack."""
         if id(self.stack) not in memo:
             return self
         copied = memo[id(self)] = Calls.__new__(Calls)
@@ -71,7 +71,7 @@ class Calls:
             self.last, self.recomputed = self.here.frame, False
 
     def leave(self, *_: Any) -> None:
-        """The call has ended: its forward hook. What a router is given by itself is of no call."""
+        """The call has ended: its forward hook. A router that is called directly belongs to no call."""
         if not recomputing():
             self.here.frame = Frame()
 

@@ -1,4 +1,4 @@
-"""What a MoE layer cannot see of the call around it: the sequences that its tokens came in, and which are padding."""
+"""Data of a call that an MoE layer inside it does not get: the sequences of its tokens, and the padding."""
 
 from __future__ import annotations
 

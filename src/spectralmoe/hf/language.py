@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,16 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.structure import stack_of
 
-__all__ = ["TransformersModel", "batch_arguments", "encode", "run", "stored_names", "token_ids", "training_facts"]
+__all__ = [
+    "TransformersModel",
+    "batch_arguments",
+    "encode",
+    "refuse_broken",
+    "run",
+    "stored_names",
+    "token_ids",
+    "training_facts",
+]
 
 _EXPERT = re.compile(r"(.*?)\.(?!shared)[^.]*expert")
 LENGTH, ROWS = 512, 4
@@ -109,14 +119,25 @@ def run(loaded: TransformersModel, batches: Sequence[dict[str, Tensor]]) -> None
     known = inspect.signature(loaded.model.forward).parameters
     options = {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if name in known}
     for batch in batches:
-        try:
+        with refuse_broken(loaded.name):
             loaded.model(**batch, **options)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, UserError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-                raise
-            raise UserError(
-                f"{loaded.name}: the model cannot be run ({first_line(error)}); does its config.json fit its weights?"
-            ) from error
+
+
+@contextmanager
+def refuse_broken(name: str) -> Iterator[None]:
+    """Say in one line what goes wrong in the forward of the model called ``name``.
+
+    Raises:
+        UserError: it fails, but for want of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, UserError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        raise UserError(
+            f"{name}: the model cannot be run ({first_line(error)}); does its config.json fit its weights?"
+        ) from error
 
 
 def training_facts(model: nn.Module) -> dict[str, Any]:

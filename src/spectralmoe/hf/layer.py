@@ -66,7 +66,7 @@ class HFLayer(Watched):
             self.top_k = self._answered_slots()
 
     def _answered_slots(self) -> int | None:
-        """K of what the router answers to a token."""
+        """K, the number of slots that the router returns for a token."""
         matrix = self.matrix
         return None if matrix is None or matrix.is_meta else self.returned(matrix[:1]).indices.shape[1]
 

@@ -53,7 +53,7 @@ def refuse_shared(layers: Sequence[HFLayer]) -> None:
 
 
 def _why_none(model: nn.Module) -> str:
-    """Dense, or experts in a form that is not known."""
+    """The reason why no layers were found: a dense model, or experts in an unknown form."""
     config = getattr(model, "config", None)
     counts = {} if config is None else experts_of_config(config.to_dict())
     if counts:

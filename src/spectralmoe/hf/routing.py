@@ -1,9 +1,9 @@
 """Reads what the router of a Hugging Face MoE layer returned as our ``Routing``, by shape and type, never by family.
 
-Seen in the wild (N tokens, E experts, K slots): logits (N, E), weights (N, K), indices (N, K), in this order in most
+Known forms (N tokens, E experts, K slots): logits (N, E), weights (N, K), indices (N, K), in this order in most
 families; combine weights (N, E) that are 0 but for K experts, and logits (Llama 4); a one-hot mask (B, S, E) without
-the tokens that overran a capacity, top probability (B, S, 1), logits (Switch). Some return probabilities where the
-name says logits.
+the tokens that overran a capacity, top probability (B, S, 1), logits (Switch). Some return probabilities where the name
+says logits.
 """
 
 from __future__ import annotations
@@ -56,17 +56,18 @@ class Returned:
 
 
 def read_returned(
-    returned: Any, num_experts: int, raw: Callable[[], Tensor | None] = lambda: None, top_k: int | None = None
+    returned: Any, num_experts: int, raw: Callable[[], Tensor | None], top_k: int | None
 ) -> Returned | None:
     """Sort what a router returned into logits, weights and indices; None if it cannot be read.
 
     Args:
-        raw: gives the router's own matrix on its input (N, E): tells logits from other tensors of their shape.
+        raw: gives the router's own matrix on its input (N, E), which tells logits from other tensors of their shape;
+            or None, where it is not known.
         top_k: K, if the router says it.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
     >>> weights, indices = logits.softmax(-1).topk(2)
-    >>> read_returned((indices, logits, weights), 3).indices.tolist()  # whatever the order
+    >>> read_returned((indices, logits, weights), 3, lambda: None, 2).indices.tolist()  # whatever the order
     [[0, 1], [1, 2]]
     """
     parts = returned if isinstance(returned, Sequence) else [returned]

@@ -1,4 +1,4 @@
-"""Stock routers of Hugging Face models as layers that tapes can record: read by hooks, changed in nothing."""
+"""Stock routers of Hugging Face models as layers that tapes can record: hooks read them and change nothing."""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.files import make_folder, part_folder
 from spectralmoe.hf.load import quiet
 
-__all__ = ["make_new_folder", "save_stock"]
+__all__ = ["make_new_folder", "refuse_unwritten", "save_stock"]
 
 
 def make_new_folder(folder: Path) -> None:
@@ -31,12 +35,33 @@ def save_stock(model: Any, tokenizer: Any, folder: Path) -> None:
     """
     make_new_folder(folder)
     folder = folder.resolve()
+    with refuse_unwritten(folder), quiet(), part_folder(folder.parent) as part:
+        for each in filter(None, (model, tokenizer)):
+            each.save_pretrained(part / folder.name)
+        _put(part / folder.name, folder)
+
+
+@contextmanager
+def refuse_unwritten(folder: Path) -> Iterator[None]:
+    """Say in one line why ``folder`` cannot be written.
+
+    Raises:
+        UserError: the disk is full, or what else the system or safetensors says.
+    """
     try:
-        with quiet(), part_folder(folder.parent) as part:
-            for each in filter(None, (model, tokenizer)):
-                each.save_pretrained(part / folder.name)
-            (part / folder.name).replace(folder)
+        yield
     except Exception as error:
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         raise UserError(f"cannot write {folder}: {first_line(error)}") from error
+
+
+def _put(new: Path, folder: Path) -> None:
+    """Put ``new`` in the place of the empty ``folder``: at once, or file by file where that is a mount point."""
+    try:
+        new.replace(folder)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):  # without it there is no model
+            shutil.move(path, folder / path.name)

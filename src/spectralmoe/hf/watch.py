@@ -33,7 +33,7 @@ class _Call:
 
 
 class _HFWatch(Watch):
-    """Keeps what passed the routers; ``drain`` sorts it out, so that a step of training pays for a list alone."""
+    """Stores the inputs and outputs of routers in a list; ``drain`` evaluates them, so a training step stays cheap."""
 
     def __init__(self, model: nn.Module, tokens: bool, training_only: bool) -> None:
         self.keep_tokens, self.training_only = tokens, training_only

@@ -77,7 +77,8 @@ def cures_for(model: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> 
         cures = CURES | _for_transformers(source)
         if any(layer.get("stack") for layer in layers):  # an encoder beside a decoder: finetune and prune take none
             return cures
-        trainings = _trainings(source)
+        normalises = (model.get("training") or {}).get("norm_topk_prob") is not None
+        trainings = _trainings(source, "norm_topk_prob to false" if normalises else "num_experts_per_tok to 2")
         if model.get("swapped"):
             return cures | {kind: text for kind, text in trainings.items() if "--router" not in text}
         return _with_prune(cures | trainings, source, layers, model.get("groups") or 1)
@@ -114,8 +115,12 @@ def _with_prune(cures: dict[str, str], source: str, layers: Sequence[Mapping[str
     return cures
 
 
-def _trainings(source: str) -> dict[str, str]:
-    """The cures that train the model on."""
+def _trainings(source: str, uncertain: str) -> dict[str, str]:
+    """The cures that train the model on.
+
+    Args:
+        uncertain: the change of its config with which a weight says how sure the router is.
+    """
 
     def finetune(*options: str) -> str:
         return _command("finetune", source, *options, "--text", "FILE", "--out", "DIR")
@@ -133,7 +138,7 @@ def _trainings(source: str) -> dict[str, str]:
         "homogeneous": f"make the experts differ: {finetune('--terms', 'stable_rank=1e-2')}",
         "dropped_slots": f"raise expert_capacity in its config.json, or {balanced}",
         "no_router": f"fetch or save the checkpoint again, or train the routers: {finetune('--train', 'routers')}",
-        "no_router_gradient": f"set norm_topk_prob to false in its config.json and train on: {finetune()}",
+        "no_router_gradient": f"set {uncertain} in its config.json and train on: {finetune()}",
         "balance_off": f"train with a balance term: {balance}",
         "no_balancing": f"train with a balance term: {balance}",
         "double_softmax": f"{coefficient}: {balance}",

@@ -103,7 +103,7 @@ def value_blocks(evidence: Evidence, given: Collection[Need], labels: Sequence[s
 
 
 def rounded(table: Tensor | None) -> list[list[float | None]] | None:
-    """For a file that people read; nan as None; no table without data."""
+    """Round values for a file that people read; nan becomes None, and tables without data are left out."""
     if table is None or not table.isfinite().any():
         return None
     return [[round(value, 4) if math.isfinite(value) else None for value in row] for row in table.tolist()]

@@ -1,4 +1,4 @@
-"""A finding: one thing that is wrong with a router, and what to do about it."""
+"""A finding: one problem of a router, and its cure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong.
+    """One problem of a router.
 
     Attributes:
         kind: one of the keys of ``CURES``.

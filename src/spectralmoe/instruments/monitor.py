@@ -202,7 +202,7 @@ class Monitor:
 
 
 def _summary(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A handful of numbers, whatever the depth; None where no layer has data."""
+    """A few numbers, the same for any depth; None if no layer has data."""
 
     def known(part: str, name: str) -> list[float]:
         return [value for block in blocks if (value := block[part][name]["value"]) is not None]

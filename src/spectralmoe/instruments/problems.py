@@ -69,7 +69,7 @@ _JUDGED = (
 
 
 def _unjudged(document: Mapping[str, Any], cures: Mapping[str, str]) -> Iterator[Finding]:
-    """A note about all that had too little data, one about all that no data would tell, one about the precision."""
+    """Notes about values with too little data, values that no data can give, and values limited by the precision."""
     layers = [layer for layer in document["layers"] if not any(not_finite(layer))]
     few, never = Counter[str](), Counter[str]()
     for layer in layers:
@@ -91,7 +91,7 @@ def _unjudged(document: Mapping[str, Any], cures: Mapping[str, str]) -> Iterator
 
 
 def _not_run(cures: Mapping[str, str]) -> Iterator[Finding]:
-    """A note that lists the values that weights alone do not tell."""
+    """A note that lists the values that cannot be computed from weights alone."""
     text = "no data for load, entropy, stability and outputs: the weights alone were read, and nothing was run"
     yield _about_model("no_data", "note", text, cures["not_run"])
 

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
+from spectralmoe.diagnostics import duplicates
 from spectralmoe.instruments.cures import CURES, THRESHOLDS
 from spectralmoe.instruments.findings import Finding, Severity
 
@@ -152,10 +155,8 @@ def _busiest(layer: Mapping[str, Any], k: int) -> float:
 
 def _alike(matrix: Sequence[Sequence[float]] | None) -> list[tuple[int, int, float]]:
     """Pairs of experts at or above the threshold of copies, the closest first."""
-    alike = [
-        (i, j, value)
-        for i, row in enumerate(matrix or ())
-        for j, value in enumerate(row[:i])
-        if value is not None and value >= THRESHOLDS["duplicates"]
-    ]
-    return sorted(((j, i, value) for i, j, value in alike), key=lambda pair: -pair[2])
+    if not matrix:
+        return []
+    known = [[math.nan if value is None else value for value in row] for row in matrix]
+    pairs = duplicates(torch.tensor(known, dtype=torch.float64), THRESHOLDS["duplicates"])
+    return sorted(((i, j, matrix[i][j]) for i, j in pairs), key=lambda pair: -pair[2])

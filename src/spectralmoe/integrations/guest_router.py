@@ -67,8 +67,7 @@ class GuestLayer(OwnLayer):
     def __init__(self, name: str, layer: GuestRouter) -> None:
         self.name, self.number, self.layer = name, layer_number(name) or 0, layer
         self.num_experts = layer.router.num_experts
-        numbers = (getattr(part, "k", None) for part in layer.router.selector.modules())  # one may wrap another
-        self.top_k = next((k for k in numbers if isinstance(k, int)), None)
+        self.top_k = layer.router.k
 
     def expert(self, x: Tensor, e: int) -> Tensor:
         """Refused."""

@@ -231,14 +231,14 @@ def language_moe(
     router: RouterFactory = balanced_router,
     experts: ExpertsFactory | None = None,
     tied: bool = True,
-    embedding_std: float | None = None,
 ) -> LanguageMoE:
     """Build a ``LanguageMoE`` of ``depth`` equal blocks.
 
     With the same seed, two models that differ only in their routers start with the same other weights, because the
-    routers' draws leave torch's random generator as it was. What is added to the residual stream starts small, so that
-    its variance stays bounded at any depth. With one expert the model is dense; one expert of width k * H is as wide as
-    k experts of width H.
+    routers' draws leave torch's random generator as it was. Embeddings start at the standard deviation D^-1/2, so a
+    tied head gives logits of variance 1, and what is added to the residual stream starts small, so that its variance
+    stays bounded at any depth. With one expert the model is dense; one expert of width k * H is as wide as k experts of
+    width H.
 
     Args:
         vocab, width, depth, heads, num_experts, hidden: V, D, the number of blocks, the heads of each attention, E, H.
@@ -246,9 +246,6 @@ def language_moe(
         router: a function (D, E) -> router; the default is ``balanced_router``.
         experts: a function (E, D, H) -> bank; None makes SwiGLU networks with ``spare`` units.
         tied: whether the head's matrix is that of the embedding.
-        embedding_std: the standard deviation of the embeddings at the start; None is D^-1/2, which gives a tied head
-            logits of variance 1. With much less the blocks add more to a token than it holds, and training may stay
-            for long at the frequencies of the tokens.
     """
     make_bank = experts or partial(FeedForward, activation="swiglu", spare=spare)
     banks = [make_bank(num_experts, width, hidden) for _ in range(depth)]
@@ -258,11 +255,7 @@ def language_moe(
             block.attention.out.weight.mul_((2 * depth) ** -0.5)
             if isinstance(block.moe.experts, FeedForward):
                 block.moe.experts.down.mul_((2 * depth) ** -0.5)
-    model = LanguageMoE(blocks, vocab, tied=tied)
-    if embedding_std is not None:
-        with torch.no_grad():
-            model.embedding.weight.mul_(embedding_std * width**0.5)
-    return model
+    return LanguageMoE(blocks, vocab, tied=tied)
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

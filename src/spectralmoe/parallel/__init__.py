@@ -3,7 +3,6 @@
 ``parallelize_experts`` puts expert parallelism into a model; the rest is for planning and for planners of your own.
 """
 
-from spectralmoe.parallel.controls import plan_random_spill
 from spectralmoe.parallel.cost import Cost
 from spectralmoe.parallel.expert_parallel import ExpertParallel, Planner
 from spectralmoe.parallel.least_loaded import plan_least_loaded
@@ -28,7 +27,6 @@ __all__ = [
     "parallelize_experts",
     "plan_least_loaded",
     "plan_native",
-    "plan_random_spill",
     "plan_replicas",
     "scaled_load",
     "shard_experts",

@@ -1,4 +1,4 @@
-"""What if a recorded load ran on several devices: plain expert parallelism, replicas, and least loaded."""
+"""Compares plans of a recorded load on several devices: plain expert parallelism, replicas, least loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages for people: documents on one self-contained HTML page."""
+"""Reports: documents on one self-contained HTML page."""
 
 from spectralmoe.report.documents import Document, as_document, read_documents
 from spectralmoe.report.page import render_report

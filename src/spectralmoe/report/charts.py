@@ -1,4 +1,4 @@
-"""The data that the scripts of the page draw, in as few letters as the drawing needs."""
+"""The data that the scripts of the page draw, in a compact form."""
 
 from __future__ import annotations
 

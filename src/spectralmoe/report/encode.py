@@ -15,7 +15,7 @@ _UNSAFE = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 def script_json(value: Any) -> str:
-    r"""JSON for a ``<script type="application/json">``: whatever a name holds, it cannot end the element.
+    r"""JSON for a ``<script type="application/json">``, escaped so that no name in it can end the element.
 
     >>> script_json({"name": "</script>"})
     '{"name":"\\u003c/script\\u003e"}'

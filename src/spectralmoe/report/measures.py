@@ -45,7 +45,7 @@ class Tile:
 
 
 def amount(number: float) -> str:
-    """A count in few letters.
+    """A count in a short form.
 
     >>> amount(999), amount(8192), amount(1_600_000)
     ('999', '8.2k', '1.6M')

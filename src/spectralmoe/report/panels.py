@@ -185,7 +185,7 @@ def _summary(index: int, body: Inspection) -> dict[str, Any]:
 
 
 def _named(column: Column) -> str:
-    """``load: dead`` without the group where the title speaks for itself."""
+    """The title of a column, behind its group if the title starts with "of"."""
     return f"{column.group} {column.title}" if column.title.startswith("of ") else column.title
 
 
@@ -215,7 +215,7 @@ def _monitor_summary(body: Monitor) -> dict[str, Any]:
 
 
 def _calm(findings: Sequence[Found]) -> str:
-    """A sentence for a page on which nothing is wrong; empty where something is."""
+    """A sentence for a page without severe findings and warnings; empty if there are any."""
     if {finding.severity for finding in findings} & {"severe", "warning"}:
         return ""
     return "Nothing severe, and no warnings." if findings else "No findings."

@@ -16,7 +16,7 @@ FLIPS = 100
 
 
 def receipt_panel(file: ReceiptFile) -> dict[str, Any]:
-    """Verdict, sentences, and tables of what was said and what moved."""
+    """Verdict, sentences, and tables of the predictions and of the samples that changed."""
     receipt = file.receipt
     first, *lines = receipt_lines(receipt)
     moved = [

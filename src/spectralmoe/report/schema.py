@@ -149,7 +149,7 @@ class Path(Part):
 
 
 class Leaning(Part):
-    """The expert that each token of a passage leans on in one layer, and its combine weight; null: no expert."""
+    """For each token of a passage the expert with the largest weight in one layer, and this weight; null: no expert."""
 
     experts: list[Count | None]
     weights: list[float | None]
@@ -173,14 +173,14 @@ class Holder(Part):
 
 
 class LayerGain(Part):
-    """What a whole layer adds to it."""
+    """What a whole layer adds to the log-probability of a token."""
 
     layer: Count
     gain: float | None
 
 
 class Holders(Part):
-    """A text, and what holds its last token."""
+    """A text, and the gains of the experts for its last token."""
 
     pieces: list[str] = Field(min_length=2)
     log_prob: float | None

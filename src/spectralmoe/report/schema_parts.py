@@ -1,4 +1,4 @@
-"""What the documents that the page reads are made of."""
+"""Base classes for the documents that the page reads."""
 
 from __future__ import annotations
 

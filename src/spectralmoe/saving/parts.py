@@ -24,7 +24,7 @@ from spectralmoe.sharding import full
 from spectralmoe.spec import build, describe
 from spectralmoe.vision.model import VisionMoE
 
-__all__ = ["backbone_sha256", "digest_of", "holds_parts", "load_parts", "read_parts_config", "save_parts"]
+__all__ = ["digest_of", "holds_parts", "load_parts", "read_parts_config", "save_parts"]
 
 _KEY, _FORMAT = "spectralmoe_parts", 1
 
@@ -83,11 +83,6 @@ def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{folder} does not hold the parts of a model ({reason}); save them again") from error
     return model.eval()
-
-
-def backbone_sha256(model: VisionMoE) -> str:
-    """Compute the SHA-256 of the names, dtypes and values of all weights outside the MoE parts and the head."""
-    return digest_of(_split(model)[1])
 
 
 def _split(model: VisionMoE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

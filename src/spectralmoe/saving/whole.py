@@ -20,7 +20,7 @@ from spectralmoe.manifold import warn_off_manifold
 from spectralmoe.model_folder import CONFIG, WEIGHTS, build_checked, fill, read_model_folder, weights_file, write_model
 from spectralmoe.saving.tables import TABLES
 from spectralmoe.sharding import full, sharded_as
-from spectralmoe.spec import build, describe, of_today
+from spectralmoe.spec import build, describe
 from spectralmoe.vision.model import VisionMoE
 
 __all__ = ["FORMAT", "load", "read_config", "save"]
@@ -154,9 +154,8 @@ def _check_layers(folder: Path, model: nn.Module, expected: dict[str, Any]) -> N
 
 
 def _given(spec: Any) -> Any:
-    """A description in today's words, without arguments that are None: older folders do not know them all."""
+    """A spec without arguments that are None, which older folders may lack."""
     if isinstance(spec, dict):
-        spec = of_today(spec) if "type" in spec else spec
         return {name: _given(value) for name, value in spec.items() if value is not None}
     return [_given(value) for value in spec] if isinstance(spec, list) else spec
 
@@ -178,7 +177,7 @@ def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], *, adopt_dtypes: bool) -> None:
-    """Copy the tensors into ``model``, which is sharded as it likes."""
+    """Copy the tensors into ``model``, which may be sharded in any way."""
     targets = model.state_dict(keep_vars=True)
     values = {name: sharded_as(tensors[plain_name(name)], target) for name, target in targets.items()}
     if adopt_dtypes:

@@ -19,7 +19,7 @@ from spectralmoe.context import Rows
 from spectralmoe.errors import UserError
 from spectralmoe.scorers.base import Scorer
 
-__all__ = ["SpectrumScorer", "band_powers", "power_spectrum", "spectrum_features"]
+__all__ = ["SpectrumScorer", "power_spectrum", "spectrum_features"]
 
 _SHAPE, _STATISTICS = 4, 4  # numbers that describe the shape of the spectrum, and the values
 _FLOOR = 1e-6  # power of a band below which nothing is told apart: 60 dB below unit power
@@ -127,7 +127,10 @@ def spectrum_features(x: Tensor, bands: int = 8, *, statistics: bool = True) -> 
     Let :math:`P_k` be the powers of ``power_spectrum`` at the n frequencies other than 0, and :math:`p = P/\sum P`.
     The features are, in this order:
 
-    - the :math:`\log_{10}` of each of the ``band_powers``;
+    - the :math:`\log_{10}` of the power in each of B = ``bands`` rings of frequencies. Frequency k lies in ring
+      :math:`\lfloor B |k|/k_{max} \rfloor`, and :math:`k_{max}` itself in the last; |k| is in cycles a sample, and
+      :math:`k_{max}` is the frequency of a sign that changes at every step along every axis. Frequency 0 is in no ring,
+      so the rings sum to the variance (Parseval);
     - the entropy :math:`-\sum p \log p/\log n`;
     - the flatness, the :math:`\log_{10}` of the geometric over the arithmetic mean of P;
     - the peak :math:`\log_{10}(n \max p)`;
@@ -160,17 +163,6 @@ def spectrum_features(x: Tensor, bands: int = 8, *, statistics: bool = True) -> 
     peak, occupied = (count * share.amax(1)).log10(), -(count * (times * share.square()).sum(1)).log10()
     features = [logs, torch.stack([entropy, flatness, peak, occupied], 1)]
     return torch.cat([*features, _statistics(x)] if statistics else features, 1)
-
-
-def band_powers(x: Tensor, bands: int = 8) -> Tensor:
-    r"""Compute the power (N, bands) of maps x (N, C, *S) in rings of frequencies; the sum is the variance (Parseval).
-
-    Of B rings, frequency k lies in ring :math:`\lfloor B |k|/k_{max} \rfloor`, and :math:`k_{max}` itself in the last.
-    |k| is in cycles a sample, and :math:`k_{max}` is the frequency of a sign that changes at every step along every
-    axis. Frequency 0 is in no ring.
-    """
-    powers, times, radius = power_spectrum(x)
-    return _in_bands(powers * times, radius, bands)
 
 
 def power_spectrum(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

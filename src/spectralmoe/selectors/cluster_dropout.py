@@ -1,7 +1,7 @@
 """Cluster dropout: in training some experts of each group are left out, and their tokens go to the others.
 
 Xie et al., "MoEC: Mixture of Expert Clusters", arXiv 2207.09094, section 3. Written from the equations.
-Differs: evaluation leaves nobody out; the draws follow from a seed that is saved with the model, so that all ranks, and
+Differs: evaluation uses all experts; the draws follow from a seed that is saved with the model, so that all ranks, and
 a resumed run, draw the same.
 """
 
@@ -112,7 +112,7 @@ class ClusterDropout(Around):
         return super().weigh(self._offered(logits), self._emptied(indices))
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
-        """Return a selector for these experts, with as many groups; who is left out is drawn anew."""
+        """Return a selector for these experts, with as many groups; the experts that are left out are drawn anew."""
         selector = super().select(indices)
         selector.taking_part = selector._drawn(len(selector.taking_part))
         return selector

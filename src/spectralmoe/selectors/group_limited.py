@@ -1,4 +1,4 @@
-"""Group-limited choice: a token takes its experts from the best groups of experts alone.
+"""Group-limited choice: a token takes its experts only from the best groups of experts.
 
 DeepSeek-AI, "DeepSeek-V3 Technical Report", arXiv 2412.19437, section 2.1.2 (node-limited routing, around
 ``Balanced``); "DeepSeek-V2", arXiv 2405.04434, section 2.1.3 (device-limited routing, around ``TopK``, one score

@@ -1,4 +1,4 @@
-"""Checkpoints of a running training, whole or absent, from which the run goes on.
+"""Checkpoints of a training, written completely or not at all, from which the run is resumed.
 
 A process that has the whole model writes one file, and goes on to the same bits; where FSDP2 shards it, every process
 writes its part into a folder beside the file (``shards``). Each is read by any number of processes.

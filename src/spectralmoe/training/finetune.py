@@ -15,9 +15,10 @@ import torch
 
 from spectralmoe.diagnostics import holds_moe
 from spectralmoe.errors import UserError
-from spectralmoe.hf.language import TransformersModel
+from spectralmoe.hf.language import TransformersModel, refuse_broken
 from spectralmoe.hf.load import quiet
 from spectralmoe.hf.routers.files import stock_tensors, write_routers
+from spectralmoe.hf.stock_folder import refuse_unwritten
 from spectralmoe.hf.training.added_terms import add_terms
 from spectralmoe.hf.training.callbacks import attach_callback, trainer_callback
 from spectralmoe.hf.training.corpus import Corpus, read_corpus
@@ -67,18 +68,22 @@ def finetune(
     model = loaded.model
     if model.config.is_encoder_decoder:
         raise UserError(f"{loaded.name} has an encoder; finetune trains models that continue a text")
-    use_cache = model.config.use_cache
+    if model.dtype == torch.float16:
+        raise UserError(f'{loaded.name} is in float16, in which steps underflow; set dtype to "bfloat16" or "float32"')
+    config = model.config.get_text_config()  # of a multimodal model that of its decoder
+    use_cache = config.use_cache
     corpus = read_corpus(loaded, texts, settings.length, share=settings.held_out, size=settings.domain_bytes)
     with quiet():
         with _late_layers(model, corpus, settings, progress) as corpus:
             log, findings = _train(loaded, corpus, settings, out, progress)
-        model.config.use_cache = use_cache  # the Trainer turns it off
+        config.use_cache = use_cache  # the Trainer turns it off
         model.eval().requires_grad_(True)
-        model.save_pretrained(out, state_dict=stock_tensors(model))
-        if holds_moe(model):
-            write_routers(model, out)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(out)
+        with refuse_unwritten(out):
+            model.save_pretrained(out, state_dict=stock_tensors(model))
+            if holds_moe(model):
+                write_routers(model, out)
+            if loaded.tokenizer is not None:
+                loaded.tokenizer.save_pretrained(out)
     return {**_history(loaded.name, log), "findings": [finding.as_json() for finding in findings]}
 
 
@@ -102,7 +107,10 @@ def _train(
     """The training itself; returns its log, an entry for each loss and each score, and what is wrong at its end."""
     model, rows, terms = loaded.model, settings.batch_size, terms_of(settings)
     checkpoint = last_checkpoint(out / CHECKPOINTS)
-    first: dict[str, Any] = {} if checkpoint else {"before": corpus.score(model, rows)}
+    first: dict[str, Any] = {}
+    if checkpoint is None:
+        with refuse_broken(loaded.name), torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast):
+            first["before"] = corpus.score(model, rows)
     torch.manual_seed(settings.seed)
     if (preset := router_of(settings)) is not None:
         progress(f"putting other routers into {loaded.name}", 0.0)

@@ -66,5 +66,5 @@ class FinetuneSettings(Settings):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What is trained whole."""
+        """The parts whose weights are all trained."""
         return self.train or (("all",) if self.lora is None else ("routers",))

@@ -1,4 +1,4 @@
-"""A process that dies ends the others: each writes signs of life to the store they share, and watches the next one.
+"""If a process dies, the others end: each writes heartbeats to the shared store, and watches the next process.
 
 torchrun ends the processes of its own machine, and says so in a report of its own. Those of other machines may wait in
 a collective for as long as its timeout; here each has a thread that ends it.
@@ -32,7 +32,7 @@ _CAUSE, _LEFT = "cause", "left"
 
 
 class _Ended(UserError):
-    """Someone ended this process by a signal."""
+    """This process was ended by a signal."""
 
     exit_code = 128 + signal.SIGTERM
 
@@ -60,7 +60,7 @@ class _Heartbeat(threading.Thread):
                 self._end(f"the store that the processes met in is gone ({first_line(error)})", told=told)
 
     def claim(self, cause: str) -> bool:
-        """Whether ``cause`` is the first that is known of."""
+        """Whether ``cause`` is the first failure that was reported."""
         return bool(self.store.compare_set(_CAUSE, "", cause).decode() == cause)
 
     def who(self, rank: int) -> str:
@@ -68,7 +68,7 @@ class _Heartbeat(threading.Thread):
         return f"rank {rank} of {self.world} ({self.store.get(f'who/{rank}').decode()})"
 
     def blame(self, error: BaseException) -> None:
-        """This process fails. Returns where it is the first to fail; else ends it."""
+        """Report that this process fails. Returns if it is the first to fail; else ends the process."""
         self.silence = _LIKELY
         if isinstance(error, _Ended) or not isinstance(error, UserError | KeyboardInterrupt):
             time.sleep((_LIKELY + 3) * _BEAT)  # a lost connection: the one that was lost is found in this time
@@ -86,7 +86,7 @@ class _Heartbeat(threading.Thread):
             print(f"error: {me} failed and ends the others: {first_line(error)}", file=sys.stderr, flush=True)
 
     def leave(self) -> None:
-        """This process is done."""
+        """Report that this process is done."""
         self.stopped.set()
         self.join()
         self.store.set(f"beat/{self.rank}", _LEFT)

@@ -1,4 +1,4 @@
-"""The training loop: optimizer, schedule, penalty terms, checkpoints that go on to the same bits."""
+"""The training loop: optimizer, schedule, penalty terms, checkpoints that resume to the same bits."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ class _Run:
         return rate * self.schedule(self.step - warm, total - warm)
 
     def check_weights(self) -> None:
-        """A checkpoint must never hold broken weights."""
+        """Raise ``Diverged`` if a weight is not finite, so that no checkpoint holds such weights."""
         for name, value in self.model.state_dict().items():
             if self.ranks.mean(float(not torch.isfinite(local(value)).all())):
                 self.stop(f"{name} is not finite")

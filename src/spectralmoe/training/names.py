@@ -1,4 +1,4 @@
-"""Names that the command line shows and completes: free of torch, so that help is quick. The tables hold the same."""
+"""Names that the command line shows and completes: the keys of tables, repeated here so that help needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training run on several processes, started by torchrun: DDP or FSDP2, its experts shared out or not."""
+"""One training run on several processes, started by torchrun: DDP or FSDP2, with or without distributed experts."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ class Ranks:
         return float(total.item()) / self.world
 
     def agree(self, value: bool) -> bool:
-        """What the first process says."""
+        """The value of the first process, for all processes."""
         return value if self.kind is None else self.mean(float(value and self.first)) > 0
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         self.mean(0.0)
 
     def told(self, text: str) -> str:
@@ -218,7 +218,7 @@ def joined(
 
 
 def _quiet() -> None:
-    """Keep what torch says to those who write such loops from those who start one."""
+    """Silence torch's warnings that concern authors of training loops."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
@@ -230,7 +230,7 @@ def _mesh(device: torch.device, world: int, ep: int) -> DeviceMesh:
 
 
 def _own(device: torch.device) -> torch.device:
-    """This process's own device of those of its machine."""
+    """The device of this process among those of its machine."""
     if device.type != "cuda":
         return device
     place, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -37,12 +37,8 @@ def _named(kind: str, table: Mapping[str, Any], form: str) -> Callable[[str], st
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values do not change, and none is taken for one of another type
     (true is not 1, "8" is not 8).
-
-    Attributes:
-        moved: keys that are no more -> what to say instead.
     """
 
-    moved: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
@@ -113,9 +109,6 @@ def parse(kind: type[S], values: dict[str, Any], source: str) -> S:
         *parents, key = map(str, first["loc"])
         if first["type"] == "extra_forbidden":
             section = _section_at(kind, parents)
-            if key in section.moved:
-                where = ".".join([*parents, key])
-                raise UserError(f"{source}: {where} is no more; say {section.moved[key]}") from error
             raise UserError(f"{source}: {one_of('key', key, section.model_fields)}") from error
         where = _place(kind, first["loc"])
         if first["type"] == "missing":

@@ -1,4 +1,4 @@
-"""Checkpoints that every process writes its part of, by ``torch.distributed.checkpoint``: read by any number of them.
+"""Checkpoints by ``torch.distributed.checkpoint``: each process writes its part; any number of processes read them.
 
 A checkpoint is a folder inside the folder of all, in the format of torch and with one more file, ``state.safetensors``.
 It is written under another name, takes its own when it is whole, and the older ones go; so the newest folder counts.

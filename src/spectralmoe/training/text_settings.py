@@ -28,14 +28,12 @@ class Text(Settings):
         vocab: "bytes", or the size of a byte-pair vocabulary that is learned from the training part.
         heads: of each attention.
         measured: how many windows of each domain the validation and the test part are measured on, spread evenly.
-        embedding_std: the standard deviation of the embeddings at the start; None is D^-1/2.
     """
 
     length: Positive = 256
     vocab: Annotated[int, Field(gt=BYTES, le=65536)] | Literal["bytes"] = "bytes"
     heads: Positive = 4
     measured: Positive = 256
-    embedding_std: Annotated[float, Field(gt=0)] | None = None
 
 
 def is_text(data: Any) -> bool:

@@ -57,7 +57,7 @@ def build_vision(data: ImageData, wanted: Backbone, settings: TrainSettings) -> 
 
 
 def add_parts(network: VisionMoE, wanted: MoEParts, seed: int) -> None:
-    """Put the MoE parts into the backbone; their first weights depend on the seed alone."""
+    """Put the MoE parts into the backbone; their initial weights depend only on the seed."""
     torch.manual_seed(seed)
     spec = make_spec(wanted)
     if wanted.kind == "branches":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -47,13 +46,6 @@ class MoEParts(Settings):
         init: of "replace_mlp": "copy" starts as the dense model, and needs weights that sum to 1 (k = "soft", or a
             router with normalize = true and k from 2); "random".
     """
-
-    moved: ClassVar[Mapping[str, str]] = {
-        "mode": 'k = 1, k = 2 or k = "soft"',
-        "faithful": 'router = "emoe-faithful"',
-        "rank": 'router = {preset = "emoe-faithful", rank = 32}',
-        "tau": 'router = {preset = "emoe", temperature = 0.1}',
-    }
 
     kind: Literal["branches", "replace_mlp"] = "branches"
     router: Row = "emoe"

@@ -1,4 +1,4 @@
-"""What the two matrices of an expert see of the reference data."""
+"""The inputs of an expert's two matrices on the reference data."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tokens_of(correction: Correction, target: Target) -> Tokens:
 
 
 def own_tokens(tokens: Tokens, expert: int) -> tuple[Tensor, Tensor]:
-    """The tokens (n, D) that the expert has a say in, and its weights for them (n,).
+    """The tokens (n, D) that use the expert, and its weights for them (n,).
 
     Raises:
         UserError: there are fewer than two.

@@ -48,7 +48,7 @@ class NoFreeUnit(UserError):
 
 
 def unit(correction: Correction) -> int:
-    """Write one spare hidden unit into the expert of the last chosen layer; returns the training steps.
+    """Write one spare hidden unit of the expert in the last chosen layer; returns the training steps.
 
     Raises:
         UserError: no free unit, or no bias for its threshold; a bank without hidden units; no guard, or one whose

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -25,13 +25,12 @@ JOBS: dict[str, tuple[Callable[..., None], str]] = {
     "new-class": (new_class, "A class learned from a few images."),
     "apply": (apply, "A saved correction, on its model."),
 }
-_TOLD_BY = {"--sample": "correct", "--image": "correct", "--stream": "stream", "--new-class": "new-class"}
-_TOLD_BY |= {"--apply": "apply", "--trials": "trials"}
-"""An option of the time when ``adapt`` took all jobs at once -> its job."""
+_TOLD_BY = {"--sample": "correct", "--image": "correct", "--label": "correct", "--shots": "new-class"}
+"""An option that only one job has -> the job."""
 
 
 class Jobs(TyperGroup):
-    """The jobs by name; who leaves the name out is told which one the options are of."""
+    """The jobs by name; the error for a missing name gives the job that the options belong to, or all jobs."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The job that the first word names, and the words after it.
@@ -43,20 +42,17 @@ class Jobs(TyperGroup):
             return super().resolve_command(ctx, args)
         if len(args) == 1 and not args[0].startswith("-") and "/" not in args[0]:
             raise one_of("job of adapt", args[0], self.commands)
-        raise UserError(f"adapt wants the name of a job in front: spectralmoe adapt {_job_of(args)} MODEL ...")
-
-
-def _job_of(args: Sequence[str]) -> str:
-    """The job that old options are of."""
-    words = [word.partition("=")[0] for word in args]
-    return next((job for option, job in _TOLD_BY.items() if option in words), "trials")
+        words = [word.partition("=")[0] for word in args]
+        job = next((job for option, job in _TOLD_BY.items() if option in words), None)
+        jobs = "" if job else f", JOB one of {', '.join(self.commands)}"
+        raise UserError(f"adapt wants the name of a job in front: spectralmoe adapt {job or 'JOB'} MODEL ...{jobs}")
 
 
 adapt = typer.Typer(
     cls=Jobs,
     no_args_is_help=True,
     rich_markup_mode=None,
-    context_settings={"ignore_unknown_options": True},  # so that an old call reaches ``resolve_command``
+    context_settings={"ignore_unknown_options": True},  # so that a call without a job reaches ``resolve_command``
 )
 """The jobs of the verb."""
 

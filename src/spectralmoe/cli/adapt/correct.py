@@ -84,7 +84,7 @@ def correct(
 
 
 def _test_part(prepared: Prepared) -> tuple[tuple[Tensor, Tensor] | None, str]:
-    """Held-out samples; none, and why, where the model's own data cannot be had and no others were asked for."""
+    """Held-out samples; none, with the reason, if the model's own data are not available and no others are named."""
     try:
         test = prepared.data().test
     except UserError as error:
@@ -95,7 +95,7 @@ def _test_part(prepared: Prepared) -> tuple[tuple[Tensor, Tensor] | None, str]:
 
 
 def _write(prepared: Prepared, out: Path, x: Tensor, update: Update, receipt: Receipt, about: dict[str, Any]) -> None:
-    """The model last: a folder that holds one holds everything."""
+    """Write the model last, so that a folder with a model is complete."""
     from spectralmoe.adaptation import draw_receipt
     from spectralmoe.cli.adapt.setup import save_like
     from spectralmoe.files import to_json, write_text

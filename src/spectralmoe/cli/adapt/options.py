@@ -30,7 +30,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptOptions(ModelOptions):
-    """How samples are corrected, as it was asked for; None was not asked for."""
+    """The options that say how samples are corrected; None: the option was not given."""
 
     guard: Annotated[
         str | None,

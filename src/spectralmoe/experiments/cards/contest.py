@@ -47,7 +47,7 @@ def _as_it_is(run: TrainSettings, cell: Identity) -> TrainSettings:
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """What the networks of a card share. Its functions are those of a module, so that other processes find them.
+    """The settings that all networks of a card share; its functions can be imported, so other processes find them.
 
     Attributes:
         run: data, sizes and budget; router and seed are those of the cell.
@@ -100,7 +100,7 @@ class Contest:
 
     @property
     def shorter(self) -> TrainSettings:
-        """The run of a try."""
+        """The shorter run for a tuning try."""
         run, epochs = self.run, self.tune_epochs or self.run.optimization.epochs
         optimization = run.optimization.model_copy(update={"epochs": epochs})
         size = self.tune_size or run.train_size
@@ -108,7 +108,7 @@ class Contest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What would change cells that are there."""
+        """The settings whose change would invalidate stored cells."""
         return {
             "run": self.run.model_dump(mode="json"),
             **{key: getattr(self, key) for key in ("tries", "tune_size", "tune_epochs")},
@@ -154,9 +154,7 @@ def train_row(
 
 
 def measures(trained: Trained, looked: int | None = None) -> dict[str, Any]:
-    """Scores on the test part, and of a network with experts how even, how firm (in ``looked`` samples) and how alike
-    they are.
-    """
+    """Scores on the test part; with experts also their load, their similarity, and the stability of choices."""
     network, task, history = trained
     counted = Counted(network) if holds_moe(network) else None
     values: dict[str, Any] = {

@@ -82,7 +82,7 @@ FIELD = (
         "2602.14159",
         ("regularizers/path_coupling.py", "regularizers/activation_overlap.py"),
         "synergy",
-        "cannot be told; the gains do not add up",
+        "no gain that these runs can see",
         ("synergy",),
     ),
     Method(

@@ -35,9 +35,11 @@ def experts_of_kinds(network: nn.Module, task: Task) -> Tensor:
 
 
 def told_by_experts(table: Tensor) -> float:
-    r"""How much the expert tells about the kind, from counts (kinds, E): :math:`1 - H(kind | expert) / H(kind)`.
+    r"""The uncertainty coefficient of the kind given the expert: :math:`1 - H(kind | expert) / H(kind)`.
 
-    0: nothing, as where all images go to one expert; 1: everything. Without a correction for the number of images.
+    From counts (kinds, E). At 0 the expert tells nothing about the kind, as where all images go to one expert; at 1 it
+    tells everything. ``diagnostics.mutual_information`` differs in two ways: it divides the mutual information by the
+    smaller of the two entropies, not by H(kind), and it corrects the entropies for the number of counts.
 
     >>> told_by_experts(torch.tensor([[5, 0, 0], [0, 3, 2]])), told_by_experts(torch.tensor([[5, 0], [5, 0]]))
     (1.0, 0.0)

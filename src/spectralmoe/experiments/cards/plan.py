@@ -27,7 +27,7 @@ NOTES = "notes.json"
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """What a step may use.
+    """The folder and the settings that a step may use.
 
     Attributes:
         work: folder of the trained networks.

@@ -1,4 +1,4 @@
-"""The small runs that cards share, so that their figures may stand side by side: clothing, bytes of English, photos."""
+"""Small runs that cards share, so that their results are comparable: clothing, bytes of English, photos."""
 
 from __future__ import annotations
 
@@ -32,8 +32,6 @@ def small_images(train_size: int = 4_000, epochs: int = 4, **moe: Any) -> TrainS
 def small_text(windows: int = 5_000, **network: Any) -> TrainSettings:
     """A decoder of 2 blocks (D = 64) on the bytes of ``text:pydoc``, windows of 64, each read once; 2 of 8 experts.
 
-    Its embeddings start as those of the cells that are stored, smaller than ``language_moe`` would.
-
     Args:
         windows: training windows.
         network: settings of the network in place of these, such as ``k=1``.
@@ -47,8 +45,8 @@ def small_text(windows: int = 5_000, **network: Any) -> TrainSettings:
         train_size=windows,
         depth=2,
         network={**sizes, **network},
-        text={"length": 64, "vocab": "bytes", "measured": 128, "embedding_std": 0.02},
-        optimization={"epochs": 1, "lr": 6e-3, "batch_size": 16},
+        text={"length": 64, "vocab": "bytes", "measured": 128},
+        optimization={"epochs": 1, "lr": 3e-3, "batch_size": 4},
     )
 
 

@@ -1,4 +1,4 @@
-"""One step of a card and its cells: which it wants, which are there, what runs the others, what its file comes to."""
+"""One step of a card: its cells, the stored ones, the jobs for the others, and the content of its file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = ("row", "variant", "task", "dataset", "shots", "depth", "seed")
 
 
 class Found(NamedTuple):
-    """What there is of a step: the content of its file, what that lacks, and the cells beside it by name."""
+    """The state of a step: the content of its file, the cells missing there, and the cell files by name."""
 
     step: Step
     known: Any
@@ -26,7 +26,7 @@ class Found(NamedTuple):
     done: Mapping[str, dict[str, Any]]
 
     def left(self) -> list[Identity]:
-        """What has to be run."""
+        """The cells that have to be run."""
         return [identity for identity in self.lacking if name_of(identity) not in self.done]
 
     def content(self) -> Any:
@@ -47,7 +47,7 @@ class Found(NamedTuple):
 
 
 def find_step(step: Step, out: Path) -> Found:
-    """What ``out`` holds of a step.
+    """The state of a step in the folder ``out``.
 
     Raises:
         UserError: a damaged file; cells of several versions beside it.
@@ -69,7 +69,7 @@ def cells_of(step: Step) -> Sequence[Identity]:
 
 
 def jobs_for(step: Step, cells: Sequence[Identity], desk: Desk) -> list[CellJob]:
-    """What runs ``cells`` of a step."""
+    """The jobs that run ``cells`` of a step."""
     if isinstance(step, Cells):
         return [CellJob(name_of(one), one, f"{step.file}: {text_of(one)}", step.measure, (one, desk)) for one in cells]
     return [CellJob(name_of(one), one, f"tuning {one['row']}", _tune, (step.tune, one["row"], desk)) for one in cells]
@@ -81,7 +81,7 @@ def running(step: Step, out: Path) -> Path:
 
 
 def stored(step: Step, out: Path) -> Any:
-    """What the step's file holds; nothing where there is none.
+    """The content of the step's file; empty if there is none.
 
     Raises:
         UserError: it is no list of cells, or no mapping of settings.

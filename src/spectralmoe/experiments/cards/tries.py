@@ -14,7 +14,7 @@ __all__ = ["Tried", "try_settings"]
 
 
 class Tried(NamedTuple):
-    """What a row's tries came to.
+    """The result of a row's tries.
 
     Attributes:
         tries: every setting with its value of the metric ("validation_accuracy"), None where training diverged.

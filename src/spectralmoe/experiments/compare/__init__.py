@@ -1,4 +1,4 @@
-"""The main job: several routers under one budget, trained, adapted to single samples, shown side by side."""
+"""A comparison: several routers under one budget, trained, adapted to single samples, shown side by side."""
 
 from spectralmoe.experiments.compare.grid import run, take
 from spectralmoe.experiments.compare.settings import CompareSettings

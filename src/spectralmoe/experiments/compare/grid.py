@@ -43,7 +43,7 @@ CELLS, TRIES = "cells", "tries"
 
 
 class Compared(NamedTuple):
-    """What a folder holds after a run.
+    """The results that a folder holds after a run.
 
     Attributes:
         cells: all of them, those of earlier runs too, in the order of the grid.

@@ -1,4 +1,4 @@
-"""What a comparison looks at in a trained network beside its scores: the routers' choices, and what a sample costs."""
+"""What a comparison measures of a trained network besides its scores: routing choices, and cost of a sample."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def choices(
 ) -> dict[str, float | None]:
     """How firm the choices of the routers are and how alike the experts, mean over layers; None where too few tokens
     say anything. All but the entropy are None where router and experts read different things, and the flips where a
-    router reads side information.
+    router reads side information or its tokens compete.
 
     Args:
         inputs: (N, ...), of which some are looked at, spread evenly.

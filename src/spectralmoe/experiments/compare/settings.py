@@ -98,12 +98,12 @@ class CompareSettings(Settings):
 
     @model_serializer(mode="wrap")
     def _without_others(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Of data of another kind there is no word."""
+        """Leave out the settings for other kinds of data."""
         others = ("text", "restore", "views")
         return {key: value for key, value in handler(self).items() if key not in others or value is not None}
 
     def check(self) -> None:
-        """Refuse what would fail after hours, before anything runs.
+        """Check the settings before anything runs, so that no error appears after hours.
 
         Raises:
             UserError: an unknown or repeated router, or one whose parts do not fit this network; more experts a token

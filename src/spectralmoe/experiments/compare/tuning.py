@@ -29,7 +29,7 @@ def candidates(count: int) -> list[Tuned]:
 
 
 def try_candidate(cell: Cell, candidate: Tuned, setup: Setup, progress: Callable[[float], None]) -> dict[str, Any]:
-    """What ``candidate`` reaches on the row of ``cell``: the metric of the task on the validation part."""
+    """The metric of the task on the validation part that the row of ``cell`` reaches with ``candidate``."""
     network, run, terms, optimizer = setup.recipe(cell, candidate)
     history = train(network, setup.task, run.optimization, terms=terms, optimizer=optimizer, progress=progress)
     return {history.metric.key_of("validation"): history.validation}

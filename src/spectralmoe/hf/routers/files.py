@@ -1,8 +1,8 @@
 """The routers of a swapped model in two files beside the stock ones: written, and put into a model of that base.
 
 ``spectral_routers.json`` describes the router of each layer and the base that they belong to, by its shapes and the
-SHA-256 of its gates; ``spectral_routers.safetensors`` holds their tensors by ``LAYER.NAME``, and copies of experts by
-``LAYER.copies.NAME``. Nothing in either runs code.
+SHA-256 of its gates in every precision; ``spectral_routers.safetensors`` holds their tensors by ``LAYER.NAME``, and
+copies of experts by ``LAYER.copies.NAME``. Nothing in either runs code.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ __all__ = ["ROUTERS", "put_routers", "read_routers_config", "stock_tensors", "wr
 
 ROUTERS, TENSORS = "spectral_routers.json", "spectral_routers.safetensors"
 _KEY, _FORMAT, _COPIES = "spectralmoe_routers", 1, "copies."
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Precisions that a model may be loaded in."""
 
 
 def write_routers(model: nn.Module, folder: Path) -> None:
@@ -48,7 +50,8 @@ def write_routers(model: nn.Module, folder: Path) -> None:
     layers: dict[str, Any] = {}
     parts: dict[str, Tensor] = {}
     for name, each in swapped.items():
-        layers[name] = {"router": describe(each.router), "gate": _digest(each)}
+        gate = {part: [_digest(value.to(dtype)) for dtype in _DTYPES] for part, value in _gate(each).items()}
+        layers[name] = {"router": describe(each.router), "gate": gate}
         copies = {}
         if each.placement is not None:
             layers[name] |= each.placement.spec_arguments()
@@ -62,7 +65,7 @@ def write_routers(model: nn.Module, folder: Path) -> None:
         "layers": layers,
         "shapes": {name: list(value.shape) for name, value in stock_tensors(model).items()},
         "sha256": sha256_of(folder / TENSORS),
-        "files": sorted({path.name for path in folder.iterdir() if path.is_file()} | {ROUTERS}),
+        "files": sorted({path.name for path in folder.iterdir() if _of_model(path.name)} | {ROUTERS}),
     }
     write_json(folder / ROUTERS, config)
 
@@ -83,7 +86,7 @@ def read_routers_config(folder: Path) -> dict[str, Any]:
     layers, shapes = config.get("layers"), config.get("shapes")
     if not isinstance(shapes, dict) or not isinstance(layers, dict):
         raise UserError(f"{folder / ROUTERS} lacks the layers or the shapes of their base; save the model again")
-    if not all(isinstance(layer, dict) and layer.keys() - {"table"} == {"router", "gate"} for layer in layers.values()):
+    if not all(map(_is_described, layers.values())):
         raise UserError(f"{folder / ROUTERS} describes a layer without its router and gate; save the model again")
     return config
 
@@ -104,7 +107,8 @@ def put_routers(model: nn.Module, folder: Path, *, allow: Sequence[str] = ()) ->
     for name, layer in config["layers"].items():
         if name not in layers or isinstance(layers[name].router, SwappedRouter):
             raise UserError(f"{other}: {name!r} is no layer here with the router of its family")
-        if _digest(layers[name].router) != layer["gate"]:
+        here = {part: _digest(value) for part, value in _gate(layers[name].router).items()}
+        if here.keys() != layer["gate"].keys() or any(here[part] not in layer["gate"][part] for part in here):
             raise UserError(f"{other}: the gate of {name} has other weights (SHA-256)")
     tensors = _read_tensors(folder, config.get("sha256"))
     routers, copies = {}, {}
@@ -160,8 +164,24 @@ def _read_tensors(folder: Path, digest: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def _digest(router: nn.Module) -> str:
-    """The SHA-256 of the tensors of a stock router, or of those that a swapped one keeps: names, shapes, values."""
-    swapped, state = isinstance(router, SwappedRouter), sorted(router.state_dict().items())
-    stock = [(name, value) for name, value in state if not (swapped and name.startswith("router."))]
-    return sha256_of_tensors((f"{name} {tuple(value.shape)}\n", value.double()) for name, value in stock)
+def _is_described(layer: Any) -> bool:
+    """Whether it says what router a layer has, and what gate was there before."""
+    whole = isinstance(layer, dict) and layer.keys() - {"table"} == {"router", "gate"}
+    return whole and isinstance(layer["gate"], dict)
+
+
+def _of_model(name: str) -> bool:
+    """Whether ``save_pretrained`` or ``write_routers`` writes files of this name."""
+    return name in ("config.json", "generation_config.json", ROUTERS) or ".safetensors" in name
+
+
+def _gate(router: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a stock router, or those that a swapped one keeps of it."""
+    state = router.state_dict()
+    kept = [name for name in state if not (isinstance(router, SwappedRouter) and name.startswith("router."))]
+    return {name: full(state[name]).detach().cpu() for name in sorted(kept)}
+
+
+def _digest(value: Tensor) -> str:
+    """The SHA-256 of a shape and its values, whatever precision they are stored in."""
+    return sha256_of_tensors([(f"{tuple(value.shape)}\n", value.double())])

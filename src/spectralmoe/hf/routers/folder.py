@@ -55,7 +55,8 @@ def save_swapped(model: nn.Module, folder: str | Path) -> None:
             flush(path)
         with alone(target.parent):
             for path in _files_of_others(target):
-                _link(path, new / path.name)
+                if not exists(new / path.name):
+                    _link(path, new / path.name)
             _exchange(target, new, part / "old")
 
 
@@ -97,6 +98,10 @@ def _saveable(model: nn.Module) -> Any:
     """The model of transformers that ``model`` is or wraps."""
     stock = unwrapped(model)
     refuse_adapters("save_swapped", stock)
+    if away := next((name for name, value in stock.state_dict().items() if value.is_meta), None):
+        raise UserError(
+            f"save_swapped: {away} is not in memory (accelerate has moved it to disk); load the whole model"
+        )
     if not isinstance(stock, import_transformers().PreTrainedModel):
         raise UserError(f"save_swapped: {type(stock).__name__} is no model of transformers; use save(model, folder)")
     return stock
@@ -114,7 +119,7 @@ def _link(path: str | Path, copy: str | Path) -> None:
 
 
 def _files_of_others(target: Path) -> list[Path]:
-    """What stands in ``target`` and ``save_swapped`` did not write.
+    """The files in ``target`` that ``save_swapped`` did not write.
 
     Raises:
         UserError: it is a file, or holds something and no swapped model.

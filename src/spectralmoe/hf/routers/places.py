@@ -43,7 +43,10 @@ def take_out(model: nn.Module, routers: Iterable[SwappedRouter]) -> None:
 
 @contextmanager
 def stock_layers(model: nn.Module) -> Iterator[dict[str, HFLayer]]:
-    """The swapped layers of ``model`` by name, with their stock routers in place; after the block ours are back."""
+    """The swapped layers of ``model`` by name, with their stock routers in place.
+
+    Our routers are restored after the block.
+    """
     paths = {path: module for path, module in model.named_modules() if isinstance(module, SwappedRouter)}
     for path, router in paths.items():
         model.set_submodule(path, router.restored())

@@ -1,7 +1,7 @@
-"""How a Hugging Face router goes on from its logits, and in which form it returns what it decided.
+"""How a Hugging Face router makes choice and weights from its logits, and in which form it returns them.
 
-Read by trying: a copy of the router with random weights routes random tokens, and the rule is the one among those
-known whose routing is the same. No family is named.
+The rule is found by trying: a copy of the router with random weights routes random tokens, and the known rule with the
+same routing is taken. No family is named.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FORMS = (
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a family's routers do beside scoring.
+    """The steps of a family's routers after the logits.
 
     Attributes:
         roles: what they return, in order: "logits" or "probabilities" (N, E), "weights" and "indices" (N, K),

@@ -6,7 +6,6 @@ on: recording of ``router_logits``, auxiliary losses, initialisation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.context import rows_of
+from spectralmoe.diagnostics.watch import WithOwnRouter
 from spectralmoe.hf.calls import Calls
 from spectralmoe.hf.layer import HFLayer
 from spectralmoe.hf.routers.rules import Rule
-from spectralmoe.parts import Part
 from spectralmoe.placement import Placement
 from spectralmoe.recording import Recordable
 from spectralmoe.router import Router
@@ -97,7 +96,7 @@ class SwappedRouter(Recordable):
             parameter.data = self.get_buffer(name)
         for name, buffer in stock.named_buffers():
             buffer.data = self.get_buffer(name)
-        return stock
+        return stock.train(self.training)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (self.family,), self.__getstate__()
@@ -138,7 +137,7 @@ def _keep_tensors(keeper: nn.Module, module: nn.Module) -> None:
         keeper.add_module(name, inside)
 
 
-class SwappedLayer(HFLayer):
+class SwappedLayer(WithOwnRouter, HFLayer):
     """A MoE layer of a Hugging Face model with a router of this library.
 
     Args:
@@ -150,19 +149,15 @@ class SwappedLayer(HFLayer):
     def __init__(self, path: str, layer: nn.Module, router: str) -> None:
         super().__init__(path, layer, router)
         self.num_experts = self.router.router.num_experts  # copies are places, no experts
-        self.top_k = next((part.k for part in self._parts() if isinstance(getattr(part, "k", None), int)), None)
+        self.top_k = self.router.router.k
 
     def _answered_slots(self) -> None:
         """Nothing is asked: the selector says it."""
 
-    def _parts(self) -> Iterator[Any]:
-        return (part for part in self.router.router.modules() if isinstance(part, Part))
-
     @property
-    def matrix(self) -> Tensor | None:
-        """The scorer's routing matrix."""
-        rows = self.router.router.scorer.matrix
-        return None if rows is None else full(rows).detach()
+    def own_router(self) -> Router:
+        """The router in the place of the family's."""
+        return self.router.router
 
     @property
     def live_matrix(self) -> Tensor | None:
@@ -175,20 +170,6 @@ class SwappedLayer(HFLayer):
         biases = (getattr(part, "bias", None) for part in self.router.router.selector.modules())
         bias = next((value for value in biases if isinstance(value, Tensor)), None)
         return None if bias is None else full(bias).detach()
-
-    @property
-    def reroutes(self) -> bool:
-        """Not where the router reads side information, or tokens compete."""
-        return self.router.router.selector.per_token and not any(part.reads for part in self._parts())
-
-    def route(self, x: Tensor, dtype: torch.dtype | None = None) -> Routing:
-        """As in evaluation. The router computes in fp32 in any model: ``dtype`` rounds the tokens alone."""
-        router = self.router.router
-        training, _ = router.training, router.eval()
-        try:
-            return router(x if dtype is None else x.to(dtype))  # type: ignore[no-any-return]
-        finally:
-            router.train(training)
 
     @torch.no_grad()
     def raw_logits(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Calibration: what a run over text says of the experts of a Hugging Face model, for saliencies of ``compression``."""
+"""Calibration: loads and tokens of a Hugging Face model's experts from a run over text, for saliencies."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ class Calibration:
         self.load(what, name)
         if not self.layers[name].reroutes:
             raise UserError(
-                f"{self.owner}: {what} routes tokens again, but the router of layer {name!r} reads more than the "
-                "token; use by='frequency'"
+                f"{self.owner}: {what} routes tokens again, but in layer {name!r} tokens compete, or its router "
+                "reads more than the token; use by='frequency'"
             )
         return self._samples[name].tokens
 

@@ -1,5 +1,7 @@
-"""A Hugging Face model with fewer experts in its layers, still of its own class: what that class builds from a config
-with the smaller number says which tensors have how many entries, and is compared with the result.
+"""A Hugging Face model with fewer experts in its layers, still of its own class.
+
+The class builds a model from a config with the smaller number of experts. Its shapes say how many entries each tensor
+has, and the result is compared with it.
 """
 
 from __future__ import annotations

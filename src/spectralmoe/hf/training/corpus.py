@@ -73,6 +73,8 @@ def read_corpus(
     parts, held_out = [], {}
     for name, documents in texts.items():
         train, held = hold_out(documents, share, size)
+        if not any(train) or not any(held):
+            raise UserError(f"text {name!r} is too short to hold a part of it out: give more of it")
         parts.append(cut_windows(loaded, train, length)[0])
         held_out[name] = Passages(cut_windows(loaded, held, length), sum(len(text.encode()) for text in held))
     windows = Windows(torch.cat([part.inputs for part in parts]), torch.cat([part.labels for part in parts]))

@@ -17,7 +17,7 @@ __all__ = ["after_prefix", "check_prefix", "without_prefix"]
 
 
 class _Skipped(nn.Module):
-    """Stands where a frozen layer was, and hands on what that layer would have read."""
+    """Takes the place of a frozen layer and returns its input."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class _Skipped(nn.Module):
 
 
 class _Reached(Exception):
-    """A layer was reached with these hidden states: what comes after it need not run."""
+    """Raised when a layer is reached, with its hidden states, so that the later layers need not run."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
@@ -88,10 +88,10 @@ def without_prefix(layers: nn.ModuleList, first: int) -> Iterator[None]:
 
 @torch.no_grad()
 def check_prefix(model: nn.Module, layers: nn.ModuleList, first: int, windows: Windows) -> None:
-    """Both ways give the same logits for the first of the ``windows``.
+    """Check that the model gives the same logits with and without the prefix, on the first of the ``windows``.
 
     Raises:
-        UserError: they do not, as in a family that scales what it takes for embeddings.
+        UserError: the logits differ, as in a family that scales what it takes for embeddings.
     """
     one = Windows(windows.inputs[:1], windows.labels[:1])
     cached = after_prefix(model, layers, first, one, 1)

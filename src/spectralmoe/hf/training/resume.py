@@ -2,7 +2,7 @@
 
 The Trainer of transformers 5 writes a checkpoint in the layout of the hub, where each expert is a tensor, and reads it
 with ``load_state_dict``, which knows stacked experts alone: it warns and goes on with those of the start
-(https://github.com/huggingface/transformers/issues/48805). Goes when that is fixed; a test tells.
+(https://github.com/huggingface/transformers/issues/48805). This module can go when that is fixed; a test reports it.
 """
 
 from __future__ import annotations

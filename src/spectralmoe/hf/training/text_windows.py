@@ -161,6 +161,6 @@ def _start_token(loaded: TransformersModel) -> int:
     for owner in (loaded.tokenizer, config):
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(owner, name, None)
-            if isinstance(value, int):
+            if isinstance(value, int) and 0 <= value < loaded.vocabulary:  # a config may name one that is not there
                 return value
     return 0

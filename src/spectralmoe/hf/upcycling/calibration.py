@@ -1,4 +1,4 @@
-"""What the MLPs of a dense model read when it is run on calibration text: sums over the tokens, layer by layer."""
+"""Sums over the inputs of a dense model's MLPs on calibration text, layer by layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Calibration = Sequence[Batch | Sequence[Batch]]
 
 @dataclass(slots=True)
 class Reads:
-    """What one layer's MLP read, T sets of text.
+    """Sums over the inputs of one layer's MLP, for T sets of text.
 
     Attributes:
         counts: tokens of each set (T,).

@@ -1,4 +1,4 @@
-"""What is asked of an upcycling, checked against the dense model."""
+"""The settings of an upcycling, checked against the dense model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Plan", "make_plan", "router_notes"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What the MoE layers are to be.
+    """The form of the MoE layers.
 
     Attributes:
         experts, k: E, and experts a token.

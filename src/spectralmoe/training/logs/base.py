@@ -1,4 +1,4 @@
-"""What a log is."""
+"""The base class of logs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Epochs = Sequence[Mapping[str, float]]
 
 
 class Log(Protocol):
-    """A place for the epochs of one run. A run that goes on after a stop leaves no epoch out and none twice."""
+    """A log of the epochs of one run; after a stop and a resume it holds every epoch exactly once."""
 
     def write(self, epochs: Epochs) -> None:
         """Bring the log up to date; ``epochs`` are all so far, those of an earlier process too."""
 
     def close(self) -> None:
-        """Flush and let go."""
+        """Flush and close."""

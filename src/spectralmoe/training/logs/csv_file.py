@@ -22,7 +22,7 @@ class CsvLog:
         self.path = folder / FILE
 
     def write(self, epochs: Epochs) -> None:
-        """A number that is not defined is an empty field."""
+        """Write all epochs; an undefined number becomes an empty field."""
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["epoch", *(epochs[0] if epochs else ())])
@@ -31,4 +31,4 @@ class CsvLog:
         write_text(self.path, text.getvalue())
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is kept open."""

@@ -36,7 +36,7 @@ class WandbLog:
         self.written = max(int(self.run.step) - 1, 0)  # of an earlier process
 
     def write(self, epochs: Epochs) -> None:
-        """Each epoch is a step."""
+        """Log each epoch as a step."""
         for number, values in enumerate(epochs[self.written :], self.written + 1):
             self.run.log({name: value for name, value in values.items() if not math.isnan(value)}, step=number)
         self.written = max(self.written, len(epochs))

@@ -1,4 +1,4 @@
-"""What can be learned: one file a task, found by the name of its data."""
+"""Tasks, one file each; the name of the data finds the task."""
 
 from __future__ import annotations
 

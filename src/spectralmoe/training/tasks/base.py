@@ -1,4 +1,4 @@
-"""What a training run is about: samples, a loss, and the values that say how good a network is."""
+"""Tasks: what a training run learns, as samples, a loss and metrics."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Metric:
 
 
 class Batch(Protocol):
-    """The samples of one step, as the task likes to hold them."""
+    """The samples of one step, in a form of the task."""
 
     def part(self, chosen: slice, device: torch.device) -> Self:
         """Some of the samples, on ``device``."""
@@ -117,7 +117,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest of all samples: a name may stand for other data another day."""
+        """A digest of all samples: a name may stand for other data later."""
 
     @abstractmethod
     def build(self, settings: TrainSettings) -> nn.Module:
@@ -201,7 +201,7 @@ class Task(ABC):
 
     @classmethod
     def predict(cls, network: nn.Module, meta: Any, inputs: Sequence[str], **options: Any) -> Predictions:
-        """What a saved network says to each input, in evaluation mode.
+        """The predictions of a saved network for each input, in evaluation mode.
 
         Raises:
             UserError: an input that cannot be read.
@@ -239,7 +239,7 @@ class Task(ABC):
 
     @property
     def metric(self) -> Metric:
-        """The metric that choices are made by."""
+        """The metric by which validation data decide."""
         return self.metrics[0]
 
 

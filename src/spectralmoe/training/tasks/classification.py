@@ -1,4 +1,4 @@
-"""How good class logits are: the metrics of tasks that classify."""
+"""Metrics of class logits, for tasks that classify."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _LONGEST = 20
 
 
 def classify(network: nn.Module, meta: ModelMeta, files: Sequence[Path]) -> Predictions:
-    """The most likely class of each file, its probability, and the expert that each layer leans on.
+    """The most likely class of each file, its probability, and the expert with the largest weight in each layer.
 
     Raises:
         UserError: a file that is missing or no image.

@@ -1,4 +1,4 @@
-"""How good restored images are: PSNR and SSIM, for each degradation."""
+"""PSNR and SSIM of restored images, for each degradation."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Shown:
 
 
 class Predictions(NamedTuple):
-    """What a network says to each input, and what a user should know of how the inputs were read."""
+    """The predictions of a network for each input, and notes on how the inputs were read."""
 
     results: Sequence[Shown]
     notes: Sequence[str] = ()

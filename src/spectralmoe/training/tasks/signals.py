@@ -1,4 +1,4 @@
-"""Classification of signals: which jammers a record of radio interference holds, and what finding out costs."""
+"""Classification of signals: which jammers a record of radio interference holds, and the operations that this takes."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ class SignalTask(Task):
 
 
 def _costs(tape: Tape) -> tuple[Tensor, Tensor]:
-    """Operations of each record's own experts (B,), and what its K dearest would have cost, all layers together."""
+    """Operations of each record's chosen experts (B,), and of the K most expensive ones, over all layers."""
     spent, dearest = list[Tensor](), list[Tensor]()
     for item in tape:
         assert isinstance(item.layer, MoE)

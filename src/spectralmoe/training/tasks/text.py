@@ -125,7 +125,6 @@ class TextTask(Task):
             hidden=hidden,
             experts=partial(preset.make_experts, spare=network.spare, default=SWIGLU),
             router=preset.routers(network.k),
-            embedding_std=self.text.embedding_std,
         )
 
     def batch(self, indices: Tensor, draw: np.random.Generator) -> Windows:

@@ -192,7 +192,7 @@ def _from_each(domains: Tensor) -> list[int]:
 
 
 def _shown(given: str, prompt: str, continuation: str) -> Shown:
-    """A text and how it goes on; people see the end of a long beginning, and no character that steers a terminal."""
+    """A text and how it goes on; a long beginning is cut to its end, and terminal control characters are removed."""
     source = {"file": given} if prompt != given else {}
     beginning = prompt if len(prompt) <= _SHOWN else "…" + prompt[-_SHOWN:]
     values = {**source, "prompt": prompt, "continuation": continuation}

@@ -1,4 +1,4 @@
-"""What a family of MoE models in transformers must say to be a target of ``upcycle``."""
+"""The interface that a family of MoE models in transformers needs as a target of ``upcycle``."""
 
 from __future__ import annotations
 

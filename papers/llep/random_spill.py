@@ -28,9 +28,6 @@ def plan_random_spill(
 
     Raises:
         UserError: as ``plan_least_loaded``.
-
-    >>> sum(plan_random_spill([900, 60, 20, 20], 2, chunk=100).device_load())
-    1000
     """
     draw = random.Random(seed)
 
