@@ -1,6 +1,6 @@
 """Configurations of SR-MoE that differ in kind, each a row of search.json, measured on validation data alone.
 
-``python papers/sr-moe/search.py [--seeds N] [--depth N] [--jobs N]``; rows that are there are skipped.
+``python papers/sr-moe/search.py [--seeds N] [--depth N] [--processes N]``; rows that are there are skipped.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default=";".join(CONFIGS), help="names, separated by semicolons")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "search.json")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     rows = read_json(options.out) if options.out.exists() else []
     done = {(row["name"], row["depth"], row["seed"]) for row in rows}
@@ -183,7 +183,7 @@ def main() -> None:
         if one not in done
     ]
     with TemporaryDirectory() as folder:
-        for _, row in run_cells(Path(folder), jobs, options.jobs, lambda text, done, detail="": None):
+        for _, row in run_cells(Path(folder), jobs, options.processes, lambda text, done, detail="": None):
             rows.append(row)
             write_json(options.out, rows)
             print({key: row.get(key) for key in SHOWN}, flush=True)

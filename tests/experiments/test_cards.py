@@ -128,7 +128,7 @@ def test_a_file_of_another_kind_is_named(tmp_path, user_error, text):
 
 
 def test_the_verb(no_plan, tmp_path, capsys):
-    arguments = ["card", str(TOY), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--jobs", "1"]
+    arguments = ["card", str(TOY), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--processes", "1"]
     assert run([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"cells": 12, "out": str(tmp_path / "out"), "notes": []}
     assert run(arguments) == 0
@@ -197,7 +197,7 @@ def test_a_card_killed_at_random_moments_loses_nothing_and_does_nothing_twice(tm
 @pytest.mark.full
 @pytest.mark.slow
 def test_a_killed_card_leaves_no_process(tmp_path):
-    command = ["card", str(TOY), "--quick", "--out", str(tmp_path / "out"), "--work", str(tmp_path), "--jobs", "2"]
+    command = ["card", str(TOY), "--quick", "--out", str(tmp_path / "out"), "--work", str(tmp_path), "--processes", "2"]
     parent = subprocess.Popen(
         [sys.executable, "-m", "spectralmoe", *command], env=environment(), stderr=subprocess.PIPE
     )

@@ -225,7 +225,7 @@ def test_a_scheduler_that_goes_is_one_line_and_the_same_command_goes_on(no_plan,
         [*command, "--cluster", started.address], env=environment(), capture_output=True, text=True, check=False
     )
     assert (refused.returncode, "no Dask scheduler answers" in refused.stderr.splitlines()[-1]) == (2, True)
-    assert run([*command[3:], "--jobs", "1"]) == 0
+    assert run([*command[3:], "--processes", "1"]) == 0
     assert [cell["value"] for cell in read_json(out / "results.json")] == [10, 20, 11, 22, 14, 28]
     assert len((tmp_path / "begun").read_text().splitlines()) <= 12 + 1
 

@@ -65,7 +65,7 @@ def test_slices_share_a_folder_and_a_whole_run_does_not(tmp_path, user_error):
 
 
 def test_the_verb_says_what_a_slice_came_to(no_plan, tmp_path, capsys):
-    start = ["card", str(TOY), "--out", str(tmp_path / "out"), "--work", str(tmp_path), "--jobs", "1"]
+    start = ["card", str(TOY), "--out", str(tmp_path / "out"), "--work", str(tmp_path), "--processes", "1"]
     assert run([*start, "--take", "1/2"]) == 0
     told = capsys.readouterr()
     assert told.out == "slice 1/2: 1 cell run\n"

@@ -32,7 +32,9 @@ def card(
         Path | None,
         typer.Option(metavar="DIR", help="Folder of the trained networks; by default runs/NAME, or models in --out."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each.", show_default="2")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Cells at a time, each on one thread.", show_default="2")
+    ] = None,
     cluster: Cluster = None,
     submit: Submit = None,
     submit_with: SubmitWith = None,
@@ -54,7 +56,8 @@ def card(
 
     if check and draw:
         raise UserError("--check and --draw do not go together: the one runs cells, the other runs none")
-    remote, processes = elsewhere("--jobs", jobs, cluster, submit, submit_with), jobs or 2
+    remote = elsewhere(processes, cluster, submit, submit_with)
+    processes = processes or 2
     one_at_most({"--check": check, "--draw": draw, "--cluster": cluster is not None, "--submit": submit is not None,
                  "--take": take is not None, "--collect": collect})  # fmt: skip
     part = None if take is None else Slice.parse(take)

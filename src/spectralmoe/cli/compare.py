@@ -140,7 +140,7 @@ def compare(
     from spectralmoe.training.settings import pick_device
     from spectralmoe.training.tasks import open_task
 
-    remote = elsewhere("--processes", processes, cluster, submit, submit_with)
+    remote = elsewhere(processes, cluster, submit, submit_with)
     one_at_most({"--cluster": cluster is not None, "--submit": submit is not None, "--take": take is not None,
                  "--collect": collect})  # fmt: skip
     part = None if take is None else Slice.parse(take)

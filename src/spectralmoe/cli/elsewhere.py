@@ -39,12 +39,9 @@ Collect = Annotated[bool, typer.Option("--collect", help="Run nothing; write the
 
 
 def elsewhere(
-    here: str, processes: int | None, cluster: str | None, submit: str | None, submit_with: list[str] | None
+    processes: int | None, cluster: str | None, submit: str | None, submit_with: list[str] | None
 ) -> Remote | None:
     """The engine that runs cells on other machines; None: they run here.
-
-    Args:
-        here: the option of ``processes``.
 
     Raises:
         UserError: options that do not go together.
@@ -52,7 +49,7 @@ def elsewhere(
     from spectralmoe.experiments.remote import Dask, Submitit
     from spectralmoe.training.toml_text import change
 
-    given = {here: processes, "--cluster": cluster, "--submit": submit}
+    given = {"--processes": processes, "--cluster": cluster, "--submit": submit}
     one_at_most({option: value is not None for option, value in given.items()})
     if submit_with and submit is None:
         raise UserError("--submit-with says how --submit runs jobs; give --submit slurm, too")
