@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # Low to high. A module imports from lower levels, from its own folder, and from what is named beside its level.
 LEVELS = [
     {"errors", "sharding", "torch_private", "version"},
-    {"files", "machine", "linalg", "routing", "stacks", "context", "formula", "units", "scrambling"},
+    {"files", "digests", "machine", "linalg", "routing", "stacks", "context", "formula", "units", "scrambling"},
     {"parts", "draw"},
     {"selectors", "experts"},
     {"scorers"},

@@ -12,7 +12,7 @@ from torch.utils._pytree import register_dataclass
 
 from spectralmoe.errors import UserError
 
-__all__ = ["Context", "Rows", "rows_of"]
+__all__ = ["Context", "Rows", "rows_of", "without_padding"]
 
 Rows = dict[str, Tensor]
 """Side information by name in the form that scorers, selectors and experts get: one row for each token (N, ...)."""
@@ -56,8 +56,7 @@ class Context:
             rows[name] = each.reshape(math.prod(shape), *flat.shape[1:])
         if mask is None or mask.shape != shape:  # a mask of another shape is refused by the router
             return rows
-        padding = ~mask.reshape(-1).bool()
-        return {name: row.masked_fill(padding.view(-1, *[1] * (row.dim() - 1)), 0) for name, row in rows.items()}
+        return {name: without_padding(row, mask.reshape(-1)) for name, row in rows.items()}
 
 
 register_dataclass(Context)  # so that FSDP and torch.export see the tensors inside
@@ -66,6 +65,13 @@ register_dataclass(Context)  # so that FSDP and torch.export see the tensors ins
 def rows_of(context: Context | Rows | None, x: Tensor, mask: Tensor | None) -> Rows | None:
     """Return the rows of a ``Context`` beside tokens x (..., D); rows and None are returned as they are."""
     return context.rows(x.shape[:-1], mask) if isinstance(context, Context) else context
+
+
+def without_padding(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return ``values`` (*L, *S) with zeros where ``mask`` (*L) has no real token, in value and gradient."""
+    if mask is None:
+        return values
+    return values.masked_fill(~mask.bool()[(..., *[None] * (values.dim() - mask.dim()))], 0)
 
 
 def _flat(name: str, value: Tensor, lead: tuple[int, ...], kind: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from spectralmoe.errors import UserError, first_line
 
 __all__ = [
+    "dotted",
     "exchange",
     "exists",
     "flush",
@@ -29,6 +31,7 @@ __all__ = [
     "publish",
     "read_json",
     "remove_parts",
+    "sha256_of",
     "to_json",
     "write_json",
     "write_text",
@@ -189,6 +192,19 @@ def to_json(value: Any) -> str:
         raise UserError(f"not a value for JSON ({error})") from error
 
 
+def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings as one level with dotted keys.
+
+    >>> dotted({"network": {"k": 2}, "seed": 0})
+    {'network.k': 2, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = dotted(value) if isinstance(value, Mapping) else None
+        flat |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
+    return flat
+
+
 def read_json(path: Path) -> Any:
     """Read the JSON value in ``path``, with or without a byte order mark.
 
@@ -201,6 +217,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({str(error).splitlines()[0]})") from error
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of what ``file`` holds."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def make_folder(path: Path) -> None:

@@ -1,15 +1,17 @@
-"""Functions that find the MoE layers of a model and their names, whatever wraps the model."""
+"""Functions that find the MoE layers of a model and their names, whatever wraps the model; names of parts."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from spectralmoe.errors import UserError
 from spectralmoe.recording import Recordable
 
-__all__ = ["layer_name", "moe_layers", "plain_name", "stock_experts", "unwrapped"]
+__all__ = ["below", "layer_name", "moe_layers", "plain_name", "stock_experts", "unwrapped"]
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -61,6 +63,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def plain_name(path: str) -> str:
     """Return the path of a module or parameter without the parts that wrappers add."""
     return ".".join(part for part in path.split(".") if part and part not in _WRAPPERS)
+
+
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names start with ``prefix``, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def layer_name(path: str) -> str:

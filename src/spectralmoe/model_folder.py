@@ -10,27 +10,39 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectralmoe.errors import UserError, first_line
-from spectralmoe.files import exists, make_folder, part_folder, publish, read_json, to_json, write_json, writing
+from spectralmoe.files import (
+    exists,
+    make_folder,
+    part_folder,
+    publish,
+    read_json,
+    sha256_of,
+    to_json,
+    write_json,
+    writing,
+)
 
 __all__ = [
     "CONFIG",
     "PARTS",
     "WEIGHTS",
     "alone",
+    "build_checked",
+    "fill",
     "is_ours",
     "read_config_of",
     "read_model_folder",
@@ -38,6 +50,8 @@ __all__ = [
     "weights_file",
     "write_model",
 ]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 CONFIG, WEIGHTS, PARTS = "config.json", "model.safetensors", "parts.safetensors"
 _NAMES = {"spectralmoe": WEIGHTS, "spectralmoe_parts": PARTS, "spectralmoe_ranks": PARTS}
@@ -81,7 +95,7 @@ def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     weights = folder / _weights_name(config)
     with writing(weights), part_folder(folder) as part:
         save_file(dict(tensors), part / weights.name)
-        digest = _sha256(part / weights.name)
+        digest = sha256_of(part / weights.name)
         with alone(folder) as handle:
             replaced = refuse_others(folder)
             _finish(folder)
@@ -121,6 +135,28 @@ def read_model_folder(
                 raise result
             return result
     raise UserError(f"{folder} is written again and again while it is read; wait until the writer has ended")
+
+
+def build_checked(make: Callable[[], Module], check: Callable[[Module], object]) -> Module:
+    """Return what ``make`` builds by a file, after ``check`` has accepted the same without memory (device "meta").
+
+    So a file cannot ask for more memory than ``check`` lets it. Torch's random generator stays as it was.
+
+    Raises:
+        UserError: as ``make`` and ``check``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            shell = make()
+        check(shell)
+        return make()
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy ``tensors`` into ``module``, which takes over their dtypes."""
+    for name, target in module.state_dict(keep_vars=True).items():
+        target.data = target.data.to(tensors[name].dtype)
+    module.load_state_dict(tensors)
 
 
 def weights_file(folder: Path, config: Mapping[str, Any]) -> Path:
@@ -215,7 +251,7 @@ def _state(folder: Path) -> list[tuple[int, ...] | None]:
 def _checked_tensors(file: Path, digest: Any) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)
-        same = _sha256(file) == digest
+        same = sha256_of(file) == digest
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is not a whole safetensors file ({first_line(error)})") from error
     if not same:
@@ -224,8 +260,3 @@ def _checked_tensors(file: Path, digest: Any) -> dict[str, Tensor]:
             "save the model again"
         )
     return tensors
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.context import Context, Rows, rows_of
+from spectralmoe.context import Context, Rows, rows_of, without_padding
 from spectralmoe.dispatch import DISPATCHES, Dispatch, pick_dispatch
 from spectralmoe.dispatch.base import Kept
 from spectralmoe.errors import UserError, one_of
@@ -141,11 +141,7 @@ class MoE(Recordable):
             context: side information that the layer's parts read by name: a ``Context``, or its rows (N, ...).
             scale: a number that multiplies the output; it is applied to the routed experts' combine weights.
         """
-        fed, replay = self.take_feed(x.device), None
-        if fed is not None:
-            mask = fed.mask if mask is None else mask
-            context = fed.context if context is None else context
-            replay = fed.next_replay()
+        mask, context, replay = self.begin(x, mask, context)
         queries, units = self.unit.split(x)
         if self.memory is not None:
             queries, units = self.memory.beside(queries, units, mask)
@@ -155,7 +151,9 @@ class MoE(Recordable):
         names = self.names_to_keep()
         streams = self.router.scorer.streams_tokens or self.experts.streams_tokens or self.memory is not None
         seen = self.seen(queries, names, streams=streams)
-        scaled = routing if scale is None else replace(routing, weights=_without(routing.weights * scale, routing.mask))
+        scaled = routing
+        if scale is not None:
+            scaled = replace(routing, weights=without_padding(routing.weights * scale, routing.mask))
         placed = scaled if self.placement is None else self.placement(scaled)
         rows = self.experts.beside(self._rows(units, leading), side)
         y, kept = self._run(rows, placed, names - {"tokens"})
@@ -163,9 +161,9 @@ class MoE(Recordable):
         y = y if leading == 1 else y.reshape(*units.shape[:leading], *y.shape[1:])
         if self.shared is None:
             return self.unit.join(y)
-        shared: Tensor = self.shared(_without(units, mask))
+        shared: Tensor = self.shared(without_padding(units, mask))
         shared = shared if scale is None else shared * scale.to(shared.dtype)
-        return self.unit.join(y + _without(shared, mask))
+        return self.unit.join(y + without_padding(shared, mask))
 
     def _rows(self, units: Tensor, leading: int) -> Tensor:
         """Rows (N, *S) from units (*L, *S), in the precision of autocast."""
@@ -191,10 +189,3 @@ class MoE(Recordable):
                 "MoE(dispatch=...): a plain function keeps no tensors; derive from Dispatch, or keep nothing"
             )
         return dispatch.keeping(rows, routing, self.experts, names)
-
-
-def _without(values: Tensor, mask: Tensor | None) -> Tensor:
-    """``values`` (*L, *S) with zeros where ``mask`` (*L) has no real token, in value and gradient."""
-    if mask is None:
-        return values
-    return values.masked_fill(~mask.bool()[(..., *[None] * (values.dim() - mask.dim()))], 0)

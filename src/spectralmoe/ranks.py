@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 
-from spectralmoe.context import Context, Rows, rows_of
+from spectralmoe.context import Context, Rows, rows_of, without_padding
 from spectralmoe.errors import UserError
 from spectralmoe.layers import plain_name, unwrapped
 from spectralmoe.recording import Recordable
@@ -133,20 +133,16 @@ class RankExperts(Recordable):
             mask: (...), True for real tokens. Padding has the output 0 and no part in any gradient.
             context: side information that the scorer reads: a ``Context``, or its rows (N, ...).
         """
-        fed, replay = self.take_feed(x.device), None
-        if fed is not None:
-            mask = fed.mask if mask is None else mask
-            context = fed.context if context is None else context
-            replay = fed.next_replay()
+        mask, context, replay = self.begin(x, mask, context)
         side = rows_of(context, x, mask)
         routing = self.router(x, mask=mask, context=side, replay=replay)
         self.leave(routing, None, self.seen(x, self.names_to_keep(), streams=self.router.scorer.streams_tokens), side)
-        rows = _real(x, mask).reshape(-1, x.shape[-1])
+        rows = without_padding(x, mask).reshape(-1, x.shape[-1])
         hidden = F.linear(rows, self.down.to(x.dtype))
         gates = F.pad(routing.gates(self.ranks), (self.shared, 0), value=1.0)
         y = torch.addmm(self.linear(rows), hidden * gates.to(hidden.dtype), self.up.to(x.dtype).T)
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], len(self.up))
-        return _real(y, mask)
+        return without_padding(y, mask)
 
     def rank(self, x: Tensor, e: int) -> Tensor:
         """Return what rank ``e`` of the R adds for x (M, D) with the gate 1: (M, O)."""
@@ -278,8 +274,3 @@ def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
             what = "attention" if isinstance(layer, NonDynamicallyQuantizableLinear) else type(owner).__name__
             raise UserError(f"add_ranks: {path} is not always called, torch's {what} reads its weight; leave it out")
     return chosen
-
-
-def _real(values: Tensor, mask: Tensor | None) -> Tensor:
-    """``values`` (..., D) with zeros where ``mask`` (...) has no real token, in value and gradient."""
-    return values if mask is None else values.masked_fill(~mask.bool()[..., None], 0)

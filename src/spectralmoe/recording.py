@@ -100,7 +100,7 @@ class Here(threading.local):
 class Recordable(nn.Module):
     """The base class of layers that ``record`` can record and ``feed`` can reach: ``MoE`` and ``RankExperts``.
 
-    Derive a layer of your own from it to have it recorded. Its ``forward`` calls ``take_feed`` first and ``leave`` with
+    Derive a layer of your own from it to have it recorded. Its ``forward`` calls ``begin`` first and ``leave`` with
     its routing, as ``MoE.forward`` does, and its constructor sets ``router``.
 
     Attributes:
@@ -168,6 +168,21 @@ class Recordable(nn.Module):
             met.add(module)
             if not isinstance(module, Recordable):
                 inside += [(f"{name}.{child}", value) for child, value in module.named_children()][::-1]
+
+    def begin(
+        self, x: Tensor, mask: Tensor | None, context: Context | Rows | None
+    ) -> tuple[Tensor | None, Context | Rows | None, Routing | Tensor | None]:
+        """Return mask, side information and replay for a forward on ``x``: what it was given, else what is fed.
+
+        Raises:
+            UserError: as ``take_feed`` and ``Feed.next_replay``.
+        """
+        fed = self.take_feed(x.device)
+        if fed is None:
+            return mask, context, None
+        mask = fed.mask if mask is None else mask
+        context = fed.context if context is None else context
+        return mask, context, fed.next_replay()
 
     def leave(
         self, routing: Routing, kept: Kept | None = None, tokens: Tensor | None = None, context: Rows | None = None

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import struct
-import zlib
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -13,7 +11,6 @@ from seeds import generator, shifted
 
 from spectralmoe import LinearScorer, Router, TopK, UserError
 from spectralmoe.adaptation import COPIES, Guard, adapt_one, apply_update, draw_receipt, make_receipt, receipt_lines
-from spectralmoe.adaptation.receipt_picture import png
 from spectralmoe.files import to_json
 from spectralmoe.models import sr_moe
 
@@ -241,19 +238,3 @@ def test_mistakes(made, images):
     update.written[0].target.write([value + 1 for value in update.written[0].new])
     with pytest.raises(UserError, match="has changed since this update"):
         make_receipt(model, images[:1], 0, update)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_png(channels):
-    image = torch.rand(channels, 5, 7, generator=generator(channels))
-    raw, chunks = png(image), {}
-    at = 8
-    while at < len(raw):
-        (length,) = struct.unpack(">I", raw[at : at + 4])
-        kind, body = raw[at + 4 : at + 8], raw[at + 8 : at + 8 + length]
-        assert struct.unpack(">I", raw[at + 8 + length : at + 12 + length]) == (zlib.crc32(kind + body),)
-        chunks[kind], at = body, at + 12 + length
-    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (7, 5, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
-    rows = torch.tensor(list(zlib.decompress(chunks[b"IDAT"]))).view(5, 1 + 7 * channels)
-    assert rows[:, 0].tolist() == [0] * 5
-    assert torch.equal(rows[:, 1:].view(5, 7, channels), (image * 255).round().long().permute(1, 2, 0))

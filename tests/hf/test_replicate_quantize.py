@@ -123,8 +123,8 @@ def test_without_copies_the_model_is_a_stock_one(tmp_path, close):
 def test_damaged_copies_are_refused(tmp_path, user_error):
     from safetensors.torch import load_file, save_file
 
-    from spectralmoe.files import read_json, write_json
-    from spectralmoe.hf.routers.files import ROUTERS, TENSORS, _sha256
+    from spectralmoe.files import read_json, sha256_of, write_json
+    from spectralmoe.hf.routers.files import ROUTERS, TENSORS
 
     model = stock_of("mixtral")
     made = replicate_and_quantize_experts(model, [batch(model)], importance="random").model
@@ -132,7 +132,7 @@ def test_damaged_copies_are_refused(tmp_path, user_error):
     tensors = load_file(tmp_path / "model" / TENSORS)
     save_file({n: v for n, v in tensors.items() if "copies.down" not in n}, tmp_path / "model" / TENSORS)
     config = read_json(tmp_path / "model" / ROUTERS)
-    write_json(tmp_path / "model" / ROUTERS, {**config, "sha256": _sha256(tmp_path / "model" / TENSORS)})
+    write_json(tmp_path / "model" / ROUTERS, {**config, "sha256": sha256_of(tmp_path / "model" / TENSORS)})
     with user_error("copies of", "do not fit", "missing 'down_proj'"):
         load_swapped(tmp_path / "model")
 

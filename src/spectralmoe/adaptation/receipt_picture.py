@@ -6,19 +6,16 @@ Plain SVG with the images inside, readable in any browser, light or dark.
 from __future__ import annotations
 
 import base64
-import struct
-import zlib
 from html import escape
 from textwrap import wrap
 
-import torch
 from torch import Tensor
 
 from spectralmoe.adaptation.receipt import Flip, Receipt
 from spectralmoe.adaptation.receipt_text import carried_lines, sample_line
-from spectralmoe.errors import UserError
+from spectralmoe.draw.png import png
 
-__all__ = ["STYLE", "draw_receipt", "png"]
+__all__ = ["STYLE", "draw_receipt"]
 
 SHOWN = 24
 _PER_ROW, _CELL, _THUMB, _LINE, _MARGIN, _SAMPLE, _NAME = 8, 96, 72, 15, 20, 120, 10
@@ -70,28 +67,6 @@ def draw_receipt(receipt: Receipt, image: Tensor, references: Tensor | None = No
         corner = (_MARGIN + column * _CELL, top + row * row_height)
         parts += _cell(receipt, references[index], index, flip, corner)
     return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def png(image: Tensor) -> bytes:
-    """An image (C, H, W) with values in [0, 1], C = 1 (grey) or 3 (RGB), as the bytes of a PNG file.
-
-    Raises:
-        UserError: another shape.
-
-    >>> png(torch.zeros(1, 2, 2))[:4]
-    b'\\x89PNG'
-    """
-    if image.dim() != 3 or len(image) not in (1, 3):
-        raise UserError(f"a picture needs images of 1 or 3 channels, (C, H, W), not {tuple(image.shape)}")
-    pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    height, width, channels = pixels.shape
-    rows = b"".join(b"\0" + row.contiguous().numpy().tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
-
-
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def _shown(receipt: Receipt, references: Tensor | None) -> list[tuple[int, Flip | None]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.adaptation.memory import same_elements
+from spectralmoe.digests import sha256_of_tensors
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import Experts
 from spectralmoe.layers import moe_layers
@@ -127,11 +127,7 @@ def canonical(x: Tensor) -> Tensor:
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes."""
-    sha = hashlib.sha256()
-    for name, value in tensors.items():
-        sha.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+    return sha256_of_tensors((f"{name} {value.dtype} {tuple(value.shape)};", value) for name, value in tensors.items())
 
 
 def joined(targets: Sequence[Target]) -> Weights:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from spectralmoe.bench.case import BEST_PEER, LIMIT
 from spectralmoe.draw.panels import Intervals, Mark
+from spectralmoe.draw.tables import markdown_table
 
 __all__ = ["as_markdown", "ratio_panels", "roles", "target_cells"]
 
@@ -25,7 +26,7 @@ def as_markdown(result: Row) -> str:
     how = f"{settings['rounds']} rounds, {settings['threads']} threads, {settings['device']}"
     how += ", quick sizes" * settings["quick"] + ", freed memory kept" * settings["keep_memory"]
     lines += [f"{about}. {how}.", "", "## Targets", ""]
-    lines += _table(["what", "at most", "measured", "met"], [target_cells(row) for row in result["targets"]])
+    lines += markdown_table(["what", "at most", "measured", "met"], [target_cells(row) for row in result["targets"]])
     for suite in dict.fromkeys(case["suite"] for case in result["cases"]):
         lines += ["", f"## {suite}"]
         for case in result["cases"]:
@@ -77,7 +78,7 @@ def _case(case: Row) -> list[str]:
         said = item["gate"] if not item["note"] else f"{item['gate']}; {item['note']}"
         rows.append([item["name"], item["kind"], _interval(scaled) if value else "-", rate, share, said])
     lines = [f"### {case['name']}", ""]
-    lines += _table(["candidate", "kind", unit, "GFLOP/s", "of large matmul", "gate"], rows) if rows else []
+    lines += markdown_table(["candidate", "kind", unit, "GFLOP/s", "of large matmul", "gate"], rows) if rows else []
     lines += ["", *(f"- {row['of']} / {_side(row)}: {_interval(row)}" for row in roles(case))]
     return lines + [f"- without {name}: {why}" for name, why in case["skipped"].items()]
 
@@ -89,8 +90,3 @@ def _side(row: Row) -> str:
 def _interval(row: Row, key: str = "median") -> str:
     low = "" if row["low"] is None else f" ({row['low']:.3g} to {row['high']:.3g})"
     return f"{row[key]:.3g}{low}"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

@@ -31,7 +31,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 
 def experts_of_config(config: Mapping[str, Any]) -> dict[str, int]:
-    """The numbers of experts in any part of a model's config: key -> how many, shared ones left out.
+    """The numbers of experts in any part of a model's config: key -> how many, shared ones and a single one left out.
 
     >>> experts_of_config({"ffn_config": {"moe_num_experts": 8}, "n_shared_experts": 2})
     {'ffn_config.moe_num_experts': 8}
@@ -42,9 +42,13 @@ def experts_of_config(config: Mapping[str, Any]) -> dict[str, int]:
     for key, value in config.items():
         if isinstance(value, dict):
             numbers |= {f"{key}.{name}": count for name, count in experts_of_config(value).items()}
-        elif _COUNT.search(key) and "shared" not in key and "per_tok" not in key and type(value) is int and value > 1:
+        elif type(value) is int and value > 1 and _is_count(str(key)):  # transformers has labels by number
             numbers[key] = value
     return numbers
+
+
+def _is_count(key: str) -> bool:
+    return _COUNT.search(key) is not None and "shared" not in key and "per_tok" not in key
 
 
 def top_k_of_config(config: Mapping[str, Any]) -> int | None:

@@ -19,10 +19,11 @@ from spectralmoe.cli.options import (
     Json,
     Seed,
     TextFiles,
+    is_own,
     refuse_outputs,
 )
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.files import make_folder, read_json, write_json, write_text
+from spectralmoe.files import make_folder, write_json, write_text
 
 __all__ = ["inspect"]
 
@@ -138,13 +139,6 @@ def _make_out(out: Path | None) -> None:
     if (out / "history.json").exists():
         raise UserError(f"--out {out} holds a training and its report.html; name another folder for the inspection")
     make_folder(out)
-
-
-def is_own(folder: Path) -> bool:
-    """Whether ``spectralmoe.save`` wrote this folder."""
-    config = folder / "config.json"
-    content = read_json(config) if config.is_file() else None
-    return isinstance(content, dict) and "spectralmoe" in content
 
 
 def show(document: dict[str, Any], out: Path | None) -> None:

@@ -12,12 +12,14 @@ import typer
 
 from spectralmoe.cli.completion import complete_images, one_among
 from spectralmoe.errors import UserError
+from spectralmoe.files import read_json
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from spectralmoe.data.image_data import ImageData
+    from spectralmoe.hf import TransformersModel
     from spectralmoe.models import SRMoE
     from spectralmoe.training.network import ModelMeta
     from spectralmoe.training.tasks import Task
@@ -36,8 +38,10 @@ __all__ = [
     "Out",
     "PrintConfig",
     "Seed",
+    "is_own",
     "load_network",
     "load_saved",
+    "load_stock_model",
     "open_data",
     "read_data",
     "read_k",
@@ -191,6 +195,30 @@ def refuse_outputs(path: Path) -> None:
     for name, what in OUTPUTS.items():
         if (path / name).is_file():
             raise UserError(f"{path} holds {what.format(path=path)}, not a model")
+
+
+def is_own(folder: Path) -> bool:
+    """Whether ``spectralmoe.save`` wrote this folder."""
+    config = folder / "config.json"
+    content = read_json(config) if config.is_file() else None
+    return isinstance(content, dict) and "spectralmoe" in content
+
+
+def load_stock_model(source: str, cure: str, **how: Any) -> TransformersModel:
+    """A model of transformers, as ``load_transformers(source, **how)``.
+
+    Args:
+        cure: what is said of a network of this library.
+
+    Raises:
+        UserError: it is one, or something else that this library wrote; or as ``load_transformers``.
+    """
+    from spectralmoe.hf.load import load_transformers
+
+    refuse_outputs(Path(source))
+    if is_own(Path(source)):
+        raise UserError(f"{source} holds a model of spectralmoe{cure}")
+    return load_transformers(source, **how)
 
 
 def load_saved(folder: Path, device: torch.device, allow: Sequence[str] | None) -> tuple[type[Task], nn.Module, Any]:

@@ -11,7 +11,7 @@ import typer
 
 from spectralmoe.cli.completion import one_among
 from spectralmoe.cli.console import print_json, print_table, say, show_progress
-from spectralmoe.cli.options import DeviceName, Json, Seed, TextFiles, refuse_outputs, say_notes
+from spectralmoe.cli.options import DeviceName, Json, Seed, TextFiles, load_stock_model, say_notes
 from spectralmoe.errors import UserError, one_of
 
 if TYPE_CHECKING:
@@ -117,17 +117,10 @@ def _load(source: str, dtype: torch.dtype | None, device: torch.device) -> Trans
     """A decoder of transformers.
 
     Raises:
-        UserError: it is something else, or as ``load_transformers``.
+        UserError: it has an encoder; or as ``load_stock_model``.
     """
-    from spectralmoe.cli.inspect import is_own
-    from spectralmoe.hf.load import load_transformers
-
-    refuse_outputs(Path(source))
-    if is_own(Path(source)):
-        raise UserError(
-            f"{source} holds a model of spectralmoe, not of transformers; use spectralmoe.compression.prune"
-        )
-    loaded = load_transformers(source, dtype=dtype, device=device)
+    cure = ", not of transformers; use spectralmoe.compression.prune"
+    loaded = load_stock_model(source, cure, dtype=dtype, device=device)
     if loaded.model.config.is_encoder_decoder:
         raise UserError(f"{source} has an encoder, and prune reads text with decoders alone; use hf.prune_experts")
     return loaded

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spectralmoe.cli.console import print_json
+from spectralmoe.cli.console import count, print_json
 from spectralmoe.cli.options import Json
 from spectralmoe.errors import UserError
 from spectralmoe.files import write_text
@@ -46,8 +46,7 @@ def report(
     if json:
         print_json({"out": str(out), "bytes": size, "documents": read})
         return
-    counted = f"{len(read)} document{'' if len(read) == 1 else 's'}"
-    typer.echo(f"{counted}, {size / 1000:,.0f} kB: {out}")
+    typer.echo(f"{count(len(read), 'document')}, {size / 1000:,.0f} kB: {out}")
 
 
 def _title(titles: list[str]) -> str:

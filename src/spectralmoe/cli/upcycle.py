@@ -12,13 +12,11 @@ import typer
 
 from spectralmoe.cli.completion import one_among
 from spectralmoe.cli.console import print_json, print_table, say, show_progress
-from spectralmoe.cli.options import DeviceName, Json, Seed, TextFiles, refuse_outputs, say_notes, split_numbers
+from spectralmoe.cli.options import DeviceName, Json, Seed, TextFiles, load_stock_model, say_notes, split_numbers
 from spectralmoe.errors import UserError, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from spectralmoe.hf import TransformersModel
 
 __all__ = ["upcycle"]
 
@@ -90,6 +88,7 @@ def upcycle(
     from spectralmoe.hf import encode
     from spectralmoe.hf.stock_folder import make_new_folder, save_stock
     from spectralmoe.hf.upcycling import upcycle as run_upcycling
+    from spectralmoe.hf.upcycling.dense import admit_dense
     from spectralmoe.hf.upcycling.plan import router_notes
     from spectralmoe.training.settings import pick_device
 
@@ -103,7 +102,8 @@ def upcycle(
     make_new_folder(out)  # before a long run, not after it
     with show_progress(quiet=json) as progress:
         progress(f"loading {model}", 0.0)
-        loaded = _load(model, DTYPES[dtype], pick_device(device))
+        cure = "; upcycle makes experts of models of transformers"
+        loaded = load_stock_model(model, cure, dtype=DTYPES[dtype], device=pick_device(device), admit=admit_dense)
         say_notes([*notes, *loaded.notes])
         share = -(-tokens // max(len(texts), 1))
         calibration = [encode(loaded, "\n".join(documents), share) for documents in texts.values()]
@@ -149,22 +149,6 @@ def upcycle(
         print_json(result)
     else:
         _show(result)
-
-
-def _load(source: str, dtype: Any, device: Any) -> TransformersModel:
-    """The dense model.
-
-    Raises:
-        UserError: as ``load_transformers``; one that cannot be upcycled, before its weights are read.
-    """
-    from spectralmoe.cli.inspect import is_own
-    from spectralmoe.hf.load import load_transformers
-    from spectralmoe.hf.upcycling.dense import admit_dense
-
-    refuse_outputs(Path(source))
-    if is_own(Path(source)):
-        raise UserError(f"{source} holds a model of spectralmoe; upcycle makes experts of models of transformers")
-    return load_transformers(source, dtype=dtype, device=device, admit=admit_dense)
 
 
 def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

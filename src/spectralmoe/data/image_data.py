@@ -6,7 +6,6 @@ like. Nothing is ever downloaded unless the caller asks for it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from spectralmoe.data.image_files import read_image
 from spectralmoe.data.image_folders import FolderImages, read_folder
 from spectralmoe.data.sources import download_fashion, fetched_to, packaged_file, read_idx_pair, read_table
 from spectralmoe.data.splits import stratified
+from spectralmoe.digests import sha256_of_tensors
 from spectralmoe.errors import UserError, one_of
 
 __all__ = ["DATASETS", "ImageData", "Loader", "Split", "load_data", "read_image"]
@@ -83,11 +83,8 @@ class ImageData:
     @property
     def fingerprint(self) -> str:
         """The first 16 digits of a SHA-256 of all images and labels: a name may stand for other images another day."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.validation, self.test):
-            digest.update(part.images.contiguous().numpy().data)
-            digest.update(part.labels.contiguous().numpy().data)
-        return digest.hexdigest()[:16]
+        parts = (self.train, self.validation, self.test)
+        return sha256_of_tensors(("", values) for part in parts for values in (part.images, part.labels))[:16]
 
     def subset(self, train_size: int) -> ImageData:
         """The same data with only the first ``train_size`` training images, balanced over the classes.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from torch import Tensor
 from spectralmoe.data.image_files import is_image_name, named, probe, read_image
 from spectralmoe.data.sources import files_below
 from spectralmoe.errors import UserError, one_of
+from spectralmoe.files import sha256_of
 
 __all__ = ["PHOTO_PARTS", "Photo", "PhotoData", "PhotoPart", "load_photos", "patches_of"]
 
@@ -121,7 +121,7 @@ def _folder(root: Path) -> PhotoData:
     if not root.is_dir():
         raise UserError(f"folder {str(root)!r} {'is not a folder' if root.exists() else 'does not exist'}")
     files = [path for path in files_below(root) if is_image_name(path)]
-    found = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in reversed(files)}
+    found = {sha256_of(path): path for path in reversed(files)}
     paths = [found[digest] for digest in sorted(found)]
     if len(paths) < _FEWEST:
         raise UserError(f"folder {str(root)!r} has {len(paths)} different images; at least {_FEWEST} fill all parts")

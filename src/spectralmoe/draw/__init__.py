@@ -1,1 +1,1 @@
-"""Figures for documents and papers."""
+"""Figures and tables for documents and papers."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from spectralmoe.errors import UserError
-from spectralmoe.files import locked, make_folder, read_json, remove_parts, write_json
+from spectralmoe.files import dotted, locked, make_folder, read_json, remove_parts, write_json
 
 __all__ = ["run_folder"]
 
@@ -84,7 +84,7 @@ def _claim(
         stored = {**{key: settings[key] for key in adds}, **stored}
     if not isinstance(stored, dict) or not _same_keys(stored, settings):
         raise UserError(f"{out / SETTINGS} is not from a run of this command; choose another --out")
-    old, new = (_flat({key: value for key, value in one.items() if key not in grows}) for one in (stored, settings))
+    old, new = (dotted({key: value for key, value in one.items() if key not in grows}) for one in (stored, settings))
     for key in sorted(new.keys() | old.keys()):
         if old.get(key) != new.get(key):
             raise UserError(
@@ -109,10 +109,3 @@ def _united(old: Any, new: Any, path: Path) -> Any:
 def _same_keys(stored: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether both are settings of one command; an option of a later version is None for a run of an earlier one."""
     return all({**stored, **settings}[key] is None for key in stored.keys() ^ settings.keys())
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level with dotted keys."""
-    if not isinstance(values, dict):
-        return {prefix[:-1]: values}
-    return {key: value for name, inner in values.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from spectralmoe.checkpoints.config import experts_of_config
 from spectralmoe.errors import UserError
 from spectralmoe.hf.layer import HFLayer
-from spectralmoe.hf.structure import count_experts, named_experts, router_name
+from spectralmoe.hf.structure import count_experts, router_name
 from spectralmoe.recording import Recordable
 
 __all__ = ["find_layers", "refuse_shared"]
@@ -54,7 +55,8 @@ def refuse_shared(layers: Sequence[HFLayer]) -> None:
 def _why_none(model: nn.Module) -> str:
     """The reason why no layers were found: a dense model, or experts in an unknown form."""
     config = getattr(model, "config", None)
-    count = 0 if config is None else named_experts(config.to_dict())
-    if count:
+    counts = {} if config is None else experts_of_config(config.to_dict())
+    if counts:
+        count = next(iter(counts.values()))
         return f" that it can read, though its config names {count} experts: it cannot read this model family"
     return ": a dense model has no router to see"

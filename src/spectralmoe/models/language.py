@@ -7,7 +7,7 @@ and Wolf, arXiv 1608.05859. Without biases, as in Llama (Touvron et al., arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from spectralmoe.context import Context
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.errors import UserError
-from spectralmoe.experts import Experts, FeedForward
+from spectralmoe.experts import FeedForward
+from spectralmoe.models.build import ExpertsFactory, RouterFactory, layers_of
 from spectralmoe.moe import MoE
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
@@ -210,10 +211,6 @@ def rotated(x: Tensor, first: int = 0) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-RouterFactory = Callable[[int, int], Router]
-ExpertsFactory = Callable[[int, int, int], Experts]
-
-
 def balanced_router(dim: int, num_experts: int) -> Router:
     """Make a linear gate with two experts a token and a loss-free selection bias; with E < 3 all experts are used."""
     scorer = LinearScorer(dim, num_experts)
@@ -252,10 +249,7 @@ def language_moe(
     """
     make_bank = experts or partial(FeedForward, activation="swiglu", spare=spare)
     banks = [make_bank(num_experts, width, hidden) for _ in range(depth)]
-    state = torch.get_rng_state()
-    routers = [router(width, num_experts) for _ in range(depth)]
-    torch.set_rng_state(state)
-    blocks = [DecoderBlock(MoE(r, bank), heads) for r, bank in zip(routers, banks, strict=True)]
+    blocks = [DecoderBlock(layer, heads) for layer in layers_of(banks, router, width, num_experts)]
     with torch.no_grad():
         for block in blocks:
             block.attention.out.weight.mul_((2 * depth) ** -0.5)

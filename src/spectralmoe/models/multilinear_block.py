@@ -84,11 +84,7 @@ class MultilinearBlock(Recordable):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, context: Context | Rows | None = None) -> Tensor:
         """Run the block on x (..., D) -> (..., D); padding (``mask`` False) has the output and the gradient 0."""
-        fed, replay = self.take_feed(x.device), None
-        if fed is not None:
-            mask = fed.mask if mask is None else mask
-            context = fed.context if context is None else context
-            replay = fed.next_replay()
+        mask, context, replay = self.begin(x, mask, context)
         side = rows_of(context, x, mask)
         routing = self.router(x, mask=mask, context=side, replay=replay)
         seen = self.seen(x, self.names_to_keep(), streams=self.router.scorer.streams_tokens)

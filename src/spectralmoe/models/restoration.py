@@ -6,15 +6,15 @@ Learners for Any Image Restoration" (MoCE-IR), arXiv 2411.18466, section 3, with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.context import Context
 from spectralmoe.errors import UserError
-from spectralmoe.experts import ConvExperts, Experts, FeedForward
+from spectralmoe.experts import ConvExperts, FeedForward
+from spectralmoe.models.build import ExpertsFactory, RouterFactory, layers_of
 from spectralmoe.moe import MoE
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
@@ -44,6 +44,7 @@ class RestorationMoE(nn.Module):
         UserError: there is no block, the blocks differ in width, or a size is below 1. In forward: the images are not
             (B, C, H, W), or the severity has another shape.
 
+    >>> import torch
     >>> model = restoration_moe(width=16, num_experts=4, hidden=8)
     >>> images = torch.rand(2, 3, 17, 20)
     >>> torch.equal(model(images), images)  # before it is trained
@@ -134,10 +135,6 @@ class RestorationBlock(nn.Module):
         return x + y
 
 
-RouterFactory = Callable[[int, int], Router]
-ExpertsFactory = Callable[[int, int, int], Experts]
-
-
 def restoration_moe(
     *,
     width: int = 32,
@@ -166,10 +163,7 @@ def restoration_moe(
     unit = Pixel() if unit is None else unit
     make_bank = experts or (ConvExperts if unit.pooled else FeedForward)
     banks = [make_bank(num_experts, width, hidden) for _ in range(depth)]
-    state = torch.get_rng_state()
-    routers = [(router or _one_expert)(width, num_experts) for _ in range(depth)]
-    torch.set_rng_state(state)
-    layers = [MoE(r, bank, unit=unit) for r, bank in zip(routers, banks, strict=True)]
+    layers = layers_of(banks, router or _one_expert, width, num_experts, unit=unit)
     blocks = [RestorationBlock(layer, width) for layer in layers]
     return RestorationMoE(blocks, stem=stem, scale=scale, severities=severities)
 

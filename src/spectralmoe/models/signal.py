@@ -7,7 +7,7 @@ convolutions that differ in width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from spectralmoe.context import Context
 from spectralmoe.errors import UserError
-from spectralmoe.experts import Experts, HeterogeneousExperts
+from spectralmoe.experts import HeterogeneousExperts
+from spectralmoe.models.build import ExpertsFactory, RouterFactory, layers_of
 from spectralmoe.moe import MoE
 from spectralmoe.router import Router
 from spectralmoe.scorers import SpectrumScorer
@@ -117,10 +118,6 @@ class SignalMoE(nn.Module):
         return F.layer_norm(level, level.shape[1:])[:, None]
 
 
-RouterFactory = Callable[[int, int], Router]
-ExpertsFactory = Callable[[int, int, int], Experts]
-
-
 def spectrum_router(dim: int, num_experts: int) -> Router:
     """Make a router that reads the spectrum of the signal and chooses one expert."""
     return Router(SpectrumScorer(dim, num_experts), TopK(1))
@@ -159,8 +156,5 @@ def signal_moe(
         experts: a function (E, C, H) -> bank of experts on maps; the default is ``signal_experts``.
     """
     banks = [experts(num_experts, width, hidden) for _ in range(depth)]
-    state = torch.get_rng_state()
-    routers = [router(width, num_experts) for _ in range(depth)]
-    torch.set_rng_state(state)
-    blocks = [SignalBlock(MoE(r, bank, unit=Sample())) for r, bank in zip(routers, banks, strict=True)]
-    return SignalMoE(blocks, num_classes)
+    layers = layers_of(banks, router, width, num_experts, unit=Sample())
+    return SignalMoE([SignalBlock(layer) for layer in layers], num_classes)

@@ -11,14 +11,15 @@ the stem, and the experts (Linear, ReLU, Linear). The terms are those of ``spect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.experts import Experts, FeedForward
+from spectralmoe.experts import FeedForward
+from spectralmoe.models.build import ExpertsFactory, RouterFactory, layers_of
 from spectralmoe.moe import MoE
 from spectralmoe.router import Router
 from spectralmoe.scorers import PrototypeScorer
@@ -176,10 +177,6 @@ class _Tail(nn.Module):
         return logits
 
 
-RouterFactory = Callable[[int, int], Router]
-ExpertsFactory = Callable[[int, int, int], Experts]
-
-
 def prototype_router(dim: int, num_experts: int) -> Router:
     """Make a prototype gate with two experts a token and a loss-free selection bias; with E < 3 all experts are used.
 
@@ -240,10 +237,8 @@ def sr_moe(
     for bank in banks:
         if isinstance(bank, FeedForward):
             _start_small(bank, depth)
-    state = torch.get_rng_state()
-    routers = [router(width, num_experts) for _ in range(depth)]
-    torch.set_rng_state(state)
-    stages = [Stage(MoE(r, bank), residual=residual, centred=centred) for r, bank in zip(routers, banks, strict=True)]
+    layers = layers_of(banks, router, width, num_experts)
+    stages = [Stage(layer, residual=residual, centred=centred) for layer in layers]
     return SRMoE(stem, stages, num_classes)
 
 

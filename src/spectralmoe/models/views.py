@@ -9,16 +9,16 @@ post-norm form throughout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
-from spectralmoe.experts import Experts, FeedForward
+from spectralmoe.experts import FeedForward
+from spectralmoe.models.build import ExpertsFactory, RouterFactory, layers_of
 from spectralmoe.moe import MoE
-from spectralmoe.router import Router
 
 __all__ = ["SparseCrossImputer", "ViewsBlock", "ViewsMoE", "views_moe"]
 
@@ -152,13 +152,13 @@ def views_moe(
     num_classes: int,
     widths: Sequence[int],
     *,
-    router: Callable[[int, int], Router],
+    router: RouterFactory,
     width: int = 64,
     depth: int = 2,
     heads: int = 4,
     num_experts: int = 8,
     hidden: int = 32,
-    experts: Callable[[int, int, int], Experts] | None = None,
+    experts: ExpertsFactory | None = None,
     keep: int = 0,
 ) -> ViewsMoE:
     """Build a ``ViewsMoE`` of ``depth`` equal blocks.
@@ -174,11 +174,7 @@ def views_moe(
         keep: from how many tokens the ``SparseCrossImputer`` of each block makes a missing view; 0 leaves it out.
     """
     banks = [(experts or _gelu)(num_experts, width, hidden) for _ in range(depth)]
-    state = torch.get_rng_state()
-    routers = [router(width, num_experts) for _ in range(depth)]
-    torch.set_rng_state(state)
-    layers = [MoE(r, bank) for r, bank in zip(routers, banks, strict=True)]
-    blocks = [ViewsBlock(layer, heads) for layer in layers]
+    blocks = [ViewsBlock(layer, heads) for layer in layers_of(banks, router, width, num_experts)]
     network = ViewsMoE(blocks, widths, num_classes)
     if keep:  # last, so that networks with and without start alike
         for block in blocks:

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spectralmoe.errors import UserError
 from spectralmoe.experts import MPOExperts
-from spectralmoe.optim.own_state import moved_home, travel_with
+from spectralmoe.optim.own_state import moved_home, states_of, travel_with
 from spectralmoe.sharding import full
 
 __all__ = ["mask_central", "mask_gradient"]
@@ -113,20 +113,16 @@ def mask_central(optimizer: Optimizer, model: nn.Module, *, keep: float | None =
     def remember(optimizer: Optimizer, *_: Any) -> None:
         nonlocal done
         done += 1
-        _states(optimizer)[STATE] = {str(number): each.get_state() for number, each in enumerate(generators)}
+        states_of(optimizer)[STATE] = {str(number): each.get_state() for number, each in enumerate(generators)}
 
     def go_on(optimizer: Optimizer) -> None:
-        for number, state in _states(optimizer).get(STATE, {}).items():
+        for number, state in states_of(optimizer).get(STATE, {}).items():
             generators[int(number)].set_state(full(state).to("cpu", torch.uint8))
 
     travel_with(optimizer, STATE, cores[0][0])
     optimizer.register_step_post_hook(remember)
     optimizer.register_load_state_dict_post_hook(go_on)
-    if STATE in (state := moved_home(own := _states(optimizer), STATE)):
+    if STATE in (state := moved_home(own := states_of(optimizer), STATE)):
         own.clear()
         own.update(state)
     go_on(optimizer)  # where a checkpoint was loaded before
-
-
-def _states(optimizer: Optimizer) -> dict[Any, Any]:
-    return optimizer.state

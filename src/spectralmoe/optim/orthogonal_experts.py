@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.layers import moe_layers
 from spectralmoe.movement import parallel_of, refuse_join
-from spectralmoe.optim.own_state import moved_home, travel_with
+from spectralmoe.optim.own_state import moved_home, states_of, travel_with
 from spectralmoe.optim.projectors import add_inputs, others, projected, projectors
 from spectralmoe.recording import Recordable
 from spectralmoe.sharding import full
@@ -123,7 +123,7 @@ class OrthogonalExperts:
         if on not in ("gradient", "update"):
             raise one_of("on", on, ["gradient", "update"])
         hooked = any(isinstance(getattr(h, "__self__", None), OrthogonalExperts) for h in hooks_before_step(optimizer))
-        if hooked or STATE in moved_home(_states(optimizer), STATE):
+        if hooked or STATE in moved_home(states_of(optimizer), STATE):
             raise UserError(
                 f"OrthogonalExperts: this {type(optimizer).__name__} has projectors already; remove() the first, and "
                 "load a state after this is made"
@@ -152,7 +152,7 @@ class OrthogonalExperts:
         for handle in self._handles:
             handle.remove()
         if (optimizer := self._optimizer()) is not None:
-            _states(optimizer).pop(STATE, None)
+            states_of(optimizer).pop(STATE, None)
 
     def protect(self, outer: Tensor, total: Tensor, count: Tensor) -> Tensor:
         """Return the projectors P_j (E, D, D) by the sums of x x' (E, D, D) and of x (E, D), and the counts (E,)."""
@@ -167,7 +167,7 @@ class OrthogonalExperts:
         refuse_join(self._parallel, "without Join, with as many batches on every rank")
         if self.on == "gradient" and kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise UserError('OrthogonalExperts: this closure computes the gradient within the step; use on="update"')
-        own = _states(optimizer)[STATE] = _states(optimizer).get(STATE) or dict(_START)
+        own = states_of(optimizer)[STATE] = states_of(optimizer).get(STATE) or dict(_START)
         if own["gathers"]:
             self._gather(own)
         elif self.on == "update":
@@ -179,7 +179,7 @@ class OrthogonalExperts:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        own = _states(optimizer)[STATE]
+        own = states_of(optimizer)[STATE]
         if own["gathers"]:
             self._gather(own)  # forwards of a closure
         for name, before in self._before.items():
@@ -192,7 +192,7 @@ class OrthogonalExperts:
 
     def _loaded(self, optimizer: Optimizer) -> None:
         """The state is the loaded one, in memory of its own; recording follows its phase."""
-        loaded: dict[str, Any] = _states(optimizer).get(STATE) or _START
+        loaded: dict[str, Any] = states_of(optimizer).get(STATE) or _START
         other = ("others",) if loaded["gathers"] else _SUMS  # zeros of the other phase, see ``_whole``
         loaded = {key: value for key, value in loaded.items() if key.rpartition(".")[2] not in other}
         devices = {name: weight.device for name, weight in self._weights().items()}
@@ -201,7 +201,7 @@ class OrthogonalExperts:
         if names - devices.keys() or (not loaded["gathers"] and names != devices.keys()):
             theirs, ours = (", ".join(map(repr, sorted(each))) for each in (names, devices))
             raise UserError(f"OrthogonalExperts: the loaded state is of layers {theirs}, the trained ones are {ours}")
-        own = _states(optimizer)[STATE] = {
+        own = states_of(optimizer)[STATE] = {
             key: full(value).to(devices[owner[key]], copy=True) if key in owner else value
             for key, value in loaded.items()
         }
@@ -257,10 +257,6 @@ class OrthogonalExperts:
             for total in sums:
                 dist.all_reduce(total, group=self.group)
         return sums
-
-
-def _states(optimizer: Optimizer) -> dict[Any, Any]:
-    return optimizer.state
 
 
 def _bank(layer: Recordable) -> Any:

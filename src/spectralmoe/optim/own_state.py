@@ -12,9 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["moved_home", "travel_with"]
+__all__ = ["moved_home", "states_of", "travel_with"]
 
 State = Mapping[Any, Any]
+
+
+def states_of(optimizer: Optimizer) -> dict[Any, Any]:
+    """Return ``optimizer.state``, whose keys may be names here."""
+    return optimizer.state
 
 
 def travel_with(

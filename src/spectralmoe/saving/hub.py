@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.files import write_text
+from spectralmoe.files import dotted, write_text
 from spectralmoe.model_folder import CONFIG, PARTS, WEIGHTS
 from spectralmoe.saving.parts import holds_parts, load_parts, read_parts_config, save_parts
 from spectralmoe.saving.whole import load, read_config, save
@@ -47,7 +47,7 @@ def model_card(model: VisionMoE, meta: Mapping[str, Any], *, parts_only: bool = 
         lines += [f"| `{name}` | {' '.join(f'{x:.3f}' for x in load)} |" for name, load in results["loads"].items()]
     if settings:
         lines += ["", "## Settings", "", "| | |", "| --- | --- |"]
-        lines += [f"| {name} | {value} |" for name, value in _flat(settings).items()]
+        lines += [f"| {name} | {value} |" for name, value in dotted(settings).items()]
     return "\n".join(lines) + "\n"
 
 
@@ -151,10 +151,3 @@ def _usage(parts_only: bool) -> list[str]:
     if not parts_only:
         return [*start, 'model = HubVisionMoE.from_pretrained("...")']
     return [*start, 'model = HubVisionMoE.from_pretrained("...", backbone=...)  # the timm model they were trained on']
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat

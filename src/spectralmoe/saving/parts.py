@@ -6,20 +6,19 @@ that they belong to. Nothing in either runs code.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from spectralmoe.digests import sha256_of_tensors
 from spectralmoe.errors import UserError
 from spectralmoe.files import read_json
 from spectralmoe.layers import plain_name, unwrapped
 from spectralmoe.manifold import warn_off_manifold
-from spectralmoe.model_folder import CONFIG, PARTS, read_config_of, read_model_folder, write_model
+from spectralmoe.model_folder import CONFIG, PARTS, build_checked, fill, read_config_of, read_model_folder, write_model
 from spectralmoe.saving.tables import TABLES
 from spectralmoe.sharding import full
 from spectralmoe.spec import build, describe
@@ -65,23 +64,21 @@ def load_parts(folder: str | Path, backbone: nn.Module | Mapping[str, Tensor]) -
     folder = Path(folder)
     config, tensors = read_model_folder(folder, read_parts_config)
     try:
-        with torch.random.fork_rng(devices=[]):
-            with torch.device("meta"):  # first without memory: a config cannot ask for more than there is
-                of_parts, rest = _split(build(config["model"], tables=TABLES))
-            given = _own_names(backbone)
+        given = _own_names(backbone)
+
+        def check(model: VisionMoE) -> None:
+            of_parts, rest = _split(model)
             used = {name: given[name] for name in rest if name in given}
             if digest_of(used) != config["backbone_sha256"]:
                 what = _difference(rest, used)
                 raise UserError(f"{folder} holds parts for another backbone than the one given: {what}")
-            if {name: value.shape for name, value in of_parts.items()} != {
-                n: value.shape for n, value in tensors.items()
-            }:
+            shapes, found = ({name: value.shape for name, value in one.items()} for one in (of_parts, tensors))
+            if shapes != found:
                 raise UserError(f"{folder / PARTS} holds other tensors than {CONFIG} describes; save them again")
-            model: VisionMoE = build(config["model"], tables=TABLES)
-        values = {**used, **tensors}
-        for name, target in model.state_dict(keep_vars=True).items():
-            target.data = target.data.to(values[name].dtype)
-        model.load_state_dict(values)
+
+        model: VisionMoE = build_checked(lambda: build(config["model"], tables=TABLES), check)
+        values = {**given, **tensors}
+        fill(model, {name: values[name] for name in model.state_dict()})
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{folder} does not hold the parts of a model ({reason}); save them again") from error
@@ -100,12 +97,8 @@ def _split(model: VisionMoE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Compute the SHA-256 of tensors: of their names, dtypes and values."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = full(tensors[name].detach()).cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    items = sorted(tensors.items())
+    return sha256_of_tensors((f"{name} {value.dtype} {tuple(value.shape)}\n", value) for name, value in items)
 
 
 def _own_names(backbone: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError, first_line
-from spectralmoe.layers import plain_name, unwrapped
+from spectralmoe.layers import below, plain_name, unwrapped
 from spectralmoe.model_folder import CONFIG, PARTS, read_config_of, read_model_folder, write_model
 from spectralmoe.ranks import RankExperts, modules_of, put_ranks, refuse_parallel
 from spectralmoe.saving.parts import digest_of
@@ -147,7 +147,7 @@ def _built(linear: nn.Linear, spec: Mapping[str, Any], allow: Sequence[str]) -> 
 def _fill(path: str, layer: RankExperts, tensors: Mapping[str, Tensor]) -> None:
     """Give a layer without memory its tensors, on the device of its linear layer."""
     own = {name: value.shape for name, value in _own(layer).items()}
-    given = {name.removeprefix(f"{path}."): value for name, value in tensors.items() if name.startswith(f"{path}.")}
+    given = below(f"{path}.", tensors)
     if own != {name: value.shape for name, value in given.items()}:
         raise UserError(f"{PARTS} holds other tensors for {path} than {CONFIG} describes; save them again")
     layer.load_state_dict({name: value.to(layer.linear.weight.device) for name, value in given.items()}, False, True)

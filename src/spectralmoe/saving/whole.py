@@ -17,7 +17,7 @@ from spectralmoe.errors import UserError, first_line, refuse_differences
 from spectralmoe.files import exists, read_json
 from spectralmoe.layers import moe_layers, plain_name, unwrapped
 from spectralmoe.manifold import warn_off_manifold
-from spectralmoe.model_folder import CONFIG, WEIGHTS, read_model_folder, weights_file, write_model
+from spectralmoe.model_folder import CONFIG, WEIGHTS, build_checked, fill, read_model_folder, weights_file, write_model
 from spectralmoe.saving.tables import TABLES
 from spectralmoe.sharding import full, sharded_as
 from spectralmoe.spec import build, describe
@@ -119,17 +119,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _build(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], allow: Sequence[str]) -> nn.Module:
-    """Build the described network, first without memory: a config cannot ask for more than its file holds."""
+    """Build the described network; a config cannot ask for more than its file holds."""
     spec = config.get("model")
     if spec is None:
         raise UserError(
             f"{folder} does not describe the whole network; build it yourself and pass load(..., into=model)"
         )
     _bound(spec, max(sum(map(math.prod, shapes.values())), 2**12), folder)
-    with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            _check_shapes(folder, _network(folder, spec, allow), shapes)
-        return _network(folder, spec, allow)
+    return build_checked(lambda: _network(folder, spec, allow), lambda shell: _check_shapes(folder, shell, shapes))
 
 
 def _network(folder: Path, spec: Any, allow: Sequence[str]) -> nn.Module:
@@ -184,9 +181,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], *, adopt_dtypes: bool) -
     targets = model.state_dict(keep_vars=True)
     values = {name: sharded_as(tensors[plain_name(name)], target) for name, target in targets.items()}
     if adopt_dtypes:
-        for name, target in targets.items():
-            target.data = target.data.to(values[name].dtype)
-    model.load_state_dict(values)
+        fill(model, values)
+    else:
+        model.load_state_dict(values)
 
 
 def _describe_layers(model: nn.Module) -> dict[str, Any]:

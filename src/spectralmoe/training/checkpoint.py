@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from spectralmoe.errors import UserError
 from spectralmoe.files import exists, write_whole
-from spectralmoe.layers import unwrapped
+from spectralmoe.layers import below, unwrapped
 from spectralmoe.sharding import is_sharded, sharded_as
 from spectralmoe.training.parallel import ALONE, Ranks
 
@@ -99,12 +99,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
 
 def _put_back(tensors: dict[str, Tensor], state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
     targets = model.state_dict()
-    weights = _under("model.", tensors)
+    weights = below("model.", tensors)
     model.load_state_dict({name: _laid_out(value, targets.get(name)) for name, value in weights.items()})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     saved = optimizer.state_dict()
     saved["state"] = {}
-    for name, value in {**_under("optimizer.", tensors), **state.get("optimizer", {})}.items():
+    for name, value in {**below("optimizer.", tensors), **state.get("optimizer", {})}.items():
         owner, key = name.split(".", 1)
         if owner.isdecimal() and isinstance(value, Tensor):
             parameter = parameters[int(owner)]
@@ -158,7 +158,3 @@ def _json_value(key: str, value: Any) -> Any:
         f"the optimizer's state {key!r} is a {type(value).__name__}, which a checkpoint cannot keep; let it be a "
         "tensor or a JSON value"
     )
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

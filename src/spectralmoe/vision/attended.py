@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from spectralmoe.context import Context
 from spectralmoe.errors import UserError
 from spectralmoe.moe import MoE
+from spectralmoe.vision.random_weights import with_random_weights
 
 __all__ = ["AttendedBlock", "check_attends", "put_layer"]
 
@@ -74,13 +74,10 @@ def check_attends(path: str, block: nn.Module, dim: int) -> None:
     Raises:
         UserError: it computes something else.
     """
-    random = torch.Generator().manual_seed(0)  # its own: the caller's random numbers stay as they are
+    trial, draw = with_random_weights(block)
+    trial.eval().mlp = _AsItIs()
+    x = torch.randn(2, 4, dim, generator=draw)
     try:
-        trial = copy.deepcopy(block).cpu().float().eval()
-        for parameter in trial.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=random))
-        trial.mlp = _AsItIs()
-        x = torch.randn(2, 4, dim, generator=random)
         fits = torch.allclose(AttendedBlock(trial)(x), trial(x), rtol=1e-4, atol=1e-4)
     except Exception:  # whatever the block's own code says to lone tokens, or to parts that it does not have
         fits = False

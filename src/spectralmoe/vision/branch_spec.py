@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.experts import Adapter, Experts
+from spectralmoe.experts import Adapter
+from spectralmoe.models.build import ExpertsFactory, RouterFactory
 from spectralmoe.moe import MoE
 from spectralmoe.naming import Table
 from spectralmoe.presets import find_preset
 from spectralmoe.router import Router
 from spectralmoe.rows import K, experts_a_token
 
-__all__ = ["BankFactory", "BranchSpec", "RouterFactory", "Start", "Tokens"]
+__all__ = ["BranchSpec", "Start", "Tokens"]
 
-RouterFactory = Callable[[int, int], Router]
-BankFactory = Callable[[int, int, int], Experts]
 Tokens = Literal["patches", "all"]
 Start = Literal["model", "authors"]
 
@@ -64,7 +63,7 @@ class BranchSpec:
     norm: bool = False
     scale: float = 1.0
     start: Start = "model"
-    bank: BankFactory | None = None
+    bank: ExpertsFactory | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("experts", self.experts), ("bottleneck", self.bottleneck)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spectralmoe.checkpoints.weights_file import read_tensors, state_dict_of, without_prefix
 from spectralmoe.errors import refuse_differences
+from spectralmoe.layers import below
 from spectralmoe.rows import K
 from spectralmoe.vision.blocks import block_width, choose_blocks, model_blocks
 from spectralmoe.vision.branch_spec import BranchSpec
@@ -69,9 +70,9 @@ def load_emoe_checkpoint(
     given = {name: value.shape for name, value in tensors.items()}
     refuse_differences("the EMoE checkpoint does not fit the model and settings", wanted, given)
     add_branches(vit, spec)
-    vit.load_state_dict(_below("vit.", tensors), strict=False)  # the branches come next
+    vit.load_state_dict(below("vit.", tensors), strict=False)  # the branches come next
     for path, prefix in prefixes.items():
-        vit.get_submodule(f"{path}.moe_branch").load_state_dict(_to_ours(_below(prefix, tensors), experts))
+        vit.get_submodule(f"{path}.moe_branch").load_state_dict(_to_ours(below(prefix, tensors), experts))
     return vit
 
 
@@ -96,7 +97,3 @@ def _to_ours(theirs: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
         "moe.experts.up": torch.stack([theirs[f"experts.{e}.down.weight"] for e in range(experts)]),
         "moe.experts.down": torch.stack([theirs[f"experts.{e}.up.weight"] for e in range(experts)]),
     }
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import NamedTuple, TypeGuard
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.experts.feed_forward import Activation, activate
+from spectralmoe.vision.random_weights import with_random_weights
 
 __all__ = ["MlpParts", "is_convolutional", "parts_of"]
 
@@ -62,11 +62,8 @@ def _gated(mlp: nn.Module) -> MlpParts | None:
     """The first reading of the linear layers that computes the same, under random weights."""
     if next(_readings(mlp), None) is None:
         return None
-    draw = torch.Generator().manual_seed(0)  # its own: the caller's random numbers stay as they are
-    trial = copy.deepcopy(mlp).cpu().double().train()  # a dropout shows
-    for parameter in trial.parameters():
-        size = parameter[0].numel() if parameter.dim() > 1 else 1
-        parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64) / size**0.5)
+    trial, draw = with_random_weights(mlp)
+    trial.double().train()  # a dropout shows
     rows = torch.randn(8, next(_readings(trial)).up.shape[1], generator=draw, dtype=torch.float64)
     try:
         y = trial(rows[:, :, None, None])[:, :, 0, 0] if is_convolutional(trial) else trial(rows)

@@ -24,6 +24,7 @@ from spectralmoe.vision.attended import check_attends, put_layer
 from spectralmoe.vision.blocks import block_width, choose_blocks
 from spectralmoe.vision.branch_spec import BranchSpec
 from spectralmoe.vision.mlp_parts import MlpParts, is_convolutional, parts_of
+from spectralmoe.vision.random_weights import with_random_weights
 
 __all__ = ["MlpCopies", "OnePixel", "replace_mlp"]
 
@@ -183,11 +184,9 @@ def _stacked(parts: MlpParts, experts: int) -> FeedForward:
 @torch.no_grad()
 def _works_on_lone_tokens(mlp: nn.Module, dim: int) -> bool:
     """Whether an expert gives row by row what ``mlp`` gives for an image of 2 x 2 tokens, under random weights."""
-    random = torch.Generator().manual_seed(0)  # its own: the caller's random numbers stay as they are
-    whole = copy.deepcopy(mlp).cpu().float().eval()
-    for parameter in whole.parameters():
-        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=random))
-    rows = torch.randn(4, dim, generator=random)
+    whole, draw = with_random_weights(mlp)
+    whole.eval()
+    rows = torch.randn(4, dim, generator=draw)
     image = rows.view(1, 2, 2, dim)
     try:
         y = whole(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if is_convolutional(mlp) else whole(image)

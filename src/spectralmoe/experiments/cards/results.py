@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from spectralmoe.draw.tables import markdown_table
 from spectralmoe.experiments.compare.columns import Column
 from spectralmoe.experiments.evidence import Cells, difference, machines, select, show, show_difference
 from spectralmoe.experiments.grid import DIVERGED
 from spectralmoe.experiments.statistics import estimate
-from spectralmoe.experiments.tables import markdown_table
 
 __all__ = ["Section", "result_lines"]
 

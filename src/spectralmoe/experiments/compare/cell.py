@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spectralmoe.adaptation import Trial, one_shot_trials
 from spectralmoe.diagnostics import dead_experts, gini, max_vio, min_share
 from spectralmoe.diagnostics.evaluation import Counted
+from spectralmoe.diagnostics.measure import mean_of
 from spectralmoe.experiments.compare.look import active_flops, active_parameters, choices
 from spectralmoe.experiments.compare.settings import Cell
 from spectralmoe.experiments.compare.setup import Setup, Tuned
@@ -55,8 +56,8 @@ def _measures(network: nn.Module, task: Task, loads: Mapping[str, Tensor], histo
         "gini": max(map(gini, shares)),
         "dead_experts": sum(map(dead_experts, shares)),
         "min_load_share": min(map(min_share, shares)),
-        "sigma_1": _mean([float(sigma_max(m)) for m in matrices]),
-        "stable_rank": _mean([float(stable_rank(m)) for m in matrices]),
+        "sigma_1": mean_of([float(sigma_max(m)) for m in matrices]),
+        "stable_rank": mean_of([float(stable_rank(m)) for m in matrices]),
         "parameters": sum(p.numel() for p in network.parameters()),
         "active_parameters": active_parameters(network, task.example(), loads),
         "active_flops": active_flops(network, task.example(), loads),
@@ -69,13 +70,9 @@ def _measures(network: nn.Module, task: Task, loads: Mapping[str, Tensor], histo
 
 def _adaptation(trials: Sequence[Trial]) -> dict[str, Any]:
     return {
-        "interference": _mean([trial.interference for trial in trials]),
+        "interference": mean_of([trial.interference for trial in trials]),
         "interference_worst": min((trial.interference for trial in trials), default=None),
-        "success": _mean([float(trial.success) for trial in trials]),
+        "success": mean_of([float(trial.success) for trial in trials]),
         "trials": len(trials),
         "trial_list": [asdict(trial) for trial in trials],
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 from spectralmoe.draw.figure import write_figures
 from spectralmoe.draw.panels import Intervals, Mark
+from spectralmoe.draw.tables import latex_table, markdown_table
 from spectralmoe.errors import one_of
 from spectralmoe.experiments.compare.columns import (
     COLUMNS,
@@ -24,7 +25,6 @@ from spectralmoe.experiments.compare.settings import CompareSettings
 from spectralmoe.experiments.evidence import Cells, show_difference
 from spectralmoe.experiments.grid import DIVERGED
 from spectralmoe.experiments.statistics import Estimate
-from spectralmoe.experiments.tables import latex_table, markdown_table
 from spectralmoe.files import write_json, write_text
 from spectralmoe.machine import describe_machine
 

@@ -7,7 +7,6 @@ copies of experts by ``LAYER.copies.NAME``. Nothing in either runs code.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from spectralmoe.digests import sha256_of_tensors
 from spectralmoe.errors import UserError, first_line, refuse_differences
-from spectralmoe.files import exists, read_json, write_json
+from spectralmoe.files import exists, read_json, sha256_of, write_json
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.routers.copies import add_copies, copies_of, placed_layers, refuse_plain_saving, without_copies
 from spectralmoe.hf.routers.places import put_in, swapped_routers
 from spectralmoe.hf.routers.rules import read_rule
 from spectralmoe.hf.routers.swapped import SwappedRouter
-from spectralmoe.layers import unwrapped
+from spectralmoe.layers import below, unwrapped
+from spectralmoe.model_folder import build_checked, fill
 from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.sharding import full
@@ -63,7 +64,7 @@ def write_routers(model: nn.Module, folder: Path) -> None:
         "versions": {"torch": torch.__version__},
         "layers": layers,
         "shapes": {name: list(value.shape) for name, value in stock_tensors(model).items()},
-        "sha256": _sha256(folder / TENSORS),
+        "sha256": sha256_of(folder / TENSORS),
         "files": sorted({path.name for path in folder.iterdir() if _of_model(path.name)} | {ROUTERS}),
     }
     write_json(folder / ROUTERS, config)
@@ -112,8 +113,8 @@ def put_routers(model: nn.Module, folder: Path, *, allow: Sequence[str] = ()) ->
     tensors = _read_tensors(folder, config.get("sha256"))
     routers, copies = {}, {}
     for name, layer in config["layers"].items():
-        prefix, device = f"{name}.", next(layers[name].router.parameters()).device
-        values = {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
+        device = next(layers[name].router.parameters()).device
+        values = below(f"{name}.", tensors)
         copies[name] = {n.removeprefix(_COPIES): values.pop(n) for n in list(values) if n.startswith(_COPIES)}
         routers[layers[name]] = _router(f"{folder / ROUTERS}, {name}", layer["router"], values, allow).to(device)
     put_in(stock, {layer: (router, read_rule(layer)[0]) for layer, router in routers.items()})
@@ -133,16 +134,15 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _router(start: str, spec: Any, tensors: Mapping[str, Tensor], allow: Sequence[str]) -> Router:
-    """The router that ``spec`` describes, first built without memory: it cannot ask for more than its file holds."""
+    """The router that ``spec`` describes; it cannot ask for more memory than its file holds."""
+
+    def check(router: nn.Module) -> None:
+        wanted = {name: value.shape for name, value in router.state_dict().items()}
+        refuse_differences(start, wanted, {name: value.shape for name, value in tensors.items()})
+
     try:
-        with torch.random.fork_rng(devices=[]):
-            with torch.device("meta"):
-                shapes = {name: value.shape for name, value in build(spec, allow=allow).state_dict().items()}
-            refuse_differences(start, shapes, {name: value.shape for name, value in tensors.items()})
-            router = build(spec, allow=allow)
-        for name, target in router.state_dict(keep_vars=True).items():
-            target.data = target.data.to(tensors[name].dtype)
-        router.load_state_dict(tensors)
+        router = build_checked(lambda: build(spec, allow=allow), check)
+        fill(router, tensors)
     except UserError:
         raise
     except Exception as error:  # whatever a constructor says to a file that was tampered with
@@ -154,7 +154,7 @@ def _router(start: str, spec: Any, tensors: Mapping[str, Tensor], allow: Sequenc
 
 def _read_tensors(folder: Path, digest: Any) -> dict[str, Tensor]:
     try:
-        tensors, same = load_file(folder / TENSORS), _sha256(folder / TENSORS) == digest
+        tensors, same = load_file(folder / TENSORS), sha256_of(folder / TENSORS) == digest
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{folder / TENSORS} cannot be read ({first_line(error)}); save the model again") from error
     if not same:
@@ -184,10 +184,4 @@ def _gate(router: nn.Module) -> dict[str, Tensor]:
 
 def _digest(value: Tensor) -> str:
     """The SHA-256 of a shape and its values, whatever precision they are stored in."""
-    content = value.double().contiguous().numpy().data
-    return hashlib.sha256(f"{tuple(value.shape)}\n".encode() + content).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return sha256_of_tensors([(f"{tuple(value.shape)}\n", value.double())])

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spectralmoe.checkpoints.config import experts_of_config
 from spectralmoe.diagnostics.watch import Watched
 from spectralmoe.errors import UserError
 from spectralmoe.hf.load import import_transformers
-from spectralmoe.hf.structure import named_experts
 
 __all__ = ["OTHERS", "Dense", "Mlp", "admit_dense", "read_dense"]
 
@@ -105,7 +105,8 @@ def read_dense(model: Any) -> Dense:
     config: Any = getattr(model, "config", None)
     kind = type(model).__name__
     settings: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
-    if count := named_experts(settings):
+    if counts := experts_of_config(settings):
+        count = next(iter(counts.values()))
         raise UserError(f"{kind} has {count} experts already; upcycle makes experts of a dense model")
     family = FAMILIES.get(str(settings.get("model_type")))
     if family is None:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.adaptation.receipt_picture import png
 from spectralmoe.data.image_data import Split
 from spectralmoe.data.image_files import conversions, read_image
 from spectralmoe.diagnostics import holds_moe
+from spectralmoe.draw.png import png
 from spectralmoe.errors import UserError
 from spectralmoe.files import make_folder, write_whole
 from spectralmoe.instruments.samples import Place
@@ -68,7 +68,7 @@ def write_wrong(folder: Path, test: Split, predictions: Tensor, classes: Sequenc
     for index in (predictions != test.labels).nonzero().flatten().tolist():
         label, prediction = int(test.labels[index]), int(predictions[index])
         file = f"test-{index}_label-{_in_name(classes, label)}_predicted-{_in_name(classes, prediction)}.png"
-        write_whole(folder / file, partial(_write_bytes, png(test.images[index])))
+        write_whole(folder / file, partial(Path.write_bytes, data=png(test.images[index])))
         names = {"label": classes[label], "prediction": classes[prediction]}
         mistakes.append({"sample": f"test:{index}", **names, "file": file})
     return mistakes
@@ -90,10 +90,6 @@ def _leaning(routing: Routing, images: int) -> list[int]:
     """The expert with the largest sum of weights over the tokens of each image; -1 for an image without experts."""
     total = routing.gates().view(images, -1, routing.num_experts).sum(1)
     return torch.where(total.sum(-1) > 0, total.argmax(-1), -1).tolist()
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
 
 
 def _in_name(classes: Sequence[str], label: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from spectralmoe.data.degradations import DEGRADATIONS, KINDS, Pairs
 from spectralmoe.data.image_data import Split
 from spectralmoe.data.photos import PHOTO_PARTS, PhotoData, PhotoPart, load_photos, patches_of
 from spectralmoe.diagnostics.evaluation import evaluation_mode
+from spectralmoe.digests import sha256_of_tensors
 from spectralmoe.errors import UserError
 from spectralmoe.models import RestorationMoE, restoration_moe
 from spectralmoe.naming import shown
@@ -95,11 +95,8 @@ class RestorationTask(Task):
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for pairs in self.parts.values():
-            digest.update(pairs.images.numpy().data)
-            digest.update(pairs.truths.numpy().data)
-        return digest.hexdigest()[:16]
+        parts = self.parts.values()
+        return sha256_of_tensors(("", values) for pairs in parts for values in (pairs.images, pairs.truths))[:16]
 
     def build(self, settings: TrainSettings) -> RestorationMoE:
         """The untrained network: ``[network]`` has D, E, H and k, the depth is the number of blocks."""

@@ -15,6 +15,7 @@ from spectralmoe.data.degradations import KINDS, Pairs
 from spectralmoe.data.image_files import probe, read_image
 from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.draw.images import write_images
+from spectralmoe.draw.png import png
 from spectralmoe.errors import UserError
 from spectralmoe.files import make_folder, write_whole
 from spectralmoe.layers import moe_layers
@@ -76,8 +77,8 @@ def restore_files(network: nn.Module, files: Sequence[Path], *, out: Path | None
     device, results = next(network.parameters()).device, []
     for file, place, image in zip(files, places, images, strict=True):
         with torch.no_grad(), evaluation_mode(network):
-            restored = network(image[None].to(device))[0].float().clamp(0, 1).cpu()
-        write_whole(place, partial(_write_png, restored))
+            restored = network(image[None].to(device))[0]
+        write_whole(place, partial(Path.write_bytes, data=png(restored)))
         results.append(Shown({"file": str(file), "restored": str(place)}, f"{file}: restored as {place}"))
     return Predictions(results)
 
@@ -91,11 +92,3 @@ def draw_restored(stem: Path, pairs: Pairs, made: Mapping[str, Tensor]) -> list[
     columns = {"input": pairs.images, **made, "truth": pairs.truths}
     rows = [KINDS[kind] for kind in pairs.kinds.tolist()]
     return write_images(stem, rows, {name: images[:, 0].tolist() for name, images in columns.items()})
-
-
-def _write_png(image: Tensor, path: Path) -> None:
-    """``image`` (1 or 3, H, W) in [0, 1] as a PNG of 8 bits."""
-    from PIL import Image
-
-    pixels = (image * 255).round().to(torch.uint8).movedim(0, -1).squeeze(-1).numpy()
-    Image.fromarray(pixels).save(path, format="png")

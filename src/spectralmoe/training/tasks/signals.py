@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from spectralmoe.context import Context
 from spectralmoe.data.interference import CLASSES, Interference, synthetic_interference
 from spectralmoe.diagnostics.evaluation import evaluation_mode
+from spectralmoe.digests import sha256_of_tensors
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.instruments.samples import Place
 from spectralmoe.models import SignalMoE, signal_experts, signal_moe
@@ -112,11 +112,8 @@ class SignalTask(Task):
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for data in self.parts.values():
-            digest.update(torch.view_as_real(data.signals).numpy().data)
-            digest.update(data.labels.numpy().data)
-        return digest.hexdigest()[:16]
+        parts = self.parts.values()
+        return sha256_of_tensors(("", values) for data in parts for values in (data.signals, data.labels))[:16]
 
     def build(self, settings: TrainSettings) -> SignalMoE:
         """The untrained network: ``[network]`` has C, E, H and k, the depth is the number of blocks. Its experts grow

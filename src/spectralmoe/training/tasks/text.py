@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from spectralmoe.data.text_data import TEXT_PARTS, TextData, TextPart, load_text
 from spectralmoe.data.vocabulary import Vocabulary
 from spectralmoe.diagnostics.evaluation import evaluation_mode
+from spectralmoe.digests import sha256_of_tensors
 from spectralmoe.errors import UserError
 from spectralmoe.models import LanguageMoE, language_moe
 from spectralmoe.naming import shown
@@ -107,11 +107,9 @@ class TextTask(Task):
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(self.vocabulary.merges).encode())
-        for windows in self.parts.values():
-            digest.update(windows.tokens.numpy().data)
-            digest.update(windows.domains.numpy().data)
-        return digest.hexdigest()[:16]
+        merges, parts = (repr(self.vocabulary.merges), torch.empty(0)), self.parts.values()
+        values = (("", each) for windows in parts for each in (windows.tokens, windows.domains))
+        return sha256_of_tensors([merges, *values])[:16]
 
     def build(self, settings: TrainSettings) -> LanguageMoE:
         """The untrained model: ``[network]`` has D, E, H and k, the depth is the number of blocks."""
