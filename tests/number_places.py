@@ -200,6 +200,7 @@ _DOCS: dict[str, Sentences] = {
         ("with # of their parameters", MPO),
         ("of as few by #;", "papers/mpoe/RESULTS.md > | mpoe | switch, cut |"),
         ("mask costs # bits (five", "papers/mpoe/RESULTS.md > | mpoe + mask | mpoe |"),
+        ("without a draw gain #.", "papers/mpoe/RESULTS.md > | mpoe + slow | mpoe |"),
         ("#% fewer at E = 4, #% at E = 16", [100 * (1 - (2 * e + 10) / (8 * e)) for e in (4, 16)]),
         ("have # to #% fewer", FEWER),
         ("LoRA by # to # dB", "papers/mor/RESULTS.md > | mor | lora, rank"),

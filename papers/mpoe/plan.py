@@ -24,6 +24,7 @@ PAIRS = (
     ("mpoe + mask", "switch, cut"),
     ("mpoe + mask", "mpoe"),
     ("mpoe + mask", "mpoe + slow"),
+    ("mpoe + slow", "mpoe"),
     ("switch", "dense"),
 )
 """The method against the experts that it replaces, against the control, and its mask against none and a fixed one."""

@@ -109,7 +109,7 @@ FIELD = (
         "2203.01104",
         ("experts/mpo.py", "optim/gradient_mask.py"),
         "mpoe",
-        "behind Switch, ahead of narrower experts of as few numbers; the mask costs",
+        "behind Switch, ahead of narrower experts of as few numbers; the mask costs, slower steps of the core help",
         ("mpoe",),
     ),
     Method(
