@@ -186,10 +186,8 @@ def sections(stored: Mapping[str, Any]) -> list[Section]:
         heading, guarded = f"### {dataset}: how far corrections carry", (("SR-MoE" + GUARD, "SR-MoE"),)
         made.append(Section(heading, carried, CARRY, pairs=guarded, **common))
     if stored.get("streams"):
-        about = {"dataset": "data", "depth": "depth", "seed": "seed"}
-        made.append(
-            Section("## Corrections in a row", stored["streams"], (*IN_A_ROW, *CARRY), about, ("dataset", "depth"))
-        )
+        about, columns = {"dataset": "data", "depth": "depth"}, (*IN_A_ROW, *CARRY)
+        made.append(Section("## Corrections in a row", stored["streams"], columns, about, ("dataset", "depth")))
     return made
 
 
