@@ -74,6 +74,10 @@ class Selector(Part):
         """Empty the slots beyond what an expert may take: indices (N, K), -1 there. By default there is no bound."""
         return wanted
 
+    def emptied(self, indices: Tensor) -> Tensor:
+        """Empty the slots of experts that may not be used now, which a replayed choice may name: indices (N, K)."""
+        return indices
+
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         """Return the combine weights (N, K) of the chosen experts, with gradient; 0 in an empty slot."""
         if not self.normalize:

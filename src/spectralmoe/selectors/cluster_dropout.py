@@ -106,10 +106,17 @@ class ClusterDropout(Around):
         return super().ranked(self._offered(logits))
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
-        return self._emptied(super().choose(self._offered(logits), mask=mask, context=context))
+        return self.emptied(super().choose(self._offered(logits), mask=mask, context=context))
+
+    def emptied(self, indices: Tensor) -> Tensor:
+        """Empty, in training, the slots of experts that are out."""
+        indices = super().emptied(indices)
+        if not self.training:
+            return indices
+        return indices.masked_fill(~self.taking_part[indices.clamp_min(0)], EMPTY)
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
-        return super().weigh(self._offered(logits), self._emptied(indices))
+        return super().weigh(self._offered(logits), self.emptied(indices))
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
         """Return a selector for these experts, with as many groups; who is left out is drawn anew."""
@@ -125,12 +132,6 @@ class ClusterDropout(Around):
     def _offered(self, logits: Tensor) -> Tensor:
         """The logits (N, E), in training with those of experts that are out at minus infinity."""
         return logits.masked_fill(~self.taking_part, -torch.inf) if self.training else logits
-
-    def _emptied(self, indices: Tensor) -> Tensor:
-        """The indices (N, K), in training without experts that are out; a replayed choice may name some."""
-        if not self.training:
-            return indices
-        return indices.masked_fill(~self.taking_part[indices.clamp_min(0)], EMPTY)
 
     def _kept(self, num_experts: int) -> int:
         """How many experts of a group take part."""
