@@ -146,6 +146,8 @@ class MoE(Recordable):
             mask = fed.mask if mask is None else mask
             context = fed.context if context is None else context
             replay = fed.next_replay()
+        if self.unit.pooled and mask is not None and mask.shape == x.shape[: mask.dim()]:  # else the router refuses it
+            x = _without(x, mask)
         queries, units = self.unit.split(x)
         if self.memory is not None:
             queries, units = self.memory.beside(queries, units, mask)
