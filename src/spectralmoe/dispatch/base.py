@@ -133,7 +133,8 @@ def spread(x: Tensor, slots: SortedSlots) -> Tensor:
 def combine(result: Tensor | Answer, weights: Tensor, slots: SortedSlots) -> Tensor:
     """Add up the experts' outputs of each token, weighed by ``weights`` (N, K): (N, *S).
 
-    It gathers by the inverse permutation instead of scattering, so that the sum has a fixed order on every device.
+    It gathers by the inverse permutation instead of scattering, so that the sum has a fixed order on every device. The
+    sum has the dtype of the weights, whatever dtype the experts return.
 
     Args:
         result: the rows (M, *S) that the bank returned, or its ``Answer``.
@@ -144,7 +145,7 @@ def combine(result: Tensor | Answer, weights: Tensor, slots: SortedSlots) -> Ten
     if rows.dim() > 2:
         y: Tensor = combine(rows.flatten(1), weights, slots).unflatten(1, rows.shape[1:])
         return y
-    return _Combine.apply(_filled(rows, slots), weights, slots)  # type: ignore[no-any-return]
+    return _Combine.apply(_filled(rows.to(weights.dtype), slots), weights, slots)  # type: ignore[no-any-return]
 
 
 def _filled(rows: Tensor, slots: SortedSlots) -> Tensor:
