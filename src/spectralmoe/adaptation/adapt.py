@@ -76,8 +76,8 @@ def adapt_one(
 
     Raises:
         UserError: a label that is no class number or out of range, an unknown method or layer, a bank that cannot be
-            adapted, a method that needs what is not there; a model that is random or changes itself in evaluation mode, or whose weights
-            were made under ``torch.inference_mode``.
+            adapted, a method that needs what is not there; a model that is random or changes itself in evaluation
+            mode, or whose weights were made under ``torch.inference_mode``.
 
     >>> from spectralmoe.models import sr_moe
     >>> model = sr_moe(3, width=8, depth=2, num_experts=2, hidden=4).eval()
