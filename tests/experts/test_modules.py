@@ -53,6 +53,24 @@ def test_an_empty_bank_is_refused(user_error):
         ModuleExperts([])
 
 
+def test_a_module_that_takes_no_zero_rows_is_named(user_error):
+    class Viewed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.view(len(x), -1))
+
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise KeyError("mine")
+
+    bank = ModuleExperts([nn.Identity(), Viewed(4, 4), Broken()])
+    with user_error("expert 1 (Viewed)", "zero rows", "(0, 4)", "reshape"):
+        bank(torch.randn(5, 4), torch.tensor([5, 0, 0]))
+    with torch.no_grad():
+        assert bank(x := torch.randn(5, 4), torch.tensor([5, 0, 0])).equal(x)
+    with pytest.raises(KeyError, match="mine"):
+        bank(torch.randn(5, 4), torch.tensor([0, 3, 2]))
+
+
 def test_an_idle_expert_has_a_zero_gradient():
     bank = ModuleExperts([torch.nn.Linear(4, 4) for _ in range(3)])
     bank(torch.randn(5, 4), torch.tensor([2, 0, 3])).sum().backward()
