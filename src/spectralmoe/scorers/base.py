@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectralmoe.context import Rows
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, check_whole
 from spectralmoe.experts import Experts
 from spectralmoe.parts import Part
 from spectralmoe.stacks import chosen_experts, copy_with
@@ -38,8 +38,7 @@ class Scorer(Part):
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("num_experts", num_experts)):
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
+            check_whole(type(self).__name__, name, value)
         self.dim, self.num_experts = dim, num_experts
 
     def __call__(self, x: Tensor, *, context: Rows | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, check_whole
 from spectralmoe.routing import EMPTY, Score
 from spectralmoe.scrambling import scrambled
 from spectralmoe.selectors.around import Around
@@ -64,12 +64,10 @@ class ClusterDropout(Around):
 
     def __init__(self, selector: Selector, groups: int, *, rate: float = 0.5, interval: int = 250) -> None:
         super().__init__(selector)
-        if not isinstance(groups, int) or groups < 1:
-            raise UserError(f"ClusterDropout: groups must be at least 1, got {groups}")
+        check_whole("ClusterDropout", "groups", groups)
+        check_whole("ClusterDropout", "interval", interval)
         if not 0 <= rate < 1:
             raise UserError(f"ClusterDropout: rate must lie in [0, 1), got {rate}")
-        if not isinstance(interval, int) or interval < 1:
-            raise UserError(f"ClusterDropout: interval must be at least 1 step, got {interval}")
         self.groups, self.rate, self.interval = groups, rate, interval
 
     def bind(self, num_experts: int) -> None:

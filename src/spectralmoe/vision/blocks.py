@@ -137,7 +137,7 @@ def _gives(block: nn.Module, shape: tuple[int, ...], axis: int) -> bool:
             module._forward_pre_hooks.clear()
         y = block(torch.empty(shape, dtype=tensors[0].dtype, device="meta"))
         y = y[0] if isinstance(y, tuple) else y
-        return y.dim() == len(shape) and y.shape[axis] == shape[axis]
+        return bool(y.dim() == len(shape) and y.shape[axis] == shape[axis])
     except Exception:  # whatever the block's own code says to another layout
         return False
 
