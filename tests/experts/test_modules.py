@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from spectralmoe import Experts, ModuleExperts
 
@@ -69,6 +70,13 @@ def test_a_module_that_takes_no_zero_rows_is_named(user_error):
         assert bank(x := torch.randn(5, 4), torch.tensor([5, 0, 0])).equal(x)
     with pytest.raises(KeyError, match="mine"):
         bank(torch.randn(5, 4), torch.tensor([0, 3, 2]))
+
+
+def test_an_idle_expert_is_recomputed():
+    bank, x = ModuleExperts([nn.Linear(4, 4) for _ in range(3)]), torch.randn(5, 4)
+    for counts in ([5, 0, 0], [0, 0, 5]):  # recomputation ends early, which torch does by an exception
+        checkpoint(bank, x, torch.tensor(counts), use_reentrant=False).square().sum().backward()
+    assert all(p.grad is not None for p in bank.parameters())
 
 
 def test_an_idle_expert_has_a_zero_gradient():

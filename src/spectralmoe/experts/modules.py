@@ -12,6 +12,7 @@ from spectralmoe.errors import UserError, first_line
 from spectralmoe.experts.base import Experts
 from spectralmoe.experts.flops import count_flops
 from spectralmoe.stacks import chosen_experts, shares_of
+from spectralmoe.torch_private import in_backward
 
 __all__ = ["ModuleExperts"]
 
@@ -43,8 +44,8 @@ class ModuleExperts(Experts):
     def expert(self, x: Tensor, e: int) -> Tensor:
         try:
             y: Tensor = self.experts[e](x)
-        except Exception as error:
-            if torch.compiler.is_compiling() or len(x):
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if torch.compiler.is_compiling() or len(x) or in_backward():
                 raise
             raise UserError(
                 f"ModuleExperts: expert {e} ({type(self.experts[e]).__name__}) must take zero rows too, as one gets "
