@@ -7,7 +7,7 @@ import torch
 from small_parts import NOT_ALONE
 
 from spectralmoe import FeedForward, MoE, Router, record
-from spectralmoe.experts import Answer, ConfidentExperts, grouped_gemm
+from spectralmoe.experts import Answer, ConfidentExperts, MultilinearExperts, grouped_gemm
 from spectralmoe.scorers import SCORERS
 from spectralmoe.selectors import SELECTORS
 from spectralmoe.units import Pixel
@@ -38,12 +38,15 @@ def options_of(backend):
 
 
 def check(layer, backend, close, sizes=(20,), masked=False):
-    """Equal to eager in output and in every gradient, for batches of all ``sizes``."""
+    """Equal to eager in output and in every gradient, for batches of all ``sizes``; what is masked holds nan."""
     layer.eval()  # the noise of one generator state differs between backends
     compiled = torch.compile(layer, backend=backend, fullgraph=True, options=options_of(backend))
     for n in sizes:
         x, direction = torch.randn(n, layer.router.scorer.dim), torch.randn(n, layer.router.scorer.dim)
         mask = torch.rand(n) < 0.7 if masked else None
+        if mask is not None:
+            mask[:1] = False
+            x[~mask] = torch.nan
         eager = run(layer, layer, x, direction, mask)
         traced = run(compiled, layer, x, direction, mask)
         assert len(eager) == len(traced) > 2
@@ -96,6 +99,13 @@ def test_inductor_takes_both_grouped_paths(make_router, close, hidden, native):
     bank = FeedForward(E, D, hidden, activation="swiglu", bias=True)
     assert grouped_gemm.supports_grouped_mm(torch.randn(3, D), bank.up) == native
     check(MoE(make_router("linear", "topp", D, E), bank), "inductor", close, masked=True)
+
+
+@pytest.mark.parametrize("around", [lambda bank: bank, ConfidentExperts], ids=["alone", "confident"])
+@pytest.mark.parametrize("form", ["cp", "tr"])
+def test_padding_reaches_no_factor_that_experts_share(make_router, close, form, around):
+    bank = around(MultilinearExperts(E, D, rank=5, form=form))
+    check(MoE(make_router("linear", "topk", D, E), bank), "aot_eager", close, masked=True)
 
 
 @pytest.mark.parametrize("hidden", [pytest.param(8, marks=pytest.mark.full), 7], ids=["grouped_mm", "own-operator"])

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from spectralmoe.linalg import power_iteration, qr_retraction, sigma_max, spectrum, stable_rank
+from spectralmoe.linalg import EXACT_LIMIT, power_iteration, qr_retraction, sigma_max, spectrum, stable_rank, top_right
 from spectralmoe.sharding import assign_, full
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 9), (9, 5), (8, 8)]
@@ -90,6 +90,42 @@ def test_a_zero_matrix_has_value_and_gradient_zero(function, gradients):
 @pytest.mark.parametrize("function", [sigma_max, stable_rank])
 def test_a_matrix_without_rows_has_value_zero(function):
     assert function(torch.zeros(0, 5)).item() == 0
+
+
+def spread_out(rows: int, columns: int, second: float) -> torch.Tensor:
+    """A matrix with the singular values 2, 2 * second, and others from there down to 0.5."""
+    size = min(rows, columns)
+    s = torch.cat([torch.tensor([2.0]).double(), torch.linspace(2 * second, 0.5, size - 1, dtype=torch.float64)])
+    return (torch.linalg.qr(double(rows, size)).Q * s) @ torch.linalg.qr(double(columns, size)).Q.T
+
+
+LARGE = EXACT_LIMIT + 20
+
+
+@pytest.mark.parametrize("shape", [(LARGE, LARGE + 10), (LARGE + 40, LARGE)], ids=["wide", "tall"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_large_matrices(shape, scale, same):
+    matrix = (scale * spread_out(*shape, second=0.99)).float().requires_grad_()
+    v = top_right(matrix)
+    assert not v.requires_grad
+    assert float((matrix.detach().double() @ v.double()).norm()) / scale == pytest.approx(2, rel=1e-5)
+    same(sigma_max(matrix), torch.linalg.svdvals(matrix.double())[0].float(), [matrix])
+
+
+def test_large_matrices_with_equal_singular_values(close):
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) <= LARGE:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    rows = hadamard[1 : LARGE + 1]  # each sums to 0
+    close(sigma_max(rows), len(hadamard) ** 0.5)
+    close(stable_rank(rows), LARGE)
+
+
+def test_large_zero_and_broken_matrices():
+    zero = torch.zeros(LARGE, LARGE)
+    assert sigma_max(zero).item() == 0
+    assert not top_right(zero).any()
+    assert sigma_max(zero.index_fill(0, torch.tensor([3]), torch.nan)).isnan()
 
 
 def test_power_iteration_finds_the_leading_direction(close, gradients):

@@ -124,6 +124,22 @@ def test_mistakes_are_named(user_error):
         router(torch.randn(5, 8), replay=router(torch.randn(6, 8)))
     with user_error("Router", "replayed", "E=6", "E=4"):
         router(torch.randn(5, 8), replay=Router(LinearScorer(8, 6), TopK(2))(torch.randn(5, 8)))
+    with user_error("Router", "replayed", "N=6", "N=5"):
+        router(torch.randn(5, 8), replay=torch.zeros(6, 2, dtype=torch.int64))
+    for wrong in (4, -2):
+        with user_error("Router", "replayed", f"expert {wrong}", "0 to 3", "-1 for an empty slot"):
+            router(torch.randn(1, 8), replay=torch.tensor([[0, wrong]]))
+    for indices in (torch.zeros(5, 2), torch.zeros(5, 2).bool(), torch.zeros(5).long(), torch.zeros(5, 1, 2).long()):
+        with user_error("Router", "replayed", "whole numbers (N, K)", str(tuple(indices.shape))):
+            router(torch.randn(5, 8), replay=indices)
+
+
+def test_indices_of_any_integer_type_are_replayed():
+    router, x, indices = Router(LinearScorer(8, 4), TopK(2)), torch.randn(2, 8), torch.tensor([[3, -1], [0, 2]])
+    for dtype in (torch.int8, torch.int32, torch.int64):
+        routing = router(x, replay=indices.to(dtype))
+        assert torch.equal(routing.indices, indices)
+        assert torch.equal(routing.weights, router(x, replay=indices).weights)
 
 
 @pytest.fixture

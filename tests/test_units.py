@@ -99,6 +99,24 @@ def test_a_pool_of_your_own_and_wider_rows(close):
     )
 
 
+def test_masked_samples_reach_no_pool_of_your_own(same):
+    pool = nn.Sequential(nn.Conv2d(C, 2 * C, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1))
+    layer = MoE(Router(LinearScorer(2 * C, E), TopK(2)), ConvExperts(E, C, 6), unit=Sample(pool)).double()
+    mask, x = torch.tensor([True, False, True, True, False]), torch.randn(B, C, 6, 5, dtype=torch.float64)
+    x[~mask] = torch.nan
+    y = layer(x, mask=mask)
+    assert not y[~mask].any()
+    same(y[mask], layer(x[mask]), layer.parameters())
+
+
+def test_a_mask_of_another_shape_is_refused(user_error):
+    for unit in (Sample(), Sample(nn.AdaptiveAvgPool2d(1))):
+        layer = MoE(Router(LinearScorer(C, E), TopK(2)), ConvExperts(E, C, 6), unit=unit)
+        for shape in ((B + 1,), (B, 6), (B, C, 6, 5, 1)):
+            with user_error("mask has shape", str(shape)):
+                layer(torch.randn(B, C, 6, 5), mask=torch.ones(shape, dtype=torch.bool))
+
+
 def test_side_information_routes_images_and_pixels(close):
     """One value a sample, or one a pixel."""
     severity, x = torch.tensor([[1.0], [-1.0]]), torch.randn(2, C, 3, 4)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import ClassVar
 
-__all__ = ["UserError", "first_line", "one_of", "refuse_differences"]
+__all__ = ["UserError", "check_whole", "first_line", "one_of", "refuse_differences"]
 
 _LISTED = 5
 
@@ -34,6 +34,23 @@ def one_of(kind: str, name: str, known: object) -> UserError:
     near = [lowered[each] for each in get_close_matches(str(name).lower(), lowered, n=1)]
     guess = f"; did you mean {near[0]!r}?" if near else ";"
     return UserError(f"unknown {kind} {name!r}{guess} known: {', '.join(names)}")
+
+
+def check_whole(who: str, name: str, value: object, least: int = 1, *, cure: str = "") -> None:
+    """Raise an error unless ``value`` is an int of at least ``least``; its last words are ``cure``.
+
+    Raises:
+        UserError: it is smaller, or of another type: a number of NumPy could not be saved as JSON.
+
+    >>> check_whole("TopK", "k", 2.0)
+    Traceback (most recent call last):
+    spectralmoe.errors.UserError: TopK: k must be at least 1 and a Python int, got float 2.0
+    """
+    if not isinstance(value, int):
+        kind = type(value).__name__
+        raise UserError(f"{who}: {name} must be at least {least} and a Python int, got {kind} {value}{cure}")
+    if value < least:
+        raise UserError(f"{who}: {name} must be at least {least}, got {value}{cure}")
 
 
 def first_line(error: Exception) -> str:

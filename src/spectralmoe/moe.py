@@ -142,6 +142,8 @@ class MoE(Recordable):
             scale: a number that multiplies the output; it is applied to the routed experts' combine weights.
         """
         mask, context, replay = self.begin(x, mask, context)
+        if self.unit.pooled and mask is not None and mask.shape == x.shape[: mask.dim()]:  # else the router refuses it
+            x = without_padding(x, mask)
         queries, units = self.unit.split(x)
         if self.memory is not None:
             queries, units = self.memory.beside(queries, units, mask)

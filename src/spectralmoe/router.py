@@ -17,6 +17,7 @@ from spectralmoe.routing import EMPTY, Routing
 from spectralmoe.scorers import Scorer
 from spectralmoe.selectors import Selector
 from spectralmoe.stacks import chosen_experts
+from spectralmoe.torch_private import transforming
 
 __all__ = ["Router", "shard_routers"]
 
@@ -82,11 +83,12 @@ class Router(nn.Module):
         Args:
             mask: (...) bool, True for a real token. Padding gets no expert and is not counted.
             context: side information for the scorer and the selector: a ``Context``, or its rows (N, ...) by name.
-            replay: a routing, or indices (N, K), whose choice is used again. The weights are computed from the logits
-                of this forward; what the router itself would have chosen is ``Routing.live``.
+            replay: a routing, or indices (N, K) of integers, whose choice is used again. The weights are computed from
+                the logits of this forward; what the router itself would have chosen is ``Routing.live``.
 
         Raises:
-            UserError: x is not D wide, or the mask or the replayed choice has another shape.
+            UserError: x is not D wide, or the mask or the replayed choice has another shape; replayed indices are no
+                integers, or, on a CPU, name an expert that there is not.
         """
         shape, dim = x.shape[:-1], self.scorer.dim
         if x.shape[-1] != dim:
@@ -154,8 +156,18 @@ def shard_routers(model: nn.Module, **options: Any) -> None:
             fully_shard(module, mp_policy=policy, **options)
 
 
+def _whole(indices: Tensor) -> Tensor:
+    """Replayed indices (N, K) as int64."""
+    if indices.dim() != 2 or indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        kind = f"{indices.dtype} {tuple(indices.shape)}".removeprefix("torch.")
+        raise UserError(f"Router: replayed indices must be whole numbers (N, K), got {kind}")
+    return indices.long()
+
+
 def _replayed(replay: Routing | Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
     tokens, experts = logits.shape
+    if isinstance(replay, Tensor):
+        replay = _whole(replay)
     n, e = (len(replay), experts) if isinstance(replay, Tensor) else replay.logits.shape
     if (n, e) != (tokens, experts):
         raise UserError(
@@ -163,4 +175,12 @@ def _replayed(replay: Routing | Tensor, logits: Tensor, mask: Tensor | None) -> 
             "on the batch that it was recorded on"
         )
     indices = replay.to(logits.device) if isinstance(replay, Tensor) else replay.indices
+    if indices.device.type == "cpu" and indices.numel() and not (torch.compiler.is_compiling() or transforming()):
+        least, most = (int(end) for end in indices.aminmax())  # a device is not waited for
+        if least < EMPTY or most >= experts:
+            wrong = least if least < EMPTY else most
+            raise UserError(
+                f"Router: the replayed choice names expert {wrong}; there are 0 to {experts - 1}, and {EMPTY} for an "
+                "empty slot"
+            )
     return indices if mask is None else indices.masked_fill(~mask[:, None], EMPTY)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -69,8 +70,8 @@ class Attachment(Joinable):
         self._tape = Tape(self.layers, training_only=True, attachment=weakref.ref(self))
         self._tape.open()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_tape"):
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if hasattr(self, "_tape") and not finalizing():  # at exit modules are gone, this one's names with them
             self._tape.seal()
 
     def add(self, optimizer: Optimizer) -> None:

@@ -251,6 +251,11 @@ def test_weights_that_run_away_leave_the_model_as_it_was(network, data, wrong, u
 WRONG_CALLS = {
     "label": (("10", "0 to 9"), {"y": 10}),
     "negative": (("-1", "0 to 9"), {"y": -1}),
+    "no whole number": (("adapt_one", "whole class numbers", "1.5"), {"y": 1.5}),
+    "not a number": (("adapt_one", "whole class numbers", "nan"), {"y": float("nan")}),
+    "endless": (("adapt_one", "whole class numbers", "inf"), {"y": torch.tensor([float("inf")])}),
+    "a word": (("adapt_one", "class numbers", "str", "'x'"), {"y": "x"}),
+    "nothing": (("adapt_one", "class numbers", "NoneType"), {"y": None}),
     "method": (("method", "'sdg'", "unit"), {"method": "sdg"}),
     "layer": (("layer", "'stages.9.moe'", "stages.1.moe", "last"), {"layers": "stages.9.moe"}),
     "one of two layers": (("layer", "'moe'"), {"layers": ["stages.1.moe", "moe"]}),

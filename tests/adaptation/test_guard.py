@@ -11,6 +11,7 @@ from grids import one_of_each
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from spectralmoe import (
     Capacity,
@@ -323,6 +324,35 @@ def test_tokens_that_cannot_be_told_apart_are_refused(pooled, untouched, user_er
 def test_loaders_that_are_none(loader, user_error):
     with user_error("Guard", "loader"):
         Guard(loader)
+
+
+BROKEN_LOADERS = {
+    "a dataset": (TensorDataset(torch.rand(4, 1, 8, 8), torch.zeros(4)), ("single samples", "DataLoader")),
+    "single samples": ([(torch.rand(1, 8, 8), 2)], ("single samples", "DataLoader")),
+    "a number": (3, ("int",)),
+    "no tensor": ([([1.0], [0])], ("batches (inputs, labels)",)),
+    "words": ([(torch.rand(2, 3), ["a", "b"])], ("class numbers", "list", "'a'")),
+    "halves": ([(torch.rand(2, 3), torch.tensor([1.0, 1.5]))], ("whole class numbers", "1.5")),
+    "one-hot": ([(torch.rand(2, 3), torch.eye(2))], ("batches (inputs, labels)",)),
+    "two sizes": ([(torch.rand(2, 3), torch.zeros(2)), (torch.rand(2, 4), torch.zeros(2))], ("(3,) and (4,)",)),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_LOADERS)
+def test_mistakes_in_a_loader_are_named(case, user_error):
+    loader, words = BROKEN_LOADERS[case]
+    with user_error("Guard", *words):
+        Guard(loader)
+
+
+@pytest.mark.parametrize("labels", [[0, 1], torch.tensor([0.0, 1.0]), torch.tensor([0, 1], dtype=torch.uint8)], ids=str)
+def test_whole_labels_of_any_type(labels, user_error):
+    guard = Guard([(torch.rand(2, 3), labels)])
+    assert guard.labels.tolist() == [0, 1]
+    assert guard.labels.dtype == torch.int64
+    with user_error("Guard", "whole class numbers", "0.5"):
+        guard.protect(torch.rand(1, 3), torch.tensor([0.5]))
+    assert len(Guard(DataLoader(TensorDataset(torch.rand(4, 3), torch.zeros(4)), batch_size=3))) == 4
 
 
 @pytest.mark.parametrize("arguments", [{"budget": -0.1}, {"budget": math.nan}, {"max_flips": -1}], ids=str)

@@ -141,6 +141,35 @@ def check(close, gradients):
     return check
 
 
+class InFloat(nn.Linear):
+    """A module that ends in another dtype than its rows: in float32, as a norm does under autocast."""
+
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+@pytest.mark.parametrize("k", [1, 2, E])
+@pytest.mark.parametrize("tokens", [0, 9])
+def test_outputs_have_the_dtype_of_the_rows(autocast, k, tokens, close, gradients):
+    bank = ConfidentExperts if k == 2 else lambda inner: inner
+    modules = ModuleExperts([InFloat(8, 8) for _ in range(E)])
+    modules.dim = 8
+    layer = MoE(Router(LinearScorer(8, E), TopK(k) if k < E else Soft()), bank(modules))
+    x = torch.randn(tokens, 8)
+    layer, x = (layer, x) if autocast else (layer.bfloat16(), x.bfloat16())
+    found = []
+    for dispatch in ("auto", "loop", "dense", "grouped"):
+        layer.dispatch, rows = dispatch, x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(rows)
+        assert y.dtype == torch.bfloat16
+        found.append([y, *gradients(y.float().square().sum(), [rows, *layer.parameters()])])
+    for others in found[1:]:
+        for one, two in zip(others, found[1], strict=True):
+            close(one.float(), two.float(), torch.bfloat16)
+
+
 @pytest.mark.grid(bank=BANKS, choice=CHOICES, dispatch=OTHERS, dtype=[torch.float32, torch.float64])
 def test_equals_the_loop(bank, choice, dispatch, dtype, check):
     check(bank, choice, dispatch, dtype)

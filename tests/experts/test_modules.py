@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from spectralmoe import Experts, ModuleExperts
 
@@ -51,6 +52,31 @@ def test_a_bank_has_nothing_to_show_unless_it_says_so():
 def test_an_empty_bank_is_refused(user_error):
     with user_error("ModuleExperts", "num_experts", "0"):
         ModuleExperts([])
+
+
+def test_a_module_that_takes_no_zero_rows_is_named(user_error):
+    class Viewed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.view(len(x), -1))
+
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise KeyError("mine")
+
+    bank = ModuleExperts([nn.Identity(), Viewed(4, 4), Broken()])
+    with user_error("expert 1 (Viewed)", "zero rows", "(0, 4)", "reshape"):
+        bank(torch.randn(5, 4), torch.tensor([5, 0, 0]))
+    with torch.no_grad():
+        assert bank(x := torch.randn(5, 4), torch.tensor([5, 0, 0])).equal(x)
+    with pytest.raises(KeyError, match="mine"):
+        bank(torch.randn(5, 4), torch.tensor([0, 3, 2]))
+
+
+def test_an_idle_expert_is_recomputed():
+    bank, x = ModuleExperts([nn.Linear(4, 4) for _ in range(3)]), torch.randn(5, 4)
+    for counts in ([5, 0, 0], [0, 0, 5]):  # recomputation ends early, which torch does by an exception
+        checkpoint(bank, x, torch.tensor(counts), use_reentrant=False).square().sum().backward()
+    assert all(p.grad is not None for p in bank.parameters())
 
 
 def test_an_idle_expert_has_a_zero_gradient():

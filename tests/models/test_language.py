@@ -27,7 +27,7 @@ from spectralmoe import (
 )
 from spectralmoe.experiments.compare.look import active_parameters
 from spectralmoe.models import LanguageMoE, language_moe
-from spectralmoe.models.language import Cache, rotated
+from spectralmoe.models.language import Cache, _draw, rotated
 from spectralmoe.regularizers import load_balance
 from spectralmoe.selectors import Threshold
 from spectralmoe.spec import describe
@@ -225,6 +225,8 @@ def test_generation_leaves_modes_and_takes_only_what_makes_sense(user_error):
         model.generate(torch.zeros(1, 0, dtype=torch.int64), 1)
     with user_error("temperature", "-1"):
         model.generate(tokens_of(), 1, temperature=-1.0)
+    with user_error("temperature", "nan"):
+        model.generate(tokens_of(), 1, temperature=math.nan)
     with user_error("top_k", "0"):
         model.generate(tokens_of(), 1, top_k=0)
 
@@ -238,6 +240,29 @@ def test_what_no_model_is(user_error):
         LanguageMoE([*made().blocks, *made(width=8).blocks], V)
     with user_error("tokens (B, S) of integers", "float32"):
         made()(torch.randn(2, 3))
+    with user_error("tokens (B, S) of integers", "bool"):
+        made()(torch.ones(2, 3, dtype=torch.bool))
+    for wrong in (-1, V, 2**40):
+        with user_error(f"token {wrong} is not in the vocabulary", f"0 to {V - 1}"):
+            made()(torch.tensor([[0, wrong, 1]]))
+    with user_error(f"token {V} is not in the vocabulary"):
+        made().generate(torch.tensor([[V]]), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_tokens_of_any_integer_type(dtype):
+    model, tokens = made().eval(), tokens_of()
+    assert torch.equal(model(tokens.to(dtype)), model(tokens))
+    assert torch.equal(model.generate(tokens.to(dtype), 3, temperature=0), model.generate(tokens, 3, temperature=0))
+    assert model(tokens[:0]).shape == (0, 7, V)
+
+
+def test_temperatures_at_both_ends():
+    logits = torch.tensor([[1e4, 0.0, 1e4 - 1.0, -1e4]]).expand(200, 4)
+    for tiny in (1e-45, 5e-324, 1e-10):
+        assert _draw(logits, tiny, None, generator(0)).unique().tolist() == [0]
+    assert _draw(logits, math.inf, None, generator(0)).unique().tolist() == [0, 1, 2, 3]
+    assert _draw(logits, math.inf, 2, generator(0)).unique().tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("tied", [True, False])

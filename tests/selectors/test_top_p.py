@@ -91,6 +91,14 @@ def test_mistakes_are_named(user_error):
         Router(LinearScorer(8, 4), TopP(0.5, max_k=5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_that_underflow_keep_their_order(dtype):
+    logits = torch.tensor([[-803.0, -801.0, -800.0, -802.0]], dtype=dtype)  # sigmoids in the ratios e^-3, e^-1, 1, e^-2
+    assert not logits.sigmoid().any()
+    for p, chosen in ((0.6, [2]), (0.8, [2, 1]), (0.95, [2, 1, 3]), (1.0, [2, 1, 3, 0])):
+        assert used(TopP(p, score="sigmoid").choose(logits)) == [chosen]
+
+
 def test_exact_ties_go_to_the_first_expert():
     """Scores that are equal, as those of sides that a token has no energy on, are taken in the order of the experts."""
     for experts in (8, 33, 64):

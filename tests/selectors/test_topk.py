@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,8 @@ def test_all_experts_is_soft_routing():
 def test_mistakes_are_named(user_error):
     with user_error("TopK", "k must be at least 1", "0"):
         TopK(0)
+    with user_error("TopK", "k must be at least 1 and a Python int", "int64 2"):
+        TopK(np.int64(2))
     with user_error("TopK", "k=1", "normalize"):
         TopK(1, normalize=True)
     with user_error("TopK", "None", "Soft()"):

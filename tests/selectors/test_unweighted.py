@@ -8,7 +8,7 @@ from torch import nn
 
 from spectralmoe import Capacity, FeedForward, LinearScorer, MoE, Router, TopK
 from spectralmoe.experts import ConfidentExperts
-from spectralmoe.selectors import Balanced, Soft, Unweighted
+from spectralmoe.selectors import Balanced, ClusterDropout, Soft, Unweighted
 
 D, E, N = 6, 4, 11
 
@@ -24,6 +24,16 @@ def test_the_choice_of_another_with_the_weight_1(inner, router_grad):
     assert torch.equal(routing.indices, plain.indices)
     assert torch.equal(routing.weights, (plain.indices >= 0).float())
     assert routing.weights.requires_grad == (router_grad == "confidence")
+
+
+@pytest.mark.parametrize("router_grad", ["none", "confidence"])
+@pytest.mark.parametrize("around", [lambda s: s, lambda s: Capacity(s, 2.0)], ids=["alone", "in a capacity"])
+def test_a_replayed_expert_that_is_left_out_has_no_weight(router_grad, around):
+    inner = ClusterDropout(ClusterDropout(TopK(1), 1), 2, rate=0.0)
+    router = Router(LinearScorer(D, E), around(Unweighted(inner, router_grad=router_grad)))
+    weights = router(torch.randn(E, D), replay=torch.arange(E)[:, None]).weights[:, 0]
+    assert torch.equal(weights, inner.selector.taking_part.float())
+    assert sorted(weights.tolist()) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("router_grad", ["none", "confidence"])

@@ -12,6 +12,7 @@ from spectralmoe.diagnostics import evaluate
 from spectralmoe.files import read_json
 from spectralmoe.presets import PRESETS, find_preset
 from spectralmoe.regularizers import output_overlap, spectral_norm
+from spectralmoe.selectors import Balanced
 from spectralmoe.training.loop import Diverged, train
 from spectralmoe.training.network import build_network
 from spectralmoe.training.settings import Network, Optimization
@@ -114,6 +115,23 @@ def test_a_term_gets_the_tensors_that_it_reads(data, task):
     for network, weight in zip(networks, (0.0, 1.0), strict=True):
         train(network, task, BUDGET, terms={"overlap": Term(output_overlap, weight)})
     assert bits(networks[0]) != bits(networks[1])
+
+
+def test_a_step_that_the_scaler_leaves_out_counts_with_the_next(data, task, monkeypatch):
+    bad, counted = [False, True, True, False, False, False], []
+
+    class Scaler(torch.amp.GradScaler):
+        def scale(self, loss):
+            return super().scale(loss) * (torch.inf if bad.pop(0) else 1)
+
+    monkeypatch.setattr(Balanced, "update", lambda _, counts: counted.append(int(counts.sum())))
+    monkeypatch.setattr("spectralmoe.training.loop.loss_scaler", lambda *_: Scaler("cpu", init_scale=2.0))
+    network = build_network(data, SMALL, "linear+balanced", 1, seed=0)
+    settings = Optimization(epochs=1, batch_size=-(-task.size // 6))
+    train(network, task, settings)
+    sizes = [len(part) for part in torch.arange(task.size).split(settings.batch_size)]
+    each = counted[0] // sizes[0]
+    assert counted == [each * size for size in (sizes[0], sum(sizes[1:4]), *sizes[4:])]
 
 
 def test_diverged_loss_names_the_step_and_keeps_the_last_checkpoint(data, task, tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pvt_v2": ("pvt_v2_b0", {"depths": (1, 1, 1, 1), "embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2)}),
     "cait": ("cait_xxs24_224", {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
     "xcit": ("xcit_nano_12_p16_224", {"img_size": 32, "embed_dim": 32, "depth": 2}),
+    "poolformer": ("poolformer_s12", {}),
     "resnet": ("resnet18", {}),
     "vit_parallel": ("vit_base_patch16_xp_224", VIT),
 }

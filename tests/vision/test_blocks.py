@@ -57,8 +57,38 @@ def test_blocks_run_in_the_order_given_and_give_what_is_said_of_them(family, mak
     model(images)
     assert [path for path, _ in seen] == list(blocks)
     for path, shape in seen:
-        block, layout = blocks[path], 1 if is_channels_first(blocks[path]) else -1
-        assert shape[layout] == block_width(path, block), (path, shape)
+        width = block_width(path, blocks[path])
+        layout = 1 if is_channels_first(blocks[path], width) else -1
+        assert shape[layout] == width, (path, shape)
+
+
+class Both(nn.Module):
+    """A block that takes both layouts."""
+
+    def __init__(self, *children):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), *children)
+
+    def forward(self, x):
+        return x
+
+
+def test_the_layout_of_a_block(make_vision):
+    layouts = {"convnext_atto": {True}, "convnext": {True}, "poolformer": {True}, "swin": {False}, "vit": {None}}
+    for name, layout in layouts.items():
+        model, seen = make_vision(name), []
+        blocks = model_blocks(model)
+        for block in blocks.values():
+            block.register_forward_hook(lambda *_, to=seen: to.append(1))
+        found = {is_channels_first(block, block_width(path, block)) for path, block in blocks.items()}
+        assert found - {None} <= layout, name
+        assert found & layout, name
+        assert not seen, "what watches a model sees no trial"
+    convolves = Both()
+    convolves.mix = nn.Conv2d(8, 8, 1)
+    assert is_channels_first(convolves, 8)
+    assert is_channels_first(Both(), 8) is None
+    assert is_channels_first(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), 8) is False
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from spectralmoe.vision import (
     put_branch,
     replace_mlp,
 )
+from spectralmoe.vision.blocks import block_width
 
 
 def small(top, k=2, **more):
@@ -523,6 +524,30 @@ def test_branch_arguments(user_error):
         Branch(moe)(torch.randn(2, 3, 9))
     with user_error("(2, 3, 4, 8)", "D=8", "dimension 1"):
         Branch(moe, channels_first=True)(torch.randn(2, 3, 4, 8))
+
+
+@pytest.mark.parametrize("name", ["poolformer", "convnext"])
+def test_maps_that_are_as_wide_as_their_channels(make_vision, top, name, close):
+    model = make_vision(name)
+    block = next(iter(model_blocks(model).values()))
+    width = block_width("first", block)
+    x = torch.randn(1, width, 5, width)
+    h = block(x)
+    add_branches(model, small(top, blocks=[0]))
+    close(block(x).movedim(1, -1), slow_branch(block.moe_branch, h.movedim(1, -1).double(), first=0, k=2))
+
+
+def test_a_layout_that_only_the_shape_tells(user_error):
+    moe = MoE(Router(LinearScorer(8, 4), TopK(1)), Adapter(4, 8, 2))
+    branch, h = Branch(moe, channels_first=None), torch.randn(2, 8, 3, 5)
+    assert torch.equal(branch(h), Branch(moe, channels_first=True)(h))
+    for last in (h.movedim(1, -1), h[..., 0].mT):
+        assert torch.equal(branch(last), Branch(moe)(last))
+    for shape in ((2, 8, 8, 8), (2, 8, 3, 8)):
+        with user_error(str(shape), "D=8 in two places", "channels_first=..."):
+            branch(torch.randn(shape))
+    with user_error("(2, 3, 4, 5)", "D=8"):
+        branch(torch.randn(2, 3, 4, 5))
 
 
 def test_chosen_blocks_alone_get_a_branch(make_vision, top):

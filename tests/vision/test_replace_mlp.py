@@ -27,6 +27,7 @@ from spectralmoe import (
     record,
 )
 from spectralmoe.layers import moe_layers
+from spectralmoe.selectors import ClusterDropout, Threshold, Unweighted
 from spectralmoe.units import Pixel
 from spectralmoe.vision import BranchSpec, add_branches, model_blocks, replace_mlp
 from spectralmoe.vision.replace_mlp import OnePixel
@@ -192,6 +193,12 @@ def test_what_is_no_function_of_one_token_is_refused(make_vision, top, user_erro
         (lambda: Balanced(2, normalize=False), False),
         (lambda: Capacity(TopK(2, normalize=True), 1.0), False),
         (lambda: ExpertChoice(2.0), False),
+        (lambda: ClusterDropout(TopK(2, normalize=True), 1, rate=0.3), True),
+        (lambda: Threshold(2, 0.9), True),
+        (lambda: Threshold(2, 0.9, fallback="none"), False),
+        (lambda: ClusterDropout(Threshold(2, 0.9, fallback="none"), 1, rate=0.3), False),
+        (lambda: Unweighted(TopK(2, normalize=True)), False),
+        (lambda: ClusterDropout(Unweighted(TopK(2, normalize=True)), 1, rate=0.3), False),
     ],
 )
 def test_copies_need_weights_that_sum_to_one(selector, allowed, user_error):

@@ -18,6 +18,7 @@ from spectralmoe.adaptation.memory import share_memory
 from spectralmoe.adaptation.methods import METHODS, NEEDS_REFERENCE
 from spectralmoe.adaptation.methods.hidden_unit import NoFreeUnit
 from spectralmoe.adaptation.reference import Reference
+from spectralmoe.adaptation.samples import class_numbers
 from spectralmoe.adaptation.steady import first_logits, steady
 from spectralmoe.adaptation.targets import Target, choose_layers, find_targets, joined, logits_of, right
 from spectralmoe.adaptation.update import Update, Written
@@ -74,9 +75,9 @@ def adapt_one(
         An ``Update``. If it has no success, and if anything is raised, the model is as it was.
 
     Raises:
-        UserError: a label out of range, an unknown method or layer, a bank that cannot be adapted, a method that
-            needs what is not there; a model that is random or changes itself in evaluation mode, or whose weights
-            were made under ``torch.inference_mode``.
+        UserError: a label that is no class number or out of range, an unknown method or layer, a bank that cannot be
+            adapted, a method that needs what is not there; a model that is random or changes itself in evaluation
+            mode, or whose weights were made under ``torch.inference_mode``.
 
     >>> from spectralmoe.models import sr_moe
     >>> model = sr_moe(3, width=8, depth=2, num_experts=2, hidden=4).eval()
@@ -152,7 +153,7 @@ class _Check:
 
 
 def _labels(y: Tensor | int, samples: int, device: torch.device) -> Tensor:
-    labels = torch.as_tensor(y, device=device).reshape(-1).long().clone()
+    labels = class_numbers("adapt_one", y).to(device).reshape(-1).clone()
     if len(labels) != samples or not samples:
         raise UserError(f"adapt_one: {samples} samples need as many labels, got {len(labels)}; x must be a batch")
     return labels

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.adaptation.reference import BATCH, Measured, Reference, load_reference, measured
-from spectralmoe.adaptation.samples import same_sample
+from spectralmoe.adaptation.samples import class_numbers, same_sample
 from spectralmoe.adaptation.targets import digest_of, predicted
 from spectralmoe.diagnostics.change import Change, accuracy_change
 from spectralmoe.errors import UserError
@@ -58,7 +58,8 @@ class Guard:
         max_flips: how many reference samples may change their prediction at all; None: any number.
 
     Raises:
-        UserError: a negative budget or number of flips; a loader without samples.
+        UserError: a negative budget or number of flips; a loader without samples, or with labels that are no class
+            numbers.
 
     >>> guard = Guard([(torch.rand(8, 4), torch.zeros(8))], budget=0.05, max_flips=3)
     >>> len(guard)
@@ -82,7 +83,8 @@ class Guard:
     def protect(self, x: Tensor, y: Tensor) -> None:
         """Count samples x (k, ...), y (k,) that were corrected before among the reference data of later updates."""
         with torch.inference_mode(False):
-            self.protected.append((x.detach().to(self.samples, copy=True), y.detach().to(self.labels, copy=True)))
+            labels = class_numbers("Guard", y.detach()).to(self.labels, copy=True)
+            self.protected.append((x.detach().to(self.samples, copy=True), labels))
 
     def others(self, x: Tensor) -> Tensor:
         """Which reference samples are none of x (k, ...): (N,) bool.

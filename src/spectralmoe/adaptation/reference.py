@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from spectralmoe.adaptation.memory import shared_banks
+from spectralmoe.adaptation.samples import class_numbers
 from spectralmoe.adaptation.targets import logits_of
 from spectralmoe.errors import UserError
 from spectralmoe.recorder import record
@@ -183,14 +185,23 @@ def load_reference(loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     """All samples and labels of ``loader``.
 
     Raises:
-        UserError: it gives nothing, or something else than (inputs, labels) of equal length.
+        UserError: it gives nothing, or something else than (inputs, labels) of equal length, inputs of one shape.
     """
-    inputs, labels = [], []
+    inputs, labels = list[Tensor](), list[Tensor]()
+    if not isinstance(loader, Iterable | Dataset):
+        raise UserError(f"Guard: takes a loader of batches (inputs, labels), got {type(loader).__name__}")
     for batch in loader:
-        if not (isinstance(batch, tuple | list) and len(batch) == 2 and len(batch[0]) == len(batch[1])):
-            raise UserError("Guard: the loader must give batches (inputs, labels) of equal length")
+        pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor) and batch[0].dim()
+        numbers = class_numbers("Guard", batch[1]) if pair else None
+        if numbers is None or numbers.shape != batch[0].shape[:1]:
+            raise UserError(
+                "Guard: the loader must give batches (inputs, labels) of equal length; a dataset of single samples "
+                "goes into a torch.utils.data.DataLoader first"
+            )
         inputs.append(batch[0])
-        labels.append(torch.as_tensor(batch[1]))
+        labels.append(numbers)
     if not inputs or not sum(map(len, labels)):
         raise UserError("Guard: the loader gave no reference samples")
-    return torch.cat(inputs), torch.cat(labels).long()
+    if len(shapes := {tuple(part.shape[1:]) for part in inputs}) > 1:
+        raise UserError(f"Guard: reference samples must have one shape, got {' and '.join(map(str, sorted(shapes)))}")
+    return torch.cat(inputs), torch.cat(labels)

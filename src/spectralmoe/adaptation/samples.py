@@ -1,11 +1,29 @@
-"""Finds equal samples: a sample that is corrected does not count among those that must stay the same."""
+"""Samples and their labels: which samples are equal, and labels as class numbers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["same_sample"]
+from spectralmoe.errors import UserError
+
+__all__ = ["class_numbers", "same_sample"]
+
+
+def class_numbers(who: str, y: object) -> Tensor:
+    """The labels ``y`` as int64.
+
+    Raises:
+        UserError: they are no numbers, or a number that is not whole.
+    """
+    try:
+        labels = torch.as_tensor(y)
+        numbers = labels.long()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{who}: labels must be class numbers 0, 1, ..., got {type(y).__name__} {y!r:.30}") from error
+    if (other := labels[numbers != labels]).numel():
+        raise UserError(f"{who}: labels must be whole class numbers, got {other.flatten()[0].item()}")
+    return numbers
 
 
 def same_sample(samples: Tensor, x: Tensor) -> Tensor:

@@ -101,13 +101,11 @@ class Trial:
         after_step(self.network, tape)
 
     def alone(self, terms: Mapping[str, Term]) -> Tensor:
-        """Forward and backward of the terms on given records, and the refresh of kept directions."""
+        """Forward and backward of the terms on given records."""
         for item in self.records:
             item.scorer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         values = torch.stack([term.reduced([v for _, v in term.values(self.records)]) for term in terms.values()])
         values.sum().backward()
-        for item in self.records:
-            item.scorer.refresh_spectrum()  # type: ignore[union-attr]
         return values.detach()
 
     def check(self, terms: Mapping[str, Term]) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectralmoe.errors import UserError
-from spectralmoe.experts.answer import Answer
+from spectralmoe.experts.answer import Answer, per_row
 from spectralmoe.experts.base import Experts, answer_of
 from spectralmoe.routing import Routing, count_slots
 from spectralmoe.torch_private import transforming
@@ -122,14 +122,19 @@ def sort_slots(routing: Routing, num_experts: int, *, on_host: bool = False) -> 
 
 
 def spread(x: Tensor, slots: SortedSlots) -> Tensor:
-    """Copy the tokens x (N, *S) into rows (M, *S) sorted by expert: row r is the token of slot ``order[r]``."""
-    return _Spread.apply(x, slots)  # type: ignore[no-any-return]
+    """Copy the tokens x (N, *S) into rows (M, *S) sorted by expert: row r is the token of slot ``order[r]``.
+
+    Under ``torch.compile`` rows of empty slots are 0: padding may hold nan, which parameters that experts share would
+    take into their gradients.
+    """
+    return _filled(_Spread.apply(x, slots), slots)
 
 
 def combine(result: Tensor | Answer, weights: Tensor, slots: SortedSlots) -> Tensor:
     """Add up the experts' outputs of each token, weighed by ``weights`` (N, K): (N, *S).
 
-    It gathers by the inverse permutation instead of scattering, so that the sum has a fixed order on every device.
+    It gathers by the inverse permutation instead of scattering, so that the sum has a fixed order on every device. The
+    sum has the dtype of the weights, whatever dtype the experts return.
 
     Args:
         result: the rows (M, *S) that the bank returned, or its ``Answer``.
@@ -140,10 +145,15 @@ def combine(result: Tensor | Answer, weights: Tensor, slots: SortedSlots) -> Ten
     if rows.dim() > 2:
         y: Tensor = combine(rows.flatten(1), weights, slots).unflatten(1, rows.shape[1:])
         return y
-    if torch.compiler.is_compiling():  # static shapes: behind the last block a bank may leave anything
-        tail = torch.arange(rows.shape[0], device=rows.device) >= slots.counts.sum()
-        rows = rows.masked_fill(tail[:, None], 0)
-    return _Combine.apply(rows, weights, slots)  # type: ignore[no-any-return]
+    return _Combine.apply(_filled(rows.to(weights.dtype), slots), weights, slots)  # type: ignore[no-any-return]
+
+
+def _filled(rows: Tensor, slots: SortedSlots) -> Tensor:
+    """``rows`` (M, *S), under ``torch.compile`` with 0 in those behind the last block: static shapes leave them."""
+    if not torch.compiler.is_compiling():
+        return rows
+    tail = torch.arange(rows.shape[0], device=rows.device) >= slots.counts.sum()
+    return rows.masked_fill(per_row(tail, rows), 0)
 
 
 def _by_slot(rows: Tensor, slots: SortedSlots) -> Tensor:

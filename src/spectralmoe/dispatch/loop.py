@@ -24,13 +24,13 @@ class Loop(Dispatch):
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         if transforming():
             return Dense()(x, routing, experts)
-        outputs = [experts.expert(x[:0], 0) if experts.reshapes else x[:0]]
+        outputs = [experts.expert(x[:0], 0).to(x.dtype) if experts.reshapes else x[:0]]
         zero = x.new_zeros(1, *outputs[0].shape[1:])
         for token, chosen in enumerate(routing.indices.tolist()):
             row = x[token : token + 1]
             y = zero
             for slot, e in enumerate(chosen):
                 if 0 <= e < experts.num_experts:
-                    y = y + routing.weights[token, slot].to(x.dtype) * experts.expert(row, e)
+                    y = y + routing.weights[token, slot].to(x.dtype) * experts.expert(row, e).to(x.dtype)
             outputs.append(y)
         return torch.cat(outputs)

@@ -93,7 +93,7 @@ class Experts(Part):
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """Run all experts on all rows and add them up: sum_e weights[:, e] * expert_e(x), x (N, *S), weights (N, E)."""
-        outputs = [per_row(weights[:, e], x) * self.expert(x, e) for e in range(self.num_experts)]
+        outputs = [per_row(weights[:, e], x) * self.expert(x, e).to(weights.dtype) for e in range(self.num_experts)]
         return torch.stack(outputs).sum(0)
 
     def hidden(self, x: Tensor, counts: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, check_whole
 
 __all__ = ["FrequencyMixer"]
 
@@ -43,8 +43,7 @@ class FrequencyMixer(nn.Module):
 
     def __init__(self, channels: int, *, gelu: bool = True) -> None:
         super().__init__()
-        if not isinstance(channels, int) or channels < 1:
-            raise UserError(f"FrequencyMixer: channels must be at least 1, got {channels}")
+        check_whole("FrequencyMixer", "channels", channels)
         self.channels, self.gelu = channels, gelu
         self.first, self.second = (
             nn.Parameter(torch.randn(2, channels, channels) * (2 * channels) ** -0.5) for _ in "12"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectralmoe.errors import UserError, one_of
+from spectralmoe.errors import check_whole, one_of
 from spectralmoe.experts.base import Experts
 from spectralmoe.experts.feed_forward import add_bias
 from spectralmoe.experts.grouped_gemm import grouped_linear, supports_grouped_mm
@@ -57,8 +57,7 @@ class ModulatedExperts(Experts):
 
     def __init__(self, num_experts: int, dim: int, *, form: str = "linear") -> None:
         super().__init__(num_experts)
-        if not isinstance(dim, int) or dim < 1:
-            raise UserError(f"ModulatedExperts: the width D must be at least 1, got {dim}")
+        check_whole("ModulatedExperts", "the width D", dim)
         if form not in _FORMS:
             raise one_of("form of ModulatedExperts", form, _FORMS)
         self.dim, self.form, bound = dim, form, dim**-0.5

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, first_line
 from spectralmoe.experts.base import Experts
 from spectralmoe.experts.flops import count_flops
 from spectralmoe.stacks import chosen_experts, shares_of
+from spectralmoe.torch_private import in_backward
 
 __all__ = ["ModuleExperts"]
 
@@ -41,7 +42,15 @@ class ModuleExperts(Experts):
         return {"modules": self.experts}
 
     def expert(self, x: Tensor, e: int) -> Tensor:
-        y: Tensor = self.experts[e](x)
+        try:
+            y: Tensor = self.experts[e](x)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if torch.compiler.is_compiling() or len(x) or in_backward():
+                raise
+            raise UserError(
+                f"ModuleExperts: expert {e} ({type(self.experts[e]).__name__}) must take zero rows too, as one gets "
+                f"that no token chose, but of {tuple(x.shape)} it says: {first_line(error)}"
+            ) from error
         return y
 
     def expert_parameters(self, e: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectralmoe.errors import UserError, one_of
+from spectralmoe.errors import check_whole, one_of
 from spectralmoe.experts.base import Experts
 from spectralmoe.experts.grouped_gemm import row_experts
 from spectralmoe.stacks import copy_with
@@ -74,8 +74,7 @@ class MultilinearExperts(Experts):
         if form not in ("cp", "tr"):
             raise one_of("form of MultilinearExperts", form, ["cp", "tr"])
         for name, size in (("dim", dim), ("rank", rank), ("bond", bond), ("out", dim if out is None else out)):
-            if not isinstance(size, int) or size < 1:
-                raise UserError(f"MultilinearExperts: {name} must be at least 1, got {size}")
+            check_whole("MultilinearExperts", name, size)
         self.dim, self.rank, self.form, self.bond, self.out = dim, rank, form, bond, out
         width = rank if form == "cp" else bond * rank
         spread = torch.randn(num_experts, rank if form == "cp" else bond)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, check_whole
 
 __all__ = ["PatchMixer", "circular_convolution"]
 
@@ -42,8 +42,7 @@ class PatchMixer(nn.Module):
     def __init__(self, dim: int, rank: int, window: int) -> None:
         super().__init__()
         for name, value, least in (("dim", dim, 1), ("rank", rank, 2), ("window", window, 1)):
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"PatchMixer: {name} must be a whole number of at least {least}, got {value}")
+            check_whole("PatchMixer", name, value, least)
         self.dim, self.rank, self.window = dim, rank, window
         self.into = nn.Conv2d(dim, 2 * rank, 1)
         self.parts = nn.Conv2d(rank, 3 * rank, 1)

@@ -23,6 +23,7 @@ from spectralmoe.moe import MoE
 from spectralmoe.router import Router
 from spectralmoe.scorers import LinearScorer
 from spectralmoe.selectors import Balanced, Soft
+from spectralmoe.torch_private import transforming
 
 __all__ = ["Cache", "CausalAttention", "DecoderBlock", "LanguageMoE", "balanced_router", "language_moe"]
 
@@ -41,7 +42,8 @@ class LanguageMoE(nn.Module):
         tied: whether the head's matrix is that of the embedding.
 
     Raises:
-        UserError: there is no block, or the blocks differ in width. In forward: the tokens are not (B, S) integers.
+        UserError: there is no block, or the blocks differ in width. In forward: the tokens are not (B, S) integers, or,
+            on a CPU, one is not in the vocabulary.
 
     >>> model = language_moe(256, width=32, depth=2, num_experts=4, hidden=16)
     >>> model(torch.tensor([[72, 101, 108]])).shape
@@ -72,13 +74,24 @@ class LanguageMoE(nn.Module):
         Args:
             cache: keys and values of earlier tokens; those of these tokens are added to it.
         """
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise UserError(f"LanguageMoE: takes tokens (B, S) of integers, got {tokens.dtype} {tuple(tokens.shape)}")
-        x = self.embedding(tokens)
+        x = self.embedding(self._checked(tokens))
         for block in self.blocks:
             x = block(x, cache)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        """The tokens as int64; a device, a graph and a transform are not asked for their values."""
+        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise UserError(f"LanguageMoE: takes tokens (B, S) of integers, got {tokens.dtype} {tuple(tokens.shape)}")
+        tokens = tokens.long()
+        traced = torch.compiler.is_compiling() or transforming() or type(tokens) is not Tensor
+        if tokens.device.type == "cpu" and tokens.numel() and not traced:
+            least, most = (int(end) for end in tokens.aminmax())
+            if least < 0 or most >= self.vocab:
+                wrong = least if least < 0 else most
+                raise UserError(f"LanguageMoE: token {wrong} is not in the vocabulary, which has 0 to {self.vocab - 1}")
+        return tokens
 
     @torch.no_grad()
     def generate(
@@ -104,7 +117,7 @@ class LanguageMoE(nn.Module):
         """
         if tokens.shape[-1] < 1 or count < 0:
             raise UserError(f"generate: needs a token to start from and count >= 0, got {tokens.shape[-1]} and {count}")
-        if temperature < 0 or (top_k is not None and top_k < 1):
+        if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise UserError(f"generate: temperature must be >= 0 and top_k >= 1, got {temperature} and {top_k}")
         cache, unread = (Cache() if cached else None), tokens
         with evaluation_mode(self):
@@ -262,7 +275,8 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     """One token (B, 1) for each row of logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
+    below = logits - logits.amax(-1, keepdim=True)  # 0 at the largest, however small the temperature
+    scaled = below / max(temperature, torch.finfo(below.dtype).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        scaled = scaled.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    return torch.multinomial(scaled.softmax(-1), 1, generator=generator)

@@ -40,8 +40,7 @@ def spectral_norm(record: Record, *, bound: float = 1.0, form: NormForm = "hinge
     r"""Penalise the largest singular value :math:`\sigma_1` of the routing matrix M.
 
     The forms are "hinge", :math:`(\sigma_1 - c)_+^2`; "two-sided", :math:`(\sigma_1 - c)^2`; "square",
-    :math:`\sigma_1^2`; and "plain", :math:`\sigma_1`. It is exact, except for a scorer's matrix whose smaller side is
-    above ``linalg.EXACT_LIMIT``, for which a power iteration goes on from step to step.
+    :math:`\sigma_1^2`; and "plain", :math:`\sigma_1`. It is computed anew at each call.
 
     Args:
         bound: c.
@@ -62,7 +61,7 @@ def spectral_norm(record: Record, *, bound: float = 1.0, form: NormForm = "hinge
     >>> round(spectral_norm(tape[0]).item(), 4)
     4.0
     """
-    return _norm(linalg.sigma_max(*_matrix(record, matrix)), bound, form)
+    return _norm(linalg.sigma_max(_matrix(record, matrix)), bound, form)
 
 
 def stable_rank(
@@ -91,8 +90,8 @@ def stable_rank(
     >>> round(stable_rank(tape[0], matrix="gates").item(), 4)
     0.0
     """
-    whole, direction = _matrix(record, matrix)
-    rank = linalg.stable_rank(whole, direction)
+    whole = _matrix(record, matrix)
+    rank = linalg.stable_rank(whole)
     if form == "deficit":
         return 1 - rank / _largest_rank(whole, matrix)
     if form == "inverse":
@@ -133,8 +132,8 @@ def spectral_penalty(
     >>> round(spectral_penalty(tape[0], norm=0.5).item(), 4)
     2.0
     """
-    whole, direction = _matrix(record, matrix)
-    sigma, stable = linalg.spectrum(whole, direction)
+    whole = _matrix(record, matrix)
+    sigma, stable = linalg.spectrum(whole)
     return norm * _norm(sigma, bound, form) + rank * (1 - stable / _largest_rank(whole, matrix))
 
 
@@ -155,22 +154,22 @@ def _largest_rank(whole: Tensor, matrix: Matrix) -> int:
     return whole.shape[1] if matrix == "gates" else min(whole.shape)
 
 
-def _matrix(record: Record, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
-    """The matrix in at least fp32, and its leading right direction where that is kept (None: find it)."""
+def _matrix(record: Record, matrix: Matrix) -> Tensor:
+    """The matrix in at least fp32."""
     if matrix == "router":
         return _router(record)
     if matrix == "gates":
-        return _gates(record), None
+        return _gates(record)
     if not callable(matrix):
         raise one_of("matrix of a spectral term", matrix, ["router", "gates", "a function of the record"])
     given = full(matrix(record))
     if given.dim() != 2:
         raise UserError(f"the function given as matrix must return a matrix, got shape {tuple(given.shape)}")
-    return given.to(torch.promote_types(given.dtype, torch.float32)), None
+    return given.to(torch.promote_types(given.dtype, torch.float32))
 
 
-def _router(record: Record) -> tuple[Tensor, Tensor | None]:
-    """The scorer's matrix (E, D) and, if it is a large one, the leading direction it keeps."""
+def _router(record: Record) -> Tensor:
+    """The scorer's matrix (E, D)."""
     matrix, scorer = record.matrix, record.scorer
     if matrix is None:
         kind = "no router" if scorer is None else type(scorer).__name__
@@ -178,7 +177,7 @@ def _router(record: Record) -> tuple[Tensor, Tensor | None]:
             f"layer {record.name!r} ({kind}) has no routing matrix for a spectral term; use matrix='gates', another "
             "scorer, or name the layers with Term(layers=...)"
         )
-    return full(matrix), None if scorer is None else scorer.spectral_direction()
+    return full(matrix)
 
 
 def _gates(record: Record) -> Tensor:

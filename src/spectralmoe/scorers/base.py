@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 from spectralmoe.context import Rows
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, check_whole
 from spectralmoe.experts import Experts
-from spectralmoe.linalg import EXACT_LIMIT, power_iteration, top_right
 from spectralmoe.parts import Part
-from spectralmoe.sharding import full
 from spectralmoe.stacks import chosen_experts, copy_with
 
 __all__ = ["Scorer", "gamma", "half_space_distance", "margin_over_slope"]
-
-_REFRESH_STEPS = 2
 
 
 class Scorer(Part):
@@ -39,15 +35,11 @@ class Scorer(Part):
     rows: tuple[str, ...] = ()
     """Names of the parameters and buffers of which row e is read by the logit of expert e and by no other."""
 
-    top_direction: Tensor | None
-
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("num_experts", num_experts)):
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
+            check_whole(type(self).__name__, name, value)
         self.dim, self.num_experts = dim, num_experts
-        self.register_buffer("top_direction", None, persistent=False)
 
     def __call__(self, x: Tensor, *, context: Rows | None = None) -> Tensor:
         logits: Tensor = super().__call__(x, context=context)
@@ -80,7 +72,7 @@ class Scorer(Part):
     def _cut(self, chosen: list[int], tensors: Mapping[Tensor, Tensor]) -> Self:
         """A copy for the chosen experts, with other tensors in the place of some."""
         scorer = copy_with(self, tensors)
-        scorer.num_experts, scorer.top_direction = len(chosen), None
+        scorer.num_experts = len(chosen)
         return scorer
 
     @property
@@ -143,37 +135,6 @@ class Scorer(Part):
         logits = self(x)
         gap = logits.gather(1, over) - logits.gather(1, under)
         return margin_over_slope(gap, torch.full_like(gap, 2**0.5 * bound), x, error[:, over] + error[:, under])
-
-    def after_step(self) -> None:
-        super().after_step()
-        self.refresh_spectrum()
-
-    def spectral_direction(self) -> Tensor | None:
-        """Return the tracked leading right singular vector (D,) of ``matrix``.
-
-        It is None where there is no matrix, or where the matrix is small enough for an exact spectrum
-        (``linalg.EXACT_LIMIT``).
-        """
-        matrix = self.matrix
-        if matrix is None or min(matrix.shape) <= EXACT_LIMIT:
-            return None
-        if self.top_direction is None:
-            self.refresh_spectrum()
-        return self.top_direction
-
-    @torch.no_grad()
-    def refresh_spectrum(self) -> None:
-        """Update the tracked singular vector of a large ``matrix`` by two power iterations; small ones need none.
-
-        The first vector is exact. It is computed anew if the iteration gave zero, as it does for a zero matrix.
-        """
-        matrix = self.matrix
-        if matrix is None or min(matrix.shape) <= EXACT_LIMIT:
-            return
-        whole, v = full(matrix), self.top_direction
-        if v is not None:
-            v = power_iteration(whole, v, _REFRESH_STEPS)
-        self.top_direction = top_right(whole) if v is None or not v.any() else v
 
 
 def gamma(terms: int, precision: torch.dtype) -> float:

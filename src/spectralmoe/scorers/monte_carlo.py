@@ -136,12 +136,6 @@ class MonteCarlo(Scorer):
         """Return the wrapped scorer's bound in evaluation; None in training."""
         return self.scorer.flip_distance(x, over, under, precision=precision) if self._plain else None
 
-    def spectral_direction(self) -> Tensor | None:
-        return self.scorer.spectral_direction()
-
-    def refresh_spectrum(self) -> None:
-        """Do nothing: the wrapped scorer tracks the singular vector of its matrix itself."""
-
     def after_step(self) -> None:
         super().after_step()
         self.steps += 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.context import Rows
-from spectralmoe.errors import UserError, one_of
+from spectralmoe.errors import UserError, check_whole, one_of
 from spectralmoe.linalg import sigma_max
 from spectralmoe.scorers.base import Scorer, gamma, half_space_distance
 from spectralmoe.sharding import full
@@ -77,8 +77,7 @@ class SaturatedScorer(Scorer):
     ) -> None:
         super().__init__(dim, num_experts)
         for name, value in (("rank", rank), ("anchors", anchors)):
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"SaturatedScorer: {name} must be at least 1, got {value}")
+            check_whole("SaturatedScorer", name, value)
         if saturation not in _SATURATIONS:
             raise one_of("saturation of SaturatedScorer", saturation, _SATURATIONS)
         if not 0 < gain < float("inf"):

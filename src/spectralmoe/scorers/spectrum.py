@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectralmoe.context import Rows
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, check_whole
 from spectralmoe.scorers.base import Scorer
 
 __all__ = ["SpectrumScorer", "power_spectrum", "spectrum_features"]
@@ -73,8 +73,7 @@ class SpectrumScorer(Scorer):
     ) -> None:
         super().__init__(dim, num_experts)
         for name, value, least in (("bands", bands, 1), ("hidden", hidden, 0)):
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"SpectrumScorer: {name} must be at least {least}, got {value}")
+            check_whole("SpectrumScorer", name, value, least)
         self.bands, self.hidden, self.statistics_read, self.token = bands, hidden, statistics, token
         self.key, self.reads = key, (key,)
         features = bands + _SHAPE + (_STATISTICS if statistics else 0)

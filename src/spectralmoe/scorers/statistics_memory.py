@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spectralmoe.errors import UserError, one_of
+from spectralmoe.errors import UserError, check_whole, one_of
 from spectralmoe.linalg import without_autocast
 from spectralmoe.parts import Part, in_full_precision
 from spectralmoe.sharding import assign_
@@ -104,8 +104,7 @@ class StatisticsMemory(Part):
     ) -> None:
         super().__init__()
         for name, value, smallest in (("dim", dim, 1), ("slots", slots, 1), ("least", least, 2)):
-            if not isinstance(value, int) or value < smallest:
-                raise UserError(f"StatisticsMemory: {name} must be at least {smallest}, got {value}")
+            check_whole("StatisticsMemory", name, value, smallest)
         if not 0 <= momentum < 1:
             raise UserError(f"StatisticsMemory: momentum must lie in [0, 1), got {momentum}")
         for name, word, known in (("where", where, ["router", "layer"]), ("over", over, ["sample", "stream"])):

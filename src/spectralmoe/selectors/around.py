@@ -52,5 +52,8 @@ class Around(Selector):
     def limit(self, wanted: Tensor, num_experts: int) -> Tensor:
         return self.selector.limit(wanted, num_experts)
 
+    def emptied(self, indices: Tensor) -> Tensor:
+        return self.selector.emptied(indices)
+
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         return self.selector.weigh(logits, indices)

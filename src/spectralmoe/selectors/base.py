@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spectralmoe.errors import UserError, one_of
+from spectralmoe.errors import UserError, check_whole, one_of
 from spectralmoe.parts import Part
 from spectralmoe.routing import EMPTY, Score, apply_score
 
@@ -74,6 +74,10 @@ class Selector(Part):
         """Empty the slots beyond what an expert may take: indices (N, K), -1 there. By default there is no bound."""
         return wanted
 
+    def emptied(self, indices: Tensor) -> Tensor:
+        """Empty the slots of experts that may not be used now, which a replayed choice may name: indices (N, K)."""
+        return indices
+
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         """Return the combine weights (N, K) of the chosen experts, with gradient; 0 in an empty slot."""
         if not self.normalize:
@@ -120,8 +124,7 @@ def check_k(owner: str, k: int, normalize: bool, score: str) -> None:
     """Refuse a k below 1, an unknown score, and k = 1 with weights that are renormalised over one slot."""
     if score not in ("softmax", "sigmoid"):
         raise one_of("score", score, ["sigmoid", "softmax"])
-    if not isinstance(k, int) or k < 1:
-        raise UserError(f"{owner}: k must be at least 1, got {k}; soft routing over all experts is Soft()")
+    check_whole(owner, "k", k, cure="; soft routing over all experts is Soft()")
     if k == 1 and normalize:
         raise UserError(
             f"{owner}: k=1 with normalize=True makes every weight the constant 1, so the router gets no gradient; "

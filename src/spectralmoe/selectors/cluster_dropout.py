@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, check_whole
 from spectralmoe.routing import EMPTY, Score
 from spectralmoe.scrambling import scrambled
 from spectralmoe.selectors.around import Around
@@ -64,12 +64,10 @@ class ClusterDropout(Around):
 
     def __init__(self, selector: Selector, groups: int, *, rate: float = 0.5, interval: int = 250) -> None:
         super().__init__(selector)
-        if not isinstance(groups, int) or groups < 1:
-            raise UserError(f"ClusterDropout: groups must be at least 1, got {groups}")
+        check_whole("ClusterDropout", "groups", groups)
+        check_whole("ClusterDropout", "interval", interval)
         if not 0 <= rate < 1:
             raise UserError(f"ClusterDropout: rate must lie in [0, 1), got {rate}")
-        if not isinstance(interval, int) or interval < 1:
-            raise UserError(f"ClusterDropout: interval must be at least 1 step, got {interval}")
         self.groups, self.rate, self.interval = groups, rate, interval
 
     def bind(self, num_experts: int) -> None:
@@ -106,10 +104,17 @@ class ClusterDropout(Around):
         return super().ranked(self._offered(logits))
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
-        return self._emptied(super().choose(self._offered(logits), mask=mask, context=context))
+        return self.emptied(super().choose(self._offered(logits), mask=mask, context=context))
+
+    def emptied(self, indices: Tensor) -> Tensor:
+        """Empty, in training, the slots of experts that are out."""
+        indices = super().emptied(indices)
+        if not self.training:
+            return indices
+        return indices.masked_fill(~self.taking_part[indices.clamp_min(0)], EMPTY)
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
-        return super().weigh(self._offered(logits), self._emptied(indices))
+        return super().weigh(self._offered(logits), self.emptied(indices))
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
         """Return a selector for these experts, with as many groups; the experts that are left out are drawn anew."""
@@ -125,12 +130,6 @@ class ClusterDropout(Around):
     def _offered(self, logits: Tensor) -> Tensor:
         """The logits (N, E), in training with those of experts that are out at minus infinity."""
         return logits.masked_fill(~self.taking_part, -torch.inf) if self.training else logits
-
-    def _emptied(self, indices: Tensor) -> Tensor:
-        """The indices (N, K), in training without experts that are out; a replayed choice may name some."""
-        if not self.training:
-            return indices
-        return indices.masked_fill(~self.taking_part[indices.clamp_min(0)], EMPTY)
 
     def _kept(self, num_experts: int) -> int:
         """How many experts of a group take part."""

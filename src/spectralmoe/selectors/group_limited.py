@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralmoe.errors import UserError
+from spectralmoe.errors import UserError, check_whole
 from spectralmoe.routing import EMPTY
 from spectralmoe.selectors.around import Around
 from spectralmoe.selectors.balanced import Balanced
@@ -58,8 +58,7 @@ class GroupLimited(Around):
                 f"GroupLimited: {type(selector).__name__} does not choose the k largest scores; use TopK or Balanced"
             )
         for name, value in {"groups": groups, "groups_on": groups_on, "counted": counted}.items():
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"GroupLimited: {name} must be at least 1, got {value}")
+            check_whole("GroupLimited", name, value)
         if groups_on > groups:
             raise UserError(f"GroupLimited: groups_on={groups_on} is more than there are, groups={groups}")
         self.groups, self.groups_on, self.counted = groups, groups_on, counted

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from spectralmoe.errors import UserError
 from spectralmoe.routing import EMPTY
@@ -48,10 +49,10 @@ class TopP(Selector):
             check_fits("TopP", self.max_k, num_experts)
 
     def choose(self, logits: Tensor, *, mask: Tensor | None = None, context: dict[str, Any] | None = None) -> Tensor:
-        scores = self.scores(logits)
-        mass, indices = (part[:, : self.max_k] for part in scores.sort(dim=-1, descending=True, stable=True))
-        before = (mass.cumsum(-1) - mass) / scores.sum(-1, keepdim=True)
-        unused = before >= self.p
+        ordered, indices = logits.sort(dim=-1, descending=True, stable=True)
+        mass = (ordered if self.score == "softmax" else F.logsigmoid(ordered)).softmax(-1)  # scores may underflow
+        unused = (mass.cumsum(-1) - mass >= self.p)[:, : self.max_k]
+        indices = indices[:, : self.max_k]
         unused[:, 0] = False
         if mask is not None:
             unused = unused | ~mask[:, None]

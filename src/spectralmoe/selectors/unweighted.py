@@ -53,6 +53,7 @@ class Unweighted(Around):
         if router_grad not in _GRADIENTS:
             raise one_of("router_grad of Unweighted", str(router_grad), _GRADIENTS)
         self.router_grad = router_grad
+        self.normalize = False  # k weights of 1
 
     def bind(self, num_experts: int) -> None:
         super().bind(num_experts)
@@ -60,6 +61,7 @@ class Unweighted(Around):
             raise UserError("Unweighted: in soft routing equal weights leave the router no say; use TopK with k < E")
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
+        indices = self.emptied(indices)
         filled = (indices >= 0).to(logits.dtype)
         if self.router_grad == "none":
             return filled

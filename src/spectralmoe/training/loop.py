@@ -167,6 +167,7 @@ class _Run:
         self.batches = math.ceil(task.size / settings.batch_size)
         self.epoch, self.batch, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
         self.epochs: list[dict[str, float]] = []
+        self.tapes: list[Tape] = []  # of steps since the last that was not left out
         self.saved_at = time.monotonic()
         state = load_checkpoint(checkpoint, model, self.optimizer) if checkpoint else None
         if state is not None:
@@ -227,9 +228,12 @@ class _Run:
         self.ranks.reduce(self.model)
         self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
         self.scaler.update()
-        if tape is not None:
-            after_step(self.model, tape)
+        self.tapes += [] if tape is None else [tape]
+        if self.tapes and self.scaler.get_scale() >= scale:  # else the step was left out, and counts with the next
+            after_step(self.model, *self.tapes)
+            self.tapes = []
         return value
 
     def extra(self, tape: Tape | None) -> Tensor | float:

@@ -7,10 +7,12 @@ By the names that timm's families share, without importing timm: ``blocks`` (ViT
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+import torch
 from torch import nn
 
 from spectralmoe.errors import UserError
@@ -89,9 +91,18 @@ def block_width(path: str, block: nn.Module) -> int:
     )
 
 
-def is_channels_first(block: nn.Module) -> bool:
-    """Whether the block gives (B, D, H, W): it has convolutions of its own and no attention, as in ConvNeXt."""
-    return not hasattr(block, "attn") and any(isinstance(child, nn.Conv2d) for child in block.children())
+def is_channels_first(block: nn.Module, width: int) -> bool | None:
+    """Whether the block gives (B, D, H, W) rather than (B, H, W, D) or sequences; None where that cannot be told.
+
+    It is the layout that a copy of the block on the meta device, which computes nothing, takes and gives. If it takes
+    both or neither, a block with convolutions of its own and no attention, as in ConvNeXt, has channels first.
+    """
+    h, w = [size for size in (8, 16, 4) if size != width][:2]
+    first, last = _gives(block, (1, width, h, w), 1), _gives(block, (1, h, w, width), -1)
+    if first != last:
+        return first
+    convolves = not hasattr(block, "attn") and any(isinstance(child, nn.Conv2d) for child in block.children())
+    return True if convolves else None
 
 
 def prefix_tokens(model: nn.Module) -> int:
@@ -113,6 +124,22 @@ def _containers_below(model: nn.Module) -> dict[str, nn.Sequential | nn.ModuleLi
         if named and not inner and any(isinstance(part, nn.Linear) for part in module.modules()):
             containers[path] = cast("nn.Sequential | nn.ModuleList", module)
     return dict(sorted(containers.items(), key=lambda item: -len(item[1])))
+
+
+@torch.no_grad()
+def _gives(block: nn.Module, shape: tuple[int, ...], axis: int) -> bool:
+    """Whether ``block`` makes of an x of this shape a tensor of four dimensions that is as wide in ``axis``."""
+    tensors = [*block.parameters(), *block.buffers()]
+    try:
+        block = copy.deepcopy(block, {id(tensor): tensor.to("meta") for tensor in tensors}).eval()
+        for module in block.modules():  # those that watch the model are not part of it
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        y = block(torch.empty(shape, dtype=tensors[0].dtype, device="meta"))
+        y = y[0] if isinstance(y, tuple) else y
+        return bool(y.dim() == len(shape) and y.shape[axis] == shape[axis])
+    except Exception:  # whatever the block's own code says to another layout
+        return False
 
 
 def _flat(path: str, module: nn.Module, *, top: bool = True) -> Iterator[tuple[str, nn.Module]]:

@@ -33,12 +33,13 @@ class Branch(nn.Module):
         moe: the layer, D wide.
         prefix: number of class, distillation and register tokens in front of the patches.
         tokens: "patches" or "all".
-        channels_first: h is (B, D, H, W).
+        channels_first: whether an h of four dimensions is (B, D, H, W); None goes by which of its dimensions is D wide.
         norm: the layer reads LayerNorm(h), without factors.
         scale: start of the learnable alpha.
 
     Raises:
-        UserError: an unknown ``tokens``, a negative prefix; in forward, features that are not D wide.
+        UserError: an unknown ``tokens``, a negative prefix; in forward, features that are not D wide, or are so in both
+            places with ``channels_first=None``.
 
     >>> from spectralmoe import Adapter, LinearScorer, Router, TopK
     >>> branch = Branch(MoE(Router(LinearScorer(8, 4), TopK(1)), Adapter(4, 8, 2)), prefix=1)
@@ -53,7 +54,7 @@ class Branch(nn.Module):
         *,
         prefix: int = 0,
         tokens: Tokens = "patches",
-        channels_first: bool = False,
+        channels_first: bool | None = False,
         norm: bool = False,
         scale: float = 1.0,
     ) -> None:
@@ -67,17 +68,29 @@ class Branch(nn.Module):
         self.alpha = nn.Parameter(torch.tensor(float(scale)))
 
     def forward(self, h: Tensor) -> Tensor:
-        width, axis = self.moe.router.scorer.dim, 1 if self.channels_first else -1
+        width, channels_first = self.moe.router.scorer.dim, self._has_channels_first(h)
+        axis = 1 if channels_first else -1
         if h.shape[axis] != width:
             raise UserError(
                 f"Branch: features of shape {tuple(h.shape)} do not have D={width} as dimension {axis}; where a block "
                 "gives another layout, put_branch() a Branch(channels_first=...) of your own behind it"
             )
-        if self.channels_first:
+        if channels_first:
             return self._add(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if h.dim() == 3 and self.prefix and self.tokens == "patches":
             return torch.cat([h[:, : self.prefix], self._add(h[:, self.prefix :])], dim=1)
         return self._add(h)
+
+    def _has_channels_first(self, h: Tensor) -> bool:
+        if self.channels_first is not None or h.dim() != 4:
+            return bool(self.channels_first)
+        width = self.moe.router.scorer.dim
+        if h.shape[1] == h.shape[-1] == width:
+            raise UserError(
+                f"Branch: features of shape {tuple(h.shape)} have D={width} in two places, and the block does not show "
+                "its layout; put_branch() a Branch(channels_first=...) of your own behind it, or take another size"
+            )
+        return h.shape[1] == width
 
     def _add(self, h: Tensor) -> Tensor:
         y = self.moe(F.layer_norm(h, h.shape[-1:]) if self.norm else h, scale=self.alpha)
@@ -132,11 +145,12 @@ def put_branch(path: str, block: nn.Module, branch: Branch) -> None:
 
 
 def _make_branch(path: str, block: nn.Module, prefix: int, spec: BranchSpec) -> Branch:
+    width = block_width(path, block)
     branch = Branch(
-        spec.make_moe(block_width(path, block)),
+        spec.make_moe(width),
         prefix=prefix,
         tokens=spec.tokens,
-        channels_first=is_channels_first(block),
+        channels_first=is_channels_first(block, width),
         norm=spec.norm,
         scale=spec.scale,
     )

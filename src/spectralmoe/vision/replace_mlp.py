@@ -19,6 +19,7 @@ from spectralmoe.moe import MoE
 from spectralmoe.placement import Placement
 from spectralmoe.router import Router
 from spectralmoe.scorers import StatisticsMemory
+from spectralmoe.selectors import Threshold
 from spectralmoe.units import Pixel, Token
 from spectralmoe.vision.attended import check_attends, put_layer
 from spectralmoe.vision.blocks import block_width, choose_blocks
@@ -150,7 +151,8 @@ def _make_layer(path: str, block: nn.Module, spec: BranchSpec, init: str) -> MoE
 
 
 def _sums_to_one(router: Router) -> bool:
-    return router.selector.normalize or (router.soft and router.selector.score == "softmax")
+    sometimes_none = any(isinstance(s, Threshold) and s.fallback == "none" for s in router.selector.modules())
+    return (router.selector.normalize and not sometimes_none) or (router.soft and router.selector.score == "softmax")
 
 
 def _fresh_bank(mlp: nn.Module, spec: BranchSpec, dim: int) -> Experts:
