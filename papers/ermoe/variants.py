@@ -26,7 +26,7 @@ class RandomBases(BasisScorer):
     def spec_arguments(self) -> dict[str, object]:
         return {}
 
-    def meet(self, experts: Experts) -> None:
+    def bind_experts(self, experts: Experts) -> None:
         """It reads no bank."""
 
     @property

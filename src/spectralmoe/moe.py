@@ -81,7 +81,7 @@ class MoE(Recordable):
         if isinstance(dispatch, str) and dispatch not in ("auto", *DISPATCHES):
             raise one_of("dispatch", dispatch, ["auto", *DISPATCHES])
         check_places(placement, router.num_experts, experts.num_experts)
-        if placement is not None and type(router.scorer).meet is not Scorer.meet:
+        if placement is not None and type(router.scorer).bind_experts is not Scorer.bind_experts:
             raise UserError(
                 f"MoE: {type(router.scorer).__name__} reads expert e in place e, so it takes no placement; leave it out"
             )
@@ -96,7 +96,7 @@ class MoE(Recordable):
                 f"MoE: under {type(unit).__name__} the memory knows pooled features alone; use where='router'"
             )
         self.placement, self.unit, self.memory = placement, unit, memory
-        router.scorer.meet(experts)
+        router.scorer.bind_experts(experts)
 
     def spec_arguments(self) -> dict[str, object]:
         """Return the constructor arguments that are not attributes of the same name."""

@@ -32,7 +32,7 @@ FILE = "training.safetensors"
 
 def make(ranks=ALONE, draw=1):
     torch.manual_seed(shifted(draw))
-    network = ranks.spread(language_moe(11, width=8, depth=1, heads=2, num_experts=4, hidden=6))
+    network = ranks.wrap(language_moe(11, width=8, depth=1, heads=2, num_experts=4, hidden=6))
     return network, make_optimizer("adamw", network, RATES)
 
 

@@ -138,11 +138,11 @@ def train(
         if ranks.first:
             say_notes(task.notes)
         built, preset = task.build(settings).to(where), settings.preset
-        trained = ranks.spread(built)
+        trained = ranks.wrap(built)
         claim = {**settings.model_dump(mode="json"), "images": task.fingerprint}
         files = (CHECKPOINT, "model.safetensors", "config.json", "history.json", *([MONITOR] if monitor else []))
         with run_folder(out, claim, files) if ranks.first else nullcontext():
-            ranks.wait()  # for the folder
+            ranks.barrier()  # for the folder
             title = settings.label
             watched = Monitor(trained, out / MONITOR, every=every or 50, layers=True, title=title) if monitor else None
             with (

@@ -84,7 +84,7 @@ def rebuilt(layer: MoE, experts: Experts, table: Sequence[Sequence[int]], router
     if list(table) != plain:
         device = next((tensor.device for tensor in experts.parameters()), None)
         fresh.placement = Placement(table).to(device)
-    fresh.router.scorer.meet(experts)
+    fresh.router.scorer.bind_experts(experts)
     return fresh
 
 

@@ -141,7 +141,7 @@ def _check(name: str, layer: object, devices: int) -> None:
             f"parallelize_experts: {name!r} routes softly, so every row would go to every device; use TopK(k)"
         )
     scorer = layer.router.scorer
-    if type(scorer).meet is not Scorer.meet:
+    if type(scorer).bind_experts is not Scorer.bind_experts:
         raise UserError(
             f"parallelize_experts: {type(scorer).__name__} of {name!r} reads all experts, and no device has them all"
         )

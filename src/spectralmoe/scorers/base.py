@@ -45,7 +45,7 @@ class Scorer(Part):
         logits: Tensor = super().__call__(x, context=context)
         return logits
 
-    def meet(self, experts: Experts) -> None:
+    def bind_experts(self, experts: Experts) -> None:
         """Take note of the layer's experts; the layer calls this once, when it is made.
 
         A scorer that reads the experts' parameters keeps a reference to them. Others do nothing. A scorer around

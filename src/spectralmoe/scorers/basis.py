@@ -65,13 +65,13 @@ class BasisScorer(Scorer):
         self.score, self.reads = score, ("attended",) if score == "context" else ()
         self._banks: tuple[EigenExperts, ...] = ()  # in a tuple it is no submodule: its tensors stay the layer's
         if bank is not None:
-            self.meet(bank)
+            self.bind_experts(bank)
 
     def spec_arguments(self) -> dict[str, object]:
         """Return the arguments to save: the bank is saved with its layer, not here."""
         return {"bank": None}
 
-    def meet(self, experts: Experts) -> None:
+    def bind_experts(self, experts: Experts) -> None:
         if not isinstance(experts, EigenExperts):
             raise UserError(
                 f"BasisScorer: reads the bases of EigenExperts, but the experts of the layer are "

@@ -108,8 +108,8 @@ class MonteCarlo(Scorer):
         """Return the mean and the variance (N, E) of the scores over the passes, in training and in evaluation."""
         return _moments(self._logits(x, context).softmax(-1))
 
-    def meet(self, experts: Experts) -> None:
-        self.scorer.meet(experts)
+    def bind_experts(self, experts: Experts) -> None:
+        self.scorer.bind_experts(experts)
 
     def select(self, indices: Sequence[int] | Tensor) -> Self:
         """Return a scorer of these experts alone, with the same dropout draws; in evaluation they keep their logits."""

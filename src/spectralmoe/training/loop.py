@@ -114,7 +114,7 @@ def train(
         follow: called after every step and every epoch with how the run stands.
         logs: brought up to date at the start and after every epoch.
         monitor: an open monitor of ``model``, told of every step.
-        ranks: the processes that train together; ``model`` is then what ``ranks.spread`` gave.
+        ranks: the processes that train together; ``model`` is then what ``ranks.wrap`` gave.
 
     Raises:
         Diverged: the loss is not finite; names the step. The last checkpoint holds finite weights.
@@ -193,7 +193,7 @@ class _Run:
             self.batch += 1
             if self.monitor is not None:
                 self.monitor.step(self.step)
-            if self.ranks.agree(time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS):
+            if self.ranks.of_first(time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS):
                 self.seconds += time.monotonic() - started
                 self.check_weights()
                 self.save()

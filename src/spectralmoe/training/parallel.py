@@ -81,21 +81,21 @@ class Ranks:
         dist.all_reduce(total)
         return float(total.item()) / self.world
 
-    def agree(self, value: bool) -> bool:
+    def of_first(self, value: bool) -> bool:
         """The value of the first process, for all processes."""
         return value if self.kind is None else self.mean(float(value and self.first)) > 0
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes have called this."""
         self.mean(0.0)
 
-    def told(self, text: str) -> str:
+    def broadcast(self, text: str) -> str:
         """The text of the first process."""
         texts = [text]
         dist.broadcast_object_list(texts)
         return texts[0]
 
-    def spread(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module:
         """What to train in place of ``model``; FSDP2 shards a copy, block by block, its experts over a mesh if there is
         one.
 

@@ -49,7 +49,7 @@ def write_shards(
     if ranks.first:
         make_folder(parent)
     with writing(place), part_folder(parent) if ranks.first else nullcontext(parent) as own_part:
-        part = Path(ranks.told(str(own_part)))
+        part = Path(ranks.broadcast(str(own_part)))
         if not part.is_dir():
             raise UserError(
                 f"rank {ranks.rank} does not see {part}, which the first process made; --out must be a folder that "
@@ -67,7 +67,7 @@ def write_shards(
             (part / place.name).replace(place)
             for folder in before:
                 shutil.rmtree(folder, ignore_errors=True)
-    ranks.wait()
+    ranks.barrier()
 
 
 def newest(parent: Path) -> list[Path]:

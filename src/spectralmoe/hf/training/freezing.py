@@ -82,7 +82,7 @@ def _routers(model: nn.Module) -> Sequence[nn.Module]:
 
 def _refuse_borrowed(router: Router) -> None:
     """Refuse a router whose parameters are all those of its experts: freezing it alone would freeze nothing."""
-    if type(router.scorer).meet is not Scorer.meet and next(router.parameters(), None) is None:
+    if type(router.scorer).bind_experts is not Scorer.bind_experts and next(router.parameters(), None) is None:
         raise UserError(
             f"{type(router.scorer).__name__} has no parameters of its own, it reads those of the experts; "
             "freeze_experts(model) freezes both, requires_grad_() on what it reads trains it"
