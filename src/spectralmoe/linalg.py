@@ -23,7 +23,6 @@ __all__ = [
     "largest_entry",
     "orthonormality_error",
     "over_largest",
-    "power_iteration",
     "qr_retraction",
     "retracted",
     "sigma_max",
@@ -73,20 +72,7 @@ def top_right(matrix: Tensor) -> Tensor:
     return _unit(m.T @ top) if wide else top
 
 
-@without_autocast
-def power_iteration(matrix: Tensor, start: Tensor, steps: int = 1) -> Tensor:
-    """Repeat v <- M'M v / |M'M v| ``steps`` times from ``start`` (D,), without gradient; return v (D,).
-
-    v is zero if M v is.
-    """
-    m = _scaled(matrix.detach())[0]
-    v = start.detach().to(m.dtype)
-    for _ in range(steps):
-        v = _unit(m.T @ _unit(m @ v))
-    return v
-
-
-def sigma_max(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
+def sigma_max(matrix: Tensor) -> Tensor:
     r"""Compute the largest singular value :math:`\sigma_1 = \|M v\|` of a matrix M (E, D), with the gradient u v'.
 
     A zero matrix has the value 0 and the gradient 0; one that is not finite has the value nan.
@@ -94,34 +80,29 @@ def sigma_max(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
     The gradient takes v as constant, so second derivatives by autograd lack a term. Those of ``torch.func``
     (``hessian``, ``jvp`` of ``grad``) are right: there :math:`\sigma_1` comes from eigenvalues.
 
-    Args:
-        matrix: M (E, D).
-        direction: v (D,), the leading right singular vector, for example from ``power_iteration``; None computes it
-            exactly.
-
     >>> round(float(sigma_max(torch.diag(torch.tensor([3.0, 1.0])))), 5)
     3.0
     """
-    return spectrum(matrix, direction)[0]
+    return spectrum(matrix)[0]
 
 
-def stable_rank(matrix: Tensor, direction: Tensor | None = None) -> Tensor:
+def stable_rank(matrix: Tensor) -> Tensor:
     r"""Compute the stable rank :math:`\|M\|_F^2 / \sigma_1^2`, from 1 to the rank; 0 with gradient 0 for a zero matrix.
 
     >>> round(float(stable_rank(torch.eye(4))), 5)
     4.0
     """
-    return spectrum(matrix, direction)[1]
+    return spectrum(matrix)[1]
 
 
 @without_autocast
-def spectrum(matrix: Tensor, direction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Compute ``sigma_max`` and ``stable_rank`` by one decomposition."""
     m, largest = _scaled(full(matrix))
     if transforming():
         sigma = _root_of_largest_eigenvalue(m)
     else:
-        v = top_right(m) if direction is None else direction.to(m.dtype)
+        v = top_right(m)
         sigma = _unit(m.detach() @ v) @ (m @ v)
     zero = sigma == 0
     ratio = torch.linalg.vector_norm(m) / torch.where(zero, torch.ones_like(sigma), sigma)
