@@ -20,9 +20,9 @@ import torch
 
 from spectralmoe.bench.allocator import keep_freed_memory
 from spectralmoe.bench.idle import Idle
-from spectralmoe.bench.layer import FORMS, SHAPES
 from spectralmoe.bench.problem import Problem
 from spectralmoe.bench.subject import candidate, limits, spectralmoe_layer
+from spectralmoe.bench.suites.layer import FORMS, SHAPES
 from spectralmoe.files import write_json
 from spectralmoe.machine import describe_machine
 

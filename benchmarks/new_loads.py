@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from spectralmoe.bench.idle import Idle
-from spectralmoe.bench.layer import BATCHES, SHAPES
 from spectralmoe.bench.peers import transformers
 from spectralmoe.bench.problem import Problem
 from spectralmoe.bench.subject import Subject, candidate, spectralmoe_layer
+from spectralmoe.bench.suites.layer import BATCHES, SHAPES
 from spectralmoe.bench.timing import wall_clock
 from spectralmoe.files import write_json
 from spectralmoe.machine import describe_machine

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
 from spectralmoe.bench.idle import Idle
-from spectralmoe.bench.limit import Balanced
+from spectralmoe.bench.limit import IdealLayer
 from spectralmoe.bench.problem import Problem, Sizes
 from spectralmoe.bench.timing import median, wall_clock
 from spectralmoe.files import write_json
@@ -63,8 +63,8 @@ def candidates() -> dict[str, Callable[[], object]]:
     problem = Problem(SIZES, "gelu", torch.float32, torch.device("cpu"))
     batches = [torch.randn(SIZES.n, SIZES.d) for _ in range(BATCHES)]
     limits: dict[str, Callable[[], object]] = {
-        "limit, bmm": Balanced(problem, "bmm").forward_and_backward,
-        "limit, mm": Balanced(problem, "mm").forward_and_backward,
+        "limit, bmm": IdealLayer(problem, "bmm").forward_and_backward,
+        "limit, mm": IdealLayer(problem, "mm").forward_and_backward,
     }
     layer = MoE(router, FeedForward(SIZES.e, SIZES.d, SIZES.h))
     return {"moe": step_of(layer, batches), "dense": step_of(dense, batches), **limits}

@@ -187,7 +187,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from spectralmoe.training.tasks.images import Images, ImageTask
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 __all__ = ["DarkTask"]
 

@@ -14,7 +14,7 @@ from spectralmoe.experiments.cards.plan import Identity
 from spectralmoe.experiments.compare.columns import Column
 from spectralmoe.experiments.evidence import select
 from spectralmoe.experiments.statistics import estimate
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 RATES = (0.0, 0.3, 0.5, 0.7)
 TUNED_WITH = "stages 1 + 2"

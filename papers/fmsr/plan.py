@@ -11,7 +11,7 @@ from spectralmoe.data.degradations import DEGRADATIONS, KINDS
 from spectralmoe.draw.panels import Panel
 from spectralmoe.experiments.cards import Card, Contest, Section, difference_panels, small_restoration
 from spectralmoe.experiments.compare.columns import Column
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 MIXERS = {"type": "heterogeneous", "modules": [{"type": "frequency_mixer", "channels": "= dim"}] * 4}
 BALANCE = {"terms": {"load_balance": 1e-2}}

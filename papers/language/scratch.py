@@ -23,9 +23,9 @@ from spectralmoe.experiments.compare.look import active_flops, active_parameters
 from spectralmoe.models import LanguageMoE
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Network, Optimization
+from spectralmoe.training.settings.run import TrainSettings
+from spectralmoe.training.settings.text import Text
 from spectralmoe.training.tasks.text import TextTask
-from spectralmoe.training.text_settings import Text
-from spectralmoe.training.train_settings import TrainSettings
 
 Progress = Callable[[float], None]
 NETWORK = Network(width=128, num_experts=8, hidden=128, k=2)

@@ -24,7 +24,7 @@ from spectralmoe.hf import swap_routers, upcycle
 from spectralmoe.hf.routers.swap import Init
 from spectralmoe.hf.training.text_windows import Passages, Windows, bits_per_byte
 from spectralmoe.presets import find_preset
-from spectralmoe.training.finetune_routers import selector_of
+from spectralmoe.training.finetuning.routers import selector_of
 from spectralmoe.training.loop import Diverged
 from spectralmoe.training.tasks.text import BITS
 

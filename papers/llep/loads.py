@@ -16,7 +16,7 @@ from spectralmoe.diagnostics.evaluation import evaluation_mode
 from spectralmoe.experiments.cards import Desk, small_text, train_row
 from spectralmoe.experiments.compare.setup import Tuned
 from spectralmoe.parallel import scaled_load
-from spectralmoe.training.text_settings import Text
+from spectralmoe.training.settings.text import Text
 
 EXPERTS, DEVICES, SLOTS_A_TOKEN = 32, 8, 2
 SKEWS = {"even": 0.0, "30% to one": 0.3, "80% to one": 0.8, "95% to one": 0.95, "95% to another each step": 0.95}

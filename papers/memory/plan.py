@@ -19,9 +19,9 @@ from spectralmoe.layers import moe_layers
 from spectralmoe.presets import find_preset
 from spectralmoe.scorers import StatisticsMemory
 from spectralmoe.training.loop import train
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks.base import Metric
 from spectralmoe.training.tasks.images import ImageTask
-from spectralmoe.training.train_settings import TrainSettings
 
 NETWORKS = ("layernorm", "bare")
 """The experts' tokens go through the block's LayerNorm, or come as they are."""

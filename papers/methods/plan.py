@@ -23,7 +23,7 @@ from spectralmoe.experiments.cards import (
 )
 from spectralmoe.experiments.compare.columns import Column
 from spectralmoe.experiments.compare.setup import Tuned
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 ROWS = (
     "linear",

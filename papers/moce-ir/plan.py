@@ -12,7 +12,7 @@ from spectralmoe.data.degradations import KINDS
 from spectralmoe.draw.panels import Panel
 from spectralmoe.experiments.cards import Card, Contest, Section, difference_panels, small_restoration
 from spectralmoe.experiments.compare.columns import Column
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 
 def run_of(train_size: int, epochs: int) -> TrainSettings:

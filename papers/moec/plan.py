@@ -14,7 +14,7 @@ from spectralmoe.experiments.cards.plan import Identity
 from spectralmoe.experiments.compare.columns import Column
 from spectralmoe.experiments.evidence import select
 from spectralmoe.experiments.statistics import estimate
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 EXPERTS = (8, 32, 64)
 TUNED_AT = 32

@@ -30,8 +30,8 @@ from spectralmoe.experiments.cards.small_runs import small_restoration
 from spectralmoe.experiments.compare.columns import Column
 from spectralmoe.experiments.compare.look import active_flops
 from spectralmoe.training.loop import train
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks import RestorationTask
-from spectralmoe.training.train_settings import TrainSettings
 
 RATES = (2.0, 1.0, 4.0)
 TEMPERED = ", tempered"

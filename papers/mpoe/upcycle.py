@@ -23,8 +23,8 @@ from spectralmoe.optim import make_optimizer
 from spectralmoe.presets import find_preset
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks import Task, open_task
-from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = ["HIDDEN", "NARROW", "ROWS", "Sizes", "equal_width", "finetuned", "run_cell", "slowed", "start", "tune_row"]
 

@@ -17,8 +17,8 @@ from spectralmoe.experiments.compare.setup import Tuned
 from spectralmoe.feeding import feed
 from spectralmoe.layers import moe_layers
 from spectralmoe.training.loop import train
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks.signals import Signals, SignalTask
-from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = ["ToldTask", "above_chance", "by_gate", "measure"]
 

@@ -15,7 +15,7 @@ from spectralmoe.experiments.cards.plan import Cells
 from spectralmoe.experiments.compare.columns import Column
 from spectralmoe.experiments.evidence import select
 from spectralmoe.experiments.statistics import estimate
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 
 def run_of(train_size: int, epochs: int, hidden: int = 32) -> TrainSettings:

@@ -20,8 +20,8 @@ from spectralmoe.experiments.compare.setup import Tuned
 from spectralmoe.experiments.evidence import select
 from spectralmoe.experiments.grid import DIVERGED
 from spectralmoe.experiments.statistics import estimate
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks import Task
-from spectralmoe.training.train_settings import TrainSettings
 
 WEIGHTS, WANTED = (1e-3, 3e-3, 1e-2), 3.0
 """Weights of the balance term that are tried, and the load imbalance that one of them is to come near."""

@@ -31,7 +31,7 @@ from spectralmoe.experiments.cards.contest import measure_cell, tune_row
 from spectralmoe.experiments.cards.plan import Identity, Share
 from spectralmoe.experiments.compare.columns import Column
 from spectralmoe.regularizers import activation_overlap, path_coupling
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 BALANCE = {"load_balance": 1e-2}
 OVERLAP, COUPLING = {"activation_overlap": 0.1}, {"path_coupling": 1e-2}  # the paper: 2e-3 and 1e-3

@@ -5,11 +5,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from spectralmoe.bench import decode, layer, memory, peers, penalty, router, runner, scaling, subject, targets
+from spectralmoe.bench import peers, runner, subject, targets
 from spectralmoe.bench.idle import Idle
 from spectralmoe.bench.limit import matmul_rate
 from spectralmoe.bench.problem import Sizes
 from spectralmoe.bench.settings import Settings
+from spectralmoe.bench.suites import decode, layer, memory, penalty, router, scaling
 from spectralmoe.bench.targets import TARGETS, Target, against_targets
 
 CPU = Settings(torch.device("cpu"))

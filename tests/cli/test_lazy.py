@@ -20,8 +20,7 @@ from spectralmoe.experiments.few_shot.grid import FewShotSettings, recipe
 from spectralmoe.experiments.few_shot.learning import FEW_SHOT
 from spectralmoe.parts import Part
 from spectralmoe.presets import PRESETS, find_preset
-from spectralmoe.training.finetune_routers import terms_of
-from spectralmoe.training.finetune_settings import FinetuneSettings
+from spectralmoe.training.finetuning.routers import terms_of
 from spectralmoe.training.logs import LOGS
 from spectralmoe.training.names import (
     DATA_NAMES,
@@ -32,6 +31,7 @@ from spectralmoe.training.names import (
     ROUTER_NAMES,
     TEXT_NAMES,
 )
+from spectralmoe.training.settings.finetuning import FinetuneSettings
 from spectralmoe.training.tasks import TASKS
 
 VERBS = (

@@ -18,7 +18,7 @@ from spectralmoe.presets import find_preset
 from spectralmoe.training.logs import LOGS, open_logs
 from spectralmoe.training.logs.wandb import WandbLog
 from spectralmoe.training.settings import parse
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = 'data = "digits"\nrouter = "linear"\ndepth = 1\ntrain_size = 50\n[optimization]\nepochs = 2\n'

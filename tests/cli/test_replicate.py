@@ -8,8 +8,8 @@ import torch
 from spectralmoe import load, save
 from spectralmoe.layers import moe_layers
 from spectralmoe.saving import read_config
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks.images import ImageTask
-from spectralmoe.training.train_settings import TrainSettings
 
 RUN = TrainSettings(
     data="digits", depth=1, router="linear", network={"width": 12, "num_experts": 4, "hidden": 4, "k": 1}

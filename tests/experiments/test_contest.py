@@ -18,7 +18,7 @@ from spectralmoe.experiments.cards import (
 from spectralmoe.experiments.cards.contest import measures
 from spectralmoe.experiments.compare.columns import Column
 from spectralmoe.experiments.compare.setup import Tuned
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 RUN = TrainSettings(
     data="digits",

@@ -15,7 +15,7 @@ from spectralmoe.experiments.compare.settings import CompareSettings
 from spectralmoe.experts import HeterogeneousExperts, PatchMixer
 from spectralmoe.models import restoration_moe
 from spectralmoe.recorder import record
-from spectralmoe.training.restore_settings import Restore
+from spectralmoe.training.settings.restoration import Restore
 from spectralmoe.training.tasks import ImageTask, RestorationTask
 from spectralmoe.units import Sample
 

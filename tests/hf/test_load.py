@@ -19,8 +19,8 @@ from spectralmoe.errors import UserError
 from spectralmoe.hf.language import encode, run, training_facts
 from spectralmoe.hf.load import load_transformers
 from spectralmoe.hf.watch import watch_transformers
-from spectralmoe.training.finetune import finetune
-from spectralmoe.training.finetune_settings import FinetuneSettings
+from spectralmoe.training.finetuning.finetune import finetune
+from spectralmoe.training.settings.finetuning import FinetuneSettings
 
 transformers = pytest.importorskip("transformers")
 

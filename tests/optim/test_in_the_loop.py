@@ -18,8 +18,8 @@ from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network
 from spectralmoe.training.settings import Network, Optimization, parse
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks import ImageTask
-from spectralmoe.training.train_settings import TrainSettings
 
 SMALL = Network(width=16, num_experts=4, hidden=8, k=2)
 LR = {"adamw": 3e-3, "sgd": 0.1, "muon": 3e-3}

@@ -9,8 +9,8 @@ from spectralmoe import record
 from spectralmoe.experiments.cards import Trained, run_card
 from spectralmoe.experts import ConfidentExperts
 from spectralmoe.presets import find_preset
+from spectralmoe.training.settings.views import Views
 from spectralmoe.training.tasks import open_task
-from spectralmoe.training.views_settings import Views
 
 CARD = Path(__file__).parents[2] / "papers" / "confsmoe"
 

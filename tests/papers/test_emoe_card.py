@@ -15,7 +15,7 @@ from spectralmoe import FeedForward, MoE, Router, TopK, after_step, record
 from spectralmoe.experiments.cards import run_card
 from spectralmoe.experiments.evidence import difference, select
 from spectralmoe.training.settings import parse
-from spectralmoe.training.toml_text import read_toml
+from spectralmoe.training.settings.toml_text import read_toml
 
 CARD = Path(__file__).parents[2] / "papers" / "emoe"
 ROWS = {"dense", "linear", "linear+load_balance", "linear+balanced", "EMoE faithful", "EMoE"}
@@ -113,7 +113,7 @@ def test_a_variant_that_follows_the_covariance_does(card):
 
 
 def test_the_settings_of_the_gpu_row_are_valid():
-    from spectralmoe.training.train_settings import TrainSettings
+    from spectralmoe.training.settings.run import TrainSettings
 
     settings = parse(TrainSettings, read_toml(CARD / "vit-s.toml"), "vit-s.toml")
     assert settings.moe is not None

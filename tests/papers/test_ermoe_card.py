@@ -14,7 +14,7 @@ from spectralmoe.experiments.cards import Contest, run_card
 from spectralmoe.linalg import orthonormality_error
 from spectralmoe.presets import find_preset
 from spectralmoe.selectors import Threshold
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 CARD = Path(__file__).parents[2] / "papers" / "ermoe"
 VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}

@@ -68,8 +68,8 @@ def test_domain_information_is_one_where_experts_and_domains_are_the_same(card):
     from spectralmoe.data.text_data import TextData
     from spectralmoe.data.text_sources import Document
     from spectralmoe.models import language_moe
+    from spectralmoe.training.settings.text import Text
     from spectralmoe.training.tasks.text import TextTask
-    from spectralmoe.training.text_settings import Text
 
     documents = [Document("a", "a" * 64), Document("b", "b" * 64)]
     task = TextTask(

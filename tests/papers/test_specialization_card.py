@@ -9,7 +9,7 @@ import torch
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
 from spectralmoe.experiments.cards import Contest, run_card
 from spectralmoe.presets import find_preset
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 CARD = Path(__file__).parents[2] / "papers" / "specialization"
 RUN = TrainSettings(

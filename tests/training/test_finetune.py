@@ -16,9 +16,9 @@ from spectralmoe import UserError
 from spectralmoe.hf import load_transformers
 from spectralmoe.hf.training.corpus import read_corpus
 from spectralmoe.instruments.monitor_log import read_monitor
-from spectralmoe.training.finetune import CHECKPOINTS, MONITOR, finetune
-from spectralmoe.training.finetune_settings import FinetuneSettings
+from spectralmoe.training.finetuning.finetune import CHECKPOINTS, MONITOR, finetune
 from spectralmoe.training.settings import parse
+from spectralmoe.training.settings.finetuning import FinetuneSettings
 
 TEXTS = {
     "cats": ["the cat sat on the mat\n" * 40],

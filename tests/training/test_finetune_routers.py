@@ -11,8 +11,8 @@ from families import batch, build
 from spectralmoe.hf.training.text_windows import Windows
 from spectralmoe.layers import moe_layers
 from spectralmoe.selectors import Balanced, ClusterDropout, TopK, TopP
-from spectralmoe.training.finetune_routers import router_of, swap_to_row, terms_of
-from spectralmoe.training.finetune_settings import FinetuneSettings
+from spectralmoe.training.finetuning.routers import router_of, swap_to_row, terms_of
+from spectralmoe.training.settings.finetuning import FinetuneSettings
 
 
 def put(family, row, **changes):

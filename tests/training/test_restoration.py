@@ -25,11 +25,11 @@ from spectralmoe.experiments.compare.columns import columns_of
 from spectralmoe.files import read_json
 from spectralmoe.instruments.samples import Place
 from spectralmoe.training.loop import train
-from spectralmoe.training.restore_settings import Restore
 from spectralmoe.training.settings import parse
+from spectralmoe.training.settings.restoration import Restore
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks import RestorationTask
 from spectralmoe.training.tasks.restoration_scores import psnr, restoration_scores, ssim
-from spectralmoe.training.train_settings import TrainSettings
 
 pytest.importorskip("skimage")
 

@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from spectralmoe.models import language_moe
 from spectralmoe.optim import make_optimizer
 from spectralmoe.sharding import full, is_sharded
-from spectralmoe.training import shards
 from spectralmoe.training.checkpoint import SHARDS, load_checkpoint, save_checkpoint
-from spectralmoe.training.parallel import ALONE, Ranks
+from spectralmoe.training.distributed import shards
+from spectralmoe.training.distributed.ranks import ALONE, Ranks
 
 RATES = SimpleNamespace(lr=0.01, weight_decay=0.1)
 FILE = "training.safetensors"

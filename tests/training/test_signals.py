@@ -16,8 +16,8 @@ from spectralmoe.experiments.compare.settings import CompareSettings
 from spectralmoe.presets import find_preset
 from spectralmoe.recorder import record
 from spectralmoe.training.settings import parse
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks import SignalTask, open_task
-from spectralmoe.training.train_settings import TrainSettings
 
 SMALL = {"network": {"width": 4, "num_experts": 2, "hidden": 8, "k": 1}, "depth": 1, "train_size": 42}
 

@@ -19,9 +19,9 @@ from spectralmoe.presets import find_preset
 from spectralmoe.saving import read_config
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import Optimization, parse
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks import TASKS, ImageTask, Metric, Task, open_task, task_of
 from spectralmoe.training.tasks.classification import calibration_error, class_scores, macro_f1
-from spectralmoe.training.train_settings import TrainSettings
 
 D = 6
 BUDGET = Optimization(epochs=2, batch_size=16, seed=3)

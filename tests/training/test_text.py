@@ -21,11 +21,11 @@ from spectralmoe.files import read_json
 from spectralmoe.saving import read_config
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import parse
+from spectralmoe.training.settings.run import TrainSettings
+from spectralmoe.training.settings.text import Text
 from spectralmoe.training.tasks import TextTask, open_task
 from spectralmoe.training.tasks.text_verbs import TextMeta
 from spectralmoe.training.tasks.windows import cut_windows
-from spectralmoe.training.text_settings import Text
-from spectralmoe.training.train_settings import TrainSettings
 
 WORDS = {"code": ["def", "x", "(", ")", ":", "return", "1"], "prose": ["the", "cat", "sat", "on", "a", "mat"]}
 SMALL = {"text": {"length": 16, "heads": 2}, "network": {"width": 16, "hidden": 8, "num_experts": 4}}

@@ -19,9 +19,9 @@ from spectralmoe.experiments.compare.columns import columns_of
 from spectralmoe.instruments.samples import Place
 from spectralmoe.saving import read_config
 from spectralmoe.training.settings import parse
+from spectralmoe.training.settings.run import TrainSettings
+from spectralmoe.training.settings.views import Views
 from spectralmoe.training.tasks import ViewsTask, open_task
-from spectralmoe.training.train_settings import TrainSettings
-from spectralmoe.training.views_settings import Views
 
 SMALL = {"width": 8, "hidden": 4, "num_experts": 4}
 

@@ -22,10 +22,10 @@ from spectralmoe.files import read_json
 from spectralmoe.layers import moe_layers
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import parse
+from spectralmoe.training.settings.run import TrainSettings
+from spectralmoe.training.settings.vision import MoEParts
 from spectralmoe.training.tasks import ImageTask
-from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.training.vision import load_weights, make_spec
-from spectralmoe.training.vision_settings import MoEParts
 
 TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 BACKBONE = {"name": "vit_tiny_patch16_224", "arguments": TINY}
@@ -410,7 +410,7 @@ def test_shards_of_a_network_with_a_batch_norm_are_as_copies(two_processes):
 def test_one_process_reads_what_two_wrote_in_shards(two_processes):
     """The finished run goes on with nothing, from the shards: it saves the same model, whole."""
     out = two_processes / "text-fsdp2,ep=2"
-    assert (out / "training.shards").exists()
+    assert (out / "training.distributed.shards").exists()
     before = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").unlink()
     assert run(["train", "--config", str(two_processes / "text"), "--out", str(out), "--device", "cpu"]) == 0
@@ -418,7 +418,7 @@ def test_one_process_reads_what_two_wrote_in_shards(two_processes):
 
 
 def test_parallel_without_torchrun_is_one_line(tmp_path, monkeypatch):
-    from spectralmoe.training.parallel import joined
+    from spectralmoe.training.distributed.ranks import joined
 
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match="needs torchrun"), joined("ddp", torch.device("cpu")):

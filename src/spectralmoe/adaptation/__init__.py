@@ -7,9 +7,9 @@ from spectralmoe.adaptation.methods import METHODS
 from spectralmoe.adaptation.new_class import Shots, add_class
 from spectralmoe.adaptation.one_shot import Carried, Rule, Trial, carried, one_shot_trials
 from spectralmoe.adaptation.receipt import Receipt
-from spectralmoe.adaptation.receipt_maker import make_receipt
-from spectralmoe.adaptation.receipt_picture import draw_receipt
-from spectralmoe.adaptation.receipt_text import receipt_lines
+from spectralmoe.adaptation.receipt.maker import make_receipt
+from spectralmoe.adaptation.receipt.picture import draw_receipt
+from spectralmoe.adaptation.receipt.text import receipt_lines
 from spectralmoe.adaptation.stream import StreamStep, correction_stream
 from spectralmoe.adaptation.update import Update, apply_update
 

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from spectralmoe.bench.case import Candidate
 from spectralmoe.bench.problem import Problem
 
-__all__ = ["Balanced", "matmul_rate"]
+__all__ = ["IdealLayer", "matmul_rate"]
 
 How = Literal["bmm", "mm"]
 
 
-class Balanced:
+class IdealLayer:
     """The expert GEMMs and the activation on ideally balanced experts: no router, no permutation, no autograd.
 
     Every expert has N K / E rows (rounded up; where there are fewer slots than experts, one row for each slot). All
@@ -28,7 +28,7 @@ class Balanced:
 
     >>> from spectralmoe.bench.problem import Sizes
     >>> problem = Problem(Sizes(6, 8, 16, 4, 2), "gelu", torch.float32, torch.device("cpu"))
-    >>> [tuple(t.shape) for t in Balanced(problem, "mm").forward_and_backward()]
+    >>> [tuple(t.shape) for t in IdealLayer(problem, "mm").forward_and_backward()]
     [(4, 3, 8), (4, 3, 8), (4, 16, 8), (4, 8, 16)]
     """
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import spectralmoe
-from spectralmoe.bench import branch, decode, layer, memory, penalty, router, scaling, step
 from spectralmoe.bench.case import Case, measure
 from spectralmoe.bench.idle import LIMIT, Idle
 from spectralmoe.bench.problem import dtype_name
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.show import as_markdown
+from spectralmoe.bench.suites import branch, decode, layer, memory, penalty, router, scaling, step
 from spectralmoe.bench.targets import against_targets
 from spectralmoe.errors import UserError, one_of
 from spectralmoe.files import make_folder, read_json, write_json, write_text

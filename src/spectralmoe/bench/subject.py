@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectralmoe.bench.case import Candidate, Case
 from spectralmoe.bench.gate import difference
-from spectralmoe.bench.limit import Balanced, matmul_rate
+from spectralmoe.bench.limit import IdealLayer, matmul_rate
 from spectralmoe.bench.memory_peak import held_bytes
 from spectralmoe.bench.problem import Form, Problem
 from spectralmoe.dispatch import Grouped
@@ -114,7 +114,7 @@ def limits(problem: Problem, form: Form) -> list[Candidate]:
     """The arithmetic alone, as bmm and as a loop of mm."""
     candidates = []
     for how in ("bmm", "mm"):
-        work = Balanced(problem, how)
+        work = IdealLayer(problem, how)
         run = work.forward if form == "forward" else work.forward_and_backward
         candidates.append(
             Candidate(f"balanced {how}", run, "limit", flops=problem.flops(form), held=held_bytes(*work.operands()))

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from spectralmoe.bench import decode, penalty, router, scaling
 from spectralmoe.bench.case import BEST_PEER, LIMIT
-from spectralmoe.bench.layer import FORMS, SHAPES
 from spectralmoe.bench.problem import Activation, Form, Sizes, title
 from spectralmoe.bench.settings import Settings
+from spectralmoe.bench.suites import decode, penalty, router, scaling
+from spectralmoe.bench.suites.layer import FORMS, SHAPES
 
 __all__ = ["TARGETS", "Target", "against_targets"]
 

@@ -192,7 +192,7 @@ def _settings(
     """
     from spectralmoe.experiments.compare import CompareSettings
     from spectralmoe.training.settings import parse
-    from spectralmoe.training.toml_text import change, choose_network, put, read_toml
+    from spectralmoe.training.settings.toml_text import change, choose_network, put, read_toml
 
     values = {} if config is None else read_toml(config)
     if network is not None:

@@ -200,7 +200,7 @@ def print_json(value: Any) -> None:
 
 def print_settings(settings: Settings, json: bool) -> None:
     """All settings of a run as TOML that reads back as the same, or as JSON."""
-    from spectralmoe.training.toml_text import to_toml
+    from spectralmoe.training.settings.toml_text import to_toml
 
     if json:
         print_json(settings.model_dump(mode="json"))

@@ -47,7 +47,7 @@ def elsewhere(
         UserError: options that do not go together.
     """
     from spectralmoe.experiments.remote import Dask, Submitit
-    from spectralmoe.training.toml_text import change
+    from spectralmoe.training.settings.toml_text import change
 
     given = {"--processes": processes, "--cluster": cluster, "--submit": submit}
     one_at_most({option: value is not None for option, value in given.items()})

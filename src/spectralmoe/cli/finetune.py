@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from spectralmoe.hf import TransformersModel
-    from spectralmoe.training.finetune_settings import FinetuneSettings
+    from spectralmoe.training.settings.finetuning import FinetuneSettings
 
 __all__ = ["finetune"]
 
@@ -88,9 +88,9 @@ def finetune(
     from spectralmoe.experiments.run_folder import run_folder
     from spectralmoe.hf.training.lora import import_peft
     from spectralmoe.report import as_document, read_documents, render_report
-    from spectralmoe.training.finetune import CHECKPOINTS, MONITOR
-    from spectralmoe.training.finetune import finetune as run_finetuning
-    from spectralmoe.training.finetune_routers import terms_of
+    from spectralmoe.training.finetuning.finetune import CHECKPOINTS, MONITOR
+    from spectralmoe.training.finetuning.finetune import finetune as run_finetuning
+    from spectralmoe.training.finetuning.routers import terms_of
     from spectralmoe.training.settings import pick_device
 
     options = {"router": router, "layers": layers, "lora": lora, "length": length, "seed": seed}
@@ -134,9 +134,9 @@ def _read(
     Raises:
         UserError: as ``read_toml``, ``change`` and ``parse``; --terms that are no assignments.
     """
-    from spectralmoe.training.finetune_settings import FinetuneSettings
     from spectralmoe.training.settings import parse
-    from spectralmoe.training.toml_text import change, put, read_toml
+    from spectralmoe.training.settings.finetuning import FinetuneSettings
+    from spectralmoe.training.settings.toml_text import change, put, read_toml
 
     values = {} if config is None else read_toml(config)
     for key, value in options.items():

@@ -32,8 +32,8 @@ from spectralmoe.training.names import ROUTER_NAMES
 
 if TYPE_CHECKING:
     from spectralmoe.training.loop import Progress, Standing
+    from spectralmoe.training.settings.run import TrainSettings
     from spectralmoe.training.tasks import Metric
-    from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = ["train"]
 
@@ -115,10 +115,10 @@ def train(
     from spectralmoe.experiments.run_folder import run_folder
     from spectralmoe.instruments.monitor import Monitor
     from spectralmoe.saving import save
+    from spectralmoe.training.distributed.ranks import joined
     from spectralmoe.training.logs import check_logs, open_logs
     from spectralmoe.training.loop import train as run_training
     from spectralmoe.training.network import CHECKPOINT
-    from spectralmoe.training.parallel import joined
     from spectralmoe.training.settings import pick_device
     from spectralmoe.training.tasks import open_task
 
@@ -194,8 +194,8 @@ def _read(
         UserError: as ``read_toml``, ``change`` and ``parse``; --pretrained without a timm model.
     """
     from spectralmoe.training.settings import parse
-    from spectralmoe.training.toml_text import change, choose_network, put, read_toml
-    from spectralmoe.training.train_settings import TrainSettings
+    from spectralmoe.training.settings.run import TrainSettings
+    from spectralmoe.training.settings.toml_text import change, choose_network, put, read_toml
 
     if config is None and data is None:
         raise UserError("nothing says what to train on: give a settings file with --config, or the data with --data")

@@ -21,7 +21,7 @@ from spectralmoe.errors import UserError
 from spectralmoe.files import exists, write_whole
 from spectralmoe.layers import below, unwrapped
 from spectralmoe.sharding import is_sharded, sharded_as
-from spectralmoe.training.parallel import ALONE, Ranks
+from spectralmoe.training.distributed.ranks import ALONE, Ranks
 
 __all__ = ["SHARDS", "load_checkpoint", "save_checkpoint"]
 
@@ -57,7 +57,7 @@ def save_checkpoint(
         random["random.cuda"] = torch.cuda.get_rng_state()
     state = {"format": _FORMAT, **state}
     if ranks.kind == "fsdp2":
-        from spectralmoe.training.shards import write_shards
+        from spectralmoe.training.distributed.shards import write_shards
 
         name = _name(state)
         metadata = {"state": json.dumps({**state, "shards": name})}
@@ -80,7 +80,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
     """
     places = [path] if exists(path) else []
     if exists(folder := path.with_suffix(SHARDS)):
-        from spectralmoe.training.shards import STATE, newest
+        from spectralmoe.training.distributed.shards import STATE, newest
 
         places += [last / STATE for last in newest(folder)]
     if not places:
@@ -124,7 +124,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_shards(folder: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The tensors of a folder, sharded as those of ``model`` are."""
-    from spectralmoe.training.shards import read_sizes, read_tensors
+    from spectralmoe.training.distributed.shards import read_sizes, read_tensors
 
     targets = {f"model.{name}": value for name, value in model.state_dict().items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

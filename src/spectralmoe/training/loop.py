@@ -24,8 +24,8 @@ from spectralmoe.steps import after_step
 from spectralmoe.tape import Tape
 from spectralmoe.terms import Term, penalty
 from spectralmoe.training.checkpoint import load_checkpoint, save_checkpoint
+from spectralmoe.training.distributed.ranks import ALONE, Ranks
 from spectralmoe.training.logs import Log
-from spectralmoe.training.parallel import ALONE, Ranks
 from spectralmoe.training.precision import autocast, loss_scaler
 from spectralmoe.training.settings import Optimization
 from spectralmoe.training.tasks.base import Metric, Task

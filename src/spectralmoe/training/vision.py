@@ -11,8 +11,8 @@ from spectralmoe.data.image_data import ImageData
 from spectralmoe.errors import UserError, refuse_differences
 from spectralmoe.saving import load
 from spectralmoe.training.network import pixel_statistics
-from spectralmoe.training.train_settings import TrainSettings
-from spectralmoe.training.vision_settings import Backbone, MoEParts
+from spectralmoe.training.settings.run import TrainSettings
+from spectralmoe.training.settings.vision import Backbone, MoEParts
 from spectralmoe.vision import BranchSpec, add_branches, replace_mlp
 from spectralmoe.vision.model import VisionMoE, check_images, vision_moe
 

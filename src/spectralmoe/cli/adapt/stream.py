@@ -38,7 +38,7 @@ def stream(
     import torch
 
     from spectralmoe.adaptation import correction_stream
-    from spectralmoe.adaptation.receipt_text import carried_lines
+    from spectralmoe.adaptation.receipt.text import carried_lines
     from spectralmoe.cli.adapt.setup import output_folder, prepare, save_like
     from spectralmoe.diagnostics import evaluate
     from spectralmoe.machine import describe_machine
@@ -101,7 +101,7 @@ def draw_stream(steps: Sequence[StreamStep], before: float) -> str:
     Args:
         before: accuracy on the other samples before the first correction, percent.
     """
-    from spectralmoe.adaptation.receipt_picture import STYLE
+    from spectralmoe.adaptation.receipt.picture import STYLE
 
     accuracy, kept = [before, *(step.accuracy for step in steps)], [100 * step.kept for step in steps]
     width = _LEFT + _PLOT_WIDTH + _RIGHT

@@ -30,7 +30,7 @@ def trials(
     Example: spectralmoe adapt trials MODEL --count 50 --guard mnist5k
     """
     from spectralmoe.adaptation import one_shot_trials
-    from spectralmoe.adaptation.receipt_text import carried_lines
+    from spectralmoe.adaptation.receipt.text import carried_lines
     from spectralmoe.cli.adapt.setup import prepare
     from spectralmoe.diagnostics import evaluate
 

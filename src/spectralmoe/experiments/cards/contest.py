@@ -23,8 +23,8 @@ from spectralmoe.experiments.compare.tuning import candidates
 from spectralmoe.presets import find_preset
 from spectralmoe.training.loop import History, train
 from spectralmoe.training.settings import Row
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks import Task, open_task
-from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = ["ROUTING_COLUMNS", "Contest", "Trained", "measure_cell", "train_row", "tune_row"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectralmoe.training.train_settings import TrainSettings
+from spectralmoe.training.settings.run import TrainSettings
 
 __all__ = ["small_images", "small_restoration", "small_text"]
 

@@ -11,13 +11,13 @@ from spectralmoe.errors import UserError
 from spectralmoe.naming import file_name, shown
 from spectralmoe.presets import find_preset
 from spectralmoe.training.names import DEFAULT_ROUTERS
-from spectralmoe.training.restore_settings import Restore, check_restore, with_restore_defaults
 from spectralmoe.training.settings import Network, Optimization, Positive, Seed, Settings, Several
+from spectralmoe.training.settings.restoration import Restore, check_restore, with_restore_defaults
+from spectralmoe.training.settings.run import TrainSettings
+from spectralmoe.training.settings.text import Text, check_text, with_text_defaults
+from spectralmoe.training.settings.views import Views, check_views
+from spectralmoe.training.settings.vision import Backbone, MoEParts
 from spectralmoe.training.tasks import task_of
-from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
-from spectralmoe.training.train_settings import TrainSettings
-from spectralmoe.training.views_settings import Views, check_views
-from spectralmoe.training.vision_settings import Backbone, MoEParts
 
 __all__ = ["GROWS", "Cell", "CompareSettings", "no_repeats"]
 

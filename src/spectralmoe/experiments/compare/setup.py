@@ -12,8 +12,8 @@ from torch import nn
 
 from spectralmoe.experiments.compare.settings import Cell, CompareSettings
 from spectralmoe.terms import Term
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks import Task
-from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = ["Recipe", "Setup", "Tuned"]
 

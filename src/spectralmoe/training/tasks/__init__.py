@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks.base import Batch, Metric, Part, Task
 from spectralmoe.training.tasks.images import ImageTask
 from spectralmoe.training.tasks.restoration import RestorationTask
 from spectralmoe.training.tasks.signals import SignalTask
 from spectralmoe.training.tasks.text import TextTask
 from spectralmoe.training.tasks.views import ViewsTask
-from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = [
     "TASKS",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from spectralmoe.context import Context
 from spectralmoe.errors import UserError
 from spectralmoe.rows import Trial
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
-from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = ["Batch", "Metric", "Part", "Task", "rounded"]
 

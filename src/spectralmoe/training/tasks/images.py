@@ -19,11 +19,11 @@ from spectralmoe.diagnostics.evaluation import run_over
 from spectralmoe.errors import UserError
 from spectralmoe.naming import shown
 from spectralmoe.training.network import ModelMeta, build_network, fitting_data, model_meta, read_image_meta
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks.base import Part, Task, rounded
 from spectralmoe.training.tasks.classification import CLASSIFICATION, class_scores
 from spectralmoe.training.tasks.image_verbs import classify, patch, write_wrong
 from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
-from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.training.vision import build_vision
 
 __all__ = ["ImageTask", "Images"]

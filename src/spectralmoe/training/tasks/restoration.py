@@ -22,14 +22,14 @@ from spectralmoe.errors import UserError
 from spectralmoe.models import RestorationMoE, restoration_moe
 from spectralmoe.naming import shown
 from spectralmoe.rows import RELU, Trial
-from spectralmoe.training.restore_settings import Restore, is_restore
 from spectralmoe.training.settings import parse
+from spectralmoe.training.settings.restoration import Restore, is_restore
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks.base import Part, Task, rounded
 from spectralmoe.training.tasks.image_verbs import patch
 from spectralmoe.training.tasks.restoration_scores import PSNR, RESTORATION, restoration_scores
 from spectralmoe.training.tasks.restoration_verbs import RestoreMeta, draw_restored, read_restore_meta, restore_files
 from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
-from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.units import UNITS
 
 __all__ = ["RestorationTask"]

@@ -25,11 +25,11 @@ from spectralmoe.naming import shown
 from spectralmoe.recorder import record
 from spectralmoe.rows import Trial
 from spectralmoe.tape import Tape
+from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks.base import Metric, Part, Task, rounded
 from spectralmoe.training.tasks.classification import ACCURACY, CLASSIFICATION, class_scores
 from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
 from spectralmoe.training.tasks.signal_verbs import SignalMeta, classify_records, read_signal_meta
-from spectralmoe.training.train_settings import TrainSettings
 from spectralmoe.units import Sample
 
 __all__ = ["SignalTask", "Signals"]

@@ -21,12 +21,12 @@ from spectralmoe.errors import UserError
 from spectralmoe.models import LanguageMoE, language_moe
 from spectralmoe.naming import shown
 from spectralmoe.training.settings import parse
+from spectralmoe.training.settings.run import TrainSettings
+from spectralmoe.training.settings.text import Text, is_text
 from spectralmoe.training.tasks.base import Metric, Part, Task, rounded
 from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
 from spectralmoe.training.tasks.text_verbs import TextMeta, continue_texts, held_out_windows, read_text_meta
 from spectralmoe.training.tasks.windows import Windows, cut_windows, in_turns, measured
-from spectralmoe.training.text_settings import Text, is_text
-from spectralmoe.training.train_settings import TrainSettings
 
 __all__ = ["TextTask"]
 

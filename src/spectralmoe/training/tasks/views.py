@@ -26,12 +26,12 @@ from spectralmoe.naming import shown
 from spectralmoe.recorder import record
 from spectralmoe.regularizers import class_target, confidence_loss
 from spectralmoe.training.settings import parse
+from spectralmoe.training.settings.run import TrainSettings
+from spectralmoe.training.settings.views import Views, is_views
 from spectralmoe.training.tasks.base import Metric, Part, Task, rounded
 from spectralmoe.training.tasks.classification import calibration_error
 from spectralmoe.training.tasks.shown import HeldOut, Predictions, Shown
 from spectralmoe.training.tasks.views_verbs import ViewsMeta, classify_views, read_views_meta
-from spectralmoe.training.train_settings import TrainSettings
-from spectralmoe.training.views_settings import Views, is_views
 
 __all__ = ["Samples", "ViewsTask"]
 

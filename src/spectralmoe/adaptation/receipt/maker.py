@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spectralmoe.adaptation.guard import Guard
 from spectralmoe.adaptation.one_shot import carried
-from spectralmoe.adaptation.receipt import Answer, Flip, Held, Moved, Receipt
+from spectralmoe.adaptation.receipt.receipt import Answer, Flip, Held, Moved, Receipt
 from spectralmoe.adaptation.samples import same_sample
 from spectralmoe.adaptation.steady import steady
 from spectralmoe.adaptation.targets import logits_of, predicted

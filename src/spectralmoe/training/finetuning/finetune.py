@@ -28,9 +28,9 @@ from spectralmoe.hf.training.quiet_trainer import follow_trainer, last_checkpoin
 from spectralmoe.hf.training.resume import resume_safe
 from spectralmoe.hf.training.trained_parts import chosen_layers, decoder_layers, train_only
 from spectralmoe.instruments.findings import Finding
-from spectralmoe.training.finetune_routers import router_of, swap_to_row, terms_of
-from spectralmoe.training.finetune_settings import FinetuneSettings
+from spectralmoe.training.finetuning.routers import router_of, swap_to_row, terms_of
 from spectralmoe.training.loop import Diverged, Progress
+from spectralmoe.training.settings.finetuning import FinetuneSettings
 from spectralmoe.training.tasks import Metric
 
 __all__ = ["CHECKPOINTS", "MONITOR", "finetune"]

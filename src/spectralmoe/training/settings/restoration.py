@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from spectralmoe.data.degradations import KINDS
 from spectralmoe.errors import one_of
-from spectralmoe.training.settings import Positive, Settings, Several
+from spectralmoe.training.settings.base import Positive, Settings, Several
 
 __all__ = ["Restore", "check_restore", "is_restore", "with_restore_defaults"]
 

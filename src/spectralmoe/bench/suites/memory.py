@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from spectralmoe.bench.case import Case
-from spectralmoe.bench.layer import QUICK, SHAPES
 from spectralmoe.bench.peers import find_peers
 from spectralmoe.bench.problem import Activation, Problem
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.subject import as_case, spectralmoe_layer
+from spectralmoe.bench.suites.layer import QUICK, SHAPES
 
 __all__ = ["cases", "count"]
 

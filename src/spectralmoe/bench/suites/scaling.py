@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectralmoe.bench.case import Candidate, Case
 from spectralmoe.bench.gate import difference
-from spectralmoe.bench.limit import Balanced
+from spectralmoe.bench.limit import IdealLayer
 from spectralmoe.bench.problem import Problem, Sizes, dtype_name
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.subject import as_case, bank, candidate, spectralmoe_layer
@@ -63,7 +63,7 @@ def _dispatch(problems: list[Problem], base: Sizes) -> Case:
         e, flops = problem.sizes.e, problem.flops("forward")
         run = partial(_given_routing, problem, bank(problem))
         ours.append(Candidate(f"E = {e}", run, "ours", check=partial(_check, problem, run), flops=flops))
-        floor = Balanced(problem, "bmm").forward
+        floor = IdealLayer(problem, "bmm").forward
         floors.append(Candidate(f"balanced bmm, E = {e}", floor, "unlike", flops=flops, note="the GEMMs alone"))
     return Case(
         "scaling", dispatch_name(base, problems[0].dtype), [*ours, *floors], problems[0].device, baseline=ours[0].name
@@ -83,12 +83,12 @@ def _whole(problem: Problem) -> Case:
     """The layer against logits GEMM, top-k and balanced GEMMs."""
     limits = []
     for how in ("bmm", "mm"):
-        work = partial(_arithmetic, problem, Balanced(problem, how))
+        work = partial(_arithmetic, problem, IdealLayer(problem, how))
         limits.append(Candidate(f"logits, top-k, balanced {how}", work, "limit", flops=problem.flops("forward")))
     ours = candidate(spectralmoe_layer(problem), problem, "forward")
     return Case("scaling", whole_name(problem.sizes, problem.dtype), [ours, *limits], problem.device)
 
 
-def _arithmetic(problem: Problem, balanced: Balanced) -> tuple[Tensor, Tensor]:
+def _arithmetic(problem: Problem, balanced: IdealLayer) -> tuple[Tensor, Tensor]:
     best: Tensor = (problem.x.float() @ problem.router.T).topk(problem.sizes.k).values
     return best, balanced.forward()

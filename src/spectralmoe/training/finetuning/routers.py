@@ -14,8 +14,8 @@ from spectralmoe.hf.training.text_windows import Windows
 from spectralmoe.naming import Table, read_term, shown
 from spectralmoe.presets import Preset, find_preset
 from spectralmoe.terms import Term
-from spectralmoe.training.finetune_settings import FinetuneSettings
 from spectralmoe.training.settings import laid_over
+from spectralmoe.training.settings.finetuning import FinetuneSettings
 
 __all__ = ["router_of", "selector_of", "swap_to_row", "terms_of"]
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from spectralmoe.errors import UserError
 from spectralmoe.files import flush, make_folder, part_folder, writing
-from spectralmoe.training.parallel import Ranks
+from spectralmoe.training.distributed.ranks import Ranks
 
 __all__ = ["STATE", "newest", "read_sizes", "read_tensors", "write_shards"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from spectralmoe.adaptation.copies import COPIES
 from spectralmoe.adaptation.one_shot import Carried
-from spectralmoe.adaptation.receipt import Flip, Held, Moved, Receipt
+from spectralmoe.adaptation.receipt.receipt import Flip, Held, Moved, Receipt
 from spectralmoe.diagnostics import Change
 
 __all__ = ["carried_lines", "receipt_lines", "reference_line", "sample_line", "written_line"]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from spectralmoe.training.settings import Positive, Settings, Several
+from spectralmoe.training.settings.base import Positive, Settings, Several
 
 __all__ = ["Views", "check_views", "is_views"]
 

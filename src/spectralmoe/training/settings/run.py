@@ -8,11 +8,11 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from spectralmoe.naming import shown
 from spectralmoe.presets import Preset, find_preset
-from spectralmoe.training.restore_settings import Restore, check_restore, with_restore_defaults
-from spectralmoe.training.settings import Network, Optimization, Positive, Row, Settings, laid_over
-from spectralmoe.training.text_settings import Text, check_text, with_text_defaults
-from spectralmoe.training.views_settings import Views, check_views
-from spectralmoe.training.vision_settings import Backbone, MoEParts
+from spectralmoe.training.settings.base import Network, Optimization, Positive, Row, Settings, laid_over
+from spectralmoe.training.settings.restoration import Restore, check_restore, with_restore_defaults
+from spectralmoe.training.settings.text import Text, check_text, with_text_defaults
+from spectralmoe.training.settings.views import Views, check_views
+from spectralmoe.training.settings.vision import Backbone, MoEParts
 
 __all__ = ["TrainSettings"]
 

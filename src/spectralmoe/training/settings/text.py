@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from spectralmoe.data.vocabulary import BYTES
-from spectralmoe.training.settings import Positive, Settings
+from spectralmoe.training.settings.base import Positive, Settings
 
 __all__ = ["Text", "check_text", "is_text", "with_text_defaults"]
 

@@ -11,8 +11,8 @@ from textwrap import wrap
 
 from torch import Tensor
 
-from spectralmoe.adaptation.receipt import Flip, Receipt
-from spectralmoe.adaptation.receipt_text import carried_lines, sample_line
+from spectralmoe.adaptation.receipt.receipt import Flip, Receipt
+from spectralmoe.adaptation.receipt.text import carried_lines, sample_line
 from spectralmoe.draw.png import png
 
 __all__ = ["STYLE", "draw_receipt"]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from spectralmoe.training.settings import Positive, Row, Seed, Settings, Several
+from spectralmoe.training.settings.base import Positive, Row, Seed, Settings, Several
 
 __all__ = ["FinetuneSettings"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from spectralmoe.bench.case import Candidate, Case
 from spectralmoe.bench.gate import difference
-from spectralmoe.bench.layer import FORMS
 from spectralmoe.bench.problem import Form
 from spectralmoe.bench.settings import Settings
+from spectralmoe.bench.suites.layer import FORMS
 from spectralmoe.router import Router
 from spectralmoe.scorers import CosineScorer, EigenbasisScorer, LinearScorer, PrototypeScorer
 from spectralmoe.scorers.principal import PrincipalScorer

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from spectralmoe.training.settings import Positive, Row, Settings, Several
+from spectralmoe.training.settings.base import Positive, Row, Settings, Several
 
 __all__ = ["Backbone", "MoEParts"]
 

@@ -21,7 +21,7 @@ from spectralmoe.errors import UserError, one_of
 from spectralmoe.experts import HeterogeneousExperts
 from spectralmoe.router import shard_routers
 from spectralmoe.sharding import full, is_sharded
-from spectralmoe.training.heartbeat import watched
+from spectralmoe.training.distributed.heartbeat import watched
 from spectralmoe.vision import model_blocks
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spectralmoe.errors import UserError, first_line, one_of
-from spectralmoe.training.settings import Settings
+from spectralmoe.training.settings.base import Settings
 
 __all__ = ["change", "choose_network", "put", "read_toml", "to_toml"]
 
@@ -96,7 +96,7 @@ def choose_network(values: dict[str, Any], network: str) -> None:
 def to_toml(settings: Settings) -> str:
     """TOML that reads back as the same settings; what is None is left out.
 
-    >>> from spectralmoe.training.settings import Network
+    >>> from spectralmoe.training.settings.base import Network
     >>> print(to_toml(Network(k="soft")), end="")
     width = 64
     num_experts = 8

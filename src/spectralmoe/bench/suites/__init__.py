@@ -1,0 +1,1 @@
+"""The suites of `spectralmoe bench`: each a module with `cases` and `count`."""

@@ -1,0 +1,1 @@
+"""Finetuning of models of Hugging Face, by their Trainer."""
