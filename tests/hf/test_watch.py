@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.watch import watch_transformers
+from spectralmoe.instruments import Inspector
 
 pytest.importorskip("transformers")
 
@@ -263,3 +264,14 @@ def test_a_router_of_two_layers_is_refused(user_error):
     model.model.layers[1].mlp.gate = model.model.layers[0].mlp.gate
     with user_error("model.layers.0.mlp", "model.layers.1.mlp", "share"), watch_transformers(model):
         pass
+
+
+def test_weights_on_disk_are_not_inspected(user_error):
+    """Loads can be seen, but routers and experts not be run by themselves."""
+    model = FAMILIES["mixtral"]()
+    model.model.layers[1].to("meta")
+    with (
+        watch_transformers(model) as watching,
+        user_error("model.layers.1.mlp", "not in memory", "load the whole model"),
+    ):
+        Inspector(watching.layers)

@@ -19,6 +19,7 @@ from spectralmoe.diagnostics.stability import sound_flips
 from spectralmoe.diagnostics.statistics import LayerStatistics
 from spectralmoe.diagnostics.table import FEWEST, NEEDS
 from spectralmoe.diagnostics.watch import Seen, Watched
+from spectralmoe.errors import UserError
 from spectralmoe.instruments.document import layer_names, value_blocks
 from spectralmoe.instruments.samples import BestTokens, Place, TokenSample
 from spectralmoe.routing import Routing
@@ -44,6 +45,9 @@ class Inspector:
             256 how alike the experts' outputs are.
         seed: of the sample and of the noise.
 
+    Raises:
+        UserError: a layer's weights are not in memory.
+
     >>> from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
     >>> from spectralmoe.diagnostics.watch import watch
     >>> model = MoE(Router(LinearScorer(8, 4), TopK(2)), FeedForward(4, 8, 16))
@@ -58,6 +62,11 @@ class Inspector:
     def __init__(
         self, layers: Sequence[Watched], *, labels: Sequence[str] = (), sample: int = 2048, seed: int = 0
     ) -> None:
+        for layer in layers:
+            if (matrix := layer.matrix) is not None and matrix.is_meta:
+                raise UserError(
+                    f"layer {layer.name!r} is not in memory (accelerate moves weights to disk); load the whole model"
+                )
         self._labels, self._seed = tuple(labels), seed
         self._gathered = [_Gathered(layer, sample, seed + place) for place, layer in enumerate(layers)]
         self._joints: dict[tuple[int, int], Tensor] = {}
