@@ -191,7 +191,7 @@ def test_one_that_dies_ends_the_others_and_the_run_goes_on(machines, alone, tmp_
     (line,) = errors(text)
     assert "rank 1 of 2 (process" in line, text
     assert "died; start the same command again" in line
-    assert any((tmp_path / "training.distributed.shards").iterdir())
+    assert any((tmp_path / "training.shards").iterdir())
     assert run([*command, "--out", str(tmp_path)]) == 0
     assert about(tmp_path) == pytest.approx(expected, rel=1e-4)
 

@@ -410,7 +410,7 @@ def test_shards_of_a_network_with_a_batch_norm_are_as_copies(two_processes):
 def test_one_process_reads_what_two_wrote_in_shards(two_processes):
     """The finished run goes on with nothing, from the shards: it saves the same model, whole."""
     out = two_processes / "text-fsdp2,ep=2"
-    assert (out / "training.distributed.shards").exists()
+    assert (out / "training.shards").exists()
     before = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").unlink()
     assert run(["train", "--config", str(two_processes / "text"), "--out", str(out), "--device", "cpu"]) == 0
