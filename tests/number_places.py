@@ -186,6 +186,8 @@ _DOCS: dict[str, Sentences] = {
         ("still (# points fewer", "papers/l2r/RESULTS.md > | l2r | linear"),
         ("(centred cos² # and # lower, sep", "papers/methods/RESULTS.md > | ermoe | linear"),
         ("accuracy is # points higher, not", "papers/methods/RESULTS.md > | ermoe | linear"),
+        ("bias needs # bits a byte", "papers/methods/RESULTS.md > Text > | linear+balanced | linear"),
+        ("text it needs # bits a byte", "papers/methods/RESULTS.md > Text > | sr-moe | linear"),
         ("by # bits a byte (separated)", "papers/methods/RESULTS.md > | moec | linear"),
         ("about # points of accuracy", "papers/methods/RESULTS.md > Images > | moec | linear"),
         ("(centred cos² # and # lower)", "papers/methods/RESULTS.md > | specialization | linear"),
