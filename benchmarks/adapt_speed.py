@@ -19,7 +19,7 @@ import torch
 from spectralmoe.adaptation import Guard, adapt_one, neighbours
 from spectralmoe.data.image_data import load_data
 from spectralmoe.diagnostics import evaluate
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 from spectralmoe.models import sr_moe, sr_moe_terms
 from spectralmoe.training.loop import train

@@ -20,7 +20,8 @@ from torch import nn
 from spectralmoe.bench.memory_peak import held_bytes
 from spectralmoe.errors import UserError
 from spectralmoe.experts import EXPERTS, Experts, FeedForward
-from spectralmoe.files import write_json, write_text
+from spectralmoe.files import write_text
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 from spectralmoe.spec import parameters_of
 

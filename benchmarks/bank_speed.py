@@ -32,7 +32,7 @@ from spectralmoe.bench.idle import Idle
 from spectralmoe.bench.memory_peak import held_bytes, peak_bytes
 from spectralmoe.bench.timing import ratio, take_times
 from spectralmoe.experts import HeterogeneousExperts, MPOExperts, MultilinearExperts, PatchMixer, RankExperts
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 from spectralmoe.units import Sample
 

@@ -25,7 +25,7 @@ from spectralmoe import (
     TopK,
 )
 from spectralmoe.diagnostics import attack_distance, routing_radius
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 
 D, E, K = 64, 8, 2

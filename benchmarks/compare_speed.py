@@ -18,7 +18,7 @@ from pathlib import Path
 
 from spectralmoe.bench.idle import Idle
 from spectralmoe.bench.timing import ratio, take_times
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 
 TARGET = 0.6

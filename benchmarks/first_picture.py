@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 
 ROOT = Path(__file__).parents[1]

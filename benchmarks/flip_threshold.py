@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from spectralmoe.diagnostics.stability import sound_flips
-from spectralmoe.files import write_json
 from spectralmoe.instruments.rules import layer_findings
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 
 CASES = ((8, 2, 200), (64, 8, 200), (128, 8, 200), (256, 8, 100), (512, 10, 60))

@@ -26,7 +26,7 @@ from spectralmoe import LinearScorer, Router, TopK, after_step, param_groups, pe
 from spectralmoe.bench.gate import difference
 from spectralmoe.bench.idle import Idle
 from spectralmoe.bench.timing import Times, ratio, take_times
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 from spectralmoe.models import LanguageMoE, language_moe
 from spectralmoe.presets import find_preset

@@ -23,7 +23,7 @@ from spectralmoe.bench.idle import Idle
 from spectralmoe.bench.problem import Problem
 from spectralmoe.bench.subject import candidate, limits, spectralmoe_layer
 from spectralmoe.bench.suites.layer import FORMS, SHAPES
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 
 RUNS = 10

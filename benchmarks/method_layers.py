@@ -35,7 +35,7 @@ from spectralmoe import EigenExperts, Experts, FeedForward, LinearScorer, MoE, R
 from spectralmoe import regularizers as losses
 from spectralmoe.bench.idle import Idle
 from spectralmoe.bench.timing import Times, median, take_times
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 from spectralmoe.optim import OrthogonalExperts
 from spectralmoe.scorers import BasisScorer, SaturatedScorer, Scorer, StatisticsMemory

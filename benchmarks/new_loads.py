@@ -24,7 +24,7 @@ from spectralmoe.bench.problem import Problem
 from spectralmoe.bench.subject import Subject, candidate, spectralmoe_layer
 from spectralmoe.bench.suites.layer import BATCHES, SHAPES
 from spectralmoe.bench.timing import wall_clock
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 
 OURS = "spectralmoe"

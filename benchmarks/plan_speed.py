@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 from spectralmoe.parallel import Plan, plan_least_loaded, plan_native, plan_replicas
 

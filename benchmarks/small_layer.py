@@ -23,7 +23,7 @@ from spectralmoe.bench.idle import Idle
 from spectralmoe.bench.limit import IdealLayer
 from spectralmoe.bench.problem import Problem, Sizes
 from spectralmoe.bench.timing import median, wall_clock
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 
 SIZES = Sizes(n=512, d=64, h=128, e=8, k=2)

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from spectralmoe.data.text_sources import TEXTS
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors", "sharding", "torch_private", "version"},
     {"files", "digests", "machine", "linalg", "routing", "stacks", "context", "formula", "units", "scrambling"},
+    {"json_files"},
     {"parts", "draw"},
     {"selectors", "experts"},
     {"scorers"},

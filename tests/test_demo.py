@@ -8,7 +8,7 @@ import pytest
 
 from spectralmoe.cli.app import run
 from spectralmoe.data.image_data import FASHION_SYSTEM
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 ROOT = Path(__file__).parent.parent
 

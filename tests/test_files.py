@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectralmoe.files import exchange, exists, make_folder, read_json, remove_parts, to_json, write_json, write_whole
+from spectralmoe.files import exchange, exists, make_folder, remove_parts, write_whole
+from spectralmoe.json_files import read_json, to_json, write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -9,7 +9,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 import pytest
 from pages import ROOT, blocks
 
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*-first-picture.json"))
 

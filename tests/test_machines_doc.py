@@ -16,7 +16,7 @@ import typer
 from gloo_ranks import environment
 
 from spectralmoe.cli.app import app
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 PAGE = (Path(__file__).parents[1] / "docs" / "machines.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.M | re.S)

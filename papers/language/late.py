@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from spectralmoe.data.text_data import TextData, TextPart, load_text
 from spectralmoe.experiments.cards import Desk
-from spectralmoe.files import read_json, write_json
 from spectralmoe.hf.assemble import assemble
 from spectralmoe.hf.load import import_transformers, load_stock, load_transformers, quiet
 from spectralmoe.hf.smollm2 import SMOLLM2
 from spectralmoe.hf.training.frozen_prefix import after_prefix
 from spectralmoe.hf.training.text_windows import Passages, Windows, cut_windows
 from spectralmoe.hf.upcycling.dense import admit_dense
+from spectralmoe.json_files import read_json, write_json
 
 PARTS: tuple[TextPart, ...] = ("train", "validation", "test")
 MISSING = (

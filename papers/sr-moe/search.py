@@ -22,7 +22,7 @@ from spectralmoe.adaptation import Rule, one_shot_trials
 from spectralmoe.data.image_data import ImageData, load_data
 from spectralmoe.diagnostics import evaluate
 from spectralmoe.experiments.grid import CellJob, run_cells
-from spectralmoe.files import read_json, write_json
+from spectralmoe.json_files import read_json, write_json
 from spectralmoe.models import SRMoE, sr_moe
 from spectralmoe.regularizers import load_balance, spectral_norm, stable_rank
 from spectralmoe.training.loop import train

@@ -1,16 +1,23 @@
-"""The SHA-256 of tensors."""
+"""The SHA-256 of files and of tensors."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from spectralmoe.sharding import full
 
-__all__ = ["sha256_of_tensors"]
+__all__ = ["sha256_of", "sha256_of_tensors"]
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of what ``file`` holds."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def sha256_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -5,23 +5,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import hashlib
-import json
-import math
 import os
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from spectralmoe.errors import UserError, first_line
 
 __all__ = [
-    "dotted",
     "exchange",
     "exists",
     "flush",
@@ -29,11 +24,7 @@ __all__ = [
     "make_folder",
     "part_folder",
     "publish",
-    "read_json",
     "remove_parts",
-    "sha256_of",
-    "to_json",
-    "write_json",
     "write_text",
     "write_whole",
     "writing",
@@ -166,63 +157,9 @@ def exists(path: Path) -> bool:
     return True
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all. Infinite and undefined numbers become null.
-
-    Raises:
-        UserError: as ``write_whole`` and ``to_json``.
-    """
-    write_text(path, to_json(value))
-
-
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` whole or not at all; it raises what ``write_whole`` raises."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
-
-
-def to_json(value: Any) -> str:
-    """Return ``value`` as indented JSON text; infinite and undefined numbers become null.
-
-    Raises:
-        UserError: it holds something that JSON cannot.
-    """
-    try:
-        return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"not a value for JSON ({error})") from error
-
-
-def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings as one level with dotted keys.
-
-    >>> dotted({"network": {"k": 2}, "seed": 0})
-    {'network.k': 2, 'seed': 0}
-    """
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = dotted(value) if isinstance(value, Mapping) else None
-        flat |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
-    return flat
-
-
-def read_json(path: Path) -> Any:
-    """Read the JSON value in ``path``, with or without a byte order mark.
-
-    Raises:
-        UserError: the file is missing, unreadable, or not JSON.
-    """
-    if not exists(path) and not path.is_symlink():
-        raise UserError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({str(error).splitlines()[0]})") from error
-
-
-def sha256_of(file: Path) -> str:
-    """Return the SHA-256 of what ``file`` holds."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def make_folder(path: Path) -> None:
@@ -285,16 +222,6 @@ def _remove_part(part: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
     finally:
         os.close(handle)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (not math.isfinite(value)):
-        return None
-    return value
 
 
 def _mode_of_new_files(folder: Path) -> int:

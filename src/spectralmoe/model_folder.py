@@ -23,18 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from spectralmoe.digests import sha256_of
 from spectralmoe.errors import UserError, first_line
-from spectralmoe.files import (
-    exists,
-    make_folder,
-    part_folder,
-    publish,
-    read_json,
-    sha256_of,
-    to_json,
-    write_json,
-    writing,
-)
+from spectralmoe.files import exists, make_folder, part_folder, publish, writing
+from spectralmoe.json_files import read_json, to_json, write_json
 
 __all__ = [
     "CONFIG",

@@ -11,7 +11,7 @@ from seeds import generator, shifted
 
 from spectralmoe import LinearScorer, Router, TopK, UserError
 from spectralmoe.adaptation import COPIES, Guard, adapt_one, apply_update, draw_receipt, make_receipt, receipt_lines
-from spectralmoe.files import to_json
+from spectralmoe.json_files import to_json
 from spectralmoe.models import sr_moe
 
 NAMES = ("T-shirt/top", "Trouser & <co>", "Ankle boot", "Sandal", "Sneaker")

@@ -14,7 +14,7 @@ from spectralmoe.bench.idle import Idle
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.show import as_markdown, ratio_panels, roles
 from spectralmoe.draw.panels import Mark
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, quick=True, threads=1, rounds=6)

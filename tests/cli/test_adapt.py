@@ -16,7 +16,7 @@ import torch
 from spectralmoe import load, record
 from spectralmoe.adaptation import COPIES, carried
 from spectralmoe.data.image_data import ImageData, load_data
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.saving import save
 from spectralmoe.training.loop import train
 from spectralmoe.training.network import build_network, model_meta

@@ -7,7 +7,7 @@ import pytest
 
 from spectralmoe.bench import idle
 from spectralmoe.cli.app import run
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 
 @pytest.fixture

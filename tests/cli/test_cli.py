@@ -13,7 +13,7 @@ from PIL import Image
 from seeds import shifted
 
 from spectralmoe.cli.app import run
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 SMALL = ["--data", "digits", "--depths", "1", "--seeds", "2", "--epochs", "2", "--train-size", "200", "--trials", "5"]
 SMALL += ["--processes", "1", "--columns", "accuracy,interference"]  # few panels are quick to draw

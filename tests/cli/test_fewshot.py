@@ -13,7 +13,7 @@ from spectralmoe.cli.app import run
 from spectralmoe.data.image_data import load_data
 from spectralmoe.experiments.few_shot.grid import FewShotSettings, recipe
 from spectralmoe.experiments.few_shot.learning import FEW_SHOT, draw_shots, few_shot, few_shot_network
-from spectralmoe.files import read_json, write_json
+from spectralmoe.json_files import read_json, write_json
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "emoe-vit.toml"
 QUICK = ["--data", "digits", "--shots", "1,3", "--seeds", "2", "--epochs", "3", "--bottleneck", "4", "--experts", "4"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from spectralmoe.cli.console import Clock, count, over_seeds, print_finding, say
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.presets import find_preset
 from spectralmoe.training.logs import LOGS, open_logs
 from spectralmoe.training.logs.wandb import WandbLog

@@ -9,7 +9,7 @@ import pytest
 from synthetic_documents import inspection
 
 from spectralmoe.cli.app import run
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.parallel import plan_least_loaded, plan_native, plan_replicas, scaled_load
 from spectralmoe.report import render_report
 

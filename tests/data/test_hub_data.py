@@ -12,7 +12,7 @@ import torch
 from spectralmoe.cli.app import run
 from spectralmoe.data.image_data import load_data
 from spectralmoe.data.text_data import load_text, part_of
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.training.settings.run import TrainSettings
 from spectralmoe.training.tasks import open_task
 

@@ -14,7 +14,7 @@ from toy_card.plan import card
 
 from spectralmoe.cli.app import run
 from spectralmoe.experiments.cards import Desk, check_card, find_card, run_card, try_settings, write_card
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.training.loop import Diverged
 from spectralmoe.training.tasks import Metric
 

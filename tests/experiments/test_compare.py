@@ -18,7 +18,7 @@ from spectralmoe.experiments.compare.outputs import Shown, write_pictures, write
 from spectralmoe.experiments.compare.settings import Cell
 from spectralmoe.experiments.compare.tuning import candidates
 from spectralmoe.experiments.statistics import estimate, paired
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.training.tasks import ImageTask
 
 

@@ -10,7 +10,7 @@ from grid_cells import cell_jobs, diverging, run_missing, square
 
 from spectralmoe.experiments.grid import CellJob, finished_cells, run_cells
 from spectralmoe.experiments.run_folder import run_folder
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 
 def quiet(text, done):

@@ -24,7 +24,7 @@ from spectralmoe.experiments.apart import run_apart
 from spectralmoe.experiments.grid import Slice, one_version, run_cells
 from spectralmoe.experiments.one_job import write_jobs
 from spectralmoe.experiments.remote import Dask, Submitit
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.machine import threads
 from spectralmoe.training.settings import pick_device
 from spectralmoe.training.tasks import ImageTask

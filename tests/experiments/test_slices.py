@@ -13,7 +13,7 @@ from spectralmoe.cli.app import run
 from spectralmoe.experiments.cards import run_card, take_card
 from spectralmoe.experiments.grid import Slice
 from spectralmoe.experiments.run_folder import run_folder
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 TOY = Path(__file__).parents[1] / "toy_card"
 

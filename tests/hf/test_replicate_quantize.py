@@ -123,8 +123,9 @@ def test_without_copies_the_model_is_a_stock_one(tmp_path, close):
 def test_damaged_copies_are_refused(tmp_path, user_error):
     from safetensors.torch import load_file, save_file
 
-    from spectralmoe.files import read_json, sha256_of, write_json
+    from spectralmoe.digests import sha256_of
     from spectralmoe.hf.routers.files import ROUTERS, TENSORS
+    from spectralmoe.json_files import read_json, write_json
 
     model = stock_of("mixtral")
     made = replicate_and_quantize_experts(model, [batch(model)], importance="random").model

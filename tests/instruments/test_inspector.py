@@ -11,9 +11,9 @@ from torch import nn
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK, record
 from spectralmoe.diagnostics import joint_counts, max_vio, mutual_information, watch
 from spectralmoe.experts import ConvExperts
-from spectralmoe.files import to_json
 from spectralmoe.instruments import Inspector, inspection_document
 from spectralmoe.instruments.samples import BestTokens, TokenSample
+from spectralmoe.json_files import to_json
 from spectralmoe.units import Sample
 
 E, K, D = 6, 2, 12

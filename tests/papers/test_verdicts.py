@@ -10,7 +10,7 @@ import pytest
 
 from spectralmoe.experiments.cards import Cells, find_card
 from spectralmoe.experiments.cards.results import result_lines
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 PAPERS = Path(__file__).parents[2] / "papers"
 CARDS = sorted(path.parent.name for path in PAPERS.glob("*/RESULTS.md"))

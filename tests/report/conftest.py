@@ -14,7 +14,7 @@ from synthetic_documents import inspection, monitor
 
 from spectralmoe.adaptation import adapt_one, make_receipt
 from spectralmoe.experiments.compare.columns import COLUMNS, summarise, summary_json
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.models import sr_moe
 from spectralmoe.report import read_documents, render_report
 

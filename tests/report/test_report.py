@@ -18,9 +18,9 @@ from synthetic_documents import inspection, monitor
 from spectralmoe import FeedForward, LinearScorer, MoE, Router, TopK
 from spectralmoe.adaptation import receipt_lines
 from spectralmoe.diagnostics.watch import watch
-from spectralmoe.files import write_json
 from spectralmoe.instruments import Inspector, inspection_document
 from spectralmoe.instruments.monitor import Monitor
+from spectralmoe.json_files import write_json
 from spectralmoe.report import as_document, read_documents, render_report
 from spectralmoe.report.charts import inspection_data, monitor_data
 from spectralmoe.report.encode import pack

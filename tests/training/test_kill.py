@@ -14,7 +14,7 @@ torch.set_num_threads(1)  # forked children cannot share a pool of threads
 from seeds import shifted
 from spectralmoe.experiments.compare import CompareSettings, run
 from spectralmoe import UserError
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.data.image_data import load_data
 from spectralmoe.saving import load
 import spectralmoe.training.loop as loop

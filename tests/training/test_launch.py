@@ -18,7 +18,7 @@ import torch.distributed as dist
 from gloo_ranks import environment
 
 from spectralmoe.cli.app import run
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.training import loop
 from spectralmoe.training.distributed import heartbeat
 from spectralmoe.training.distributed.ranks import read_parallel

@@ -9,7 +9,7 @@ from grids import one_of_each
 from spectralmoe import Term, UserError
 from spectralmoe.data.image_data import ImageData, Split, load_data
 from spectralmoe.diagnostics import evaluate
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.presets import PRESETS, find_preset
 from spectralmoe.regularizers import output_overlap, spectral_norm
 from spectralmoe.selectors import Balanced

@@ -22,8 +22,8 @@ from spectralmoe.data.photos import PHOTO_PARTS, Photo, PhotoData
 from spectralmoe.experiments.cards.small_runs import small_restoration
 from spectralmoe.experiments.compare import CompareSettings
 from spectralmoe.experiments.compare.columns import columns_of
-from spectralmoe.files import read_json
 from spectralmoe.instruments.samples import Place
+from spectralmoe.json_files import read_json
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import parse
 from spectralmoe.training.settings.restoration import Restore

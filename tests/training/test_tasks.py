@@ -14,7 +14,7 @@ from spectralmoe.cli.app import run
 from spectralmoe.experiments.compare.cell import run_cell
 from spectralmoe.experiments.compare.settings import Cell, CompareSettings
 from spectralmoe.experiments.compare.setup import Setup, Tuned
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.presets import find_preset
 from spectralmoe.saving import read_config
 from spectralmoe.training.loop import train

@@ -17,7 +17,7 @@ from spectralmoe.data.text_sources import Document
 from spectralmoe.data.vocabulary import Vocabulary
 from spectralmoe.experiments.compare import CompareSettings
 from spectralmoe.experiments.compare.columns import COLUMNS, columns_of
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.saving import read_config
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import parse

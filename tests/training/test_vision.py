@@ -18,7 +18,7 @@ from seeds import shifted
 from spectralmoe import UserError, load, save
 from spectralmoe.cli.app import run
 from spectralmoe.data.image_data import ImageData, Split, load_data
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.layers import moe_layers
 from spectralmoe.training.loop import train
 from spectralmoe.training.settings import parse

@@ -11,7 +11,7 @@ import torch
 from spectralmoe.bench.settings import Settings
 from spectralmoe.bench.show import roles
 from spectralmoe.errors import UserError
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 __all__ = ["MORE", "read_stored", "warnings"]
 

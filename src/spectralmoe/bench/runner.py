@@ -19,7 +19,8 @@ from spectralmoe.bench.show import as_markdown
 from spectralmoe.bench.suites import branch, decode, layer, memory, penalty, router, scaling, step
 from spectralmoe.bench.targets import against_targets
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.files import make_folder, read_json, write_json, write_text
+from spectralmoe.files import make_folder, write_text
+from spectralmoe.json_files import read_json, write_json
 from spectralmoe.machine import describe_machine, threads
 from spectralmoe.training.loop import Progress
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spectralmoe.errors import UserError
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 __all__ = ["experts_of_config", "read_model_config", "top_k_of_config"]
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectralmoe.errors import UserError
-from spectralmoe.files import exists, read_json
+from spectralmoe.files import exists
+from spectralmoe.json_files import read_json
 
 __all__ = ["FLOATS", "Stored", "passed_over", "stored_in_file", "stored_tensors"]
 

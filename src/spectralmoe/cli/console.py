@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from spectralmoe.files import to_json
+from spectralmoe.json_files import to_json
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -25,7 +25,8 @@ from spectralmoe.cli.options import (
     trust_own,
 )
 from spectralmoe.errors import UserError
-from spectralmoe.files import read_json, to_json, write_json, write_text
+from spectralmoe.files import write_text
+from spectralmoe.json_files import read_json, to_json, write_json
 
 if TYPE_CHECKING:
     import torch

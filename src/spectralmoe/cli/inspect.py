@@ -23,7 +23,8 @@ from spectralmoe.cli.options import (
     refuse_outputs,
 )
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.files import make_folder, write_json, write_text
+from spectralmoe.files import make_folder, write_text
+from spectralmoe.json_files import write_json
 
 __all__ = ["inspect"]
 

@@ -12,7 +12,7 @@ import typer
 
 from spectralmoe.cli.completion import complete_images, one_among
 from spectralmoe.errors import UserError
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 if TYPE_CHECKING:
     import torch

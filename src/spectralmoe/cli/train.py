@@ -27,7 +27,7 @@ from spectralmoe.cli.options import (
     trust_own,
 )
 from spectralmoe.errors import UserError
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.training.names import ROUTER_NAMES
 
 if TYPE_CHECKING:

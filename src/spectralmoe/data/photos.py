@@ -13,8 +13,8 @@ from torch import Tensor
 
 from spectralmoe.data.image_files import is_image_name, named, probe, read_image
 from spectralmoe.data.sources import files_below
+from spectralmoe.digests import sha256_of
 from spectralmoe.errors import UserError, one_of
-from spectralmoe.files import sha256_of
 
 __all__ = ["PHOTO_PARTS", "Photo", "PhotoData", "PhotoPart", "load_photos", "patches_of"]
 

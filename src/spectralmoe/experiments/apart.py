@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 __all__ = ["REFUSED", "Outcome", "run_apart"]
 

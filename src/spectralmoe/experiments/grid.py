@@ -19,7 +19,8 @@ import torch
 from spectralmoe.errors import UserError
 from spectralmoe.experiments.remote import Remote, run_elsewhere
 from spectralmoe.experiments.workers import Job, run_jobs
-from spectralmoe.files import locked, make_folder, read_json, write_json
+from spectralmoe.files import locked, make_folder
+from spectralmoe.json_files import read_json, write_json
 from spectralmoe.machine import cpu_model, versions
 from spectralmoe.training.loop import Diverged, Progress
 

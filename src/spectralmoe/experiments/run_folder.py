@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from spectralmoe.errors import UserError
-from spectralmoe.files import dotted, locked, make_folder, read_json, remove_parts, write_json
+from spectralmoe.files import locked, make_folder, remove_parts
+from spectralmoe.json_files import dotted, read_json, write_json
 
 __all__ = ["run_folder"]
 

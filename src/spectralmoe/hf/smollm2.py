@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from spectralmoe.digests import sha256_of
 from spectralmoe.errors import UserError
-from spectralmoe.files import sha256_of
 
 __all__ = ["SMOLLM2", "smollm2_file"]
 

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from spectralmoe.adaptation import Receipt
 from spectralmoe.errors import UserError
-from spectralmoe.files import read_json
 from spectralmoe.instruments.monitor_log import read_monitor
+from spectralmoe.json_files import read_json
 from spectralmoe.report.runs import few_shot_comparison
 from spectralmoe.report.schema import Inspection
 from spectralmoe.report.schema_runs import Comparison, History, Monitor

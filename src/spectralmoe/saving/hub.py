@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError
-from spectralmoe.files import dotted, write_text
+from spectralmoe.files import write_text
+from spectralmoe.json_files import dotted
 from spectralmoe.model_folder import CONFIG, PARTS, WEIGHTS
 from spectralmoe.saving.parts import holds_parts, load_parts, read_parts_config, save_parts
 from spectralmoe.saving.whole import load, read_config, save

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spectralmoe.digests import sha256_of_tensors
 from spectralmoe.errors import UserError
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 from spectralmoe.layers import plain_name, unwrapped
 from spectralmoe.manifold import warn_off_manifold
 from spectralmoe.model_folder import CONFIG, PARTS, build_checked, fill, read_config_of, read_model_folder, write_model

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from spectralmoe.errors import UserError, first_line, refuse_differences
-from spectralmoe.files import exists, read_json
+from spectralmoe.files import exists
+from spectralmoe.json_files import read_json
 from spectralmoe.layers import moe_layers, plain_name, unwrapped
 from spectralmoe.manifold import warn_off_manifold
 from spectralmoe.model_folder import CONFIG, WEIGHTS, build_checked, fill, read_model_folder, weights_file, write_model

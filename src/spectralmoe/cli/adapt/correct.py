@@ -98,7 +98,8 @@ def _write(prepared: Prepared, out: Path, x: Tensor, update: Update, receipt: Re
     """Write the model last, so that a folder with a model is complete."""
     from spectralmoe.adaptation import draw_receipt
     from spectralmoe.cli.adapt.setup import save_like
-    from spectralmoe.files import to_json, write_text
+    from spectralmoe.files import write_text
+    from spectralmoe.json_files import to_json
 
     text = to_json({**about, **receipt.to_json()})
     if not receipt.success:

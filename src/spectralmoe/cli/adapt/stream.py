@@ -15,7 +15,8 @@ from spectralmoe.cli.adapt.trials import NOTHING_WRONG, carried_means
 from spectralmoe.cli.console import print_json, show_progress
 from spectralmoe.cli.options import Out
 from spectralmoe.errors import UserError
-from spectralmoe.files import write_json, write_text
+from spectralmoe.files import write_text
+from spectralmoe.json_files import write_json
 
 if TYPE_CHECKING:
     from spectralmoe.adaptation import StreamStep

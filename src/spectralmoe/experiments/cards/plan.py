@@ -12,7 +12,8 @@ from torch import nn
 
 from spectralmoe.draw.panels import Panel
 from spectralmoe.experiments.cards.results import Section
-from spectralmoe.files import part_folder, read_json, write_json
+from spectralmoe.files import part_folder
+from spectralmoe.json_files import read_json, write_json
 from spectralmoe.saving import load, save
 
 __all__ = ["Card", "Cells", "Check", "Desk", "Identity", "Share", "Step", "Stored", "Tuning"]

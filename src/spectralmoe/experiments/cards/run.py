@@ -29,7 +29,8 @@ from spectralmoe.experiments.evidence import check_lines
 from spectralmoe.experiments.grid import DIVERGED, Slice, Taken, collectable, missing, run_cells
 from spectralmoe.experiments.remote import Remote
 from spectralmoe.experiments.run_folder import run_folder
-from spectralmoe.files import make_folder, read_json, write_json, write_text
+from spectralmoe.files import make_folder, write_text
+from spectralmoe.json_files import read_json, write_json
 from spectralmoe.machine import cpu_model, describe_machine
 from spectralmoe.training.loop import Progress
 

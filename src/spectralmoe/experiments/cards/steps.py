@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from spectralmoe.errors import UserError
 from spectralmoe.experiments.cards.plan import Card, Cells, Desk, Identity, Share, Step, Tuning
 from spectralmoe.experiments.grid import DIVERGED, CellJob, finished_cells, one_version
-from spectralmoe.files import read_json
+from spectralmoe.json_files import read_json
 
 __all__ = ["Found", "cells_of", "chosen", "find_step", "jobs_for", "name_of", "running", "stored", "text_of"]
 

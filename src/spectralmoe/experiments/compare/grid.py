@@ -30,7 +30,7 @@ from spectralmoe.experiments.grid import (
 )
 from spectralmoe.experiments.remote import Remote
 from spectralmoe.experiments.run_folder import run_folder
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.presets import find_preset
 from spectralmoe.saving import load
 from spectralmoe.training.loop import Progress

@@ -25,7 +25,8 @@ from spectralmoe.experiments.compare.settings import CompareSettings
 from spectralmoe.experiments.evidence import Cells, show_difference
 from spectralmoe.experiments.grid import DIVERGED
 from spectralmoe.experiments.statistics import Estimate
-from spectralmoe.files import write_json, write_text
+from spectralmoe.files import write_text
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 
 __all__ = ["WRITES", "Shown", "difference_fields", "value_fields", "write_pictures", "write_results"]

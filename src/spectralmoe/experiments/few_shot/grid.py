@@ -18,7 +18,7 @@ from spectralmoe.experiments.few_shot.learning import FEW_SHOT, draw_shots, few_
 from spectralmoe.experiments.grid import DIVERGED, CellJob, finished_cells, run_cells
 from spectralmoe.experiments.run_folder import run_folder
 from spectralmoe.experiments.statistics import estimate
-from spectralmoe.files import write_json
+from spectralmoe.json_files import write_json
 from spectralmoe.machine import describe_machine
 from spectralmoe.naming import file_name
 from spectralmoe.presets import PRESETS, find_preset

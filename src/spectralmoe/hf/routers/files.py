@@ -16,14 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spectralmoe.digests import sha256_of_tensors
+from spectralmoe.digests import sha256_of, sha256_of_tensors
 from spectralmoe.errors import UserError, first_line, refuse_differences
-from spectralmoe.files import exists, read_json, sha256_of, write_json
+from spectralmoe.files import exists
 from spectralmoe.hf.layers import find_layers
 from spectralmoe.hf.routers.copies import add_copies, copies_of, placed_layers, refuse_plain_saving, without_copies
 from spectralmoe.hf.routers.places import put_in, swapped_routers
 from spectralmoe.hf.routers.rules import read_rule
 from spectralmoe.hf.routers.swapped import SwappedRouter
+from spectralmoe.json_files import read_json, write_json
 from spectralmoe.layers import below, unwrapped
 from spectralmoe.model_folder import build_checked, fill
 from spectralmoe.placement import Placement

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from spectralmoe.errors import UserError
-from spectralmoe.files import read_json
 from spectralmoe.hf.load import import_transformers
+from spectralmoe.json_files import read_json
 
 __all__ = ["follow_trainer", "last_checkpoint", "quiet_trainer"]
 
