@@ -90,9 +90,6 @@ _CARDS: dict[str, Sentences] = {
         ("cost # points of accuracy (`search", [_searched("top-2, tau 1") - _searched("top-2, tau 0.5")]),
         ("costs most (#; soft", [_searched("linear top-2", "interference_mean")]),
         ("soft #, top-1 #)", "papers/sr-moe/search.json > reference"),
-        ("#% to #% of them stay", "papers/sr-moe/streams.json > fashion-mnist > kept"),
-        ("points, #% stay", "papers/sr-moe/streams.json > mnist5k > kept"),
-        ("carry to #% to #% of the noisy", "papers/sr-moe/streams.json > mnist5k > noisy_after"),
     ],
     "synergy": [
         ("are # and # times those", [0.1 / 2e-3, 1e-2 / 1e-3]),  # plan.py over its comment

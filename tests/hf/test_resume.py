@@ -88,7 +88,7 @@ def test_a_checkpoint_loads_in_plain_transformers(tmp_path):
     train(model, tmp_path, 2)
     inputs = batch_of(sequences(2))
     loaded, model = type(model).from_pretrained(tmp_path / "checkpoint-2"), model.eval()
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
     model.save_pretrained(tmp_path / "hub")
     names = (tmp_path / "hub" / "model.safetensors").read_bytes()[:20000]
     assert b"experts.0.w1" in names  # by hand: the layout of the hub

@@ -80,19 +80,26 @@ def change(folder: Path, **values: Any) -> None:
     (folder / ROUTERS).write_text(json.dumps(config | values))
 
 
+def alike(found, wanted):
+    """But for rounding: weights that transformers maps from a file lie elsewhere in memory, which changes last bits."""
+    torch.testing.assert_close(found, wanted)
+
+
 @every_family
 def test_plain_transformers_loads_the_base_model_and_we_the_swapped_one(family, tmp_path):
     model = swapped_of(family, EIGENBASIS, init="fresh")
     wanted = logits_of(model)
     save_swapped(model, tmp_path / "model")
     plain = type(model).from_pretrained(tmp_path / "model").eval()
-    assert torch.equal(logits_of(plain), logits_of(stock_of(family)))
+    alike(logits_of(plain), logits_of(stock_of(family)))
     assert not torch.equal(wanted, logits_of(plain))
     loaded = load_swapped(tmp_path / "model")
-    assert torch.equal(logits_of(loaded), wanted)
+    alike(logits_of(loaded), wanted)
+    kept, found = model.state_dict(), loaded.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in kept.items())
     assert load_swapped(tmp_path / "model", base=plain) is plain
-    assert torch.equal(logits_of(plain), wanted)
-    assert torch.equal(logits_of(model), wanted)
+    alike(logits_of(plain), wanted)
+    alike(logits_of(model), wanted)
     names = {name for path in (tmp_path / "model").glob("model*.safetensors") for name in load_file(path)}
     assert not any("router.scorer" in name for name in names)
 
@@ -100,7 +107,7 @@ def test_plain_transformers_loads_the_base_model_and_we_the_swapped_one(family, 
 def test_the_auto_class_loads_the_base_model(saved):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert not any(info.values())
-    assert torch.equal(logits_of(model.eval()), logits_of(stock_of("mixtral")))
+    alike(logits_of(model.eval()), logits_of(stock_of("mixtral")))
 
 
 def test_half_precision_and_other_heads_come_back(tmp_path):
@@ -113,7 +120,7 @@ def test_half_precision_and_other_heads_come_back(tmp_path):
     assert type(loaded) is type(model)
     assert loaded.dtype == torch.bfloat16
     assert {p.dtype for each in swapped_routers(loaded).values() for p in each.router.parameters()} == {torch.float32}
-    assert torch.equal(logits_of(loaded), logits_of(model))
+    alike(logits_of(loaded), logits_of(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -135,11 +142,11 @@ def test_what_was_trained_comes_back_and_is_trained_on(tmp_path):
         each.router.scorer.retract()
     save_swapped(model.eval(), tmp_path / "model")
     loaded = load_swapped(tmp_path / "model")
-    assert torch.equal(logits_of(loaded), logits_of(model))
+    alike(logits_of(loaded), logits_of(model))
     assert not loaded.training
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters()}
     save_swapped(loaded, tmp_path / "again")
-    assert torch.equal(logits_of(load_swapped(tmp_path / "again")), logits_of(model))
+    alike(logits_of(load_swapped(tmp_path / "again")), logits_of(model))
 
 
 def test_layers_keep_what_they_have(saved):
@@ -158,7 +165,7 @@ def test_another_folder_or_a_model_is_the_base(saved, tmp_path):
         stock.model.layers[0].mlp.experts.down_proj *= 1.5  # another model, behind the same gates
     stock.save_pretrained(tmp_path)
     one, two = load_swapped(saved, base=tmp_path), load_swapped(saved, base=stock)
-    assert torch.equal(logits_of(one), logits_of(two))
+    alike(logits_of(one), logits_of(two))
     assert not torch.equal(logits_of(one), logits_of(load_swapped(saved)))
 
 
@@ -178,7 +185,7 @@ def test_a_save_replaces_the_model_and_leaves_what_others_wrote(folder):
     model = swapped_of("granitemoe")
     save_swapped(model, folder)
     save_swapped(model, str(folder))
-    assert torch.equal(logits_of(load_swapped(folder)), logits_of(model))
+    alike(logits_of(load_swapped(folder)), logits_of(model))
     assert (folder / "tokenizer.json").read_text() == (folder / "history.json").read_text() == "{}"
     assert (folder / "notes" / "a.txt").read_text() == "mine"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -216,7 +223,7 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(number, folder, monke
         number -= 2
     with user_error("cannot write", "No space left"):
         save_swapped(model, folder)
-    assert torch.equal(logits_of(load_swapped(folder)), before)
+    alike(logits_of(load_swapped(folder)), before)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
@@ -328,7 +335,7 @@ def test_a_class_of_ones_own_needs_leave(tmp_path, user_error):
     name = f"{Doubled.__module__}:Doubled"
     with user_error(name, "allow="):
         load_swapped(tmp_path / "model")
-    assert torch.equal(logits_of(load_swapped(tmp_path / "model", allow=[name])), logits_of(model))
+    alike(logits_of(load_swapped(tmp_path / "model", allow=[name])), logits_of(model))
 
 
 def test_adapters_are_merged_first(tmp_path, user_error):
@@ -338,7 +345,7 @@ def test_adapters_are_merged_first(tmp_path, user_error):
         save_swapped(model, tmp_path / "model")
     merged = model.merge_and_unload()
     save_swapped(merged, tmp_path / "model")
-    assert torch.equal(logits_of(load_swapped(tmp_path / "model")), logits_of(merged))
+    alike(logits_of(load_swapped(tmp_path / "model")), logits_of(merged))
 
 
 def test_a_sharded_model_is_gathered(one_process, tmp_path):
@@ -351,4 +358,4 @@ def test_a_sharded_model_is_gathered(one_process, tmp_path):
     shard_routers(model)
     fully_shard(model)
     save_swapped(model, tmp_path / "model")
-    assert torch.equal(logits_of(load_swapped(tmp_path / "model")), wanted)
+    alike(logits_of(load_swapped(tmp_path / "model")), wanted)

@@ -67,10 +67,6 @@ def least(row, key):
     return [min(cell[key] for cell in group) for group in groups(row)]
 
 
-def stream(dataset, key, scale=1.0):
-    return [scale * select(stored("sr-moe", "streams"), dataset=dataset, depth=depth)[0][key] for depth in DEPTHS]
-
-
 def emoe(key, baseline, row="EMoE"):
     found = difference(stored("emoe"), key, row, baseline)
     return abs(found.mean), found.half
@@ -125,10 +121,6 @@ SENTENCES = [
     ("sr-moe", "turned by ten degrees #% and #% and shifted by two pixels #% and #%, neither",
      [*shares("rotated", GUARDED, CLOTHES), *shares("shifted_two", GUARDED, CLOTHES)]),
     ("sr-moe", "from plain steps (# ±# and # ±#, # ±# and # ±#)", [*carried("rotated"), *carried("shifted_two")]),
-    ("sr-moe", "#, #, # and # succeed", stream("fashion-mnist", "success", 100)),
-    ("sr-moe", "cost #, #, # and # points in all", stream("fashion-mnist", "cost", -1)),
-    ("sr-moe", "they carry to #%, #%, #% and #% of the noisy copies", stream("fashion-mnist", "noisy_after", 100)),
-    ("sr-moe", "they cost # to # points", [min(stream("mnist5k", "cost", -1)), max(stream("mnist5k", "cost", -1))]),
     ("emoe", "behind the linear gate (by # ±#) and the one with a selection bias (by # ±#)",
      [*emoe("output_cos2", "linear"), *emoe("output_cos2", "linear+balanced")]),
     ("emoe", "less alike than a linear gate's (by # ±#)", emoe("output_cos2", "linear", "EMoE faithful")),
